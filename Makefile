@@ -1,0 +1,46 @@
+# Needs make, and Python 3.10 or newer with its venv module; all the rest is installed into .venv.
+
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The small networks of the demo and the tests gain nothing from more threads.
+OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); test $$n -lt 4 && echo $$n || echo 4)
+export OMP_NUM_THREADS
+
+DEMO_DIR := runs/demo
+PYTEST_ARGS ?= -n auto --maxprocesses 4
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## distill a small teacher on the CPU and write a page of results
+	$(BIN)/dkdm distill --recipe demo --output-dir $(DEMO_DIR)
+	@echo "$(DEMO_DIR)/report.html"
+
+test: lint ## the gate: lint, then the tests that take seconds
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) ## the tests that take minutes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+
+lint: $(INSTALLED) ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(INSTALLED) ## build dist/dkdm-*.whl
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean: ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,175 @@
+"""Every option of a run: one a line, typed, with its unit and what None means.
+
+The dataclasses are the command line: a field `train_batch_size` is `--train-batch-size`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dkdm.errors import UsageError
+
+SourceKind = Literal["dynamic", "shuffled", "iterative"]
+FillKind = Literal["few-step", "ancestral", "none"]
+LossWeighting = Literal["uniform", "snr", "min-snr"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run has."""
+
+    output_dir: Path = Path("runs/run")
+    """Folder of the run: checkpoints, metrics and, at the end, the model."""
+    seed: int = 0
+    """Every random choice of the run follows from it."""
+    max_train_steps: int = 1000
+    """Optimizer steps."""
+    train_batch_size: int = 128
+    """Samples an optimizer step sees, before accumulation, over all processes together."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are averaged into one optimizer step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (
+        "constant_with_warmup"
+    )
+    """Course of the learning rate over the run."""
+    lr_warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this L2 norm."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the networks' arithmetic; weights stay float32."""
+    use_ema: bool = True
+    """Keep an exponential moving average of the weights, and ship it."""
+    ema_decay: float = 0.9999
+    """Decay of that average a step; it starts lower and warms up, (1 + n) / (10 + n)."""
+    condition_dropout: float = 0.0
+    """Probability that a condition is replaced by the null one (needed for guided sampling)."""
+    loss_weighting: LossWeighting = "uniform"
+    """Weight of each noise level: 1 on the network's output, or SNR / clipped SNR on x_0."""
+    snr_gamma: float = 5.0
+    """Largest SNR that min-snr weighs with."""
+    checkpointing_steps: int = 1000
+    """Optimizer steps between checkpoints; one more is written at the end."""
+    checkpoints_total_limit: int | None = 2
+    """Checkpoints kept; None keeps all."""
+    resume_from_checkpoint: str | None = None
+    """'latest' or the path of a checkpoint of this run; None starts anew."""
+    validation_steps: int = 1000
+    """Optimizer steps between sample grids; 0 draws none."""
+    validation_sampling_steps: int = 25
+    """Sampler steps of the grids and of the final evaluation."""
+    logging_steps: int = 10
+    """Optimizer steps between lines in metrics.jsonl."""
+    report_to: str | None = None
+    """Trackers, comma-separated (tensorboard, trackio, wandb); None writes metrics.jsonl only."""
+    evaluation_samples: int = 1000
+    """Samples drawn from each model for the final distances; 0 skips them."""
+    guidance_scale: float = 1.0
+    """Guidance of the final samples, grids and distances; 1 is none, and costs half."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train a model on images (a teacher, or a baseline)."""
+
+    images: str = "fashion-mnist"
+    """'fashion-mnist' or a folder of images; class subfolders become labels."""
+    network: str = "unet-tiny"
+    """A preset, a diffusers config.json, or module:factory."""
+    sample_shape: tuple[int, int, int] = (1, 16, 16)
+    """Channels, height, width the images are brought to."""
+    scheduler: str | None = None
+    """A diffusers scheduler_config.json; None is cosine betas, v_prediction, fixed_small."""
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """Distil a teacher into a student without images."""
+
+    teacher: str = "builtin:fashion"
+    """A diffusers folder, a hub id, builtin:NAME, a run, or module:factory."""
+    teacher_subfolder: str | None = None
+    """Subfolder of the pipeline inside the folder or repository."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit on the hub; None is the default branch."""
+    teacher_variant: str | None = None
+    """Weight variant such as fp16; None is the plain files."""
+    teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision the teacher's weights are held in."""
+    student: str = "dit-xs"
+    """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
+    source: SourceKind = "dynamic"
+    """Where noisy samples come from: the paper's ladder iterative, shuffled, dynamic."""
+    rho: float = 0.4
+    """Pool entries as a share of T * batch (dynamic); never more than the run can draw."""
+    pool_size: int | None = None
+    """Pool entries; None derives them from rho."""
+    pool_dtype: Literal["float32", "float16"] = "float32"
+    """Precision the pool is stored in."""
+    pool_device: Literal["device", "cpu"] = "device"
+    """Where the pool is stored: beside the models, or in host memory."""
+    shards: int = 8
+    """Logical parts of the pool, each with its own random numbers; keep it over a run's life."""
+    fill: FillKind = "few-step"
+    """How the pool is prepared: few-step samples noised again, exact ancestral, or pure noise."""
+    fill_steps: int = 20
+    """Teacher evaluations an entry of the few-step fill."""
+    stride: str = "1"
+    """Levels a state moves a step: a number, or random:M for a uniform law of mean M."""
+    eta: float = 1.0
+    """Noise of a move: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
+    chain_guidance_scale: float = 1.0
+    """Guidance of the teacher in the chain and the target (baked in); 1 is none; costs double."""
+    classes: tuple[int, ...] | None = None
+    """Class ids the student is to learn; None is all of the teacher's."""
+    vlb_weight: float = 1.0
+    """Weight of the variational term (DKDM Eq. 21) where both models learn their variance."""
+
+
+def to_json(config: RunConfig) -> str:
+    """The config as JSON with its kind, as written to `config.json`."""
+    values = dataclasses.asdict(config)
+    return json.dumps({"kind": type(config).__name__, **values}, indent=2, default=str) + "\n"
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def from_mapping(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build a config from JSON values. Raises UsageError naming unknown keys."""
+    values = {key: value for key, value in values.items() if key != "kind"}
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UsageError(f"config: unknown option {', '.join(unknown)} for {cls.__name__}")
+    return cls(**{key: _restore(hints[key], value) for key, value in values.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    if hint is Path:
+        return Path(value)
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read a `config.json`. Raises UsageError where it is missing or not a config."""
+    kinds = {cls.__name__: cls for cls in (TrainConfig, DistillConfig)}
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path}: expected a config.json of a run ({error})") from error
+    if values.get("kind") not in kinds:
+        raise UsageError(f"{path}: 'kind' must be one of {', '.join(kinds)}")
+    return from_mapping(kinds[values["kind"]], values)

@@ -1,0 +1,323 @@
+"""Dynamic iterative distillation: a pool of noisy samples that the teacher keeps moving.
+
+DKDM (arXiv 2409.03550), algorithm 1. Entry (x, t, cond) means: x is at noise level t and is to be
+denoised at t next. Iterative and shuffled distillation are this class with a pool as large as the
+batch. The pool knows nothing of the student.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dkdm.conditioning import Condition
+from dkdm.denoiser import Batch, Denoiser
+from dkdm.errors import UsageError
+from dkdm.prediction import Prediction
+from dkdm.progress import track
+from dkdm.randomness import derived_seed, generator
+from dkdm.steps import reverse_step
+
+
+class Finished(NamedTuple):
+    """Clean samples that a move produced: x_0 [M, ...] and their conditions."""
+
+    x_0: Tensor
+    cond: Condition
+
+
+@dataclass(frozen=True)
+class Stride:
+    """The law of k, the levels a state moves at once: uniform on low..high."""
+
+    low: int = 1
+    high: int = 1
+
+    @classmethod
+    def parse(cls, text: str, num_levels: int) -> Stride:
+        """Read '20' (always 20) or 'random:20' (uniform on 1..39, mean 20).
+
+        Raises UsageError for anything else, and for strides of T or more.
+        """
+        law, _, number = text.rpartition(":")
+        if law not in ("", "random") or not number.isdigit() or int(number) < 1:
+            raise UsageError(f"--stride '{text}': expected a number of levels or random:MEAN")
+        mean = int(number)
+        stride = cls(1, 2 * mean - 1) if law else cls(mean, mean)
+        if stride.high >= num_levels:
+            raise UsageError(f"--stride '{text}' reaches {stride.high} of {num_levels} levels: too far")
+        return stride
+
+    def draw(self, count: int, random: torch.Generator) -> Tensor:
+        """Independent strides, int64 [count]."""
+        return torch.randint(self.low, self.high + 1, (count,), generator=random)
+
+
+@dataclass(eq=False)
+class Pool:
+    """A source of batches for distillation.
+
+    x: [N, ...] states, on the storage device and in the storage dtype; t: int64 [N] on the CPU;
+    cond: rows per entry. The N entries are cut into `shards` equal parts, each with random numbers
+    of its own seeded by (seed, shard, step). eta: noise of a move. guidance_scale: of the chain and
+    the target together.
+    """
+
+    teacher: Denoiser
+    x: Tensor
+    t: Tensor
+    cond: Condition
+    stride: Stride = Stride()
+    eta: float = 1.0
+    guidance_scale: float = 1.0
+    condition_dropout: float = 0.0
+    seed: int = 0
+    shards: int = 8
+    step: int = 0
+    finished: int = 0
+    bounds: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        size = len(self.t)
+        self.bounds = [0]
+        for shard in range(self.shards):
+            self.bounds.append(self.bounds[-1] + size // self.shards + (shard < size % self.shards))
+
+    def draw(self, batch_size: int) -> Batch:
+        """A batch of distinct entries, an equal part from each shard, in O(batch)."""
+        rows: list[int] = []
+        for shard, count in self._shares(batch_size):
+            first, last = self.bounds[shard], self.bounds[shard + 1]
+            if count > last - first:
+                raise UsageError(
+                    f"a batch of {batch_size} cannot be drawn from a pool of {len(self.t)} in "
+                    f"{self.shards} shards: expected --pool-size of at least {batch_size}"
+                )
+            chooser = random.Random(derived_seed(self.seed, "draw", shard, self.step))
+            rows += chooser.sample(range(first, last), count)
+        index = torch.tensor(rows)
+        x = self.x[index.to(self.x.device)].to(self.teacher.device, torch.float32)
+        cond = {key: value[index] for key, value in self.cond.items()}
+        return Batch(x, self.t[index], cond, index)
+
+    @torch.no_grad()
+    def target(self, batch: Batch) -> Prediction:
+        """The one teacher evaluation of the batch (two with guidance)."""
+        return self.teacher.predict(batch, self.guidance_scale)
+
+    @torch.no_grad()
+    def advance(self, batch: Batch, target: Prediction) -> Finished:
+        """Replace the batch's entries by their next states.
+
+        A state at t goes to s = t - k. Where s < 0 its chain is finished: x_0 is emitted and the
+        entry starts again at s mod T, which keeps t uniform whatever the law of k. For k = 1 that
+        is pure noise at T-1, the paper's rule.
+        """
+        strides, z, start, fresh = self._randomness(batch)
+        s = batch.t - strides
+        done = s < 0
+        x = reverse_step(
+            self.teacher.process,
+            self.teacher.parameterization,
+            batch.x,
+            target,
+            batch.t,
+            s.clamp(min=-1),
+            z,
+            self.eta,
+        )
+        over = done.to(x.device)
+        out = Finished(x[over], {key: value[done] for key, value in batch.cond.items()})
+        t = s % self.teacher.process.num_levels
+        cond = {k: torch.where(rows(done, v), fresh[k], v) for k, v in batch.cond.items()}
+        if done.any():
+            again = {key: value[done] for key, value in cond.items()}
+            x[over] = self._restart(start[over], z[over], t[done], again)
+        self._store(batch.rows, x, t, cond)
+        self.finished += len(out.x_0)
+        self.step += 1
+        return out
+
+    def _restart(self, start: Tensor, z: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Fresh chains at levels t: pure noise at T-1, moved once by the teacher where t < T-1."""
+        process, top = self.teacher.process, self.teacher.process.num_levels - 1
+        x = process.start_std * start
+        moved = t < top
+        if moved.any():
+            on = moved.to(x.device)
+            level = torch.full((int(moved.sum()),), top)
+            part = Batch(x[on], level, {k: v[moved] for k, v in cond.items()}, level)
+            x[on] = reverse_step(
+                process,
+                self.teacher.parameterization,
+                part.x,
+                self.target(part),
+                level,
+                t[moved],
+                z[on],
+                self.eta,
+            )
+        return x
+
+    def _shares(self, batch_size: int) -> Iterator[tuple[int, int]]:
+        """How many entries of a batch each shard gives; small batches take shards in turns."""
+        if batch_size < self.shards:
+            for i in range(batch_size):
+                yield (self.step * batch_size + i) % self.shards, 1
+        else:
+            for shard in range(self.shards):
+                yield shard, batch_size // self.shards + (shard < batch_size % self.shards)
+
+    def _randomness(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Condition]:
+        """Strides, noise of the move, starting noise and fresh conditions for every entry."""
+        parts = []
+        for shard, count in self._shares(len(batch.t)):
+            host = generator("cpu", self.seed, "move", shard, self.step)
+            noise = generator(batch.x.device, self.seed, "noise", shard, self.step)
+            shape = (2, count, *batch.x.shape[1:])
+            both = torch.randn(shape, generator=noise, device=batch.x.device)
+            fresh = self.teacher.conditioning.draw(count, host, self.condition_dropout)
+            parts.append((self.stride.draw(count, host), both[0], both[1], fresh))
+        strides, z, start, conds = zip(*parts, strict=True)
+        fresh = {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
+        return torch.cat(strides), torch.cat(z), torch.cat(start), fresh
+
+    def _store(self, rows: Tensor, x: Tensor, t: Tensor, cond: Condition) -> None:
+        self.x[rows.to(self.x.device)] = x.to(self.x.device, self.x.dtype)
+        self.t[rows] = t
+        for key, value in cond.items():
+            self.cond[key][rows] = value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole pool as tensors."""
+        cond = {f"cond.{key}": value for key, value in self.cond.items()}
+        counts = {"step": torch.tensor(self.step), "finished": torch.tensor(self.finished)}
+        return {"x": self.x, "t": self.t, **cond, **counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a pool of the same size. Raises UsageError for one of another."""
+        if state["x"].shape != self.x.shape or state["x"].dtype != self.x.dtype:
+            raise UsageError(
+                f"the checkpoint's pool is {tuple(state['x'].shape)} {state['x'].dtype}, this run's "
+                f"{tuple(self.x.shape)} {self.x.dtype}: expected the options the run began with"
+            )
+        self.x.copy_(state["x"])
+        self.t.copy_(state["t"])
+        for key in self.cond:
+            self.cond[key].copy_(state[f"cond.{key}"])
+        self.step, self.finished = int(state["step"]), int(state["finished"])
+
+
+def rows(mask: Tensor, like: Tensor) -> Tensor:
+    """Shape a [B] mask so that it selects rows of a [B, ...] tensor."""
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def uniform_levels(size: int, num_levels: int, random: torch.Generator) -> Tensor:
+    """Levels spread evenly over 0..T-1 in random order, int64 [size]."""
+    u = (torch.arange(size) + torch.rand(size, generator=random, dtype=torch.float64)) / size
+    levels = (u * num_levels).long().clamp(max=num_levels - 1)
+    return levels[torch.randperm(size, generator=random)]
+
+
+def empty_pool(
+    teacher: Denoiser, size: int, storage: torch.device, dtype: torch.dtype, **fields: object
+) -> Pool:
+    """A pool of pure noise with every entry at T-1, ready to be filled.
+
+    Raises UsageError where it does not fit in the storage device's free memory.
+    """
+    shape = (size, *teacher.sample_shape)
+    check_memory(shape, dtype, storage)
+    top = teacher.process.num_levels - 1
+    x = torch.empty(shape, dtype=dtype, device=storage)
+    pool = Pool(teacher, x, torch.full((size,), top), {}, **fields)  # type: ignore[arg-type]
+    conds = []
+    for shard, (first, last) in enumerate(zip(pool.bounds, pool.bounds[1:], strict=False)):
+        noise = generator(storage, pool.seed, "start", shard)
+        part = torch.randn((last - first, *shape[1:]), generator=noise, device=storage)
+        x[first:last] = (teacher.process.start_std * part).to(dtype)
+        host = generator("cpu", pool.seed, "condition", shard)
+        conds.append(teacher.conditioning.draw(last - first, host, pool.condition_dropout))
+    pool.cond = {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
+    return pool
+
+
+def check_memory(shape: tuple[int, ...], dtype: torch.dtype, storage: torch.device) -> None:
+    """Raise UsageError where a tensor of this shape exceeds the free memory of its device."""
+    needed = torch.Size(shape).numel() * dtype.itemsize
+    if storage.type == "cuda":
+        free = torch.cuda.mem_get_info(storage)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        raise UsageError(
+            f"a pool of {shape[0]} entries of shape {shape[1:]} in {dtype} takes "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {storage}: expected a "
+            "smaller --rho or --pool-size, --pool-dtype float16, or --pool-device cpu"
+        )
+
+
+@torch.no_grad()
+def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
+    """Spread the entries over all levels: sample each with `num_steps` DDIM steps, noise it to its t.
+
+    Costs num_steps teacher evaluations an entry. The states lie where the few-step sampler puts
+    them; every label taken there later is exact.
+    """
+    teacher = pool.teacher
+    for part, levels, noise in _parts(pool, batch_size, "few-step fill"):
+        cond = {key: value[part] for key, value in pool.cond.items()}
+        shape = (len(levels), *teacher.sample_shape)
+
+        def draw(step: int, shape: tuple[int, ...] = shape, noise: torch.Generator = noise) -> Tensor:
+            del step
+            return torch.randn(shape, generator=noise, device=teacher.device)
+
+        x_0 = teacher.sample(draw, cond, num_steps, 0.0, pool.guidance_scale)
+        x = teacher.process.add_noise(x_0, draw(0), levels)
+        pool._store(part, x, levels, cond)
+
+
+@torch.no_grad()
+def fill_ancestral(pool: Pool, batch_size: int) -> None:
+    """Shuffle denoise (DKDM, algorithm 1): walk each entry from T-1 down to its own level.
+
+    Costs T-1-t teacher evaluations an entry, about T/2 on average, and is exact.
+    """
+    teacher = pool.teacher
+    process = teacher.process
+    for part, levels, noise in _parts(pool, batch_size, "ancestral fill", in_order=True):
+        cond = {key: value[part] for key, value in pool.cond.items()}
+        x = pool.x[part.to(pool.x.device)].to(teacher.device, torch.float32)
+        for level in range(process.num_levels - 1, int(levels.min()), -1):
+            active = levels < level
+            on = active.to(x.device)
+            t = torch.full((int(active.sum()),), level)
+            moving = Batch(x[on], t, {k: v[active] for k, v in cond.items()}, t)
+            z = torch.randn(moving.x.shape, generator=noise, device=x.device)
+            own = teacher.parameterization
+            x[on] = reverse_step(process, own, moving.x, pool.target(moving), t, t - 1, z, 1.0)
+        pool._store(part, x, levels, cond)
+
+
+def _parts(
+    pool: Pool, batch_size: int, label: str, in_order: bool = False
+) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+    """Cut every shard into batches: (rows, their levels, noise), with progress."""
+    device, levels_of = pool.teacher.device, pool.teacher.process.num_levels
+    with track(len(pool.t), 0, label) as progress:
+        for shard, (first, last) in enumerate(zip(pool.bounds, pool.bounds[1:], strict=False)):
+            host = generator("cpu", pool.seed, "levels", shard)
+            levels = uniform_levels(last - first, levels_of, host)
+            order = levels.argsort(descending=True) if in_order else torch.arange(last - first)
+            for i, chunk in enumerate(order.split(batch_size)):
+                yield first + chunk, levels[chunk], generator(device, pool.seed, "fill", shard, i)
+                progress(first + min((i + 1) * batch_size, last - first))

@@ -1,0 +1,304 @@
+"""Noise processes: `x_t = alpha_t * x_0 + sigma_t * eps` for integer t in 0..T-1 (0 = least noise).
+
+A process is a pair of tables and the number the network is fed for each t. Everything is kept in
+float64 on the CPU; timesteps live there too, so that looking a level up never waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dkdm.errors import UsageError
+
+Spacing = Literal["leading", "trailing", "linspace"]
+BETA_SCHEDULES = (
+    "linear",
+    "scaled_linear",
+    "squaredcos_cap_v2",
+    "sigmoid",
+    "laplace",
+    "exp",
+)
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What is done to a predicted x_0 before the chain uses it.
+
+    range: largest magnitude kept; None leaves x_0 alone.
+    quantile: if given, dynamic thresholding (Imagen, arXiv 2205.11487, sec. 2.3): each sample is
+        clamped to its own quantile s of |x_0|, 1 <= s <= range, and divided by s.
+    rederive_eps: True recomputes eps from the clipped x_0 (DDPM); False keeps it (diffusers' DDIM).
+    """
+
+    range: float | None = None
+    quantile: float | None = None
+    rederive_eps: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """A Gaussian noise process on T levels.
+
+    alpha, sigma: float64 [T], sigma > 0 everywhere; sigma / alpha grows with t.
+    network_time: float64 [T], the number the network is fed at each t.
+    final: (alpha, sigma) of the clean end, s = -1.
+    scheduler: the diffusers scheduler config (with `_class_name`) that samples this process.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    network_time: Tensor
+    final: tuple[float, float] = (1.0, 0.0)
+    clipping: Clipping = Clipping()
+    spacing: Spacing = "leading"
+    steps_offset: int = 0
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not len(self.alpha) == len(self.sigma) == len(self.network_time):
+            raise UsageError("process: alpha, sigma and network_time must have the same length T")
+        if not (self.sigma > 0).all() or not (self.alpha >= 0).all():
+            raise UsageError("process: expected sigma > 0 and alpha >= 0 at every level")
+        if not (torch.diff(self.alpha / self.sigma) < 0).all():
+            raise UsageError("process: alpha / sigma must fall strictly with t (0 = least noise)")
+
+    @property
+    def num_levels(self) -> int:
+        """T, the number of noise levels."""
+        return len(self.alpha)
+
+    @property
+    def start_std(self) -> float:
+        """Standard deviation of the state a chain starts from: 1, or sigma_{T-1} where alpha = 1."""
+        return float(self.sigma[-1]) if self.alpha[-1] == 1 else 1.0
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Look up (alpha, sigma) at t.
+
+        t: int64 [B] in -1..T-1, where -1 is the clean end. Returns two float64 [B] on the CPU.
+        """
+        t = t.cpu()
+        if t.numel() and not -1 <= int(t.min()) <= int(t.max()) < self.num_levels:
+            raise UsageError(
+                f"timestep out of range: expected -1..{self.num_levels - 1}, "
+                f"found {int(t.min())}..{int(t.max())}"
+            )
+        final_alpha, final_sigma = self.final
+        alpha = torch.cat([self.alpha, self.alpha.new_tensor([final_alpha])])
+        sigma = torch.cat([self.sigma, self.sigma.new_tensor([final_sigma])])
+        return alpha[t], sigma[t]
+
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2 of every level, float64 [T]."""
+        return (self.alpha / self.sigma) ** 2
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The forward process, `alpha_t * x_0 + sigma_t * eps` (DDPM, arXiv 2006.11239, Eq. 4).
+
+        x_0, eps: [B, ...]; t: int64 [B]. Returns [B, ...].
+        """
+        alpha, sigma = self.at(t)
+        return per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * eps
+
+    def timesteps(self, num_steps: int, spacing: Spacing | None = None) -> list[int]:
+        """The levels a sampler of `num_steps` steps visits, from most to least noise.
+
+        Spacings as in diffusers (arXiv 2305.08891, table 2). Raises UsageError for a number of
+        steps outside 1..T.
+        """
+        total = self.num_levels
+        if not 1 <= num_steps <= total:
+            raise UsageError(f"sampling steps: expected 1..{total}, found {num_steps}")
+        spacing = spacing or self.spacing
+        if spacing == "linspace":
+            levels = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round()
+        elif spacing == "trailing":
+            levels = total - torch.arange(num_steps, dtype=torch.float64) * (total / num_steps)
+            levels = levels.round() - 1
+        else:
+            levels = torch.arange(num_steps) * (total // num_steps) + self.steps_offset
+        levels = levels.long().clamp(max=total - 1).unique()
+        return levels.flip(0).tolist()
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Shape [B] values so that they multiply a [B, ...] tensor, in its dtype and on its device."""
+    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def beta_schedule(name: str, num_levels: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
+    """One of diffusers' named beta schedules in float64, shape [T].
+
+    Raises UsageError for an unknown name.
+    """
+    if name == "linear":
+        return torch.linspace(start, end, num_levels, dtype=torch.float64)
+    if name == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, num_levels, dtype=torch.float64) ** 2
+    if name == "sigmoid":
+        ramp = torch.linspace(-6, 6, num_levels, dtype=torch.float64)
+        return torch.sigmoid(ramp) * (end - start) + start
+    if name in _ALPHA_BAR:
+        u = torch.arange(num_levels + 1, dtype=torch.float64) / num_levels
+        alpha_bar = torch.tensor([_ALPHA_BAR[name](v) for v in u.tolist()], dtype=torch.float64)
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise UsageError(f"unknown beta schedule '{name}': expected one of {', '.join(BETA_SCHEDULES)}")
+
+
+def _cosine(u: float) -> float:
+    """Improved DDPM, arXiv 2102.09672, Eq. 17."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace(u: float) -> float:
+    """Laplace schedule, arXiv 2407.03297, as diffusers computes it."""
+    magnitude = math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    snr = math.exp(-0.5 * math.copysign(1, 0.5 - u) * magnitude)
+    return math.sqrt(snr / (1 + snr))
+
+
+_ALPHA_BAR = {
+    "squaredcos_cap_v2": _cosine,
+    "laplace": _laplace,
+    "exp": lambda u: math.exp(-12 * u),
+}
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha_bar) so that the last level is pure noise.
+
+    betas: float64 [T]. Source: arXiv 2305.08891, algorithm 1.
+    """
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    alpha_bar = ((root - last) * first / (first - last)) ** 2
+    ratio = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - ratio
+
+
+def from_betas(betas: Tensor, **fields: Any) -> Process:
+    """A variance-preserving process from per-step variances.
+
+    betas: [T] in (0, 1]. fields: any other field of `Process`. Source: DDPM, arXiv 2006.11239.
+    """
+    alpha_bar = torch.cumprod(1 - betas.double(), dim=0)
+    times = torch.arange(len(betas), dtype=torch.float64)
+    return Process(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), times, **fields)
+
+
+def rectified_flow(num_levels: int = 1000, shift: float = 1.0, **fields: Any) -> Process:
+    """A straight-line flow, `x_t = (1 - sigma) x_0 + sigma eps`, sigma = 1 at t = T-1.
+
+    shift: moves levels towards noise, `shift * u / (1 + (shift - 1) u)` for u = (t + 1) / T (SD3,
+    arXiv 2403.03206, Eq. 23). The network is fed sigma * T.
+    """
+    u = torch.arange(1, num_levels + 1, dtype=torch.float64) / num_levels
+    sigma = shift * u / (1 + (shift - 1) * u)
+    return Process(1 - sigma, sigma, sigma * num_levels, **fields)
+
+
+def karras(
+    num_levels: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, **fields: Any
+) -> Process:
+    """The variance-exploding levels of EDM, alpha = 1 (arXiv 2206.00364, Eq. 5).
+
+    The network is fed c_noise = ln(sigma) / 4 (table 1).
+    """
+    ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigma = (low + ramp * (high - low)) ** rho
+    return Process(torch.ones_like(sigma), sigma, sigma.log() / 4, **fields)
+
+
+_REFUSED = {
+    "CMStochasticIterativeScheduler": "a consistency model maps noise to data in one jump and has "
+    "no reverse transition p(x_prev | x_t) to learn from; distil the diffusion model it came from",
+    "LCMScheduler": "a latent consistency model has no reverse transition p(x_prev | x_t); distil "
+    "the diffusion model it came from",
+    "TCDScheduler": "a trajectory consistency model has no reverse transition p(x_prev | x_t); "
+    "distil the diffusion model it came from",
+}
+
+
+def from_scheduler_config(config: Mapping[str, Any]) -> Process:
+    """The process of a diffusers DDPM or DDIM scheduler config, recomputed in float64.
+
+    config: as in `scheduler_config.json`. Raises UsageError for a scheduler that defines no
+    one-step transition, or one that is not supported, and for an unknown beta schedule.
+    """
+    name = config.get("_class_name", "")
+    if name in _REFUSED:
+        raise UsageError(f"scheduler {name} cannot teach: {_REFUSED[name]}")
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return _from_flow_config(config)
+    if name not in ("DDPMScheduler", "DDIMScheduler"):
+        raise UsageError(
+            f"scheduler '{name or 'without _class_name'}' is not supported: expected DDPMScheduler, "
+            "DDIMScheduler or FlowMatchEulerDiscreteScheduler. If the model was trained with a "
+            "beta schedule, save a DDPMScheduler with the same betas and prediction type beside it"
+        )
+    return _from_beta_config(config)
+
+
+def _from_beta_config(config: Mapping[str, Any]) -> Process:
+    if config.get("trained_betas") is not None:
+        betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    else:
+        betas = beta_schedule(
+            config.get("beta_schedule", "linear"),
+            config.get("num_train_timesteps", 1000),
+            config.get("beta_start", 1e-4),
+            config.get("beta_end", 0.02),
+        )
+    if config.get("rescale_betas_zero_snr"):
+        betas = zero_terminal_snr(betas)
+    is_ddim = config["_class_name"] == "DDIMScheduler"
+    process = from_betas(
+        betas,
+        clipping=_clipping(config, rederive_eps=not is_ddim),
+        spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+        scheduler=dict(config),
+    )
+    if is_ddim and not config.get("set_alpha_to_one", True):
+        final = (float(process.alpha[0]), float(process.sigma[0]))
+        process = replace(process, final=final)
+    return process
+
+
+def _clipping(config: Mapping[str, Any], rederive_eps: bool) -> Clipping:
+    if config.get("thresholding"):
+        return Clipping(
+            range=config.get("sample_max_value", 1.0),
+            quantile=config.get("dynamic_thresholding_ratio", 0.995),
+            rederive_eps=rederive_eps,
+        )
+    if config.get("clip_sample", True):
+        return Clipping(range=config.get("clip_sample_range", 1.0), rederive_eps=rederive_eps)
+    return Clipping(rederive_eps=rederive_eps)
+
+
+def _from_flow_config(config: Mapping[str, Any]) -> Process:
+    odd = [key for key in _UNSUPPORTED_FLOW if config.get(key)]
+    if odd:
+        raise UsageError(f"FlowMatchEulerDiscreteScheduler with {', '.join(odd)} is not supported")
+    levels, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+    return rectified_flow(levels, shift, spacing="trailing", scheduler=dict(config))
+
+
+_UNSUPPORTED_FLOW = (
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)

@@ -1,0 +1,134 @@
+"""What a running training shows and writes: the progress line, metrics.jsonl, loss per level."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+BUCKETS = 10
+
+
+class LossPerLevel:
+    """Mean loss in ten equal ranges of t, summed on the device between two lines of metrics."""
+
+    def __init__(self, num_levels: int, device: torch.device) -> None:
+        self.num_levels = num_levels
+        self.sums = torch.zeros(2, BUCKETS, device=device)
+
+    def add(self, t: Tensor, losses: Tensor) -> None:
+        """Count the losses [B] of samples at t [B]."""
+        bucket = (t * BUCKETS // self.num_levels).to(losses.device)
+        both = torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)])
+        self.sums.index_add_(1, bucket, both)
+
+    def take(self) -> list[float | None]:
+        """The means since the last call, least noise first; None where no sample fell."""
+        totals, counts = self.sums.tolist()
+        self.sums.zero_()
+        return [total / n if n else None for total, n in zip(totals, counts, strict=True)]
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, appended; lines after `step` are dropped first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [entry for entry in read_metrics(path) if entry.get("step", 0) <= step]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(entry) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a line cut off by a crash is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
+@contextmanager
+def track(total: int, done: int, label: str = "training") -> Iterator[Callable[..., None]]:
+    """Show progress with rate and ETA on stderr; yields `update(done, loss=None)`.
+
+    On a terminal a bar; elsewhere a line every ten seconds.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _bar(console, total, done, label) as update:
+            yield update
+    else:
+        yield _lines(total, done, label)
+
+
+@contextmanager
+def _bar(console: Console, total: int, done: int, label: str) -> Iterator[Callable[..., None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total, completed=done, loss="", rate="")
+        started, last_shown = time.monotonic(), 0.0
+
+        def update(now_done: int, loss: Tensor | None = None) -> None:
+            nonlocal last_shown
+            now = time.monotonic()
+            if now - last_shown < 0.5 and now_done < total:
+                return
+            last_shown = now
+            rate = (now_done - done) / max(now - started, 1e-9)
+            shown = "" if loss is None else f"loss {float(loss):.4f}"
+            progress.update(task, completed=now_done, loss=shown, rate=f"{rate:.1f}/s")
+
+        yield update
+
+
+def _lines(total: int, done: int, label: str) -> Callable[..., None]:
+    started = last_shown = time.monotonic()
+
+    def update(now_done: int, loss: Tensor | None = None) -> None:
+        nonlocal last_shown
+        now = time.monotonic()
+        if now - last_shown < 10 and now_done < total:
+            return
+        last_shown = now
+        rate = (now_done - done) / max(now - started, 1e-9)
+        left = (total - now_done) / max(rate, 1e-9)
+        shown = "" if loss is None else f", loss {float(loss):.4f}"
+        print(
+            f"{label}: {now_done}/{total}{shown}, {rate:.2f}/s, {left / 60:.1f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return update

@@ -1,0 +1,111 @@
+"""Where batches come from: the two verbs `draw` and `advance`, and the target of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dkdm.conditioning import ClassLabels, Conditioning
+from dkdm.denoiser import Batch
+from dkdm.errors import UsageError
+from dkdm.prediction import Parameterization, Prediction, from_x_0_eps
+from dkdm.process import Process
+from dkdm.randomness import generator
+
+
+class Source(Protocol):
+    """A stream of noisy samples with targets."""
+
+    def draw(self, batch_size: int) -> Batch:
+        """The next batch."""
+
+    def target(self, batch: Batch) -> Prediction:
+        """What a student should predict for it: one teacher evaluation, or the noise added."""
+
+    def advance(self, batch: Batch, target: Prediction) -> Any:
+        """Move the batch's states on; the same evaluation is the next state."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on exactly, as tensors."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore it."""
+
+
+@dataclass(eq=False)
+class Images:
+    """Real images, noised to a uniform t; the target is the noise that was added.
+
+    images: [N, C, H, W] in [-1, 1]; labels: int64 [N], used where the conditioning has classes.
+    condition_dropout: probability of the null class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    process: Process
+    parameterization: Parameterization
+    conditioning: Conditioning
+    seed: int = 0
+    condition_dropout: float = 0.0
+    device: torch.device = torch.device("cpu")
+    step: int = 0
+
+    def draw(self, batch_size: int) -> Batch:
+        """Images in epochs of random order, at independent uniform levels."""
+        if batch_size > len(self.images):
+            raise UsageError(
+                f"batch size {batch_size} is larger than the {len(self.images)} images"
+            )
+        rows = self._rows(batch_size)
+        random = generator("cpu", self.seed, "draw", self.step)
+        t = torch.randint(self.process.num_levels, (batch_size,), generator=random)
+        x_0 = self.images[rows].to(self.device)
+        x = self.process.add_noise(x_0, self._eps(x_0.shape), t)
+        return Batch(x, t, self._condition(rows, random), rows)
+
+    def target(self, batch: Batch) -> Prediction:
+        """The image and the noise themselves."""
+        x_0 = self.images[batch.rows].to(self.device)
+        eps = self._eps(x_0.shape)
+        alpha, sigma = self.process.at(batch.t)
+        own = self.parameterization
+        output = from_x_0_eps(own.prediction, x_0, eps, alpha, sigma, own.sigma_data)
+        return Prediction(output, x_0, eps)
+
+    def advance(self, batch: Batch, target: Prediction) -> None:
+        """On to the next images."""
+        del batch, target
+        self.step += 1
+
+    def _rows(self, batch_size: int) -> Tensor:
+        per_epoch = len(self.images) // batch_size
+        epoch, position = divmod(self.step, per_epoch)
+        order = torch.randperm(
+            len(self.images), generator=generator("cpu", self.seed, "epoch", epoch)
+        )
+        return order[position * batch_size : (position + 1) * batch_size]
+
+    def _eps(self, shape: torch.Size) -> Tensor:
+        random = generator(self.device, self.seed, "noise", self.step)
+        return torch.randn(shape, generator=random, device=self.device)
+
+    def _condition(self, rows: Tensor, random: torch.Generator) -> dict[str, Tensor]:
+        if not isinstance(self.conditioning, ClassLabels):
+            return {}
+        labels = self.labels[rows]
+        if self.condition_dropout:
+            dropped = torch.rand(len(rows), generator=random) < self.condition_dropout
+            null = self.conditioning.null(len(rows))["class_labels"]
+            labels = torch.where(dropped, null, labels)
+        return {"class_labels": labels}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The step: everything random follows from it and the seed."""
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from that step."""
+        self.step = int(state["step"])

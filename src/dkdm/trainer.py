@@ -1,0 +1,220 @@
+"""The loop: draw, predict, match, advance."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from dkdm import checkpoint
+from dkdm.config import RunConfig
+from dkdm.denoiser import Denoiser
+from dkdm.errors import DkdmError
+from dkdm.objective import Objective
+from dkdm.progress import LossPerLevel, MetricsFile, track
+from dkdm.sources import Source
+
+
+class Ema:
+    """Exponential moving average of a network's weights, warmed up as (1 + n) / (10 + n)."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Move every floating-point weight towards the network's; copy the others."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        new = network.state_dict()
+        floating = [k for k, v in self.weights.items() if v.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.weights[k] for k in floating], [new[k].detach() for k in floating], 1 - decay
+        )
+        for key in self.weights.keys() - set(floating):
+            self.weights[key].copy_(new[key])
+
+
+@dataclass(eq=False)
+class Trainer:
+    """A student, its source, and all that changes while one learns from the other.
+
+    name: the network's folder in checkpoints and in the output, "unet" or "transformer".
+    validate: called with the step and a student carrying the averaged weights.
+    """
+
+    config: RunConfig
+    student: Denoiser
+    source: Source
+    objective: Objective
+    accelerator: Accelerator
+    name: str = "unet"
+    validate: Callable[[int, Denoiser], None] | None = None
+    step_number: int = 0
+    first_bad_step: Tensor = field(default_factory=lambda: torch.tensor(-1))
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.network: nn.Module = self.student.network  # type: ignore[assignment]
+        self.network.train().requires_grad_(True)
+        self.ema = Ema(self.network.to(self.accelerator.device), config.ema_decay)
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        wrapped, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.student = replace(self.student, network=wrapped)
+        self.objective = replace(self.objective, student=self.student)
+        self.levels = LossPerLevel(self.student.process.num_levels, self.accelerator.device)
+
+    def step(self) -> Tensor:
+        """One optimizer step; returns the mean loss, still on the device."""
+        losses = []
+        for _ in range(self.config.gradient_accumulation_steps):
+            with self.accelerator.accumulate(self.student.network):
+                batch = self.source.draw(self.config.train_batch_size)
+                target = self.source.target(batch)
+                with self.accelerator.autocast():
+                    prediction = self.student.predict(batch)
+                per_sample = self.objective(prediction, target, batch.x, batch.t)
+                self.accelerator.backward(per_sample.mean())
+                self._update()
+                self.source.advance(batch, target)
+            self.levels.add(batch.t, per_sample.detach())
+            losses.append(per_sample.detach().mean())
+        self.step_number += 1
+        self.ema.update(self.network)
+        return torch.stack(losses).mean()
+
+    def _update(self) -> None:
+        if self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        if self.accelerator.sync_gradients:
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def run(self) -> None:
+        """Train to the last step, with metrics, checkpoints and sample grids on the way."""
+        config = self.config
+        metrics = MetricsFile(config.output_dir / "metrics.jsonl", self.step_number)
+        with track(config.max_train_steps, self.step_number) as progress:
+            started, first = time.monotonic(), self.step_number
+            while self.step_number < config.max_train_steps:
+                loss = self.step()
+                self._note_bad(loss)
+                if self._due(config.logging_steps):
+                    self._check_finite()
+                    elapsed = time.monotonic() - started
+                    metrics.write(self._metrics(loss, (self.step_number - first) / elapsed))
+                progress(self.step_number, loss)
+                if self._due(config.checkpointing_steps):
+                    self.save()
+                if self.validate and config.validation_steps and self._due(config.validation_steps):
+                    self.validate(self.step_number, self.averaged())
+
+    def _due(self, every: int) -> bool:
+        last = self.step_number == self.config.max_train_steps
+        return last or (every > 0 and self.step_number % every == 0)
+
+    def _note_bad(self, loss: Tensor) -> None:
+        """Remember the first step whose loss is not finite, without waiting for the device."""
+        known = self.first_bad_step.to(loss.device)
+        bad = ~loss.isfinite() & (known < 0)
+        self.first_bad_step = torch.where(bad, self.step_number, known)
+
+    def _check_finite(self) -> None:
+        bad = int(self.first_bad_step)
+        if bad >= 0:
+            kept = checkpoint.checkpoints(self.config.output_dir)
+            raise DkdmError(
+                f"the loss became NaN or infinite at step {bad}. The last good checkpoint is "
+                f"{kept[-1] if kept else '(none yet)'}. Try a lower --learning-rate, a lower "
+                "--max-grad-norm or --mixed-precision no, with --resume-from-checkpoint latest"
+            )
+
+    def _metrics(self, loss: Tensor, steps_per_second: float) -> dict[str, Any]:
+        entry = {
+            "step": self.step_number,
+            "loss": float(loss),
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "steps_per_second": round(steps_per_second, 3),
+            "loss_per_level": self.levels.take(),
+        }
+        if self.objective.teacher is not None:
+            entry["teacher_evaluations"] = self.objective.teacher.evaluations
+        self.accelerator.log({"loss": entry["loss"]}, step=self.step_number)
+        return entry
+
+    def averaged(self) -> Denoiser:
+        """A copy of the student with the averaged weights (the plain ones without EMA)."""
+        network = copy.deepcopy(self.network)
+        if self.config.use_ema:
+            network.load_state_dict(self.ema.weights)
+        return replace(self.student, network=network.eval().requires_grad_(False))
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that changes, and delete those beyond the limit."""
+        self._check_finite()
+        if self.accelerator.is_main_process:
+            folder = self.config.output_dir / f"checkpoint-{self.step_number}"
+            checkpoint.write_folder(folder, self._fill)
+            checkpoint.rotate(self.config.output_dir, self.config.checkpoints_total_limit)
+
+    def _fill(self, folder: Path) -> None:
+        tensors, groups = checkpoint.split_optimizer(self.optimizer.state_dict())
+        checkpoint.save_network(self.network, folder / self.name)
+        checkpoint.save_network(self.network, folder / f"{self.name}_ema", self.ema.weights)
+        checkpoint.write_tensors(folder / "optimizer.safetensors", tensors)
+        checkpoint.write_tensors(folder / "source.safetensors", self.source.state_dict())
+        checkpoint.write_tensors(folder / "random.safetensors", checkpoint.random_state())
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step_number,
+            "ema_updates": self.ema.updates,
+            "optimizer": groups,
+            "lr_scheduler": _plain(self.lr_scheduler.state_dict()),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "teacher_evaluations": self.objective.teacher.evaluations if self.objective.teacher else 0,
+        }
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    def resume(self, folder: Path) -> None:
+        """Go on exactly from a checkpoint. Raises DkdmError where it is damaged."""
+        checkpoint.verify_folder(folder)
+        state = json.loads((folder / "state.json").read_text())
+        checkpoint.load_network_weights(self.network, folder / self.name)
+        averaged = checkpoint.read_tensors(folder / f"{self.name}_ema" / checkpoint.WEIGHTS)
+        self.ema.weights = {k: v.to(self.accelerator.device) for k, v in averaged.items()}
+        self.ema.updates = state["ema_updates"]
+        tensors = checkpoint.read_tensors(folder / "optimizer.safetensors")
+        self.optimizer.load_state_dict(checkpoint.join_optimizer(tensors, state["optimizer"]))
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if state["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.source.load_state_dict(checkpoint.read_tensors(folder / "source.safetensors"))
+        checkpoint.set_random_state(checkpoint.read_tensors(folder / "random.safetensors"))
+        if self.objective.teacher is not None:
+            self.objective.teacher.evaluations = state["teacher_evaluations"]
+        self.step_number = state["step"]
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a scheduler's state that is numbers; its functions are rebuilt from the config."""
+    return {k: v for k, v in state.items() if k != "lr_lambdas"} | {"lr_lambdas": [None]}
