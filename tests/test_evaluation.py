@@ -15,7 +15,6 @@ from dkdm.evaluation import (
     ReferenceName,
     class_agreement,
     evaluate_images,
-    extract_features,
     feature_statistics,
     frechet_distance,
     load_feature_network,
@@ -114,7 +113,7 @@ def test_reference_is_a_gaussian_of_the_stated_size(name: ReferenceName, count: 
     assert reference.features.count == count
     assert reference.features.mean.shape == (64,)
     assert covariance.dtype == torch.float64
-    assert torch.equal(covariance, covariance.T)
+    torch.testing.assert_close(covariance, covariance.T, rtol=0, atol=1e-12)
     assert torch.linalg.eigvalsh(covariance).min() > -1e-9
     assert reference.class_variance.shape == (10,)
     assert (reference.class_variance > 0).all()
@@ -145,6 +144,13 @@ def test_noise_is_far_from_fashion_and_obeys_no_class() -> None:
     assert metrics.class_agreement < 0.3
     assert metrics.num_samples == 1000
     assert metrics.reference == "fashion-test"
+
+
+def test_class_agreement_is_the_share_of_labels_the_network_predicts() -> None:
+    images = noise_images(8)
+    labels = load_feature_network()(images).argmax(dim=1)
+    labels[:2] = (labels[:2] + 1) % 10
+    assert class_agreement(images, labels) == 0.75
 
 
 def test_collapsed_classes_have_no_variance() -> None:
@@ -185,13 +191,10 @@ def test_unknown_reference_is_refused() -> None:
 @needs_data
 def test_card_and_statistics_are_those_of_the_data() -> None:
     images, labels = load_fashion_mnist("test")
-    network, reference = load_feature_network(), load_reference("fashion-test")
-    features = FeatureStatistics.of(extract_features(network, images))
-    torch.testing.assert_close(features.mean, reference.features.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        features.covariance, reference.features.covariance, rtol=1e-3, atol=1e-5
-    )
-    torch.testing.assert_close(within_class_variance(images, labels), reference.class_variance)
+    metrics = evaluate_images(images, labels)
     accuracy = claimed(r"Test accuracy \| ([\d.]+)%") / 100
     assert accuracy >= 0.9
-    assert class_agreement(images, labels) == pytest.approx(accuracy, abs=3e-4)
+    assert metrics.class_agreement == pytest.approx(accuracy, abs=3e-4)
+    assert metrics.fd == pytest.approx(0, abs=1e-5)
+    assert metrics.variance_ratio_mean == pytest.approx(1, abs=1e-9)
+    assert metrics.variance_ratio_min == pytest.approx(1, abs=1e-9)

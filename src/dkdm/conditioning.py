@@ -49,11 +49,13 @@ class ClassLabels:
 
     null_class: the id that means "no class"; None where the model has none.
     classes: the ids to draw from, uniformly; None draws from all.
+    names: what the ids mean, for pictures; None shows numbers.
     """
 
     num_classes: int
     null_class: int | None = None
     classes: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         self.check(self.classes or ())

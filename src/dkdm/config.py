@@ -74,8 +74,8 @@ class RunConfig:
     """Trackers, comma-separated (tensorboard, trackio, wandb); None writes metrics.jsonl only."""
     evaluation_samples: int = 1000
     """Samples drawn from each model for the final distances; 0 skips them."""
-    guidance_scale: float = 1.0
-    """Guidance of the final samples, grids and distances; 1 is none, and costs half."""
+    sampling_guidance_scale: float = 1.0
+    """Guidance of the sample grids and the final distances; 1 is none, and costs half."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ class DistillConfig(RunConfig):
     """Levels a state moves a step: a number, or random:M for a uniform law of mean M."""
     eta: float = 1.0
     """Noise of a move: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
-    chain_guidance_scale: float = 1.0
-    """Guidance of the teacher in the chain and the target (baked in); 1 is none; costs double."""
+    guidance_scale: float = 1.0
+    """Guidance baked into the student: the chain and the target are guided; costs double."""
     classes: tuple[int, ...] | None = None
     """Class ids the student is to learn; None is all of the teacher's."""
     vlb_weight: float = 1.0

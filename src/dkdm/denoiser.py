@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,6 +68,14 @@ class Denoiser:
         return torch.device("cpu")
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Precision of the network's parameters; None where it has none."""
+        if isinstance(self.network, nn.Module):
+            for tensor in self.network.parameters():
+                return tensor.dtype
+        return None
+
+    @property
     def num_parameters(self) -> int:
         """How many parameters the network has."""
         if not isinstance(self.network, nn.Module):
@@ -103,6 +111,7 @@ class Denoiser:
         shown = scale_input(
             self.parameterization.prediction, x, sigma, self.parameterization.sigma_data
         )
+        shown = shown if self.dtype is None else shown.to(self.dtype)
         time = self.process.network_time[t.cpu()].to(x.device, torch.float32)
         fixed = {key: torch.full((len(t),), value) for key, value in self.constants.items()}
         cond = {key: value.to(x.device) for key, value in {**fixed, **cond}.items()}
@@ -115,6 +124,24 @@ class Denoiser:
                 f"{tuple(x.shape)}; expected {(len(x), expected, *x.shape[2:])}"
             )
         return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Evaluate two blank samples. Raises UsageError where network and shapes do not fit."""
+        before = self.evaluations
+        cond = self.conditioning.draw(2, torch.Generator().manual_seed(0))
+        x = torch.zeros(2, *self.sample_shape, device=self.device)
+        t = torch.tensor([0, self.process.num_levels - 1])
+        try:
+            self.predict(Batch(x, t, cond, t))
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{self.name} does not fit samples of shape {self.sample_shape} with conditions "
+                f"{sorted(cond) or 'none'}: {type(error).__name__}: {error}"
+            ) from error
+        self.evaluations = before
 
     @torch.no_grad()
     def sample(
@@ -137,11 +164,3 @@ class Denoiser:
         x = self.process.start_std * noise(-1).to(self.device)
         steps = self.process.timesteps(num_steps)
         return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
-
-
-def labels_of(conditioning: Conditioning, labels: Sequence[int]) -> Condition:
-    """The condition for class ids. Raises UsageError for a model without classes."""
-    of = getattr(conditioning, "of", None)
-    if of is None:
-        raise UsageError("classes were asked for, but this model has no class labels")
-    return of(labels)  # type: ignore[no-any-return]

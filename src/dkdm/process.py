@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,14 +119,12 @@ class Process:
             raise UsageError(f"sampling steps: expected 1..{total}, found {num_steps}")
         spacing = spacing or self.spacing
         if spacing == "linspace":
-            levels = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round()
+            levels: np.ndarray = np.linspace(0, total - 1, num_steps).round()
         elif spacing == "trailing":
-            levels = total - torch.arange(num_steps, dtype=torch.float64) * (total / num_steps)
-            levels = levels.round() - 1
+            levels = np.arange(total, 0, -total / num_steps)[:num_steps].round() - 1
         else:
-            levels = torch.arange(num_steps) * (total // num_steps) + self.steps_offset
-        levels = levels.long().clamp(max=total - 1).unique()
-        return levels.flip(0).tolist()
+            levels = np.arange(num_steps) * (total // num_steps) + self.steps_offset
+        return sorted({min(int(level), total - 1) for level in levels}, reverse=True)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -193,15 +192,19 @@ def from_betas(betas: Tensor, **fields: Any) -> Process:
     return Process(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), times, **fields)
 
 
-def rectified_flow(num_levels: int = 1000, shift: float = 1.0, **fields: Any) -> Process:
+def rectified_flow(
+    num_levels: int = 1000, shift: float = 1.0, lowest: float | None = None, **fields: Any
+) -> Process:
     """A straight-line flow, `x_t = (1 - sigma) x_0 + sigma eps`, sigma = 1 at t = T-1.
 
-    shift: moves levels towards noise, `shift * u / (1 + (shift - 1) u)` for u = (t + 1) / T (SD3,
-    arXiv 2403.03206, Eq. 23). The network is fed sigma * T.
+    shift: moves levels towards noise, `shift * u / (1 + (shift - 1) u)` for T even steps of u up to
+    1 (SD3, arXiv 2403.03206, Eq. 23); lowest: u at t = 0, None is 1 / T. The network is fed
+    sigma * T.
     """
-    u = torch.arange(1, num_levels + 1, dtype=torch.float64) / num_levels
+    start = 1 / num_levels if lowest is None else lowest
+    u = torch.linspace(start, 1, num_levels, dtype=torch.float64)
     sigma = shift * u / (1 + (shift - 1) * u)
-    return Process(1 - sigma, sigma, sigma * num_levels, **fields)
+    return Process(1 - sigma, sigma, sigma * num_levels, **{"spacing": "trailing", **fields})
 
 
 def karras(
@@ -214,7 +217,8 @@ def karras(
     ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigma = (low + ramp * (high - low)) ** rho
-    return Process(torch.ones_like(sigma), sigma, sigma.log() / 4, **fields)
+    times = sigma.log() / 4
+    return Process(torch.ones_like(sigma), sigma, times, **{"spacing": "trailing", **fields})
 
 
 _REFUSED = {
@@ -290,7 +294,9 @@ def _from_flow_config(config: Mapping[str, Any]) -> Process:
     if odd:
         raise UsageError(f"FlowMatchEulerDiscreteScheduler with {', '.join(odd)} is not supported")
     levels, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
-    return rectified_flow(levels, shift, spacing="trailing", scheduler=dict(config))
+    # The scheduler's set_timesteps, which every pipeline calls, shifts its lowest level twice.
+    lowest = shift / (levels + shift - 1)
+    return rectified_flow(levels, shift, lowest, scheduler=dict(config))
 
 
 _UNSUPPORTED_FLOW = (

@@ -17,7 +17,7 @@ def fashion_teacher() -> TrainConfig:
         images="fashion-mnist",
         network="unet-tiny",
         sample_shape=(1, 16, 16),
-        max_train_steps=6500,
+        max_train_steps=3500,
         train_batch_size=64,
         learning_rate=1e-3,
         lr_scheduler="cosine",
@@ -26,14 +26,40 @@ def fashion_teacher() -> TrainConfig:
         condition_dropout=0.1,
         checkpointing_steps=250,
         validation_steps=500,
-        evaluation_samples=5000,
-        validation_sampling_steps=50,
-        guidance_scale=1.0,
+        validation_sampling_steps=25,
+        sampling_guidance_scale=2.0,
+        evaluation_samples=2000,
+    )
+
+
+def demo() -> DistillConfig:
+    """The embedded teacher into a transformer, in minutes on two CPU cores."""
+    return DistillConfig(
+        output_dir=Path("runs/demo"),
+        teacher="builtin:fashion",
+        student="dit-xs",
+        max_train_steps=400,
+        train_batch_size=96,
+        learning_rate=2e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=30,
+        ema_decay=0.98,
+        condition_dropout=0.1,
+        pool_size=1536,
+        fill_steps=8,
+        stride="random:50",
+        eta=0.0,
+        checkpointing_steps=200,
+        validation_steps=100,
+        validation_sampling_steps=20,
+        sampling_guidance_scale=2.0,
+        evaluation_samples=1000,
     )
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "fashion-teacher": fashion_teacher,
+    "demo": demo,
 }
 
 
@@ -46,6 +72,3 @@ def recipe(name: str, kind: type[RunConfig]) -> RunConfig:
     if name not in fitting:
         raise UsageError(f"unknown recipe '{name}': expected one of {', '.join(fitting)}")
     return RECIPES[name]()
-
-
-__all__ = ["RECIPES", "DistillConfig", "fashion_teacher", "recipe"]

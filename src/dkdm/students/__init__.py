@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dkdm.conditioning import ClassLabels, Conditioning
-from dkdm.denoiser import Batch, Denoiser
+from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.plugins import import_object
 from dkdm.prediction import Parameterization
 from dkdm.process import Process
 from dkdm.students.presets import PRESETS, Preset
 
-__all__ = ["PRESETS", "Preset", "build_network", "build_denoiser", "student_of", "try_once"]
+__all__ = ["PRESETS", "Preset", "build_network", "build_denoiser", "student_of"]
 
 
 def student_of(spec: str, teacher: Denoiser) -> Denoiser:
@@ -43,12 +41,11 @@ def build_denoiser(
     """Build a network for these and try it once."""
     out_channels = sample_shape[0] * (2 if parameterization.learns_variance else 1)
     network = build_network(spec, sample_shape, out_channels, conditioning)
+    constants = {} if isinstance(conditioning, ClassLabels) else _constants(network)
     denoiser = Denoiser(
-        network, process, parameterization, sample_shape, conditioning, _constants(network), spec
+        network, process, parameterization, sample_shape, conditioning, constants, spec
     )
-    if isinstance(conditioning, ClassLabels):
-        denoiser = replace(denoiser, constants={})
-    try_once(denoiser)
+    denoiser.check()
     return denoiser
 
 
@@ -98,31 +95,3 @@ def _from_factory(
     if not isinstance(network, nn.Module):
         raise UsageError(f"student factory {spec} returned {type(network).__name__}: expected an nn.Module")
     return network
-
-
-def import_object(spec: str) -> Any:
-    """Import `module:name`. Raises UsageError where either is missing."""
-    module, _, name = spec.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"cannot import {spec}: {error}") from error
-
-
-@torch.no_grad()
-def try_once(denoiser: Denoiser) -> None:
-    """Run the network on two samples. Raises UsageError where the shapes do not fit."""
-    generator = torch.Generator().manual_seed(0)
-    cond = denoiser.conditioning.draw(2, generator)
-    x = torch.zeros(2, *denoiser.sample_shape, device=denoiser.device)
-    t = torch.tensor([0, denoiser.process.num_levels - 1])
-    try:
-        denoiser.predict(Batch(x, t, cond, t))
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"{denoiser.name} does not fit samples of shape {denoiser.sample_shape} with conditions "
-            f"{sorted(cond) or 'none'}: {type(error).__name__}: {error}"
-        ) from error
-    denoiser.evaluations = 0

@@ -1,0 +1,289 @@
+"""The command line: `dkdm COMMAND ...`, nothing but parsing, calling and printing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+from rich.console import Console
+
+from dkdm.config import DistillConfig, RunConfig, TrainConfig, from_mapping
+from dkdm.errors import DkdmError, UsageError
+from dkdm.recipes import RECIPES, recipe
+from dkdm.version import __version__
+
+Config = TypeVar("Config", bound=RunConfig)
+Labels = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Which pretrained model."""
+
+    model: Annotated[str, tyro.conf.Positional] = "builtin:fashion"
+    """A run, a diffusers folder, a hub id, builtin:NAME, or module:factory."""
+    subfolder: str | None = None
+    """Subfolder of the pipeline inside the folder or repository."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Weight variant such as fp16."""
+    dtype: str = "float32"
+    """Precision of the weights: float32, float16 or bfloat16."""
+
+
+@dataclass(frozen=True)
+class SampleOptions(TeacherOptions):
+    """Draw samples and save them as a grid."""
+
+    output: Path = Path("samples.png")
+    """Picture to write; .safetensors writes the tensor [N, C, H, W] in [-1, 1] instead."""
+    num_samples: int = 40
+    """How many."""
+    steps: int = 25
+    """Sampler steps, each one network evaluation a sample."""
+    sampler: str = "ddim"
+    """ddim (deterministic) or ddpm (ancestral)."""
+    seed: int = 0
+    """Sample i depends on (seed, i)."""
+    classes: Labels = None
+    """Class ids, repeated in turns; None takes all classes in turns."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+
+@dataclass(frozen=True)
+class InspectOptions(TeacherOptions):
+    """Show what a model is and check that it denoises."""
+
+    output: Path | None = None
+    """Picture to write with a grid of its samples."""
+    num_samples: int = 8
+    """Samples of the check."""
+    steps: int = 50
+    """Sampler steps of the check."""
+    json: bool = False
+    """Print JSON for machines."""
+
+
+@dataclass(frozen=True)
+class StudentsOptions:
+    """List the named students at a teacher's sample shape."""
+
+    teacher: str = "builtin:fashion"
+    """Whose shape and conditioning they are fitted to."""
+    json: bool = False
+    """Print JSON for machines."""
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Check the environment."""
+
+    json: bool = False
+    """Print JSON for machines."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write a run's report.html anew."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's output folder."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a failure, 2 for wrong usage."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        return _dispatch(args)
+    except DkdmError as error:
+        if debug:
+            raise
+        print(f"dkdm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        hint = "go on with --resume-from-checkpoint latest"
+        print(f"\ndkdm: interrupted; {hint}", file=sys.stderr)
+        return 130
+
+
+def _dispatch(args: list[str]) -> int:
+    if args and args[0] in ("-V", "--version"):
+        print(f"dkdm {__version__}")
+        return 0
+    if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
+        _usage(unknown=args[0] if args and args[0] not in ("-h", "--help") else None)
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module="diffusers|accelerate|huggingface_hub")
+    return COMMANDS[args[0]][1](args[1:])
+
+
+def _usage(unknown: str | None) -> None:
+    out = sys.stdout if unknown is None else sys.stderr
+    if unknown is not None:
+        print(f"dkdm: unknown command '{unknown}'", file=out)
+    print("usage: dkdm COMMAND [options]      dkdm COMMAND --help\n", file=out)
+    for name, (summary, _) in COMMANDS.items():
+        print(f"  {name:10s} {summary}", file=out)
+    print("\n  --debug shows the traceback of a failure, --version the version", file=out)
+
+
+def _run_config(kind: type[Config], command: str, args: list[str]) -> tuple[Config, bool]:
+    """Parse a run's options on top of a recipe or a config file."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--config", type=Path)
+    first.add_argument("--dry-run", "--dry_run", action="store_true")
+    known, rest = first.parse_known_args(args)
+    default: RunConfig = kind()
+    if known.recipe:
+        default = recipe(known.recipe, kind)
+    if known.config:
+        default = _config_file(kind, known.config)
+    recipes = [name for name, make in RECIPES.items() if isinstance(make(), kind)]
+    description = (
+        f"{COMMANDS[command][0]}\n\n--recipe NAME starts from one of: {', '.join(recipes)}. "
+        "--config FILE starts from a config.json. --dry-run only says what would be done."
+    )
+    config = tyro.cli(
+        kind, default=default, args=rest, prog=f"dkdm {command}", description=description
+    )
+    return config, known.dry_run  # type: ignore[return-value]
+
+
+def _config_file(kind: type[Config], path: Path) -> Config:
+    try:
+        return from_mapping(kind, json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"--config {path}: {error}") from error
+
+
+def _distill(args: list[str]) -> int:
+    config, dry_run = _run_config(DistillConfig, "distill", args)
+    from dkdm.api import describe, distill
+
+    if dry_run:
+        print(describe(config))
+        return 0
+    folder = distill(config=config)
+    print(f"{folder}/report.html")
+    return 0
+
+
+def _train(args: list[str]) -> int:
+    config, dry_run = _run_config(TrainConfig, "train", args)
+    from dkdm.api import train
+
+    if dry_run:
+        print(json.dumps(dataclasses.asdict(config), indent=2, default=str))
+        return 0
+    print(f"{train(config)}/README.md")
+    return 0
+
+
+def _sample(args: list[str]) -> int:
+    options = tyro.cli(SampleOptions, args=args, prog="dkdm sample")
+    from dkdm.api import sample_to_file
+
+    sample_to_file(
+        _load(options),
+        options.output,
+        num_samples=options.num_samples,
+        num_steps=options.steps,
+        sampler=options.sampler,
+        seed=options.seed,
+        classes=options.classes,
+        guidance_scale=options.guidance_scale,
+        overwrite=options.overwrite,
+    )
+    print(options.output)
+    return 0
+
+
+def _load(options: TeacherOptions):  # type: ignore[no-untyped-def]
+    from dkdm.teachers import load_teacher
+
+    return load_teacher(
+        options.model,
+        subfolder=options.subfolder,
+        revision=options.revision,
+        variant=options.variant,
+        dtype=options.dtype,
+    )
+
+
+def _inspect(args: list[str]) -> int:
+    options = tyro.cli(InspectOptions, args=args, prog="dkdm inspect")
+    from dkdm.api import sample_to_file
+    from dkdm.inspection import inspect_denoiser, print_inspection
+
+    denoiser = _load(options)
+    found = inspect_denoiser(denoiser, num_samples=options.num_samples, num_steps=options.steps)
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_inspection(found, Console())
+    if options.output:
+        sample_to_file(
+            denoiser, options.output, num_samples=options.num_samples, num_steps=options.steps
+        )
+    return 0
+
+
+def _students(args: list[str]) -> int:
+    options = tyro.cli(StudentsOptions, args=args, prog="dkdm students")
+    from dkdm.students.listing import list_students, print_students
+    from dkdm.teachers import load_teacher
+
+    teacher = load_teacher(options.teacher)
+    rows = list_students(teacher)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    else:
+        print_students(rows, teacher, Console())
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    options = tyro.cli(DoctorOptions, args=args, prog="dkdm doctor")
+    from dkdm.doctor import examine, print_findings
+
+    findings = examine()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        print_findings(findings, Console())
+    return int(any(finding.status == "problem" for finding in findings))
+
+
+def _report(args: list[str]) -> int:
+    options = tyro.cli(ReportOptions, args=args, prog="dkdm report")
+    from dkdm.report import write_report
+
+    print(write_report(options.run))
+    return 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "distill": ("Distil a teacher into a student of any architecture, without images.", _distill),
+    "train": ("Train a model on images: a teacher, or a baseline.", _train),
+    "inspect": ("Show what a model is, and check that it really denoises.", _inspect),
+    "students": ("List the named students at a teacher's sample shape.", _students),
+    "sample": ("Draw samples from a model.", _sample),
+    "report": ("Write a run's report.html anew.", _report),
+    "doctor": ("Check the environment.", _doctor),
+}

@@ -1,0 +1,209 @@
+"""Teacher and student side by side: pictures from the same noise, distances, gaps, cost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dkdm.conditioning import ClassLabels, Condition, Conditioning
+from dkdm.denoiser import Batch, Denoiser
+from dkdm.errors import UsageError
+from dkdm.evaluation.classes import evaluate_images
+from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
+from dkdm.evaluation.features import IMAGE_SHAPE, NUM_FEATURES, ReferenceName, load_reference
+from dkdm.evaluation.frechet import frechet_distance
+from dkdm.evaluation.results import Comparison, LevelGap, Measurement, ModelResult
+from dkdm.evaluation.same_noise import Plan, balanced_condition, draw
+from dkdm.objective import simple_loss
+from dkdm.process import Process
+from dkdm.progress import track
+from dkdm.randomness import generator
+
+GAP_LEVELS = 16
+GAP_SAMPLES = 64
+SPEED_BATCH = 64
+FASHION_CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+def compare(
+    teacher: Denoiser,
+    student: Denoiser,
+    *,
+    num_samples: int,
+    num_steps: int,
+    seed: int,
+    guidance_teacher: float = 1.0,
+    guidance_student: float = 1.0,
+    eta: float = 0.0,
+    batch_size: int = 256,
+    reference: ReferenceName | None = None,
+) -> Comparison:
+    """Draw from both models with the same noise and measure what comes out.
+
+    Class labels are balanced. The distances are measured against `reference` where the samples are
+    `[1, 16, 16]`; None measures none. `eta` as in `Denoiser.sample`. The models' modes and
+    evaluation counters stay as they were. Raises `UsageError` for models of different sample
+    shapes and for numbers below 1, `DkdmError` where samples to be measured are not finite.
+    """
+    _check_shapes(teacher, student)
+    plan = Plan(num_samples, num_steps, seed, eta, batch_size)
+    cond = balanced_condition(student.conditioning, num_samples, seed)
+    fitting = reference if tuple(teacher.sample_shape) == IMAGE_SHAPE else None
+    with undisturbed(teacher), undisturbed(student), track(2 * num_samples, 0, "comparing") as show:
+        drawn = draw(teacher, cond, plan, guidance_teacher, show)
+        copied = draw(student, cond, plan, guidance_student, lambda n: show(num_samples + n))
+        few = min(num_samples, GAP_SAMPLES, batch_size)
+        gaps = level_gaps(
+            teacher, student, drawn[:few], cond, seed, guidance_teacher, guidance_student
+        )
+    labels = cond.get("class_labels")
+    return Comparison(
+        teacher=_measure(teacher, drawn, labels, guidance_teacher, fitting, batch_size),
+        student=_measure(student, copied, labels, guidance_student, fitting, batch_size),
+        sample_shape=tuple(teacher.sample_shape),
+        num_levels=teacher.process.num_levels,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        eta=eta,
+        seed=seed,
+        device=_describe(student.device),
+        gap_samples=few,
+        gaps=gaps,
+        same_noise_difference=_mean_difference(drawn, copied),
+        other_noise_difference=_other_noise_difference(drawn, copied, labels),
+        measurement=measurement_of(fitting) if fitting else None,
+        class_names=_class_names(student.conditioning, fitting),
+        samples=_first_samples(drawn, copied, labels),
+    )
+
+
+def _check_shapes(teacher: Denoiser, student: Denoiser) -> None:
+    if tuple(teacher.sample_shape) != tuple(student.sample_shape):
+        raise UsageError(
+            f"the samples of {teacher.name} have shape {tuple(teacher.sample_shape)}, those of "
+            f"{student.name} {tuple(student.sample_shape)}: expected the same shape"
+        )
+
+
+@torch.no_grad()
+def level_gaps(
+    teacher: Denoiser,
+    student: Denoiser,
+    x_0: Tensor,
+    cond: Condition,
+    seed: int,
+    guidance_teacher: float = 1.0,
+    guidance_student: float = 1.0,
+) -> tuple[LevelGap, ...]:
+    """Measure how far the outputs are apart at `GAP_LEVELS` levels, least noise first.
+
+    x_0: [N, ...] samples of the teacher, noised to each level; cond: at least N rows. Empty where
+    the models have different processes.
+    """
+    if not _same_levels(teacher.process, student.process):
+        return ()
+    count = len(x_0)
+    rows = {key: value[:count] for key, value in cond.items()}
+    gaps = []
+    for level in torch.linspace(0, teacher.process.num_levels - 1, GAP_LEVELS).long().unique():
+        t = level.repeat(count)
+        eps = torch.randn(x_0.shape, generator=generator("cpu", seed, "gap", int(level)))
+        x = teacher.process.add_noise(x_0, eps, t)
+        target = teacher.predict(Batch(x.to(teacher.device), t, rows, t), guidance_teacher)
+        found = student.predict(Batch(x.to(student.device), t, rows, t), guidance_student)
+        nothing = found._replace(output=torch.zeros_like(found.output))
+        gap = float(simple_loss(student, found, target, t).mean())
+        power = float(simple_loss(student, nothing, target, t).mean())
+        gaps.append(LevelGap(int(level), gap, gap / power if power else 0.0))
+    return tuple(gaps)
+
+
+def _same_levels(a: Process, b: Process) -> bool:
+    return torch.equal(a.alpha, b.alpha) and torch.equal(a.sigma, b.sigma)
+
+
+def _measure(
+    denoiser: Denoiser,
+    images: Tensor,
+    labels: Tensor | None,
+    guidance_scale: float,
+    reference: ReferenceName | None,
+    batch_size: int,
+) -> ModelResult:
+    metrics = None
+    if reference is not None:
+        metrics = evaluate_images(images.clamp(-1, 1), labels, reference)
+    speed = evaluations_per_second(denoiser, min(batch_size, SPEED_BATCH))
+    return ModelResult(
+        name=denoiser.name,
+        network=type(denoiser.network).__name__,
+        parameters=denoiser.num_parameters,
+        macs=count_macs(denoiser),
+        evaluations_per_second=speed,
+        guidance_scale=guidance_scale,
+        metrics=metrics,
+    )
+
+
+def measurement_of(reference: ReferenceName) -> Measurement:
+    """Describe how distances to `reference` are measured, with the floor that real images set."""
+    other: ReferenceName = "fashion-train" if reference == "fashion-test" else "fashion-test"
+    real, floor = load_reference(reference).features, load_reference(other).features
+    return Measurement(
+        features=f"{NUM_FEATURES} features of dkdm's packaged 16x16 Fashion-MNIST classifier",
+        reference=reference,
+        reference_images=real.count,
+        real_images=floor.count,
+        real_distance=frechet_distance(floor.mean, floor.covariance, real.mean, real.covariance),
+    )
+
+
+def _class_names(
+    conditioning: Conditioning, reference: ReferenceName | None
+) -> tuple[str, ...] | None:
+    """The model's own names; those of Fashion-MNIST where that is what it is measured against."""
+    if not isinstance(conditioning, ClassLabels):
+        return None
+    return conditioning.names or (FASHION_CLASS_NAMES if reference else None)
+
+
+def _mean_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().mean())
+
+
+def _other_noise_difference(
+    teacher: Tensor, student: Tensor, labels: Tensor | None
+) -> float | None:
+    """The classes come in turns, so the next sample of the same class is one turn away."""
+    turn = 1 if labels is None else len(labels.unique())
+    if len(teacher) <= turn:
+        return None
+    return _mean_difference(teacher[turn:], student[:-turn])
+
+
+def _first_samples(teacher: Tensor, student: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """Enough samples to look at: six a class, 40 to 100 in all."""
+    count = 40 if labels is None else min(max(40, 6 * len(labels.unique())), 100)
+    samples = {"teacher": teacher, "student": student}
+    if labels is not None:
+        samples["labels"] = labels
+    return {key: value[:count].clone() for key, value in samples.items()}
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return str(device)

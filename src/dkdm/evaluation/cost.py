@@ -1,0 +1,85 @@
+"""What a network costs: multiply-accumulates and network evaluations per second."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dkdm.denoiser import Batch, Denoiser
+
+
+@contextmanager
+def undisturbed(denoiser: Denoiser) -> Iterator[None]:
+    """Evaluate without a trace: in evaluation mode, with mode and evaluation counter restored."""
+    network = denoiser.network
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    modes, evaluations = [module.training for module in modules], denoiser.evaluations
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        denoiser.evaluations = evaluations
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
+
+
+@torch.no_grad()
+def count_macs(denoiser: Denoiser) -> int:
+    """Count the multiply-accumulates of one network evaluation of one sample.
+
+    Convolutions, matrix products and attention count; elementwise arithmetic does not. Attention is
+    computed by its plain formula here, since torch does not count its fused form on the CPU.
+    """
+    counter = FlopCounterMode(display=False)
+    with undisturbed(denoiser), _plain_attention(), counter:
+        denoiser.predict(_probe(denoiser, 1))
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def evaluations_per_second(denoiser: Denoiser, batch_size: int = 64, seconds: float = 1.0) -> float:
+    """Measure how many samples a second pass through the network, in batches of `batch_size`.
+
+    The median of the batches that fit into `seconds` after a warm-up; at least one.
+    """
+    with undisturbed(denoiser):
+        batch = _probe(denoiser, batch_size)
+        _timed(denoiser, batch)
+        deadline, durations = time.perf_counter() + seconds, [_timed(denoiser, batch)]
+        while time.perf_counter() + durations[-1] < deadline:
+            durations.append(_timed(denoiser, batch))
+    return batch_size / statistics.median(durations)
+
+
+def _timed(denoiser: Denoiser, batch: Batch) -> float:
+    started = time.perf_counter()
+    denoiser.predict(batch)
+    if denoiser.device.type == "cuda":
+        torch.cuda.synchronize(denoiser.device)
+    return time.perf_counter() - started
+
+
+def _probe(denoiser: Denoiser, count: int) -> Batch:
+    cond = denoiser.conditioning.draw(count, torch.Generator().manual_seed(0))
+    x = torch.zeros(count, *denoiser.sample_shape, device=denoiser.device)
+    t = torch.full((count,), denoiser.process.num_levels // 2)
+    return Batch(x, t, cond, t)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

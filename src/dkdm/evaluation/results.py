@@ -1,0 +1,166 @@
+"""What a comparison of teacher and student found, and how it lies in a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dkdm.errors import DkdmError
+from dkdm.evaluation.classes import Metrics
+
+EVALUATION = "evaluation.json"
+SAMPLES = "samples/comparison.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What was measured of one of the two models.
+
+    - `network`: class name of the network.
+    - `macs`: multiply-accumulates of one network evaluation of one sample.
+    - `evaluations_per_second`: samples through the network, unguided.
+    - `guidance_scale`: of its samples; other than 1 costs two evaluations a step.
+    - `metrics`: None where no packaged features fit or no reference was given.
+    """
+
+    name: str
+    network: str
+    parameters: int
+    macs: int
+    evaluations_per_second: float
+    guidance_scale: float
+    metrics: Metrics | None
+
+    def images_per_second(self, num_steps: int) -> float:
+        """Finished samples a second with a sampler of `num_steps` steps."""
+        evaluations = num_steps * (1 if self.guidance_scale == 1 else 2)
+        return self.evaluations_per_second / evaluations
+
+
+@dataclass(frozen=True)
+class LevelGap:
+    """How far the student's output is from the teacher's at level t.
+
+    - `gap`: mean squared difference, in the student's parameterization.
+    - `relative`: the same as a share of the teacher's mean squared output.
+    """
+
+    t: int
+    gap: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How the distances were measured, so that a reader can judge them.
+
+    - `reference_images`: how many real images the reference statistics summarize.
+    - `real_distance`: what `real_images` real ones, the other packaged split, measure: the floor.
+    """
+
+    features: str
+    reference: str
+    reference_images: int
+    real_images: int
+    real_distance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A teacher and its student, drawn from the same noise and measured the same way.
+
+    - `gap_samples`: teacher samples noised again for each of `gaps`; no gaps where the two models
+      have different noise levels.
+    - `same_noise_difference`: mean |teacher - student| over all samples and pixels.
+    - `other_noise_difference`: the same with the teacher's next sample of the same class, which has
+      other noise; None with too few samples. The first over this is 0 for a perfect copy, 1 for a
+      student that shares nothing but the class.
+    - `samples`: `teacher` and `student` [M, ...] for the first M samples, and `labels` int64 [M]
+      where the models have classes.
+    """
+
+    teacher: ModelResult
+    student: ModelResult
+    sample_shape: tuple[int, ...]
+    num_levels: int
+    num_samples: int
+    num_steps: int
+    eta: float
+    seed: int
+    device: str
+    gap_samples: int
+    gaps: tuple[LevelGap, ...]
+    same_noise_difference: float
+    other_noise_difference: float | None
+    measurement: Measurement | None
+    class_names: tuple[str, ...] | None
+    samples: Mapping[str, Tensor]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every field but the samples as JSON-ready values."""
+        return asdict(replace(self, samples={})) | {"samples": SAMPLES}
+
+    def save(self, run_dir: Path) -> None:
+        """Write `evaluation.json` and `samples/comparison.safetensors` into a run folder."""
+        (run_dir / SAMPLES).parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(self.samples), run_dir / SAMPLES)
+        text = json.dumps(self.as_dict(), indent=2) + "\n"
+        (run_dir / EVALUATION).write_text(text, encoding="utf-8")
+
+
+def read_evaluation(run_dir: Path) -> Comparison:
+    """Read the `evaluation.json` that `Comparison.save` wrote; `samples` is empty.
+
+    Raises `DkdmError` where it is missing or damaged.
+    """
+    try:
+        return _from_dict(json.loads((run_dir / EVALUATION).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise DkdmError(f"{EVALUATION} is missing: it is written when a run ends") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DkdmError(f"{EVALUATION} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def read_samples(run_dir: Path) -> dict[str, Tensor]:
+    """Read the samples that `Comparison.save` wrote: `teacher`, `student` and perhaps `labels`.
+
+    Raises `DkdmError` where they are missing or damaged.
+    """
+    try:
+        samples = load_file(run_dir / SAMPLES)
+    except FileNotFoundError:
+        raise DkdmError(f"{SAMPLES} is missing: it is written when a run ends") from None
+    except (OSError, SafetensorError) as error:
+        raise DkdmError(f"{SAMPLES} cannot be read ({error})") from error
+    if samples.keys() - {"labels"} != {"teacher", "student"}:
+        raise DkdmError(f"{SAMPLES} holds {', '.join(samples)}: expected teacher and student")
+    return samples
+
+
+def _from_dict(values: Mapping[str, Any]) -> Comparison:
+    known = {field.name: values[field.name] for field in fields(Comparison)}
+    measurement, names = values["measurement"], values["class_names"]
+    return Comparison(
+        **known
+        | {
+            "teacher": _model_from_dict(values["teacher"]),
+            "student": _model_from_dict(values["student"]),
+            "sample_shape": tuple(values["sample_shape"]),
+            "gaps": tuple(LevelGap(**gap) for gap in values["gaps"]),
+            "measurement": Measurement(**measurement) if measurement else None,
+            "class_names": tuple(names) if names else None,
+            "samples": {},
+        }
+    )
+
+
+def _model_from_dict(values: Mapping[str, Any]) -> ModelResult:
+    metrics = values["metrics"]
+    return ModelResult(**{**values, "metrics": Metrics(**metrics) if metrics else None})

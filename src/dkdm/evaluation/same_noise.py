@@ -1,0 +1,75 @@
+"""Draw from several models with the same noise: sample i is a function of (seed, i)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dkdm.conditioning import ClassLabels, Condition, Conditioning
+from dkdm.denoiser import Denoiser
+from dkdm.errors import UsageError
+from dkdm.randomness import generator
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How samples are drawn: sample i depends on (seed, i) and never on `batch_size`."""
+
+    num_samples: int
+    num_steps: int
+    seed: int
+    eta: float = 0.0
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        for what in ("num_samples", "num_steps", "batch_size"):
+            if getattr(self, what) < 1:
+                raise UsageError(f"{what}: expected at least 1, found {getattr(self, what)}")
+
+
+def balanced_condition(conditioning: Conditioning, count: int, seed: int) -> Condition:
+    """Conditions for `count` samples: the classes in turns, or random where there are none."""
+    if isinstance(conditioning, ClassLabels):
+        classes = conditioning.classes or range(conditioning.num_classes)
+        return conditioning.of([classes[i % len(classes)] for i in range(count)])
+    return conditioning.draw(count, generator("cpu", seed, "comparison", "condition"))
+
+
+def draw(
+    denoiser: Denoiser,
+    cond: Condition,
+    plan: Plan,
+    guidance_scale: float = 1.0,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Draw samples [num_samples, ...] for the conditions, one row a sample; they are on the CPU.
+
+    progress: called with the number of samples drawn so far.
+    """
+    parts = []
+    for first in range(0, plan.num_samples, plan.batch_size):
+        indices = range(first, min(first + plan.batch_size, plan.num_samples))
+        rows = {key: value[indices.start : indices.stop] for key, value in cond.items()}
+        noise = shared_noise(denoiser, plan.seed, indices)
+        sampled = denoiser.sample(noise, rows, plan.num_steps, plan.eta, guidance_scale)
+        parts.append(sampled.cpu())
+        if progress is not None:
+            progress(indices.stop)
+    return torch.cat(parts)
+
+
+def shared_noise(denoiser: Denoiser, seed: int, indices: range) -> Callable[[int], Tensor]:
+    """The noise of samples `indices`: step -> [B, ...], step -1 the start, whatever the model.
+
+    It is drawn on the CPU, so that every device starts from the same.
+    """
+
+    def noise(step: int) -> Tensor:
+        randoms = (generator("cpu", seed, "comparison", index, step) for index in indices)
+        draws = [torch.randn(denoiser.sample_shape, generator=random) for random in randoms]
+        return torch.stack(draws).to(denoiser.device)
+
+    return noise
