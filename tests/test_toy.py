@@ -165,14 +165,17 @@ def test_the_network_knows_its_level_exactly(process, dtype):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("ddpm", "epsilon"), ("zero-snr", "v_prediction"), ("flow", "flow_prediction"), ("karras", "edm")],
+    [
+        ("ddpm", "epsilon"),
+        ("zero-snr", "v_prediction"),
+        ("flow", "flow_prediction"),
+        ("karras", "edm"),
+    ],
 )
 def test_sampling_gives_the_mixture_back(name, kind, eta):
     denoiser = mixture_denoiser(TRIANGLE, PROCESSES[name], Parameterization(kind))
     random = normal(5)
-    x = denoiser.sample(
-        lambda _: torch.randn(4000, 2, generator=random).double(), {}, LEVELS, eta
-    )
+    x = denoiser.sample(lambda _: torch.randn(4000, 2, generator=random).double(), {}, LEVELS, eta)
     assert_follows(x, TRIANGLE)
     assert denoiser.evaluations == 4000 * LEVELS
 

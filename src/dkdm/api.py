@@ -20,7 +20,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.evaluation.classes import Metrics, evaluate_images
 from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare
-from dkdm.evaluation.features import IMAGE_SHAPE, ReferenceName
+from dkdm.evaluation.features import ReferenceName
 from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.same_noise import Plan, balanced_condition, draw
 from dkdm.export import component_name, write_card, write_pipeline
@@ -290,7 +290,7 @@ def _compare(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> Com
     if config.evaluation_samples == 0:
         return None
     for_teacher, for_student = _guidance(config)
-    fashion = student.sample_shape == IMAGE_SHAPE and teacher.name == "builtin:fashion"
+    fashion = getattr(teacher.conditioning, "names", None) == FASHION_CLASS_NAMES
     comparison = compare(
         teacher,
         student,

@@ -12,7 +12,7 @@ from markupsafe import Markup
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 400, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 66, 16, 12, 46
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def _names(x_label: str, y_label: str) -> Markup:
 def _line(line: Series, frame: Frame, x_label: str) -> Markup:
     places = [(frame.place(x, y), x, y) for x, y in line.drawable()]
     path = " ".join(f"{left} {top}" for (left, top), _, _ in places)
-    drawn = Markup('<path class="line {}" d="M{}"/>').format(line.style, path) if places else Markup()
+    drawn = (
+        Markup('<path class="line {}" d="M{}"/>').format(line.style, path) if places else Markup()
+    )
     dot = Markup('<circle class="{}" cx="{}" cy="{}" r="3.5"><title>{}</title></circle>')
     for (left, top), x, y in places if line.markers else []:
         drawn += dot.format(line.style, left, top, f"{line.name}: {y:.4g} at {x_label} {x:g}")

@@ -10,12 +10,11 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
@@ -31,9 +30,10 @@ from dkdm.progress import read_metrics
 
 REPORT = "report.html"
 FIRST = 10  # samples in the picture at the top
-PER_BLOCK = 6  # samples side by side in the pictures below it
+PER_BLOCK = 5  # samples side by side in the pictures below it
 LARGEST_PICTURE = 128  # pixels; larger samples are averaged down for the page
 STAGES = 6  # sample grids shown of the training
+UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 Read = TypeVar("Read")
 
 
@@ -117,7 +117,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read what a run folder holds. Raises UsageError where `config.json` is missing or no config."""
+    """Read what a run folder holds. Raises UsageError without a `config.json` of a run."""
     run = Run(read_config(run_dir / "config.json"), read_metrics(run_dir / "metrics.jsonl"))
     if not run.metrics:
         run.missing.append("metrics.jsonl has no line: no training step was logged.")
@@ -128,7 +128,8 @@ def read_run(run_dir: Path) -> Run:
     if run.is_distillation:
         run.comparison = _or_missing(partial(read_evaluation, run_dir), run.missing)
         run.samples = _or_missing(partial(read_samples, run_dir), run.missing) or {}
-    run.stages = read_stages(run_dir / "samples", run.missing)
+    if run.config.validation_steps:
+        run.stages = read_stages(run_dir / "samples", run.missing)
     return run
 
 
@@ -267,7 +268,7 @@ def _class_name(run: Run, row: int) -> str:
 def _strip(run: Run, title: str, rows: list[int], size: int) -> Strip:
     teacher, student = (_reduced(run.samples[key][rows]) for key in ("teacher", "student"))
     picture = comparison_strip(teacher, student)
-    scale = size / teacher.shape[2]
+    height = teacher.shape[2]
     shown = title or ", ".join(filter(None, (_class_name(run, row) for row in rows)))
     return Strip(
         title=title,
@@ -275,11 +276,16 @@ def _strip(run: Run, title: str, rows: list[int], size: int) -> Strip:
         picture=png_data_uri(picture),
         width=picture.width,
         height=picture.height,
-        scale=max(1, math.floor(scale)),
-        narrow=max(1, math.floor(min(scale, 48 / teacher.shape[2]))),
+        scale=_whole(size / height),
+        narrow=_whole(min(size, 48) / height),
         alt=f"{len(rows)} samples{': ' if shown else ''}{shown}. "
         "Rows: teacher, student, their difference.",
     )
+
+
+def _whole(scale: float) -> float:
+    """Small pixels are enlarged a whole number of times, so that all are of one size."""
+    return math.floor(scale) if scale >= 2 else round(scale, 3)
 
 
 def _reduced(images: Tensor) -> Tensor:
@@ -295,10 +301,10 @@ def tiles(run: Run) -> list[Tile]:
     last = run.metrics[-1] if run.metrics else {}
     if evaluations := last.get("teacher_evaluations"):
         detail = f"samples through the teacher in {run.step:,} steps"
-        found.append(Tile("Teacher evaluations", *count(evaluations).split(), detail=detail))
+        found.append(Tile("Teacher evaluations", *in_units(evaluations), detail))
     if rate := last.get("steps_per_second"):
         detail = f"{run.step:,} steps, {number(rate)} a second"
-        found.append(Tile("Training time", *duration(run.step / rate).split(), detail=detail))
+        found.append(Tile("Training time", *duration(run.step / rate), detail))
     return found
 
 
@@ -349,7 +355,8 @@ def _metric_tiles(comparison: Comparison) -> list[Tile]:
         found.append(
             Tile(
                 "Right class",
-                *percent(student.class_agreement).split(),
+                f"{100 * student.class_agreement:.1f}",
+                "%",
                 f"show the class asked for · teacher {percent(teacher.class_agreement)}",
                 teacher.class_agreement,
                 student.class_agreement,
@@ -363,7 +370,7 @@ def _copy_tile(comparison: Comparison) -> list[Tile]:
     if not other:
         return []
     detail = "between two pictures from the same noise; from different noise it is 100 %"
-    return [Tile("Distance to the teacher", *percent(same / other).split(), detail)]
+    return [Tile("Distance to the teacher", f"{100 * same / other:.1f}", "%", detail)]
 
 
 def compared(value: float, base: float, less: str) -> tuple[str, str]:
@@ -426,18 +433,17 @@ def _is_number(value: object) -> bool:
 
 
 def command_line(config: RunConfig) -> str:
-    """The command that repeats the run: every option that differs from its default."""
+    """The command that repeats the run: every option that differs from its default, one a line."""
     verb = "distill" if isinstance(config, DistillConfig) else "train"
-    words = ["dkdm", verb, "--output-dir", "runs/again"]
+    options = [["--output-dir", "runs/again"]]
     for item in fields(config):
         value = getattr(config, item.name)
-        fixed = item.name in ("output_dir", "resume_from_checkpoint")
-        if not fixed and item.default is not MISSING and value != item.default:
-            words += _flag(item.name.replace("_", "-"), value)
-    return shlex.join(words)
+        if item.name not in ("output_dir", "resume_from_checkpoint") and value != item.default:
+            options.append(_option(item.name.replace("_", "-"), value))
+    return " \\\n  ".join([f"dkdm {verb}", *map(shlex.join, options)])
 
 
-def _flag(name: str, value: Any) -> list[str]:
+def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     values = value if isinstance(value, tuple) else (value,)
@@ -445,13 +451,16 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def count(value: float) -> str:
-    """A count in three digits: 9,412, 393 k, 1.81 M, 75.8 M, 2.1 G."""
+    """A count in three digits: 9,412, 393 k, 1.81 M, 75.8 M, 2.10 G."""
+    return " ".join(filter(None, in_units(value)))
+
+
+def in_units(value: float) -> tuple[str, str]:
+    """A count in three digits, and the unit it is in: ('1.81', 'M'); whole below 10,000."""
     if value < 10_000:
-        return f"{value:,.0f}"
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= size:
-            return f"{number(value / size)} {unit}"
-    return f"{value / 1000:.0f} k"
+        return f"{value:,.0f}", ""
+    unit, size = next((unit, size) for unit, size in UNITS if value >= size)
+    return number(value / size), unit
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -467,8 +476,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
+def duration(seconds: float) -> tuple[str, str]:
+    """Seconds, minutes or hours, whichever reads best, and the unit."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f}", "s"
+    return (f"{seconds / 60:.0f}", "min") if seconds < 7200 else (f"{seconds / 3600:.1f}", "h")

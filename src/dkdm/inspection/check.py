@@ -1,0 +1,194 @@
+"""The denoising check: the verdict, what it rests on, and what to try where it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dkdm.denoiser import Denoiser
+from dkdm.errors import UsageError
+from dkdm.evaluation.cost import undisturbed
+from dkdm.inspection.denoising import (
+    BEST_RATIO,
+    WORST_RATIO,
+    LevelError,
+    Samples,
+    denoises,
+    given_samples,
+    level_errors,
+    own_samples,
+)
+from dkdm.inspection.readings import better_reading
+from dkdm.process import Process
+
+# Measured: 0.01 of the values after minutes of training, 0.1 where the data is 1.5 times too wide.
+CLIPPED_SHARE = 0.04
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Range, mean and standard deviation of all values of a set of samples."""
+
+    low: float
+    high: float
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Concern:
+    """Something that looks wrong: what was seen, what was expected, what to try."""
+
+    seen: str
+    expected: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class DenoisingCheck:
+    """The verdict, the errors by rising noise, the model's own samples, gravest concerns first."""
+
+    denoises: bool
+    levels: tuple[LevelError, ...]
+    samples: Spread
+    concerns: tuple[Concern, ...]
+
+
+NOT_FINITE = Concern(
+    "its samples are not finite",
+    "finite numbers",
+    "hold it in float32; if its samples still are not finite, the weights are damaged",
+)
+
+
+@torch.no_grad()
+def check_denoising(
+    denoiser: Denoiser,
+    *,
+    num_samples: int = 8,
+    num_steps: int = 50,
+    seed: int = 0,
+    images: Tensor | None = None,
+) -> DenoisingCheck:
+    """Sample from a model, noise the samples to about 12 levels and predict them.
+
+    num_samples: at least 2; more are drawn where one has few values. num_steps: sampler steps.
+    images: [N, ...] to be noised instead of the samples, in the model's own range and shape. Where
+    it does not denoise, other readings of the same network are tried, with half the steps each.
+    What may pass: a schedule that is only a little off. Mode and evaluation counter are restored.
+    Raises UsageError for fewer than two samples or images, and for images of another shape.
+    """
+    _check_request(denoiser, num_samples, num_steps, images)
+
+    def samples_of(reading: Denoiser, label: str) -> Samples:
+        if images is not None:
+            return given_samples(reading, images)
+        return own_samples(reading, num_samples, max(1, num_steps // 2), seed, label)
+
+    with undisturbed(denoiser):
+        own = own_samples(denoiser, num_samples, num_steps, seed, "denoising check")
+        spread = _spread(own.x_0)
+        if not own.x_0.isfinite().all():
+            return DenoisingCheck(False, (), spread, (NOT_FINITE,))
+        used = own if images is None else given_samples(denoiser, images)
+        levels = level_errors(denoiser, used, seed)
+        concerns = () if images is None else _image_concerns(spread, _spread(images))
+        if denoises(levels):
+            concerns += _clipping_concerns(denoiser.process, own.clipped_share)
+            concerns += _scale_concerns(denoiser.process, spread)
+            return DenoisingCheck(True, levels, spread, concerns)
+        failure = _failure(levels, better_reading(denoiser, samples_of, seed))
+    return DenoisingCheck(False, levels, spread, (*concerns, failure))
+
+
+def _check_request(
+    denoiser: Denoiser, num_samples: int, num_steps: int, images: Tensor | None
+) -> None:
+    if num_samples < 2 or num_steps < 1:
+        raise UsageError(
+            f"denoising check: expected at least 2 samples and 1 step, "
+            f"found {num_samples} and {num_steps}"
+        )
+    shape = tuple(denoiser.sample_shape)
+    if images is not None and (tuple(images.shape[1:]) != shape or len(images) < 2):
+        raise UsageError(
+            f"denoising check: expected at least 2 images of shape {shape}, "
+            f"found {tuple(images.shape)}"
+        )
+
+
+def _spread(values: Tensor) -> Spread:
+    exact = values.double()
+    return Spread(exact.min().item(), exact.max().item(), exact.mean().item(), exact.std().item())
+
+
+def _failure(levels: tuple[LevelError, ...], setting: str | None) -> Concern:
+    expected = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
+    if setting:
+        remedy = f"with {setting} it denoises: correct that, usually in scheduler_config.json"
+        return Concern(_seen(levels), expected, remedy)
+    return Concern(
+        _seen(levels),
+        expected,
+        "no other prediction type, time scale or usual schedule makes it denoise: check that these "
+        "are trained weights, and how the network's input and time are scaled",
+    )
+
+
+def _seen(levels: tuple[LevelError, ...]) -> str:
+    decisive = [level for level in levels if level.decisive]
+    if not decisive:
+        return "its samples are all alike, or far too small or large for its noise levels"
+    worst = max(decisive, key=lambda level: level.blind_ratio)
+    best = min(decisive, key=lambda level: level.blind_ratio)
+    return (
+        f"its error is {worst.blind_ratio:.3g} times that of a blind guess at t = {worst.t}, and "
+        f"{best.blind_ratio:.3g} times at the best, t = {best.t}"
+    )
+
+
+def _clipping_concerns(process: Process, share: float) -> tuple[Concern, ...]:
+    if share <= CLIPPED_SHARE:
+        return ()
+    limit = process.clipping.range
+    concern = Concern(
+        f"clipping to -{limit:g}..{limit:g} cuts {share:.0%} of the predicted values by more than "
+        "a tenth",
+        f"at most {CLIPPED_SHARE:.0%}",
+        'if it was trained on latents or on another range, set "clip_sample": false in '
+        "scheduler_config.json; if on pictures in -1..1, check its beta schedule",
+    )
+    return (concern,)
+
+
+def _scale_concerns(process: Process, own: Spread) -> tuple[Concern, ...]:
+    seen = f"its samples lie in {own.low:.2f}..{own.high:.2f}, standard deviation {own.std:.2f}"
+    if process.clipping.range is not None and own.low > -0.05 and own.high < 1.05:
+        concern = Concern(
+            seen,
+            "-1..1, the range of pictures",
+            "it was trained on data in 0..1: it can be distilled, but pictures will look pale",
+        )
+        return (concern,)
+    if (process.alpha < 1).any() and not 0.05 < own.std < 3:
+        concern = Concern(
+            seen,
+            "a standard deviation near 1 for latents, near 0.5 for pictures",
+            "check the scaling factor its latents were trained with",
+        )
+        return (concern,)
+    return ()
+
+
+def _image_concerns(own: Spread, given: Spread) -> tuple[Concern, ...]:
+    ratio = given.std / max(own.std, 1e-12)
+    if 2 / 3 < ratio < 3 / 2 and abs(given.mean - own.mean) < own.std:
+        return ()
+    concern = Concern(
+        f"the images have mean {given.mean:.2f} and standard deviation {given.std:.2f}",
+        f"about those of the model's own samples, {own.mean:.2f} and {own.std:.2f}",
+        "bring the images to the range it was trained on (-1..1, or scaled latents)",
+    )
+    return (concern,)

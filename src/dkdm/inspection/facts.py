@@ -1,0 +1,153 @@
+"""What a model is, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.denoiser import Denoiser
+from dkdm.evaluation.cost import count_macs, evaluations_per_second
+from dkdm.inspection.check import DenoisingCheck, check_denoising
+from dkdm.inspection.memory import evaluation_mib, weights_mib
+from dkdm.inspection.readings import ProcessKind, process_kind
+from dkdm.prediction import PredictionType, VarianceType
+from dkdm.process import Process
+
+
+@dataclass(frozen=True)
+class ProcessFacts:
+    """The noise process: T, SNR and network times from t = 0 to T-1, and where it came from.
+
+    clip_range, clip_quantile: as in `Clipping`; None where off.
+    """
+
+    kind: ProcessKind
+    num_levels: int
+    snr: tuple[float, float]
+    network_times: tuple[float, float]
+    scheduler: str | None
+    beta_schedule: str | None
+    clip_range: float | None
+    clip_quantile: float | None
+
+
+@dataclass(frozen=True)
+class ConditioningFacts:
+    """What the model is fed beside (x_t, t): "none", "class labels" or the name of its class."""
+
+    kind: str
+    num_classes: int | None = None
+    null_class: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's facts, costs and denoising check.
+
+    parameters, macs: a number; macs are multiply-accumulates of one evaluation of one sample.
+    weights_mib, evaluation_mib: memory of the weights, and beside them of one evaluation of
+    `batch_size` samples without gradients. evaluations_per_second: samples a second, on `device`.
+    """
+
+    name: str
+    network: str
+    parameters: int
+    dtype: str | None
+    device: str
+    sample_shape: tuple[int, ...]
+    process: ProcessFacts
+    prediction: PredictionType
+    variance: VarianceType
+    conditioning: ConditioningFacts
+    weights_mib: float
+    evaluation_mib: float
+    batch_size: int
+    macs: int
+    evaluations_per_second: float
+    check: DenoisingCheck
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values; a number that is not finite is None."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def inspect_denoiser(
+    denoiser: Denoiser,
+    *,
+    num_samples: int = 8,
+    num_steps: int = 50,
+    seed: int = 0,
+    images: Tensor | None = None,
+) -> Inspection:
+    """Measure a model and check that it denoises; takes num_steps evaluations and a few seconds.
+
+    The options are those of `check_denoising`; num_samples is also the batch the costs are measured
+    with. Raises UsageError as that does.
+    """
+    check = check_denoising(
+        denoiser, num_samples=num_samples, num_steps=num_steps, seed=seed, images=images
+    )
+    network = denoiser.network
+    kind = type(network) if isinstance(network, nn.Module) else network
+    return Inspection(
+        name=denoiser.name,
+        network=getattr(kind, "__name__", type(network).__name__),
+        parameters=denoiser.num_parameters,
+        dtype=None if denoiser.dtype is None else str(denoiser.dtype).removeprefix("torch."),
+        device=str(denoiser.device),
+        sample_shape=tuple(denoiser.sample_shape),
+        process=_process_facts(denoiser.process),
+        prediction=denoiser.parameterization.prediction,
+        variance=denoiser.parameterization.variance,
+        conditioning=_conditioning_facts(denoiser.conditioning),
+        weights_mib=weights_mib(denoiser),
+        evaluation_mib=evaluation_mib(denoiser, num_samples),
+        batch_size=num_samples,
+        macs=count_macs(denoiser),
+        evaluations_per_second=evaluations_per_second(denoiser, num_samples),
+        check=check,
+    )
+
+
+def _process_facts(process: Process) -> ProcessFacts:
+    snr, times = process.snr(), process.network_time
+    return ProcessFacts(
+        kind=process_kind(process),
+        num_levels=process.num_levels,
+        snr=(snr[0].item(), snr[-1].item()),
+        network_times=(times[0].item(), times[-1].item()),
+        scheduler=process.scheduler.get("_class_name"),
+        beta_schedule=process.scheduler.get("beta_schedule"),
+        clip_range=process.clipping.range,
+        clip_quantile=process.clipping.quantile,
+    )
+
+
+def _conditioning_facts(conditioning: Conditioning) -> ConditioningFacts:
+    if isinstance(conditioning, Unconditional):
+        return ConditioningFacts("none")
+    if isinstance(conditioning, ClassLabels):
+        return ConditioningFacts(
+            "class labels",
+            conditioning.num_classes,
+            conditioning.null_class,
+            conditioning.names,
+        )
+    return ConditioningFacts(type(conditioning).__name__)

@@ -1,0 +1,69 @@
+"""How much memory an evaluation needs beside the weights."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dkdm.denoiser import Batch, Denoiser
+from dkdm.evaluation.cost import undisturbed
+
+MIB = 2**20
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Adds up what the operations inside allocate, as long as it is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive -= size
+
+
+@torch.no_grad()
+def evaluation_mib(denoiser: Denoiser, batch_size: int) -> float:
+    """Largest memory alive during one evaluation without gradients, in MiB, beside the weights.
+
+    Counts tensors, not what a kernel allocates inside itself.
+    """
+    cond = denoiser.conditioning.draw(batch_size, torch.Generator().manual_seed(0))
+    t = torch.zeros(batch_size, dtype=torch.int64)
+    with undisturbed(denoiser), _LiveStorages() as storages:
+        x = torch.zeros(batch_size, *denoiser.sample_shape, device=denoiser.device)
+        denoiser.predict(Batch(x, t, cond, t))
+    return storages.peak / MIB
+
+
+def weights_mib(denoiser: Denoiser) -> float:
+    """Parameters and buffers, in MiB."""
+    network = denoiser.network
+    if not isinstance(network, torch.nn.Module):
+        return 0.0
+    tensors = [*network.parameters(), *network.buffers()]
+    return sum(tensor.nbytes for tensor in tensors) / MIB

@@ -1,0 +1,149 @@
+"""Comparisons of exact and small models: same noise, zero gaps, files that read back."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dkdm.conditioning import ClassLabels
+from dkdm.denoiser import Denoiser
+from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare, level_gaps
+from dkdm.evaluation.results import EVALUATION, SAMPLES, read_evaluation, read_samples
+from dkdm.evaluation.same_noise import Plan, balanced_condition, draw
+from dkdm.prediction import Parameterization
+from dkdm.process import beta_schedule, from_betas, rectified_flow
+from dkdm.toy import GaussianMixture, mixture_denoiser
+
+PROCESS = from_betas(beta_schedule("squaredcos_cap_v2", 50))
+SHAPE = (1, 16, 16)
+
+
+class Small(nn.Module):
+    """A convolution that adds its class; `scale` sets two of them apart."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 1, 3, padding=1)
+        nn.init.constant_(self.convolution.weight, 0.1 * scale)
+        nn.init.zeros_(self.convolution.bias)
+
+    def forward(self, x, time, class_labels):
+        return self.convolution(x) + 0.05 * class_labels.reshape(-1, 1, 1, 1)
+
+
+def small(scale: float = 1.0) -> Denoiser:
+    conditioning = ClassLabels(10, null_class=10)
+    return Denoiser(Small(scale), PROCESS, Parameterization("v_prediction"), SHAPE, conditioning)
+
+
+def toy(process=PROCESS) -> Denoiser:
+    mixture = GaussianMixture.of([[-1.0, 0.0], [1.0, 0.5]], std=0.3)
+    return mixture_denoiser(mixture, process, Parameterization("v_prediction"))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_model_beside_itself_shows_no_difference(eta):
+    model = small()
+    found = compare(model, model, num_samples=30, num_steps=3, seed=1, eta=eta)
+    assert torch.equal(found.samples["teacher"], found.samples["student"])
+    assert found.same_noise_difference == 0
+    assert found.other_noise_difference > 0.1
+    assert [gap.gap for gap in found.gaps] == [0.0] * 16
+    assert (found.gaps[0].t, found.gaps[-1].t) == (0, 49)
+
+
+def test_another_model_shows_a_difference_at_every_level():
+    found = compare(small(), small(3.0), num_samples=20, num_steps=3, seed=1)
+    assert found.same_noise_difference > 0
+    assert all(gap.gap > 0 and gap.relative > 0 for gap in found.gaps)
+
+
+def test_the_gap_is_the_mean_square_of_the_outputs_apart():
+    mirrored = small()
+    with torch.no_grad():
+        mirrored.network.convolution.weight.neg_()
+    cond = {"class_labels": torch.zeros(4, dtype=torch.int64)}
+    gaps = level_gaps(small(), mirrored, torch.randn(4, *SHAPE), cond, seed=0)
+    assert [gap.relative for gap in gaps] == pytest.approx([4.0] * 16)
+
+
+def test_there_are_no_gaps_between_different_noise_levels():
+    found = compare(toy(), toy(rectified_flow(50)), num_samples=4, num_steps=3, seed=0)
+    assert found.gaps == ()
+    assert set(found.samples) == {"teacher", "student"}
+
+
+def test_models_stay_as_they_were():
+    teacher, student = small(), small(2.0)
+    teacher.evaluations, student.evaluations = 5, 7
+    student.network.train()
+    compare(teacher, student, num_samples=4, num_steps=2, seed=0, guidance_student=2.0)
+    assert (teacher.evaluations, student.evaluations) == (5, 7)
+    assert student.network.training
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_samples_do_not_depend_on_the_batch_size(eta):
+    model = small()
+    cond = balanced_condition(model.conditioning, 7, seed=0)
+    whole, parts = (draw(model, cond, Plan(7, 4, 0, eta, size)) for size in (7, 3))
+    torch.testing.assert_close(whole, parts)
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_classes_are_balanced_and_come_in_turns():
+    labels = balanced_condition(ClassLabels(5, classes=(1, 4)), 5, seed=0)["class_labels"]
+    assert labels.tolist() == [1, 4, 1, 4, 1]
+
+
+def test_fashion_samples_are_measured_and_named():
+    found = compare(
+        small(), small(2.0), num_samples=20, num_steps=2, seed=0, reference="fashion-test"
+    )
+    assert found.student.metrics.num_samples == 20
+    assert found.student.metrics.class_agreement is not None
+    assert found.class_names == FASHION_CLASS_NAMES
+    assert (found.measurement.reference_images, found.measurement.real_images) == (10_000, 60_000)
+    assert found.measurement.real_distance == pytest.approx(0.0123, abs=1e-4)
+
+
+def test_the_models_own_class_names_come_first():
+    named = replace(small(), conditioning=ClassLabels(2, names=("cat", "dog")))
+    assert compare(named, named, num_samples=4, num_steps=2, seed=0).class_names == ("cat", "dog")
+
+
+def test_what_was_saved_reads_back(tmp_path):
+    found = compare(
+        small(), small(2.0), num_samples=20, num_steps=2, seed=0, reference="fashion-test"
+    )
+    found.save(tmp_path)
+    read = replace(read_evaluation(tmp_path), samples=read_samples(tmp_path))
+    assert read.as_dict() == found.as_dict()
+    assert isinstance(read.sample_shape, tuple)
+    assert all(torch.equal(read.samples[key], found.samples[key]) for key in found.samples)
+    assert json.loads((tmp_path / EVALUATION).read_text())["samples"] == SAMPLES
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(DkdmError, match=r"evaluation.json is missing"):
+        read_evaluation(tmp_path)
+    with pytest.raises(DkdmError, match=r"comparison.safetensors is missing"):
+        read_samples(tmp_path)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / SAMPLES).write_bytes(b"x" * 40)
+    for text in ("{", "[]", '{"teacher": {}}'):
+        (tmp_path / EVALUATION).write_text(text)
+        with pytest.raises(DkdmError, match=r"evaluation.json cannot be read"):
+            read_evaluation(tmp_path)
+    with pytest.raises(DkdmError, match=r"comparison.safetensors cannot be read"):
+        read_samples(tmp_path)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(UsageError, match="same shape"):
+        compare(small(), toy(), num_samples=4, num_steps=2, seed=0)
+    with pytest.raises(UsageError, match="num_samples: expected at least 1, found 0"):
+        compare(toy(), toy(), num_samples=0, num_steps=2, seed=0)

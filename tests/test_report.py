@@ -1,0 +1,277 @@
+"""The page of a run: complete or not, self-contained, escaped, and true to the files."""
+
+import html.parser
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+from dkdm.config import DistillConfig, TrainConfig, to_json
+from dkdm.errors import UsageError
+from dkdm.evaluation.classes import Metrics
+from dkdm.evaluation.results import EVALUATION, SAMPLES, Comparison, LevelGap, ModelResult
+from dkdm.evaluation.results import Measurement as How
+from dkdm.pictures import grid
+from dkdm.report import command_line, compared, count, duration, number, write_report
+
+HOSTILE = "\"><script>alert('x')</script>"
+VOID = {"meta", "link", "img", "br"}
+CONFIG = DistillConfig(max_train_steps=200, learning_rate=1e-3, classes=(1, 2), use_ema=False)
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, attributes and text, and checks that what is opened is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.words: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def model(name: str, network: str, parameters: int, fd: float) -> ModelResult:
+    metrics = Metrics(fd, 0.9, 0.8, 0.7, 1000, "fashion-test")
+    return ModelResult(name, network, parameters, 50 * parameters, 1e8 / parameters, 1.0, metrics)
+
+
+def comparison(samples: int = 25, shape: tuple[int, ...] = (1, 16, 16)) -> Comparison:
+    pictures = torch.linspace(-1, 1, samples).reshape(-1, 1, 1, 1).expand(-1, *shape).clone()
+    return Comparison(
+        teacher=model("builtin:fashion", "UNet2DModel", 1_800_000, 2.0),
+        student=model("dit-xs", "DiTTransformer2DModel", 400_000, 3.0),
+        sample_shape=shape,
+        num_levels=1000,
+        num_samples=1000,
+        num_steps=25,
+        eta=0.0,
+        seed=0,
+        device="CPU, 2 threads",
+        gap_samples=64,
+        gaps=tuple(LevelGap(t, 0.01, 0.02) for t in (0, 500, 999)),
+        same_noise_difference=0.05,
+        other_noise_difference=0.25,
+        measurement=How("64 features", "fashion-test", 10_000, 60_000, 0.0123),
+        class_names=("T-shirt/top", "Trouser", "Pullover"),
+        samples={
+            "teacher": pictures,
+            "student": -pictures,
+            "labels": torch.arange(samples) % 3,
+        },
+    )
+
+
+def write_metrics(run: Path, last: int) -> None:
+    entries = [
+        {
+            "step": step,
+            "loss": 1 / step,
+            "steps_per_second": 2.0,
+            "loss_per_level": [0.5, None, *[0.1] * 8],
+            "teacher_evaluations": 64 * step,
+        }
+        for step in range(10, last + 1, 10)
+    ]
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (run / "metrics.jsonl").write_text(lines + '{"step": 99')
+
+
+def write_stages(run: Path, *steps: int) -> None:
+    (run / "samples").mkdir(exist_ok=True)
+    for step in steps:
+        grid(torch.rand(4, 1, 4, 4), columns=2).save(run / "samples" / f"step-{step:06d}.png")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run."""
+    (tmp_path / "config.json").write_text(to_json(CONFIG))
+    write_metrics(tmp_path, last=200)
+    write_stages(tmp_path, 100, 200)
+    comparison().save(tmp_path)
+    return tmp_path
+
+
+def test_the_page_of_a_finished_run_is_complete(run):
+    page = Page(write_report(run))
+    assert "A transformer learned from a convolutional UNet. No image was read." in page.text
+    assert "not complete" not in page.text
+    for part in ("1.50 ×", "4.5 × fewer", "90.0 %", "20.0 %", "12.8 k", "100 s", "Trouser"):
+        assert part in page.text.replace("2 min", "100 s"), part
+    assert page.tags.count("svg") == 3
+    # two halves of ten samples, five in each of three classes, two grids
+    assert page.tags.count("img") == 2 + 3 + 2
+    assert not list(run.glob(".*"))
+
+
+def test_the_page_asks_for_nothing_from_outside(run):
+    page = Page(write_report(run))
+    links = [value for name, value in page.attributes if name in ("src", "href", "srcset")]
+    assert links
+    assert all(link.startswith("data:") for link in links)
+    assert "script" not in page.tags
+    assert not re.search(r"https?://|@import|url\(", page.source)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+
+
+def test_hostile_names_are_text(run):
+    (run / "config.json").write_text(to_json(replace(CONFIG, teacher=HOSTILE, student=HOSTILE)))
+    found = comparison()
+    result = replace(found.student, name=HOSTILE, network=HOSTILE)
+    names = (HOSTILE, "Trouser", "Pullover")
+    replace(found, student=result, class_names=names, device=HOSTILE).save(run)
+    page = Page(write_report(run))
+    assert "script" not in page.tags
+    assert HOSTILE in page.text
+    assert "<script" not in page.source
+
+
+def test_what_is_missing_is_said(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(CONFIG))
+    page = Page(write_report(tmp_path))
+    for text in (
+        "no training step was logged",
+        "evaluation.json is missing",
+        "samples/comparison.safetensors is missing",
+        "no sample grid was drawn",
+        "dit-xs is learning from builtin:fashion. No image is read.",
+    ):
+        assert text in page.text
+    assert "svg" not in page.tags
+
+
+def test_an_unfinished_run_shows_what_it_has(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(CONFIG))
+    write_metrics(tmp_path, last=50)
+    write_stages(tmp_path, 50)
+    page = Page(write_report(tmp_path))
+    assert "The run is not finished: 50 of 200 steps." in page.text
+    assert page.tags.count("svg") == 2
+    assert page.tags.count("img") == 1
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(run):
+    (run / SAMPLES).write_bytes(b"x" * 100)
+    (run / "samples" / "step-000100.png").write_bytes(b"no picture")
+    page = Page(write_report(run))
+    assert f"{SAMPLES} cannot be read" in page.text
+    assert "samples/step-000100.png cannot be read as a picture." in page.text
+    assert "1.50 ×" in page.text
+    (run / EVALUATION).write_text('{"teacher": 3}')
+    assert f"{EVALUATION} cannot be read" in Page(write_report(run)).text
+
+
+def test_samples_that_are_no_pictures_are_said_to_be_none(run):
+    found = comparison(shape=(2,))
+    flat = {"teacher": torch.zeros(4, 2), "student": torch.zeros(4, 2)}
+    replace(found, samples=flat, class_names=None).save(run)
+    page = Page(write_report(run))
+    assert "Samples of shape (2,) are no pictures." in page.text
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (4, 64, 64), (3, 300, 300)])
+def test_pictures_of_any_size_are_shown(run, shape):
+    found = comparison(samples=6, shape=shape)
+    without = {
+        model: replace(getattr(found, model), metrics=None) for model in ("teacher", "student")
+    }
+    replace(found, class_names=None, measurement=None, **without).save(run)
+    page = Page(write_report(run))
+    assert "no packaged feature network fits samples of shape" in page.text
+    assert ("are latents" in page.text) == (shape[0] == 4)
+    assert len(page.source) < 300_000
+
+
+def test_a_perfect_student_has_no_gap_to_draw(run):
+    found = comparison()
+    gaps = tuple(replace(gap, gap=0.0, relative=0.0) for gap in found.gaps)
+    replace(found, gaps=gaps, same_noise_difference=0.0).save(run)
+    page = Page(write_report(run))
+    assert "its output equals the teacher's" in page.text
+    assert page.tags.count("svg") == 2
+
+
+def test_a_model_trained_on_images_has_a_page_too(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(TrainConfig(max_train_steps=50)))
+    write_metrics(tmp_path, last=50)
+    write_stages(tmp_path, 50)
+    page = Page(write_report(tmp_path))
+    assert "unet-tiny was trained on fashion-mnist." in page.text
+    assert "No image" not in page.text
+    assert "not complete" not in page.text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"expected a config\.json of a run"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_grids_are_thinned_out(run):
+    write_stages(run, *range(0, 1000, 10))
+    page = Page(write_report(run))
+    shown = [int(n.replace(",", "")) for n in re.findall(r"step ([\d,]+)(?!\d)", page.text)]
+    assert shown == sorted(shown)
+    assert (len(shown), shown[0], shown[-1]) == (6, 0, 990)
+
+
+def test_the_command_repeats_the_run():
+    text = command_line(CONFIG)
+    words = shlex.split(text.replace("\\\n", ""))
+    assert words[:2] == ["dkdm", "distill"]
+    again = tyro.cli(DistillConfig, args=words[2:])
+    assert again == replace(CONFIG, output_dir=Path("runs/again"))
+
+
+def test_numbers_read_well():
+    assert [number(v) for v in (0, 0.012345, 1.5, 12.34, 1234.5)] == [
+        "0",
+        "0.0123",
+        "1.50",
+        "12.3",
+        "1,234",
+    ]
+    assert [count(v) for v in (0, 9412, 392_900, 1_806_529, 2.1e9)] == [
+        "0",
+        "9,412",
+        "393 k",
+        "1.81 M",
+        "2.10 G",
+    ]
+    assert [duration(v) for v in (40, 2000, 20_000)] == [("40", "s"), ("33", "min"), ("5.6", "h")]
+    assert [compared(*v, "fewer") for v in ((1, 4), (9, 3), (2, 2))] == [
+        ("4.0 ×", "fewer"),
+        ("3.0 ×", "more"),
+        ("as many", ""),
+    ]
