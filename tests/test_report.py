@@ -17,7 +17,9 @@ from dkdm.evaluation.classes import Metrics
 from dkdm.evaluation.results import EVALUATION, SAMPLES, Comparison, LevelGap, ModelResult
 from dkdm.evaluation.results import Measurement as How
 from dkdm.pictures import grid
-from dkdm.report import command_line, compared, count, duration, number, write_report
+from dkdm.report import write_report
+from dkdm.report.numbers import compared, count, duration, number
+from dkdm.report.page import command_line
 
 HOSTILE = "\"><script>alert('x')</script>"
 VOID = {"meta", "link", "img", "br"}
@@ -67,7 +69,8 @@ def model(name: str, network: str, parameters: int, fd: float) -> ModelResult:
 
 
 def comparison(samples: int = 25, shape: tuple[int, ...] = (1, 16, 16)) -> Comparison:
-    pictures = torch.linspace(-1, 1, samples).reshape(-1, 1, 1, 1).expand(-1, *shape).clone()
+    grey = torch.linspace(-1, 1, samples).reshape(-1, *[1] * len(shape))
+    pictures = grey.expand(-1, *shape).clone()
     return Comparison(
         teacher=model("builtin:fashion", "UNet2DModel", 1_800_000, 2.0),
         student=model("dit-xs", "DiTTransformer2DModel", 400_000, 3.0),
@@ -127,8 +130,8 @@ def test_the_page_of_a_finished_run_is_complete(run):
     page = Page(write_report(run))
     assert "A transformer learned from a convolutional UNet. No image was read." in page.text
     assert "not complete" not in page.text
-    for part in ("1.50 ×", "4.5 × fewer", "90.0 %", "20.0 %", "12.8 k", "100 s", "Trouser"):
-        assert part in page.text.replace("2 min", "100 s"), part
+    for part in ("1.50 ×", "4.5 × fewer", "90.0 %", "20.0 %", "12.8 k", "2 min", "Trouser"):
+        assert part in page.text
     assert page.tags.count("svg") == 3
     # two halves of ten samples, five in each of three classes, two grids
     assert page.tags.count("img") == 2 + 3 + 2
@@ -193,14 +196,12 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run):
 
 
 def test_samples_that_are_no_pictures_are_said_to_be_none(run):
-    found = comparison(shape=(2,))
-    flat = {"teacher": torch.zeros(4, 2), "student": torch.zeros(4, 2)}
-    replace(found, samples=flat, class_names=None).save(run)
+    comparison(shape=(2,)).save(run)
     page = Page(write_report(run))
     assert "Samples of shape (2,) are no pictures." in page.text
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (4, 64, 64), (3, 300, 300)])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (4, 64, 64), (3, 150, 150)])
 def test_pictures_of_any_size_are_shown(run, shape):
     found = comparison(samples=6, shape=shape)
     without = {
@@ -215,7 +216,7 @@ def test_pictures_of_any_size_are_shown(run, shape):
 
 def test_a_perfect_student_has_no_gap_to_draw(run):
     found = comparison()
-    gaps = tuple(replace(gap, gap=0.0, relative=0.0) for gap in found.gaps)
+    gaps = tuple(replace(gap, gap=1e-16, relative=1e-16) for gap in found.gaps)
     replace(found, gaps=gaps, same_noise_difference=0.0).save(run)
     page = Page(write_report(run))
     assert "its output equals the teacher's" in page.text

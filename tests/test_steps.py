@@ -62,7 +62,7 @@ def some_moves(grid):
 
 
 def batch_at(t, shape=(2, 3, 3)):
-    """States, raw outputs and noise for a list of t; float32 values, so that no peer rounds them."""
+    """States, raw outputs and noise for a list of t, in float32 values: no peer rounds them."""
     x, output, z = 1.5 * torch.randn(3, len(t), *shape)
     return x.double(), output.double(), z.double()
 

@@ -141,7 +141,7 @@ def test_every_parameterization_says_the_same(process, dtype):
         denoiser = mixture_denoiser(IMAGES, process, Parameterization(kind, sigma_data=0.7))
         found = denoiser.predict(Batch(x, t, {}, t))
         assert found.x_0.dtype == dtype
-        # From epsilon, x_0 is known only to the rounding of x over alpha, and eps from x_0 over sigma.
+        # Rounding of x is amplified by 1 / alpha in x_0, by 1 / sigma in eps.
         x_0_error = (found.x_0 - exact).abs() * alpha.clamp(max=1)
         eps_error = (found.eps - (x - alpha * exact) / sigma).abs() * sigma.clamp(max=1)
         assert x_0_error.max() < digits

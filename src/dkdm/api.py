@@ -145,6 +145,8 @@ def pool_entries(config: DistillConfig, num_levels: int) -> int:
     if config.source != "dynamic":
         return batch
     if config.pool_size is not None:
+        if config.pool_size < batch:
+            raise UsageError(f"--pool-size {config.pool_size} is smaller than a batch of {batch}")
         return config.pool_size
     drawn = config.max_train_steps * config.gradient_accumulation_steps * batch
     return max(batch, min(round(config.rho * num_levels * batch), drawn))

@@ -124,22 +124,23 @@ def _dispatch(args: list[str]) -> int:
     if args and args[0] in ("-V", "--version"):
         print(f"dkdm {__version__}")
         return 0
-    if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
-        _usage(unknown=args[0] if args and args[0] not in ("-h", "--help") else None)
-        return 0 if args and args[0] in ("-h", "--help") else 2
+    if args and args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if not args or args[0] not in COMMANDS:
+        print(f"{_usage()}\n\ndkdm: unknown command '{' '.join(args[:1])}'", file=sys.stderr)
+        return 2
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module="diffusers|accelerate|huggingface_hub")
     return COMMANDS[args[0]][1](args[1:])
 
 
-def _usage(unknown: str | None) -> None:
-    out = sys.stdout if unknown is None else sys.stderr
-    if unknown is not None:
-        print(f"dkdm: unknown command '{unknown}'", file=out)
-    print("usage: dkdm COMMAND [options]      dkdm COMMAND --help\n", file=out)
-    for name, (summary, _) in COMMANDS.items():
-        print(f"  {name:10s} {summary}", file=out)
-    print("\n  --debug shows the traceback of a failure, --version the version", file=out)
+def _usage() -> str:
+    commands = "\n".join(f"  {name:10s} {summary}" for name, (summary, _) in COMMANDS.items())
+    return (
+        "usage: dkdm COMMAND [options]      dkdm COMMAND --help\n\n"
+        f"{commands}\n\n  --debug shows the traceback of a failure, --version the version"
+    )
 
 
 def _run_config(kind: type[Config], command: str, args: list[str]) -> tuple[Config, bool]:

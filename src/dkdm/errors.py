@@ -1,9 +1,13 @@
-"""The errors dkdm raises on purpose."""
+"""The two ways a command can fail, each with its exit code."""
 
 
 class DkdmError(Exception):
-    """A run failed; the message names the value, what was expected and the remedy."""
+    """A run failed: the message says what, where, what was expected and what to do."""
+
+    exit_code = 1
 
 
 class UsageError(DkdmError):
-    """The request itself is wrong: an option, a path or a value that cannot work."""
+    """What was asked for cannot be done: a wrong value, path or combination of them."""
+
+    exit_code = 2

@@ -84,6 +84,7 @@ class Pool:
 
     def __post_init__(self) -> None:
         size = len(self.t)
+        self.shards = min(self.shards, size)
         self.bounds = [0]
         for shard in range(self.shards):
             self.bounds.append(self.bounds[-1] + size // self.shards + (shard < size % self.shards))

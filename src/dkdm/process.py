@@ -77,7 +77,7 @@ class Process:
 
     @property
     def start_std(self) -> float:
-        """Standard deviation of the state a chain starts from: 1, or sigma_{T-1} where alpha = 1."""
+        """Standard deviation of a chain's first state: 1, or sigma_{T-1} where alpha = 1."""
         return float(self.sigma[-1]) if self.alpha[-1] == 1 else 1.0
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,11 @@ def rectified_flow(
 
 
 def karras(
-    num_levels: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, **fields: Any
+    num_levels: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    **fields: Any,
 ) -> Process:
     """The variance-exploding levels of EDM, alpha = 1 (arXiv 2206.00364, Eq. 5).
 
@@ -244,8 +248,8 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Process:
         return _from_flow_config(config)
     if name not in ("DDPMScheduler", "DDIMScheduler"):
         raise UsageError(
-            f"scheduler '{name or 'without _class_name'}' is not supported: expected DDPMScheduler, "
-            "DDIMScheduler or FlowMatchEulerDiscreteScheduler. If the model was trained with a "
+            f"scheduler '{name or 'without _class_name'}' is not supported: expected "
+            "DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler. If the model was trained with a "
             "beta schedule, save a DDPMScheduler with the same betas and prediction type beside it"
         )
     return _from_beta_config(config)

@@ -81,7 +81,7 @@ def _from_diffusers_config(path: Path) -> nn.Module:
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None or not hasattr(cls, "from_config"):
         raise UsageError(f"student config {path}: '_class_name' must name a diffusers model")
-    return cls.from_config(config)  # type: ignore[no-any-return]
+    return cls.from_config(config)
 
 
 def _from_factory(
@@ -93,5 +93,7 @@ def _from_factory(
     except Exception as error:
         raise DkdmError(f"student factory {spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
-        raise UsageError(f"student factory {spec} returned {type(network).__name__}: expected an nn.Module")
+        raise UsageError(
+            f"student factory {spec} returned {type(network).__name__}: expected an nn.Module"
+        )
     return network

@@ -1,7 +1,8 @@
 """Named networks that fit themselves to a sample shape and a conditioning.
 
-UNet sizes named by parameters are the paper's (DKDM, supplement): diffusers' UNet2DModel with the
-paper's channels, blocks and attention resolutions; DiT sizes follow arXiv 2212.09748, table 1.
+UNet sizes named by parameters are the paper's (DKDM, supplement), the ADM network of arXiv
+2105.05233 built from UNet2DModel: the same layers and, to 1 %, the same number of parameters; only
+the initial weights differ. DiT sizes follow arXiv 2212.09748, table 1.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -35,11 +37,13 @@ def unet(
     channels: tuple[int, ...],
     blocks: int,
     attention: tuple[int, ...],
-    head: int = 32,
     dropout: float = 0.0,
+    resample: Literal["conv", "resnet"] = "conv",
 ) -> nn.Module:
-    """diffusers' UNet2DModel with attention at the given resolutions (in pixels).
+    """diffusers' UNet2DModel with attention, 32 channels a head, at the given heights (in pixels).
 
+    resample: how the resolution changes, and time enters: by a convolution, and added; or as in ADM
+    (arXiv 2105.05233, sec. 3) by a residual block, and as scale and shift of the normalization.
     Raises UsageError where the sample shape cannot be halved as often as there are levels.
     """
     from diffusers import UNet2DModel
@@ -52,19 +56,29 @@ def unet(
             f"the samples are {height}x{width}"
         )
     attends = [height // 2**level in attention for level in range(len(channels))]
+    down, up = _PLAIN_BLOCKS[resample]
     return UNet2DModel(
         sample_size=height if height == width else (height, width),
         in_channels=in_channels,
         out_channels=out_channels,
         layers_per_block=blocks,
         block_out_channels=channels,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        attention_head_dim=head,
+        down_block_types=tuple("AttnDownBlock2D" if a else down for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else up for a in reversed(attends)),
+        downsample_type=resample,
+        upsample_type=resample,
+        resnet_time_scale_shift="default" if resample == "conv" else "scale_shift",
+        attention_head_dim=32,
         norm_num_groups=math.gcd(32, *channels),
         dropout=dropout,
         num_class_embeds=_num_embeddings(conditioning),
     )
+
+
+_PLAIN_BLOCKS = {
+    "conv": ("DownBlock2D", "UpBlock2D"),
+    "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+}
 
 
 def _num_embeddings(conditioning: Conditioning) -> int | None:
@@ -127,6 +141,13 @@ def _unet(name: str, summary: str, **sizes: object) -> Preset:
     return Preset(name, summary, lambda s, o, c: unet(s, o, c, **sizes))  # type: ignore[arg-type]
 
 
+def _adm(name: str, summary: str, width: int, blocks: int, dropout: float = 0.0) -> Preset:
+    """The paper's networks: widths 1, 2, 2, 2, attention at 16 and 8 pixels."""
+    channels = (width, 2 * width, 2 * width, 2 * width)
+    sizes = {"channels": channels, "blocks": blocks, "attention": (16, 8), "dropout": dropout}
+    return _unet(name, summary, **sizes, resample="resnet")
+
+
 def _dit(name: str, summary: str, **sizes: object) -> Preset:
     return Preset(name, summary, lambda s, o, c: dit(s, o, c, **sizes))  # type: ignore[arg-type]
 
@@ -136,16 +157,11 @@ PRESETS = {
     for preset in (
         _unet("unet-tiny", "three levels, for 16x16 to 32x32 on a CPU",
               channels=(32, 64, 96), blocks=1, attention=(4,)),
-        _unet("unet-14m", "the paper's 14 M student",
-              channels=(64, 128, 192, 256), blocks=2, attention=(16, 8)),
-        _unet("unet-24m", "the paper's 24 M student",
-              channels=(96, 192, 288, 384), blocks=2, attention=(16, 8)),
-        _unet("unet-32m", "the paper's 32 M student",
-              channels=(96, 192, 288, 384), blocks=3, attention=(16, 8)),
-        _unet("unet-44m", "the paper's 44 M student",
-              channels=(128, 256, 256, 256), blocks=2, attention=(16, 8)),
-        _unet("unet-57m", "the paper's 57 M teacher size",
-              channels=(128, 256, 256, 256), blocks=3, attention=(16, 8), dropout=0.3),
+        _adm("unet-14m", "the paper's 14 M student: 64 channels, 3 blocks", 64, 3),
+        _adm("unet-24m", "the paper's 24 M student: 96 channels, 2 blocks", 96, 2),
+        _adm("unet-32m", "the paper's 32 M student: 96 channels, 3 blocks", 96, 3),
+        _adm("unet-44m", "the paper's 44 M student: 128 channels, 2 blocks", 128, 2),
+        _adm("unet-57m", "as large as the paper's teacher: 128 channels, 3 blocks", 128, 3, 0.3),
         _dit("dit-xs", "a small transformer, for a CPU", width=64, depth=4, heads=2),
         _dit("dit-s", "DiT-S", width=384, depth=12, heads=6),
         _dit("dit-b", "DiT-B", width=768, depth=12, heads=12),

@@ -1,0 +1,110 @@
+"""The page itself: its words, and the template they go into."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dkdm.config import DistillConfig, RunConfig, TrainConfig, to_json
+from dkdm.evaluation.results import ModelResult
+from dkdm.report.curves import charts
+from dkdm.report.numbers import count, number, percent
+from dkdm.report.run import Run, read_run
+from dkdm.report.strips import FIRST, strips
+from dkdm.report.tiles import tiles
+
+REPORT = "report.html"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    Raises UsageError where the folder holds no `config.json` of a run.
+    """
+    page = render(read_run(run_dir))
+    partial_path = run_dir / f".{REPORT}.partial"
+    partial_path.write_text(page, encoding="utf-8")
+    return partial_path.replace(run_dir / REPORT)
+
+
+def render(run: Run) -> str:
+    """The page as HTML; every text in it is escaped."""
+    environment = Environment(
+        loader=PackageLoader("dkdm"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": count, "number": number, "percent": percent}
+    hero, more = strips(run)
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        headline=headline(run),
+        claim=claim(run),
+        comparison=run.comparison,
+        hero=hero,
+        more=more,
+        num_first=min(FIRST, len(run.samples.get("teacher", ()))),
+        tiles=tiles(run),
+        charts=charts(run),
+        command=command_line(run.config),
+        config_json=to_json(run.config),
+    )
+
+
+def headline(run: Run) -> str:
+    """One sentence: what learned from what."""
+    config, finished = run.config, run.step >= run.config.max_train_steps
+    if isinstance(config, TrainConfig):
+        return f"{config.network} {'was' if finished else 'is being'} trained on {config.images}."
+    verb = "learned" if finished else "is learning"
+    if run.comparison is None:
+        return f"{config.student} {verb} from {config.teacher}."
+    teacher, student = run.comparison.teacher, run.comparison.student
+    taught, teaching = kind(student.network), kind(teacher.network)
+    if taught == teaching:
+        return f"A {taught} {verb} from {_relative_size(teacher, student)}."
+    return f"A {taught} {verb} from a {teaching}."
+
+
+def claim(run: Run) -> str:
+    """What was read to get there; nothing where a teacher taught."""
+    if not run.is_distillation:
+        return ""
+    return "No image was read." if run.step >= run.config.max_train_steps else "No image is read."
+
+
+def kind(network: str) -> str:
+    """What a network class is, in words."""
+    if "Transformer" in network or "DiT" in network or "ViT" in network:
+        return "transformer"
+    return "convolutional UNet" if "UNet" in network else f"network ({network})"
+
+
+def _relative_size(teacher: ModelResult, student: ModelResult) -> str:
+    if teacher.parameters == student.parameters:
+        return "one of its size"
+    return "a larger one" if teacher.parameters > student.parameters else "a smaller one"
+
+
+def command_line(config: RunConfig) -> str:
+    """The command that repeats the run: every option that differs from its default, one a line."""
+    verb = "distill" if isinstance(config, DistillConfig) else "train"
+    options = [["--output-dir", "runs/again"]]
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name not in ("output_dir", "resume_from_checkpoint") and value != item.default:
+            options.append(_option(item.name.replace("_", "-"), value))
+    return " \\\n  ".join([f"dkdm {verb}", *map(shlex.join, options)])
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{name}", *map(str, values)]

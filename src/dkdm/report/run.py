@@ -1,0 +1,99 @@
+"""What lies in a run folder, and what is missing in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dkdm.config import DistillConfig, TrainConfig, read_config
+from dkdm.errors import DkdmError
+from dkdm.evaluation.results import Comparison, read_evaluation, read_samples
+from dkdm.pictures import png_data_uri
+from dkdm.progress import read_metrics
+
+STAGES = 6  # sample grids shown of the training
+Read = TypeVar("Read")
+
+
+@dataclass
+class Run:
+    """What was found in a run folder, and one sentence for each part that was not."""
+
+    config: DistillConfig | TrainConfig
+    metrics: list[dict[str, Any]]
+    comparison: Comparison | None = None
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that metrics.jsonl knows of."""
+        return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
+
+    @property
+    def is_distillation(self) -> bool:
+        """Whether the student learned from a teacher and saw no image."""
+        return isinstance(self.config, DistillConfig)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A grid of samples that the student drew during training."""
+
+    step: int
+    picture: str
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read what a run folder holds. Raises UsageError without a `config.json` of a run."""
+    config = cast("DistillConfig | TrainConfig", read_config(run_dir / "config.json"))
+    run = Run(config, read_metrics(run_dir / "metrics.jsonl"))
+    if not run.metrics:
+        run.missing.append("metrics.jsonl has no line: no training step was logged.")
+    elif run.step < run.config.max_train_steps:
+        run.missing.append(
+            f"The run is not finished: {run.step:,} of {run.config.max_train_steps:,} steps."
+        )
+    if run.is_distillation:
+        run.comparison = _or_missing(partial(read_evaluation, run_dir), run.missing)
+        run.samples = _or_missing(partial(read_samples, run_dir), run.missing) or {}
+    if run.config.validation_steps:
+        run.stages = read_stages(run_dir / "samples", run.missing)
+    return run
+
+
+def _or_missing(read: Callable[[], Read], missing: list[str]) -> Read | None:
+    try:
+        return read()
+    except DkdmError as error:
+        missing.append(f"{error}.")
+        return None
+
+
+def read_stages(folder: Path, missing: list[str]) -> list[Stage]:
+    """Read the sample grids `step-N.png`, evenly spaced where there are many."""
+    found = sorted((int(m[1]), p) for p in folder.glob("*.png") if (m := _STEP.fullmatch(p.name)))
+    if not found:
+        missing.append("There is no samples/step-*.png: no sample grid was drawn during training.")
+    count = min(STAGES, len(found))
+    places = {round(i * (len(found) - 1) / max(count - 1, 1)) for i in range(count)}
+    stages = []
+    for step, path in (found[i] for i in sorted(places)):
+        try:
+            with Image.open(path) as image:
+                image.thumbnail((640, 640))
+                stages.append(Stage(step, png_data_uri(image)))
+        except (OSError, UnidentifiedImageError):
+            missing.append(f"samples/{path.name} cannot be read as a picture.")
+    return stages
+
+
+_STEP = re.compile(r"step-(\d+)\.png")

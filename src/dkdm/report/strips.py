@@ -1,0 +1,103 @@
+"""The pictures of the page: teacher, student and their difference, a column a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from dkdm.pictures import comparison_strip, png_data_uri
+from dkdm.report.run import Run
+
+FIRST = 10  # samples in the picture at the top
+PER_BLOCK = 5  # samples side by side in the pictures below it
+LARGEST_PICTURE = 128  # pixels; larger samples are averaged down for the page
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A picture of three rows (teacher, student, difference), one column a sample.
+
+    width, height: of the picture before the page enlarges it `scale` times (`narrow` on a phone).
+    """
+
+    title: str
+    names: list[str]
+    picture: str
+    width: int
+    height: int
+    scale: float
+    narrow: float
+    alt: str
+
+
+def strips(run: Run) -> tuple[list[Strip], list[Strip]]:
+    """The pictures: the first samples, then the others by class, in the order they were drawn."""
+    if not run.samples:
+        return [], []
+    teacher, student = run.samples["teacher"], run.samples["student"]
+    if teacher.ndim != 4 or teacher.shape != student.shape or 1 in teacher.shape[2:]:
+        run.missing.append(f"Samples of shape {tuple(teacher.shape[1:])} are no pictures.")
+        return [], []
+    first = list(range(min(FIRST, len(teacher))))
+    halves = [half for half in (first[:5], first[5:]) if half]
+    groups = by_class(run, range(len(first), len(teacher)))
+    hero = [_strip(run, "", half, size=96) for half in halves]
+    more = [_strip(run, title, rows, size=80) for title, rows in groups]
+    return hero, more
+
+
+def by_class(run: Run, rows: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """Cut samples into blocks of at most `PER_BLOCK`, each of one class where there are enough."""
+    labels = run.samples.get("labels")
+    names = [_class_name(run, row) for row in rows]
+    if labels is None or len(set(names)) > len(rows) / 2:
+        return [("", list(rows[i : i + PER_BLOCK])) for i in range(0, len(rows), PER_BLOCK)]
+    classes: dict[int, list[int]] = {}
+    for row in rows:
+        classes.setdefault(int(labels[row]), []).append(row)
+    return [
+        (_class_name(run, group[0]), group[i : i + PER_BLOCK])
+        for _, group in sorted(classes.items())
+        for i in range(0, len(group), PER_BLOCK)
+    ]
+
+
+def _class_name(run: Run, row: int) -> str:
+    labels = run.samples.get("labels")
+    if labels is None:
+        return ""
+    label = int(labels[row])
+    names = run.comparison.class_names if run.comparison else None
+    return names[label] if names and label < len(names) else f"class {label}"
+
+
+def _strip(run: Run, title: str, rows: list[int], size: int) -> Strip:
+    teacher, student = (_reduced(run.samples[key][rows]) for key in ("teacher", "student"))
+    picture = comparison_strip(teacher, student)
+    height = teacher.shape[2]
+    shown = title or ", ".join(filter(None, (_class_name(run, row) for row in rows)))
+    return Strip(
+        title=title,
+        names=[] if title else [_class_name(run, row) for row in rows],
+        picture=png_data_uri(picture),
+        width=picture.width,
+        height=picture.height,
+        scale=_whole(size / height),
+        narrow=_whole(min(size, 48) / height),
+        alt=f"{len(rows)} samples{': ' if shown else ''}{shown}. "
+        "Rows: teacher, student, their difference.",
+    )
+
+
+def _whole(scale: float) -> float:
+    """Small pixels are enlarged a whole number of times, so that all are of one size."""
+    return math.floor(scale) if scale >= 2 else round(scale, 3)
+
+
+def _reduced(images: Tensor) -> Tensor:
+    factor = math.ceil(max(images.shape[2:]) / LARGEST_PICTURE)
+    return avg_pool2d(images.float(), factor)

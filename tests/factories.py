@@ -1,0 +1,91 @@
+"""Small models and settings that several tests share; also named as module:factory."""
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from dkdm.conditioning import ClassLabels
+from dkdm.denoiser import Denoiser
+from dkdm.prediction import Parameterization
+from dkdm.process import from_scheduler_config
+
+SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "num_train_timesteps": 50,
+    "prediction_type": "v_prediction",
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+}
+
+
+def tiny_unet(classes=None, out_channels=1, dropout=0.0):
+    """A UNet2DModel of a few thousand parameters for 1x8x8 samples."""
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=out_channels,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        num_class_embeds=classes,
+        dropout=dropout,
+    )
+
+
+def denoiser(classes=3, scheduler=None, seed=0, **sizes):
+    """A tiny class-conditional denoiser with random weights; classes=None is unconditional."""
+    scheduler = SCHEDULER | (scheduler or {})
+    torch.manual_seed(seed)
+    parameterization = Parameterization(
+        scheduler["prediction_type"], scheduler.get("variance_type", "fixed_small")
+    )
+    network = tiny_unet(None if classes is None else classes + 1, **sizes)
+    kwargs = {} if classes is None else {"conditioning": ClassLabels(classes, null_class=classes)}
+    return Denoiser(
+        network.eval(), from_scheduler_config(scheduler), parameterization, (1, 8, 8), **kwargs
+    )
+
+
+def teacher():
+    """The teacher of the command-line tests."""
+    return denoiser()
+
+
+def student(sample_shape, out_channels, conditioning):
+    """A student with dropout, so that the global random state matters."""
+    del sample_shape, conditioning
+    torch.manual_seed(1)
+    return tiny_unet(4, out_channels, dropout=0.2)
+
+
+class Blank(nn.Module):
+    """Answers with zeros of the given number of channels."""
+
+    def __init__(self, out_channels):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.out_channels = out_channels
+
+    def forward(self, x, time, class_labels=None):
+        del time, class_labels
+        return self.scale * x.new_ones(len(x), self.out_channels, *x.shape[2:])
+
+
+def wide_student(sample_shape, out_channels, conditioning):
+    """Has two channels too many."""
+    del sample_shape, conditioning
+    return Blank(out_channels + 2)
+
+
+def raising(*arguments):
+    """Fails like a user's own code might."""
+    raise RuntimeError(f"no luck with {len(arguments)} arguments")
+
+
+def not_a_model(*arguments):
+    """Returns something else."""
+    return list(arguments)

@@ -1,0 +1,145 @@
+"""The command line: one clear message on stderr, exit code 2 for usage and 1 for failure."""
+
+import json
+
+import pytest
+from factories import denoiser
+
+from dkdm.cli import COMMANDS, main
+from dkdm.export import write_pipeline
+
+SMALL = (
+    *("--student", "factories:student", "--max-train-steps", "3", "--train-batch-size", "8"),
+    *("--pool-size", "16", "--fill-steps", "2", "--evaluation-samples", "12"),
+    *("--validation-steps", "2", "--validation-sampling-steps", "2", "--logging-steps", "1"),
+)
+
+
+def fails(capsys, code, *args):
+    assert main([str(arg) for arg in args]) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_no_command_and_unknown_command(capsys):
+    assert "unknown command 'fly'" in fails(capsys, 2, "fly")
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"dkdm {name}" in capsys.readouterr().out
+
+
+def test_unknown_option_is_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", "--no-such-option", "1"])
+    assert stopped.value.code == 2
+
+
+def distill(folder, *more, teacher="factories:teacher"):
+    return ("distill", "--teacher", teacher, "--output-dir", folder, *SMALL, *more)
+
+
+def test_whole_run_then_sample_report_and_refusal(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([str(arg) for arg in distill(folder)]) == 0
+    assert capsys.readouterr().out.strip() == f"{folder}/report.html"
+    for name in ("model_index.json", "report.html", "README.md", "metrics.jsonl", "config.json"):
+        assert (folder / name).is_file(), name
+    assert sorted(p.name for p in (folder / "samples").glob("step-*.png")) == [
+        "step-000002.png",
+        "step-000003.png",
+    ]
+    before = (folder / "config.json").read_text()
+    assert "already holds a run" in fails(capsys, 2, *distill(folder, "--seed", "5"))
+    assert (folder / "config.json").read_text() == before
+    output = tmp_path / "s.png"
+    sample = ("sample", folder, "--num-samples", "4", "--steps", "2", "--output", output)
+    assert main([str(arg) for arg in sample]) == 0
+    assert output.is_file()
+    assert "exists" in fails(capsys, 2, *sample)
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").is_file()
+
+
+def test_underscores_are_accepted(tmp_path, capsys):
+    args = [str(arg) for arg in distill(tmp_path / "run")]
+    args = [arg.replace("-", "_").replace("__", "--", 1) if arg[:2] == "--" else arg for arg in args]
+    assert "--max_train_steps" in args
+    assert main([*args, "--dry_run"]) == 0
+    assert "pool" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--student", "no-such-preset"), "unknown student"),
+        (("--student", "factories:wide_student"), "expected (2, 1, 8, 8)"),
+        (("--student", "factories:not_a_model"), "expected an nn.Module"),
+        (("--classes", "7"), "class id 7 out of range: expected 0..2"),
+        (("--stride", "fast"), "--stride 'fast'"),
+        (("--recipe", "no-such-recipe"), "unknown recipe"),
+        (("--pool-size", "2"), "--pool-size 2 is smaller than a batch of 8"),
+        (("--pool-size", "1000000000000"), "GiB"),
+        (("--resume-from-checkpoint", "checkpoint-7"), "no checkpoint there"),
+    ],
+)
+def test_bad_input_is_usage_and_leaves_no_run(more, said, tmp_path, capsys):
+    assert said in fails(capsys, 2, *distill(tmp_path / "run", *more))
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_failing_factory_is_a_failure(tmp_path, capsys):
+    args = distill(tmp_path / "run", "--student", "factories:raising")
+    assert "no luck" in fails(capsys, 1, *args)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    args = [str(arg) for arg in distill(tmp_path / "run", "--student", "factories:raising")]
+    with pytest.raises(Exception, match="no luck"):
+        main([*args, "--debug"])
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    folder = tmp_path / "run"
+    args = distill(folder, "--learning-rate", "1e30", "--max-train-steps", "40")
+    message = fails(capsys, 1, *args, "--checkpointing-steps", "1", "--max-grad-norm", "1e30")
+    assert "became NaN or infinite at step" in message
+    assert "checkpoint-" in message
+    kept = [path.name for path in folder.glob("checkpoint-*")]
+    assert kept
+    assert not (folder / "model_index.json").exists()
+
+
+def test_config_file_of_a_run_is_a_starting_point(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"max_train_steps": 77}))
+    args = ["distill", "--teacher", "factories:teacher", "--student", "factories:student"]
+    assert main([*args, "--config", str(path), "--dry-run"]) == 0
+    assert f"{77 * 128:,} to train" in capsys.readouterr().out
+    path.write_text(json.dumps({"max_trian_steps": 77}))
+    assert "unknown option max_trian_steps" in fails(capsys, 2, "distill", "--config", path)
+
+
+def test_teacher_folder_and_inspect_as_json(tmp_path, capsys):
+    write_pipeline(tmp_path, denoiser(3))
+    assert main(["inspect", str(tmp_path), "--json", "--num-samples", "2", "--steps", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_students_and_doctor_as_json(tmp_path, capsys):
+    write_pipeline(tmp_path, denoiser(3))
+    assert main(["students", "--teacher", str(tmp_path), "--json"]) == 0
+    assert any(row["name"] == "dit-xs" for row in json.loads(capsys.readouterr().out))
+    assert main(["doctor", "--json"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)

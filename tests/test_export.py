@@ -1,0 +1,119 @@
+"""The output folder: loads and samples in stock diffusers, and comes back as the same denoiser."""
+
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from factories import denoiser
+
+from dkdm import load_teacher
+from dkdm.conditioning import ClassLabels
+from dkdm.denoiser import Batch
+from dkdm.export import usage_snippet, write_pipeline
+from dkdm.students import student_of
+
+
+
+def some_batch(model, count=3):
+    random = torch.Generator().manual_seed(3)
+    cond = model.conditioning.draw(count, random)
+    t = torch.randint(model.process.num_levels, (count,), generator=random)
+    return Batch(torch.randn(count, *model.sample_shape, generator=random), t, cond, t)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("spec", ["unet", "dit-xs"])
+def test_reloaded_folder_is_the_same_denoiser(tmp_path, classes, spec):
+    model = denoiser(classes)
+    if spec == "dit-xs":
+        model = student_of("dit-xs", model)
+        torch.nn.init.normal_(model.network.proj_out_2.weight)
+        model.network.eval()
+    write_pipeline(tmp_path, model)
+    again = load_teacher(str(tmp_path))
+    batch = some_batch(model)
+    expected, found = model.predict(batch), again.predict(batch)
+    assert expected.output.abs().max() > 0.01
+    assert torch.equal(found.output, expected.output)
+    assert torch.equal(found.x_0, expected.x_0)
+    assert again.conditioning == model.conditioning
+    assert again.parameterization == model.parameterization
+    assert torch.equal(again.process.alpha, model.process.alpha)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "pipeline"), [("DDPMScheduler", "DDPMPipeline"), ("DDIMScheduler", "DDIMPipeline")]
+)
+def test_unconditional_unet_samples_in_a_stock_pipeline(tmp_path, scheduler, pipeline):
+    model = denoiser(None, {"_class_name": scheduler})
+    write_pipeline(tmp_path, model)
+    assert not (tmp_path / "pipeline.py").exists()
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == pipeline
+    loaded.set_progress_bar_config(disable=True)
+    images = loaded(batch_size=2, num_inference_steps=3, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+    assert np.isfinite(images).all()
+
+
+def test_components_load_by_themselves(tmp_path):
+    write_pipeline(tmp_path, student_of("dit-xs", denoiser(3)))
+    network = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert network.config.sample_size == 8
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+WITHOUT_DKDM = """
+import sys
+sys.modules["dkdm"] = None  # importing it fails
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+classes = pipeline.config.num_classes
+labels = {"class_labels": [0, 2]} if classes else {"batch_size": 2}
+guidance = 2.0 if classes else 1.0
+images = pipeline(**labels, num_inference_steps=3, guidance_scale=guidance, output_type="np").images
+assert images.shape == (2, 8, 8, 1), images.shape
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
+else:
+    raise AssertionError("loaded code without being asked to")
+print("sampled")
+"""
+
+
+@pytest.mark.parametrize(("classes", "spec"), [(3, "unet"), (3, "dit-xs"), (None, "dit-xs")])
+def test_other_folders_sample_without_dkdm(tmp_path, classes, spec):
+    model = denoiser(classes)
+    model = model if spec == "unet" else student_of(spec, model)
+    write_pipeline(tmp_path, model)
+    command = [sys.executable, "-c", WITHOUT_DKDM, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "sampled" in done.stdout, done.stderr
+    assert "trust_remote_code=True" in usage_snippet("folder", model)
+
+
+def test_shipped_pipeline_draws_what_dkdm_draws(tmp_path):
+    """Its scheduler steps and guidance are the same chain as ours."""
+    model = denoiser(3, {"_class_name": "DDIMScheduler", "set_alpha_to_one": True})
+    write_pipeline(tmp_path, model)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    start = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    theirs = pipeline(
+        class_labels=[0, 2],
+        num_inference_steps=10,
+        guidance_scale=1.5,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    ).images
+    cond = ClassLabels(3, 3).of([0, 2])
+    ours = model.sample(lambda step: start, cond, 10, 0.0, 1.5)
+    pixels = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(theirs, pixels, atol=1e-4)
