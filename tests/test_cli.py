@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from factories import denoiser
 
 from dkdm.cli import COMMANDS, main
 from dkdm.export import write_pipeline
+from factories import denoiser
 
 SMALL = (
     *("--student", "factories:student", "--max-train-steps", "3", "--train-batch-size", "8"),
@@ -38,7 +38,7 @@ def test_every_command_has_help(name, capsys):
     assert f"dkdm {name}" in capsys.readouterr().out
 
 
-def test_unknown_option_is_usage(capsys):
+def test_unknown_option_is_usage():
     with pytest.raises(SystemExit) as stopped:
         main(["distill", "--no-such-option", "1"])
     assert stopped.value.code == 2
@@ -73,7 +73,9 @@ def test_whole_run_then_sample_report_and_refusal(tmp_path, capsys):
 
 def test_underscores_are_accepted(tmp_path, capsys):
     args = [str(arg) for arg in distill(tmp_path / "run")]
-    args = [arg.replace("-", "_").replace("__", "--", 1) if arg[:2] == "--" else arg for arg in args]
+    args = [
+        arg.replace("-", "_").replace("__", "--", 1) if arg[:2] == "--" else arg for arg in args
+    ]
     assert "--max_train_steps" in args
     assert main([*args, "--dry_run"]) == 0
     assert "pool" in capsys.readouterr().out

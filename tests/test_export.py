@@ -7,14 +7,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from factories import denoiser
 
 from dkdm import load_teacher
 from dkdm.conditioning import ClassLabels
 from dkdm.denoiser import Batch
 from dkdm.export import usage_snippet, write_pipeline
 from dkdm.students import student_of
-
+from factories import denoiser
 
 
 def some_batch(model, count=3):
@@ -45,7 +44,8 @@ def test_reloaded_folder_is_the_same_denoiser(tmp_path, classes, spec):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "pipeline"), [("DDPMScheduler", "DDPMPipeline"), ("DDIMScheduler", "DDIMPipeline")]
+    ("scheduler", "pipeline"),
+    [("DDPMScheduler", "DDPMPipeline"), ("DDIMScheduler", "DDIMPipeline")],
 )
 def test_unconditional_unet_samples_in_a_stock_pipeline(tmp_path, scheduler, pipeline):
     model = denoiser(None, {"_class_name": scheduler})
@@ -114,6 +114,6 @@ def test_shipped_pipeline_draws_what_dkdm_draws(tmp_path):
         output_type="np",
     ).images
     cond = ClassLabels(3, 3).of([0, 2])
-    ours = model.sample(lambda step: start, cond, 10, 0.0, 1.5)
+    ours = model.sample(lambda _: start, cond, 10, 0.0, 1.5)
     pixels = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(theirs, pixels, atol=1e-4)

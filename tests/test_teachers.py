@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from factories import denoiser
 
 from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.export import write_pipeline
 from dkdm.teachers.locate import locate
+from factories import denoiser
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +37,7 @@ from dkdm.students import build_denoiser, student_of
 from dkdm.teachers import load_teacher
 from dkdm.trainer import Trainer
 
-COSINE_V = {
+COSINE_V: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
     "beta_schedule": "squaredcos_cap_v2",
     "num_train_timesteps": 1000,
@@ -62,7 +63,11 @@ def distill(
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
     config = config or DistillConfig()
-    config = replace(config, **_named(teacher=teacher, student=student))
+    config = replace(
+        config,
+        teacher=_name_of(teacher) or config.teacher,
+        student=_name_of(student) or config.student,
+    )
     accelerator = _accelerator(config)
     taught_by = teacher if isinstance(teacher, Denoiser) else open_teacher(config)
     taught_by.conditioning = _restricted(taught_by.conditioning, config.classes)
@@ -89,13 +94,8 @@ def distill(
     return config.output_dir
 
 
-def _named(**given: str | Denoiser | None) -> dict[str, str]:
-    """The config fields that say what was given: a spec as it is, a Denoiser by its name."""
-    return {
-        key: value.name if isinstance(value, Denoiser) else value
-        for key, value in given.items()
-        if value is not None
-    }
+def _name_of(model: str | Denoiser | None) -> str | None:
+    return model.name if isinstance(model, Denoiser) else model
 
 
 def open_teacher(config: DistillConfig) -> Denoiser:
@@ -218,8 +218,8 @@ def _accelerator(config: RunConfig) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         raise UsageError(
-            f"started with {accelerator.num_processes} processes: expected one; training on several "
-            "devices is not supported yet"
+            f"started with {accelerator.num_processes} processes: expected one; several are not "
+            "supported yet"
         )
     return accelerator
 
@@ -328,9 +328,7 @@ def _finish_distillation(
         f"{config.evaluation_samples} samples of each from the same noise, "
         f"{config.validation_sampling_steps} DDIM steps."
     )
-    write_card(
-        config.output_dir, student, config, lead=lead, metrics=rows, measured_how=how
-    )
+    write_card(config.output_dir, student, config, lead=lead, metrics=rows, measured_how=how)
     write_report(config.output_dir)
 
 
@@ -345,8 +343,8 @@ def _finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> No
             metrics = evaluate_images(samples, cond.get("class_labels"), REFERENCE)
             rows = [("", ["value"]), *_metric_rows([metrics])]
     lead = (
-        f"{type(model.network).__name__} trained on {config.images}: {config.max_train_steps} steps "
-        f"of {config.train_batch_size}, {seconds / 60:.0f} minutes in its last process."
+        f"{type(model.network).__name__} trained on {config.images}: {config.max_train_steps} "
+        f"steps of {config.train_batch_size}, {seconds / 60:.0f} minutes in its last process."
     )
     how = (
         f"{config.evaluation_samples} samples, {config.validation_sampling_steps} DDIM steps, "

@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON, complete, verified, renamed into place when whole."""
+"""Checkpoints: folders of safetensors and JSON, hashed, renamed into place when whole."""
 
 from __future__ import annotations
 
@@ -106,14 +106,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
-def save_network(network: nn.Module, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def save_network(
+    network: nn.Module, folder: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a network as diffusers does: config.json beside its weights.
 
     weights: saved in place of the network's own (an average of them), with the same keys.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(network, "save_config"):
-        network.save_config(folder)
+    save_config: Callable[[Path], None] | None = getattr(network, "save_config", None)
+    if save_config is not None:
+        save_config(folder)
     write_tensors(folder / WEIGHTS, weights or network.state_dict())
 
 

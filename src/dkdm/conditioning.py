@@ -40,6 +40,7 @@ class Unconditional:
 
     def null(self, count: int) -> Condition:
         """Raises UsageError: there is nothing to guide."""
+        del count
         raise UsageError("guidance needs a conditional model, and this one is unconditional")
 
 
@@ -62,7 +63,9 @@ class ClassLabels:
 
     def check(self, labels: Sequence[int]) -> None:
         """Raise UsageError for an id that is neither a class nor the null class."""
-        wrong = sorted({i for i in labels if not 0 <= i < self.num_classes and i != self.null_class})
+        wrong = sorted(
+            {i for i in labels if not 0 <= i < self.num_classes and i != self.null_class}
+        )
         if wrong:
             raise UsageError(
                 f"class id {', '.join(map(str, wrong))} out of range: "

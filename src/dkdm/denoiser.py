@@ -1,4 +1,4 @@
-"""A denoiser: network + process + parameterization + conditioning. Teacher and student are both one."""
+"""Denoiser = network + process + parameterization + conditioning: what both models are."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         check_compatible(self.parameterization, self.process)
+        if isinstance(self.network, nn.Module):
+            silence_label_dropout(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -164,3 +166,16 @@ class Denoiser:
         x = self.process.start_std * noise(-1).to(self.device)
         steps = self.process.timesteps(num_steps)
         return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
+
+
+def silence_label_dropout(network: nn.Module) -> None:
+    """Switch off the dropout of labels that diffusers' DiT does by itself in training mode.
+
+    It drops them in every block on its own, so that the target's class is not the one that the
+    student was told. Conditions are dropped where they are drawn instead.
+    """
+    from diffusers.models.embeddings import LabelEmbedding
+
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0

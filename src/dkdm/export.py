@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
-
 from dkdm.checkpoint import save_network
 from dkdm.conditioning import ClassLabels
 from dkdm.config import DistillConfig, RunConfig
@@ -117,7 +116,10 @@ def write_card(
     details = [
         ("network", f"{type(network).__name__}, {denoiser.num_parameters / 1e6:.2f} M parameters"),
         ("sample shape", " x ".join(map(str, denoiser.sample_shape))),
-        ("process", f"{denoiser.process.scheduler['_class_name']}, T = {denoiser.process.num_levels}"),
+        (
+            "process",
+            f"{denoiser.process.scheduler['_class_name']}, T = {denoiser.process.num_levels}",
+        ),
         ("prediction", denoiser.parameterization.prediction),
         ("made with", f"dkdm {__version__}"),
     ]

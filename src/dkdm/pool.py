@@ -50,7 +50,9 @@ class Stride:
         mean = int(number)
         stride = cls(1, 2 * mean - 1) if law else cls(mean, mean)
         if stride.high >= num_levels:
-            raise UsageError(f"--stride '{text}' reaches {stride.high} of {num_levels} levels: too far")
+            raise UsageError(
+                f"--stride '{text}' reaches {stride.high} of {num_levels} levels: too far"
+            )
         return stride
 
     def draw(self, count: int, random: torch.Generator) -> Tensor:
@@ -204,8 +206,8 @@ class Pool:
         """Restore a pool of the same size. Raises UsageError for one of another."""
         if state["x"].shape != self.x.shape or state["x"].dtype != self.x.dtype:
             raise UsageError(
-                f"the checkpoint's pool is {tuple(state['x'].shape)} {state['x'].dtype}, this run's "
-                f"{tuple(self.x.shape)} {self.x.dtype}: expected the options the run began with"
+                f"the checkpoint's pool is {tuple(state['x'].shape)} {state['x'].dtype}, this "
+                f"run's {tuple(self.x.shape)} {self.x.dtype}: expected the options it began with"
             )
         self.x.copy_(state["x"])
         self.t.copy_(state["t"])
@@ -261,14 +263,14 @@ def check_memory(shape: tuple[int, ...], dtype: torch.dtype, storage: torch.devi
     if needed > 0.9 * free:
         raise UsageError(
             f"a pool of {shape[0]} entries of shape {shape[1:]} in {dtype} takes "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {storage}: expected a "
-            "smaller --rho or --pool-size, --pool-dtype float16, or --pool-device cpu"
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {storage}: expected "
+            "a smaller --rho or --pool-size, --pool-dtype float16, or --pool-device cpu"
         )
 
 
 @torch.no_grad()
 def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
-    """Spread the entries over all levels: sample each with `num_steps` DDIM steps, noise it to its t.
+    """Spread the entries over all levels: sample each in `num_steps` DDIM steps, then noise it.
 
     Costs num_steps teacher evaluations an entry. The states lie where the few-step sampler puts
     them; every label taken there later is exact.
@@ -278,7 +280,9 @@ def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
         cond = {key: value[part] for key, value in pool.cond.items()}
         shape = (len(levels), *teacher.sample_shape)
 
-        def draw(step: int, shape: tuple[int, ...] = shape, noise: torch.Generator = noise) -> Tensor:
+        def draw(
+            step: int, shape: tuple[int, ...] = shape, noise: torch.Generator = noise
+        ) -> Tensor:
             del step
             return torch.randn(shape, generator=noise, device=teacher.device)
 

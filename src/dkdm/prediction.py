@@ -26,7 +26,8 @@ MIN_VAR = 1e-20
 class Parameterization:
     """What a network's output means.
 
-    prediction: spelled as in diffusers; "edm" is F in the preconditioned D of EDM, arXiv 2206.00364.
+    prediction: spelled as in diffusers; "edm" is F in the preconditioned D of EDM
+        (arXiv 2206.00364).
     variance: of the reverse step; the learned ones come from a second half of the output channels.
     sigma_data: standard deviation of the data, used by "edm" only.
     """
@@ -74,7 +75,12 @@ def check_compatible(parameterization: Parameterization, process: Process) -> No
 
 
 def to_x_0_eps(
-    kind: PredictionType, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5
+    kind: PredictionType,
+    output: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    sigma_data: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """Recover (x_0, eps) from a network's output at x = alpha x_0 + sigma eps.
 
@@ -98,7 +104,12 @@ def to_x_0_eps(
 
 
 def from_x_0_eps(
-    kind: PredictionType, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5
+    kind: PredictionType,
+    x_0: Tensor,
+    eps: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    sigma_data: float = 0.5,
 ) -> Tensor:
     """The output a network of this kind should give; the inverse of `to_x_0_eps`."""
     a, s = per_sample(alpha, x_0), per_sample(sigma, x_0)
@@ -126,7 +137,7 @@ def x_0_slope(
 ) -> Tensor:
     """|d output / d x_0| at fixed x, so that an output error is this times the x_0 error.
 
-    Its square turns weights on x_0 into weights on the output (min-SNR, arXiv 2303.09556, sec. 3.3).
+    Its square turns weights on x_0 into weights on the output (min-SNR, arXiv 2303.09556).
     Returns float64 [B].
     """
     if kind == "epsilon":
@@ -174,7 +185,7 @@ def dynamic_threshold(x_0: Tensor, quantile: float, max_value: float) -> Tensor:
 
 
 def posterior_var(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
-    """Variance of q(x_s | x_t, x_0), the lower bound beta~ (arXiv 2006.11239, Eq. 7). float64 [B]."""
+    """Variance of q(x_s | x_t, x_0), the lower bound beta~, float64 [B] (DDPM, Eq. 7)."""
     return sigma_s**2 / sigma_t**2 * transition_var(alpha_t, sigma_t, alpha_s, sigma_s)
 
 
@@ -192,11 +203,11 @@ def step_log_var(
     interpolates between their logs (DKDM, Eq. 12; arXiv 2102.09672, Eq. 15).
     """
     low, high = post.clamp(min=MIN_VAR).log(), beta.clamp(min=MIN_VAR).log()
-    if kind in LEARNED and variance_output is None:
+    if kind not in LEARNED:
+        return per_sample(high if "large" in kind else low, like)
+    if variance_output is None:
         raise UsageError(f"variance '{kind}' needs a network with variance channels")
     if kind == "learned":
         return variance_output.clamp(min=MIN_VAR).log()
-    if kind == "learned_range":
-        fraction = (variance_output + 1) / 2
-        return fraction * per_sample(high, like) + (1 - fraction) * per_sample(low, like)
-    return per_sample(high if "large" in kind else low, like)
+    fraction = (variance_output + 1) / 2
+    return fraction * per_sample(high, like) + (1 - fraction) * per_sample(low, like)

@@ -1,4 +1,4 @@
-"""Complete runs as functions that return a frozen config. Each states its cost where it was measured."""
+"""Complete runs as functions that return a frozen config, each with what it costs."""
 
 from __future__ import annotations
 

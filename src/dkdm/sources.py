@@ -39,12 +39,12 @@ class Source(Protocol):
 class Images:
     """Real images, noised to a uniform t; the target is the noise that was added.
 
-    images: [N, C, H, W] in [-1, 1]; labels: int64 [N], used where the conditioning has classes.
+    images: [N, C, H, W] in [-1, 1]; labels: int64 [N], or None without classes.
     condition_dropout: probability of the null class.
     """
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
     process: Process
     parameterization: Parameterization
     conditioning: Conditioning
@@ -93,7 +93,7 @@ class Images:
         return torch.randn(shape, generator=random, device=self.device)
 
     def _condition(self, rows: Tensor, random: torch.Generator) -> dict[str, Tensor]:
-        if not isinstance(self.conditioning, ClassLabels):
+        if self.labels is None or not isinstance(self.conditioning, ClassLabels):
             return {}
         labels = self.labels[rows]
         if self.condition_dropout:

@@ -191,7 +191,7 @@ class Trainer:
             "optimizer": groups,
             "lr_scheduler": _plain(self.lr_scheduler.state_dict()),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "teacher_evaluations": self.objective.teacher.evaluations if self.objective.teacher else 0,
+            "teacher_evaluations": getattr(self.objective.teacher, "evaluations", 0),
         }
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
@@ -216,5 +216,5 @@ class Trainer:
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """The part of a scheduler's state that is numbers; its functions are rebuilt from the config."""
+    """The numbers of a scheduler's state; its functions are rebuilt from the config."""
     return {k: v for k, v in state.items() if k != "lr_lambdas"} | {"lr_lambdas": [None]}

@@ -16,7 +16,7 @@ from dkdm.prediction import Parameterization
 from dkdm.process import Process
 from dkdm.students.presets import PRESETS, Preset
 
-__all__ = ["PRESETS", "Preset", "build_network", "build_denoiser", "student_of"]
+__all__ = ["PRESETS", "Preset", "as_denoiser", "build_denoiser", "build_network", "student_of"]
 
 
 def student_of(spec: str, teacher: Denoiser) -> Denoiser:
@@ -41,9 +41,21 @@ def build_denoiser(
     """Build a network for these and try it once."""
     out_channels = sample_shape[0] * (2 if parameterization.learns_variance else 1)
     network = build_network(spec, sample_shape, out_channels, conditioning)
+    return as_denoiser(spec, network, process, parameterization, sample_shape, conditioning)
+
+
+def as_denoiser(
+    name: str,
+    network: nn.Module,
+    process: Process,
+    parameterization: Parameterization,
+    sample_shape: tuple[int, ...],
+    conditioning: Conditioning,
+) -> Denoiser:
+    """Wrap a student network and try it once. Raises UsageError where it does not fit."""
     constants = {} if isinstance(conditioning, ClassLabels) else _constants(network)
     denoiser = Denoiser(
-        network, process, parameterization, sample_shape, conditioning, constants, spec
+        network, process, parameterization, sample_shape, conditioning, constants, name
     )
     denoiser.check()
     return denoiser
@@ -51,8 +63,8 @@ def build_denoiser(
 
 def _constants(network: nn.Module) -> dict[str, int]:
     """A DiT always asks for a class; one used without classes is always fed class 0."""
-    config = getattr(network, "config", {})
-    return {"class_labels": 0} if config.get("norm_type") == "ada_norm_zero" else {}
+    norm = getattr(getattr(network, "config", None), "norm_type", None)
+    return {"class_labels": 0} if norm == "ada_norm_zero" else {}
 
 
 def build_network(
@@ -76,12 +88,15 @@ def _from_diffusers_config(path: Path) -> nn.Module:
 
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        cls = getattr(diffusers, str(config.get("_class_name")), None)
+    except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"student config {path}: {error}") from error
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if cls is None or not hasattr(cls, "from_config"):
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
         raise UsageError(f"student config {path}: '_class_name' must name a diffusers model")
-    return cls.from_config(config)
+    try:
+        return cls.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"student config {path}: {cls.__name__} refuses it: {error}") from error
 
 
 def _from_factory(

@@ -102,7 +102,6 @@ def dit(
     Raises UsageError for samples that are not square or not divisible by the patch.
     """
     from diffusers import DiTTransformer2DModel
-    from diffusers.models.embeddings import LabelEmbedding
 
     in_channels, height, columns = _image_shape(shape)
     side = patch or next(p for p in (8, 4, 2, 1) if height >= 8 * p or p == 1)
@@ -113,7 +112,7 @@ def dit(
         )
     classes = _num_embeddings(conditioning) or 1
     has_null = isinstance(conditioning, ClassLabels) and conditioning.null_class is not None
-    network = DiTTransformer2DModel(
+    return DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=width // heads,
         in_channels=in_channels,
@@ -123,10 +122,6 @@ def dit(
         patch_size=side,
         num_embeds_ada_norm=classes - 1 if has_null else classes,
     )
-    for module in network.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0  # it would drop labels behind the target's back, per block
-    return network
 
 
 def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -63,8 +63,8 @@ def _network_of(index: dict[str, Any], folder: Path) -> tuple[str, str]:
     foreign = sorted(set(parts) - {"unet", "transformer", "scheduler"})
     if foreign:
         raise UsageError(
-            f"{folder}: a {kind} with {', '.join(foreign)} is not supported: expected a pixel-space "
-            f"pipeline of {' or '.join(NETWORKS)} and a scheduler"
+            f"{folder}: a {kind} with {', '.join(foreign)} is not supported: expected a "
+            f"pixel-space pipeline of {' or '.join(NETWORKS)} and a scheduler"
         )
     for component in ("unet", "transformer"):
         if parts.get(component) in NETWORKS:
@@ -96,17 +96,7 @@ def _load_network(folder: Path, name: str, variant: str | None, dtype: str) -> n
     ]
     if wrong:
         raise DkdmError(f"{folder}: the weights do not belong to this {name}: {'; '.join(wrong)}")
-    network = network.to(getattr(torch, dtype)).eval().requires_grad_(False)
-    _silence_label_dropout(network)
-    return network  # type: ignore[no-any-return]
-
-
-def _silence_label_dropout(network: nn.Module) -> None:
-    from diffusers.models.embeddings import LabelEmbedding
-
-    for module in network.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0
+    return network.to(getattr(torch, dtype)).eval().requires_grad_(False)
 
 
 def _conditioning(

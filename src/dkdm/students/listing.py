@@ -1,0 +1,110 @@
+"""The named students at a teacher's sample shape: size and cost, without building one for real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dkdm.denoiser import Denoiser
+from dkdm.errors import UsageError
+from dkdm.evaluation.cost import count_macs
+from dkdm.students import as_denoiser, build_network
+from dkdm.students.presets import PRESETS, Preset
+
+
+@dataclass(frozen=True)
+class StudentRow:
+    """A preset at the teacher's shape; `misfit` is why it does not fit, and the numbers are None.
+
+    parameters, macs: of one network, and multiply-accumulates of one evaluation of one sample.
+    parameter_ratio, mac_ratio: over the teacher's; None where the teacher has none.
+    """
+
+    name: str
+    summary: str
+    parameters: int | None = None
+    parameter_ratio: float | None = None
+    macs: int | None = None
+    mac_ratio: float | None = None
+    misfit: str | None = None
+
+
+def list_students(teacher: Denoiser) -> list[StudentRow]:
+    """Every preset with the teacher's sample shape, conditioning and variance.
+
+    The students are built on torch's meta device, which holds no numbers: seconds for all of them,
+    and no memory. The teacher is evaluated once, on one sample.
+    """
+    teacher_macs = count_macs(teacher)
+    return [_row(preset, teacher, teacher_macs) for preset in PRESETS.values()]
+
+
+def _row(preset: Preset, teacher: Denoiser, teacher_macs: int) -> StudentRow:
+    try:
+        student = _without_numbers(preset.name, teacher)
+    except UsageError as error:
+        return StudentRow(preset.name, preset.summary, misfit=str(error))
+    parameters, macs = student.num_parameters, count_macs(student)
+    return StudentRow(
+        name=preset.name,
+        summary=preset.summary,
+        parameters=parameters,
+        parameter_ratio=_ratio(parameters, teacher.num_parameters),
+        macs=macs,
+        mac_ratio=_ratio(macs, teacher_macs),
+    )
+
+
+def _without_numbers(name: str, teacher: Denoiser) -> Denoiser:
+    shape, conditioning = tuple(teacher.sample_shape), teacher.conditioning
+    out_channels = shape[0] * (2 if teacher.parameterization.learns_variance else 1)
+    with torch.device("meta"):
+        network = build_network(name, shape, out_channels, conditioning)
+    network = network.to("meta")  # tables made from numpy were not
+    return as_denoiser(
+        name, network, teacher.process, teacher.parameterization, shape, conditioning
+    )
+
+
+def _ratio(number: int, of: int) -> float | None:
+    return number / of if of else None
+
+
+def print_students(rows: list[StudentRow], teacher: Denoiser, console: Console) -> None:
+    """Print the students as a table; the teacher's size is in its title."""
+    shape = " x ".join(map(str, teacher.sample_shape))
+    table = Table(
+        title=f"Students for {escape(teacher.name)}: samples of {shape}, "
+        f"{_millions(teacher.num_parameters)} parameters",
+        title_justify="left",
+    )
+    table.add_column("student", no_wrap=True)
+    for heading in ("parameters", "of teacher", "MACs a sample", "of teacher"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        table.add_row(row.name, *_numbers(row), escape(row.misfit or row.summary))
+    console.print(table)
+
+
+def _numbers(row: StudentRow) -> list[str]:
+    if row.parameters is None or row.macs is None:
+        return ["-"] * 4
+    return [
+        _millions(row.parameters),
+        _percent(row.parameter_ratio),
+        _millions(row.macs),
+        _percent(row.mac_ratio),
+    ]
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.2f} M"
+
+
+def _percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.1%}"
