@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from dkdm import checkpoint
@@ -47,6 +49,7 @@ COSINE_V: dict[str, Any] = {
     "clip_sample_range": 1.0,
 }
 REFERENCE: ReferenceName = "fashion-test"
+TRACKERS = ("tensorboard", "trackio", "wandb")
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
 
@@ -79,7 +82,7 @@ def distill(
     name = component_name(learner.network)  # type: ignore[arg-type]
     validate = _side_by_side(config, taught_by)
     trainer = Trainer(config, learner, pool, objective, accelerator, name, validate)
-    found = _claim(config)
+    found = _claim(config, accelerator)
     if found:
         trainer.resume(found)
     else:
@@ -87,6 +90,7 @@ def distill(
         trainer.save()
     started = time.monotonic()
     trainer.run()
+    accelerator.end_training()
     finished = trainer.averaged()
     write_pipeline(config.output_dir, finished)
     comparison = _compare(taught_by, finished, config)
@@ -189,11 +193,12 @@ def train(config: TrainConfig) -> Path:
     objective = Objective(student, None, config.loss_weighting, config.snr_gamma)
     name = component_name(student.network)  # type: ignore[arg-type]
     trainer = Trainer(config, student, source, objective, accelerator, name, _samples_of(config))
-    found = _claim(config)
+    found = _claim(config, accelerator)
     if found:
         trainer.resume(found)
     started = time.monotonic()
     trainer.run()
+    accelerator.end_training()
     finished = trainer.averaged()
     write_pipeline(config.output_dir, finished)
     _finish_training(config, finished, time.monotonic() - started)
@@ -210,10 +215,11 @@ def _conditioning_of(config: TrainConfig, labels: torch.Tensor | None) -> Condit
 
 def _accelerator(config: RunConfig) -> Accelerator:
     set_seed(config.seed)
+    AcceleratorState._reset_state()  # an earlier run in this process may have set another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.report_to.split(",") if config.report_to else None,
+        log_with=_trackers(config.report_to),
         project_dir=config.output_dir / "logs",
     )
     if accelerator.num_processes > 1:
@@ -224,8 +230,21 @@ def _accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _claim(config: RunConfig) -> Path | None:
-    """Take the output folder; returns the checkpoint to resume from.
+def _trackers(wanted: str) -> list[str]:
+    """The trackers of `--report-to`. Raises UsageError for one that is not installed."""
+    if wanted == "auto":
+        return ["tensorboard"] if find_spec("tensorboard") else []
+    names = [] if wanted == "none" else wanted.split(",")
+    for name in names:
+        if name not in TRACKERS:
+            raise UsageError(f"--report-to {name}: expected {', '.join(TRACKERS)}, auto or none")
+        if not find_spec(name):
+            raise UsageError(f"--report-to {name}: not installed; pip install 'dkdm[{name}]'")
+    return names
+
+
+def _claim(config: RunConfig, accelerator: Accelerator) -> Path | None:
+    """Take the output folder and start the trackers; returns the checkpoint to resume from.
 
     Raises UsageError where the folder holds another run and this is no resumption of it.
     """
@@ -242,6 +261,7 @@ def _claim(config: RunConfig) -> Path | None:
         raise UsageError(f"--output-dir {config.output_dir} holds a run of another command")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     existing.write_text(to_json(config))
+    accelerator.init_trackers("dkdm", {key: str(value) for key, value in asdict(config).items()})
     return found
 
 
@@ -311,7 +331,7 @@ def _finish_distillation(
     config: DistillConfig, student: Denoiser, comparison: Comparison | None, seconds: float
 ) -> None:
     lead = (
-        f"{type(student.network).__name__} distilled from `{config.teacher}` with DKDM "
+        f"{type(student.network).__name__} distilled from `{Path(config.teacher).name}` with DKDM "
         f"(arXiv 2409.03550): no image was read. {config.max_train_steps} steps of "
         f"{config.train_batch_size}, {seconds / 60:.1f} minutes."
     )
@@ -343,7 +363,8 @@ def _finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> No
             metrics = evaluate_images(samples, cond.get("class_labels"), REFERENCE)
             rows = [("", ["value"]), *_metric_rows([metrics])]
     lead = (
-        f"{type(model.network).__name__} trained on {config.images}: {config.max_train_steps} "
+        f"{type(model.network).__name__} trained on {Path(config.images).name}: "
+        f"{config.max_train_steps} "
         f"steps of {config.train_batch_size}, {seconds / 60:.0f} minutes in its last process."
     )
     how = (

@@ -70,12 +70,16 @@ class RunConfig:
     """Sampler steps of the grids and of the final evaluation."""
     logging_steps: int = 10
     """Optimizer steps between lines in metrics.jsonl."""
-    report_to: str | None = None
-    """Trackers, comma-separated (tensorboard, trackio, wandb); None writes metrics.jsonl only."""
+    report_to: str = "auto"
+    """Trackers beside metrics.jsonl, comma-separated: tensorboard, trackio, wandb; none; or auto,
+    which is TensorBoard where it is installed."""
     evaluation_samples: int = 1000
     """Samples drawn from each model for the final distances; 0 skips them."""
     sampling_guidance_scale: float = 1.0
     """Guidance of the sample grids and the final distances; 1 is none, and costs half."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", Path(self.output_dir))
 
 
 @dataclass(frozen=True)

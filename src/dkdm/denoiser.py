@@ -18,7 +18,7 @@ from dkdm.prediction import (
     scale_input,
     to_x_0_eps,
 )
-from dkdm.process import Process
+from dkdm.process import Process, Spacing
 from dkdm.steps import sample
 
 
@@ -153,18 +153,19 @@ class Denoiser:
         num_steps: int,
         eta: float = 0.0,
         guidance_scale: float = 1.0,
+        spacing: Spacing | None = None,
     ) -> Tensor:
         """Draw samples with `num_steps` evaluations each.
 
         noise: step -> [B, ...] standard normal; step -1 asks for the starting noise. cond: one row
-        a sample. Returns x_0 [B, ...].
+        a sample; spacing: of the steps, None is the process's own. Returns x_0 [B, ...].
         """
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
             return self.predict(Batch(x, t, cond, t), guidance_scale)
 
         x = self.process.start_std * noise(-1).to(self.device)
-        steps = self.process.timesteps(num_steps)
+        steps = self.process.timesteps(num_steps, spacing)
         return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
 
 

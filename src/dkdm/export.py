@@ -112,6 +112,7 @@ def write_card(
     first one its header. measured_how: how these numbers came about.
     """
     distilled = isinstance(config, DistillConfig)
+    values = dataclasses.asdict(config)
     network = denoiser.network
     details = [
         ("network", f"{type(network).__name__}, {denoiser.num_parameters / 1e6:.2f} M parameters"),
@@ -126,13 +127,22 @@ def write_card(
     text = _TEMPLATES.get_template("card.md.j2").render(
         title=config.output_dir.name,
         lead=lead,
-        base_model=config.teacher if isinstance(config, DistillConfig) else None,
+        base_model=_base_model(config),
         distilled=distilled,
         has_grid=(folder / "samples" / "grid.png").is_file(),
-        usage=usage_snippet(str(config.output_dir), denoiser),
+        usage=usage_snippet(config.output_dir.name, denoiser),
         details=details,
         metrics=list(metrics),
         measured_how=measured_how,
-        hyperparameters=list(dataclasses.asdict(config).items()),
+        hyperparameters=[item for item in values.items() if item[0] not in _PRIVATE],
     )
     (folder / "README.md").write_text(text)
+
+
+_PRIVATE = ("output_dir", "resume_from_checkpoint", "teacher", "images")
+
+
+def _base_model(config: RunConfig) -> str | None:
+    """The hub id the student came from; paths of this machine are nobody else's business."""
+    teacher = getattr(config, "teacher", "")
+    return teacher if teacher.count("/") == 1 and not Path(teacher).exists() else None

@@ -8,6 +8,7 @@ batch. The pool knows nothing of the student.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,11 +45,11 @@ class Stride:
 
         Raises UsageError for anything else, and for strides of T or more.
         """
-        law, _, number = text.rpartition(":")
-        if law not in ("", "random") or not number.isdigit() or int(number) < 1:
+        read = re.fullmatch("(random:)?([0-9]+)", text)
+        if read is None or int(read[2]) < 1:
             raise UsageError(f"--stride '{text}': expected a number of levels or random:MEAN")
-        mean = int(number)
-        stride = cls(1, 2 * mean - 1) if law else cls(mean, mean)
+        mean = int(read[2])
+        stride = cls(1, 2 * mean - 1) if read[1] else cls(mean, mean)
         if stride.high >= num_levels:
             raise UsageError(
                 f"--stride '{text}' reaches {stride.high} of {num_levels} levels: too far"
@@ -203,17 +204,22 @@ class Pool:
         return {"x": self.x, "t": self.t, **cond, **counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore a pool of the same size. Raises UsageError for one of another."""
-        if state["x"].shape != self.x.shape or state["x"].dtype != self.x.dtype:
+        """Restore a pool of the same size and conditions. Raises UsageError for any other."""
+        theirs, ours = _layout(state), _layout(self.state_dict())
+        if theirs != ours:
             raise UsageError(
-                f"the checkpoint's pool is {tuple(state['x'].shape)} {state['x'].dtype}, this "
-                f"run's {tuple(self.x.shape)} {self.x.dtype}: expected the options it began with"
+                f"the checkpoint's pool is {theirs}, this run's {ours}: expected the options it "
+                "began with"
             )
         self.x.copy_(state["x"])
         self.t.copy_(state["t"])
         for key in self.cond:
             self.cond[key].copy_(state[f"cond.{key}"])
         self.step, self.finished = int(state["step"]), int(state["finished"])
+
+
+def _layout(state: dict[str, Tensor]) -> dict[str, str]:
+    return {key: f"{tuple(state[key].shape)} {state[key].dtype}" for key in sorted(state)}
 
 
 def rows(mask: Tensor, like: Tensor) -> Tensor:
@@ -243,8 +249,7 @@ def empty_pool(
     conds = []
     for shard, (first, last) in enumerate(zip(pool.bounds, pool.bounds[1:], strict=False)):
         noise = generator(storage, pool.seed, "start", shard)
-        part = torch.randn((last - first, *shape[1:]), generator=noise, device=storage)
-        x[first:last] = (teacher.process.start_std * part).to(dtype)
+        x[first:last].normal_(generator=noise).mul_(teacher.process.start_std)
         host = generator("cpu", pool.seed, "condition", shard)
         conds.append(teacher.conditioning.draw(last - first, host, pool.condition_dropout))
     pool.cond = {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
@@ -273,7 +278,8 @@ def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
     """Spread the entries over all levels: sample each in `num_steps` DDIM steps, then noise it.
 
     Costs num_steps teacher evaluations an entry. The states lie where the few-step sampler puts
-    them; every label taken there later is exact.
+    them; every label taken there later is exact. The steps begin at T-1 (trailing spacing), where
+    pure noise belongs, whatever the teacher's own spacing.
     """
     teacher = pool.teacher
     for part, levels, noise in _parts(pool, batch_size, "few-step fill"):
@@ -286,7 +292,7 @@ def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
             del step
             return torch.randn(shape, generator=noise, device=teacher.device)
 
-        x_0 = teacher.sample(draw, cond, num_steps, 0.0, pool.guidance_scale)
+        x_0 = teacher.sample(draw, cond, num_steps, 0.0, pool.guidance_scale, "trailing")
         x = teacher.process.add_noise(x_0, draw(0), levels)
         pool._store(part, x, levels, cond)
 

@@ -250,8 +250,8 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Process:
         raise UsageError(
             f"scheduler '{name or 'without _class_name'}' is not supported: expected "
             "DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler. If the model was "
-            "trained with a beta schedule, save a DDPMScheduler with the same betas and "
-            "prediction type beside it"
+            "trained with a beta schedule, save a DDPMScheduler with the same betas and prediction "
+            "type beside it"
         )
     return _from_beta_config(config)
 

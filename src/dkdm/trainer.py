@@ -159,7 +159,8 @@ class Trainer:
         }
         if self.objective.teacher is not None:
             entry["teacher_evaluations"] = self.objective.teacher.evaluations
-        self.accelerator.log({"loss": entry["loss"]}, step=self.step_number)
+        shown = ("loss", "learning_rate", "steps_per_second", "teacher_evaluations")
+        self.accelerator.log({k: entry[k] for k in shown if k in entry}, step=self.step_number)
         return entry
 
     def averaged(self) -> Denoiser:

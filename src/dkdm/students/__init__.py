@@ -41,7 +41,9 @@ def build_denoiser(
     """Build a network for these and try it once."""
     out_channels = sample_shape[0] * (2 if parameterization.learns_variance else 1)
     network = build_network(spec, sample_shape, out_channels, conditioning)
-    return as_denoiser(spec, network, process, parameterization, sample_shape, conditioning)
+    student = as_denoiser(spec, network, process, parameterization, sample_shape, conditioning)
+    student.check()
+    return student
 
 
 def as_denoiser(
@@ -52,13 +54,9 @@ def as_denoiser(
     sample_shape: tuple[int, ...],
     conditioning: Conditioning,
 ) -> Denoiser:
-    """Wrap a student network and try it once. Raises UsageError where it does not fit."""
+    """A student network with what it is read by."""
     constants = {} if isinstance(conditioning, ClassLabels) else _constants(network)
-    denoiser = Denoiser(
-        network, process, parameterization, sample_shape, conditioning, constants, name
-    )
-    denoiser.check()
-    return denoiser
+    return Denoiser(network, process, parameterization, sample_shape, conditioning, constants, name)
 
 
 def _constants(network: nn.Module) -> dict[str, int]:

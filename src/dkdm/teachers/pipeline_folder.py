@@ -85,7 +85,11 @@ def _load_network(folder: Path, name: str, variant: str | None, dtype: str) -> n
     cls = getattr(diffusers, name)
     try:
         network, info = cls.from_pretrained(
-            folder, variant=variant, output_loading_info=True, low_cpu_mem_usage=False
+            folder,
+            variant=variant,
+            torch_dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            low_cpu_mem_usage=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise DkdmError(f"{folder}: the weights of {name} cannot be loaded: {error}") from error
@@ -96,7 +100,7 @@ def _load_network(folder: Path, name: str, variant: str | None, dtype: str) -> n
     ]
     if wrong:
         raise DkdmError(f"{folder}: the weights do not belong to this {name}: {'; '.join(wrong)}")
-    return network.to(getattr(torch, dtype)).eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 def _conditioning(

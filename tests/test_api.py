@@ -1,0 +1,168 @@
+"""Whole runs from Python: every source, precision and kind of teacher, on tiny models."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+from PIL import Image
+
+import dkdm
+from dkdm.progress import read_metrics
+from dkdm.students import student_of
+from factories import denoiser
+
+README = Path(__file__).parents[1] / "README.md"
+SMALL = dkdm.DistillConfig(
+    max_train_steps=4,
+    train_batch_size=8,
+    pool_size=24,
+    fill_steps=2,
+    learning_rate=1e-3,
+    logging_steps=1,
+    validation_steps=0,
+    validation_sampling_steps=2,
+    evaluation_samples=8,
+)
+
+
+def run(tmp_path, teacher=None, student=None, **changes):
+    teacher = teacher or denoiser()
+    config = replace(SMALL, output_dir=tmp_path / "run", **changes)
+    folder = dkdm.distill(teacher, student or student_of("dit-xs", teacher), config)
+    return folder, read_metrics(folder / "metrics.jsonl"), teacher
+
+
+@pytest.mark.parametrize("source", ["dynamic", "shuffled", "iterative"])
+def test_sources_differ_in_nothing_but_the_pool(tmp_path, source):
+    folder, metrics, teacher = run(tmp_path, source=source)
+    entries = {"dynamic": 24, "shuffled": 8, "iterative": 0}[source]
+    assert teacher.evaluations == entries * 2 + 4 * 8
+    assert metrics[-1]["teacher_evaluations"] == teacher.evaluations
+    assert [entry["step"] for entry in metrics] == [1, 2, 3, 4]
+    assert (folder / "report.html").is_file()
+
+
+def test_ancestral_fill_costs_about_half_the_levels(tmp_path):
+    _, _, teacher = run(tmp_path, fill="ancestral", max_train_steps=1)
+    per_entry = (teacher.evaluations - 8) / 24
+    assert 15 < per_entry < 35  # T = 50
+
+
+def test_guidance_baked_into_the_target_costs_double(tmp_path):
+    _, _, teacher = run(tmp_path, guidance_scale=2.0)
+    assert teacher.evaluations == 2 * (24 * 2 + 4 * 8)
+
+
+def test_unconditional_teacher_to_unconditional_transformer(tmp_path):
+    teacher = denoiser(None)
+    folder, _, _ = run(tmp_path, teacher)
+    again = dkdm.load_teacher(str(folder))
+    assert isinstance(again.conditioning, dkdm.Unconditional)
+
+
+def test_subset_of_classes(tmp_path):
+    folder, _, teacher = run(tmp_path, classes=(1,))
+    assert json.loads((folder / "config.json").read_text())["classes"] == [1]
+    assert teacher.conditioning.classes == (1,)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pool_dtype": "float16"},
+        {"mixed_precision": "bf16"},
+        {"use_ema": False},
+        {"gradient_accumulation_steps": 2},
+        {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
+        {"loss_weighting": "min-snr"},
+        {"eta": 0.0, "stride": "random:5"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_options_run(tmp_path, changes):
+    _, metrics, _ = run(tmp_path, evaluation_samples=0, **changes)
+    assert all(0 < entry["loss"] < 10 for entry in metrics)
+
+
+def test_learned_range_teacher_teaches_its_variance(tmp_path):
+    scheduler = {"variance_type": "learned_range", "prediction_type": "epsilon"}
+    teacher = denoiser(3, scheduler, out_channels=2)
+    folder, _, _ = run(tmp_path, teacher)
+    network = diffusers.DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    assert network.config.out_channels == 2
+
+
+def test_tensorboard_is_written(tmp_path):
+    folder, _, _ = run(tmp_path, report_to="tensorboard", evaluation_samples=0)
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+
+
+def test_unweighted_dit_keeps_the_class_it_is_told():
+    """diffusers' own label dropout is off, in training mode too."""
+    from diffusers.models.embeddings import LabelEmbedding
+
+    student = student_of("dit-xs", denoiser())
+    dropouts = [m.dropout_prob for m in student.network.modules() if isinstance(m, LabelEmbedding)]
+    assert dropouts
+    assert not any(dropouts)
+
+
+def test_train_on_a_folder_of_images(tmp_path):
+    for label in ("a", "b"):
+        for i in range(6):
+            path = tmp_path / "images" / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (20, 20), 20 * i).save(path)
+    config = dkdm.TrainConfig(
+        output_dir=tmp_path / "run",
+        images=str(tmp_path / "images"),
+        sample_shape=(1, 8, 8),
+        network="dit-xs",
+        max_train_steps=3,
+        train_batch_size=4,
+        condition_dropout=0.2,
+        validation_steps=2,
+        validation_sampling_steps=2,
+        evaluation_samples=4,
+        checkpointing_steps=2,
+    )
+    dkdm.train(config)
+    resumed = replace(config, max_train_steps=5, resume_from_checkpoint="latest")
+    folder = dkdm.train(resumed)
+    model = dkdm.load_teacher(str(folder))
+    assert model.conditioning == dkdm.ClassLabels(2, null_class=2)
+    assert (folder / "samples" / "grid.png").is_file()
+    assert "trained on" in (folder / "README.md").read_text()
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    """The README's five lines, with its numbers made small."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = next(block for block in blocks if "dkdm.distill" in block)
+    teacher, small = denoiser(), dkdm.DistillConfig
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dkdm.api.load_teacher", lambda *_, **__: teacher)
+    shrunk = {key: getattr(SMALL, key) for key in ("train_batch_size", "pool_size", "fill_steps")}
+    rest = {"evaluation_samples": 8, "validation_sampling_steps": 2, "validation_steps": 0}
+
+    def config(**given):
+        return small(**{**shrunk, **rest, **given, "max_train_steps": 2})
+
+    monkeypatch.setattr(dkdm, "DistillConfig", config)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+
+
+def test_one_step_of_a_same_architecture_student_starts_at_its_own_loss(tmp_path):
+    """A student that is the teacher has nothing to learn."""
+    teacher = denoiser()
+    twin = denoiser()
+    _, metrics, _ = run(tmp_path, teacher, twin, learning_rate=0.0)
+    assert all(entry["loss"] < 1e-10 for entry in metrics)
+
+
+def test_output_dir_may_be_a_string(tmp_path):
+    assert dkdm.DistillConfig(output_dir=str(tmp_path / "x")).output_dir == tmp_path / "x"
