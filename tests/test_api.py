@@ -75,6 +75,7 @@ def test_subset_of_classes(tmp_path):
         {"pool_dtype": "float16"},
         {"mixed_precision": "bf16"},
         {"use_ema": False},
+        {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2},
         {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
         {"loss_weighting": "min-snr"},

@@ -35,6 +35,8 @@ ROOMS = [
     "doctor",
     "export",
     "report",
+    "finish",
+    "launch",
     "trainer",
     "recipes",
     "api",

@@ -198,7 +198,7 @@ def _train(args: list[str]) -> int:
 
 def _sample(args: list[str]) -> int:
     options = tyro.cli(SampleOptions, args=args, prog="dkdm sample")
-    from dkdm.api import sample_to_file
+    from dkdm.finish import sample_to_file
 
     sample_to_file(
         _load(options),
@@ -229,7 +229,7 @@ def _load(options: TeacherOptions):  # type: ignore[no-untyped-def]
 
 def _inspect(args: list[str]) -> int:
     options = tyro.cli(InspectOptions, args=args, prog="dkdm inspect")
-    from dkdm.api import sample_to_file
+    from dkdm.finish import sample_to_file
     from dkdm.inspection import inspect_denoiser, print_inspection
 
     denoiser = _load(options)

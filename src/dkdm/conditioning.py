@@ -7,7 +7,7 @@ arguments. The empty dict is unconditional.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -94,6 +94,18 @@ class ClassLabels:
                 f"{self.num_classes} classes: expected --guidance-scale 1, --condition-dropout 0"
             )
         return {"class_labels": torch.full((count,), self.null_class)}
+
+
+def restrict_classes(conditioning: Conditioning, classes: tuple[int, ...] | None) -> Conditioning:
+    """The same conditioning, drawing from the given class ids only; None changes nothing.
+
+    Raises UsageError for a model without classes and for an id out of range.
+    """
+    if classes is None:
+        return conditioning
+    if not isinstance(conditioning, ClassLabels):
+        raise UsageError("--classes was given, but the teacher has no classes")
+    return replace(conditioning, classes=classes)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int) -> Tensor:

@@ -34,6 +34,8 @@ class RunConfig:
     """Samples an optimizer step sees, before accumulation, over all processes together."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are averaged into one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dkdm import checkpoint
 from dkdm.config import RunConfig
 from dkdm.denoiser import Denoiser
-from dkdm.errors import DkdmError
+from dkdm.errors import DkdmError, UsageError
 from dkdm.objective import Objective
 from dkdm.progress import LossPerLevel, MetricsFile, track
 from dkdm.sources import Source
@@ -68,6 +68,8 @@ class Trainer:
         config = self.config
         self.network: nn.Module = self.student.network  # type: ignore[assignment]
         self.network.train().requires_grad_(True)
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.network)
         self.ema = Ema(self.network.to(self.accelerator.device), config.ema_decay)
         optimizer = torch.optim.AdamW(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
@@ -214,6 +216,17 @@ class Trainer:
         if self.objective.teacher is not None:
             self.objective.teacher.evaluations = state["teacher_evaluations"]
         self.step_number = state["step"]
+
+
+def enable_gradient_checkpointing(network: nn.Module) -> None:
+    """Recompute activations in the backward pass. Raises UsageError where a network cannot."""
+    enable: Callable[[], None] | None = getattr(network, "enable_gradient_checkpointing", None)
+    if enable is None:
+        raise UsageError(
+            f"--gradient-checkpointing: {type(network).__name__} has no "
+            "enable_gradient_checkpointing(), as diffusers' models do; expected to go without"
+        )
+    enable()
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

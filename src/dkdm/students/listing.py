@@ -12,6 +12,7 @@ from rich.table import Table
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import count_macs
+from dkdm.progress import track
 from dkdm.students import as_denoiser, build_network
 from dkdm.students.presets import PRESETS, Preset
 
@@ -39,8 +40,12 @@ def list_students(teacher: Denoiser) -> list[StudentRow]:
     The students are built on torch's meta device, which holds no numbers: seconds for all of them,
     and no memory. The teacher is evaluated once, on one sample.
     """
-    teacher_macs = count_macs(teacher)
-    return [_row(preset, teacher, teacher_macs) for preset in PRESETS.values()]
+    teacher_macs, rows = count_macs(teacher), []
+    with track(len(PRESETS), 0, "students") as show:
+        for preset in PRESETS.values():
+            rows.append(_row(preset, teacher, teacher_macs))
+            show(len(rows))
+    return rows
 
 
 def _row(preset: Preset, teacher: Denoiser, teacher_macs: int) -> StudentRow:

@@ -1,0 +1,186 @@
+"""What a run shows: grids on the way, and at its end distances, a model card and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dkdm import checkpoint
+from dkdm.conditioning import restrict_classes
+from dkdm.config import DistillConfig, TrainConfig
+from dkdm.denoiser import Denoiser
+from dkdm.errors import UsageError
+from dkdm.evaluation.classes import Metrics, evaluate_images
+from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare
+from dkdm.evaluation.features import ReferenceName
+from dkdm.evaluation.results import Comparison
+from dkdm.evaluation.same_noise import Plan, balanced_condition, draw
+from dkdm.export import write_card
+from dkdm.pictures import grid
+from dkdm.progress import track
+from dkdm.report import write_report
+
+REFERENCE: ReferenceName = "fashion-test"
+GRID_COLUMNS = 10
+GRID_SAMPLES = 40
+
+
+def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[int, Denoiser], None]:
+    """Writes samples/step-N.png: a row of the teacher's samples, one of the student's."""
+    for_teacher, for_student = _guidance(config)
+    plan = Plan(GRID_COLUMNS, config.validation_sampling_steps, config.seed)
+    drawn: list[torch.Tensor] = []
+
+    def write(step: int, student: Denoiser) -> None:
+        before = teacher.evaluations
+        cond = balanced_condition(student.conditioning, GRID_COLUMNS, config.seed)
+        if not drawn:
+            drawn.append(draw(teacher, cond, plan, for_teacher))
+        teacher.evaluations = before
+        both = torch.cat([drawn[0], draw(student, cond, plan, for_student)])
+        _save_grid(config.output_dir, f"step-{step:06d}", both)
+
+    return write
+
+
+def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
+    """Writes samples/step-N.png: samples of every class."""
+    plan = Plan(GRID_SAMPLES, config.validation_sampling_steps, config.seed)
+
+    def write(step: int, model: Denoiser) -> None:
+        cond = balanced_condition(model.conditioning, GRID_SAMPLES, config.seed)
+        samples = draw(model, cond, plan, config.sampling_guidance_scale)
+        _save_grid(config.output_dir, f"step-{step:06d}", samples)
+
+    return write
+
+
+def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
+    folder = output_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid(samples, GRID_COLUMNS, scale=4).save(folder / f"{name}.png")
+
+
+def _guidance(config: DistillConfig) -> tuple[float, float]:
+    """Sampling guidance of teacher and student: baked into the student, or applied to both."""
+    if config.guidance_scale != 1:
+        return config.guidance_scale, 1.0
+    return config.sampling_guidance_scale, config.sampling_guidance_scale
+
+
+def compare_models(
+    teacher: Denoiser, student: Denoiser, config: DistillConfig
+) -> Comparison | None:
+    if config.evaluation_samples == 0:
+        return None
+    for_teacher, for_student = _guidance(config)
+    fashion = getattr(teacher.conditioning, "names", None) == FASHION_CLASS_NAMES
+    comparison = compare(
+        teacher,
+        student,
+        num_samples=config.evaluation_samples,
+        num_steps=config.validation_sampling_steps,
+        seed=config.seed,
+        guidance_teacher=for_teacher,
+        guidance_student=for_student,
+        reference=REFERENCE if fashion else None,
+    )
+    comparison.save(config.output_dir)
+    return comparison
+
+
+def finish_distillation(
+    config: DistillConfig, student: Denoiser, comparison: Comparison | None, seconds: float
+) -> None:
+    lead = (
+        f"{type(student.network).__name__} distilled from `{Path(config.teacher).name}` with DKDM "
+        f"(arXiv 2409.03550): no image was read. {config.max_train_steps} steps of "
+        f"{config.train_batch_size}, {seconds / 60:.1f} minutes."
+    )
+    rows: list[tuple[str, list[str]]] = []
+    if comparison is not None:
+        _save_grid(config.output_dir, "grid", comparison.samples["student"][:GRID_SAMPLES])
+        rows = [("", ["teacher", "student"])]
+        both = (comparison.teacher, comparison.student)
+        rows += [("parameters", [f"{model.parameters:,}" for model in both])]
+        rows += [("MACs an evaluation", [f"{model.macs:,}" for model in both])]
+        measured = [model.metrics for model in both if model.metrics]
+        rows += _metric_rows(measured)
+    how = (
+        f"{config.evaluation_samples} samples of each from the same noise, "
+        f"{config.validation_sampling_steps} DDIM steps."
+    )
+    write_card(config.output_dir, student, config, lead=lead, metrics=rows, measured_how=how)
+    write_report(config.output_dir)
+
+
+def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> None:
+    rows: list[tuple[str, list[str]]] = []
+    if config.evaluation_samples:
+        plan = Plan(config.evaluation_samples, config.validation_sampling_steps, config.seed)
+        cond = balanced_condition(model.conditioning, plan.num_samples, config.seed)
+        samples = draw(model, cond, plan, config.sampling_guidance_scale).clamp(-1, 1)
+        _save_grid(config.output_dir, "grid", samples[:GRID_SAMPLES])
+        if config.images == "fashion-mnist":
+            metrics = evaluate_images(samples, cond.get("class_labels"), REFERENCE)
+            rows = [("", ["value"]), *_metric_rows([metrics])]
+    lead = (
+        f"{type(model.network).__name__} trained on {Path(config.images).name}: "
+        f"{config.max_train_steps} "
+        f"steps of {config.train_batch_size}, {seconds / 60:.0f} minutes in its last process."
+    )
+    how = (
+        f"{config.evaluation_samples} samples, {config.validation_sampling_steps} DDIM steps, "
+        f"guidance {config.sampling_guidance_scale}, against the {REFERENCE} statistics shipped "
+        "with dkdm."
+    )
+    write_card(config.output_dir, model, config, lead=lead, metrics=rows, measured_how=how)
+
+
+def _metric_rows(measured: list[Metrics]) -> list[tuple[str, list[str]]]:
+    if not measured:
+        return []
+    fields = {
+        "Frechet distance": "fd",
+        "asked class recognised": "class_agreement",
+        "variance within a class, of the real one": "variance_ratio_mean",
+    }
+    return [
+        (name, [f"{getattr(m, key):.3f}" for m in measured])
+        for name, key in fields.items()
+        if all(getattr(m, key) is not None for m in measured)
+    ]
+
+
+def sample_to_file(
+    denoiser: Denoiser,
+    output: Path,
+    *,
+    num_samples: int,
+    num_steps: int,
+    sampler: str = "ddim",
+    seed: int = 0,
+    classes: tuple[int, ...] | None = None,
+    guidance_scale: float = 1.0,
+    overwrite: bool = False,
+) -> None:
+    """Draw samples and write them as a picture, or as a tensor where output ends .safetensors.
+
+    Raises UsageError for a file that exists, an unknown sampler and a class out of range.
+    """
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists: expected another --output, or --overwrite")
+    if sampler not in ("ddim", "ddpm"):
+        raise UsageError(f"unknown sampler '{sampler}': expected ddim or ddpm")
+    conditioning = restrict_classes(denoiser.conditioning, classes)
+    cond = balanced_condition(conditioning, num_samples, seed)
+    plan = Plan(num_samples, num_steps, seed, eta=float(sampler == "ddpm"))
+    with track(num_samples, 0, "sampling") as progress:
+        samples = draw(denoiser, cond, plan, guidance_scale, progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".safetensors":
+        checkpoint.write_tensors(output, {"samples": samples, **cond})
+    else:
+        grid(samples, GRID_COLUMNS, scale=4).save(output)
