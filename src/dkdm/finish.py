@@ -101,7 +101,10 @@ def finish_distillation(
     )
     rows: list[tuple[str, list[str]]] = []
     if comparison is not None:
-        _save_grid(config.output_dir, "grid", comparison.samples["student"][:GRID_SAMPLES])
+        samples = comparison.samples
+        _save_grid(config.output_dir, "grid", samples["student"][:GRID_SAMPLES])
+        rows_of_both = [samples[name][:GRID_COLUMNS] for name in ("teacher", "student")]
+        _save_grid(config.output_dir, "comparison", torch.cat(rows_of_both))
         rows = [("", ["teacher", "student"])]
         both = (comparison.teacher, comparison.student)
         rows += [("parameters", [f"{model.parameters:,}" for model in both])]

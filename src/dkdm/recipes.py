@@ -27,7 +27,7 @@ def fashion_teacher() -> TrainConfig:
         checkpointing_steps=250,
         validation_steps=500,
         validation_sampling_steps=25,
-        sampling_guidance_scale=2.0,
+        sampling_guidance_scale=1.5,
         evaluation_samples=2000,
     )
 

@@ -40,10 +40,12 @@ def duration(seconds: float) -> tuple[str, str]:
     return (f"{seconds / 60:.0f}", "min") if seconds < 7200 else (f"{seconds / 3600:.1f}", "h")
 
 
-def compared(value: float, base: float, less: str) -> tuple[str, str]:
+def compared(value: float, base: float) -> tuple[str, str]:
     """How many times more or less than the teacher's: ('4.6 ×', 'fewer')."""
-    if value == base or not value or not base:
-        return ("as many", "") if value == base else (count(value), "")
+    if not value or not base:
+        return count(value), ""
+    if 0.95 < value / base < 1.05:
+        return "as many", ""
     if value < base:
-        return f"{number(base / value, digits=2)} ×", less
+        return f"{number(base / value, digits=2)} ×", "fewer"
     return f"{number(value / base, digits=2)} ×", "more"

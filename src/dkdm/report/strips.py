@@ -13,7 +13,8 @@ from dkdm.pictures import comparison_strip, png_data_uri
 from dkdm.report.run import Run
 
 FIRST = 10  # samples in the picture at the top
-PER_BLOCK = 5  # samples side by side in the pictures below it
+PER_BLOCK = 5  # samples side by side
+HERO, BLOCK, NARROW = 504, 420, 252  # pixels: widths of five samples at the top, below, on a phone
 LARGEST_PICTURE = 128  # pixels; larger samples are averaged down for the page
 
 
@@ -43,10 +44,10 @@ def strips(run: Run) -> tuple[list[Strip], list[Strip]]:
         run.missing.append(f"Samples of shape {tuple(teacher.shape[1:])} are no pictures.")
         return [], []
     first = list(range(min(FIRST, len(teacher))))
-    halves = [half for half in (first[:5], first[5:]) if half]
+    halves = [half for half in (first[:PER_BLOCK], first[PER_BLOCK:]) if half]
     groups = by_class(run, range(len(first), len(teacher)))
-    hero = [_strip(run, "", half, size=96) for half in halves]
-    more = [_strip(run, title, rows, size=80) for title, rows in groups]
+    hero = [_strip(run, "", half, HERO) for half in halves]
+    more = [_strip(run, title, rows, BLOCK) for title, rows in groups]
     return hero, more
 
 
@@ -75,10 +76,10 @@ def _class_name(run: Run, row: int) -> str:
     return names[label] if names and label < len(names) else f"class {label}"
 
 
-def _strip(run: Run, title: str, rows: list[int], size: int) -> Strip:
+def _strip(run: Run, title: str, rows: list[int], width: int) -> Strip:
     teacher, student = (_reduced(run.samples[key][rows]) for key in ("teacher", "student"))
     picture = comparison_strip(teacher, student)
-    height = teacher.shape[2]
+    full = PER_BLOCK * (teacher.shape[3] + 1) - 1
     shown = title or ", ".join(filter(None, (_class_name(run, row) for row in rows)))
     return Strip(
         title=title,
@@ -86,8 +87,8 @@ def _strip(run: Run, title: str, rows: list[int], size: int) -> Strip:
         picture=png_data_uri(picture),
         width=picture.width,
         height=picture.height,
-        scale=_whole(size / height),
-        narrow=_whole(min(size, 48) / height),
+        scale=_whole(width / full),
+        narrow=_whole(NARROW / full),
         alt=f"{len(rows)} samples{': ' if shown else ''}{shown}. "
         "Rows: teacher, student, their difference.",
     )

@@ -1,0 +1,304 @@
+"""What may keep dkdm from working on this machine, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Status = Literal["ok", "warning", "problem"]
+
+GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    name: what it is, in a word. what: what was found. remedy: what to do; None where all is well.
+    """
+
+    name: str
+    status: Status
+    what: str
+    remedy: str | None = None
+
+
+def examine() -> list[Finding]:
+    """Look at Python, packages, torch, processors, memory and disk; takes seconds, for imports."""
+    return [
+        Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        *_packages(),
+        _torchvision(),
+        _diffusers(),
+        _torch(),
+        _threads(),
+        _memory(),
+        _disk(Path.cwd()),
+        _hub(),
+    ]
+
+
+def _packages() -> Iterator[Finding]:
+    try:
+        lines = metadata.requires("dkdm") or []
+    except metadata.PackageNotFoundError:
+        yield Finding(
+            "dkdm",
+            "warning",
+            "runs from a folder of sources: what it requires was not checked",
+            "pip install -e . in that folder",
+        )
+        return
+    requirements = [Requirement(line) for line in lines]
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _required(requirement)
+    extras = metadata.metadata("dkdm").get_all("Provides-Extra") or []
+    for extra in sorted(set(extras) - {"dev"}):
+        yield _extra(extra, requirements)
+
+
+def _required(requirement: Requirement) -> Finding:
+    version, remedy = _version(requirement.name), f"pip install '{requirement}'"
+    if version is None:
+        return Finding(requirement.name, "problem", "not installed", remedy)
+    if not requirement.specifier.contains(version, prereleases=True):
+        what = f"{version}, but dkdm needs {requirement.specifier}"
+        return Finding(requirement.name, "problem", what, remedy)
+    return Finding(requirement.name, "ok", version)
+
+
+def _extra(extra: str, requirements: Iterable[Requirement]) -> Finding:
+    """An optional part; its absence is no fault."""
+    names = [
+        requirement.name
+        for requirement in requirements
+        if requirement.marker is not None
+        and requirement.marker.evaluate({"extra": extra})
+        and not requirement.marker.evaluate({"extra": ""})
+    ]
+    missing = [name for name in names if _version(name) is None]
+    if missing:
+        what = f"optional, not installed ({', '.join(missing)})"
+        return Finding(f"[{extra}]", "ok", what, f"pip install 'dkdm[{extra}]'")
+    return Finding(f"[{extra}]", "ok", ", ".join(f"{name} {_version(name)}" for name in names))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torchvision() -> Finding:
+    """Beside a torch of another build it fails to import, and takes diffusers with it."""
+    if importlib.util.find_spec("torchvision") is None:
+        return Finding("torchvision", "ok", "not installed, and not needed")
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        users = _requiring("torchvision")
+        because = f" (installed for {', '.join(users)})" if users else ""
+        return Finding(
+            "torchvision",
+            "problem",
+            f"{_version('torchvision')} is installed{because} but fails to import, which breaks "
+            f"diffusers: {_short(error)}",
+            f"pip uninstall {' '.join(['torchvision', *users])}",
+        )
+    return Finding("torchvision", "ok", f"{_version('torchvision')}, works, and is not needed")
+
+
+def _requiring(name: str) -> list[str]:
+    """Installed packages that cannot do without `name`."""
+    found = set()
+    for distribution in metadata.distributions():
+        for line in distribution.requires or []:
+            if line.startswith(name) and _is_needed(Requirement(line), name):
+                found.add(distribution.metadata["Name"])
+    return sorted(found)
+
+
+def _is_needed(requirement: Requirement, name: str) -> bool:
+    marker = requirement.marker
+    return requirement.name == name and (marker is None or marker.evaluate({"extra": ""}))
+
+
+def _diffusers() -> Finding:
+    try:
+        diffusers = importlib.import_module("diffusers")
+        for name in ("UNet2DModel", "DDPMScheduler", "DiffusionPipeline"):
+            getattr(diffusers, name)
+    except Exception as error:
+        return Finding(
+            "diffusers import",
+            "problem",
+            _short(error),
+            "see the problems above; else pip install --force-reinstall diffusers",
+        )
+    return Finding("diffusers import", "ok", "models, schedulers and pipelines can be imported")
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
+def _torch() -> Finding:
+    import torch
+
+    build = _torch_build()
+    if torch.cuda.is_available():
+        devices = [
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+        ]
+        shown = ", ".join(f"{each.name} {each.total_memory / GIB:.0f} GiB" for each in devices)
+        return Finding("device", "ok", f"{build} build, {shown}")
+    if torch.backends.mps.is_available():
+        return Finding("device", "ok", f"{build} build, Apple GPU (mps)")
+    if build != "CPU":
+        return Finding(
+            "device",
+            "warning",
+            f"{build} build of torch, but no GPU it can use: the CPU is used",
+            "check the driver (nvidia-smi or rocm-smi) and CUDA_VISIBLE_DEVICES",
+        )
+    if shutil.which("nvidia-smi"):
+        return Finding(
+            "device",
+            "warning",
+            "CPU build of torch on a machine with an NVIDIA driver: the CPU is used",
+            "install torch for CUDA as https://pytorch.org/get-started says",
+        )
+    return Finding("device", "ok", "CPU build of torch, no GPU")
+
+
+def _torch_build() -> str:
+    import torch
+
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+
+
+def _threads() -> Finding:
+    import torch
+
+    threads, cores = torch.get_num_threads(), usable_cores()
+    what = f"{threads} on {cores:g} cores"
+    if threads > math.ceil(cores):
+        remedy = f"export OMP_NUM_THREADS={math.ceil(cores)}"
+        return Finding("threads", "warning", f"{what}: they wait for one another", remedy)
+    others = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if others > cores:
+        what = f"{what}, but {others:.1f} processes want to run: everything will be slower"
+        return Finding("threads", "warning", what, "wait for the other programs, or stop them")
+    return Finding("threads", "ok", what)
+
+
+def usable_cores(cgroup: Path = CGROUP) -> float:
+    """Cores this process may use: its CPU set, and the quota of its container (cgroup v2 or v1)."""
+    if hasattr(os, "sched_getaffinity"):
+        cores: float = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    limit = _words(cgroup / "cpu.max") or [
+        *_words(cgroup / "cpu" / "cpu.cfs_quota_us"),
+        *_words(cgroup / "cpu" / "cpu.cfs_period_us"),
+    ]
+    if len(limit) == 2 and limit[0] not in ("max", "-1"):
+        cores = min(cores, int(limit[0]) / int(limit[1]))
+    return cores
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _memory() -> Finding:
+    available = usable_memory()
+    if available is None:
+        return Finding("memory", "ok", "cannot be told on this system")
+    what = f"{available / GIB:.1f} GiB available"
+    if available < 2 * GIB:
+        return Finding(
+            "memory",
+            "warning",
+            f"{what}: enough for the smallest models only",
+            "stop other programs, or lower --train-batch-size and --pool-size",
+        )
+    return Finding("memory", "ok", what)
+
+
+def usable_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
+    """Bytes free for this process: the system's, and its container's (cgroup v2); None elsewhere
+    than on Linux."""
+    words = _words(meminfo)
+    if "MemAvailable:" not in words:
+        return None
+    available = 1024 * int(words[words.index("MemAvailable:") + 1])
+    limit, used = _words(cgroup / "memory.max"), _words(cgroup / "memory.current")
+    if limit and used and limit[0] != "max":
+        available = min(available, int(limit[0]) - int(used[0]))
+    return available
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    what, remedy = f"{free / GIB:.1f} GiB free here", "give --output-dir on another disk"
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "warning", f"{folder} cannot be written to", remedy)
+    if free < GIB / 4:
+        return Finding("disk", "problem", f"{what}: a run will fail", remedy)
+    if free < 4 * GIB:
+        return Finding("disk", "warning", f"{what}: checkpoints may fill it", remedy)
+    return Finding("disk", "ok", what)
+
+
+def _hub() -> Finding:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        what = "HF_HUB_OFFLINE is set: only models already downloaded are found"
+        return Finding("hub", "ok", what, "unset HF_HUB_OFFLINE to download")
+    return Finding("hub", "ok", "models are downloaded where asked for")
+
+
+COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+def print_findings(findings: list[Finding], console: Console) -> None:
+    """Print what was found, then what to do about warnings and problems."""
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        colour = COLOURS[finding.status]
+        status = f"[{colour}]{finding.status}[/{colour}]"
+        table.add_row(status, escape(finding.name), escape(finding.what))
+    console.print(table)
+    troubles = [finding for finding in findings if finding.status != "ok"]
+    for finding in troubles:
+        remedy = f"{finding.name}: {finding.remedy}"
+        console.print(escape(remedy), soft_wrap=True, highlight=False)
+    if not troubles:
+        console.print("[green]Nothing stands in the way.[/green]")
