@@ -96,6 +96,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors makes it readable by its owner only
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
