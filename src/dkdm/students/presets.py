@@ -150,6 +150,8 @@ def _dit(name: str, summary: str, **sizes: object) -> Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
+        _unet("unet-mini", "three narrow levels, for minutes on a CPU",
+              channels=(24, 48, 72), blocks=1, attention=(4,)),
         _unet("unet-tiny", "three levels, for 16x16 to 32x32 on a CPU",
               channels=(32, 64, 96), blocks=1, attention=(4,)),
         _adm("unet-14m", "the paper's 14 M student: 64 channels, 3 blocks", 64, 3),
