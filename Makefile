@@ -1,4 +1,4 @@
-# Needs make, and Python 3.10 or newer with its venv module; all the rest is installed into .venv.
+# Needs make, and Python 3.11 or newer with its venv module; all the rest is installed into .venv.
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv

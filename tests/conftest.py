@@ -3,7 +3,7 @@
 import os
 
 UNDER_XDIST = "PYTEST_XDIST_WORKER" in os.environ
-THREADS = 1 if UNDER_XDIST else 2
+THREADS = 1 if UNDER_XDIST else int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 # Read by the libraries when they are imported, and inherited by the processes that tests start.
 os.environ.update(

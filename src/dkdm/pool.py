@@ -136,16 +136,16 @@ class Pool:
             self.eta,
         )
         over = done.to(x.device)
-        out = Finished(x[over], {key: value[done] for key, value in batch.cond.items()})
+        clean = Finished(x[over], {key: value[done] for key, value in batch.cond.items()})
         t = s % self.teacher.process.num_levels
         cond = {k: torch.where(rows(done, v), fresh[k], v) for k, v in batch.cond.items()}
         if done.any():
             again = {key: value[done] for key, value in cond.items()}
             x[over] = self._restart(start[over], z[over], t[done], again)
         self._store(batch.rows, x, t, cond)
-        self.finished += len(out.x_0)
+        self.finished += len(clean.x_0)
         self.step += 1
-        return out
+        return clean
 
     def _restart(self, start: Tensor, z: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Fresh chains at levels t: pure noise at T-1, moved once by the teacher where t < T-1."""
