@@ -101,7 +101,8 @@ def is_room(name: str) -> bool:
 
 
 def modules() -> list[Path]:
-    found = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+    every = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+    found = sorted(path for path in every if path.parts[0] != "assets")  # models as shipped
     return [path for path in found if str(path) not in EXEMPT]
 
 

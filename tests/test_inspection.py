@@ -17,7 +17,7 @@ from dkdm.inspection.memory import evaluation_mib, weights_mib
 from dkdm.inspection.tables import readable
 from dkdm.prediction import Parameterization
 from dkdm.process import Clipping, from_scheduler_config, karras, rectified_flow
-from dkdm.teachers import builtin_names, load_teacher
+from dkdm.teachers import load_teacher
 from dkdm.toy import GaussianMixture, mixture_denoiser
 from factories import denoiser as untrained
 
@@ -112,8 +112,9 @@ def test_nothing_beats_the_blind_guess_on_one_gaussian():
         assert level.x_0_error == pytest.approx(1 / (1 + signal), rel=0.05)
         assert level.eps_error == pytest.approx(signal / (1 + signal), rel=0.05)
         assert level.blind_ratio == pytest.approx(1, rel=0.05)
-        assert level.eps_std == pytest.approx(math.sqrt(1 / (1 + signal)), rel=0.05)
-        assert level.eps_correlation == pytest.approx(math.sqrt(1 / (1 + signal)), rel=0.05)
+        explained = math.sqrt(1 / (1 + signal))
+        assert level.eps_std == pytest.approx(explained, rel=0.05)
+        assert level.eps_correlation == pytest.approx(explained, abs=0.02)
     assert not found.denoises
 
 
@@ -141,7 +142,7 @@ def test_wrong_unit_of_time_is_named():
 @pytest.mark.parametrize("kind", VP_TYPES)
 def test_random_weights_do_not_denoise_under_any_reading(kind):
     model = untrained(classes=None, scheduler={"prediction_type": kind})
-    found = check_denoising(model, num_steps=STEPS)
+    found = check_denoising(model, num_steps=6)
     assert not found.denoises
     assert "trained weights" in found.concerns[0].remedy
 
@@ -192,13 +193,12 @@ def test_samples_that_are_all_alike_do_not_pass():
 
 
 def test_same_seed_same_check_and_the_model_is_left_as_it_was():
-    model = untrained()
+    model = replace(exact(), evaluations=7)
     model.network.train()
-    before = model.evaluations
-    found = check_denoising(model, num_steps=2, seed=3)
-    assert found == check_denoising(model, num_steps=2, seed=3)
-    assert found != check_denoising(model, num_steps=2, seed=4)
-    assert model.evaluations == before
+    found = check_denoising(model, num_steps=STEPS, seed=3)
+    assert found == check_denoising(model, num_steps=STEPS, seed=3)
+    assert found != check_denoising(model, num_steps=STEPS, seed=4)
+    assert model.evaluations == 7
     assert model.network.training
 
 
@@ -308,13 +308,11 @@ def test_readable_numbers(number, words):
     assert readable(number) == words
 
 
-@pytest.mark.skipif("fashion" not in builtin_names(), reason="the teacher is not built in yet")
-@pytest.mark.parametrize("read", [None, "epsilon", "sample"])
-def test_trained_teacher(read):
+def test_trained_teacher_passes_as_it_was_trained_only():
     teacher = load_teacher("builtin:fashion")
-    trained_as = teacher.parameterization.prediction
-    model = misread(teacher, read) if read else teacher
-    found = check_denoising(model, num_steps=STEPS)
-    assert found.denoises is (read is None)
-    if read:
-        assert f'"{trained_as}"' in found.concerns[0].remedy
+    found = check_denoising(teacher, num_steps=10)
+    assert found.denoises
+    assert found.concerns == ()
+    wrong = check_denoising(misread(teacher, "epsilon"), num_steps=10)
+    assert not wrong.denoises
+    assert f'"{teacher.parameterization.prediction}"' in wrong.concerns[0].remedy

@@ -135,7 +135,7 @@ class Pool:
             z,
             self.eta,
         )
-        over = done.to(x.device)
+        over = done.nonzero().flatten().to(x.device)
         clean = Finished(x[over], {key: value[done] for key, value in batch.cond.items()})
         t = s % self.teacher.process.num_levels
         cond = {k: torch.where(rows(done, v), fresh[k], v) for k, v in batch.cond.items()}
@@ -153,7 +153,7 @@ class Pool:
         x = process.start_std * start
         moved = t < top
         if moved.any():
-            on = moved.to(x.device)
+            on = moved.nonzero().flatten().to(x.device)
             level = torch.full((int(moved.sum()),), top)
             part = Batch(x[on], level, {k: v[moved] for k, v in cond.items()}, level)
             x[on] = reverse_step(
@@ -310,7 +310,7 @@ def fill_ancestral(pool: Pool, batch_size: int) -> None:
         x = pool.x[part.to(pool.x.device)].to(teacher.device, torch.float32)
         for level in range(process.num_levels - 1, int(levels.min()), -1):
             active = levels < level
-            on = active.to(x.device)
+            on = active.nonzero().flatten().to(x.device)
             t = torch.full((int(active.sum()),), level)
             moving = Batch(x[on], t, {k: v[active] for k, v in cond.items()}, t)
             z = torch.randn(moving.x.shape, generator=noise, device=x.device)

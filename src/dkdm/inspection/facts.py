@@ -121,7 +121,7 @@ def inspect_denoiser(
         evaluation_mib=evaluation_mib(denoiser, num_samples),
         batch_size=num_samples,
         macs=count_macs(denoiser),
-        evaluations_per_second=evaluations_per_second(denoiser, num_samples),
+        evaluations_per_second=evaluations_per_second(denoiser, num_samples, seconds=0.5),
         check=check,
     )
 

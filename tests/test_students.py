@@ -1,0 +1,191 @@
+"""Students: presets of the published sizes, the listing, and whatever a user hands over instead."""
+
+import dataclasses
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from dkdm.conditioning import ClassLabels, Unconditional
+from dkdm.denoiser import Batch
+from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.cost import count_macs
+from dkdm.students import PRESETS, build_network, student_of
+from dkdm.students.listing import StudentRow, list_students, print_students
+from factories import denoiser, tiny_unet
+
+PAPER_MILLIONS = {"unet-14m": 14, "unet-24m": 24, "unet-32m": 32, "unet-44m": 44, "unet-57m": 57}
+SMALL = ("unet-tiny", "dit-xs")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return replace(denoiser(), evaluations=7)
+
+
+@pytest.fixture(scope="module")
+def rows(teacher):
+    return {row.name: row for row in list_students(teacher)}
+
+
+def on_meta(name, shape, out_channels, conditioning=None):
+    with torch.device("meta"):
+        return build_network(name, shape, out_channels, conditioning or Unconditional())
+
+
+def num_parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", PAPER_MILLIONS)
+def test_unet_has_the_published_size(name):
+    network = on_meta(name, (3, 32, 32), 6)
+    assert num_parameters(network) / 1e6 == pytest.approx(PAPER_MILLIONS[name], rel=0.04)
+
+
+def test_network_of_the_papers_teacher_is_layer_for_layer_adm():
+    """Counted from the reference network: 57.09 M without its class embedding."""
+    assert num_parameters(on_meta("unet-57m", (3, 32, 32), 6)) == 57_094_150
+
+
+def test_adm_unet_runs_and_its_resolution_changes_are_residual_blocks():
+    network = build_network("unet-14m", (3, 8, 8), 6, ClassLabels(3, null_class=3))
+    output = network(torch.zeros(1, 3, 8, 8), torch.tensor([5]), torch.tensor([3])).sample
+    assert output.shape == (1, 6, 8, 8)
+    assert network.config.down_block_types[0] == "ResnetDownsampleBlock2D"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_listed_numbers_are_those_of_the_built_network(rows, teacher, name):
+    student = student_of(name, teacher)
+    row = rows[name]
+    assert row.parameters == student.num_parameters
+    assert row.macs == count_macs(student)
+    assert row.parameter_ratio == student.num_parameters / teacher.num_parameters
+    assert row.mac_ratio == row.macs / count_macs(teacher)
+    assert row.misfit is None
+
+
+def test_listing_names_every_preset_and_says_why_one_does_not_fit(rows, teacher):
+    assert list(rows) == list(PRESETS)
+    assert all(row.parameters for row in rows.values())
+    assert teacher.evaluations == 7
+    odd = replace(teacher, sample_shape=(1, 6, 6))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(PRESETS) - {"unet-tiny"}:
+            patch.delitem(PRESETS, name)
+        [row] = list_students(odd)
+    assert row.parameters is None
+    assert "divisible by 4; the samples are 6x6" in row.misfit
+
+
+def test_printed_listing(rows, teacher):
+    teacher = replace(teacher, name="runs/[a]")
+    misfit = StudentRow("no-fit", "never shown", misfit="too square")
+    weightless = StudentRow("free", "no teacher to compare", 2_500_000, None, 10, None)
+    stream = io.StringIO()
+    found = [*rows.values(), misfit, weightless]
+    print_students(found, teacher, Console(file=stream, width=140))
+    text = stream.getvalue()
+    assert "Students for runs/[a]: samples of 1 x 8 x 8" in text
+    assert "too square" in text
+    assert "never shown" not in text
+    assert "2.50 M" in text
+    assert all(name in text for name in PRESETS)
+    json.dumps([dataclasses.asdict(row) for row in found], allow_nan=False)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "conditioning", [Unconditional(), ClassLabels(3), ClassLabels(3, null_class=3)], ids=str
+)
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_presets_fit_every_conditioning_and_variance(teacher, name, conditioning, variance):
+    wanted = replace(
+        teacher,
+        conditioning=conditioning,
+        parameterization=replace(teacher.parameterization, variance=variance),
+    )
+    student = student_of(name, wanted)
+    random = torch.Generator().manual_seed(0)
+    t = torch.tensor([0, 49])
+    batch = Batch(torch.randn(2, 1, 8, 8, generator=random), t, conditioning.draw(2, random), t)
+    prediction = student.predict(batch)
+    assert prediction.eps.isfinite().all()
+    assert (prediction.variance_output is not None) == (variance == "learned_range")
+    assert student.process is teacher.process
+
+
+def test_demo_student_is_at_most_a_third_of_the_demo_teacher():
+    shape, classes = (1, 16, 16), ClassLabels(10, null_class=10)
+    sizes = [num_parameters(on_meta(name, shape, 1, classes)) for name in SMALL]
+    assert 3 * sizes[1] <= sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("unet-99m", "unknown student 'unet-99m': expected one of unet-tiny"),
+        ("no_such_module:build", "cannot import no_such_module:build"),
+        ("factories:no_such_name", "cannot import factories:no_such_name"),
+        ("factories:not_a_model", "returned list: expected an nn.Module"),
+        ("factories:wide_student", r"returned \(2, 3, 8, 8\).* expected \(2, 1, 8, 8\)"),
+        ("absent/config.json", "absent/config.json"),
+    ],
+)
+def test_what_is_no_student_is_refused(teacher, spec, message):
+    with pytest.raises(UsageError, match=message):
+        student_of(spec, teacher)
+
+
+def test_error_inside_a_factory_is_passed_on_with_its_name(teacher):
+    with pytest.raises(DkdmError, match="factories:raising raised RuntimeError: no luck"):
+        student_of("factories:raising", teacher)
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (1, 8, 12)])
+def test_dit_wants_square_images(teacher, shape):
+    with pytest.raises(UsageError, match="images|square"):
+        student_of("dit-xs", replace(teacher, sample_shape=shape))
+
+
+def config_file(folder, config):
+    path = folder / "config.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(path)
+
+
+def test_student_from_a_diffusers_config(teacher, tmp_path):
+    network = tiny_unet(classes=4)
+    network.save_config(tmp_path)
+    student = student_of(str(tmp_path / "config.json"), teacher)
+    assert student.num_parameters == num_parameters(network)
+    assert student.network.config.num_class_embeds == 4
+
+
+def test_config_of_an_unconditional_network_does_not_fit_a_teacher_with_classes(teacher, tmp_path):
+    tiny_unet().save_config(tmp_path)
+    with pytest.raises(UsageError, match=r"does not fit .* conditions \['class_labels'\]"):
+        student_of(str(tmp_path / "config.json"), teacher)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "config.json: "),
+        ("[]", "config.json: "),
+        ({}, "must name a diffusers model"),
+        ({"_class_name": "NoSuchModel"}, "must name a diffusers model"),
+        ({"_class_name": "DDPMScheduler"}, "must name a diffusers model"),
+        (
+            {"_class_name": "UNet2DModel", "block_out_channels": [32]},
+            "UNet2DModel refuses it",
+        ),
+    ],
+)
+def test_config_that_is_no_network_is_refused(teacher, tmp_path, config, message):
+    with pytest.raises(UsageError, match=message):
+        student_of(config_file(tmp_path, config), teacher)
