@@ -31,6 +31,7 @@ ROOMS = [
     "pictures",
     "charts",
     "evaluation",
+    "listing",
     "inspection",
     "doctor",
     "export",

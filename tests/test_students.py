@@ -14,7 +14,7 @@ from dkdm.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.cost import count_macs
 from dkdm.students import PRESETS, build_network, student_of
-from dkdm.students.listing import StudentRow, list_students, print_students
+from dkdm.listing import StudentRow, list_students, print_students
 from factories import denoiser, tiny_unet
 
 PAPER_MILLIONS = {"unet-14m": 14, "unet-24m": 24, "unet-32m": 32, "unet-44m": 44, "unet-57m": 57}

@@ -247,7 +247,7 @@ def _inspect(args: list[str]) -> int:
 
 def _students(args: list[str]) -> int:
     options = tyro.cli(StudentsOptions, args=args, prog="dkdm students")
-    from dkdm.students.listing import list_students, print_students
+    from dkdm.listing import list_students, print_students
     from dkdm.teachers import load_teacher
 
     teacher = load_teacher(options.teacher)

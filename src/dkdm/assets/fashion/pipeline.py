@@ -1,8 +1,8 @@
 """Samples this model with diffusers alone.
 
-    from diffusers import DiffusionPipeline
-    pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
-    images = pipeline(class_labels=[0, 1, 2], num_inference_steps=25).images
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+images = pipeline(class_labels=[0, 1, 2], num_inference_steps=25).images
 """
 
 import torch
