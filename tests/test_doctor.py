@@ -141,7 +141,7 @@ def test_devices_that_work_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     device = types.SimpleNamespace(name="Some GPU", total_memory=80 * GIB)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     assert "Some GPU 80 GiB, Some GPU 80 GiB" in doctor._torch().what
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -213,8 +213,8 @@ def test_little_memory_is_a_warning(monkeypatch, bytes_, status):
 )
 def test_disk(monkeypatch, tmp_path, free, writable, status):
     usage = types.SimpleNamespace(free=free)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
-    monkeypatch.setattr(doctor.os, "access", lambda folder, mode: writable)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(doctor.os, "access", lambda *_: writable)
     assert doctor._disk(tmp_path).status == status
 
 

@@ -139,7 +139,7 @@ def test_wrong_unit_of_time_is_named():
     assert "times 0 to 9.99e+05 fed to the network" in found.concerns[0].remedy
 
 
-@pytest.mark.parametrize("kind", VP_TYPES)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_random_weights_do_not_denoise_under_any_reading(kind):
     model = untrained(classes=None, scheduler={"prediction_type": kind})
     found = check_denoising(model, num_steps=6)
@@ -294,7 +294,9 @@ def test_memory_counts_what_is_alive_at_once(count):
 
 
 def test_a_plain_function_has_no_weights():
-    model = Denoiser(lambda x, time: x, LINEAR, Parameterization("epsilon"), (4,), name="plain")
+    model = Denoiser(
+        lambda x, time: x + 0 * time[0], LINEAR, Parameterization("epsilon"), (4,), name="plain"
+    )
     assert weights_mib(model) == 0
     found = inspect_denoiser(model, num_steps=2)
     assert (found.parameters, found.network, found.dtype) == (0, "<lambda>", None)

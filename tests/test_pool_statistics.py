@@ -118,7 +118,7 @@ def check_levels(stride, size, levels):
 
 @pytest.mark.parametrize("stride", ["1", "random:5", "random:20", "20"])
 def test_levels_stay_uniform(stride):
-    check_levels(stride, 2000, 100)
+    check_levels(stride, 1000, 100)
 
 
 @pytest.mark.slow
@@ -166,7 +166,8 @@ class Fit:
         """Passes a 1 % test at every level, all together, and not too many fail alone.
 
         Bonferroni: the smallest p of T levels is above 0.01 / T. Alone, 1 % of the levels fail by
-        chance; more than the binomial 99 % quantile of them is a failure.
+        chance; more than the binomial 99 % quantile of them is a failure. All entries together,
+        the sharpest test and one made a dozen times here, are tested at 0.1 %.
         """
         p = torch.tensor([self.band(t, t + 1)[1] for t in range(self.levels)])
         distance, pooled = kolmogorov_smirnov(self.position)
@@ -177,7 +178,7 @@ class Fit:
         )
         assert p.min() > 0.01 / self.levels
         assert below <= allowed
-        assert pooled > 0.01
+        assert pooled > 0.001
 
 
 def kolmogorov_smirnov(position):

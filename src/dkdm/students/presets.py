@@ -1,8 +1,8 @@
 """Named networks that fit themselves to a sample shape and a conditioning.
 
 UNet sizes named by parameters are the paper's (DKDM, supplement), the ADM network of arXiv
-2105.05233 built from UNet2DModel: the same layers and, to 1 %, the same number of parameters; only
-the initial weights differ. DiT sizes follow arXiv 2212.09748, table 1.
+2105.05233 built from UNet2DModel: the same layers and number of parameters, other initial weights.
+DiT sizes follow arXiv 2212.09748, table 1.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def unet(
         )
     attends = [height // 2**level in attention for level in range(len(channels))]
     down, up = _PLAIN_BLOCKS[resample]
+    groups = math.gcd(32, *channels)
     return UNet2DModel(
         sample_size=height if height == width else (height, width),
         in_channels=in_channels,
@@ -69,7 +70,8 @@ def unet(
         upsample_type=resample,
         resnet_time_scale_shift="default" if resample == "conv" else "scale_shift",
         attention_head_dim=32,
-        norm_num_groups=math.gcd(32, *channels),
+        norm_num_groups=groups,
+        attn_norm_num_groups=groups,  # None would leave it out beside scale and shift
         dropout=dropout,
         num_class_embeds=_num_embeddings(conditioning),
     )
