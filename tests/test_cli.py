@@ -51,7 +51,9 @@ def distill(folder, *more, teacher="factories:teacher"):
 def test_whole_run_then_sample_report_and_refusal(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main([str(arg) for arg in distill(folder)]) == 0
-    assert capsys.readouterr().out.strip() == f"{folder}/report.html"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["teacher", "student"]
+    assert lines[-1] == f"{folder}/report.html"
     for name in ("model_index.json", "report.html", "README.md", "metrics.jsonl", "config.json"):
         assert (folder / name).is_file(), name
     assert sorted(p.name for p in (folder / "samples").glob("step-*.png")) == [

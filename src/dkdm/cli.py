@@ -176,11 +176,16 @@ def _config_file(kind: type[Config], path: Path) -> Config:
 def _distill(args: list[str]) -> int:
     config, dry_run = _run_config(DistillConfig, "distill", args)
     from dkdm.api import describe, distill
+    from dkdm.evaluation.results import read_evaluation
+    from dkdm.finish import result_rows
 
     if dry_run:
         print(describe(config))
         return 0
     folder = distill(config=config)
+    if config.evaluation_samples:
+        for name, (teacher, student) in result_rows(read_evaluation(folder)):
+            print(f"{name:42s}{teacher:>14s}{student:>14s}")
     print(f"{folder}/report.html")
     return 0
 

@@ -101,22 +101,29 @@ def finish_distillation(
     )
     rows: list[tuple[str, list[str]]] = []
     if comparison is not None:
+        rows = result_rows(comparison)
         samples = comparison.samples
         _save_grid(config.output_dir, "grid", samples["student"][:GRID_SAMPLES])
         rows_of_both = [samples[name][:GRID_COLUMNS] for name in ("teacher", "student")]
         _save_grid(config.output_dir, "comparison", torch.cat(rows_of_both))
-        rows = [("", ["teacher", "student"])]
-        both = (comparison.teacher, comparison.student)
-        rows += [("parameters", [f"{model.parameters:,}" for model in both])]
-        rows += [("MACs an evaluation", [f"{model.macs:,}" for model in both])]
-        measured = [model.metrics for model in both if model.metrics]
-        rows += _metric_rows(measured)
     how = (
         f"{config.evaluation_samples} samples of each from the same noise, "
         f"{config.validation_sampling_steps} DDIM steps."
     )
     write_card(config.output_dir, student, config, lead=lead, metrics=rows, measured_how=how)
     write_report(config.output_dir)
+
+
+def result_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """What was measured of teacher and student, as rows of text; the first is the header."""
+    both = (comparison.teacher, comparison.student)
+    return [
+        ("", ["teacher", "student"]),
+        ("parameters", [f"{model.parameters:,}" for model in both]),
+        ("MACs an evaluation", [f"{model.macs:,}" for model in both]),
+        ("evaluations a second", [f"{model.evaluations_per_second:,.0f}" for model in both]),
+        *_metric_rows([model.metrics for model in both if model.metrics]),
+    ]
 
 
 def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> None:
@@ -149,6 +156,7 @@ def _metric_rows(measured: list[Metrics]) -> list[tuple[str, list[str]]]:
         "Frechet distance": "fd",
         "asked class recognised": "class_agreement",
         "variance within a class, of the real one": "variance_ratio_mean",
+        "the same, least diverse class": "variance_ratio_min",
     }
     return [
         (name, [f"{getattr(m, key):.3f}" for m in measured])
