@@ -88,9 +88,9 @@ def print_students(rows: list[StudentRow], teacher: Denoiser, console: Console) 
         title_justify="left",
     )
     table.add_column("student", no_wrap=True)
-    for heading in ("parameters", "of teacher", "MACs a sample", "of teacher"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    for heading in ("parameters", "MACs a sample"):
+        table.add_column(f"{heading}\n(x teacher)", justify="right", no_wrap=True)
+    table.add_column("", ratio=1)
     for row in rows:
         table.add_row(row.name, *_numbers(row), escape(row.misfit or row.summary))
     console.print(table)
@@ -98,12 +98,10 @@ def print_students(rows: list[StudentRow], teacher: Denoiser, console: Console) 
 
 def _numbers(row: StudentRow) -> list[str]:
     if row.parameters is None or row.macs is None:
-        return ["-"] * 4
+        return ["-"] * 2
     return [
-        _millions(row.parameters),
-        _percent(row.parameter_ratio),
-        _millions(row.macs),
-        _percent(row.mac_ratio),
+        _millions(row.parameters) + _times(row.parameter_ratio),
+        _millions(row.macs) + _times(row.mac_ratio),
     ]
 
 
@@ -111,5 +109,5 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:,.2f} M"
 
 
-def _percent(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.1%}"
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f" ({ratio:.2g}x)" if ratio < 10 else f" ({ratio:,.0f}x)"
