@@ -1,14 +1,21 @@
 """Data-free knowledge distillation for diffusion models, with any architecture."""
 
-from dkdm.api import distill, train
-from dkdm.conditioning import ClassLabels, Unconditional
-from dkdm.config import DistillConfig, TrainConfig
-from dkdm.denoiser import Batch, Denoiser
-from dkdm.errors import DkdmError, UsageError
-from dkdm.prediction import Parameterization, Prediction
-from dkdm.process import Process, from_betas, from_scheduler_config, karras, rectified_flow
-from dkdm.teachers import load_teacher
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dkdm.version import __version__
+
+if TYPE_CHECKING:
+    from dkdm.api import distill, train
+    from dkdm.conditioning import ClassLabels, Unconditional
+    from dkdm.config import DistillConfig, TrainConfig
+    from dkdm.denoiser import Batch, Denoiser
+    from dkdm.errors import DkdmError, UsageError
+    from dkdm.prediction import Parameterization, Prediction
+    from dkdm.process import Process, from_betas, from_scheduler_config, karras, rectified_flow
+    from dkdm.teachers import load_teacher
 
 __all__ = [
     "Batch",
@@ -31,3 +38,22 @@ __all__ = [
     "rectified_flow",
     "train",
 ]
+
+_HOMES = {
+    "api": ("distill", "train"),
+    "conditioning": ("ClassLabels", "Unconditional"),
+    "config": ("DistillConfig", "TrainConfig"),
+    "denoiser": ("Batch", "Denoiser"),
+    "errors": ("DkdmError", "UsageError"),
+    "prediction": ("Parameterization", "Prediction"),
+    "process": ("Process", "from_betas", "from_scheduler_config", "karras", "rectified_flow"),
+    "teachers": ("load_teacher",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: torch and diffusers take seconds."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"dkdm.{module}"), name)
+    raise AttributeError(f"module 'dkdm' has no attribute '{name}'")

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 from rich.console import Console
@@ -19,6 +19,9 @@ from dkdm.config import DistillConfig, RunConfig, TrainConfig, from_mapping
 from dkdm.errors import DkdmError, UsageError
 from dkdm.recipes import RECIPES, recipe
 from dkdm.version import __version__
+
+if TYPE_CHECKING:
+    from dkdm.denoiser import Denoiser
 
 Config = TypeVar("Config", bound=RunConfig)
 Labels = tuple[int, ...] | None
@@ -220,7 +223,7 @@ def _sample(args: list[str]) -> int:
     return 0
 
 
-def _load(options: TeacherOptions):  # type: ignore[no-untyped-def]
+def _load(options: TeacherOptions) -> Denoiser:
     from dkdm.teachers import load_teacher
 
     return load_teacher(
