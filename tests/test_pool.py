@@ -332,6 +332,17 @@ def test_at_longer_strides_a_chain_restarts_by_one_counted_evaluation():
     torch.testing.assert_close(pool.x[batch.rows][moved], expected)
 
 
+def test_the_noise_of_a_restart_is_not_the_noise_of_its_move():
+    teacher = Denoiser(lambda x, _: 0 * x, KARRAS, Parameterization("sample"), (6,))
+    pool = empty_pool(teacher, 2000, CPU, torch.float32, stride=Stride(30, 30))
+    pool.t.zero_()
+    move(pool, 2000)
+    assert (pool.t == 70).all()
+    # Of x_0 = 0 the state is N(0, sigma^2), unless the two noises it is made of are one.
+    scaled = pool.x / KARRAS.sigma[70]
+    assert (scaled.var() - 1).abs() < 4 * (2 / scaled.numel()) ** 0.5
+
+
 def test_guidance_costs_twice_everywhere():
     single, double = (make(stride="30", guidance_scale=scale) for scale in (1.0, 2.0))
     for pool in (single, double):
