@@ -51,6 +51,7 @@ def test_missing_fashion_mnist_says_how_to_get_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"no gzip", "cannot be read"), (gzip.compress(b"other"), "not the published")],
+    ids=["no gzip", "other content"],  # a compressed file has the time in it: no id for a test
 )
 def test_another_file_in_its_place_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(content)

@@ -403,6 +403,14 @@ def test_a_fill_leaves_conditions_alone():
         assert pool.step == pool.finished == 0
 
 
+def test_every_batch_of_a_fill_has_noise_of_its_own():
+    teacher = Denoiser(lambda x, _: 0 * x, COSINE, Parameterization("sample"), (3,))
+    pool = empty_pool(teacher, 64, CPU, torch.float32)
+    fill_few_step(pool, 2, 4)
+    eps = pool.x / per_sample(COSINE.sigma[pool.t], pool.x)
+    assert torch.pdist(eps).min() > 1e-3
+
+
 # --- state ---------------------------------------------------------------------------------------
 
 
