@@ -7,7 +7,7 @@ from torch import nn
 from dkdm.conditioning import ClassLabels
 from dkdm.denoiser import Denoiser
 from dkdm.prediction import Parameterization
-from dkdm.process import from_scheduler_config
+from dkdm.schedulers import from_scheduler_config
 
 SCHEDULER = {
     "_class_name": "DDPMScheduler",

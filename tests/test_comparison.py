@@ -12,7 +12,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare, level_gaps
 from dkdm.evaluation.results import EVALUATION, SAMPLES, read_evaluation, read_samples
-from dkdm.evaluation.same_noise import Plan, balanced_condition, draw
+from dkdm.evaluation.same_noise import Plan, draw
 from dkdm.prediction import Parameterization
 from dkdm.process import beta_schedule, from_betas, rectified_flow
 from dkdm.toy import GaussianMixture, mixture_denoiser
@@ -95,14 +95,14 @@ def test_models_stay_as_they_were():
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samples_do_not_depend_on_the_batch_size(eta):
     model = small()
-    cond = balanced_condition(model.conditioning, 7, seed=0)
+    cond = model.conditioning.in_turns(7)
     whole, parts = (draw(model, cond, Plan(7, 4, 0, eta, size)) for size in (7, 3))
     torch.testing.assert_close(whole, parts)
     assert not torch.equal(whole[0], whole[1])
 
 
 def test_classes_are_balanced_and_come_in_turns():
-    labels = balanced_condition(ClassLabels(5, classes=(1, 4)), 5, seed=0)["class_labels"]
+    labels = ClassLabels(5, classes=(1, 4)).in_turns(5)["class_labels"]
     assert labels.tolist() == [1, 4, 1, 4, 1]
 
 

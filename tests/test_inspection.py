@@ -16,7 +16,8 @@ from dkdm.inspection import check_denoising, inspect_denoiser, print_inspection
 from dkdm.inspection.memory import evaluation_mib, weights_mib
 from dkdm.inspection.tables import readable
 from dkdm.prediction import Parameterization
-from dkdm.process import Clipping, from_scheduler_config, karras, rectified_flow
+from dkdm.process import Clipping, karras, rectified_flow
+from dkdm.schedulers import from_scheduler_config
 from dkdm.teachers import load_teacher
 from dkdm.toy import GaussianMixture, mixture_denoiser
 from factories import denoiser as untrained

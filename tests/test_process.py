@@ -12,11 +12,11 @@ from dkdm.process import (
     Process,
     beta_schedule,
     from_betas,
-    from_scheduler_config,
     karras,
     rectified_flow,
     zero_terminal_snr,
 )
+from dkdm.schedulers import from_scheduler_config
 
 DDPM = {"_class_name": "DDPMScheduler"}
 DDIM = {"_class_name": "DDIMScheduler"}

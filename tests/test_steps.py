@@ -19,11 +19,11 @@ from dkdm.prediction import Parameterization, Prediction, to_x_0_eps
 from dkdm.process import (
     beta_schedule,
     from_betas,
-    from_scheduler_config,
     karras,
     per_sample,
     rectified_flow,
 )
+from dkdm.schedulers import from_scheduler_config
 from dkdm.steps import reverse_step, sample
 
 TOLERANCE = 1e-6

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from dkdm.denoiser import Batch, Denoiser
     from dkdm.errors import DkdmError, UsageError
     from dkdm.prediction import Parameterization, Prediction
-    from dkdm.process import Process, from_betas, from_scheduler_config, karras, rectified_flow
+    from dkdm.process import Clipping, Process, from_betas, karras, rectified_flow
+    from dkdm.schedulers import from_scheduler_config
     from dkdm.teachers import load_teacher
 
 __all__ = [
     "Batch",
     "ClassLabels",
+    "Clipping",
     "Denoiser",
     "DistillConfig",
     "DkdmError",
@@ -46,7 +48,8 @@ _HOMES = {
     "denoiser": ("Batch", "Denoiser"),
     "errors": ("DkdmError", "UsageError"),
     "prediction": ("Parameterization", "Prediction"),
-    "process": ("Process", "from_betas", "from_scheduler_config", "karras", "rectified_flow"),
+    "process": ("Clipping", "Process", "from_betas", "karras", "rectified_flow"),
+    "schedulers": ("from_scheduler_config",),
     "teachers": ("load_teacher",),
 }
 

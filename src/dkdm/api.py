@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dkdm.conditioning import ClassLabels, Conditioning, Unconditional, restrict_classes
+from dkdm.conditioning import restrict_classes
 from dkdm.config import DistillConfig, TrainConfig
-from dkdm.datasets import load_images
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
-from dkdm.evaluation.comparison import FASHION_CLASS_NAMES
 from dkdm.export import component_name, write_pipeline
 from dkdm.finish import (
     compare_models,
@@ -26,23 +22,12 @@ from dkdm.finish import (
 )
 from dkdm.launch import claim_output, start_accelerator
 from dkdm.objective import Objective
-from dkdm.pool import Pool, Stride, empty_pool, fill_ancestral, fill_few_step
-from dkdm.prediction import Parameterization
-from dkdm.process import from_scheduler_config
+from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_few_step
 from dkdm.sources import Images
-from dkdm.students import build_denoiser, student_of
-from dkdm.teachers import load_teacher
+from dkdm.students import student_of
+from dkdm.teachers import LoadOptions, load_teacher, with_texts
 from dkdm.trainer import Trainer
-
-COSINE_V: dict[str, Any] = {
-    "_class_name": "DDPMScheduler",
-    "beta_schedule": "squaredcos_cap_v2",
-    "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-}
+from dkdm.trainset import training_data
 
 
 def distill(
@@ -63,8 +48,10 @@ def distill(
         student=_name_of(student) or config.student,
     )
     accelerator = start_accelerator(config)
-    taught_by = teacher if isinstance(teacher, Denoiser) else open_teacher(config)
-    taught_by.conditioning = restrict_classes(taught_by.conditioning, config.classes)
+    if isinstance(teacher, Denoiser):
+        taught_by = with_conditions(teacher, config)
+    else:
+        taught_by = open_teacher(config)
     learner = student if isinstance(student, Denoiser) else student_of(config.student, taught_by)
     pool = make_pool(taught_by, config, accelerator.device)
     objective = Objective(
@@ -95,13 +82,38 @@ def _name_of(model: str | Denoiser | None) -> str | None:
 
 def open_teacher(config: DistillConfig) -> Denoiser:
     """Load the teacher a config names."""
-    return load_teacher(
+    teacher = load_teacher(
         config.teacher,
+        format=config.teacher_format,
         subfolder=config.teacher_subfolder,
         revision=config.teacher_revision,
-        variant=config.teacher_variant,
-        dtype=config.teacher_dtype,
+        options=LoadOptions(
+            variant=config.teacher_variant,
+            dtype=config.teacher_dtype,
+            sample_size=config.teacher_size,
+            config=config.teacher_config,
+            flags=config.teacher_flags,
+            lora=config.teacher_lora or (),
+        ),
     )
+    return with_conditions(teacher, config)
+
+
+def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
+    """The teacher, drawing the classes or prompts that the config names.
+
+    Raises UsageError where it has none of these, where a text teacher is given no prompts, and
+    where guidance is asked of a teacher that has no null condition.
+    """
+    conditioning = restrict_classes(teacher.conditioning, config.classes, config.class_weights)
+    teacher = replace(teacher, conditioning=conditioning)
+    teacher = with_texts(
+        teacher, config.prompts, config.negative_prompt, config.max_prompts, config.seed
+    )
+    guidance = Guidance.parse(config.guidance_scale)
+    if config.condition_dropout or not (guidance.is_off or teacher.embeds_guidance):
+        teacher.conditioning.null(1)
+    return teacher
 
 
 def make_pool(teacher: Denoiser, config: DistillConfig, device: torch.device) -> Pool:
@@ -119,8 +131,9 @@ def make_pool(teacher: Denoiser, config: DistillConfig, device: torch.device) ->
         getattr(torch, config.pool_dtype),
         stride=Stride.parse(config.stride, teacher.process.num_levels),
         eta=config.eta,
-        guidance_scale=config.guidance_scale,
+        guidance=Guidance.parse(config.guidance_scale, config.guidance_on == "chain"),
         condition_dropout=config.condition_dropout,
+        random_conditioning=config.random_conditioning,
         seed=config.seed,
         shards=config.shards,
     )
@@ -154,21 +167,15 @@ def train(config: TrainConfig) -> Path:
 
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
-    scheduler = json.loads(Path(config.scheduler).read_text()) if config.scheduler else COSINE_V
-    images, labels = load_images(config.images, config.sample_shape)
-    conditioning = _conditioning_of(config, labels)
-    process = from_scheduler_config(scheduler)
-    parameterization = Parameterization(scheduler.get("prediction_type", "epsilon"))
     accelerator = start_accelerator(config)
-    student = build_denoiser(
-        config.network, process, parameterization, config.sample_shape, conditioning
-    )
+    data, like = training_data(config)
+    student = student_of(config.network, like)
     source = Images(
-        images,
-        labels,
-        process,
-        parameterization,
-        conditioning,
+        data.images,
+        data.conditions,
+        student.process,
+        student.parameterization,
+        student.conditioning,
         config.seed,
         config.condition_dropout,
         accelerator.device,
@@ -188,20 +195,13 @@ def train(config: TrainConfig) -> Path:
     return config.output_dir
 
 
-def _conditioning_of(config: TrainConfig, labels: torch.Tensor | None) -> Conditioning:
-    if labels is None:
-        return Unconditional()
-    classes = int(labels.max()) + 1
-    names = FASHION_CLASS_NAMES if config.images == "fashion-mnist" else None
-    return ClassLabels(classes, null_class=classes, names=names)
-
-
 def describe(config: DistillConfig) -> str:
     """What a distillation would do and cost, in words; nothing is written."""
     teacher = open_teacher(config)
     student = student_of(config.student, teacher)
     entries = pool_entries(config, teacher.process.num_levels)
-    doubled = 2 if config.guidance_scale != 1 else 1
+    guided = not Guidance.parse(config.guidance_scale).is_off and not teacher.embeds_guidance
+    doubled = 2 if guided else 1
     batch = config.train_batch_size * config.gradient_accumulation_steps
     training = config.max_train_steps * batch * doubled
     filling = 0

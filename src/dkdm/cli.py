@@ -41,6 +41,20 @@ class TeacherOptions:
     """Weight variant such as fp16."""
     dtype: str = "float32"
     """Precision of the weights: float32, float16 or bfloat16."""
+    format: str | None = None
+    """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
+    config: Path | None = None
+    """Config file of the original repository, for formats that have one."""
+    flags: str = ""
+    """Flags of the original repository's scripts, as one string."""
+    size: Labels = None
+    """Height and width (frames, height, width; or length) as the network sees a sample."""
+    lora: tuple[Path, ...] = ()
+    """LoRA weights merged into the network, one after the other."""
+    prompts: str | None = None
+    """Text file of one prompt a line, or a pattern, for text models; or the prompt itself."""
+    negative_prompt: str = ""
+    """The prompt that guidance leads away from."""
 
 
 @dataclass(frozen=True)
@@ -224,15 +238,23 @@ def _sample(args: list[str]) -> int:
 
 
 def _load(options: TeacherOptions) -> Denoiser:
-    from dkdm.teachers import load_teacher
+    from dkdm.teachers import LoadOptions, load_teacher, with_texts
 
-    return load_teacher(
+    denoiser = load_teacher(
         options.model,
+        format=options.format,
         subfolder=options.subfolder,
         revision=options.revision,
-        variant=options.variant,
-        dtype=options.dtype,
+        options=LoadOptions(
+            variant=options.variant,
+            dtype=options.dtype,
+            sample_size=options.size,
+            config=options.config,
+            flags=options.flags,
+            lora=options.lora,
+        ),
     )
+    return with_texts(denoiser, options.prompts, options.negative_prompt)
 
 
 def _inspect(args: list[str]) -> int:

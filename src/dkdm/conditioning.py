@@ -1,7 +1,9 @@
 """What a network is fed per sample beside (x_t, t), and guidance.
 
-A condition is a dict of tensors with one row a sample; its keys are the network's own keyword
-arguments. The empty dict is unconditional.
+A condition is a dict of tensors with one row a sample. What a source stores and draws is small (a
+class id, the number of a prompt); `embed` turns it into what the network is fed, whose keys are
+named as in diffusers (`class_labels`, `encoder_hidden_states`, ...). The empty dict is
+unconditional.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dkdm.errors import UsageError
+from dkdm.process import per_sample
 
 Condition = dict[str, Tensor]
 
@@ -27,6 +30,12 @@ class Conditioning(Protocol):
 
     def null(self, count: int) -> Condition:
         """The condition that means "nothing asked". Raises UsageError where the model has none."""
+
+    def in_turns(self, count: int) -> Condition:
+        """Conditions for `count` samples that take every possibility in turns."""
+
+    def embed(self, cond: Condition) -> Condition:
+        """What the network is fed for drawn conditions."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,23 @@ class Unconditional:
         del count
         raise UsageError("guidance needs a conditional model, and this one is unconditional")
 
+    def in_turns(self, count: int) -> Condition:
+        """The empty condition."""
+        del count
+        return {}
+
+    def embed(self, cond: Condition) -> Condition:
+        """The same."""
+        return cond
+
 
 @dataclass(frozen=True)
 class ClassLabels:
     """Class ids 0..num_classes-1, fed as `class_labels`.
 
     null_class: the id that means "no class"; None where the model has none.
-    classes: the ids to draw from, uniformly; None draws from all.
+    classes: the ids to draw from; None draws from all.
+    weights: how often each of those is drawn, relative to the others; None draws them equally.
     names: what the ids mean, for pictures; None shows numbers.
     """
 
@@ -57,9 +76,22 @@ class ClassLabels:
     null_class: int | None = None
     classes: tuple[int, ...] | None = None
     names: tuple[str, ...] | None = None
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         self.check(self.classes or ())
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.drawn) or min(self.weights) < 0 or not sum(self.weights):
+            raise UsageError(
+                f"class weights: expected {len(self.drawn)} numbers >= 0 that are not all 0, one "
+                f"for each class, found {', '.join(map(str, self.weights))}"
+            )
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """The ids that are drawn."""
+        return tuple(range(self.num_classes)) if self.classes is None else self.classes
 
     def check(self, labels: Sequence[int]) -> None:
         """Raise UsageError for an id that is neither a class nor the null class."""
@@ -78,13 +110,14 @@ class ClassLabels:
         return {"class_labels": torch.tensor(labels, dtype=torch.int64)}
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
-        """Uniform class ids, int64 [count]."""
-        ids = torch.tensor(self.classes or range(self.num_classes))
-        labels = ids[torch.randint(len(ids), (count,), generator=generator)]
-        if dropout:
-            dropped = torch.rand(count, generator=generator) < dropout
-            labels = torch.where(dropped, self.null(count)["class_labels"], labels)
-        return {"class_labels": labels}
+        """Class ids by their weights, int64 [count]."""
+        ids = torch.tensor(self.drawn)
+        if self.weights is None:
+            chosen = torch.randint(len(ids), (count,), generator=generator)
+        else:
+            odds = torch.tensor(self.weights, dtype=torch.float64)
+            chosen = torch.multinomial(odds, count, replacement=True, generator=generator)
+        return dropped(self, {"class_labels": ids[chosen]}, generator, dropout)
 
     def null(self, count: int) -> Condition:
         """The null class for every sample."""
@@ -95,24 +128,53 @@ class ClassLabels:
             )
         return {"class_labels": torch.full((count,), self.null_class)}
 
+    def in_turns(self, count: int) -> Condition:
+        """The classes one after the other."""
+        return self.of([self.drawn[i % len(self.drawn)] for i in range(count)])
 
-def restrict_classes(conditioning: Conditioning, classes: tuple[int, ...] | None) -> Conditioning:
+    def embed(self, cond: Condition) -> Condition:
+        """The same: the network embeds the ids itself."""
+        return cond
+
+
+def dropped(
+    conditioning: Conditioning, cond: Condition, generator: torch.Generator, dropout: float
+) -> Condition:
+    """Replace each row by the null condition with probability `dropout`."""
+    if not dropout:
+        return cond
+    count = len(next(iter(cond.values())))
+    gone = torch.rand(count, generator=generator) < dropout
+    null = conditioning.null(count)
+    return {key: torch.where(gone, null[key], value) for key, value in cond.items()}
+
+
+def restrict_classes(
+    conditioning: Conditioning,
+    classes: tuple[int, ...] | None,
+    weights: tuple[float, ...] | None = None,
+) -> Conditioning:
     """The same conditioning, drawing from the given class ids only; None changes nothing.
 
-    Raises UsageError for a model without classes and for an id out of range.
+    weights: how often each is drawn; None is equally. Raises UsageError for a model without
+    classes, for an id out of range and for weights that do not fit.
     """
-    if classes is None:
+    if classes is None and weights is None:
         return conditioning
     if not isinstance(conditioning, ClassLabels):
         raise UsageError("--classes was given, but the teacher has no classes")
-    return replace(conditioning, classes=classes)
+    return replace(conditioning, classes=classes, weights=weights)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int) -> Tensor:
+def guide(
+    conditional: Tensor, unconditional: Tensor, scale: float | Tensor, channels: int
+) -> Tensor:
     """Classifier-free guidance, `u + scale * (c - u)`, on the first `channels` channels only.
 
-    conditional, unconditional: network outputs [B, C or 2C, ...]; scale 1 is no guidance. The
-    variance half stays the conditional one. Source: arXiv 2207.12598, Eq. 6 (w = scale - 1).
+    conditional, unconditional: network outputs [B, C or 2C, ...]; scale: one number, or one a
+    sample [B]; 1 is no guidance. The variance half stays the conditional one. Source: arXiv
+    2207.12598, Eq. 6 (w = scale - 1).
     """
     mean, free = conditional[:, :channels], unconditional[:, :channels]
-    return torch.cat([free + scale * (mean - free), conditional[:, channels:]], dim=1)
+    factor = per_sample(scale, mean) if isinstance(scale, Tensor) else scale
+    return torch.cat([free + factor * (mean - free), conditional[:, channels:]], dim=1)

@@ -79,6 +79,11 @@ class RunConfig:
     """Samples drawn from each model for the final distances; 0 skips them."""
     sampling_guidance_scale: float = 1.0
     """Guidance of the sample grids and the final distances; 1 is none, and costs half."""
+    evaluation_reference: Literal["auto", "none", "fashion-test", "fashion-train"] = "auto"
+    """Real images the final distances are measured against; auto knows Fashion-MNIST by its class
+    names."""
+    negative_prompt: str = ""
+    """The prompt that guidance leads away from."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", Path(self.output_dir))
@@ -89,13 +94,20 @@ class TrainConfig(RunConfig):
     """Train a model on images (a teacher, or a baseline)."""
 
     images: str = "fashion-mnist"
-    """'fashion-mnist' or a folder of images; class subfolders become labels."""
+    """'fashion-mnist' or a folder of images; class subfolders become labels, a text file beside
+    each image (cat.txt for cat.png) its caption."""
+    base: str | None = None
+    """A pipeline folder whose autoencoder, text encoders and scheduler the new model uses (it needs
+    no denoiser); None trains on pixels and class labels."""
+    class_conditional: bool = True
+    """Whether the images' class labels are learnt, where there are any."""
     network: str = "unet-tiny"
     """A preset, a diffusers config.json, or module:factory."""
     sample_shape: tuple[int, int, int] = (1, 16, 16)
     """Channels, height, width the images are brought to."""
     scheduler: str | None = None
-    """A diffusers scheduler_config.json; None is cosine betas, v_prediction, fixed_small."""
+    """A diffusers scheduler_config.json; None is the base's own, or else cosine betas,
+    v_prediction, fixed_small."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,17 @@ class DistillConfig(RunConfig):
     """Weight variant such as fp16; None is the plain files."""
     teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision the teacher's weights are held in."""
+    teacher_format: str | None = None
+    """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
+    teacher_config: Path | None = None
+    """Config file of the original repository, for formats that have one."""
+    teacher_flags: str = ""
+    """Flags of the original repository's scripts, as one string, for formats that have them."""
+    teacher_size: tuple[int, ...] | None = None
+    """Height and width (frames, height, width; or length) of a sample as the network sees it,
+    in latents where it works on these; None is what its config says."""
+    teacher_lora: tuple[Path, ...] | None = None
+    """LoRA weight files merged into the teacher, one after the other."""
     student: str = "dit-xs"
     """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
     source: SourceKind = "dynamic"
@@ -134,10 +157,24 @@ class DistillConfig(RunConfig):
     """Levels a state moves a step: a number, or random:M for a uniform law of mean M."""
     eta: float = 1.0
     """Noise of a move: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
-    guidance_scale: float = 1.0
-    """Guidance baked into the student: the chain and the target are guided; costs double."""
+    guidance_scale: str = "1"
+    """Guidance of the teacher: a number, or LOW:HIGH for a scale drawn for each chain; 1 is none.
+    Costs double, except for a teacher that is fed the scale."""
+    guidance_on: Literal["target", "chain"] = "target"
+    """What is guided: chain and target, so that it is baked into the student; or the chain alone,
+    so that the student learns the unguided model where guided samples lie."""
     classes: tuple[int, ...] | None = None
     """Class ids the student is to learn; None is all of the teacher's."""
+    prompts: str | None = None
+    """Text file with one prompt a line, or a pattern of several ('prompts/*.txt'), for text
+    models."""
+    max_prompts: int = 50_000
+    """Of longer files, so many prompts are drawn at random."""
+    class_weights: tuple[float, ...] | None = None
+    """How often each of these is drawn; None is equally."""
+    random_conditioning: float = 0.0
+    """Largest probability, at the highest noise, that a noisy state is shown under another
+    condition than its own; it falls to e^-5 of that at the lowest (arXiv 2504.02011)."""
     vlb_weight: float = 1.0
     """Weight of the variational term (DKDM Eq. 21) where both models learn their variance."""
 
@@ -162,8 +199,10 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def _restore(hint: Any, value: Any) -> Any:
-    if hint is Path:
+    if hint is Path or (value is not None and hint == Path | None):
         return Path(value)
+    if isinstance(value, list) and hint == tuple[Path, ...] | None:
+        return tuple(Path(item) for item in value)
     if isinstance(value, list):
         return tuple(value)
     return value

@@ -1,4 +1,4 @@
-"""Real images for the baselines and the metrics: Fashion-MNIST at 16x16, or a folder of images."""
+"""Real images for the baselines and the metrics: Fashion-MNIST, or a folder of images."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, pad
 from dkdm.errors import DkdmError
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
-FASHION_MNIST_SHAPE = (1, 16, 16)
+FASHION_MNIST_SIZES = (16, 28)
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 _FILE_PREFIX = {"train": "train", "test": "t10k"}
@@ -27,24 +27,31 @@ _CONTENT_SHA256 = {
 
 
 def load_fashion_mnist(
-    split: Literal["train", "test"], root: Path | None = None
+    split: Literal["train", "test"], root: Path | None = None, size: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of Fashion-MNIST, at 16x16.
+    """Return the images and labels of Fashion-MNIST, at 16x16 or as published.
 
-    The 28x28 images are padded with black to 32x32 and averaged over 2x2 pixels. Images are float32
-    `[N, 1, 16, 16]` in [-1, 1], labels int64 `[N]` in 0..9, N is 60,000 or 10,000. `root` holds the
-    four `*-ubyte.gz` files; None is where the Debian package dataset-fashion-mnist puts them.
-    Raises `DkdmError` where a file is missing or is not the published one.
+    Images are float32 `[N, 1, size, size]` in [-1, 1], labels int64 `[N]` in 0..9, N is 60,000 or
+    10,000. `size` is 28, or 16 for `halve` of it. `root` holds the four `*-ubyte.gz` files; None is
+    where the Debian package dataset-fashion-mnist puts them. Raises `DkdmError` where a file is
+    missing or is not the published one, and for another size.
 
     Source: Xiao, Rasul and Vollgraf, Fashion-MNIST (2017).
     """
     if split not in _FILE_PREFIX:
         raise DkdmError(f"unknown split {split!r} of Fashion-MNIST: expected train or test")
+    if size not in FASHION_MNIST_SIZES:
+        raise DkdmError(f"fashion-mnist is read at 16x16 or 28x28, the model wants {size}x{size}")
     folder, prefix = root or FASHION_MNIST_ROOT, _FILE_PREFIX[split]
     pixels = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", dimensions=3)
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", dimensions=1)
-    images = avg_pool2d(pad(pixels.view(-1, 1, 28, 28), (2, 2, 2, 2)).float(), kernel_size=2)
-    return images / 127.5 - 1, labels.long()
+    images = pixels.view(-1, 1, 28, 28).float() / 127.5 - 1
+    return (images if size == 28 else halve(images)), labels.long()
+
+
+def halve(images: Tensor) -> Tensor:
+    """Bring 28x28 images `[N, C, 28, 28]` to 16x16: padded with black (-1), 2x2 pixels averaged."""
+    return avg_pool2d(pad(images, (2, 2, 2, 2), value=-1.0), kernel_size=2)
 
 
 def load_image_folder(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
@@ -68,15 +75,17 @@ def load_image_folder(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, 
 def load_images(spec: str | Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
     """Return the training images that `spec` names, and their labels where they have any.
 
-    `spec` is "fashion-mnist" (its training split, shape (1, 16, 16) only) or a folder. Images are
+    `spec` is "fashion-mnist" (its training split, at 16x16 or 28x28) or a folder. Images are
     float32 `[N, *shape]` in [-1, 1], labels int64 `[N]` or None. Raises `DkdmError` as
     `load_fashion_mnist` and `load_image_folder` do.
     """
     if str(spec) != "fashion-mnist":
         return load_image_folder(Path(spec), shape)
-    if shape != FASHION_MNIST_SHAPE:
-        raise DkdmError(f"fashion-mnist is read at {FASHION_MNIST_SHAPE}, the model wants {shape}")
-    return load_fashion_mnist("train")
+    if shape not in ((1, size, size) for size in FASHION_MNIST_SIZES):
+        raise DkdmError(
+            f"fashion-mnist is read at (1, 16, 16) or (1, 28, 28), the model wants {shape}"
+        )
+    return load_fashion_mnist("train", size=shape[1])
 
 
 def _read_idx(file: Path, dimensions: int) -> Tensor:
@@ -132,3 +141,47 @@ def _read_image(file: Path, shape: tuple[int, int, int]) -> Tensor:
     image = image.resize((width, height), Image.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(height, width, channels).permute(2, 0, 1).float() / 127.5 - 1
+
+
+FASHION_WORDS = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
+)  # fmt: skip
+FASHION_TONES = ("dark", "grey", "white")
+_TONE_BOUNDS = torch.tensor([-0.1, 0.35])  # terciles, about, of the garments' mean brightness
+
+
+def fashion_captions(images: Tensor, labels: Tensor) -> tuple[str, ...]:
+    """Captions such as "a white sneaker" of Fashion-MNIST images `[N, 1, H, W]` in [-1, 1].
+
+    The tone is the mean brightness of the garment's own pixels. Every fifth caption leaves it out.
+    """
+    inside = images > -0.9
+    total = torch.where(inside, images, torch.zeros_like(images)).flatten(1).sum(1)
+    tones = torch.bucketize(total / inside.flatten(1).sum(1).clamp(min=1), _TONE_BOUNDS)
+    pairs = zip(tones.tolist(), labels.tolist(), strict=True)
+    return tuple(
+        f"a {FASHION_WORDS[label]}" if i % 5 == 4 else _caption(tone, label)
+        for i, (tone, label) in enumerate(pairs)
+    )
+
+
+def _caption(tone: int, label: int) -> str:
+    return f"a {FASHION_TONES[tone]} {FASHION_WORDS[label]}"
+
+
+def load_captions(spec: str | Path, images: Tensor, labels: Tensor | None) -> tuple[str, ...]:
+    """One caption for each image that `load_images` returned for `spec`, in its order.
+
+    Those of Fashion-MNIST are made from its labels; those of a folder are read from a text file
+    beside each image (cat.txt for cat.png). Raises `DkdmError` where one is missing.
+    """
+    if str(spec) == "fashion-mnist" and labels is not None:
+        return fashion_captions(images, labels)
+    files = [file.with_suffix(".txt") for file in _list_images(Path(spec))[0]]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise DkdmError(
+            f"{missing[0]} is missing, and {len(missing) - 1} more captions: a text model is "
+            "trained on images with a text file of the same name beside each"
+        )
+    return tuple(file.read_text(encoding="utf-8").strip() for file in files)

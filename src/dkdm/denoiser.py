@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dkdm.bundle import Bundle
+from dkdm.calls import Call, Network, call_of, takes
 from dkdm.conditioning import Condition, Conditioning, Unconditional, guide
 from dkdm.errors import UsageError
 from dkdm.prediction import (
@@ -18,7 +20,7 @@ from dkdm.prediction import (
     scale_input,
     to_x_0_eps,
 )
-from dkdm.process import Process, Spacing
+from dkdm.process import Process, Spacing, TimeKind, network_times
 from dkdm.steps import sample
 
 
@@ -39,25 +41,38 @@ class Batch(NamedTuple):
 class Denoiser:
     """Any diffusion model as one call.
 
-    network: any module or callable `(x, time, **cond)` giving a tensor [B, C or 2C, ...] or an
-        object with `.sample`.
+    network: any module or callable `(x, time, **cond)` giving a tensor [B, C or 2C, ...], a tuple
+        with it, or an object with `.sample`; diffusers' own networks are called as they want it.
     sample_shape: (C, ...) of one sample, without the batch dimension.
     constants: what the network is fed the same for every sample (class 0 for a class-conditional
-        network used without classes).
+        network used without classes, the picture size for SDXL), tensors without batch dimension.
+    time: what the network is fed for t, see `network_times`; None is what the process says.
+    value_range: the smallest and largest value of the network's clean samples; pictures are made
+        from it, and chains and training stay in it.
+    call: how the network is called; None finds it by the network's class.
+    bundle: what belongs to the model beside the network: autoencoder, text encoders, ...
     evaluations: samples put through the network so far; guidance counts two a sample.
     """
 
-    network: nn.Module | Callable[..., Tensor]
+    network: nn.Module | Callable[..., Any]
     process: Process
     parameterization: Parameterization
     sample_shape: tuple[int, ...]
     conditioning: Conditioning = field(default_factory=Unconditional)
-    constants: dict[str, int] = field(default_factory=dict)
+    constants: Condition = field(default_factory=dict)
     name: str = "model"
+    time: TimeKind | Callable[[Process], Tensor] | None = None
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    call: Call | None = None
+    bundle: Bundle = field(default_factory=Bundle)
     evaluations: int = 0
 
     def __post_init__(self) -> None:
         check_compatible(self.parameterization, self.process)
+        times = self.process.network_time
+        self.times = times if self.time is None else network_times(self.process, self.time)
+        self.call = self.call or call_of(self.network)
+        self.embeds_guidance = embeds_guidance(self.network)
         if isinstance(self.network, nn.Module):
             silence_label_dropout(self.network)
 
@@ -84,12 +99,36 @@ class Denoiser:
             return 0
         return sum(p.numel() for p in self.network.parameters())
 
-    def predict(self, batch: Batch, guidance_scale: float = 1.0) -> Prediction:
+    def predict(self, batch: Batch, guidance_scale: float | Tensor = 1.0) -> Prediction:
         """Evaluate the network once (twice with guidance) and read its output.
 
-        Returns x_0 and eps [B, ...] in float32, unclipped.
+        guidance_scale: one number, or one a sample [B]; a network that embeds it (Flux) is fed it
+        instead, and evaluated once. Returns x_0 and eps [B, ...] in float32, unclipped.
         """
-        raw = self._guided(batch, guidance_scale)
+        return self.predict_both(batch, guidance_scale)[1]
+
+    def predict_both(
+        self, batch: Batch, guidance_scale: float | Tensor = 1.0
+    ) -> tuple[Prediction, Prediction]:
+        """The prediction without and with guidance, at the cost of the second alone."""
+        if self.embeds_guidance:
+            scale = torch.as_tensor(guidance_scale, dtype=torch.float32).expand(len(batch.t))
+            batch = batch._replace(cond={"guidance": scale, **batch.cond})
+        unguided = not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0
+        if self.embeds_guidance or unguided:
+            prediction = self._read(self._evaluate(batch.x, batch.t, batch.cond), batch)
+            return prediction, prediction
+        null = self.conditioning.null(len(batch.t))
+        both = {
+            key: torch.cat([value, null[key].to(value) if key in null else value])
+            for key, value in batch.cond.items()
+        }
+        doubled = self._evaluate(torch.cat([batch.x, batch.x]), batch.t.repeat(2), both)
+        conditional, unconditional = doubled.chunk(2)
+        guided = guide(conditional, unconditional, guidance_scale, self.sample_shape[0])
+        return self._read(conditional, batch), self._read(guided, batch)
+
+    def _read(self, raw: Tensor, batch: Batch) -> Prediction:
         channels = self.sample_shape[0]
         output, variance_output = raw[:, :channels], raw[:, channels:]
         alpha, sigma = self.process.at(batch.t)
@@ -98,27 +137,15 @@ class Denoiser:
         learned = self.parameterization.learns_variance
         return Prediction(output, x_0, eps, variance_output if learned else None)
 
-    def _guided(self, batch: Batch, guidance_scale: float) -> Tensor:
-        if guidance_scale == 1.0:
-            return self._evaluate(batch.x, batch.t, batch.cond)
-        null = self.conditioning.null(len(batch.t))
-        both = {key: torch.cat([batch.cond[key], null[key].to(batch.cond[key])]) for key in null}
-        doubled = self._evaluate(torch.cat([batch.x, batch.x]), batch.t.repeat(2), both)
-        conditional, unconditional = doubled.chunk(2)
-        return guide(conditional, unconditional, guidance_scale, self.sample_shape[0])
-
     def _evaluate(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         self.evaluations += len(t)
         _, sigma = self.process.at(t)
         shown = scale_input(
             self.parameterization.prediction, x, sigma, self.parameterization.sigma_data
         )
-        shown = shown if self.dtype is None else shown.to(self.dtype)
-        time = self.process.network_time[t.cpu()].to(x.device, torch.float32)
-        fixed = {key: torch.full((len(t),), value) for key, value in self.constants.items()}
-        cond = {key: value.to(x.device) for key, value in {**fixed, **cond}.items()}
-        result = self.network(shown, time, **cond)
-        output: Tensor = result if isinstance(result, Tensor) else result.sample
+        time = self.times[t.cpu()].to(x.device, torch.float32)
+        assert self.call is not None
+        output = self.call(self.network, self._cast(shown), time, self._fed(x, cond))
         expected = self.sample_shape[0] * (2 if self.parameterization.learns_variance else 1)
         if output.shape[1] != expected or output.shape[2:] != x.shape[2:]:
             raise UsageError(
@@ -126,6 +153,25 @@ class Denoiser:
                 f"{tuple(x.shape)}; expected {(len(x), expected, *x.shape[2:])}"
             )
         return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def _fed(self, x: Tensor, cond: Condition) -> Condition:
+        """Constants and embedded conditions, on the device and in the network's precision."""
+        fixed = {key: value.expand(len(x), *value.shape) for key, value in self.constants.items()}
+        fed = {**fixed, **self.conditioning.embed(cond)}
+        if not self.embeds_guidance:
+            fed.pop("guidance", None)
+        return {key: self._cast(value.to(x.device)) for key, value in fed.items()}
+
+    def _cast(self, value: Tensor) -> Tensor:
+        floating = value.is_floating_point() and self.dtype is not None
+        return value.to(self.dtype) if floating else value
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Pictures in about [-1, 1] of clean samples [B, ...]: decoded, where they are latents."""
+        if self.bundle.autoencoder is not None:
+            return self.bundle.autoencoder.decode(x)
+        low, high = self.value_range
+        return x if (low, high) == (-1.0, 1.0) else 2 * (x - low) / (high - low) - 1
 
     @torch.no_grad()
     def check(self) -> None:
@@ -152,7 +198,7 @@ class Denoiser:
         cond: Condition,
         num_steps: int,
         eta: float = 0.0,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Tensor = 1.0,
         spacing: Spacing | None = None,
     ) -> Tensor:
         """Draw samples with `num_steps` evaluations each.
@@ -180,3 +226,14 @@ def silence_label_dropout(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
+
+
+def embeds_guidance(network: Network) -> bool:
+    """Whether a network is fed the guidance scale itself: Flux-dev, or a module that asks for it.
+
+    diffusers' networks say so in their config, others by an argument named `guidance`.
+    """
+    config = getattr(network, "config", None)
+    if config is not None and "guidance_embeds" in config:
+        return bool(config["guidance_embeds"])
+    return config is None and takes(network, "guidance")

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dkdm import checkpoint
 from dkdm.conditioning import restrict_classes
-from dkdm.config import DistillConfig, TrainConfig
+from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.evaluation.classes import Metrics, evaluate_images
 from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare
 from dkdm.evaluation.features import ReferenceName
 from dkdm.evaluation.results import Comparison
-from dkdm.evaluation.same_noise import Plan, balanced_condition, draw
+from dkdm.evaluation.same_noise import Plan, draw, pictures
 from dkdm.export import write_card
 from dkdm.pictures import grid
+from dkdm.pool import Guidance
 from dkdm.progress import track
 from dkdm.report import write_report
 
-REFERENCE: ReferenceName = "fashion-test"
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
 
@@ -35,11 +36,11 @@ def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[in
 
     def write(step: int, student: Denoiser) -> None:
         before = teacher.evaluations
-        cond = balanced_condition(student.conditioning, GRID_COLUMNS, config.seed)
+        cond = student.conditioning.in_turns(GRID_COLUMNS)
         if not drawn:
-            drawn.append(draw(teacher, cond, plan, for_teacher))
+            drawn.append(pictures(teacher, draw(teacher, cond, plan, for_teacher)))
         teacher.evaluations = before
-        both = torch.cat([drawn[0], draw(student, cond, plan, for_student)])
+        both = torch.cat([drawn[0], pictures(student, draw(student, cond, plan, for_student))])
         _save_grid(config.output_dir, f"step-{step:06d}", both)
 
     return write
@@ -50,8 +51,8 @@ def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
     plan = Plan(GRID_SAMPLES, config.validation_sampling_steps, config.seed)
 
     def write(step: int, model: Denoiser) -> None:
-        cond = balanced_condition(model.conditioning, GRID_SAMPLES, config.seed)
-        samples = draw(model, cond, plan, config.sampling_guidance_scale)
+        cond = model.conditioning.in_turns(GRID_SAMPLES)
+        samples = pictures(model, draw(model, cond, plan, config.sampling_guidance_scale))
         _save_grid(config.output_dir, f"step-{step:06d}", samples)
 
     return write
@@ -65,9 +66,10 @@ def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
 
 def _guidance(config: DistillConfig) -> tuple[float, float]:
     """Sampling guidance of teacher and student: baked into the student, or applied to both."""
-    if config.guidance_scale != 1:
-        return config.guidance_scale, 1.0
-    return config.sampling_guidance_scale, config.sampling_guidance_scale
+    guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
+    if guidance.is_off or guidance.chain_only:
+        return config.sampling_guidance_scale, config.sampling_guidance_scale
+    return (guidance.low + guidance.high) / 2, 1.0
 
 
 def compare_models(
@@ -76,7 +78,6 @@ def compare_models(
     if config.evaluation_samples == 0:
         return None
     for_teacher, for_student = _guidance(config)
-    fashion = getattr(teacher.conditioning, "names", None) == FASHION_CLASS_NAMES
     comparison = compare(
         teacher,
         student,
@@ -85,10 +86,20 @@ def compare_models(
         seed=config.seed,
         guidance_teacher=for_teacher,
         guidance_student=for_student,
-        reference=REFERENCE if fashion else None,
+        reference=reference_of(config, teacher),
     )
     comparison.save(config.output_dir)
     return comparison
+
+
+def reference_of(config: RunConfig, model: Denoiser) -> ReferenceName | None:
+    """What distances are measured against: as asked, or by the model's class names."""
+    if config.evaluation_reference == "none":
+        return None
+    if config.evaluation_reference != "auto":
+        return config.evaluation_reference
+    fashion = getattr(model.conditioning, "names", None) == FASHION_CLASS_NAMES
+    return "fashion-test" if fashion else None
 
 
 def finish_distillation(
@@ -130,11 +141,13 @@ def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> Non
     rows: list[tuple[str, list[str]]] = []
     if config.evaluation_samples:
         plan = Plan(config.evaluation_samples, config.validation_sampling_steps, config.seed)
-        cond = balanced_condition(model.conditioning, plan.num_samples, config.seed)
-        samples = draw(model, cond, plan, config.sampling_guidance_scale).clamp(-1, 1)
+        cond = model.conditioning.in_turns(plan.num_samples)
+        samples = draw(model, cond, plan, config.sampling_guidance_scale)
+        samples = pictures(model, samples).clamp(-1, 1)
         _save_grid(config.output_dir, "grid", samples[:GRID_SAMPLES])
-        if config.images == "fashion-mnist":
-            metrics = evaluate_images(samples, cond.get("class_labels"), REFERENCE)
+        reference = reference_of(config, model)
+        if reference is not None:
+            metrics = evaluate_images(samples, cond.get("class_labels"), reference)
             rows = [("", ["value"]), *_metric_rows([metrics])]
     lead = (
         f"{type(model.network).__name__} trained on {Path(config.images).name}: "
@@ -143,8 +156,7 @@ def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> Non
     )
     how = (
         f"{config.evaluation_samples} samples, {config.validation_sampling_steps} DDIM steps, "
-        f"guidance {config.sampling_guidance_scale}, against the {REFERENCE} statistics shipped "
-        "with dkdm."
+        f"guidance {config.sampling_guidance_scale}."
     )
     write_card(config.output_dir, model, config, lead=lead, metrics=rows, measured_how=how)
 
@@ -186,7 +198,8 @@ def sample_to_file(
     if sampler not in ("ddim", "ddpm"):
         raise UsageError(f"unknown sampler '{sampler}': expected ddim or ddpm")
     conditioning = restrict_classes(denoiser.conditioning, classes)
-    cond = balanced_condition(conditioning, num_samples, seed)
+    denoiser = replace(denoiser, conditioning=conditioning)
+    cond = conditioning.in_turns(num_samples)
     plan = Plan(num_samples, num_steps, seed, eta=float(sampler == "ddpm"))
     with track(num_samples, 0, "sampling") as progress:
         samples = draw(denoiser, cond, plan, guidance_scale, progress)
@@ -194,4 +207,4 @@ def sample_to_file(
     if output.suffix == ".safetensors":
         checkpoint.write_tensors(output, {"samples": samples, **cond})
     else:
-        grid(samples, GRID_COLUMNS, scale=4).save(output)
+        grid(pictures(denoiser, samples), GRID_COLUMNS, scale=4).save(output)

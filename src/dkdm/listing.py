@@ -13,7 +13,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import count_macs
 from dkdm.progress import track
-from dkdm.students import as_denoiser, build_network
+from dkdm.students import untried_student_of
 from dkdm.students.presets import PRESETS, Preset
 
 
@@ -65,14 +65,10 @@ def _row(preset: Preset, teacher: Denoiser, teacher_macs: int) -> StudentRow:
 
 
 def _without_numbers(name: str, teacher: Denoiser) -> Denoiser:
-    shape, conditioning = tuple(teacher.sample_shape), teacher.conditioning
-    out_channels = shape[0] * (2 if teacher.parameterization.learns_variance else 1)
     with torch.device("meta"):
-        network = build_network(name, shape, out_channels, conditioning)
-    network = network.to("meta")  # tables made from numpy were not
-    return as_denoiser(
-        name, network, teacher.process, teacher.parameterization, shape, conditioning
-    )
+        student = untried_student_of(name, teacher)
+    student.network.to("meta")  # type: ignore[union-attr]  # tables made from numpy were not
+    return student
 
 
 def _ratio(number: int, of: int) -> float | None:

@@ -61,14 +61,67 @@ class Stride:
         return torch.randint(self.low, self.high + 1, (count,), generator=random)
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How the teacher is guided: a scale uniform on low..high for each chain; 1 is none.
+
+    chain_only: whether the target is left unguided (the same evaluations give both).
+    """
+
+    low: float = 1.0
+    high: float = 1.0
+    chain_only: bool = False
+
+    @classmethod
+    def parse(cls, text: str, chain_only: bool = False) -> Guidance:
+        """Read '4' or '2:8'. Raises UsageError for anything else."""
+        try:
+            numbers = [float(part) for part in text.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2) or numbers[0] > numbers[-1]:
+            raise UsageError(f"--guidance-scale '{text}': expected a number or LOW:HIGH")
+        return cls(numbers[0], numbers[-1], chain_only)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is guided."""
+        return self.low == self.high == 1.0
+
+    def draw(self, count: int, random: torch.Generator) -> Condition:
+        """A scale for each of `count` chains; nothing where guidance is off."""
+        if self.is_off:
+            return {}
+        if self.low == self.high:
+            return {"guidance": torch.full((count,), self.low)}
+        return {"guidance": self.low + (self.high - self.low) * torch.rand(count, generator=random)}
+
+    def of(self, cond: Condition) -> float | Tensor:
+        """The scale of drawn chains: one number, or one each [B]."""
+        return cond["guidance"] if self.low != self.high else self.low
+
+
+RANDOM_CONDITIONING_DECAY = 5.0
+
+
+def random_conditioning_odds(t: Tensor, num_levels: int, highest: float) -> Tensor:
+    """Probability that a state at t is shown under another condition, float64 [B].
+
+    `highest * exp(-5 (1 - t / (T-1)))`: states of high noise say little of their condition, so that
+    prompts without states of their own are learnt there (arXiv 2504.02011, sec. 4.2).
+    """
+    share = 1 - t.double() / max(1, num_levels - 1)
+    return highest * torch.exp(-RANDOM_CONDITIONING_DECAY * share)
+
+
 @dataclass(eq=False)
 class Pool:
     """A source of batches for distillation.
 
     x: [N, ...] states, on the storage device and in the storage dtype; t: int64 [N] on the CPU;
     cond: rows per entry. The N entries are cut into `shards` equal parts, each with random numbers
-    of its own seeded by (seed, shard, step). eta: noise of a move. guidance_scale: of the chain and
-    the target together.
+    of its own seeded by (seed, shard, step). eta: noise of a move. random_conditioning: the largest
+    of `random_conditioning_odds`.
     """
 
     teacher: Denoiser
@@ -77,8 +130,9 @@ class Pool:
     cond: Condition
     stride: Stride = Stride()
     eta: float = 1.0
-    guidance_scale: float = 1.0
+    guidance: Guidance = Guidance()
     condition_dropout: float = 0.0
+    random_conditioning: float = 0.0
     seed: int = 0
     shards: int = 8
     step: int = 0
@@ -107,12 +161,30 @@ class Pool:
         index = torch.tensor(rows)
         x = self.x[index.to(self.x.device)].to(self.teacher.device, torch.float32)
         cond = {key: value[index] for key, value in self.cond.items()}
-        return Batch(x, self.t[index], cond, index)
+        return Batch(x, self.t[index], self._shown(cond, self.t[index]), index)
+
+    def _shown(self, cond: Condition, t: Tensor) -> Condition:
+        """The conditions a batch is evaluated under: its own, or at times another (arXiv
+        2504.02011)."""
+        if not self.random_conditioning:
+            return cond
+        host = generator("cpu", self.seed, "shown", self.step)
+        other = self.teacher.conditioning.draw(len(t), host, self.condition_dropout)
+        odds = random_conditioning_odds(
+            t, self.teacher.process.num_levels, self.random_conditioning
+        )
+        swapped = torch.rand(len(t), generator=host, dtype=torch.float64) < odds
+        return cond | {k: torch.where(rows(swapped, v), v, cond[k]) for k, v in other.items()}
 
     @torch.no_grad()
     def target(self, batch: Batch) -> Prediction:
-        """The one teacher evaluation of the batch (two with guidance)."""
-        return self.teacher.predict(batch, self.guidance_scale)
+        """The one teacher evaluation of the batch (two with guidance).
+
+        With guidance of the chain only, it is the unguided prediction, which carries the guided one
+        for `advance`.
+        """
+        unguided, guided = self.teacher.predict_both(batch, self.guidance.of(batch.cond))
+        return unguided._replace(chain=guided) if self.guidance.chain_only else guided
 
     @torch.no_grad()
     def advance(self, batch: Batch, target: Prediction) -> Finished:
@@ -129,16 +201,17 @@ class Pool:
             self.teacher.process,
             self.teacher.parameterization,
             batch.x,
-            target,
+            target.chain or target,
             batch.t,
             s.clamp(min=-1),
             z,
             self.eta,
         )
         over = done.nonzero().flatten().to(x.device)
-        clean = Finished(x[over], {key: value[done] for key, value in batch.cond.items()})
+        own = {key: value[batch.rows] for key, value in self.cond.items()}
+        clean = Finished(x[over], {key: value[done] for key, value in own.items()})
         t = s % self.teacher.process.num_levels
-        cond = {k: torch.where(rows(done, v), fresh[k], v) for k, v in batch.cond.items()}
+        cond = {k: torch.where(rows(done, v), fresh[k], v) for k, v in own.items()}
         if done.any():
             again = {key: value[done] for key, value in cond.items()}
             x[over] = self._restart(start[over], z[over], t[done], again)
@@ -160,13 +233,16 @@ class Pool:
                 process,
                 self.teacher.parameterization,
                 part.x,
-                self.target(part),
+                self._of_chain(part),
                 level,
                 t[moved],
                 z[on],
                 self.eta,
             )
         return x
+
+    def _of_chain(self, batch: Batch) -> Prediction:
+        return self.teacher.predict(batch, self.guidance.of(batch.cond))
 
     def _shares(self, batch_size: int) -> Iterator[tuple[int, int]]:
         """How many entries of a batch each shard gives; small batches take shards in turns."""
@@ -185,11 +261,16 @@ class Pool:
             noise = generator(batch.x.device, self.seed, "noise", shard, self.step)
             shape = (2, count, *batch.x.shape[1:])
             both = torch.randn(shape, generator=noise, device=batch.x.device)
-            fresh = self.teacher.conditioning.draw(count, host, self.condition_dropout)
+            fresh = self._fresh(count, host)
             parts.append((self.stride.draw(count, host), both[0], both[1], fresh))
         strides, z, start, conds = zip(*parts, strict=True)
         fresh = {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
         return torch.cat(strides), torch.cat(z), torch.cat(start), fresh
+
+    def _fresh(self, count: int, random: torch.Generator) -> Condition:
+        """Conditions and guidance scales of new chains."""
+        cond = self.teacher.conditioning.draw(count, random, self.condition_dropout)
+        return cond | self.guidance.draw(count, random)
 
     def _store(self, rows: Tensor, x: Tensor, t: Tensor, cond: Condition) -> None:
         self.x[rows.to(self.x.device)] = x.to(self.x.device, self.x.dtype)
@@ -251,7 +332,7 @@ def empty_pool(
         noise = generator(storage, pool.seed, "start", shard)
         x[first:last].normal_(generator=noise).mul_(teacher.process.start_std)
         host = generator("cpu", pool.seed, "condition", shard)
-        conds.append(teacher.conditioning.draw(last - first, host, pool.condition_dropout))
+        conds.append(pool._fresh(last - first, host))
     pool.cond = {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
     return pool
 
@@ -292,7 +373,8 @@ def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
             del step
             return torch.randn(shape, generator=noise, device=teacher.device)
 
-        x_0 = teacher.sample(draw, cond, num_steps, 0.0, pool.guidance_scale, "trailing")
+        scale = pool.guidance.of(cond)
+        x_0 = teacher.sample(draw, cond, num_steps, 0.0, scale, "trailing")
         x = teacher.process.add_noise(x_0, draw(0), levels)
         pool._store(part, x, levels, cond)
 
@@ -315,7 +397,7 @@ def fill_ancestral(pool: Pool, batch_size: int) -> None:
             moving = Batch(x[on], t, {k: v[active] for k, v in cond.items()}, t)
             z = torch.randn(moving.x.shape, generator=noise, device=x.device)
             own = teacher.parameterization
-            x[on] = reverse_step(process, own, moving.x, pool.target(moving), t, t - 1, z, 1.0)
+            x[on] = reverse_step(process, own, moving.x, pool._of_chain(moving), t, t - 1, z, 1.0)
         pool._store(part, x, levels, cond)
 
 

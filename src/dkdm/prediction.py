@@ -57,12 +57,15 @@ class Prediction(NamedTuple):
     output: the network's raw output without variance channels [B, ...], guided where asked.
     x_0, eps: what it means [B, ...], with x_t = alpha x_0 + sigma eps.
     variance_output: the raw variance channels [B, ...], or None.
+    chain: what moves the chain, where that is another prediction than this one (guidance of the
+        chain only).
     """
 
     output: Tensor
     x_0: Tensor
     eps: Tensor
     variance_output: Tensor | None = None
+    chain: Prediction | None = None
 
 
 def check_compatible(parameterization: Parameterization, process: Process) -> None:
@@ -165,7 +168,8 @@ def clip_x_0(
     if clipping.range is None:
         return prediction
     if clipping.quantile is None:
-        x_0 = prediction.x_0.clamp(-clipping.range, clipping.range)
+        low, high = clipping.center - clipping.range, clipping.center + clipping.range
+        x_0 = prediction.x_0.clamp(low, high)
     else:
         x_0 = dynamic_threshold(prediction.x_0, clipping.quantile, clipping.range)
     if not clipping.rederive_eps:

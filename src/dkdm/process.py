@@ -7,8 +7,8 @@ float64 on the CPU; timesteps live there too, so that looking a level up never w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -32,15 +32,17 @@ BETA_SCHEDULES = (
 class Clipping:
     """What is done to a predicted x_0 before the chain uses it.
 
-    range: largest magnitude kept; None leaves x_0 alone.
+    range: largest distance from `center` kept; None leaves x_0 alone.
     quantile: if given, dynamic thresholding (Imagen, arXiv 2205.11487, sec. 2.3): each sample is
         clamped to its own quantile s of |x_0|, 1 <= s <= range, and divided by s.
     rederive_eps: True recomputes eps from the clipped x_0 (DDPM); False keeps it (diffusers' DDIM).
+    center: middle of the values of clean samples, 0.5 for those in [0, 1].
     """
 
     range: float | None = None
     quantile: float | None = None
     rederive_eps: bool = True
+    center: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +134,36 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+TimeKind = Literal["index", "fraction", "data_fraction", "sigma", "log_snr", "c_noise"]
+
+
+def network_times(process: Process, kind: TimeKind | Callable[[Process], Tensor]) -> Tensor:
+    """What a network is fed for each t, float64 [T].
+
+    "index": t itself. "fraction": the noise's share of the way, sigma / (alpha + sigma), 0 at the
+    data and 1 at noise (on a flow: its time). "data_fraction": one minus that, 1 at the data.
+    "sigma": sigma / alpha. "log_snr": ln(alpha^2 / sigma^2). "c_noise": ln(sigma) / 4 (EDM, arXiv
+    2206.00364, table 1). Or a function of the process.
+    """
+    if callable(kind):
+        return kind(process).double()
+    if kind not in _TIMES:
+        raise UsageError(
+            f"unknown time '{kind}': expected one of {', '.join(_TIMES)}, or a function"
+        )
+    return _TIMES[kind](process)
+
+
+_TIMES: dict[str, Callable[[Process], Tensor]] = {
+    "index": lambda p: torch.arange(p.num_levels, dtype=torch.float64),
+    "fraction": lambda p: p.sigma / (p.alpha + p.sigma),
+    "data_fraction": lambda p: p.alpha / (p.alpha + p.sigma),
+    "sigma": lambda p: p.sigma / p.alpha,
+    "log_snr": lambda p: 2 * (p.alpha / p.sigma).log(),
+    "c_noise": lambda p: (p.sigma / p.alpha).log() / 4,
+}
+
+
 def beta_schedule(name: str, num_levels: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
     """One of diffusers' named beta schedules in float64, shape [T].
 
@@ -189,7 +221,15 @@ def from_betas(betas: Tensor, **fields: Any) -> Process:
     """
     alpha_bar = torch.cumprod(1 - betas.double(), dim=0)
     times = torch.arange(len(betas), dtype=torch.float64)
-    return Process(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), times, **fields)
+    config = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas.tolist(),
+        "clip_sample": False,
+    }
+    return Process(
+        alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), times, **{"scheduler": config, **fields}
+    )
 
 
 def rectified_flow(
@@ -204,7 +244,13 @@ def rectified_flow(
     start = 1 / num_levels if lowest is None else lowest
     u = torch.linspace(start, 1, num_levels, dtype=torch.float64)
     sigma = shift * u / (1 + (shift - 1) * u)
-    return Process(1 - sigma, sigma, sigma * num_levels, **{"spacing": "trailing", **fields})
+    config = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": num_levels,
+        "shift": shift,
+    }
+    fields = {"spacing": "trailing", "scheduler": config, **fields}
+    return Process(1 - sigma, sigma, sigma * num_levels, **fields)
 
 
 def karras(
@@ -221,95 +267,12 @@ def karras(
     ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigma = (low + ramp * (high - low)) ** rho
-    times = sigma.log() / 4
-    return Process(torch.ones_like(sigma), sigma, times, **{"spacing": "trailing", **fields})
-
-
-_REFUSED = {
-    "CMStochasticIterativeScheduler": "a consistency model maps noise to data in one jump and has "
-    "no reverse transition p(x_prev | x_t) to learn from; distil the diffusion model it came from",
-    "LCMScheduler": "a latent consistency model has no reverse transition p(x_prev | x_t); distil "
-    "the diffusion model it came from",
-    "TCDScheduler": "a trajectory consistency model has no reverse transition p(x_prev | x_t); "
-    "distil the diffusion model it came from",
-}
-
-
-def from_scheduler_config(config: Mapping[str, Any]) -> Process:
-    """The process of a diffusers DDPM or DDIM scheduler config, recomputed in float64.
-
-    config: as in `scheduler_config.json`. Raises UsageError for a scheduler that defines no
-    one-step transition, or one that is not supported, and for an unknown beta schedule.
-    """
-    name = config.get("_class_name", "")
-    if name in _REFUSED:
-        raise UsageError(f"scheduler {name} cannot teach: {_REFUSED[name]}")
-    if name == "FlowMatchEulerDiscreteScheduler":
-        return _from_flow_config(config)
-    if name not in ("DDPMScheduler", "DDIMScheduler"):
-        raise UsageError(
-            f"scheduler '{name or 'without _class_name'}' is not supported: expected "
-            "DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler. If the model was "
-            "trained with a beta schedule, save a DDPMScheduler with the same betas and prediction "
-            "type beside it"
-        )
-    return _from_beta_config(config)
-
-
-def _from_beta_config(config: Mapping[str, Any]) -> Process:
-    if config.get("trained_betas") is not None:
-        betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    else:
-        betas = beta_schedule(
-            config.get("beta_schedule", "linear"),
-            config.get("num_train_timesteps", 1000),
-            config.get("beta_start", 1e-4),
-            config.get("beta_end", 0.02),
-        )
-    if config.get("rescale_betas_zero_snr"):
-        betas = zero_terminal_snr(betas)
-    is_ddim = config["_class_name"] == "DDIMScheduler"
-    process = from_betas(
-        betas,
-        clipping=_clipping(config, rederive_eps=not is_ddim),
-        spacing=config.get("timestep_spacing", "leading"),
-        steps_offset=config.get("steps_offset", 0),
-        scheduler=dict(config),
-    )
-    if is_ddim and not config.get("set_alpha_to_one", True):
-        final = (float(process.alpha[0]), float(process.sigma[0]))
-        process = replace(process, final=final)
-    return process
-
-
-def _clipping(config: Mapping[str, Any], rederive_eps: bool) -> Clipping:
-    if config.get("thresholding"):
-        return Clipping(
-            range=config.get("sample_max_value", 1.0),
-            quantile=config.get("dynamic_thresholding_ratio", 0.995),
-            rederive_eps=rederive_eps,
-        )
-    if config.get("clip_sample", True):
-        return Clipping(range=config.get("clip_sample_range", 1.0), rederive_eps=rederive_eps)
-    return Clipping(rederive_eps=rederive_eps)
-
-
-def _from_flow_config(config: Mapping[str, Any]) -> Process:
-    odd = [key for key in _UNSUPPORTED_FLOW if config.get(key)]
-    if odd:
-        raise UsageError(f"FlowMatchEulerDiscreteScheduler with {', '.join(odd)} is not supported")
-    levels, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
-    # The scheduler's set_timesteps, which every pipeline calls, shifts its lowest level twice.
-    lowest = shift / (levels + shift - 1)
-    return rectified_flow(levels, shift, lowest, scheduler=dict(config))
-
-
-_UNSUPPORTED_FLOW = (
-    "use_dynamic_shifting",
-    "shift_terminal",
-    "invert_sigmas",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "stochastic_sampling",
-)
+    config = {
+        "_class_name": "EDMEulerScheduler",
+        "num_train_timesteps": num_levels,
+        "sigma_min": sigma_min,
+        "sigma_max": sigma_max,
+        "rho": rho,
+    }
+    fields = {"spacing": "trailing", "scheduler": config, **fields}
+    return Process(torch.ones_like(sigma), sigma, sigma.log() / 4, **fields)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dkdm.conditioning import ClassLabels, Conditioning
+from dkdm.conditioning import Condition, Conditioning, dropped
 from dkdm.denoiser import Batch
 from dkdm.errors import UsageError
 from dkdm.prediction import Parameterization, Prediction, from_x_0_eps
@@ -39,12 +39,12 @@ class Source(Protocol):
 class Images:
     """Real images, noised to a uniform t; the target is the noise that was added.
 
-    images: [N, C, H, W] in [-1, 1]; labels: int64 [N], or None without classes.
-    condition_dropout: probability of the null class.
+    images: [N, C, H, W] in [-1, 1], or standardized latents; conditions: of each image, N rows.
+    condition_dropout: probability of the null condition.
     """
 
     images: Tensor
-    labels: Tensor | None
+    conditions: Condition
     process: Process
     parameterization: Parameterization
     conditioning: Conditioning
@@ -64,7 +64,9 @@ class Images:
         t = torch.randint(self.process.num_levels, (batch_size,), generator=random)
         x_0 = self.images[rows].to(self.device)
         x = self.process.add_noise(x_0, self._eps(x_0.shape), t)
-        return Batch(x, t, self._condition(rows, random), rows)
+        cond = {key: value[rows] for key, value in self.conditions.items()}
+        cond = dropped(self.conditioning, cond, random, self.condition_dropout if cond else 0.0)
+        return Batch(x, t, cond, rows)
 
     def target(self, batch: Batch) -> Prediction:
         """The image and the noise themselves."""
@@ -91,16 +93,6 @@ class Images:
     def _eps(self, shape: torch.Size) -> Tensor:
         random = generator(self.device, self.seed, "noise", self.step)
         return torch.randn(shape, generator=random, device=self.device)
-
-    def _condition(self, rows: Tensor, random: torch.Generator) -> dict[str, Tensor]:
-        if self.labels is None or not isinstance(self.conditioning, ClassLabels):
-            return {}
-        labels = self.labels[rows]
-        if self.condition_dropout:
-            dropped = torch.rand(len(rows), generator=random) < self.condition_dropout
-            null = self.conditioning.null(len(rows))["class_labels"]
-            labels = torch.where(dropped, null, labels)
-        return {"class_labels": labels}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The step: everything random follows from it and the seed."""

@@ -15,6 +15,7 @@ from dkdm.evaluation.features import (
     extract_features,
     load_feature_network,
     load_reference,
+    to_image_shape,
 )
 from dkdm.evaluation.frechet import frechet_distance
 
@@ -71,12 +72,14 @@ def evaluate_images(
     labels: Tensor | None = None,
     reference: ReferenceName = "fashion-test",
 ) -> Metrics:
-    """Measure images `[N, 1, 16, 16]` in [-1, 1] against real ones of the packaged reference.
+    """Measure images in [-1, 1] against real ones of the packaged reference.
 
+    Images are `[N, 1, 16, 16]`, or `[N, 1, 28, 28]`, which are brought to 16x16 as the data were.
     `labels` `[N]` in 0..9 are the classes asked for; None leaves the two measurements per class
     None. The variance ratios cover the classes with at least 2 images. Raises `DkdmError` for other
     images or labels, for fewer than 2 images, and where no class has 2.
     """
+    images = to_image_shape(images)
     real = load_reference(reference)
     network = load_feature_network().to(images.device)
     features = extract_features(network, images)

@@ -10,10 +10,10 @@ from dkdm.denoiser import Batch, Denoiser
 from dkdm.errors import UsageError
 from dkdm.evaluation.classes import evaluate_images
 from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
-from dkdm.evaluation.features import IMAGE_SHAPE, NUM_FEATURES, ReferenceName, load_reference
+from dkdm.evaluation.features import MEASURABLE_SHAPES, NUM_FEATURES, ReferenceName, load_reference
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.results import Comparison, LevelGap, Measurement, ModelResult
-from dkdm.evaluation.same_noise import Plan, balanced_condition, draw
+from dkdm.evaluation.same_noise import Plan, draw, pictures
 from dkdm.objective import simple_loss
 from dkdm.process import Process
 from dkdm.progress import track
@@ -51,15 +51,15 @@ def compare(
 ) -> Comparison:
     """Draw from both models with the same noise and measure what comes out.
 
-    Class labels are balanced. The distances are measured against `reference` where the samples are
-    `[1, 16, 16]`; None measures none. `eta` as in `Denoiser.sample`. The models' modes and
-    evaluation counters stay as they were. Raises `UsageError` for models of different sample
-    shapes and for numbers below 1, `DkdmError` where samples to be measured are not finite.
+    Conditions come in turns. The distances are measured against `reference` where the samples are
+    pictures of `[1, 16, 16]` or `[1, 28, 28]`; None measures none. `eta` as in `Denoiser.sample`.
+    The models' modes and evaluation counters stay as they were. Raises `UsageError` for models of
+    different sample shapes and for numbers below 1, `DkdmError` where samples to be measured are
+    not finite.
     """
     _check_shapes(teacher, student)
     plan = Plan(num_samples, num_steps, seed, eta, batch_size)
-    cond = balanced_condition(student.conditioning, num_samples, seed)
-    fitting = reference if tuple(teacher.sample_shape) == IMAGE_SHAPE else None
+    cond = student.conditioning.in_turns(num_samples)
     with undisturbed(teacher), undisturbed(student), track(2 * num_samples, 0, "comparing") as show:
         drawn = draw(teacher, cond, plan, guidance_teacher, show)
         copied = draw(student, cond, plan, guidance_student, lambda n: show(num_samples + n))
@@ -67,6 +67,8 @@ def compare(
         gaps = level_gaps(
             teacher, student, drawn[:few], cond, seed, guidance_teacher, guidance_student
         )
+        drawn, copied = pictures(teacher, drawn), pictures(student, copied)
+    fitting = reference if tuple(drawn.shape[1:]) in MEASURABLE_SHAPES else None
     labels = cond.get("class_labels")
     return Comparison(
         teacher=_measure(teacher, drawn, labels, guidance_teacher, fitting, batch_size),

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from dkdm.datasets import halve
 from dkdm.errors import DkdmError
 
 IMAGE_SHAPE = (1, 16, 16)
+MEASURABLE_SHAPES = (IMAGE_SHAPE, (1, 28, 28))
 NUM_FEATURES = 64
 NUM_CLASSES = 10
 
@@ -110,6 +112,11 @@ def extract_features(network: FeatureNetwork, images: Tensor, batch_size: int = 
     device = network.head.weight.device
     batches = images.split(batch_size)
     return torch.cat([network.features(batch.to(device).float()).cpu() for batch in batches])
+
+
+def to_image_shape(images: Tensor) -> Tensor:
+    """Bring 28x28 images to the 16x16 of the packaged features; leave any others alone."""
+    return halve(images) if tuple(images.shape[1:]) == (1, 28, 28) else images
 
 
 def check_images(images: Tensor) -> None:

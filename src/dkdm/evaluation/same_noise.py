@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dkdm.conditioning import ClassLabels, Condition, Conditioning
+from dkdm.conditioning import Condition
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.randomness import generator
@@ -28,14 +28,6 @@ class Plan:
         for what in ("num_samples", "num_steps", "batch_size"):
             if getattr(self, what) < 1:
                 raise UsageError(f"{what}: expected at least 1, found {getattr(self, what)}")
-
-
-def balanced_condition(conditioning: Conditioning, count: int, seed: int) -> Condition:
-    """Conditions for `count` samples: the classes in turns, or random where there are none."""
-    if isinstance(conditioning, ClassLabels):
-        classes = conditioning.classes or range(conditioning.num_classes)
-        return conditioning.of([classes[i % len(classes)] for i in range(count)])
-    return conditioning.draw(count, generator("cpu", seed, "comparison", "condition"))
 
 
 def draw(
@@ -59,6 +51,16 @@ def draw(
         if progress is not None:
             progress(indices.stop)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def pictures(denoiser: Denoiser, samples: Tensor, batch_size: int = 64) -> Tensor:
+    """Pixels in about [-1, 1] of samples [N, ...], on the CPU; latents are decoded in batches."""
+    parts = samples.split(batch_size)
+    decoded = torch.cat([denoiser.to_pixels(part.to(denoiser.device)).cpu() for part in parts])
+    if denoiser.bundle.autoencoder is not None:
+        denoiser.bundle.autoencoder.idle()
+    return decoded
 
 
 def shared_noise(denoiser: Denoiser, seed: int, indices: range) -> Callable[[int], Tensor]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from dkdm.conditioning import Condition
 from dkdm.denoiser import Batch, Denoiser
 from dkdm.errors import UsageError
-from dkdm.evaluation.same_noise import balanced_condition
 from dkdm.prediction import Prediction
 from dkdm.process import Process
 from dkdm.progress import track
@@ -76,7 +75,7 @@ def own_samples(
     """Draw from the model without noise in its steps (DDIM); label: what the progress line says."""
     process, shape = denoiser.process, tuple(denoiser.sample_shape)
     count = max(num_samples, math.ceil(MIN_VALUES / math.prod(shape)))
-    cond = balanced_condition(denoiser.conditioning, count, seed)
+    cond = denoiser.conditioning.in_turns(count)
     noise = generator("cpu", seed, "denoising check", "start")
     start = process.start_std * torch.randn(count, *shape, generator=noise)
     steps = process.timesteps(min(num_steps, process.num_levels))
@@ -107,7 +106,7 @@ def given_samples(denoiser: Denoiser, images: Tensor) -> Samples:
     try:
         cond = denoiser.conditioning.null(len(images))
     except UsageError:
-        cond = balanced_condition(denoiser.conditioning, len(images), seed=0)
+        cond = denoiser.conditioning.in_turns(len(images))
     return Samples(images.to(denoiser.device, torch.float32), cond)
 
 

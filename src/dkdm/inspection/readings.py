@@ -9,7 +9,8 @@ from typing import Literal
 from dkdm.denoiser import Denoiser
 from dkdm.inspection.denoising import Samples, denoises, level_errors, mean_ratio
 from dkdm.prediction import PredictionType
-from dkdm.process import Process, from_scheduler_config
+from dkdm.process import Process
+from dkdm.schedulers import from_scheduler_config
 
 ProcessKind = Literal["variance preserving", "variance exploding", "flow", "other"]
 SCHEDULES = (

@@ -3,66 +3,56 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from dkdm.conditioning import ClassLabels, Conditioning
+from dkdm.conditioning import ClassLabels, Condition, Conditioning
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.networks import network_class
 from dkdm.plugins import import_object
-from dkdm.prediction import Parameterization
-from dkdm.process import Process
 from dkdm.students.presets import PRESETS, Preset
 
-__all__ = ["PRESETS", "Preset", "as_denoiser", "build_denoiser", "build_network", "student_of"]
+__all__ = ["PRESETS", "Preset", "as_denoiser", "student_of", "untried_student_of"]
 
 
 def student_of(spec: str, teacher: Denoiser) -> Denoiser:
-    """A fresh student with the teacher's process, parameterization and conditioning.
+    """A fresh student with all that the teacher has beside its network.
 
     spec: a preset's name, the path of a diffusers `config.json`, or `module:factory`, called as
     `factory(sample_shape, out_channels, conditioning)`. Raises UsageError where it does not fit.
     """
-    conditioning = teacher.conditioning
-    return build_denoiser(
-        spec, teacher.process, teacher.parameterization, teacher.sample_shape, conditioning
-    )
-
-
-def build_denoiser(
-    spec: str,
-    process: Process,
-    parameterization: Parameterization,
-    sample_shape: tuple[int, ...],
-    conditioning: Conditioning,
-) -> Denoiser:
-    """Build a network for these and try it once."""
-    out_channels = sample_shape[0] * (2 if parameterization.learns_variance else 1)
-    network = build_network(spec, sample_shape, out_channels, conditioning)
-    student = as_denoiser(spec, network, process, parameterization, sample_shape, conditioning)
+    student = untried_student_of(spec, teacher)
     student.check()
     return student
 
 
-def as_denoiser(
-    name: str,
-    network: nn.Module,
-    process: Process,
-    parameterization: Parameterization,
-    sample_shape: tuple[int, ...],
-    conditioning: Conditioning,
-) -> Denoiser:
-    """A student network with what it is read by."""
-    constants = {} if isinstance(conditioning, ClassLabels) else _constants(network)
-    return Denoiser(network, process, parameterization, sample_shape, conditioning, constants, name)
+def untried_student_of(spec: str, teacher: Denoiser) -> Denoiser:
+    """The same, not evaluated yet; under `torch.device("meta")` it holds no numbers."""
+    learned = teacher.parameterization.learns_variance
+    out_channels = teacher.sample_shape[0] * (2 if learned else 1)
+    network = build_network(spec, teacher.sample_shape, out_channels, teacher.conditioning)
+    return as_denoiser(spec, network, teacher)
 
 
-def _constants(network: nn.Module) -> dict[str, int]:
+def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
+    """A network read as another model is; its time is what the process's scheduler feeds."""
+    constants = like.constants if type(network) is type(like.network) else {}
+    if not isinstance(like.conditioning, ClassLabels):
+        constants = constants | _constants(network)
+    return replace(
+        like, network=network, constants=constants, name=name, time=None, call=None, evaluations=0
+    )
+
+
+def _constants(network: nn.Module) -> Condition:
     """A DiT always asks for a class; one used without classes is always fed class 0."""
     norm = getattr(getattr(network, "config", None), "norm_type", None)
-    return {"class_labels": 0} if norm == "ada_norm_zero" else {}
+    return {"class_labels": torch.tensor(0)} if norm == "ada_norm_zero" else {}
 
 
 def build_network(
@@ -82,11 +72,9 @@ def build_network(
 
 
 def _from_diffusers_config(path: Path) -> nn.Module:
-    import diffusers
-
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-        cls = getattr(diffusers, str(config.get("_class_name")), None)
+        cls = network_class(str(config.get("_class_name")))
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"student config {path}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):

@@ -8,7 +8,7 @@ DiT sizes follow arXiv 2212.09748, table 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from dkdm.conditioning import ClassLabels, Conditioning
 from dkdm.errors import UsageError
+from dkdm.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def unet(
     conditioning: Conditioning,
     channels: tuple[int, ...],
     blocks: int,
-    attention: tuple[int, ...],
+    attention: Container[int],
     dropout: float = 0.0,
     resample: Literal["conv", "resnet"] = "conv",
 ) -> nn.Module:
@@ -106,7 +107,7 @@ def dit(
     from diffusers import DiTTransformer2DModel
 
     in_channels, height, columns = _image_shape(shape)
-    side = patch or next(p for p in (8, 4, 2, 1) if height >= 8 * p or p == 1)
+    side = patch or _patch(height)
     if height != columns or height % side:
         raise UsageError(
             f"a DiT with patches of {side} needs square samples divisible by {side}; "
@@ -124,6 +125,92 @@ def dit(
         patch_size=side,
         num_embeds_ada_norm=classes - 1 if has_null else classes,
     )
+
+
+def _patch(height: int) -> int:
+    return next(p for p in (8, 4, 2, 1) if height >= 8 * p or p == 1)
+
+
+def mmdit(
+    shape: tuple[int, ...],
+    out_channels: int,
+    conditioning: Conditioning,
+    width: int,
+    depth: int,
+    patch: int | None = None,
+) -> nn.Module:
+    """diffusers' SD3Transformer2DModel: image and text tokens attend to each other (MM-DiT).
+
+    patch: as in `dit`. Raises UsageError for a teacher without text.
+    """
+    from diffusers import SD3Transformer2DModel
+
+    in_channels, height, columns = _image_shape(shape)
+    side = patch or _patch(height)
+    if height != columns or height % side:
+        raise UsageError(
+            f"an MM-DiT with patches of {side} needs square samples divisible by {side}; "
+            f"the samples are {height}x{columns}"
+        )
+    text, pooled = _text_widths(conditioning, "an MM-DiT")
+    if pooled is None:
+        raise UsageError("an MM-DiT needs a pooled text embedding, and the teacher has none")
+    return SD3Transformer2DModel(
+        sample_size=height,
+        patch_size=side,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        num_layers=depth,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=text,
+        caption_projection_dim=width,
+        pooled_projection_dim=pooled,
+        pos_embed_max_size=height // side,
+    )
+
+
+def text_unet(
+    shape: tuple[int, ...],
+    out_channels: int,
+    conditioning: Conditioning,
+    channels: tuple[int, ...],
+    blocks: int,
+) -> nn.Module:
+    """diffusers' UNet2DConditionModel: text by cross-attention at all resolutions but the first.
+
+    Raises UsageError for a teacher without text. Samples whose sides cannot be halved often enough
+    are upsampled to the size that they had.
+    """
+    from diffusers import UNet2DConditionModel
+
+    in_channels, height, width = _image_shape(shape)
+    text, _ = _text_widths(conditioning, "this UNet")
+    attends = [level > 0 or len(channels) == 1 for level in range(len(channels))]
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    return UNet2DConditionModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=in_channels,
+        out_channels=out_channels,
+        layers_per_block=blocks,
+        block_out_channels=channels,
+        down_block_types=tuple(down[a] for a in attends),
+        up_block_types=tuple(up[a] for a in reversed(attends)),
+        cross_attention_dim=text,
+        attention_head_dim=tuple(max(1, c // 32) for c in channels),
+        norm_num_groups=math.gcd(32, *channels),
+    )
+
+
+def _text_widths(conditioning: Conditioning, what: str) -> tuple[int, int | None]:
+    """Widths of a token's and of the pooled text embedding."""
+    if not isinstance(conditioning, Prompts):
+        raise UsageError(f"{what} needs a text-conditional teacher")
+    tokens = conditioning.shape_of("encoder_hidden_states")
+    pooled = conditioning.shape_of("pooled_projections")
+    if tokens is None:
+        raise UsageError(f"{what} needs text embeddings, and the teacher has none")
+    return tokens[-1], None if pooled is None else pooled[-1]
 
 
 def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -149,6 +236,14 @@ def _dit(name: str, summary: str, **sizes: object) -> Preset:
     return Preset(name, summary, lambda s, o, c: dit(s, o, c, **sizes))  # type: ignore[arg-type]
 
 
+def _mmdit(name: str, summary: str, **sizes: object) -> Preset:
+    return Preset(name, summary, lambda s, o, c: mmdit(s, o, c, **sizes))  # type: ignore[arg-type]
+
+
+def _text_unet(name: str, summary: str, **sizes: object) -> Preset:
+    return Preset(name, summary, lambda s, o, c: text_unet(s, o, c, **sizes))  # type: ignore[arg-type]
+
+
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -166,5 +261,10 @@ PRESETS = {
         _dit("dit-s", "DiT-S", width=384, depth=12, heads=6),
         _dit("dit-b", "DiT-B", width=768, depth=12, heads=12),
         _dit("dit-l", "DiT-L", width=1024, depth=24, heads=16),
+        _unet("unet-latent", "one level, all attention, for latents of 4 to 16 pixels a side",
+              channels=(64,), blocks=2, attention=range(4, 17)),
+        _mmdit("mmdit-tiny", "a small SD3 transformer, for an hour on a CPU", width=96, depth=5),
+        _text_unet("text-unet-tiny", "a small text UNet, for an hour on a CPU",
+                   channels=(64,), blocks=2),
     )
 }  # fmt: skip

@@ -2,38 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from glob import glob
+from pathlib import Path
+
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.plugins import import_object
-from dkdm.teachers.locate import builtin_names, locate
+from dkdm.prompts import NO_PROMPTS, Prompts, read_prompts, with_prompts
+from dkdm.teachers.locate import INDEX, builtin_names, locate
+from dkdm.teachers.options import LoadOptions
+from dkdm.teachers.originals import FORMATS, load_original
 from dkdm.teachers.pipeline_folder import load_pipeline_folder
 
-__all__ = ["builtin_names", "load_teacher"]
+__all__ = ["FORMATS", "LoadOptions", "builtin_names", "load_teacher", "with_texts"]
 
 
 def load_teacher(
     spec: str,
     *,
+    format: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
-    variant: str | None = None,
-    dtype: str = "float32",
+    options: LoadOptions | None = None,
 ) -> Denoiser:
     """Load a pretrained diffusion model.
 
-    spec: `builtin:NAME`, a diffusers pipeline folder, a run's output folder, a hub id, or
-    `module:factory` (a function without arguments that returns a Denoiser). subfolder: where the
-    pipeline lies inside it. revision, variant: as in diffusers. dtype: of the weights.
+    spec: `builtin:NAME`, a diffusers pipeline folder, a run's output folder, a hub id, a checkpoint
+    file of an original repository, or `module:factory` (a function without arguments that returns a
+    Denoiser). format: of a checkpoint file, one of FORMATS; None tells it from its keys. subfolder:
+    where the pipeline lies inside the folder. revision: as in diffusers. options: everything else.
+    A text model comes without prompts: give it some with `dkdm.prompts.with_prompts`.
     Raises UsageError where nothing is found there or it is not a one-step diffusion model,
     DkdmError where its weights are missing or do not belong to its network.
     """
+    options = options or LoadOptions()
     if ":" in spec and not spec.startswith("builtin:"):
         return _from_factory(spec)
-    folder = locate(spec, revision=revision, variant=variant) / (subfolder or "")
-    denoiser = load_pipeline_folder(folder, variant=variant, dtype=dtype)
+    path = locate(spec, revision=revision, variant=options.variant) / (subfolder or "")
+    denoiser = _from_path(path, format, options)
     denoiser.name = spec
-    denoiser.check()
+    if not isinstance(denoiser.conditioning, Prompts):
+        denoiser.check()
     return denoiser
+
+
+def with_texts(
+    denoiser: Denoiser, spec: str | None, negative: str = "", limit: int = 50_000, seed: int = 0
+) -> Denoiser:
+    """A text model with the prompts that `spec` names: files, or a prompt itself.
+
+    Any other model as it is. Raises UsageError for prompts without a text model, for a text model
+    without prompts, and where `spec` names files that cannot be read.
+    """
+    conditioning = denoiser.conditioning
+    if not isinstance(conditioning, Prompts):
+        if spec is not None:
+            raise UsageError("--prompts was given, but the model is not conditioned on text")
+        return denoiser
+    if spec is None and conditioning.texts:
+        return denoiser
+    if spec is None:
+        raise UsageError(NO_PROMPTS)
+    literal = " " in spec and not glob(spec)
+    texts = (spec,) if literal else read_prompts(spec, limit, seed)
+    given = replace(denoiser, conditioning=with_prompts(conditioning, texts, negative))
+    given.check()
+    return given
+
+
+def _from_path(path: Path, format: str | None, options: LoadOptions) -> Denoiser:
+    if path.is_dir() and format is None and (path / INDEX).is_file():
+        return load_pipeline_folder(path, options)
+    return load_original(path, format, options)
 
 
 def _from_factory(spec: str) -> Denoiser:

@@ -1,45 +1,96 @@
-"""A diffusers pipeline folder with UNet2DModel or DiTTransformer2DModel and a scheduler config."""
+"""A diffusers pipeline folder: its denoiser, its noise process, and all that comes with them."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dkdm.bundle import Autoencoder, Bundle, Component
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
-from dkdm.prediction import Parameterization
-from dkdm.process import from_scheduler_config
+from dkdm.networks import network_class
+from dkdm.prediction import Parameterization, VarianceType
+from dkdm.prompts import Prompts
+from dkdm.schedulers import from_scheduler_config, prediction_type, saved_config
 from dkdm.teachers.locate import INDEX
+from dkdm.teachers.lora import merge_lora
+from dkdm.teachers.networks import FACTS, Facts
+from dkdm.teachers.options import LoadOptions
+from dkdm.teachers.text import text_conditioning
 
-NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
+DENOISERS = ("unet", "transformer")
+AUTOENCODERS = ("vae", "vqvae")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "movq")
 
 
-def load_pipeline_folder(folder: Path, *, variant: str | None, dtype: str) -> Denoiser:
+def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     """Load the denoiser of a pipeline folder.
 
     Raises UsageError where the folder is no pipeline or one of another kind, DkdmError where its
     weights are missing or do not match.
     """
+    denoiser = describe_pipeline_folder(folder, options)
+    component, facts = _network_of(read_json(folder / INDEX, "a diffusers pipeline"), folder)
+    network = load_network(folder / component, facts.class_name, options)
+    for file in options.lora:
+        merge_lora(network, denoiser.bundle.pipeline, component, file)
+    return replace(denoiser, network=network, call=None)
+
+
+def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
+    """Everything of a pipeline folder but its network's weights: the network is a placeholder."""
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
-    component, network_class = _network_of(index, folder)
+    component, facts = _network_of(index, folder)
+    config = read_json(folder / component / "config.json", f"the config of its {component}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "its scheduler's config")
-    process = from_scheduler_config(scheduler)
-    flow = scheduler["_class_name"].startswith("Flow")
-    parameterization = Parameterization(
-        scheduler.get("prediction_type", "flow_prediction" if flow else "epsilon"),
-        scheduler.get("variance_type", "fixed_small"),
-    )
-    network = _load_network(folder / component, network_class, variant, dtype)
-    config: dict[str, Any] = dict(network.config)  # type: ignore[arg-type]
-    conditioning, constants = _conditioning(config, index)
+    bundle = _bundle(folder, index, component)
+    shape = facts.shape(config, options.sample_size)
+    tokens = math.prod(shape[1:]) // facts.patch(config) ** 2
+    process = from_scheduler_config(scheduler, tokens)
+    process = replace(process, scheduler=saved_config(scheduler))
+    _check_channels(folder, config, shape, bundle)
+    conditioning, constants = _conditioning(folder, config, index, bundle)
+    constants |= facts.constants(config, shape, bundle)
     return Denoiser(
-        network, process, parameterization, _shape(config, folder), conditioning, constants
+        _placeholder,
+        process,
+        Parameterization(
+            prediction_type(scheduler),
+            _variance(config, scheduler, shape),
+            scheduler.get("sigma_data", 0.5),
+        ),
+        shape,
+        conditioning,
+        constants,
+        bundle=bundle,
     )
+
+
+def read_base(folder: Path) -> tuple[dict[str, Any] | None, Bundle, Prompts | None]:
+    """Scheduler config, other components and prompts of a pipeline folder without a denoiser."""
+    index = read_json(folder / INDEX, "a diffusers pipeline folder")
+    bundle = _bundle(folder, index, "")
+    bundle = replace(
+        bundle, components={k: v for k, v in bundle.components.items() if k not in DENOISERS}
+    )
+    file = folder / "scheduler" / "scheduler_config.json"
+    text = text_conditioning(folder, bundle) if _reads_text(bundle) else None
+    return (read_json(file, "its scheduler's config") if file.is_file() else None), bundle, text
+
+
+def _reads_text(bundle: Bundle) -> bool:
+    return any(name.startswith("text_encoder") for name in bundle.components)
+
+
+def _placeholder(*_: Any, **__: Any) -> Any:
+    raise DkdmError("this model was described, not loaded")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -52,7 +103,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def _network_of(index: dict[str, Any], folder: Path) -> tuple[str, str]:
+def _network_of(index: dict[str, Any], folder: Path) -> tuple[str, Facts]:
     kind = str(index.get("_class_name"))
     if "Consistency" in kind:
         raise UsageError(
@@ -60,17 +111,11 @@ def _network_of(index: dict[str, Any], folder: Path) -> tuple[str, str]:
             "reverse transition to learn from; distil the diffusion model it came from"
         )
     parts = {name: value[1] for name, value in index.items() if _is_component(name, value)}
-    foreign = sorted(set(parts) - {"unet", "transformer", "scheduler"})
-    if foreign:
-        raise UsageError(
-            f"{folder}: a {kind} with {', '.join(foreign)} is not supported: expected a "
-            f"pixel-space pipeline of {' or '.join(NETWORKS)} and a scheduler"
-        )
-    for component in ("unet", "transformer"):
-        if parts.get(component) in NETWORKS:
-            return component, parts[component]
-    found = parts.get("unet") or parts.get("transformer") or "no network"
-    raise UsageError(f"{folder}: found {found}, expected {' or '.join(NETWORKS)}")
+    for component in DENOISERS:
+        if parts.get(component) in FACTS:
+            return component, FACTS[parts[component]]
+    found = parts.get("unet") or parts.get("transformer") or parts.get("prior") or "no network"
+    raise UsageError(f"{folder}: a {kind} with {found}; expected one of {', '.join(FACTS)}")
 
 
 def _is_component(name: str, value: Any) -> bool:
@@ -79,15 +124,68 @@ def _is_component(name: str, value: Any) -> bool:
     return pair and not name.startswith("_") and name != "class_names"
 
 
-def _load_network(folder: Path, name: str, variant: str | None, dtype: str) -> nn.Module:
-    import diffusers
+def _bundle(folder: Path, index: dict[str, Any], denoiser: str) -> Bundle:
+    """The other components that lie in the folder, and what else its index says."""
+    components = {
+        name: Component(folder / name, *value)
+        for name, value in index.items()
+        if _is_component(name, value) and name not in (denoiser, "scheduler", *UNUSED)
+    }
+    missing = [name for name, part in components.items() if not part.folder.is_dir()]
+    if missing:
+        raise DkdmError(
+            f"{folder}: {INDEX} lists {', '.join(missing)}, but there is no such folder"
+        )
+    coder = next((components[name] for name in AUTOENCODERS if name in components), None)
+    if coder is not None and not (coder.folder / "config.json").is_file():
+        raise DkdmError(f"{coder.folder}: the autoencoder's config.json is missing")
+    entries = {
+        name: value
+        for name, value in index.items()
+        if not _is_component(name, value) and not name.startswith("_")
+    }
+    kind = index.get("_class_name")
+    pipeline = kind if isinstance(kind, str) else None
+    return Bundle(pipeline, components, Autoencoder(coder) if coder else None, entries)
 
-    cls = getattr(diffusers, name)
+
+def _check_channels(
+    folder: Path, config: dict[str, Any], shape: tuple[int, ...], bundle: Bundle
+) -> None:
+    produced = config.get("out_channels") or config.get("in_channels")
+    if produced not in (shape[0], 2 * shape[0], config.get("in_channels")):
+        raise UsageError(
+            f"{folder}: the network takes {config['in_channels']} channels and gives {produced}: a "
+            "model for inpainting, depth or super-resolution is fed a picture too, and cannot "
+            "be distilled without one"
+        )
+    channels = bundle.autoencoder.latent_channels if bundle.autoencoder else None
+    if channels is not None and channels != shape[0]:
+        raise UsageError(
+            f"{folder}: the autoencoder's latents have {channels} channels, the network's samples "
+            f"{shape[0]}: they do not belong together"
+        )
+
+
+def _variance(
+    config: dict[str, Any], scheduler: dict[str, Any], shape: tuple[int, ...]
+) -> VarianceType:
+    """Twice the channels mean a learned range, whatever the scheduler makes of them."""
+    own: VarianceType = scheduler.get("variance_type") or "fixed_small"
+    learns = config.get("out_channels") == 2 * shape[0]
+    if learns != own.startswith("learned"):
+        return "learned_range" if learns else "fixed_small"
+    return own
+
+
+def load_network(folder: Path, name: str, options: LoadOptions) -> nn.Module:
+    """Load a diffusers network strictly. Raises DkdmError where its weights are not its own."""
+    cls = network_class(name)
     try:
         network, info = cls.from_pretrained(
             folder,
-            variant=variant,
-            torch_dtype=getattr(torch, dtype),
+            variant=options.variant,
+            torch_dtype=getattr(torch, options.dtype),
             output_loading_info=True,
             low_cpu_mem_usage=False,
         )
@@ -104,23 +202,28 @@ def _load_network(folder: Path, name: str, variant: str | None, dtype: str) -> n
 
 
 def _conditioning(
-    config: dict[str, Any], index: dict[str, Any]
-) -> tuple[Conditioning, dict[str, int]]:
-    """Classes as the network embeds them; the null class and names as model_index.json says."""
+    folder: Path, config: dict[str, Any], index: dict[str, Any], bundle: Bundle
+) -> tuple[Conditioning, dict[str, torch.Tensor]]:
+    """Text where there is an encoder for it; else classes as the network embeds them."""
+    if _reads_text(bundle):
+        return text_conditioning(folder, bundle), {}
     embedded = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    null = index.get("null_class")
-    names = index.get("class_names")
     if not embedded:
         return Unconditional(), {}
     if embedded == 1:
-        return Unconditional(), {"class_labels": 0}
+        return Unconditional(), {"class_labels": torch.tensor(0)}
+    null = index.get("null_class")
+    if null is None and config.get("norm_type") == "ada_norm_zero":
+        null = embedded  # a DiT's table of labels has one row more, for no label
     classes = embedded - 1 if null == embedded - 1 else embedded
-    return ClassLabels(classes, null, None, tuple(names) if names else None), {}
+    return ClassLabels(classes, null, None, _class_names(index, classes)), {}
 
 
-def _shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
-    size = config.get("sample_size")
-    if size is None:
-        raise UsageError(f"{folder}: the network's config has no sample_size")
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(config["in_channels"]), int(height), int(width)
+def _class_names(index: dict[str, Any], classes: int) -> tuple[str, ...] | None:
+    """Names by dkdm's list, or by the `id2label` of diffusers' DiTPipeline."""
+    if index.get("class_names"):
+        return tuple(index["class_names"])
+    labels = index.get("id2label") or {}
+    if any(str(i) not in labels for i in range(classes)):
+        return None
+    return tuple(labels[str(i)] for i in range(classes))

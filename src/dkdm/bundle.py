@@ -1,0 +1,128 @@
+"""What comes with a denoiser: its pipeline's other components, the autoencoder among them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dkdm.errors import DkdmError
+from dkdm.process import per_sample
+
+TILED_FROM = 128  # latents this wide or wider are decoded in tiles, where diffusers can
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component of a diffusers pipeline as it lies on disk: folder, library and class name."""
+
+    folder: Path
+    library: str
+    class_name: str
+
+
+@dataclass(eq=False)
+class Autoencoder:
+    """Between pixels in [-1, 1] and the standardized latents that a denoiser works on.
+
+    It is loaded when first used, and leaves the device when `idle` is called. latents =
+    (encoded - shift) * scale, with the factors of its config: one for all channels
+    (`scaling_factor`, `shift_factor`) or one each (`latents_mean`, `latents_std`).
+    """
+
+    component: Component
+    network: nn.Module | None = field(default=None, repr=False)
+
+    def _loaded(self, device: torch.device) -> Any:
+        if self.network is None:
+            import diffusers
+
+            try:
+                cls = getattr(diffusers, self.component.class_name)
+                loaded = cls.from_pretrained(self.component.folder)
+            except (AttributeError, OSError, ValueError, RuntimeError) as error:
+                raise DkdmError(
+                    f"{self.component.folder}: the autoencoder {self.component.class_name} cannot "
+                    f"be loaded: {error}"
+                ) from error
+            self.network = loaded.eval().requires_grad_(False)
+        return self.network.to(device)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The autoencoder's config.json."""
+        return dict(json.loads((self.component.folder / "config.json").read_text()))
+
+    @property
+    def latent_channels(self) -> int | None:
+        """Channels of its latents, where the config says."""
+        config = self.config
+        found = config.get("latent_channels") or config.get("z_dim")
+        return None if found is None else int(found)
+
+    def _standard(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(shift, scale), each [1 or C, 1, ...]."""
+        config = self.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        shift = config.get("shift_factor") or 0.0
+        scale = config.get("scaling_factor") or 1.0
+        one = [shift if mean is None else value for value in (mean or [0.0])]
+        two = [scale if std is None else scale / value for value in (std or [1.0])]
+        return tuple(per_sample(torch.tensor(v), like[0]) for v in (one, two))  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, C, H, W] (or [B, C, F, H, W]) of standardized latents."""
+        network = self._loaded(latents.device)
+        if latents.shape[-1] >= TILED_FROM and hasattr(network, "enable_tiling"):
+            network.enable_tiling()
+        shift, scale = self._standard(latents)
+        raw = (latents / scale + shift).to(next(network.parameters()).dtype)
+        return network.decode(raw).sample.float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Standardized latents of pixels in [-1, 1]; a sample of them where they are random.
+
+        generator: on the images' device; None takes the mean.
+        """
+        network = self._loaded(images.device)
+        encoded = network.encode(images.to(next(network.parameters()).dtype))
+        raw = _latents_of(encoded, generator).float()
+        shift, scale = self._standard(raw)
+        return (raw - shift) * scale
+
+    def idle(self) -> None:
+        """Make room on the device."""
+        if self.network is not None:
+            self.network.to("cpu")
+
+
+def _latents_of(encoded: Any, generator: torch.Generator | None) -> Tensor:
+    """KL autoencoders give a distribution, VQ ones `latents`, AutoencoderDC `latent`."""
+    if hasattr(encoded, "latent_dist"):
+        spread = encoded.latent_dist
+        found: Tensor = spread.mode() if generator is None else spread.sample(generator)
+        return found
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """The rest of a pipeline: what a student ships beside its own network.
+
+    pipeline: class name of the diffusers pipeline it came from; None where there is none.
+    components: by their names in model_index.json, without denoiser and scheduler.
+    autoencoder: None in pixel space.
+    entries: further entries of model_index.json, for the same pipeline's use.
+    """
+
+    pipeline: str | None = None
+    components: Mapping[str, Component] = field(default_factory=dict)
+    autoencoder: Autoencoder | None = None
+    entries: Mapping[str, Any] = field(default_factory=dict)

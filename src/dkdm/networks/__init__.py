@@ -1,0 +1,21 @@
+"""Networks that diffusers does not have, each in one file that needs torch and diffusers alone.
+
+A student of one of them ships that file in its folder, so that it loads without dkdm. Their configs
+name `in_channels`, `out_channels`, `sample_size` and, with classes, `num_class_embeds`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+HOMES: dict[str, str] = {}
+
+
+def network_class(name: str) -> Any:
+    """The class of a network by its name: one of dkdm's own, or diffusers'; None if neither."""
+    if name in HOMES:
+        return getattr(importlib.import_module(f"dkdm.networks.{HOMES[name]}"), name)
+    import diffusers
+
+    return getattr(diffusers, name, None)

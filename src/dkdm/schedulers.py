@@ -1,0 +1,264 @@
+"""From a diffusers scheduler config to the one-step process it samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dkdm.errors import UsageError
+from dkdm.prediction import PredictionType
+from dkdm.process import (
+    Clipping,
+    Process,
+    beta_schedule,
+    from_betas,
+    karras,
+    rectified_flow,
+    zero_terminal_snr,
+)
+
+Config = Mapping[str, Any]
+
+_NO_TRANSITION = (
+    "maps noise to data in one jump and has no reverse transition p(x_prev | x_t) to learn from; "
+    "distil the diffusion model it came from"
+)
+_REFUSED = {
+    "CMStochasticIterativeScheduler": f"a consistency model {_NO_TRANSITION}",
+    "LCMScheduler": f"a latent consistency model {_NO_TRANSITION}",
+    "TCDScheduler": f"a trajectory consistency model {_NO_TRANSITION}",
+    "VQDiffusionScheduler": "its states are tokens, not Gaussian; no supported scheduler is near",
+    "ScoreSdeVeScheduler": "it predicts a score; the nearest supported is EDMEulerScheduler",
+    "KarrasVeScheduler": "it evaluates twice a step; the nearest supported is EDMEulerScheduler",
+    "UnCLIPScheduler": "the nearest supported is DDPMScheduler with the same betas",
+    "FlowMatchHeunDiscreteScheduler": "the nearest supported is FlowMatchEulerDiscreteScheduler",
+}
+
+
+def from_scheduler_config(config: Config, image_tokens: int | None = None) -> Process:
+    """The process of a diffusers scheduler config, recomputed in float64.
+
+    config: as in `scheduler_config.json`. Schedulers that solve the same equation in several
+    evaluations or with a memory (PNDM, Euler, DPM-Solver, UniPC, ...) are rebuilt as DDIM on their
+    betas. image_tokens: length of the network's image sequence, for a flow whose shift depends on
+    it. Raises UsageError for a scheduler that defines no one-step transition or is not supported,
+    naming the nearest that is, and for an unknown beta schedule.
+    """
+    name = config.get("_class_name", "")
+    if name in _REFUSED:
+        raise UsageError(f"scheduler {name} cannot teach: {_REFUSED[name]}")
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return _from_flow_config(config, image_tokens)
+    if config.get("use_flow_sigmas"):
+        return _from_flow_config(as_flow_euler(config), image_tokens)
+    if name in _OTHERS:
+        return _OTHERS[name](config)
+    if name in MULTISTEP:
+        return _from_beta_config(as_ddim(config))
+    raise UsageError(
+        f"scheduler '{name or 'without _class_name'}' is not supported: expected DDPMScheduler, "
+        "DDIMScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler or one of "
+        f"{', '.join(MULTISTEP)}. If the model was trained with a beta schedule, save a "
+        "DDPMScheduler with the same betas and prediction type beside it"
+    )
+
+
+def prediction_type(config: Config) -> PredictionType:
+    """What a scheduler's network predicts."""
+    name = config.get("_class_name", "")
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        return "flow_prediction"
+    if name == "IPNDMScheduler":
+        return "v_prediction"
+    if name.startswith("EDM"):
+        return "edm"
+    kind: PredictionType = config.get("prediction_type", "epsilon")
+    return kind
+
+
+MULTISTEP = (
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+)
+_BETA_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "steps_offset",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "rescale_betas_zero_snr",
+)
+
+
+def as_ddim(config: Config) -> dict[str, Any]:
+    """A DDIM config of the same betas, prediction and clean end as a solver's config."""
+    name = config["_class_name"]
+    leading = name in ("PNDMScheduler", "LMSDiscreteScheduler")
+    to_zero = not leading or config.get("set_alpha_to_one", name != "PNDMScheduler")
+    return {
+        "_class_name": "DDIMScheduler",
+        **{key: config[key] for key in _BETA_KEYS if key in config},
+        "clip_sample": False,
+        "set_alpha_to_one": to_zero and config.get("final_sigmas_type", "zero") == "zero",
+        "timestep_spacing": config.get("timestep_spacing", "leading" if leading else "linspace"),
+    }
+
+
+def as_flow_euler(config: Config) -> dict[str, Any]:
+    """A flow Euler config of the same shift as a solver's config with `use_flow_sigmas`."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": config.get("num_train_timesteps", 1000),
+        "shift": config.get("flow_shift", 1.0),
+    }
+
+
+def saved_config(config: Config) -> dict[str, Any]:
+    """The config a student is saved with: the teacher's own, or what it was rebuilt as."""
+    if config.get("use_flow_sigmas"):
+        return as_flow_euler(config)
+    return as_ddim(config) if config.get("_class_name") in MULTISTEP else dict(config)
+
+
+def _from_beta_config(config: Config) -> Process:
+    if config.get("trained_betas") is not None:
+        betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    else:
+        betas = beta_schedule(
+            config.get("beta_schedule", "linear"),
+            config.get("num_train_timesteps", 1000),
+            config.get("beta_start", 1e-4),
+            config.get("beta_end", 0.02),
+        )
+    if config.get("rescale_betas_zero_snr"):
+        betas = zero_terminal_snr(betas)
+    is_ddim = config["_class_name"] == "DDIMScheduler"
+    process = from_betas(
+        betas,
+        clipping=_clipping(config, rederive_eps=not is_ddim),
+        spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+        scheduler=dict(config),
+    )
+    if is_ddim and not config.get("set_alpha_to_one", True):
+        final = (float(process.alpha[0]), float(process.sigma[0]))
+        process = replace(process, final=final)
+    return process
+
+
+def _clipping(config: Config, rederive_eps: bool) -> Clipping:
+    if config.get("thresholding"):
+        return Clipping(
+            range=config.get("sample_max_value", 1.0),
+            quantile=config.get("dynamic_thresholding_ratio", 0.995),
+            rederive_eps=rederive_eps,
+        )
+    if config.get("clip_sample", True):
+        return Clipping(range=config.get("clip_sample_range", 1.0), rederive_eps=rederive_eps)
+    return Clipping(rederive_eps=rederive_eps)
+
+
+def _from_flow_config(config: Config, image_tokens: int | None) -> Process:
+    odd = [key for key in _UNSUPPORTED_FLOW if config.get(key)]
+    if odd:
+        raise UsageError(f"FlowMatchEulerDiscreteScheduler with {', '.join(odd)} is not supported")
+    levels, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+    # The scheduler's set_timesteps, which every pipeline calls, shifts its lowest level twice.
+    lowest = shift / (levels + shift - 1)
+    if config.get("use_dynamic_shifting"):
+        shift, lowest = dynamic_shift(config, image_tokens), 1 / levels
+    process = rectified_flow(levels, shift, lowest, scheduler=dict(config))
+    if not config.get("shift_terminal"):
+        return process
+    # The least noise is brought to `shift_terminal`, the rest stretched (LTX, `shift_terminal`).
+    alpha = process.alpha * (1 - config["shift_terminal"]) / process.alpha[0]
+    return replace(process, alpha=alpha, sigma=1 - alpha, network_time=(1 - alpha) * levels)
+
+
+def dynamic_shift(config: Config, image_tokens: int | None) -> float:
+    """The shift of a flow for pictures of `image_tokens` tokens (Flux, `calculate_shift`).
+
+    mu is linear in the number of tokens; the shift is exp(mu), or mu for the linear kind. Raises
+    UsageError where the number of tokens is not known.
+    """
+    if image_tokens is None:
+        raise UsageError(
+            "a flow with dynamic shifting needs the picture's size: expected a network with a "
+            "sample_size, or --teacher-size"
+        )
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) / (many - few) * (image_tokens - few)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+_UNSUPPORTED_FLOW = (
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+
+
+def _from_edm_config(config: Config) -> Process:
+    """EDM levels (arXiv 2206.00364); "epsilon" in these configs means F of its preconditioning."""
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise UsageError(
+            f"{config['_class_name']} with prediction type {config['prediction_type']} is not "
+            "supported: expected epsilon"
+        )
+    if config.get("sigma_schedule", "karras") != "karras":
+        raise UsageError(f"{config['_class_name']}: expected sigma_schedule karras")
+    return karras(
+        config.get("num_train_timesteps", 1000),
+        config.get("sigma_min", 0.002),
+        config.get("sigma_max", 80.0),
+        config.get("rho", 7.0),
+        scheduler=dict(config),
+    )
+
+
+def _from_trigonometric_config(config: Config) -> Process:
+    """The process of DanceDiffusion: alpha = sqrt(1 - sigma^2), sigma = sin^2 of the time.
+
+    Its networks are fed the angle atan2(sigma, alpha) as a share of a right angle.
+    """
+    levels = config.get("num_train_timesteps", 1000)
+    if config.get("trained_betas") is not None:
+        sigma = torch.as_tensor(config["trained_betas"], dtype=torch.float64).flip(0)
+    else:
+        u = torch.arange(1, levels + 1, dtype=torch.float64) / levels
+        sigma = torch.sin(u * math.pi / 2) ** 2
+    alpha = (1 - sigma**2).clamp(min=0).sqrt()
+    angle = torch.atan2(sigma, alpha) / math.pi * 2
+    return Process(alpha, sigma, angle, spacing="trailing", scheduler=dict(config))
+
+
+_OTHERS: dict[str, Callable[[Config], Process]] = {
+    "DDPMScheduler": _from_beta_config,
+    "DDIMScheduler": _from_beta_config,
+    "EDMEulerScheduler": _from_edm_config,
+    "EDMDPMSolverMultistepScheduler": _from_edm_config,
+    "IPNDMScheduler": _from_trigonometric_config,
+}

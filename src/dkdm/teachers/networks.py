@@ -1,0 +1,118 @@
+"""What dkdm must know of each diffusers network class beyond its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dkdm.bundle import Bundle
+from dkdm.conditioning import Condition
+from dkdm.errors import UsageError
+
+Config = dict[str, Any]
+Size = tuple[int, ...] | None
+
+
+def _shape(config: Config, size: Size) -> tuple[int, ...]:
+    """(channels, height, width) by `sample_size`."""
+    return int(config["in_channels"]), *_spatial(config.get("sample_size"), size, 2)
+
+
+def _audio_shape(config: Config, size: Size) -> tuple[int, ...]:
+    """(channels, length)."""
+    return int(config["in_channels"]), *_spatial(config.get("sample_size"), size, 1)
+
+
+def _video_shape(config: Config, size: Size) -> tuple[int, ...]:
+    """(channels, frames, height, width), which the config does not say."""
+    return int(config["in_channels"]), *_spatial(None, size, 3)
+
+
+def _flux_shape(config: Config, size: Size) -> tuple[int, ...]:
+    """Tokens hold 2x2 latents; Flux is made for 1024x1024 pixels."""
+    return int(config["in_channels"]) // 4, *_spatial(128, size, 2)
+
+
+def _spatial(configured: Any, asked: Size, dimensions: int) -> tuple[int, ...]:
+    if asked is not None:
+        if len(asked) != dimensions:
+            raise UsageError(
+                f"--teacher-size: expected {dimensions} numbers for this network, found {asked}"
+            )
+        return asked
+    if configured is None:
+        raise UsageError(
+            f"the network's config has no sample_size: expected --teacher-size with the "
+            f"{dimensions} numbers of one sample as the network sees it, channels aside"
+        )
+    return (configured,) * dimensions if isinstance(configured, int) else tuple(configured)
+
+
+def _nothing(config: Config, shape: tuple[int, ...], bundle: Bundle) -> Condition:
+    del config, shape, bundle
+    return {}
+
+
+def _sdxl_sizes(config: Config, shape: tuple[int, ...], bundle: Bundle) -> Condition:
+    """SDXL's micro-conditions: original size, crop corner, target size, in pixels."""
+    if config.get("addition_embed_type") != "text_time":
+        return {}
+    if bundle.entries.get("requires_aesthetics_score"):
+        raise UsageError("the refiner of SDXL goes on from another model's pictures: distil SDXL")
+    height, width = pixels(shape, bundle)
+    return {"time_ids": torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)}
+
+
+def _pixart_sizes(config: Config, shape: tuple[int, ...], bundle: Bundle) -> Condition:
+    """PixArt-alpha of 1024 pixels is told resolution and aspect ratio."""
+    asked = config.get("use_additional_conditions")
+    if not (config.get("sample_size") == 128 if asked is None else asked):
+        return {}
+    height, width = pixels(shape, bundle)
+    return {
+        "resolution": torch.tensor([float(height), float(width)]),
+        "aspect_ratio": torch.tensor([height / width]),
+    }
+
+
+def pixels(shape: tuple[int, ...], bundle: Bundle) -> tuple[int, int]:
+    """Height and width in pixels of a latent shape (C, H, W)."""
+    levels = (
+        len(bundle.autoencoder.config.get("block_out_channels", ())) if bundle.autoencoder else 1
+    )
+    factor = 2 ** (levels - 1)
+    return shape[-2] * factor, shape[-1] * factor
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sample shape, patch size and constant conditions of a network class.
+
+    shape: (config, asked size) -> (C, ...). patch: side of a token, from the config; it decides
+        the length of the sequence. constants: (config, shape, bundle) -> what is always fed.
+    """
+
+    class_name: str
+    shape: Callable[[Config, Size], tuple[int, ...]] = _shape
+    patch: Callable[[Config], int] = lambda config: int(config.get("patch_size") or 1)
+    constants: Callable[[Config, tuple[int, ...], Bundle], Condition] = _nothing
+
+
+FACTS = {
+    facts.class_name: facts
+    for facts in (
+        Facts("UNet2DModel"),
+        Facts("UNet1DModel", _audio_shape),
+        Facts("DiTTransformer2DModel"),
+        Facts("UNet2DConditionModel", constants=_sdxl_sizes),
+        Facts("PixArtTransformer2DModel", constants=_pixart_sizes),
+        Facts("SD3Transformer2DModel"),
+        Facts("FluxTransformer2DModel", _flux_shape, lambda _: 2),
+        Facts("SanaTransformer2DModel"),
+        Facts("Lumina2Transformer2DModel"),
+        Facts("WanTransformer3DModel", _video_shape, lambda _: 1),
+    )
+}

@@ -1,0 +1,26 @@
+"""How a teacher is to be loaded: what its name alone does not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a loader may need beside the path.
+
+    variant: of the weight files, such as fp16. dtype: of the weights. sample_size: (height, width)
+        or (length,) or (frames, height, width) of a sample as the network sees it; None is what its
+        config says. config: a config file of the original repository. flags: its command-line
+        flags, as one string. ema: whether averaged weights are taken where a file has both.
+    lora: weight files merged into the network, one after the other.
+    """
+
+    variant: str | None = None
+    dtype: str = "float32"
+    sample_size: tuple[int, ...] | None = None
+    config: Path | None = None
+    flags: str = ""
+    ema: bool = True
+    lora: tuple[Path, ...] = ()

@@ -1,0 +1,103 @@
+"""Reading the weights of foreign checkpoints, as data and never as code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dkdm.checkpoint import load_strict, read_tensors
+from dkdm.errors import DkdmError, UsageError
+
+__all__ = ["Weights", "load_strict", "read_weights"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint: its state dict, and the plain values that lay beside it.
+
+    tensors: the weights, averaged ones where asked for and there. extra: everything else at the
+    top of the file (configs, steps), as it was.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_weights(path: Path, ema: bool = True) -> Weights:
+    """Read a .safetensors, .pt, .pth or .ckpt file without running anything in it.
+
+    ema: take averaged weights where the file has them beside the plain ones. Raises UsageError for
+    a .pkl and for a file with code in it, DkdmError for one that cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        return Weights(path, read_tensors(path))
+    if path.suffix == ".pkl":
+        raise UsageError(
+            f"{path}: a .pkl is a program that runs when it is read, and is never opened here. "
+            f"Where you trust it, save its weights in two lines, with its repository at hand:\n"
+            f'    net = pickle.load(open("{path.name}", "rb"))["ema"]\n'
+            f'    torch.save(net.state_dict(), "{path.stem}.pt")'
+        )
+    loaded = _unpickle(path)
+    if not isinstance(loaded, Mapping):
+        raise DkdmError(f"{path}: expected a state dict, found {type(loaded).__name__}")
+    return Weights(path, *_split(path, dict(loaded), ema))
+
+
+def _unpickle(path: Path) -> Any:
+    """torch.load restricted to tensors and plain values; classes of trainers become inert."""
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        foreign = [name for name in unknown if not name.startswith(_INERT)]
+        if foreign:
+            raise UsageError(
+                f"{path}: holds more than weights ({', '.join(foreign[:3])}), which would run as "
+                "code. Where you trust it, save its state dict alone: "
+                "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
+            )
+        stubs: list[Any] = [(_stub(name), name) for name in unknown]
+        with torch.serialization.safe_globals(stubs):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise DkdmError(f"{path}: cannot be read as a torch checkpoint ({error})") from error
+
+
+_INERT = ("pytorch_lightning.", "lightning.", "omegaconf.")
+
+
+def _stub(name: str) -> type:
+    """A class without behaviour, in place of one that only describes a training run."""
+    module, _, plain = name.rpartition(".")
+    return type(plain, (), {"__module__": module, "__setstate__": lambda *_: None})
+
+
+def _split(
+    path: Path, loaded: dict[str, Any], ema: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a checkpoint, averaged ones where they lie beside them, and the rest."""
+    names = ("ema", "model_ema", "ema_model") if ema else ()
+    for name in (*names, "state_dict", "model", "net", "network", "params"):
+        inner = loaded.get(name)
+        if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
+            rest = {key: value for key, value in loaded.items() if key != name}
+            return {k: v for k, v in inner.items() if isinstance(v, Tensor)}, rest
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise DkdmError(
+            f"{path}: no weights in it (found {', '.join(map(str, loaded)) or 'nothing'})"
+        )
+    return tensors, {key: value for key, value in loaded.items() if key not in tensors}
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with `prefix`, with it removed."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

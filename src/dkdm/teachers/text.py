@@ -1,0 +1,179 @@
+"""How each text pipeline of diffusers encodes prompts."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dkdm.bundle import Bundle
+from dkdm.conditioning import Condition
+from dkdm.errors import DkdmError, UsageError
+from dkdm.prompts import Prompts, TextEncoders, folder_fingerprint
+
+EMBEDS, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a pipeline's `encode_prompt` returns and is told.
+
+    outputs: names of what it returns, None for what is not needed. arguments: given to it.
+    defaults: arguments of `encode_prompt` that are taken from the pipeline's own `__call__`.
+    zero_empty: the entry of model_index.json that says that an empty prompt is all zeros.
+    asks_transformer: whether it asks the denoiser's config for the width of a missing encoder.
+    """
+
+    outputs: tuple[str | None, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    defaults: tuple[str, ...] = ()
+    zero_empty: str | None = None
+    asks_transformer: bool = False
+
+    def all_arguments(self, bundle: Bundle) -> dict[str, Any]:
+        """What `encode_prompt` is told beside prompts and device; the bundle's entries come first."""
+        import diffusers
+
+        call = inspect.signature(getattr(diffusers, str(bundle.pipeline)).__call__).parameters
+        defaults = {name: call[name].default for name in self.defaults}
+        own = {name: bundle.entries[name] for name in self.defaults if name in bundle.entries}
+        return self.arguments | defaults | own
+
+    def absent(self, pipeline: str, encoders: Sequence[str]) -> list[str]:
+        """Parameters of the pipeline that are neither its scheduler nor one of its encoders."""
+        import diffusers
+
+        init = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
+        present = {"self", "scheduler", *encoders}
+        return [
+            name
+            for name, parameter in init.items()
+            if name not in present and (parameter.default is parameter.empty or name in _NOT_TEXT)
+        ]
+
+
+_UNGUIDED = {"do_classifier_free_guidance": False}
+_SEVERAL = {"prompt_2": None}
+FAMILIES = {
+    "StableDiffusionPipeline": Family((EMBEDS,), {**_UNGUIDED, "num_images_per_prompt": 1}),
+    "StableDiffusionXLPipeline": Family(
+        (EMBEDS, None, POOLED), {**_UNGUIDED, **_SEVERAL}, (), "force_zeros_for_empty_prompt"
+    ),
+    "PixArtAlphaPipeline": Family((EMBEDS, MASK), _UNGUIDED, ("max_sequence_length",)),
+    "PixArtSigmaPipeline": Family((EMBEDS, MASK), _UNGUIDED, ("max_sequence_length",)),
+    "StableDiffusion3Pipeline": Family(
+        (EMBEDS, None, POOLED),
+        {**_UNGUIDED, **_SEVERAL, "prompt_3": None},
+        ("max_sequence_length",),
+        asks_transformer=True,
+    ),
+    "FluxPipeline": Family((EMBEDS, POOLED), _SEVERAL, ("max_sequence_length",)),
+    "SanaPipeline": Family(
+        (EMBEDS, MASK), _UNGUIDED, ("max_sequence_length", "complex_human_instruction")
+    ),
+    "Lumina2Pipeline": Family((EMBEDS, MASK), _UNGUIDED, ("max_sequence_length", "system_prompt")),
+    "WanPipeline": Family((EMBEDS,), _UNGUIDED, ("max_sequence_length",)),
+}
+
+
+def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
+    """Prompts for a text pipeline, none given yet; its encoders are loaded when first needed.
+
+    Raises UsageError for a pipeline whose prompts dkdm does not know how to encode.
+    """
+    if bundle.pipeline not in FAMILIES:
+        raise UsageError(
+            f"{folder}: how {bundle.pipeline} encodes prompts is not known: expected one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    encoders = {name: part for name, part in bundle.components.items() if _is_text(name)}
+    told = repr(FAMILIES[bundle.pipeline].all_arguments(bundle))
+    folders = [part.folder for part in encoders.values()]
+    fingerprint = folder_fingerprint(folders, bundle.pipeline, told)
+    loaded = LazyEncoders(folder, bundle)
+    return Prompts(TextEncoders(loaded.encode, loaded.release, fingerprint))
+
+
+def _is_text(name: str) -> bool:
+    return name.startswith(("text_encoder", "tokenizer"))
+
+
+class LazyEncoders:
+    """A pipeline without denoiser and autoencoder, loaded when the first prompt is encoded."""
+
+    def __init__(self, folder: Path, bundle: Bundle) -> None:
+        self.folder, self.bundle = folder, bundle
+        self.family = FAMILIES[str(bundle.pipeline)]
+        self.pipeline: Any = None
+
+    def load(self) -> Any:
+        if self.pipeline is None:
+            self.pipeline = self._load()
+        return self.pipeline
+
+    def _load(self) -> Any:
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise DkdmError("prompts need transformers: pip install 'dkdm[text]'") from error
+        import diffusers
+
+        cls = getattr(diffusers, str(self.bundle.pipeline))
+        encoders = [name for name in self.bundle.components if _is_text(name)]
+        unused = dict.fromkeys(self.family.absent(str(self.bundle.pipeline), encoders))
+        try:
+            pipeline = cls.from_pretrained(self.folder, **unused)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise DkdmError(
+                f"{self.folder}: its text encoders cannot be loaded: {error}"
+            ) from error
+        pipeline = pipeline.to("cuda") if torch.cuda.is_available() else pipeline
+        if self.family.asks_transformer and pipeline.text_encoder_3 is None:
+            config = SimpleNamespace(joint_attention_dim=self._token_width())
+            object.__setattr__(pipeline, "transformer", SimpleNamespace(config=config))
+        return pipeline
+
+    def _token_width(self) -> int:
+        """Width of a text token: the denoiser's, or all encoders' together where there is none."""
+        config = self.folder / "transformer" / "config.json"
+        if config.is_file():
+            return int(json.loads(config.read_text())["joint_attention_dim"])
+        encoders = [p for n, p in self.bundle.components.items() if n.startswith("text_encoder")]
+        configs = [json.loads((part.folder / "config.json").read_text()) for part in encoders]
+        return sum(int(config["hidden_size"]) for config in configs)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Embeddings of prompts, one row each."""
+        pipeline, family = self.load(), self.family
+        arguments = family.all_arguments(self.bundle)
+        device = next(
+            part.device for name, part in pipeline.components.items() if _is_encoder(name, part)
+        )
+        encoded = pipeline.encode_prompt(prompt=list(prompts), device=device, **arguments)
+        found = zip(family.outputs, encoded, strict=False)
+        rows = {name: value.cpu() for name, value in found if name is not None}
+        if self.bundle.entries.get(family.zero_empty or "", False):
+            for row in (i for i, prompt in enumerate(prompts) if not prompt):
+                for value in rows.values():
+                    value[row] = 0
+        return rows
+
+    def release(self) -> None:
+        self.pipeline = None
+
+
+_NOT_TEXT = (
+    "unet", "transformer", "transformer_2", "vae", "safety_checker", "feature_extractor",
+    "image_encoder",
+)  # fmt: skip
+
+
+def _is_encoder(name: str, part: Any) -> bool:
+    return name.startswith("text_encoder") and part is not None
