@@ -44,6 +44,7 @@ ROOMS = [
     "finish",
     "launch",
     "trainer",
+    "plan",
     "recipes",
     "trainset",
     "api",

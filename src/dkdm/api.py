@@ -25,7 +25,7 @@ from dkdm.objective import Objective
 from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_few_step
 from dkdm.sources import Images
 from dkdm.students import student_of
-from dkdm.teachers import LoadOptions, load_teacher, with_texts
+from dkdm.teachers import LoadOptions, load_teacher, place, with_texts
 from dkdm.trainer import Trainer
 from dkdm.trainset import training_data
 
@@ -121,8 +121,7 @@ def make_pool(teacher: Denoiser, config: DistillConfig, device: torch.device) ->
 
     Raises UsageError where it does not fit in memory.
     """
-    if isinstance(teacher.network, torch.nn.Module):
-        teacher.network.to(device)
+    place(teacher, device, config.teacher_offload)
     storage = torch.device("cpu") if config.pool_device == "cpu" else device
     return empty_pool(
         teacher,

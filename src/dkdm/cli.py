@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -40,7 +40,7 @@ class TeacherOptions:
     variant: str | None = None
     """Weight variant such as fp16."""
     dtype: str = "float32"
-    """Precision of the weights: float32, float16 or bfloat16."""
+    """Precision of the weights: float32, float16, bfloat16 or int8 (linear layers, by torchao)."""
     format: str | None = None
     """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
     config: Path | None = None
@@ -99,6 +99,43 @@ class StudentsOptions:
 
     teacher: str = "builtin:fashion"
     """Whose shape and conditioning they are fitted to."""
+    json: bool = False
+    """Print JSON for machines."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Say what a distillation takes in memory, whether it fits, and what to change."""
+
+    teacher: Annotated[str, tyro.conf.Positional]
+    """A diffusers folder, a hub id (only its configs are read), builtin:NAME, a checkpoint file, or
+    module:factory."""
+    student: Annotated[str, tyro.conf.Positional]
+    """A preset, a diffusers config.json, or module:factory."""
+    gpus: int = 1
+    """Devices the batch is divided among."""
+    train_batch_size: int = 128
+    """Samples a step sees, over all devices."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the student's arithmetic."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    guidance: bool = False
+    """Whether the teacher is guided, which doubles its batch."""
+    pool_size: int | None = None
+    """Pool entries; None is 0.4 T batches."""
+    pool_dtype: Literal["float32", "float16"] = "float32"
+    """Precision of the pool."""
+    pool_device: Literal["device", "cpu"] = "device"
+    """Where the pool is stored."""
+    teacher_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    """Precision of the teacher's weights."""
+    teacher_offload: Literal["none", "layers"] = "none"
+    """Keep the teacher in host memory and move a layer at a time."""
+    teacher_size: Labels = None
+    """Height and width (frames, height, width; or length) as the teacher sees a sample."""
+    memory: float | None = None
+    """Memory of a device in GiB; None is that of this machine's GPU, or 24."""
     json: bool = False
     """Print JSON for machines."""
 
@@ -289,6 +326,38 @@ def _students(args: list[str]) -> int:
     return 0
 
 
+def _plan(args: list[str]) -> int:
+    options = tyro.cli(PlanOptions, args=args, prog="dkdm plan")
+    from dkdm.plan import GIB, Choices, changes, device_memory_mib, plan, print_plan
+    from dkdm.teachers import LoadOptions, load_teacher, sketch_teacher
+
+    how = LoadOptions(dtype=options.teacher_dtype, sample_size=options.teacher_size)
+    teacher = sketch_teacher(options.teacher, how) or load_teacher(options.teacher, options=how)
+    entries = round(0.4 * teacher.process.num_levels * options.train_batch_size)
+    choices = Choices(
+        gpus=options.gpus,
+        train_batch_size=options.train_batch_size,
+        mixed_precision=options.mixed_precision,
+        gradient_checkpointing=options.gradient_checkpointing,
+        guided=options.guidance,
+        teacher_dtype=options.teacher_dtype,
+        teacher_offload=options.teacher_offload,
+        pool_size=options.pool_size or entries,
+        pool_dtype=options.pool_dtype,
+        pool_device=options.pool_device,
+    )
+    found = plan(teacher, options.student, choices)
+    limit = device_memory_mib() if options.memory is None else options.memory * GIB
+    advice = changes(teacher, options.student, found, limit)
+    if options.json:
+        values = dataclasses.asdict(found) | {"device_total": found.device_total, "limit": limit}
+        values["changes"] = [dataclasses.asdict(change) for change in advice]
+        print(json.dumps(values, indent=2))
+    else:
+        print_plan(found, advice, limit, Console())
+    return int(found.device_total > limit)
+
+
 def _doctor(args: list[str]) -> int:
     options = tyro.cli(DoctorOptions, args=args, prog="dkdm doctor")
     from dkdm.doctor import examine, print_findings
@@ -314,6 +383,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("Train a model on images: a teacher, or a baseline.", _train),
     "inspect": ("Show what a model is, and check that it really denoises.", _inspect),
     "students": ("List the named students at a teacher's sample shape.", _students),
+    "plan": ("Say what a distillation takes in memory, and what to change.", _plan),
     "sample": ("Draw samples from a model.", _sample),
     "report": ("Write a run's report.html anew.", _report),
     "doctor": ("Check the environment.", _doctor),

@@ -122,8 +122,11 @@ class DistillConfig(RunConfig):
     """Branch, tag or commit on the hub; None is the default branch."""
     teacher_variant: str | None = None
     """Weight variant such as fp16; None is the plain files."""
-    teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision the teacher's weights are held in."""
+    teacher_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    """Precision the teacher's weights are held in; int8 is that of its linear layers, by torchao,
+    beside bfloat16."""
+    teacher_offload: Literal["none", "layers"] = "none"
+    """Keep the teacher in host memory and move a layer at a time to the device: slow, but small."""
     teacher_format: str | None = None
     """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
     teacher_config: Path | None = None

@@ -78,7 +78,11 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where the network's parameters are."""
+        """Where the network computes: where its parameters are, or are brought layer by layer."""
+        hook = getattr(self.network, "_hf_hook", None)
+        executes = getattr(hook, "execution_device", None)
+        if executes is not None:
+            return torch.device(executes)
         if isinstance(self.network, nn.Module):
             for tensor in self.network.parameters():
                 return tensor.device

@@ -16,7 +16,7 @@ from dkdm.evaluation.cost import undisturbed
 MIB = 2**20
 
 
-class _LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):
     """Adds up what the operations inside allocate, as long as it is alive."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ def evaluation_mib(denoiser: Denoiser, batch_size: int) -> float:
     """
     cond = denoiser.conditioning.draw(batch_size, torch.Generator().manual_seed(0))
     t = torch.zeros(batch_size, dtype=torch.int64)
-    with undisturbed(denoiser), _LiveStorages() as storages:
+    with undisturbed(denoiser), LiveStorages() as storages:
         x = torch.zeros(batch_size, *denoiser.sample_shape, device=denoiser.device)
         denoiser.predict(Batch(x, t, cond, t))
     return storages.peak / MIB

@@ -14,8 +14,18 @@ from dkdm.teachers.locate import INDEX, builtin_names, locate
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.originals import FORMATS, load_original
 from dkdm.teachers.pipeline_folder import load_pipeline_folder
+from dkdm.teachers.place import place, quantize_int8
+from dkdm.teachers.sketch import sketch_teacher
 
-__all__ = ["FORMATS", "LoadOptions", "builtin_names", "load_teacher", "with_texts"]
+__all__ = [
+    "FORMATS",
+    "LoadOptions",
+    "builtin_names",
+    "load_teacher",
+    "place",
+    "sketch_teacher",
+    "with_texts",
+]
 
 
 def load_teacher(
@@ -40,7 +50,11 @@ def load_teacher(
     if ":" in spec and not spec.startswith("builtin:"):
         return _from_factory(spec)
     path = locate(spec, revision=revision, variant=options.variant) / (subfolder or "")
-    denoiser = _from_path(path, format, options)
+    if options.dtype == "int8":
+        denoiser = _from_path(path, format, replace(options, dtype="bfloat16"))
+        quantize_int8(denoiser.network)  # type: ignore[arg-type]
+    else:
+        denoiser = _from_path(path, format, options)
     denoiser.name = spec
     if not isinstance(denoiser.conditioning, Prompts):
         denoiser.check()

@@ -17,10 +17,13 @@ def builtin_names() -> list[str]:
     return sorted(path.parent.name for path in assets.glob(f"*/{INDEX}"))
 
 
-def locate(spec: str, *, revision: str | None = None, variant: str | None = None) -> Path:
+def locate(
+    spec: str, *, revision: str | None = None, variant: str | None = None, weights: bool = True
+) -> Path:
     """The folder of a builtin, a path or a hub id (downloaded into the hub's cache).
 
-    Raises UsageError where there is nothing of that name.
+    weights: whether they are needed too, or JSON files are enough. Raises UsageError where there is
+    nothing of that name.
     """
     if spec.startswith("builtin:"):
         return _builtin(spec.removeprefix("builtin:"))
@@ -28,7 +31,7 @@ def locate(spec: str, *, revision: str | None = None, variant: str | None = None
     if path.exists():
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith((".", "runs/")):
-        return _download(spec, revision, variant)
+        return _download(spec, revision, variant, weights)
     raise UsageError(
         f"no model at '{spec}': expected a diffusers folder, a hub id (owner/name), a run's output "
         f"folder, module:factory, or one of {', '.join(f'builtin:{n}' for n in builtin_names())}"
@@ -43,12 +46,15 @@ def _builtin(name: str) -> Path:
     return Path(str(resources.files("dkdm"))) / "assets" / name
 
 
-def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, variant: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     suffix = f".{variant}" if variant else ""
-    patterns = ["*.json", f"*diffusion_pytorch_model{suffix}.*", "README.md"]
+    patterns = ["*.json"]
+    if weights:
+        texts = ("*.txt", "*.model", "README.md")  # vocabularies, card
+        patterns += [f"*diffusion_pytorch_model{suffix}*", f"*model{suffix}*.safetensors", *texts]
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:

@@ -1,0 +1,97 @@
+"""A teacher without its weights, for questions that need only its shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dkdm.conditioning import Condition
+from dkdm.denoiser import Denoiser
+from dkdm.networks import network_class
+from dkdm.prompts import EmbeddingCache, Prompts
+from dkdm.teachers.locate import INDEX, locate
+from dkdm.teachers.options import LoadOptions
+from dkdm.teachers.pipeline_folder import (
+    DENOISERS,
+    describe_pipeline_folder,
+    read_json,
+)
+from dkdm.teachers.text import EMBEDS, FAMILIES, MASK, POOLED
+
+PROMPT_TOKENS = 77  # of CLIP, where the pipeline does not say
+
+
+def sketch_teacher(spec: str, options: LoadOptions) -> Denoiser | None:
+    """A pipeline folder's teacher on torch's meta device, with blank prompts for a text model.
+
+    Nothing but JSON is read (of a hub id, nothing else downloaded). None for what is no pipeline
+    folder: it can only be loaded. Raises UsageError as `load_teacher` does.
+    """
+    if spec.partition(":")[1] and not spec.startswith("builtin:"):
+        return None
+    folder = locate(spec, weights=False)
+    if not (folder / INDEX).is_file():
+        return None
+    denoiser = describe_pipeline_folder(folder, options)
+    index = read_json(folder / INDEX, "a diffusers pipeline folder")
+    component = next(name for name in DENOISERS if index.get(name))
+    config = read_json(folder / component / "config.json", "its config")
+    with torch.device("meta"):
+        network = network_class(index[component][1]).from_config(config)
+    network = torch.nn.Module.to(network, "meta", getattr(torch, _precision(options.dtype)))
+    conditioning = denoiser.conditioning
+    if isinstance(conditioning, Prompts):
+        conditioning = replace(
+            conditioning,
+            texts=("",),
+            cache=BlankEmbeddings(folder, shapes=_shapes(config, denoiser)),
+        )
+    return replace(denoiser, network=network, call=None, conditioning=conditioning, name=spec)
+
+
+def _precision(dtype: str) -> str:
+    return "bfloat16" if dtype == "int8" else dtype
+
+
+@dataclass(eq=False)
+class BlankEmbeddings(EmbeddingCache):
+    """Embeddings that are all zeros. shapes: of one row, by name."""
+
+    shapes: dict[str, tuple[int, ...]] | None = None
+
+    def rows(self, numbers: Tensor) -> Condition:
+        """Zeros for every number."""
+        return {
+            key: torch.zeros(len(numbers), *shape) for key, shape in (self.shapes or {}).items()
+        }
+
+
+def _shapes(config: dict[str, Any], denoiser: Denoiser) -> dict[str, tuple[int, ...]]:
+    """The embeddings a text network expects, by its config."""
+    family = FAMILIES[str(denoiser.bundle.pipeline)]
+    tokens = int(family.all_arguments(denoiser.bundle).get("max_sequence_length", PROMPT_TOKENS))
+    shapes: dict[str, tuple[int, ...]] = {EMBEDS: (tokens, _first(config, _WIDTHS))}
+    if MASK in family.outputs:
+        shapes[MASK] = (tokens,)
+    if POOLED in family.outputs:
+        sizes = 6 * int(config.get("addition_time_embed_dim") or 0)
+        shapes[POOLED] = (_first(config, _POOLED_WIDTHS) - sizes,)
+    return shapes
+
+
+_WIDTHS = (
+    "joint_attention_dim",
+    "caption_channels",
+    "cap_feat_dim",
+    "text_dim",
+    "cross_attention_dim",
+)
+_POOLED_WIDTHS = ("pooled_projection_dim", "projection_class_embeddings_input_dim")
+
+
+def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:
+    found = next((config[name] for name in names if config.get(name)), 768)
+    return int(found[0] if isinstance(found, (list, tuple)) else found)

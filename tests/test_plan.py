@@ -1,0 +1,115 @@
+"""The memory plan against what is really allocated, and its advice."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dkdm.cli import main
+from dkdm.denoiser import Batch
+from dkdm.errors import UsageError
+from dkdm.inspection.memory import MIB, LiveStorages
+from dkdm.plan import Choices, changes, plan, training_mib
+from factories import denoiser
+
+SMALL = Choices(train_batch_size=8, pool_size=100)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return denoiser()
+
+
+def test_activations_on_the_meta_device_are_those_of_a_real_step(teacher):
+    student = replace(teacher, network=copy.deepcopy(teacher.network).train())
+    sketched = replace(student, network=copy.deepcopy(student.network).to("meta"))
+    batch = Batch(torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64), {}, torch.zeros(8))
+    cond = student.conditioning.draw(8, torch.Generator().manual_seed(0))
+    with LiveStorages() as real:
+        student.predict(batch._replace(cond=cond)).output.square().mean().backward()
+    gradients = sum(p.grad.nbytes for p in student.network.parameters())
+    assert training_mib(sketched, 8) == pytest.approx((real.peak - gradients) / MIB, rel=0.1)
+
+
+def test_parts_are_what_they_are_named(teacher):
+    found = plan(teacher, "dit-tiny", SMALL)
+    weights = found.device["student weights"]
+    assert found.device["optimizer (AdamW)"] == 2 * weights
+    assert found.device["student gradients"] == found.device["EMA"] == weights
+    assert found.device["teacher weights"] == pytest.approx(
+        teacher.num_parameters * 4 / MIB, rel=0.05
+    )
+    assert found.device["pool"] == 100 * 64 * 4 / MIB
+    assert found.device_total < sum(found.device.values())
+
+
+def test_several_devices_share_batch_and_pool(teacher):
+    one, two = plan(teacher, "dit-tiny", SMALL), plan(teacher, "dit-tiny", replace(SMALL, gpus=2))
+    assert two.device["pool"] == one.device["pool"] / 2
+    assert two.device["student activations"] < 0.6 * one.device["student activations"]
+    assert two.device["student weights"] == one.device["student weights"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"mixed_precision": "bf16"}, "student activations"),
+        ({"teacher_dtype": "bfloat16"}, "teacher weights"),
+        ({"pool_dtype": "float16"}, "pool"),
+    ],
+)
+def test_half_precision_halves_its_part(teacher, fields, part):
+    whole = plan(teacher, "dit-tiny", SMALL).device[part]
+    half = plan(teacher, "dit-tiny", replace(SMALL, **fields)).device[part]
+    assert half == pytest.approx(whole / 2, rel=0.3)  # some arithmetic stays in float32
+
+
+def test_int8_saves_the_linear_layers_share(teacher):
+    linear = sum(m.weight.numel() for m in teacher.network.modules() if isinstance(m, nn.Linear))
+    half = plan(teacher, "dit-tiny", replace(SMALL, teacher_dtype="bfloat16"))
+    int8 = plan(teacher, "dit-tiny", replace(SMALL, teacher_dtype="int8"))
+    saved = half.device["teacher weights"] - int8.device["teacher weights"]
+    assert saved == pytest.approx(linear / MIB)
+
+
+def test_offloaded_teacher_and_pool_are_counted_on_the_host(teacher):
+    found = plan(teacher, "dit-tiny", replace(SMALL, teacher_offload="layers", pool_device="cpu"))
+    assert found.device["teacher weights"] == found.device["pool"] == 0
+    assert found.host["teacher weights"] > 0
+    assert found.host["pool"] > 0
+
+
+def test_advice_leads_to_a_plan_that_fits(teacher):
+    choices = replace(SMALL, train_batch_size=64, pool_size=10_000)
+    found = plan(teacher, "dit-tiny", choices)
+    limit = found.device_total - 5
+    advice = changes(teacher, "dit-tiny", found, limit)
+    assert advice[-1].device_total <= limit
+    totals = [found.device_total, *(change.device_total for change in advice)]
+    assert totals == sorted(totals, reverse=True)
+    assert changes(teacher, "dit-tiny", found, found.device_total) == []
+
+
+def test_nothing_is_counted_as_an_evaluation(teacher):
+    before = teacher.evaluations
+    plan(teacher, "dit-tiny", SMALL)
+    assert teacher.evaluations == before
+
+
+def test_fewer_samples_than_devices_are_refused():
+    with pytest.raises(UsageError, match="--gpus 4 --train-batch-size 2"):
+        Choices(gpus=4, train_batch_size=2)
+
+
+def test_command_says_by_its_exit_code_whether_it_fits(capsys):
+    command = ["plan", "builtin:fashion", "dit-tiny", "--train-batch-size", "4", "--json"]
+    assert main([*command, "--memory", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device_total"] <= found["limit"] == 1024
+    assert main([*command, "--memory", "0.4"]) == 1
+    assert json.loads(capsys.readouterr().out)["changes"]
+    assert main([*command[:-1], "--memory", "0.4"]) == 1
+    assert "does not fit" in capsys.readouterr().out
