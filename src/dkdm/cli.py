@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dkdm.denoiser import Denoiser
 
 Config = TypeVar("Config", bound=RunConfig)
+INSPECTED_PROMPT = "a photograph of a house"
 Labels = tuple[int, ...] | None
 
 
@@ -274,7 +275,8 @@ def _sample(args: list[str]) -> int:
     return 0
 
 
-def _load(options: TeacherOptions) -> Denoiser:
+def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoiser:
+    from dkdm.prompts import Prompts
     from dkdm.teachers import LoadOptions, load_teacher, with_texts
 
     denoiser = load_teacher(
@@ -291,7 +293,10 @@ def _load(options: TeacherOptions) -> Denoiser:
             lora=options.lora,
         ),
     )
-    return with_texts(denoiser, options.prompts, options.negative_prompt)
+    prompts = options.prompts
+    if prompts is None and default_prompt and isinstance(denoiser.conditioning, Prompts):
+        prompts = default_prompt
+    return with_texts(denoiser, prompts, options.negative_prompt)
 
 
 def _inspect(args: list[str]) -> int:
@@ -299,7 +304,7 @@ def _inspect(args: list[str]) -> int:
     from dkdm.finish import sample_to_file
     from dkdm.inspection import inspect_denoiser, print_inspection
 
-    denoiser = _load(options)
+    denoiser = _load(options, default_prompt=INSPECTED_PROMPT)
     found = inspect_denoiser(denoiser, num_samples=options.num_samples, num_steps=options.steps)
     if options.json:
         print(json.dumps(found.as_dict(), indent=2))

@@ -17,11 +17,13 @@ from dkdm.evaluation.same_noise import Plan, draw, pictures
 from dkdm.objective import simple_loss
 from dkdm.process import Process
 from dkdm.progress import track
+from dkdm.prompts import Prompts
 from dkdm.randomness import generator
 
 GAP_LEVELS = 16
 GAP_SAMPLES = 64
 SPEED_BATCH = 64
+MOST_SHOWN = 100
 FASHION_CLASS_NAMES = (
     "T-shirt/top",
     "Trouser",
@@ -70,6 +72,7 @@ def compare(
         drawn, copied = pictures(teacher, drawn), pictures(student, copied)
     fitting = reference if tuple(drawn.shape[1:]) in MEASURABLE_SHAPES else None
     labels = cond.get("class_labels")
+    shown = cond.get("prompt", labels)
     return Comparison(
         teacher=_measure(teacher, drawn, labels, guidance_teacher, fitting, batch_size),
         student=_measure(student, copied, labels, guidance_student, fitting, batch_size),
@@ -83,10 +86,10 @@ def compare(
         gap_samples=few,
         gaps=gaps,
         same_noise_difference=_mean_difference(drawn, copied),
-        other_noise_difference=_other_noise_difference(drawn, copied, labels),
+        other_noise_difference=_other_noise_difference(drawn, copied, shown),
         measurement=measurement_of(fitting) if fitting else None,
         class_names=_class_names(student.conditioning, fitting),
-        samples=_first_samples(drawn, copied, labels),
+        samples=_first_samples(drawn, copied, shown),
     )
 
 
@@ -174,7 +177,12 @@ def measurement_of(reference: ReferenceName) -> Measurement:
 def _class_names(
     conditioning: Conditioning, reference: ReferenceName | None
 ) -> tuple[str, ...] | None:
-    """The model's own names; those of Fashion-MNIST where that is what it is measured against."""
+    """The model's own names; those of Fashion-MNIST where that is what it is measured against.
+
+    A text model's are its first prompts, by their numbers.
+    """
+    if isinstance(conditioning, Prompts):
+        return (conditioning.negative, *conditioning.texts[:MOST_SHOWN])
     if not isinstance(conditioning, ClassLabels):
         return None
     return conditioning.names or (FASHION_CLASS_NAMES if reference else None)
@@ -196,7 +204,7 @@ def _other_noise_difference(
 
 def _first_samples(teacher: Tensor, student: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
     """Enough samples to look at: six a class, 40 to 100 in all."""
-    count = 40 if labels is None else min(max(40, 6 * len(labels.unique())), 100)
+    count = 40 if labels is None else min(max(40, 6 * len(labels.unique())), MOST_SHOWN)
     samples = {"teacher": teacher, "student": student}
     if labels is not None:
         samples["labels"] = labels

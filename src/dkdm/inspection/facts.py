@@ -17,6 +17,7 @@ from dkdm.inspection.memory import evaluation_mib, weights_mib
 from dkdm.inspection.readings import ProcessKind, process_kind
 from dkdm.prediction import PredictionType, VarianceType
 from dkdm.process import Process
+from dkdm.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ProcessFacts:
 
 @dataclass(frozen=True)
 class ConditioningFacts:
-    """What the model is fed beside (x_t, t): "none", "class labels" or the name of its class."""
+    """What the model is fed beside (x_t, t): "none", "class labels", "prompts" or the name of its
+    class."""
 
     kind: str
     num_classes: int | None = None
@@ -50,8 +52,9 @@ class ConditioningFacts:
 class Inspection:
     """A model's facts, costs and denoising check.
 
-    parameters, macs: a number; macs are multiply-accumulates of one evaluation of one sample.
-    weights_mib, evaluation_mib: memory of the weights, and beside them of one evaluation of
+    embeds_guidance: whether the network is fed the guidance scale. pipeline, autoencoder: class
+    names; None where there is none, or pixels. parameters, macs: a number; macs are
+    multiply-accumulates of one evaluation of one sample. weights_mib, evaluation_mib: memory of the weights, and beside them of one evaluation of
     `batch_size` samples without gradients. evaluations_per_second: samples a second, on `device`.
     """
 
@@ -65,6 +68,9 @@ class Inspection:
     prediction: PredictionType
     variance: VarianceType
     conditioning: ConditioningFacts
+    embeds_guidance: bool
+    pipeline: str | None
+    autoencoder: str | None
     weights_mib: float
     evaluation_mib: float
     batch_size: int
@@ -113,10 +119,13 @@ def inspect_denoiser(
         dtype=None if denoiser.dtype is None else str(denoiser.dtype).removeprefix("torch."),
         device=str(denoiser.device),
         sample_shape=tuple(denoiser.sample_shape),
-        process=_process_facts(denoiser.process),
+        process=_process_facts(denoiser.process, denoiser.times),
         prediction=denoiser.parameterization.prediction,
         variance=denoiser.parameterization.variance,
         conditioning=_conditioning_facts(denoiser.conditioning),
+        embeds_guidance=denoiser.embeds_guidance,
+        pipeline=denoiser.bundle.pipeline,
+        autoencoder=_autoencoder(denoiser),
         weights_mib=weights_mib(denoiser),
         evaluation_mib=evaluation_mib(denoiser, num_samples),
         batch_size=num_samples,
@@ -126,8 +135,13 @@ def inspect_denoiser(
     )
 
 
-def _process_facts(process: Process) -> ProcessFacts:
-    snr, times = process.snr(), process.network_time
+def _autoencoder(denoiser: Denoiser) -> str | None:
+    coder = denoiser.bundle.autoencoder
+    return None if coder is None else coder.component.class_name
+
+
+def _process_facts(process: Process, times: Tensor) -> ProcessFacts:
+    snr = process.snr()
     return ProcessFacts(
         kind=process_kind(process),
         num_levels=process.num_levels,
@@ -150,4 +164,6 @@ def _conditioning_facts(conditioning: Conditioning) -> ConditioningFacts:
             conditioning.null_class,
             conditioning.names,
         )
+    if isinstance(conditioning, Prompts):
+        return ConditioningFacts("prompts")
     return ConditioningFacts(type(conditioning).__name__)

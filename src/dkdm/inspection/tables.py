@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dkdm.inspection.check import DenoisingCheck
 from dkdm.inspection.denoising import LevelError
-from dkdm.inspection.facts import ConditioningFacts, Inspection, ProcessFacts
+from dkdm.inspection.facts import Inspection, ProcessFacts
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
@@ -31,17 +31,19 @@ def _facts(inspection: Inspection) -> Table:
 def _rows(inspection: Inspection) -> list[tuple[str, str]]:
     process, spread = inspection.process, inspection.check.samples
     shape = " x ".join(map(str, inspection.sample_shape))
+    coder = inspection.autoencoder
+    kind = "values" if coder is None else f"latents of {coder}"
     return [
         ("network", f"{inspection.network}, {readable(inspection.parameters)} parameters"),
         ("weights", f"{inspection.weights_mib:.1f} MiB, {_place(inspection)}"),
-        ("sample", f"{shape} values"),
+        ("sample", f"{shape} {kind}"),
         ("process", f"{process.kind}, T = {process.num_levels}"),
         ("signal-to-noise", f"{process.snr[0]:.3g} at t = 0 to {process.snr[1]:.3g} at t = T-1"),
         ("time fed to it", f"{process.network_times[0]:.4g} to {process.network_times[1]:.4g}"),
         ("scheduler", _scheduler(process)),
         ("prediction", f"{inspection.prediction}, variance {inspection.variance}"),
         ("clipping of x_0", _clipping(process)),
-        ("condition", _condition(inspection.conditioning)),
+        ("condition", _condition(inspection)),
         ("one evaluation", f"{readable(inspection.macs)} multiply-accumulates a sample"),
         ("speed", _speed(inspection)),
         (
@@ -78,9 +80,11 @@ def _clipping(process: ProcessFacts) -> str:
     return f"to its quantile {process.clip_quantile:g}, at most {process.clip_range:g}"
 
 
-def _condition(conditioning: ConditioningFacts) -> str:
+def _condition(inspection: Inspection) -> str:
+    conditioning = inspection.conditioning
+    fed = ", and fed the guidance scale" if inspection.embeds_guidance else ""
     if conditioning.num_classes is None:
-        return conditioning.kind
+        return conditioning.kind + fed
     null = conditioning.null_class
     return f"{conditioning.num_classes} {conditioning.kind}, " + (
         "no null class (no guidance)" if null is None else f"null class {null}"
