@@ -52,7 +52,7 @@ def test_ancestral_fill_costs_about_half_the_levels(tmp_path):
 
 
 def test_guidance_baked_into_the_target_costs_double(tmp_path):
-    _, _, teacher = run(tmp_path, guidance_scale=2.0)
+    _, _, teacher = run(tmp_path, guidance_scale="2")
     assert teacher.evaluations == 2 * (24 * 2 + 4 * 8)
 
 

@@ -18,6 +18,7 @@ from dkdm.config import DistillConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.pool import (
+    Guidance,
     Pool,
     Stride,
     check_memory,
@@ -344,7 +345,7 @@ def test_the_noise_of_a_restart_is_not_the_noise_of_its_move():
 
 
 def test_guidance_costs_twice_everywhere():
-    single, double = (make(stride="30", guidance_scale=scale) for scale in (1.0, 2.0))
+    single, double = (make(stride="30", guidance=Guidance(scale, scale)) for scale in (1.0, 2.0))
     for pool in (single, double):
         fill_few_step(pool, 3, 67)
         move(pool, 40)

@@ -52,7 +52,10 @@ def distill(
         taught_by = with_conditions(teacher, config)
     else:
         taught_by = open_teacher(config)
-    learner = student if isinstance(student, Denoiser) else student_of(config.student, taught_by)
+    if isinstance(student, Denoiser):
+        learner = replace(student, conditioning=taught_by.conditioning)
+    else:
+        learner = student_of(config.student, taught_by)
     pool = make_pool(taught_by, config, accelerator.device)
     objective = Objective(
         learner, taught_by, config.loss_weighting, config.snr_gamma, config.vlb_weight
@@ -100,18 +103,22 @@ def open_teacher(config: DistillConfig) -> Denoiser:
 
 
 def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
-    """The teacher, drawing the classes or prompts that the config names.
+    """The same teacher, from now on drawing the classes or prompts that the config names.
 
     Raises UsageError where it has none of these, where a text teacher is given no prompts, and
-    where guidance is asked of a teacher that has no null condition.
+    where guidance or condition dropout is asked of a teacher that cannot do it.
     """
-    conditioning = restrict_classes(teacher.conditioning, config.classes, config.class_weights)
-    teacher = replace(teacher, conditioning=conditioning)
-    teacher = with_texts(
-        teacher, config.prompts, config.negative_prompt, config.max_prompts, config.seed
-    )
-    guidance = Guidance.parse(config.guidance_scale)
-    if config.condition_dropout or not (guidance.is_off or teacher.embeds_guidance):
+    guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
+    if teacher.embeds_guidance and guidance.chain_only:
+        raise UsageError(
+            "--guidance-on chain: this teacher is fed the guidance scale, and one evaluation "
+            "cannot be guided and unguided; expected --guidance-on target"
+        )
+    given = (config.prompts, config.negative_prompt, config.max_prompts, config.seed)
+    own = restrict_classes(teacher.conditioning, config.classes, config.class_weights)
+    teacher.conditioning = with_texts(replace(teacher, conditioning=own), *given).conditioning
+    guided = not guidance.is_off or config.sampling_guidance_scale != 1
+    if config.condition_dropout or (guided and not teacher.embeds_guidance):
         teacher.conditioning.null(1)
     return teacher
 

@@ -50,7 +50,10 @@ class Unconditional:
     def null(self, count: int) -> Condition:
         """Raises UsageError: there is nothing to guide."""
         del count
-        raise UsageError("guidance needs a conditional model, and this one is unconditional")
+        raise UsageError(
+            "guidance and condition dropout need a conditional model, and this one is "
+            "unconditional: expected guidance scales of 1, --condition-dropout 0"
+        )
 
     def in_turns(self, count: int) -> Condition:
         """The empty condition."""
@@ -79,7 +82,9 @@ class ClassLabels:
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        self.check(self.classes or ())
+        self.check(self.drawn)
+        if not self.drawn:
+            raise UsageError("classes: expected at least one class id, found none")
         if self.weights is None:
             return
         if len(self.weights) != len(self.drawn) or min(self.weights) < 0 or not sum(self.weights):
@@ -124,7 +129,7 @@ class ClassLabels:
         if self.null_class is None:
             raise UsageError(
                 f"guidance and condition dropout need a null class, and this model has only "
-                f"{self.num_classes} classes: expected --guidance-scale 1, --condition-dropout 0"
+                f"{self.num_classes} classes: expected guidance scales of 1, --condition-dropout 0"
             )
         return {"class_labels": torch.full((count,), self.null_class)}
 
@@ -162,8 +167,9 @@ def restrict_classes(
     if classes is None and weights is None:
         return conditioning
     if not isinstance(conditioning, ClassLabels):
-        raise UsageError("--classes was given, but the teacher has no classes")
-    return replace(conditioning, classes=classes, weights=weights)
+        raise UsageError("--classes or --class-weights was given, but the model has no classes")
+    ids = conditioning.classes if classes is None else classes
+    return replace(conditioning, classes=ids, weights=weights)
 
 
 def guide(

@@ -45,13 +45,14 @@ def load_fashion_mnist(
     folder, prefix = root or FASHION_MNIST_ROOT, _FILE_PREFIX[split]
     pixels = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", dimensions=3)
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", dimensions=1)
-    images = pixels.view(-1, 1, 28, 28).float() / 127.5 - 1
-    return (images if size == 28 else halve(images)), labels.long()
+    images = pixels.view(-1, 1, 28, 28).float()
+    images = images if size == 28 else halve(images, black=0.0)
+    return images / 127.5 - 1, labels.long()
 
 
-def halve(images: Tensor) -> Tensor:
-    """Bring 28x28 images `[N, C, 28, 28]` to 16x16: padded with black (-1), 2x2 pixels averaged."""
-    return avg_pool2d(pad(images, (2, 2, 2, 2), value=-1.0), kernel_size=2)
+def halve(images: Tensor, black: float = -1.0) -> Tensor:
+    """Bring 28x28 images `[N, C, 28, 28]` to 16x16: padded with black, 2x2 pixels averaged."""
+    return avg_pool2d(pad(images, (2, 2, 2, 2), value=black), kernel_size=2)
 
 
 def load_image_folder(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
