@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
+from dkdm.teachers import dit, guided_diffusion
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.state_dict import Weights, read_weights
 
@@ -26,7 +27,15 @@ class Format:
     load: Callable[[Weights, LoadOptions], Denoiser]
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "dit": Format("facebookresearch/DiT", dit.recognizes_dit, dit.load_dit),
+    "sit": Format("willisma/SiT", dit.recognizes_sit, dit.load_sit),
+    "guided-diffusion": Format(
+        "openai/guided-diffusion, openai/improved-diffusion, forever208/DDPM-IP",
+        guided_diffusion.recognizes,
+        guided_diffusion.load,
+    ),
+}
 
 
 def load_original(path: Path, name: str | None, options: LoadOptions) -> Denoiser:

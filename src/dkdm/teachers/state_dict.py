@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dkdm.checkpoint import load_strict, read_tensors
 from dkdm.errors import DkdmError, UsageError
@@ -71,7 +71,7 @@ def _unpickle(path: Path) -> Any:
         raise DkdmError(f"{path}: cannot be read as a torch checkpoint ({error})") from error
 
 
-_INERT = ("pytorch_lightning.", "lightning.", "omegaconf.")
+_INERT = ("pytorch_lightning.", "lightning.", "omegaconf.", "argparse.Namespace")
 
 
 def _stub(name: str) -> type:
@@ -101,3 +101,24 @@ def _split(
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries whose names begin with `prefix`, with it removed."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def expect_keys(weights: Weights, what: str, *keys: str) -> None:
+    """Raise DkdmError unless all these weights are there; `what` says whose they are."""
+    missing = [key for key in keys if key not in weights.tensors]
+    if missing:
+        raise DkdmError(
+            f"{weights.path}: not the weights of {what}: {', '.join(missing)} missing. "
+            f"Found {', '.join(list(weights.tensors)[:3])}, ..."
+        )
+
+
+def frozen(
+    network: nn.Module, tensors: Mapping[str, Tensor], path: Path, dtype: str = "float32"
+) -> nn.Module:
+    """The network with exactly these weights, in a precision named as in torch, ready to teach.
+
+    Raises DkdmError where keys or shapes are not the network's.
+    """
+    load_strict(network, tensors, str(path))
+    return network.to(getattr(torch, dtype)).eval().requires_grad_(False)
