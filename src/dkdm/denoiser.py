@@ -79,11 +79,12 @@ class Denoiser:
     @property
     def device(self) -> torch.device:
         """Where the network computes: where its parameters are, or are brought layer by layer."""
-        hook = getattr(self.network, "_hf_hook", None)
-        executes = getattr(hook, "execution_device", None)
-        if executes is not None:
-            return torch.device(executes)
         if isinstance(self.network, nn.Module):
+            for module in self.network.modules():
+                hook = getattr(module, "_hf_hook", None)  # accelerate's, where layers are offloaded
+                executes = getattr(hook, "execution_device", None)
+                if executes is not None:
+                    return torch.device(executes)
             for tensor in self.network.parameters():
                 return tensor.device
         return torch.device("cpu")

@@ -1,0 +1,49 @@
+"""Teachers that are held small: moved in layer by layer, or with int8 linear layers."""
+
+import copy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dkdm.denoiser import Batch
+from dkdm.errors import DkdmError
+from dkdm.teachers import LoadOptions, load_teacher, place
+from dkdm.teachers.place import quantize_int8
+from factories import denoiser
+
+
+def predicted(teacher):
+    x = torch.randn(3, *teacher.sample_shape, generator=torch.Generator().manual_seed(1))
+    cond = teacher.conditioning.in_turns(3)
+    with torch.no_grad():
+        return teacher.predict(Batch(x, torch.tensor([3, 20, 45]), cond, torch.arange(3))).x_0
+
+
+def test_offloaded_layers_give_the_same_numbers():
+    whole = denoiser()
+    parted = replace(whole, network=copy.deepcopy(whole.network))
+    place(parted, torch.device("cpu"), "layers")
+    assert all(p.device.type == "meta" for p in parted.network.parameters())
+    assert parted.device.type == "cpu"
+    torch.testing.assert_close(predicted(parted), predicted(whole), rtol=0, atol=0)
+
+
+def test_missing_torchao_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(DkdmError, match=r"pip install 'dkdm\[quant\]'"):
+        quantize_int8(denoiser().network)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own, about its CUDA kernels
+def test_int8_teacher_predicts_nearly_the_same():
+    pytest.importorskip("torchao", reason="torchao is an extra")
+    whole = load_teacher("builtin:fashion")
+    small = load_teacher("builtin:fashion", options=LoadOptions(dtype="int8"))
+    x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    t, cond = torch.linspace(0, 999, 8).long(), whole.conditioning.in_turns(8)
+    with torch.no_grad():
+        a, b = (model.predict(Batch(x, t, cond, t)).output for model in (whole, small))
+    error = (a - b).square().mean() / a.square().mean()
+    assert 0 < error < 1e-3
