@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -129,7 +130,8 @@ def read_prompts(spec: str, limit: int, seed: int) -> tuple[str, ...]:
     lines a uniform sample of `limit` is kept, which depends on `seed` alone. Raises UsageError
     where no file matches, none has a prompt in it, or one is not UTF-8 text.
     """
-    files = sorted(glob(os.path.expanduser(spec), recursive=True))
+    path = os.path.expanduser(spec)
+    files = [path] if os.path.isfile(path) else sorted(glob(path, recursive=True))
     if not files:
         raise UsageError(f"--prompts {spec}: no such file")
     kept: list[str] = []
@@ -143,14 +145,15 @@ def read_prompts(spec: str, limit: int, seed: int) -> tuple[str, ...]:
     if not kept:
         raise UsageError(f"--prompts {spec}: expected one prompt a line, found none")
     if count > limit:
-        print(f"--prompts {spec}: {limit:,} of {count:,} prompts, drawn at random (--max-prompts)")
+        drawn = f"{limit:,} of {count:,} prompts, drawn at random (--max-prompts)"
+        print(f"--prompts {spec}: {drawn}", file=sys.stderr)
     return tuple(dict.fromkeys(kept))
 
 
 def _lines(files: Sequence[str]) -> Iterator[str]:
     for name in files:
         try:
-            with open(name, encoding="utf-8") as opened:
+            with open(name, encoding="utf-8-sig") as opened:
                 yield from (line.strip() for line in opened if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompts {name}: cannot be read as UTF-8 text ({error})") from error
@@ -183,11 +186,14 @@ class EmbeddingCache:
                 if not cache._file(number).is_file():
                     raise ValueError(f"{cache._file(number).name} is missing")
         except (ValueError, TypeError) as error:
-            raise DkdmError(
-                f"{folder}: the cache of prompts is damaged ({error}): delete this folder, and the "
-                "prompts are encoded again"
-            ) from error
+            raise cache._damaged(error) from error
         return cache
+
+    def _damaged(self, error: Exception) -> DkdmError:
+        return DkdmError(
+            f"{self.folder}: the cache of prompts is damaged ({error}): delete this folder, and "
+            "the prompts are encoded again"
+        )
 
     def of(self, texts: Sequence[str]) -> EmbeddingCache:
         """The same cache, with numbers 0, 1, ... for these texts."""
@@ -232,8 +238,12 @@ class EmbeddingCache:
     def _tensors(self, number: int) -> dict[str, Tensor]:
         """The tensors of one file; they stay on disk until their rows are read."""
         if number not in self.opened:
-            with safe_open(self._file(number), "pt") as file:
-                self.opened[number] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            try:
+                with safe_open(self._file(number), "pt") as file:
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise self._damaged(error) from error
+            self.opened[number] = tensors
         return self.opened[number]
 
 
