@@ -187,7 +187,6 @@ def load_network(folder: Path, name: str, options: LoadOptions) -> nn.Module:
             variant=options.variant,
             torch_dtype=getattr(torch, options.dtype),
             output_loading_info=True,
-            low_cpu_mem_usage=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise DkdmError(f"{folder}: the weights of {name} cannot be loaded: {error}") from error

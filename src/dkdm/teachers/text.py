@@ -27,6 +27,8 @@ class Family:
     outputs: names of what it returns, None for what is not needed. arguments: given to it.
     defaults: arguments of `encode_prompt` that are taken from the pipeline's own `__call__`.
     zero_empty: the entry of model_index.json that says that an empty prompt is all zeros.
+    bare_empty: whether an empty prompt goes without the instruction that stands before the others;
+        the pipeline encodes it as its negative prompt, and returns that after the prompts' own.
     asks_transformer: whether it asks the denoiser's config for the width of a missing encoder.
     """
 
@@ -34,6 +36,7 @@ class Family:
     arguments: dict[str, Any] = field(default_factory=dict)
     defaults: tuple[str, ...] = ()
     zero_empty: str | None = None
+    bare_empty: bool = False
     asks_transformer: bool = False
 
     def all_arguments(self, bundle: Bundle) -> dict[str, Any]:
@@ -75,9 +78,14 @@ FAMILIES = {
     ),
     "FluxPipeline": Family((EMBEDS, POOLED), _SEVERAL, ("max_sequence_length",)),
     "SanaPipeline": Family(
-        (EMBEDS, MASK), _UNGUIDED, ("max_sequence_length", "complex_human_instruction")
+        (EMBEDS, MASK),
+        _UNGUIDED,
+        ("max_sequence_length", "complex_human_instruction"),
+        bare_empty=True,
     ),
-    "Lumina2Pipeline": Family((EMBEDS, MASK), _UNGUIDED, ("max_sequence_length", "system_prompt")),
+    "Lumina2Pipeline": Family(
+        (EMBEDS, MASK), _UNGUIDED, ("max_sequence_length", "system_prompt"), bare_empty=True
+    ),
     "WanPipeline": Family((EMBEDS,), _UNGUIDED, ("max_sequence_length",)),
 }
 
@@ -151,19 +159,30 @@ class LazyEncoders:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Embeddings of prompts, one row each."""
-        pipeline, family = self.load(), self.family
-        arguments = family.all_arguments(self.bundle)
+        rows, empty = self._encode(prompts), [i for i, prompt in enumerate(prompts) if not prompt]
+        if not empty:
+            return rows
+        if self.bundle.entries.get(self.family.zero_empty or "", False):
+            for value in rows.values():
+                value[empty] = 0
+        elif self.family.bare_empty:
+            bare = self._encode([""], negative=True)
+            for name, value in rows.items():
+                value[empty] = bare[name]
+        return rows
+
+    def _encode(self, prompts: Sequence[str], negative: bool = False) -> Condition:
+        """What the pipeline makes of prompts, or of negative prompts."""
+        pipeline, outputs = self.load(), self.family.outputs
+        arguments = self.family.all_arguments(self.bundle)
+        if negative:
+            arguments |= {"do_classifier_free_guidance": True, "negative_prompt": list(prompts)}
         device = next(
             part.device for name, part in pipeline.components.items() if _is_encoder(name, part)
         )
         encoded = pipeline.encode_prompt(prompt=list(prompts), device=device, **arguments)
-        found = zip(family.outputs, encoded, strict=False)
-        rows = {name: value.cpu() for name, value in found if name is not None}
-        if self.bundle.entries.get(family.zero_empty or "", False):
-            for row in (i for i, prompt in enumerate(prompts) if not prompt):
-                for value in rows.values():
-                    value[row] = 0
-        return rows
+        found = zip(outputs, encoded[len(outputs) if negative else 0 :], strict=False)
+        return {name: value.cpu() for name, value in found if name is not None}
 
     def release(self) -> None:
         self.pipeline = None
