@@ -65,7 +65,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
         index |= _class_index(denoiser)
         (folder / "pipeline.py").write_text(_pipeline_source(denoiser, component, components))
     else:
-        index |= denoiser.bundle.entries
+        index = {**denoiser.bundle.entries, **index}
     _write_json(folder / "model_index.json", index)
 
 
