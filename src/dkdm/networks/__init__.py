@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-HOMES: dict[str, str] = {}
+HOMES: dict[str, str] = {"AdmUNet": "adm"}
 
 
 def network_class(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Named networks that fit themselves to a sample shape and a conditioning.
 
 UNet sizes named by parameters are the paper's (DKDM, supplement), the ADM network of arXiv
-2105.05233 built from UNet2DModel: the same layers and number of parameters, other initial weights.
+2105.05233: `adm-*` as it is, `unet-*` built from UNet2DModel, which stock pipelines can sample: the
+same layers and number of parameters, other initial weights.
 DiT sizes follow arXiv 2212.09748, table 1.
 """
 
@@ -50,12 +51,7 @@ def unet(
     from diffusers import UNet2DModel
 
     in_channels, height, width = _image_shape(shape)
-    halvings = 2 ** (len(channels) - 1)
-    if height % halvings or width % halvings:
-        raise UsageError(
-            f"a UNet of {len(channels)} levels needs height and width divisible by {halvings}; "
-            f"the samples are {height}x{width}"
-        )
+    _check_halvings(height, width, len(channels))
     attends = [height // 2**level in attention for level in range(len(channels))]
     down, up = _PLAIN_BLOCKS[resample]
     groups = math.gcd(32, *channels)
@@ -76,6 +72,49 @@ def unet(
         dropout=dropout,
         num_class_embeds=_num_embeddings(conditioning),
     )
+
+
+def adm(
+    shape: tuple[int, ...],
+    out_channels: int,
+    conditioning: Conditioning,
+    channels: tuple[int, ...],
+    blocks: int,
+    attention: Container[int],
+    dropout: float = 0.0,
+) -> nn.Module:
+    """dkdm's AdmUNet: the paper's own network, weight for weight (arXiv 2105.05233).
+
+    attention: heights as in `unet`. Raises UsageError where the sample shape cannot be halved as
+    often as there are levels.
+    """
+    from dkdm.networks.adm import AdmUNet
+
+    in_channels, height, width = _image_shape(shape)
+    _check_halvings(height, width, len(channels))
+    factors = tuple(2**level for level in range(len(channels)))
+    return AdmUNet(
+        sample_size=height if height == width else (height, width),
+        in_channels=in_channels,
+        out_channels=out_channels,
+        model_channels=channels[0],
+        num_res_blocks=blocks,
+        channel_mult=tuple(width // channels[0] for width in channels),
+        attention_resolutions=tuple(f for f in factors if height // f in attention),
+        num_head_channels=32,
+        resblock_updown=True,
+        dropout=dropout,
+        num_class_embeds=_num_embeddings(conditioning),
+    )
+
+
+def _check_halvings(height: int, width: int, levels: int) -> None:
+    halvings = 2 ** (levels - 1)
+    if height % halvings or width % halvings:
+        raise UsageError(
+            f"a UNet of {levels} levels needs height and width divisible by {halvings}; "
+            f"the samples are {height}x{width}"
+        )
 
 
 _PLAIN_BLOCKS = {
@@ -225,11 +264,21 @@ def _unet(name: str, summary: str, **sizes: object) -> Preset:
     return Preset(name, summary, lambda s, o, c: unet(s, o, c, **sizes))  # type: ignore[arg-type]
 
 
+def _like_adm(name: str, summary: str, width: int, blocks: int, dropout: float = 0.0) -> Preset:
+    """The paper's networks as UNet2DModel."""
+    return _unet(name, summary, **_paper_sizes(width, blocks, dropout), resample="resnet")
+
+
 def _adm(name: str, summary: str, width: int, blocks: int, dropout: float = 0.0) -> Preset:
-    """The paper's networks: widths 1, 2, 2, 2, attention at 16 and 8 pixels."""
+    """The paper's networks as AdmUNet."""
+    sizes = _paper_sizes(width, blocks, dropout)
+    return Preset(name, summary, lambda s, o, c: adm(s, o, c, **sizes))  # type: ignore[arg-type]
+
+
+def _paper_sizes(width: int, blocks: int, dropout: float) -> dict[str, object]:
+    """Widths 1, 2, 2, 2, attention at 16 and 8 pixels."""
     channels = (width, 2 * width, 2 * width, 2 * width)
-    sizes = {"channels": channels, "blocks": blocks, "attention": (16, 8), "dropout": dropout}
-    return _unet(name, summary, **sizes, resample="resnet")
+    return {"channels": channels, "blocks": blocks, "attention": (16, 8), "dropout": dropout}
 
 
 def _dit(name: str, summary: str, **sizes: object) -> Preset:
@@ -251,11 +300,16 @@ PRESETS = {
               channels=(24, 48, 72), blocks=1, attention=(4,)),
         _unet("unet-tiny", "three levels, for 16x16 to 32x32 on a CPU",
               channels=(32, 64, 96), blocks=1, attention=(4,)),
-        _adm("unet-14m", "the paper's 14 M student: 64 channels, 3 blocks", 64, 3),
-        _adm("unet-24m", "the paper's 24 M student: 96 channels, 2 blocks", 96, 2),
-        _adm("unet-32m", "the paper's 32 M student: 96 channels, 3 blocks", 96, 3),
-        _adm("unet-44m", "the paper's 44 M student: 128 channels, 2 blocks", 128, 2),
-        _adm("unet-57m", "as large as the paper's teacher: 128 channels, 3 blocks", 128, 3, 0.3),
+        _like_adm("unet-14m", "the paper's 14 M student: 64 channels, 3 blocks", 64, 3),
+        _like_adm("unet-24m", "the paper's 24 M student: 96 channels, 2 blocks", 96, 2),
+        _like_adm("unet-32m", "the paper's 32 M student: 96 channels, 3 blocks", 96, 3),
+        _like_adm("unet-44m", "the paper's 44 M student: 128 channels, 2 blocks", 128, 2),
+        _like_adm("unet-57m", "the paper's teacher's size: 128 channels, 3 blocks", 128, 3, 0.3),
+        _adm("adm-14m", "unet-14m as AdmUNet: 64 channels, 3 blocks", 64, 3),
+        _adm("adm-24m", "unet-24m as AdmUNet: 96 channels, 2 blocks", 96, 2),
+        _adm("adm-32m", "unet-32m as AdmUNet: 96 channels, 3 blocks", 96, 3),
+        _adm("adm-44m", "unet-44m as AdmUNet: 128 channels, 2 blocks", 128, 2),
+        _adm("adm-57m", "unet-57m as AdmUNet: 128 channels, 3 blocks", 128, 3, 0.3),
         _dit("dit-tiny", "a small transformer, for minutes on a CPU", width=64, depth=4, heads=2),
         _dit("dit-xs", "a small transformer, for an hour on a CPU", width=96, depth=4, heads=3),
         _dit("dit-s", "DiT-S", width=384, depth=12, heads=6),

@@ -105,6 +105,7 @@ FACTS = {
     facts.class_name: facts
     for facts in (
         Facts("UNet2DModel"),
+        Facts("AdmUNet"),
         Facts("UNet1DModel", _audio_shape),
         Facts("DiTTransformer2DModel"),
         Facts("UNet2DConditionModel", constants=_sdxl_sizes),
