@@ -175,9 +175,18 @@ def test_add_noise_is_diffusers(shape):
         ({**DDPM, "beta_schedule": "square"}, "unknown beta schedule 'square'"),
         ({"_class_name": "CMStochasticIterativeScheduler"}, "no reverse transition"),
         ({"_class_name": "LCMScheduler"}, "no reverse transition"),
-        ({"_class_name": "VQDiffusionScheduler"}, "'VQDiffusionScheduler' is not supported"),
+        ({"_class_name": "VQDiffusionScheduler"}, "tokens, not Gaussian"),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "nearest supported is EDMEulerScheduler"),
+        ({"_class_name": "AmusedScheduler"}, "'AmusedScheduler' is not supported: expected DDPM"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            "timestep_type continuous is not supported",
+        ),
+        ({"_class_name": "EDMEulerScheduler", "sigma_schedule": "exponential"}, "schedule karras"),
+        ({"_class_name": "IPNDMScheduler", "trained_betas": [0.1]}, "trained_betas is not"),
         ({}, "without _class_name"),
-        ({**FLOW, "use_dynamic_shifting": True}, "use_dynamic_shifting is not supported"),
+        ({**FLOW, "use_dynamic_shifting": True}, "needs the picture's size"),
+        ({**FLOW, "invert_sigmas": True}, "with invert_sigmas is not supported"),
     ],
 )
 def test_schedulers_that_cannot_teach_are_refused(config, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,6 +35,7 @@ _REFUSED = {
     "VQDiffusionScheduler": "its states are tokens, not Gaussian; no supported scheduler is near",
     "ScoreSdeVeScheduler": "it predicts a score; the nearest supported is EDMEulerScheduler",
     "KarrasVeScheduler": "it evaluates twice a step; the nearest supported is EDMEulerScheduler",
+    "DPMSolverSDEScheduler": "the nearest supported is DPMSolverMultistepScheduler",
     "UnCLIPScheduler": "the nearest supported is DDPMScheduler with the same betas",
     "FlowMatchHeunDiscreteScheduler": "the nearest supported is FlowMatchEulerDiscreteScheduler",
 }
@@ -90,7 +92,6 @@ MULTISTEP = (
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
-    "DPMSolverSDEScheduler",
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
     "SASolverScheduler",
@@ -103,6 +104,7 @@ _BETA_KEYS = (
     "trained_betas",
     "prediction_type",
     "steps_offset",
+    "clip_sample_range",
     "thresholding",
     "dynamic_thresholding_ratio",
     "sample_max_value",
@@ -112,31 +114,53 @@ _BETA_KEYS = (
 
 def as_ddim(config: Config) -> dict[str, Any]:
     """A DDIM config of the same betas, prediction and clean end as a solver's config."""
-    name = config["_class_name"]
-    leading = name in ("PNDMScheduler", "LMSDiscreteScheduler")
-    to_zero = not leading or config.get("set_alpha_to_one", name != "PNDMScheduler")
+    own = _own_arguments(config)
+    if own.get("timestep_type", "discrete") != "discrete":
+        raise UsageError(
+            f"{config['_class_name']} with timestep_type {own['timestep_type']} is not supported: "
+            "expected discrete; the nearest supported is EDMEulerScheduler"
+        )
+    ends_clean = own.get("final_sigmas_type", "zero") == "zero"
     return {
         "_class_name": "DDIMScheduler",
-        **{key: config[key] for key in _BETA_KEYS if key in config},
-        "clip_sample": False,
-        "set_alpha_to_one": to_zero and config.get("final_sigmas_type", "zero") == "zero",
-        "timestep_spacing": config.get("timestep_spacing", "leading" if leading else "linspace"),
+        **{key: own[key] for key in _BETA_KEYS if key in own},
+        "clip_sample": own.get("clip_sample", False),
+        "set_alpha_to_one": own.get("set_alpha_to_one", ends_clean),
+        "timestep_spacing": own.get("timestep_spacing", "linspace"),
     }
+
+
+def _own_arguments(config: Config) -> dict[str, Any]:
+    """The arguments that a scheduler's class has, as the config has them or by their defaults.
+
+    Configs are handed from one class to another and keep what the new one does not read.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, config["_class_name"])
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: config.get(p.name, p.default) for p in parameters if p.name != "self"}
 
 
 def as_flow_euler(config: Config) -> dict[str, Any]:
     """A flow Euler config of the same shift as a solver's config with `use_flow_sigmas`."""
+    kept = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": config.get("num_train_timesteps", 1000),
+        **{key: config[key] for key in kept if key in config},
         "shift": config.get("flow_shift", 1.0),
     }
 
 
-def saved_config(config: Config) -> dict[str, Any]:
-    """The config a student is saved with: the teacher's own, or what it was rebuilt as."""
+def saved_config(config: Config, image_tokens: int | None = None) -> dict[str, Any]:
+    """The config a student is saved with: the teacher's own, or what it was rebuilt as.
+
+    A dynamic shift is beside it the `shift` that it amounts to, which diffusers does not read.
+    """
     if config.get("use_flow_sigmas"):
-        return as_flow_euler(config)
+        config = as_flow_euler(config)
+    if config.get("use_dynamic_shifting"):
+        return {**config, "shift": dynamic_shift(config, image_tokens)}
     return as_ddim(config) if config.get("_class_name") in MULTISTEP else dict(config)
 
 
@@ -244,12 +268,11 @@ def _from_trigonometric_config(config: Config) -> Process:
 
     Its networks are fed the angle atan2(sigma, alpha) as a share of a right angle.
     """
-    levels = config.get("num_train_timesteps", 1000)
     if config.get("trained_betas") is not None:
-        sigma = torch.as_tensor(config["trained_betas"], dtype=torch.float64).flip(0)
-    else:
-        u = torch.arange(1, levels + 1, dtype=torch.float64) / levels
-        sigma = torch.sin(u * math.pi / 2) ** 2
+        raise UsageError(f"{config['_class_name']} with trained_betas is not supported")
+    levels = config.get("num_train_timesteps", 1000)
+    u = torch.arange(1, levels + 1, dtype=torch.float64) / levels
+    sigma = torch.sin(u * math.pi / 2) ** 2
     alpha = (1 - sigma**2).clamp(min=0).sqrt()
     angle = torch.atan2(sigma, alpha) / math.pi * 2
     return Process(alpha, sigma, angle, spacing="trailing", scheduler=dict(config))

@@ -54,7 +54,7 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     shape = facts.shape(config, options.sample_size)
     tokens = math.prod(shape[1:]) // facts.patch(config) ** 2
     process = from_scheduler_config(scheduler, tokens)
-    process = replace(process, scheduler=saved_config(scheduler))
+    process = replace(process, scheduler=saved_config(scheduler, tokens))
     _check_channels(folder, config, shape, bundle)
     conditioning, constants = _conditioning(folder, config, index, bundle)
     constants |= facts.constants(config, shape, bundle)
@@ -170,12 +170,11 @@ def _check_channels(
 def _variance(
     config: dict[str, Any], scheduler: dict[str, Any], shape: tuple[int, ...]
 ) -> VarianceType:
-    """Twice the channels mean a learned range, whatever the scheduler makes of them."""
-    own: VarianceType = scheduler.get("variance_type") or "fixed_small"
+    """Twice the channels mean a learned range; only DDPM schedulers say what else it is."""
+    known = scheduler["_class_name"] == "DDPMScheduler" and scheduler.get("variance_type")
+    own: VarianceType = known or "fixed_small"
     learns = config.get("out_channels") == 2 * shape[0]
-    if learns != own.startswith("learned"):
-        return "learned_range" if learns else "fixed_small"
-    return own
+    return "learned_range" if learns and not own.startswith("learned") else own
 
 
 def load_network(folder: Path, name: str, options: LoadOptions) -> nn.Module:
