@@ -99,7 +99,9 @@ class StudentsOptions:
     """List the named students at a teacher's sample shape."""
 
     teacher: str = "builtin:fashion"
-    """Whose shape and conditioning they are fitted to."""
+    """Whose shape and conditioning they are fitted to; of a pipeline only the configs are read."""
+    teacher_size: Labels = None
+    """Height and width (frames, height, width; or length) as the teacher sees a sample."""
     json: bool = False
     """Print JSON for machines."""
 
@@ -320,9 +322,10 @@ def _inspect(args: list[str]) -> int:
 def _students(args: list[str]) -> int:
     options = tyro.cli(StudentsOptions, args=args, prog="dkdm students")
     from dkdm.listing import list_students, print_students
-    from dkdm.teachers import load_teacher
+    from dkdm.teachers import LoadOptions, load_teacher, sketch_teacher
 
-    teacher = load_teacher(options.teacher)
+    how = LoadOptions(sample_size=options.teacher_size)
+    teacher = sketch_teacher(options.teacher, how) or load_teacher(options.teacher, options=how)
     rows = list_students(teacher)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))

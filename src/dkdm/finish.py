@@ -30,12 +30,12 @@ GRID_SAMPLES = 40
 
 def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[int, Denoiser], None]:
     """Writes samples/step-N.png: a row of the teacher's samples, one of the student's."""
-    for_teacher, for_student = _guidance(config)
     plan = Plan(GRID_COLUMNS, config.validation_sampling_steps, config.seed)
     drawn: list[torch.Tensor] = []
 
     def write(step: int, student: Denoiser) -> None:
         before = teacher.evaluations
+        for_teacher, for_student = _guidance(config, student)
         cond = student.conditioning.in_turns(GRID_COLUMNS)
         if not drawn:
             drawn.append(pictures(teacher, draw(teacher, cond, plan, for_teacher)))
@@ -64,12 +64,16 @@ def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
     grid(samples, GRID_COLUMNS, scale=4).save(folder / f"{name}.png")
 
 
-def _guidance(config: DistillConfig) -> tuple[float, float]:
-    """Sampling guidance of teacher and student: baked into the student, or applied to both."""
+def _guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
+    """Sampling guidance of teacher and student: baked into the student, or applied to both.
+
+    A student that embeds the scale was told it, and is told it again.
+    """
     guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
     if guidance.is_off or guidance.chain_only:
         return config.sampling_guidance_scale, config.sampling_guidance_scale
-    return (guidance.low + guidance.high) / 2, 1.0
+    middle = (guidance.low + guidance.high) / 2
+    return middle, middle if student.embeds_guidance else 1.0
 
 
 def compare_models(
@@ -77,7 +81,7 @@ def compare_models(
 ) -> Comparison | None:
     if config.evaluation_samples == 0:
         return None
-    for_teacher, for_student = _guidance(config)
+    for_teacher, for_student = _guidance(config, student)
     comparison = compare(
         teacher,
         student,
