@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,11 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
     """Read a .safetensors, .pt, .pth or .ckpt file without running anything in it.
 
     ema: take averaged weights where the file has them beside the plain ones. Raises UsageError for
-    a .pkl and for a file with code in it, DkdmError for one that cannot be read.
+    a file that is missing, for a .pkl and for a file with code in it, DkdmError for one that cannot
+    be read.
     """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return Weights(path, read_tensors(path))
     if path.suffix == ".pkl":
@@ -54,30 +58,52 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
 def _unpickle(path: Path) -> Any:
     """torch.load restricted to tensors and plain values; classes of trainers become inert."""
     try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        foreign = [name for name in unknown if not name.startswith(_INERT)]
+        unknown = _unknown_names(path)
+        foreign = [name for name in unknown if not name.startswith((*_INERT, *_HARMLESS))]
         if foreign:
-            raise UsageError(
-                f"{path}: holds more than weights ({', '.join(foreign[:3])}), which would run as "
-                "code. Where you trust it, save its state dict alone: "
-                "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
-            )
-        stubs: list[Any] = [(_stub(name), name) for name in unknown]
+            raise _more_than_weights(path, sorted(foreign))
+        stubs: list[Any] = [(_HARMLESS.get(name) or _stub(name), name) for name in unknown]
         with torch.serialization.safe_globals(stubs):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise DkdmError(f"{path}: cannot be read as a torch checkpoint ({error})") from error
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        if refused := re.findall(r"GLOBAL (\S+)", str(error)):
+            raise _more_than_weights(path, refused) from error
+        raise DkdmError(
+            f"{path}: cannot be read as a torch checkpoint, or is cut short ({error})"
+        ) from error
 
 
-_INERT = ("pytorch_lightning.", "lightning.", "omegaconf.", "argparse.Namespace")
+def _unknown_names(path: Path) -> list[str]:
+    """Classes and functions in a checkpoint that torch does not know as harmless.
+
+    Before torch 1.6 a checkpoint was no zip file; `torch.load` itself refuses them there.
+    """
+    zipped = zipfile.is_zipfile(path)
+    return torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+
+
+def _more_than_weights(path: Path, names: list[str]) -> UsageError:
+    return UsageError(
+        f"{path}: holds more than weights ({', '.join(names[:3])}), which would run as code. Where "
+        "you trust it, save its state dict alone: "
+        "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
+    )
+
+
+_INERT = ("pytorch_lightning.", "lightning.", "omegaconf.", "argparse.Namespace", "typing.")
+_HARMLESS: dict[str, Any] = {
+    "collections.defaultdict": lambda *_: {},
+    **{f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, str, tuple)},
+}
 
 
 def _stub(name: str) -> type:
     """A class without behaviour, in place of one that only describes a training run."""
     module, _, plain = name.rpartition(".")
-    return type(plain, (), {"__module__": module, "__setstate__": lambda *_: None})
+    nothing = {"__init__": lambda *_: None, "__setstate__": lambda *_: None}
+    return type(plain, (), {"__module__": module, **nothing})
 
 
 def _split(
@@ -121,4 +147,5 @@ def frozen(
     Raises DkdmError where keys or shapes are not the network's.
     """
     load_strict(network, tensors, str(path))
-    return network.to(getattr(torch, dtype)).eval().requires_grad_(False)
+    nn.Module.to(network, getattr(torch, dtype))  # diffusers' own warns of nothing
+    return network.eval().requires_grad_(False)
