@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-HOMES: dict[str, str] = {"AdmUNet": "adm"}
+HOMES: dict[str, str] = {"AdmUNet": "adm", "SongUNet": "edm", "DhariwalUNet": "edm"}
 
 
 def network_class(name: str) -> Any:

@@ -79,11 +79,10 @@ def _pixart_sizes(config: Config, shape: tuple[int, ...], bundle: Bundle) -> Con
 
 
 def pixels(shape: tuple[int, ...], bundle: Bundle) -> tuple[int, int]:
-    """Height and width in pixels of a latent shape (C, H, W)."""
-    levels = (
-        len(bundle.autoencoder.config.get("block_out_channels", ())) if bundle.autoencoder else 1
-    )
-    factor = 2 ** (levels - 1)
+    """Height and width in pixels of a latent shape (C, ..., H, W)."""
+    config = bundle.autoencoder.config if bundle.autoencoder else {}
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0]
+    factor = config.get("scale_factor_spatial") or 2 ** (len(levels) - 1)
     return shape[-2] * factor, shape[-1] * factor
 
 
@@ -106,6 +105,8 @@ FACTS = {
     for facts in (
         Facts("UNet2DModel"),
         Facts("AdmUNet"),
+        Facts("SongUNet"),
+        Facts("DhariwalUNet"),
         Facts("UNet1DModel", _audio_shape),
         Facts("DiTTransformer2DModel"),
         Facts("UNet2DConditionModel", constants=_sdxl_sizes),

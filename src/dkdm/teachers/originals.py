@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
-from dkdm.teachers import dit, guided_diffusion
+from dkdm.teachers import dit, edm, guided_diffusion, latent_diffusion
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.state_dict import Weights, read_weights
 
@@ -30,10 +30,14 @@ class Format:
 FORMATS: dict[str, Format] = {
     "dit": Format("facebookresearch/DiT", dit.recognizes_dit, dit.load_dit),
     "sit": Format("willisma/SiT", dit.recognizes_sit, dit.load_sit),
+    "edm": Format("NVlabs/edm", edm.recognizes, edm.load),
     "guided-diffusion": Format(
         "openai/guided-diffusion, openai/improved-diffusion, forever208/DDPM-IP",
         guided_diffusion.recognizes,
         guided_diffusion.load,
+    ),
+    "latent-diffusion": Format(
+        "CompVis/latent-diffusion", latent_diffusion.recognizes, latent_diffusion.load
     ),
 }
 

@@ -1,0 +1,171 @@
+"""Weights of NVlabs/edm; numbers are its own code's."""
+
+import pytest
+import torch
+
+import dkdm
+from dkdm import DkdmError, UsageError, load_teacher
+from dkdm.denoiser import Batch
+from dkdm.networks.edm import DhariwalUNet, SongUNet
+from dkdm.process import per_sample
+from dkdm.steps import reverse_step
+from dkdm.students import student_of
+from dkdm.teachers import LoadOptions
+from formula_weights import few, numbers, state_of
+from test_api import run
+
+LABELS = torch.tensor([0, 3, 1])
+KINDS = {
+    "ddpmpp": (
+        SongUNet,
+        {
+            "num_class_embeds": 4,
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "attention_resolutions": (8,),
+            "model_channels": 8,
+            "noise_channels": 8,
+            "emb_channels": 32,
+        },
+    ),
+    "ncsnpp": (
+        SongUNet,
+        {
+            "block_out_channels": (16, 16, 16),
+            "layers_per_block": 2,
+            "attention_resolutions": (8,),
+            "model_channels": 8,
+            "noise_channels": 16,
+            "emb_channels": 32,
+            "fourier": True,
+            "residual_input": True,
+            "resample_filter": (1, 3, 3, 1),
+        },
+    ),
+    "adm": (
+        DhariwalUNet,
+        {
+            "num_class_embeds": 4,
+            "block_out_channels": (32, 128),
+            "layers_per_block": 1,
+            "attention_resolutions": (8,),
+            "model_channels": 32,
+            "emb_channels": 128,
+        },
+    ),
+}
+# The original's F at t = 0, 500, 999, and the states after one Euler step, over 1 + sigma.
+OUTPUTS = {
+    "ddpmpp": [-0.4636348, 0.3564743, -0.5246332, 0.8824313, 1.337219, 0.3288337, 0.2857294],
+    "ncsnpp": [0.4052279, 1.0163558, 0.1078833, -0.272323, 0.7440175, -0.1236373, 0.3662759],
+    "adm": [-0.1798707, 0.4609907, 0.7892973, -0.4701749, 0.3616564, -0.0978004, 0.2712906],
+}
+STEPS = {
+    "ddpmpp": [-0.0055432, 0.002965, -0.0725555, 0.8515082, 0.0372469, -1.0795544, 0.4942547],
+    "ncsnpp": [-0.0038089, 0.0042821, -0.0717709, 0.8500758, 0.0372269, -1.0795697, 0.49417],
+    "adm": [-0.0049768, 0.0031736, -0.0709257, 0.8498304, 0.0372141, -1.0795688, 0.4942604],
+}
+
+
+def checkpoint(kind):
+    """The state dict of an EDMPrecond around a tiny UNet for 3x16x16 samples."""
+    cls, config = KINDS[kind]
+    own = {f"model.{k}": v for k, v in cls(sample_size=16, **config).state_dict().items()}
+    fixed = {name: value for name, value in own.items() if name.endswith("resample_filter")}
+    return state_of(own) | fixed
+
+
+def saved(tmp_path, state):
+    torch.save(state, tmp_path / "model.pt")
+    return str(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_the_original(tmp_path, kind):
+    teacher = load_teacher(saved(tmp_path, checkpoint(kind)))
+    t = torch.tensor([0, 500, 999])
+    sigma = teacher.process.sigma[t]
+    x = numbers("x", 3, 3, 16, 16) * per_sample(sigma, torch.zeros(3, 3, 16, 16))
+    cond = {"class_labels": LABELS} if "num_class_embeds" in KINDS[kind][1] else {}
+    prediction = teacher.predict(Batch(x, t, cond, t))
+    assert few(prediction.output) == pytest.approx(OUTPUTS[kind], abs=1e-5)
+    z = torch.zeros_like(x)
+    moved = reverse_step(teacher.process, teacher.parameterization, x, prediction, t, t - 1, z, 0)
+    assert few(moved / per_sample(1 + sigma, x)) == pytest.approx(STEPS[kind], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_file_tells_the_config(tmp_path, kind):
+    cls, config = KINDS[kind]
+    network = load_teacher(saved(tmp_path, checkpoint(kind))).network
+    expected = cls(sample_size=16, **config).config
+    assert {name: network.config[name] for name in expected if name[0] != "_"} == {
+        name: value for name, value in expected.items() if name[0] != "_"
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision(tmp_path, kind):
+    teacher = load_teacher(saved(tmp_path, checkpoint(kind)), options=LoadOptions(dtype="bfloat16"))
+    assert teacher.dtype == torch.bfloat16
+
+
+def test_augmentation_and_the_wrapper_may_be_there_or_not(tmp_path):
+    state = checkpoint("ddpmpp")
+    bare = {name.removeprefix("model."): value for name, value in state.items()}
+    augmented = state | {"model.map_augment.weight": torch.ones(8, 9)}
+    for found in (load_teacher(saved(tmp_path, one)) for one in (bare, augmented)):
+        assert found.conditioning == dkdm.ClassLabels(4)
+
+
+def test_without_a_label_the_class_is_nothing():
+    network = SongUNet(sample_size=16, **KINDS["ddpmpp"][1])
+    network.load_state_dict(state_of(network.state_dict()))
+    x, time = numbers("x", 1, 3, 16, 16), torch.zeros(1)
+    assert not torch.equal(network(x, time), network(x, time, torch.tensor([0])))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "level", "encoder"])
+def test_other_weights_are_refused(tmp_path, change):
+    state = checkpoint("ddpmpp")
+    if change == "missing":
+        del state["model.enc.8x8_block0.norm1.bias"]
+    elif change == "unexpected":
+        state["model.enc.8x8_aux_skip.weight"] = torch.ones(8, 3, 1, 1)
+    elif change == "shape":
+        state["model.map_layer1.weight"] = torch.ones(33, 32)
+    elif change == "level":
+        del state["model.enc.8x8_block0.conv0.weight"]
+    else:
+        state = {name: value for name, value in state.items() if ".enc." not in name}
+    with pytest.raises(DkdmError, match=r"model\.pt"):
+        load_teacher(saved(tmp_path, state))
+
+
+def test_other_preconditioning_is_refused(tmp_path):
+    path = saved(tmp_path, checkpoint("adm") | {"u": torch.ones(1001)})
+    with pytest.raises(UsageError, match="iDDPM"):
+        load_teacher(path)
+    path = saved(tmp_path, checkpoint("adm"))
+    with pytest.raises(UsageError, match="--precond vp: expected one of edm"):
+        load_teacher(path, options=LoadOptions(flags="--precond=vp"))
+
+
+def test_distilled_from_a_checkpoint_file(tmp_path):
+    teacher = load_teacher(saved(tmp_path, checkpoint("ddpmpp")))
+    student = student_of("unet-mini", teacher)
+    folder, metrics, _ = run(tmp_path, teacher, student, max_train_steps=10)
+    assert len(metrics) == 10
+    again = load_teacher(str(folder))
+    assert again.parameterization == teacher.parameterization
+    assert again.conditioning == teacher.conditioning
+    assert torch.allclose(again.process.sigma, teacher.process.sigma)
+
+
+def test_student_of_the_same_architecture_is_saved_with_its_code(tmp_path):
+    teacher = load_teacher(saved(tmp_path, checkpoint("ncsnpp")))
+    teacher.network.save_config(tmp_path / "student")
+    student = student_of(str(tmp_path / "student" / "config.json"), teacher)
+    folder, _, _ = run(tmp_path, teacher, student, max_train_steps=2)
+    assert (folder / "unet" / "edm.py").is_file()
+    assert isinstance(load_teacher(str(folder)).network, SongUNet)
