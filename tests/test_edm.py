@@ -1,12 +1,14 @@
-"""Weights of NVlabs/edm; numbers are its own code's."""
+"""Weights of NVlabs/edm and NVlabs/edm2; numbers are their own code's."""
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 import dkdm
 from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.denoiser import Batch
 from dkdm.networks.edm import DhariwalUNet, SongUNet
+from dkdm.networks.edm2 import EDM2UNet
 from dkdm.process import per_sample
 from dkdm.steps import reverse_step
 from dkdm.students import student_of
@@ -53,24 +55,52 @@ KINDS = {
             "emb_channels": 128,
         },
     ),
+    "edm2": (
+        EDM2UNet,
+        {
+            "num_class_embeds": 4,
+            "block_out_channels": (32, 128),
+            "layers_per_block": 1,
+            "attention_resolutions": (8,),
+            "noise_channels": 32,
+            "emb_channels": 128,
+        },
+    ),
+    "edm2-pixels": (
+        EDM2UNet,
+        {
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": (16, 32, 64),
+            "layers_per_block": 2,
+            "attention_resolutions": (4,),
+            "noise_channels": 16,
+            "emb_channels": 64,
+        },
+    ),
 }
 # The original's F at t = 0, 500, 999, and the states after one Euler step, over 1 + sigma.
 OUTPUTS = {
     "ddpmpp": [-0.4636348, 0.3564743, -0.5246332, 0.8824313, 1.337219, 0.3288337, 0.2857294],
     "ncsnpp": [0.4052279, 1.0163558, 0.1078833, -0.272323, 0.7440175, -0.1236373, 0.3662759],
     "adm": [-0.1798707, 0.4609907, 0.7892973, -0.4701749, 0.3616564, -0.0978004, 0.2712906],
+    "edm2": [-0.0278183, 0.010057, -0.1914576, 0.0518334, 0.0027095, 0.0372843, 0.0085253],
+    "edm2-pixels": [0.0042221, -0.0450398, -0.0439957, -0.2132702, -0.204443, 0.0940263, 0.0092651],
 }
 STEPS = {
     "ddpmpp": [-0.0055432, 0.002965, -0.0725555, 0.8515082, 0.0372469, -1.0795544, 0.4942547],
     "ncsnpp": [-0.0038089, 0.0042821, -0.0717709, 0.8500758, 0.0372269, -1.0795697, 0.49417],
     "adm": [-0.0049768, 0.0031736, -0.0709257, 0.8498304, 0.0372141, -1.0795688, 0.4942604],
+    "edm2": [-0.0046733, -0.0016682, -0.1759152, 0.0269652, -0.018252, -0.9701895, 0.5051137],
+    "edm2-pixels": [-0.0046094, 0.0021635, -0.0719593, 0.850149, 0.037195, -1.0795623, 0.4942156],
 }
 
 
 def checkpoint(kind):
-    """The state dict of an EDMPrecond around a tiny UNet for 3x16x16 samples."""
+    """The state dict of a preconditioned tiny UNet for 16x16 samples."""
     cls, config = KINDS[kind]
-    own = {f"model.{k}": v for k, v in cls(sample_size=16, **config).state_dict().items()}
+    prefix = "unet" if cls is EDM2UNet else "model"
+    own = {f"{prefix}.{k}": v for k, v in cls(sample_size=16, **config).state_dict().items()}
     fixed = {name: value for name, value in own.items() if name.endswith("resample_filter")}
     return state_of(own) | fixed
 
@@ -85,7 +115,8 @@ def test_numbers_of_the_original(tmp_path, kind):
     teacher = load_teacher(saved(tmp_path, checkpoint(kind)))
     t = torch.tensor([0, 500, 999])
     sigma = teacher.process.sigma[t]
-    x = numbers("x", 3, 3, 16, 16) * per_sample(sigma, torch.zeros(3, 3, 16, 16))
+    x = numbers("x", 3, *teacher.sample_shape)
+    x = x * per_sample(sigma, x)
     cond = {"class_labels": LABELS} if "num_class_embeds" in KINDS[kind][1] else {}
     prediction = teacher.predict(Batch(x, t, cond, t))
     assert few(prediction.output) == pytest.approx(OUTPUTS[kind], abs=1e-5)
@@ -108,6 +139,26 @@ def test_file_tells_the_config(tmp_path, kind):
 def test_half_precision(tmp_path, kind):
     teacher = load_teacher(saved(tmp_path, checkpoint(kind)), options=LoadOptions(dtype="bfloat16"))
     assert teacher.dtype == torch.bfloat16
+
+
+def test_head_that_estimates_uncertainty_is_left_out(tmp_path):
+    head = {"logvar_fourier.freqs": torch.ones(8), "logvar_linear.weight": torch.ones(1, 8)}
+    teacher = load_teacher(saved(tmp_path, checkpoint("edm2") | head))
+    assert teacher.conditioning == dkdm.ClassLabels(4)
+
+
+def test_autoencoder_must_standardize_as_edm2_does(tmp_path):
+    path = saved(tmp_path, checkpoint("edm2"))
+    autoencoder = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
+    options = LoadOptions(flags=f"--vae {tmp_path}/vae")
+    autoencoder.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UsageError, match='"latents_mean": \\[5.81'):
+        load_teacher(path, options=options)
+    autoencoder.register_to_config(
+        scaling_factor=0.5, latents_mean=[5.0] * 4, latents_std=[4.0] * 4
+    )
+    autoencoder.save_pretrained(tmp_path / "vae")
+    assert load_teacher(path, options=options).bundle.autoencoder is not None
 
 
 def test_augmentation_and_the_wrapper_may_be_there_or_not(tmp_path):
@@ -151,8 +202,9 @@ def test_other_preconditioning_is_refused(tmp_path):
         load_teacher(path, options=LoadOptions(flags="--precond=vp"))
 
 
-def test_distilled_from_a_checkpoint_file(tmp_path):
-    teacher = load_teacher(saved(tmp_path, checkpoint("ddpmpp")))
+@pytest.mark.parametrize("kind", ["ddpmpp", "edm2"])
+def test_distilled_from_a_checkpoint_file(tmp_path, kind):
+    teacher = load_teacher(saved(tmp_path, checkpoint(kind)))
     student = student_of("unet-mini", teacher)
     folder, metrics, _ = run(tmp_path, teacher, student, max_train_steps=10)
     assert len(metrics) == 10
@@ -162,10 +214,11 @@ def test_distilled_from_a_checkpoint_file(tmp_path):
     assert torch.allclose(again.process.sigma, teacher.process.sigma)
 
 
-def test_student_of_the_same_architecture_is_saved_with_its_code(tmp_path):
-    teacher = load_teacher(saved(tmp_path, checkpoint("ncsnpp")))
+@pytest.mark.parametrize(("kind", "file"), [("ncsnpp", "edm.py"), ("edm2-pixels", "edm2.py")])
+def test_student_of_the_same_architecture_is_saved_with_its_code(tmp_path, kind, file):
+    teacher = load_teacher(saved(tmp_path, checkpoint(kind)))
     teacher.network.save_config(tmp_path / "student")
     student = student_of(str(tmp_path / "student" / "config.json"), teacher)
     folder, _, _ = run(tmp_path, teacher, student, max_train_steps=2)
-    assert (folder / "unet" / "edm.py").is_file()
-    assert isinstance(load_teacher(str(folder)).network, SongUNet)
+    assert (folder / "unet" / file).is_file()
+    assert isinstance(load_teacher(str(folder)).network, KINDS[kind][0])

@@ -9,7 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-HOMES: dict[str, str] = {"AdmUNet": "adm", "SongUNet": "edm", "DhariwalUNet": "edm"}
+HOMES: dict[str, str] = {
+    "AdmUNet": "adm",
+    "SongUNet": "edm",
+    "DhariwalUNet": "edm",
+    "EDM2UNet": "edm2",
+}
 
 
 def network_class(name: str) -> Any:

@@ -96,16 +96,18 @@ def _label_weight(tensors: Mapping[str, Tensor]) -> Tensor | None:
     return tensors.get("map_label.weight", tensors.get("emb_label.weight"))
 
 
-def attention(tensors: Mapping[str, Tensor], sizes: tuple[int, ...], qkv: str) -> tuple[int, ...]:
-    """The resolutions whose blocks have attention weights of this name."""
+def attention(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], qkv: str
+) -> tuple[int, ...]:
+    """The resolutions of a config's levels whose blocks have attention weights of this name."""
+    sizes = [config["sample_size"] >> i for i in range(len(config["block_out_channels"]))]
     return tuple(size for size in sizes if f"enc.{size}x{size}_block0.{qkv}.weight" in tensors)
 
 
 def _common_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     config = levels(tensors, "conv0")
-    sizes = tuple(config["sample_size"] >> i for i in range(len(config["block_out_channels"])))
     return config | {
-        "attention_resolutions": attention(tensors, sizes, "qkv"),
+        "attention_resolutions": attention(tensors, config, "qkv"),
         "emb_channels": len(tensors["map_layer1.weight"]),
     }
 

@@ -107,6 +107,7 @@ FACTS = {
         Facts("AdmUNet"),
         Facts("SongUNet"),
         Facts("DhariwalUNet"),
+        Facts("EDM2UNet"),
         Facts("UNet1DModel", _audio_shape),
         Facts("DiTTransformer2DModel"),
         Facts("UNet2DConditionModel", constants=_sdxl_sizes),
