@@ -1,5 +1,6 @@
 """The memory plan against what is really allocated, and its advice."""
 
+import contextlib
 import copy
 import json
 from dataclasses import replace
@@ -11,7 +12,7 @@ from torch import nn
 from dkdm.cli import main
 from dkdm.denoiser import Batch
 from dkdm.errors import UsageError
-from dkdm.inspection.memory import MIB, LiveStorages
+from dkdm.inspection.memory import MIB, LiveStorages, fused_attention
 from dkdm.plan import Choices, changes, plan, training_mib
 from factories import denoiser
 
@@ -113,3 +114,16 @@ def test_command_says_by_its_exit_code_whether_it_fits(capsys):
     assert json.loads(capsys.readouterr().out)["changes"]
     assert main([*command[:-1], "--memory", "0.4"]) == 1
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_fused_attention_needs_no_matrix_of_weights():
+    tokens, width = 512, 8
+    q = torch.zeros(1, 1, tokens, width, device="meta", requires_grad=True)
+    peaks = []
+    for mode in (fused_attention(), contextlib.nullcontext()):
+        with mode, LiveStorages() as storages:
+            nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+        assert q.grad.shape == q.shape
+        q.grad = None
+        peaks.append(storages.peak)
+    assert peaks[0] < 8 * tokens * width * 4 < tokens**2 * 4 <= peaks[1]

@@ -12,7 +12,7 @@ from torch import nn
 
 from dkdm.denoiser import Batch, Denoiser
 from dkdm.errors import UsageError
-from dkdm.inspection.memory import MIB, LiveStorages, evaluation_mib, weights_mib
+from dkdm.inspection.memory import MIB, LiveStorages, evaluation_mib, fused_attention, weights_mib
 from dkdm.students import untried_student_of
 from dkdm.trainer import enable_gradient_checkpointing
 
@@ -70,8 +70,8 @@ def plan(teacher: Denoiser, student: str, choices: Choices) -> MemoryPlan:
 
     teacher: its network may be on the meta device; student: a preset, a config.json or
     module:factory. Activations are those of one forward and backward pass of the batch that a
-    device gets, without what kernels allocate inside themselves. Raises UsageError where the
-    student does not fit the teacher.
+    device gets, with fused attention and without what kernels allocate inside themselves. Raises
+    UsageError where the student does not fit the teacher.
     """
     batch = choices.train_batch_size // choices.gpus
     learner = _student(teacher, student, choices)
@@ -82,7 +82,7 @@ def plan(teacher: Denoiser, student: str, choices: Choices) -> MemoryPlan:
         taught_by -= _saved_by_int8(teacher)
     on_device = {
         "teacher weights": 0.0 if choices.teacher_offload == "layers" else taught_by,
-        "teacher evaluation": evaluation_mib(
+        "teacher evaluation": _evaluation_mib(
             _in(choices.teacher_dtype, teacher), batch * (2 if choices.guided else 1)
         ),
         "student weights": weights,
@@ -98,6 +98,11 @@ def plan(teacher: Denoiser, student: str, choices: Choices) -> MemoryPlan:
         "pool": pool if choices.pool_device == "cpu" else 0.0,
     }
     return MemoryPlan(choices, on_device, on_host)
+
+
+def _evaluation_mib(teacher: Denoiser, batch_size: int) -> float:
+    with fused_attention():
+        return evaluation_mib(teacher, batch_size)
 
 
 def _in(dtype: str, teacher: Denoiser) -> Denoiser:
@@ -135,7 +140,7 @@ def training_mib(student: Denoiser, batch_size: int) -> float:
     cond = student.conditioning.draw(batch_size, torch.Generator().manual_seed(0))
     t = torch.zeros(batch_size, dtype=torch.int64)
     before = student.evaluations
-    with LiveStorages() as storages:
+    with fused_attention(), LiveStorages() as storages:
         x = torch.zeros(batch_size, *student.sample_shape, device=student.device)
         prediction = student.predict(Batch(x, t, cond, t))
         prediction.output.square().mean().backward()
@@ -208,7 +213,7 @@ def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, consol
         row = (found.device[name], found.host.get(name, 0.0))
         table.add_row(name, *(f"{value / GIB:,.2f}" if value else "-" for value in row))
     table.add_row(
-        "all", f"{found.device_total / GIB:,.2f}", f"{sum(found.host.values()) / GIB:,.2f}"
+        "at most", f"{found.device_total / GIB:,.2f}", f"{sum(found.host.values()) / GIB:,.2f}"
     )
     console.print(table)
     if found.device_total <= limit_mib:

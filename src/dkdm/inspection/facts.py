@@ -54,8 +54,9 @@ class Inspection:
 
     embeds_guidance: whether the network is fed the guidance scale. pipeline, autoencoder: class
     names; None where there is none, or pixels. parameters, macs: a number; macs are
-    multiply-accumulates of one evaluation of one sample. weights_mib, evaluation_mib: memory of the weights, and beside them of one evaluation of
-    `batch_size` samples without gradients. evaluations_per_second: samples a second, on `device`.
+    multiply-accumulates of one evaluation of one sample. weights_mib, evaluation_mib: memory of the
+    weights, and beside them of one evaluation of `batch_size` samples without gradients.
+    evaluations_per_second: samples a second, on `device`.
     """
 
     name: str

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +47,43 @@ class LiveStorages(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.alive -= size
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that keeps inputs and output for the backward pass, and no matrix of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        del gradients
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """On the meta device, attention takes the memory of the fused kernels that a GPU runs.
+
+    Source: FlashAttention, arXiv 2205.14135. torch would count its plain formula there, with a
+    weight for every pair of tokens. Replaced for all threads: a backward pass may recompute.
+    """
+    real = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if query.device.type == "meta":
+            fused: Tensor = _Attention.apply(query, key, value)
+            return fused
+        return real(query, key, value, *args, **kwargs)
+
+    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = real
 
 
 @torch.no_grad()
