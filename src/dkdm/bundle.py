@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,11 +20,27 @@ TILED_FROM = 128  # latents this wide or wider are decoded in tiles, where diffu
 
 @dataclass(frozen=True)
 class Component:
-    """A component of a diffusers pipeline as it lies on disk: folder, library and class name."""
+    """A component of a diffusers pipeline as it lies on disk: folder, library and class name.
+
+    variant: of its weight files, where they have one.
+    """
 
     folder: Path
     library: str
     class_name: str
+    variant: str | None = None
+
+    def load(self, **options: Any) -> Any:
+        """The component itself. Raises DkdmError where it cannot be loaded."""
+        if self.variant and any(self.folder.glob(f"*.{self.variant}.*")):
+            options["variant"] = self.variant
+        try:
+            cls = getattr(importlib.import_module(self.library), self.class_name)
+            return cls.from_pretrained(self.folder, **options)
+        except (AttributeError, ImportError, OSError, ValueError, RuntimeError) as error:
+            raise DkdmError(
+                f"{self.folder}: {self.class_name} cannot be loaded: {error}"
+            ) from error
 
 
 @dataclass(eq=False)
@@ -40,17 +57,7 @@ class Autoencoder:
 
     def _loaded(self, device: torch.device) -> Any:
         if self.network is None:
-            import diffusers
-
-            try:
-                cls = getattr(diffusers, self.component.class_name)
-                loaded = cls.from_pretrained(self.component.folder)
-            except (AttributeError, OSError, ValueError, RuntimeError) as error:
-                raise DkdmError(
-                    f"{self.component.folder}: the autoencoder {self.component.class_name} cannot "
-                    f"be loaded: {error}"
-                ) from error
-            self.network = loaded.eval().requires_grad_(False)
+            self.network = self.component.load().eval().requires_grad_(False)
         return self.network.to(device)
 
     @property
@@ -65,15 +72,17 @@ class Autoencoder:
         found = config.get("latent_channels") or config.get("z_dim")
         return None if found is None else int(found)
 
-    def _standard(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(shift, scale), each [1 or C, 1, ...]."""
+    def standard(self) -> tuple[list[float], list[float]]:
+        """(shift, scale), one number each, or one for every channel."""
         config = self.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        shift = config.get("shift_factor") or 0.0
+        shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
         scale = config.get("scaling_factor") or 1.0
-        one = [shift if mean is None else value for value in (mean or [0.0])]
-        two = [scale if std is None else scale / value for value in (std or [1.0])]
-        return tuple(per_sample(torch.tensor(v), like[0]) for v in (one, two))  # type: ignore[return-value]
+        return shift, [scale / std for std in config.get("latents_std") or [1.0]]
+
+    def _standard(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, each [1 or C, 1, ...]."""
+        shift, scale = (per_sample(torch.tensor(v), like[0]) for v in self.standard())
+        return shift, scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -83,7 +92,7 @@ class Autoencoder:
             network.enable_tiling()
         shift, scale = self._standard(latents)
         raw = (latents / scale + shift).to(next(network.parameters()).dtype)
-        return network.decode(raw).sample.float()
+        return network.decode(raw).sample.float().contiguous()
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

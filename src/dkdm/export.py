@@ -20,6 +20,7 @@ from dkdm.config import DistillConfig, RunConfig
 from dkdm.denoiser import Denoiser
 from dkdm.networks import HOMES
 from dkdm.prompts import Prompts
+from dkdm.teachers.networks import pixels
 from dkdm.teachers.text import FAMILIES
 from dkdm.version import __version__
 
@@ -40,33 +41,46 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm. A process that no
     scheduler of diffusers stands for is left out, and the network is written alone.
     """
-    component = component_name(denoiser.network)  # type: ignore[arg-type]
-    save_network(denoiser.network, folder / component)  # type: ignore[arg-type]
-    if _library(type(denoiser.network)) in HOMES.values():
-        source = inspect.getsourcefile(type(denoiser.network))
+    network: Any = denoiser.network
+    component, kind = component_name(network), type(network)
+    save_network(network, folder / component)
+    if _library(kind) in HOMES.values():
+        source = inspect.getsourcefile(kind)
         shutil.copy(str(source), folder / component)
+    stock = _stock_pipeline(denoiser) if denoiser.process.scheduler else None
     scheduler = scheduler_config(denoiser)
     if not scheduler:
         return
+    if stock is None and scheduler.get("use_dynamic_shifting"):
+        scheduler["use_dynamic_shifting"] = False  # one size, and its shift is known
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    components = _named_for(_stock_pipeline(denoiser), denoiser.bundle.components)
+    components = _named_for(stock, denoiser.bundle.components)
     for name, part in components.items():
         if part.folder.resolve() != (folder / name).resolve():
             shutil.copytree(part.folder, folder / name, dirs_exist_ok=True)
-    network = type(denoiser.network)
     index: dict[str, Any] = {
-        "_class_name": _stock_pipeline(denoiser) or ["pipeline", "DenoiserPipeline"],
+        "_class_name": stock or ["pipeline", "DenoiserPipeline"],
         "_diffusers_version": _diffusers_version(),
-        component: [_library(network), network.__name__],
+        "_sample_size": "x".join(map(str, denoiser.sample_shape[1:])),
+        component: [_library(kind), kind.__name__],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         **{name: [part.library, part.class_name] for name, part in components.items()},
     }
-    if _stock_pipeline(denoiser) is None:
-        index |= _class_index(denoiser)
+    if stock is None:
+        index |= _class_index(denoiser) | _origin(denoiser)
         (folder / "pipeline.py").write_text(_pipeline_source(denoiser, component, components))
     else:
         index = {**denoiser.bundle.entries, **index}
     _write_json(folder / "model_index.json", index)
+
+
+def _origin(denoiser: Denoiser) -> dict[str, Any]:
+    """The pipeline whose components these are, for dkdm's eyes; diffusers skips such names."""
+    if denoiser.bundle.pipeline is None:
+        return {}
+    entries, width = dict(denoiser.bundle.entries), _token_width(denoiser.conditioning)
+    entries |= {} if width is None else {"joint_attention_dim": width}
+    return {"_came_from": {"pipeline": denoiser.bundle.pipeline, "entries": entries}}
 
 
 def _library(network: type[nn.Module]) -> str:
@@ -108,19 +122,30 @@ _NULL_CLASS_OF_DIT = 1000  # DiTPipeline guides with this one, whatever the netw
 def _stock_pipeline(denoiser: Denoiser) -> str | None:
     """The diffusers pipeline that can feed this network, if there is one."""
     network, kind = type(denoiser.network).__name__, denoiser.bundle.pipeline
-    labelled = isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants)
+    scheduler = denoiser.process.scheduler["_class_name"]
     if network == "UNet2DModel":
-        if labelled:
-            return None
-        if denoiser.bundle.autoencoder is not None:
-            return "LDMPipeline"
-        scheduler = denoiser.process.scheduler["_class_name"]
-        return {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}.get(scheduler)
-    if kind == "DiTPipeline" and denoiser.conditioning != ClassLabels(
-        _NULL_CLASS_OF_DIT, _NULL_CLASS_OF_DIT, None, getattr(denoiser.conditioning, "names", None)
-    ):
+        return _stock_of_unet(denoiser, scheduler)
+    if STOCK_NETWORKS.get(str(kind)) != network:
         return None
-    return kind if STOCK_NETWORKS.get(str(kind)) == network else None
+    names = getattr(denoiser.conditioning, "names", None)
+    imagenet = ClassLabels(_NULL_CLASS_OF_DIT, _NULL_CLASS_OF_DIT, None, names)
+    if kind == "DiTPipeline" and denoiser.conditioning != imagenet:
+        return None
+    added = getattr(getattr(denoiser.network, "config", None), "addition_embed_type", None)
+    if kind == "StableDiffusionXLPipeline" and added is None:
+        return None
+    return kind
+
+
+def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
+    """Of an unconditional UNet2DModel; only a DDPM scheduler reads a learned variance."""
+    learned = denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler"
+    if learned or isinstance(denoiser.conditioning, ClassLabels) or denoiser.constants:
+        return None
+    pixels = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}.get(scheduler)
+    if denoiser.bundle.autoencoder is None:
+        return pixels
+    return "LDMPipeline" if pixels or scheduler.startswith("EDM") else None
 
 
 def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dict[str, Component]:
@@ -137,24 +162,25 @@ def _pipeline_source(
 ) -> str:
     """The text of `pipeline.py`."""
     text = isinstance(denoiser.conditioning, Prompts)
-    family = FAMILIES.get(str(denoiser.bundle.pipeline)) if text else None
-    labelled = isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants)
-    network = type(denoiser.network).__name__
+    bundle, scheduler = denoiser.bundle, denoiser.process.scheduler["_class_name"]
+    family = FAMILIES[str(bundle.pipeline)] if text else None
+    latent = bundle.autoencoder is not None and "vae" in components
     return _TEMPLATES.get_template("pipeline.py.j2").render(
         component=component,
-        labelled=labelled,
+        labelled=isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants),
         components=list(components),
-        latent="vae" in components,
-        text=text,
-        text_pipeline=denoiser.bundle.pipeline,
+        latent_standard=bundle.autoencoder.standard() if bundle.autoencoder and latent else None,
+        text_pipeline=bundle.pipeline,
         encoders=[name for name in components if name.startswith(("text_encoder", "tokenizer"))],
         family=family,
-        arguments=family.all_arguments(denoiser.bundle) if family else {},
-        call=_CALLS_WITH_TEXT.get(network, "network(x, time, **embeds)"),
-        flow=denoiser.process.scheduler["_class_name"].startswith("FlowMatch"),
+        zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
+        arguments=family.all_arguments(bundle) if family else {},
+        call=_CALLS_WITH_TEXT.get(type(denoiser.network).__name__, "network(x, time, **embeds)"),
+        flow=scheduler.startswith("FlowMatch"),
+        random_step=scheduler != "IPNDMScheduler",
+        drops_variance=denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler",
         sample_shape=tuple(denoiser.sample_shape),
         token_width=_token_width(denoiser.conditioning),
-        learns_variance=denoiser.parameterization.learns_variance,
     )
 
 
@@ -167,13 +193,20 @@ def _token_width(conditioning: Conditioning) -> int | None:
     return None if shape is None else shape[-1]
 
 
-_CALLS_WITH_TEXT = {
-    "UNet2DConditionModel": 'network(x, time, embeds["encoder_hidden_states"])',
-    "SD3Transformer2DModel": "network(hidden_states=x, timestep=time, **embeds)",
+_TOKENS = 'encoder_hidden_states=embeds["encoder_hidden_states"]'
+_MASK = 'encoder_attention_mask=embeds.get("encoder_attention_mask")'
+_POOLED = 'pooled_projections=embeds["pooled_projections"]'
+_CALLS_WITH_TEXT = {  # as in calls.py
+    "UNet2DConditionModel": f"network(x, time, {_TOKENS}, {_MASK})",
+    "SD3Transformer2DModel": f"network(hidden_states=x, timestep=time, {_TOKENS}, {_POOLED})",
     "PixArtTransformer2DModel": (
         'network(x, timestep=time, added_cond_kwargs={"resolution": None, "aspect_ratio": None}, '
-        "**embeds)"
+        f"{_TOKENS}, {_MASK})"
     ),
+    "SanaTransformer2DModel": (
+        f"network(x, timestep=time * network.config.timestep_scale, {_TOKENS}, {_MASK})"
+    ),
+    "WanTransformer3DModel": f"network(hidden_states=x, timestep=time, {_TOKENS})",
 }
 
 
@@ -184,7 +217,7 @@ def _class_index(denoiser: Denoiser) -> dict[str, Any]:
     return {
         "num_classes": classes.num_classes,
         "null_class": classes.null_class,
-        "class_names": list(classes.names) if classes.names else None,
+        "class_names": dict(enumerate(classes.names)) if classes.names else None,
     }
 
 
@@ -201,24 +234,49 @@ def _diffusers_version() -> str:
 
 def usage_snippet(folder: str, denoiser: Denoiser) -> str:
     """The Python lines that load and sample the folder with diffusers."""
-    stock = _stock_pipeline(denoiser) is not None
-    trust = "" if stock else ", trust_remote_code=True"
-    call = _usage_call(denoiser, stock)
+    stock = _stock_pipeline(denoiser)
+    given = [repr(folder).replace("'", '"')]
+    given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
+    result = _RESULTS.get(str(stock), "images")
     return (
         "from diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{folder}"{trust})\n'
-        f"images = pipeline({call}num_inference_steps=50).images"
+        f"pipeline = DiffusionPipeline.from_pretrained({', '.join(given)})\n"
+        f"{result} = pipeline({_usage_call(denoiser, stock)}num_inference_steps=50).{result}"
     )
 
 
-def _usage_call(denoiser: Denoiser, stock: bool) -> str:
+_RESULTS = {"DanceDiffusionPipeline": "audios", "WanPipeline": "frames"}
+_ASKED_FOR_SIZES = ("FluxPipeline", "Lumina2Pipeline", "WanPipeline")
+
+
+def _absent(stock: str, denoiser: Denoiser) -> list[str]:
+    """Arguments that say that a component is not there, where diffusers wants to be told so."""
+    import diffusers
+
+    optional = getattr(diffusers, stock)._optional_components
+    entries = denoiser.bundle.entries.items()
+    return [f"{k}=None" for k, value in entries if value == [None, None] and k not in optional]
+
+
+def _usage_call(denoiser: Denoiser, stock: str | None) -> str:
     conditioning = denoiser.conditioning
     if isinstance(conditioning, Prompts):
-        return f"{conditioning.text_of(1)!r}, "
+        return f"{conditioning.text_of(1)!r}, {_usage_size(denoiser, stock)}"
     if isinstance(conditioning, ClassLabels):
         return "class_labels=[0, 1, 2, 3], "
-    audio = stock and len(denoiser.sample_shape) == 2
-    return "" if audio else "batch_size=4, "
+    return "batch_size=4, "
+
+
+def _usage_size(denoiser: Denoiser, stock: str | None) -> str:
+    """The size in pixels, for pipelines that do not find it in the network's config."""
+    if stock not in _ASKED_FOR_SIZES:
+        return ""
+    height, width = pixels(denoiser.sample_shape, denoiser.bundle)
+    size = f"height={height}, width={width}, "
+    if len(denoiser.sample_shape) < 4 or denoiser.bundle.autoencoder is None:
+        return size
+    factor = denoiser.bundle.autoencoder.config.get("scale_factor_temporal", 4)
+    return f"{size}num_frames={(denoiser.sample_shape[1] - 1) * factor + 1}, "
 
 
 def write_card(

@@ -59,6 +59,11 @@ def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
 
 
 def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
+    """Pictures, or the middle frames of videos; of sounds there is no grid."""
+    if samples.ndim == 5:
+        samples = samples[:, :, samples.shape[2] // 2]
+    if samples.ndim != 4:
+        return
     folder = output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     grid(samples, GRID_COLUMNS, scale=4).save(folder / f"{name}.png")

@@ -50,8 +50,8 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     component, facts = _network_of(index, folder)
     config = read_json(folder / component / "config.json", f"the config of its {component}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "its scheduler's config")
-    bundle = _bundle(folder, index, component)
-    shape = facts.shape(config, options.sample_size)
+    bundle = _bundle(folder, index, component, options.variant)
+    shape = facts.shape(config, options.sample_size or _saved_size(index))
     tokens = math.prod(shape[1:]) // facts.patch(config) ** 2
     process = from_scheduler_config(scheduler, tokens)
     process = replace(process, scheduler=saved_config(scheduler, tokens))
@@ -71,6 +71,12 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
         constants,
         bundle=bundle,
     )
+
+
+def _saved_size(index: dict[str, Any]) -> tuple[int, ...] | None:
+    """The size of a sample that dkdm writes beside the components."""
+    size = index.get("_sample_size")
+    return None if size is None else tuple(map(int, size.split("x")))
 
 
 def read_base(folder: Path) -> tuple[dict[str, Any] | None, Bundle, Prompts | None]:
@@ -111,6 +117,12 @@ def _network_of(index: dict[str, Any], folder: Path) -> tuple[str, Facts]:
             "reverse transition to learn from; distil the diffusion model it came from"
         )
     parts = {name: value[1] for name, value in index.items() if _is_component(name, value)}
+    second = next((name for name in ("transformer_2", "unet_2") if name in parts), None)
+    if second:
+        raise UsageError(
+            f"{folder}: a {kind} with two denoisers, one for each half of the noise levels; "
+            f"expected one: take the other's out of {INDEX} ({second}: [null, null])"
+        )
     for component in DENOISERS:
         if parts.get(component) in FACTS:
             return component, FACTS[parts[component]]
@@ -124,10 +136,12 @@ def _is_component(name: str, value: Any) -> bool:
     return pair and not name.startswith("_") and name != "class_names"
 
 
-def _bundle(folder: Path, index: dict[str, Any], denoiser: str) -> Bundle:
+def _bundle(
+    folder: Path, index: dict[str, Any], denoiser: str, variant: str | None = None
+) -> Bundle:
     """The other components that lie in the folder, and what else its index says."""
     components = {
-        name: Component(folder / name, *value)
+        name: Component(folder / name, value[0], value[1], variant)
         for name, value in index.items()
         if _is_component(name, value) and name not in (denoiser, "scheduler", *UNUSED)
     }
@@ -137,6 +151,8 @@ def _bundle(folder: Path, index: dict[str, Any], denoiser: str) -> Bundle:
             f"{folder}: {INDEX} lists {', '.join(missing)}, but there is no such folder"
         )
     coder = next((components[name] for name in AUTOENCODERS if name in components), None)
+    if coder is None and any(name in index for name in AUTOENCODERS):
+        raise DkdmError(f"{folder}: {INDEX} has no autoencoder for its latents")
     if coder is not None and not (coder.folder / "config.json").is_file():
         raise DkdmError(f"{coder.folder}: the autoencoder's config.json is missing")
     entries = {
@@ -144,8 +160,9 @@ def _bundle(folder: Path, index: dict[str, Any], denoiser: str) -> Bundle:
         for name, value in index.items()
         if not _is_component(name, value) and not name.startswith("_")
     }
-    kind = index.get("_class_name")
-    pipeline = kind if isinstance(kind, str) else None
+    kind, came_from = index.get("_class_name"), index.get("_came_from") or {}
+    pipeline = kind if isinstance(kind, str) else came_from.get("pipeline")
+    entries |= came_from.get("entries", {})
     return Bundle(pipeline, components, Autoencoder(coder) if coder else None, entries)
 
 
@@ -219,8 +236,9 @@ def _conditioning(
 
 def _class_names(index: dict[str, Any], classes: int) -> tuple[str, ...] | None:
     """Names by dkdm's list, or by the `id2label` of diffusers' DiTPipeline."""
-    if index.get("class_names"):
-        return tuple(index["class_names"])
+    names = index.get("class_names")
+    if names:
+        return tuple(names.values() if isinstance(names, dict) else names)
     labels = index.get("id2label") or {}
     if any(str(i) not in labels for i in range(classes)):
         return None

@@ -40,7 +40,7 @@ class Family:
     asks_transformer: bool = False
 
     def all_arguments(self, bundle: Bundle) -> dict[str, Any]:
-        """What `encode_prompt` is told beside prompts and device; the bundle's entries come first."""
+        """What `encode_prompt` is told beside prompts; the bundle's entries come first."""
         import diffusers
 
         call = inspect.signature(getattr(diffusers, str(bundle.pipeline)).__call__).parameters
@@ -101,7 +101,10 @@ def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
             f"{', '.join(FAMILIES)}"
         )
     encoders = {name: part for name, part in bundle.components.items() if _is_text(name)}
-    told = repr(FAMILIES[bundle.pipeline].all_arguments(bundle))
+    family = FAMILIES[bundle.pipeline]
+    told = repr(family.all_arguments(bundle))
+    if family.asks_transformer:
+        told += f" {token_width(folder, bundle)}"
     folders = [part.folder for part in encoders.values()]
     fingerprint = folder_fingerprint(folders, bundle.pipeline, told)
     loaded = LazyEncoders(folder, bundle)
@@ -132,29 +135,16 @@ class LazyEncoders:
             raise DkdmError("prompts need transformers: pip install 'dkdm[text]'") from error
         import diffusers
 
-        cls = getattr(diffusers, str(self.bundle.pipeline))
-        encoders = [name for name in self.bundle.components if _is_text(name)]
-        unused = dict.fromkeys(self.family.absent(str(self.bundle.pipeline), encoders))
-        try:
-            pipeline = cls.from_pretrained(self.folder, **unused)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise DkdmError(
-                f"{self.folder}: its text encoders cannot be loaded: {error}"
-            ) from error
+        kind = str(self.bundle.pipeline)
+        parts = {name: part for name, part in self.bundle.components.items() if _is_text(name)}
+        loaded = {name: part.load(**_options(name)) for name, part in parts.items()}
+        unused = dict.fromkeys(["scheduler", *self.family.absent(kind, list(parts))])
+        pipeline = getattr(diffusers, kind)(**loaded, **unused)
         pipeline = pipeline.to("cuda") if torch.cuda.is_available() else pipeline
         if self.family.asks_transformer and pipeline.text_encoder_3 is None:
-            config = SimpleNamespace(joint_attention_dim=self._token_width())
+            config = SimpleNamespace(joint_attention_dim=token_width(self.folder, self.bundle))
             object.__setattr__(pipeline, "transformer", SimpleNamespace(config=config))
         return pipeline
-
-    def _token_width(self) -> int:
-        """Width of a text token: the denoiser's, or all encoders' together where there is none."""
-        config = self.folder / "transformer" / "config.json"
-        if config.is_file():
-            return int(json.loads(config.read_text())["joint_attention_dim"])
-        encoders = [p for n, p in self.bundle.components.items() if n.startswith("text_encoder")]
-        configs = [json.loads((part.folder / "config.json").read_text()) for part in encoders]
-        return sum(int(config["hidden_size"]) for config in configs)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -186,6 +176,21 @@ class LazyEncoders:
 
     def release(self) -> None:
         self.pipeline = None
+
+
+def token_width(folder: Path, bundle: Bundle) -> int:
+    """Width of a text token: the denoiser's, or all encoders' together where there is none."""
+    config = folder / "transformer" / "config.json"
+    saved = json.loads(config.read_text()) if config.is_file() else bundle.entries
+    if "joint_attention_dim" in saved:
+        return int(saved["joint_attention_dim"])
+    encoders = [part for name, part in bundle.components.items() if name.startswith("text_encoder")]
+    configs = [json.loads((part.folder / "config.json").read_text()) for part in encoders]
+    return sum(int(config["hidden_size"]) for config in configs)
+
+
+def _options(name: str) -> dict[str, Any]:
+    return {"dtype": torch.float32} if name.startswith("text_encoder") else {}
 
 
 _NOT_TEXT = (
