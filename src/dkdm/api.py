@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dkdm.conditioning import restrict_classes
+from dkdm.conditioning import Unconditional, restrict_classes
 from dkdm.config import DistillConfig, TrainConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
@@ -106,7 +106,7 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
     """The same teacher, from now on drawing the classes or prompts that the config names.
 
     Raises UsageError where it has none of these, where a text teacher is given no prompts, and
-    where guidance or condition dropout is asked of a teacher that cannot do it.
+    where guidance, condition dropout or random conditioning is asked of one that cannot do it.
     """
     guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
     if teacher.embeds_guidance and guidance.chain_only:
@@ -116,10 +116,13 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
         )
     given = (config.prompts, config.negative_prompt, config.max_prompts, config.seed)
     own = restrict_classes(teacher.conditioning, config.classes, config.class_weights)
-    teacher.conditioning = with_texts(replace(teacher, conditioning=own), *given).conditioning
+    conditioning = with_texts(replace(teacher, conditioning=own), *given).conditioning
     guided = not guidance.is_off or config.sampling_guidance_scale != 1
     if config.condition_dropout or (guided and not teacher.embeds_guidance):
-        teacher.conditioning.null(1)
+        conditioning.null(1)
+    if config.random_conditioning and isinstance(conditioning, Unconditional):
+        raise UsageError("--random-conditioning was given, but the teacher is unconditional")
+    teacher.conditioning = conditioning
     return teacher
 
 

@@ -8,6 +8,7 @@ unconditional.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -87,7 +88,8 @@ class ClassLabels:
             raise UsageError("classes: expected at least one class id, found none")
         if self.weights is None:
             return
-        if len(self.weights) != len(self.drawn) or min(self.weights) < 0 or not sum(self.weights):
+        legal = all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)
+        if len(self.weights) != len(self.drawn) or not legal:
             raise UsageError(
                 f"class weights: expected {len(self.drawn)} numbers >= 0 that are not all 0, one "
                 f"for each class, found {', '.join(map(str, self.weights))}"

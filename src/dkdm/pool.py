@@ -7,9 +7,10 @@ batch. The pool knows nothing of the student.
 
 from __future__ import annotations
 
+import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -79,7 +80,8 @@ class Guidance:
             numbers = [float(part) for part in text.split(":")]
         except ValueError:
             numbers = []
-        if len(numbers) not in (1, 2) or numbers[0] > numbers[-1]:
+        legal = len(numbers) in (1, 2) and all(map(math.isfinite, numbers))
+        if not legal or numbers[0] > numbers[-1]:
             raise UsageError(f"--guidance-scale '{text}': expected a number or LOW:HIGH")
         return cls(numbers[0], numbers[-1], chain_only)
 
@@ -107,11 +109,11 @@ RANDOM_CONDITIONING_DECAY = 5.0
 def random_conditioning_odds(t: Tensor, num_levels: int, highest: float) -> Tensor:
     """Probability that a state at t is shown under another condition, float64 [B].
 
-    `highest * exp(-5 (1 - t / (T-1)))`: states of high noise say little of their condition, so that
-    prompts without states of their own are learnt there (arXiv 2504.02011, sec. 4.2).
+    `highest * exp(-5 (1 - t / T))`: states of high noise say little of their condition, so that
+    prompts without states of their own are learnt there. Source: Random Conditioning (arXiv
+    2504.02011), with highest = 1, in the form of its published code (`src/dataset.py`).
     """
-    share = 1 - t.double() / max(1, num_levels - 1)
-    return highest * torch.exp(-RANDOM_CONDITIONING_DECAY * share)
+    return highest * torch.exp(-RANDOM_CONDITIONING_DECAY * (1 - t.double() / num_levels))
 
 
 @dataclass(eq=False)
@@ -140,6 +142,10 @@ class Pool:
     bounds: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        for option in ("condition_dropout", "random_conditioning"):
+            if not 0 <= getattr(self, option) <= 1:
+                flag = option.replace("_", "-")
+                raise UsageError(f"--{flag} {getattr(self, option)}: expected 0 to 1")
         size = len(self.t)
         self.shards = min(self.shards, size)
         self.bounds = [0]
@@ -164,16 +170,20 @@ class Pool:
         return Batch(x, self.t[index], self._shown(cond, self.t[index]), index)
 
     def _shown(self, cond: Condition, t: Tensor) -> Condition:
-        """The conditions a batch is evaluated under: its own, or at times another (arXiv
-        2504.02011)."""
+        """The conditions a batch is evaluated and moved under: its own, or at times another.
+
+        Entries keep their own. Source: Random Conditioning, arXiv 2504.02011.
+        """
         if not self.random_conditioning:
             return cond
-        host = generator("cpu", self.seed, "shown", self.step)
-        other = self.teacher.conditioning.draw(len(t), host, self.condition_dropout)
-        odds = random_conditioning_odds(
-            t, self.teacher.process.num_levels, self.random_conditioning
-        )
-        swapped = torch.rand(len(t), generator=host, dtype=torch.float64) < odds
+        others, luck = [], []
+        for shard, count in self._shares(len(t)):
+            host = generator("cpu", self.seed, "shown", shard, self.step)
+            others.append(self.teacher.conditioning.draw(count, host, self.condition_dropout))
+            luck.append(torch.rand(count, generator=host, dtype=torch.float64))
+        levels = self.teacher.process.num_levels
+        swapped = torch.cat(luck) < random_conditioning_odds(t, levels, self.random_conditioning)
+        other = joined(others)
         return cond | {k: torch.where(rows(swapped, v), v, cond[k]) for k, v in other.items()}
 
     @torch.no_grad()
@@ -264,8 +274,7 @@ class Pool:
             fresh = self._fresh(count, host)
             parts.append((self.stride.draw(count, host), both[0], both[1], fresh))
         strides, z, start, conds = zip(*parts, strict=True)
-        fresh = {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
-        return torch.cat(strides), torch.cat(z), torch.cat(start), fresh
+        return torch.cat(strides), torch.cat(z), torch.cat(start), joined(conds)
 
     def _fresh(self, count: int, random: torch.Generator) -> Condition:
         """Conditions and guidance scales of new chains."""
@@ -308,6 +317,11 @@ def rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def joined(conds: Sequence[Condition]) -> Condition:
+    """The rows of several conditions one after the other."""
+    return {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
+
+
 def uniform_levels(size: int, num_levels: int, random: torch.Generator) -> Tensor:
     """Levels spread evenly over 0..T-1 in random order, int64 [size]."""
     u = (torch.arange(size) + torch.rand(size, generator=random, dtype=torch.float64)) / size
@@ -333,7 +347,7 @@ def empty_pool(
         x[first:last].normal_(generator=noise).mul_(teacher.process.start_std)
         host = generator("cpu", pool.seed, "condition", shard)
         conds.append(pool._fresh(last - first, host))
-    pool.cond = {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
+    pool.cond = joined(conds)
     return pool
 
 
