@@ -110,8 +110,6 @@ def test_command_says_by_its_exit_code_whether_it_fits(capsys):
     assert main([*command, "--memory", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["device_total"] <= found["limit"] == 1024
-    assert main([*command, "--memory", "0.4"]) == 1
-    assert json.loads(capsys.readouterr().out)["changes"]
     assert main([*command[:-1], "--memory", "0.4"]) == 1
     assert "does not fit" in capsys.readouterr().out
 

@@ -79,7 +79,7 @@ def fused_attention() -> Iterator[None]:
             return fused
         return real(query, key, value, *args, **kwargs)
 
-    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = attention
     try:
         yield
     finally:
