@@ -10,7 +10,7 @@ from dkdm.errors import DkdmError, UsageError
 from dkdm.export import write_pipeline
 from dkdm.networks import network_class
 from dkdm.networks.adm import AdmUNet
-from dkdm.students import build_network, student_of
+from dkdm.students import as_denoiser, build_network
 from dkdm.teachers import load_teacher
 from factories import denoiser
 from formula_weights import few, filled, numbers
@@ -152,7 +152,8 @@ def test_preset_fits_itself_to_sample_and_classes():
 
 
 def test_student_samples_without_dkdm_and_loads_again(tmp_path):
-    student = student_of("adm-14m", denoiser())
+    network = AdmUNet(**SMALL | {"in_channels": 1, "out_channels": 1}, num_class_embeds=4)
+    student = as_denoiser("small", network, denoiser())
     write_pipeline(tmp_path, student)
     assert (tmp_path / "unet" / "adm.py").is_file()
     again = load_teacher(str(tmp_path))

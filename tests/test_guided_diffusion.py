@@ -7,6 +7,7 @@ from dkdm import ClassLabels, DkdmError, Unconditional, UsageError, load_teacher
 from dkdm.denoiser import Batch
 from dkdm.networks.adm import AdmUNet
 from dkdm.steps import reverse_step
+from dkdm.students import as_denoiser
 from dkdm.teachers import LoadOptions
 from factories import tiny_unet
 from formula_weights import few, filled, numbers
@@ -114,8 +115,9 @@ def test_flags_of_training_and_of_sampling_are_read_over(tmp_path):
 def test_distilled_student_knows_its_process(tmp_path):
     """A rescaled time is the teacher's own affair: the student is fed what its scheduler says."""
     teacher = load(checkpoint(tmp_path), GUIDED_FLAGS)
-    student = tiny_student(teacher)
-    folder, metrics, _ = run(tmp_path, teacher, student, max_train_steps=10)
+    network = AdmUNet(sample_size=8, **CONFIG, out_channels=6, num_class_embeds=3)
+    student = as_denoiser("tiny", network, teacher)
+    folder, metrics, _ = run(tmp_path, teacher, student, max_train_steps=10, evaluation_samples=0)
     assert len(metrics) == 10
     again = load_teacher(str(folder))
     assert again.conditioning == ClassLabels(3)
@@ -123,13 +125,6 @@ def test_distilled_student_knows_its_process(tmp_path):
     assert again.parameterization == teacher.parameterization
     torch.testing.assert_close(again.process.alpha, teacher.process.alpha)
     assert again.process.clipping == teacher.process.clipping
-
-
-def tiny_student(teacher):
-    from dkdm.students import as_denoiser
-
-    network = AdmUNet(sample_size=8, **CONFIG, out_channels=6, num_class_embeds=3)
-    return as_denoiser("tiny", network, teacher)
 
 
 def test_without_flags_it_says_what_is_known_and_what_is_missing(tmp_path):
