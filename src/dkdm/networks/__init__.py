@@ -14,6 +14,7 @@ HOMES: dict[str, str] = {
     "SongUNet": "edm",
     "DhariwalUNet": "edm",
     "EDM2UNet": "edm2",
+    "LucidrainsUNet": "lucidrains",
 }
 
 

@@ -108,6 +108,7 @@ FACTS = {
         Facts("SongUNet"),
         Facts("DhariwalUNet"),
         Facts("EDM2UNet"),
+        Facts("LucidrainsUNet"),
         Facts("UNet1DModel", _audio_shape),
         Facts("DiTTransformer2DModel"),
         Facts("UNet2DConditionModel", constants=_sdxl_sizes),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
-from dkdm.teachers import dit, edm, edm2, guided_diffusion, latent_diffusion
+from dkdm.teachers import dit, edm, edm2, guided_diffusion, latent_diffusion, lucidrains
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.state_dict import Weights, read_weights
 
@@ -32,6 +32,9 @@ FORMATS: dict[str, Format] = {
     "sit": Format("willisma/SiT", dit.recognizes_sit, dit.load_sit),
     "edm": Format("NVlabs/edm", edm.recognizes, edm.load),
     "edm2": Format("NVlabs/edm2", edm2.recognizes, edm2.load),
+    "lucidrains": Format(
+        "lucidrains/denoising-diffusion-pytorch", lucidrains.recognizes, lucidrains.load
+    ),
     "guided-diffusion": Format(
         "openai/guided-diffusion, openai/improved-diffusion, forever208/DDPM-IP",
         guided_diffusion.recognizes,
