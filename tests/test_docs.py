@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from dkdm.recipes import RECIPES
 
@@ -41,6 +42,18 @@ def test_recipes_of_the_readme_exist():
     named = set(re.findall(r"--recipe ([\w-]+)", (ROOT / "README.md").read_text()))
     assert named
     assert named <= set(RECIPES)
+
+
+def test_python_of_the_teachers_page_runs():
+    """Every block, one after the other, as a reader would paste them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/teachers.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/teachers.md", "exec"), names)
+        if "teacher" in names:
+            names["teacher"].check()
+    assert isinstance(names["network"], torch.nn.Module)
 
 
 def test_numbers_are_filled_in():

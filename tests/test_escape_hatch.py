@@ -1,0 +1,227 @@
+"""Networks of any convention as teachers: the examples of docs/teachers.md, in closed form.
+
+The networks here are what a perfectly trained one of each convention would compute, written from
+that convention alone: nothing of dkdm's own time or parameterization is in them.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dkdm
+from dkdm.denoiser import Batch
+from dkdm.errors import UsageError
+from dkdm.objective import simple_loss
+from dkdm.process import network_times, per_sample
+from dkdm.students import student_of
+from dkdm.toy import GaussianMixture, mixture_denoiser
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "teachers.md"
+SHAPE = (3, 32, 32)
+MIXTURE = GaussianMixture.of(
+    means=0.2 * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), std=0.3
+)
+BETAS = torch.linspace(1e-4, 0.02, 1000)
+
+
+def data_and_noise(x, alpha, sigma):
+    """(E[x_0 | x], E[eps | x]) at x = alpha x_0 + sigma eps."""
+    alpha, sigma = alpha.double(), sigma.double()
+    x_0 = MIXTURE.posterior_mean(x, alpha, sigma)
+    return x_0, (x - per_sample(alpha, x) * x_0) / per_sample(sigma, x)
+
+
+def ddpm(x, t):
+    alpha_bar = torch.cumprod(1 - BETAS.double(), dim=0)[t.long()]
+    return data_and_noise(x, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())[1]
+
+
+def edm(x, sigma):
+    return data_and_noise(x, torch.ones_like(sigma), sigma)[0]
+
+
+def flow_to_data(x, t):
+    data, noise = data_and_noise(x, t, 1 - t)
+    return data - noise
+
+
+def flow_of_data(x, t):
+    return data_and_noise(x, 1 - t, t)[0]
+
+
+EXAMPLES = {
+    "A DDPM": ddpm,
+    "EDM's D(x, sigma)": edm,
+    "A flow whose time is 1 at the data": flow_to_data,
+    "A flow that predicts the clean sample": flow_of_data,
+}
+
+
+def example(title, network):
+    """The teacher that the document's example of this title makes of a network."""
+    text = DOCUMENT.read_text()
+    code = re.search(rf"\*\*{re.escape(title)}\*\*.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {"dkdm": dkdm, "torch": torch, "network": network}
+    exec(compile(code, str(DOCUMENT), "exec"), names)
+    return names["teacher"]
+
+
+def states(process, count=50):
+    """Noisy samples of the mixture at levels from the first to the last."""
+    random = torch.Generator().manual_seed(1)
+    t = torch.linspace(0, process.num_levels - 1, count).round().long()
+    x_0 = MIXTURE.sample(count, random)
+    eps = torch.randn(x_0.shape, generator=random, dtype=torch.float64)
+    return Batch(process.add_noise(x_0, eps, t), t, {}, t)
+
+
+def assert_exact(teacher):
+    """It predicts x_0 and eps of the closed form at every level.
+
+    Times are handed over in float32: t = 0.999 is known to 6e-8, and 1 - t to 6e-5 of itself.
+    """
+    batch = states(teacher.process)
+    x_0, eps = data_and_noise(batch.x, *teacher.process.at(batch.t))
+    found = teacher.predict(batch)
+    torch.testing.assert_close(found.x_0, x_0, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.eps, eps, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(("title", "network"), EXAMPLES.items(), ids=EXAMPLES.keys())
+def test_the_examples_are_exact(title, network):
+    assert_exact(example(title, network))
+
+
+@pytest.mark.parametrize(
+    ("title", "argument"),
+    [
+        ("EDM's D(x, sigma)", "time"),
+        ("A flow whose time is 1 at the data", "time"),
+        ("A flow whose time is 1 at the data", "call"),
+        ("A flow that predicts the clean sample", "time"),
+    ],
+)
+def test_every_argument_of_the_examples_is_needed(title, argument):
+    teacher = example(title, EXAMPLES[title])
+    without = replace(teacher, **{argument: None})
+    batch = states(teacher.process)
+    found, expected = (model.predict(batch).x_0 for model in (without, teacher))
+    wrong = ~torch.isclose(found, expected, rtol=0, atol=0.01)
+    assert wrong.double().mean() > 0.2
+
+
+@pytest.mark.parametrize(("title", "network"), EXAMPLES.items(), ids=EXAMPLES.keys())
+def test_a_perfect_student_of_the_usual_convention_has_nothing_to_learn(title, network):
+    teacher = example(title, network)
+    student = mixture_denoiser(MIXTURE, teacher.process, teacher.parameterization)
+    batch = states(teacher.process)
+    loss = simple_loss(student, student.predict(batch), teacher.predict(batch), batch.t)
+    assert loss.max() < 1e-6
+
+
+@pytest.mark.parametrize(("title", "network"), EXAMPLES.items(), ids=EXAMPLES.keys())
+def test_a_student_is_fed_and_called_in_the_usual_way(title, network):
+    teacher = example(title, network)
+    student = student_of("unet-tiny", teacher)
+    assert student.parameterization == teacher.parameterization
+    assert torch.equal(student.times, teacher.process.network_time)
+    batch = states(teacher.process, 2)
+    batch = batch._replace(x=batch.x.float())
+    assert torch.equal(
+        student.predict(batch).output,
+        student.network(batch.x, student.times[batch.t].float()).sample,
+    )
+
+
+# --- what else networks are fed ------------------------------------------------------------------
+
+
+def alpha_sigma_of_log_snr(log_snr):
+    """Of a variance-preserving process: alpha^2 = sigmoid(log-SNR)."""
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+TIMES = {
+    "log_snr": (dkdm.from_betas(BETAS), lambda x, u: (x, *alpha_sigma_of_log_snr(u.double()))),
+    "fraction": (dkdm.rectified_flow(1000), lambda x, t: (x, 1 - t, t)),
+    "sigma": (dkdm.karras(1000), lambda x, s: (x, torch.ones_like(s), s)),
+    "c_noise": (dkdm.karras(1000), lambda x, c: (x, torch.ones_like(c), (4 * c.double()).exp())),
+    "a function": (dkdm.karras(1000), lambda x, k: (x, torch.ones_like(k), 1 / k)),
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_times_of_every_kind(kind):
+    process, convention = TIMES[kind]
+    time = (lambda p: 1 / p.sigma) if kind == "a function" else kind
+    own = dkdm.Parameterization("sample")
+    teacher = dkdm.Denoiser(
+        lambda x, t: data_and_noise(*convention(x, t))[0], process, own, SHAPE, time=time
+    )
+    assert_exact(teacher)
+
+
+def test_times_of_a_variance_preserving_process_are_those_of_its_ratio():
+    """Fraction and sigma are of sigma / alpha, so that a flow's network may be used on betas."""
+    process = dkdm.from_betas(BETAS)
+    alpha, sigma = process.alpha, process.sigma
+    fraction = network_times(process, "fraction")
+    torch.testing.assert_close(fraction / (1 - fraction), sigma / alpha)
+    torch.testing.assert_close(network_times(process, "data_fraction"), 1 - fraction)
+    torch.testing.assert_close(network_times(process, "sigma"), sigma / alpha)
+    assert torch.equal(network_times(process, "index"), torch.arange(1000).double())
+
+
+def test_an_unknown_time_is_refused_with_those_there_are():
+    with pytest.raises(UsageError, match="unknown time 'seconds': expected one of index, fraction"):
+        dkdm.Denoiser(edm, dkdm.karras(10), dkdm.Parameterization("sample"), SHAPE, time="seconds")
+
+
+# --- values in [0, 1] ----------------------------------------------------------------------------
+
+BETWEEN = dkdm.Clipping(range=0.5, center=0.5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_values_between_zero_and_one(eta):
+    """A network that overshoots: its chain stays where its data are, and so do the pictures."""
+    teacher = dkdm.Denoiser(
+        lambda x, t: 3 * torch.tanh(x),
+        dkdm.from_betas(BETAS, clipping=BETWEEN),
+        dkdm.Parameterization("sample"),
+        SHAPE,
+        value_range=(0.0, 1.0),
+    )
+    random = torch.Generator().manual_seed(0)
+    x_0 = teacher.sample(lambda _: torch.randn(2, *SHAPE, generator=random), {}, 10, eta)
+    assert (x_0.min(), x_0.max()) == (0, 1)
+    pixels = teacher.to_pixels(torch.tensor([0.0, 0.25, 0.5, 1.0]))
+    assert pixels.tolist() == [-1, -0.5, 0, 1]
+
+
+def test_without_a_range_pixels_are_the_samples():
+    teacher = dkdm.Denoiser(edm, dkdm.karras(10), dkdm.Parameterization("sample"), SHAPE)
+    x = torch.randn(2, *SHAPE)
+    assert teacher.to_pixels(x) is x
+
+
+def test_labels_may_have_another_name():
+    """The document's last example: labels as `y`, drawn, guided and counted as any."""
+    code = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    names = {}
+    for block in code:
+        exec(compile(block, str(DOCUMENT), "exec"), names)
+    teacher = names["teacher"]
+    teacher.check()
+    t = torch.tensor([0, 999])
+    labels = torch.tensor([3, 10])
+    x = torch.randn(2, *SHAPE)
+    with torch.no_grad():
+        guided = teacher.predict(Batch(x, t, {"class_labels": labels}, t), 2.0).output
+        plain = teacher.network.layer(x)
+    # The output is the plain one plus the label: u + 2 (c - u) adds 2c - 10.
+    torch.testing.assert_close(guided - plain, per_sample(torch.tensor([-4.0, 10.0]), x) + 0 * x)
+    assert teacher.evaluations == 4
