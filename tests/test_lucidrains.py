@@ -35,12 +35,14 @@ NETWORKS = {
         "head_channels": (4, 8, 4),
     },
     "fourier": PLAIN | {"fourier": True, "time_channels": 6},
+    "groups": PLAIN | {"norm_groups": 8},
 }
 # The original's outputs at t = 3, 50, 99, and what p_sample makes of the same noise.
 OUTPUTS = {
     "plain": [0.3431323, 1.2814037, 0.50358, -1.324412, -1.0820283, 0.2491192, 1.2218763],
     "full": [0.2658729, 0.5386701, 0.6528381, 0.2078764, 0.3806421, 0.1310193, 0.3654649],
     "fourier": [0.2869487, 0.9218704, 0.240958, -0.8165988, -0.3632088, 0.4536936, 1.179459],
+    "groups": [0.5506167, 1.6060859, 0.8795383, -3.9767892, -0.3810652, -0.7164183, 2.4045819],
 }
 PREVIOUS = {
     "pred_v": [-1.8184847, 1.0824335, -0.1844296, 1.6948695, 0.9065056, -0.7788859, 0.9233789],
@@ -128,6 +130,13 @@ def test_size_and_objective_must_be_said(tmp_path):
         load_teacher(saved(tmp_path, state), options=SIZE)
     with pytest.raises(UsageError, match="expected one of pred_v, pred_noise, pred_x0"):
         load_teacher(path, options=LoadOptions(flags="--objective v"))
+
+
+def test_groups_must_divide_the_widths(tmp_path):
+    path = saved(tmp_path, checkpoint(norm_groups=8))
+    options = LoadOptions(sample_size=(16, 16), flags="--resnet-block-groups 3")
+    with pytest.raises(UsageError, match="--resnet-block-groups: .*divisible"):
+        load_teacher(path, options=options)
 
 
 @pytest.mark.parametrize("change", [{"in_channels": 6}, {"out_channels": 6}])

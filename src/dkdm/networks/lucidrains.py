@@ -26,7 +26,8 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
     lead to; each but the last halves the resolution. full_attention, heads, head_channels: of each
     level's attention, full or linear in the number of pixels. time_channels: sines
     and cosines of the time. fourier: their frequencies are weights, learned or random, and the time
-    itself goes with them. emb_channels: of the time after its layers.
+    itself goes with them. emb_channels: of the time after its layers. norm_groups: of the
+    normalization in blocks, until version 1.11.1; None normalizes each pixel.
     """
 
     @register_to_config
@@ -43,6 +44,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
         time_channels: int = 64,
         fourier: bool = False,
         emb_channels: int = 256,
+        norm_groups: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
         levels = list(zip(widths, widths[1:], kinds, heads, head_channels, strict=False))
 
         def block(wide: int, wanted: int) -> ResBlock:
-            return ResBlock(wide, wanted, emb_channels, dropout)
+            return ResBlock(wide, wanted, emb_channels, norm_groups, dropout)
 
         self.downs = nn.ModuleList()
         for i, (here, below, attention, count, size) in enumerate(levels):
@@ -112,12 +114,17 @@ class ResBlock(nn.Module):
     """Two convolutions; the time scales and shifts what is between them."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_channels: int, dropout: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        groups: int | None,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels))
-        self.block1 = ConvNorm(in_channels, out_channels)
-        self.block2 = ConvNorm(out_channels, out_channels)
+        self.block1 = ConvNorm(in_channels, out_channels, groups)
+        self.block2 = ConvNorm(out_channels, out_channels, groups)
         differs = in_channels != out_channels
         self.res_conv = nn.Conv2d(in_channels, out_channels, 1) if differs else nn.Identity()
         self.dropout = dropout
@@ -132,12 +139,12 @@ class ResBlock(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A 3x3 convolution and a normalization."""
+    """A 3x3 convolution and a normalization, of groups of channels or of each pixel."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int | None) -> None:
         super().__init__()
         self.proj = conv3(in_channels, out_channels)
-        self.norm = PixelNorm(out_channels)
+        self.norm = nn.GroupNorm(groups, out_channels) if groups else PixelNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]."""

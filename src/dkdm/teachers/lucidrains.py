@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,10 @@ OBJECTIVES: dict[str, PredictionType] = {
     "pred_noise": "epsilon",
     "pred_x0": "sample",
 }
-FLAGS = {"objective": one_of(*OBJECTIVES)}
+FLAGS: dict[str, Callable[[str], Any]] = {
+    "objective": one_of(*OBJECTIVES),
+    "resnet_block_groups": int,
+}
 
 
 def recognizes(tensors: Mapping[str, Tensor]) -> bool:
@@ -39,7 +42,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
     tensors = _diffusion(weights.tensors)
     unet = without_prefix(tensors, "model.")
     try:
-        config, betas = _config(unet), tensors["betas"].double()
+        config, betas = _config(unet, flags.get("resnet_block_groups", 8)), tensors["betas"]
         objective = flags.get("objective") or _objective(tensors)
     except KeyError as error:
         raise DkdmError(
@@ -52,12 +55,15 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
         )
     size = _size(options.sample_size, len(config["block_out_channels"]))
     _check_channels(weights, config)
-    network = LucidrainsUNet(sample_size=size, **config)
+    try:
+        network = LucidrainsUNet(sample_size=size, **config)
+    except ValueError as error:
+        raise UsageError(f"--resnet-block-groups: {error}") from error
     process = from_scheduler_config(
         {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": len(betas),
-            "trained_betas": betas.tolist(),
+            "trained_betas": betas.double().tolist(),
             "clip_sample": True,
             "variance_type": "fixed_small",
         }
@@ -107,8 +113,11 @@ def _check_channels(weights: Weights, config: Mapping[str, Any]) -> None:
         )
 
 
-def _config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the names and shapes say of the network. Raises KeyError for a missing name."""
+def _config(unet: Mapping[str, Tensor], groups: int) -> dict[str, Any]:
+    """What the names and shapes say of the network. Raises KeyError for a missing name.
+
+    groups: of the normalization, where it is of groups (until version 1.11.1).
+    """
     count = sum(key.startswith("downs.") and key.endswith(".2.mem_kv") for key in unet)
     full = tuple(f"downs.{i}.2.to_out.weight" in unet for i in range(count))
     memories = [unet[f"downs.{i}.2.mem_kv"].shape for i in range(count)]
@@ -127,4 +136,5 @@ def _config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
         "time_channels": unet["time_mlp.1.weight"].shape[1] - fourier,
         "fourier": fourier,
         "emb_channels": len(unet["time_mlp.1.weight"]),
+        "norm_groups": groups if "mid_block1.block1.norm.bias" in unet else None,
     }
