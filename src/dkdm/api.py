@@ -179,6 +179,8 @@ def train(config: TrainConfig) -> Path:
     accelerator = start_accelerator(config)
     data, like = training_data(config)
     student = student_of(config.network, like)
+    if config.sampling_guidance_scale != 1 and not student.embeds_guidance:
+        student.conditioning.null(1)
     source = Images(
         data.images,
         data.conditions,

@@ -174,7 +174,7 @@ def load_captions(spec: str | Path, images: Tensor, labels: Tensor | None) -> tu
     """One caption for each image that `load_images` returned for `spec`, in its order.
 
     Those of Fashion-MNIST are made from its labels; those of a folder are read from a text file
-    beside each image (cat.txt for cat.png). Raises `DkdmError` where one is missing.
+    beside each image (cat.txt for cat.png). Raises `DkdmError` where one is missing or not UTF-8.
     """
     if str(spec) == "fashion-mnist" and labels is not None:
         return fashion_captions(images, labels)
@@ -185,4 +185,11 @@ def load_captions(spec: str | Path, images: Tensor, labels: Tensor | None) -> tu
             f"{missing[0]} is missing, and {len(missing) - 1} more captions: a text model is "
             "trained on images with a text file of the same name beside each"
         )
-    return tuple(file.read_text(encoding="utf-8").strip() for file in files)
+    return tuple(_read_caption(file) for file in files)
+
+
+def _read_caption(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DkdmError(f"{file} cannot be read as UTF-8 text ({error}): save it again") from error

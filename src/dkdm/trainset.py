@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from dkdm.prediction import Parameterization
 from dkdm.progress import track
 from dkdm.prompts import Prompts, with_prompts
 from dkdm.schedulers import from_scheduler_config, prediction_type
-from dkdm.teachers.pipeline_folder import read_base
+from dkdm.teachers.pipeline_folder import read_base, read_json
 
 COSINE_V: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
@@ -53,7 +52,7 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
         own_scheduler, bundle, text = read_base(Path(config.base))
         scheduler = own_scheduler or scheduler
     if config.scheduler:
-        scheduler = json.loads(Path(config.scheduler).read_text())
+        scheduler = read_json(Path(config.scheduler), "--scheduler to name a scheduler's config")
     conditioning, conditions = _conditions(config, images, labels, text)
     if bundle.autoencoder is not None:
         images = encoded(bundle.autoencoder, images, config.seed)
