@@ -1,4 +1,4 @@
-"""Tiny instances of diffusers' own pipelines, with random weights and tokenizers made on the spot."""
+"""Tiny instances of diffusers' own pipelines: random weights, and tokenizers made on the spot."""
 
 import torch
 from diffusers import (
@@ -222,9 +222,7 @@ def dit(classes=5, scheduler=DDIMScheduler, **config):
         sample_size=8,
         num_embeds_ada_norm=classes,
     )
-    names = {i: f"kind {i}" for i in range(classes)}
-    scheduler = scheduler(clip_sample=False, **config)
-    return DiTPipeline(seeded(transformer), kl(), scheduler, id2label=names)
+    return DiTPipeline(seeded(transformer), kl(), scheduler(clip_sample=False, **config))
 
 
 def stable_diffusion(scheduler=None, network=None):

@@ -35,7 +35,6 @@ _REFUSED = {
     "VQDiffusionScheduler": "its states are tokens, not Gaussian; no supported scheduler is near",
     "ScoreSdeVeScheduler": "it predicts a score; the nearest supported is EDMEulerScheduler",
     "KarrasVeScheduler": "it evaluates twice a step; the nearest supported is EDMEulerScheduler",
-    "DPMSolverSDEScheduler": "the nearest supported is DPMSolverMultistepScheduler",
     "UnCLIPScheduler": "the nearest supported is DDPMScheduler with the same betas",
     "FlowMatchHeunDiscreteScheduler": "the nearest supported is FlowMatchEulerDiscreteScheduler",
 }
@@ -92,6 +91,7 @@ MULTISTEP = (
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
     "SASolverScheduler",
@@ -113,20 +113,25 @@ _BETA_KEYS = (
 
 
 def as_ddim(config: Config) -> dict[str, Any]:
-    """A DDIM config of the same betas, prediction and clean end as a solver's config."""
+    """A DDIM config of the same betas, prediction and clean end as a solver's config.
+
+    Steps with linspace spacing become trailing ones, which begin at T-1 as well: diffusers' DDIM
+    moves off its own grid with the former.
+    """
     own = _own_arguments(config)
     if own.get("timestep_type", "discrete") != "discrete":
         raise UsageError(
             f"{config['_class_name']} with timestep_type {own['timestep_type']} is not supported: "
             "expected discrete; the nearest supported is EDMEulerScheduler"
         )
+    spacing = own.get("timestep_spacing", "linspace")
     ends_clean = own.get("final_sigmas_type", "zero") == "zero"
     return {
         "_class_name": "DDIMScheduler",
         **{key: own[key] for key in _BETA_KEYS if key in own},
         "clip_sample": own.get("clip_sample", False),
         "set_alpha_to_one": own.get("set_alpha_to_one", ends_clean),
-        "timestep_spacing": own.get("timestep_spacing", "linspace"),
+        "timestep_spacing": "trailing" if spacing == "linspace" else spacing,
     }
 
 
@@ -137,9 +142,16 @@ def _own_arguments(config: Config) -> dict[str, Any]:
     """
     import diffusers
 
-    cls = getattr(diffusers, config["_class_name"])
+    name = config["_class_name"]
+    cls = getattr(diffusers, _SAME_ARGUMENTS.get(name, name))
     parameters = inspect.signature(cls.__init__).parameters.values()
     return {p.name: config.get(p.name, p.default) for p in parameters if p.name != "self"}
+
+
+_SAME_ARGUMENTS = {  # stand-ins for classes that need scipy and torchsde to be there
+    "LMSDiscreteScheduler": "EulerDiscreteScheduler",
+    "DPMSolverSDEScheduler": "KDPM2DiscreteScheduler",
+}
 
 
 def as_flow_euler(config: Config) -> dict[str, Any]:

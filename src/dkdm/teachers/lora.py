@@ -43,4 +43,5 @@ def merge_lora(network: nn.Module, pipeline: str | None, component: str, file: P
     except ImportError as error:
         raise DkdmError("--teacher-lora needs peft: pip install 'dkdm[lora]'") from error
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise DkdmError(f"--teacher-lora {file}: does not fit this network: {error}") from error
+        first = " ".join(str(error).split("\n")[:2])
+        raise DkdmError(f"--teacher-lora {file}: does not fit this network: {first}") from error
