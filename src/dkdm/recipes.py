@@ -170,7 +170,7 @@ def fashion_text() -> DistillConfig:
         teacher="runs/fashion-text",
         prompts="runs/fashion-prompts.txt",
         student="text-unet-tiny",
-        max_train_steps=2000,
+        max_train_steps=1200,
         train_batch_size=64,
         learning_rate=1e-3,
         lr_scheduler="cosine",
