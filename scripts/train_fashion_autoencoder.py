@@ -71,11 +71,11 @@ def train(autoencoder: AutoencoderKL, images: Tensor, args: argparse.Namespace) 
 def standardize(autoencoder: AutoencoderKL, images: Tensor) -> None:
     """The scale, in the config, that brings the latents' mean square to 1.
 
-    Without a shift: stock latent pipelines know none.
+    The shift is 0: SD3's pipeline wants a number, and others know none.
     """
     latents = torch.cat([autoencoder.encode(part).latent_dist.mean for part in images.split(500)])
     scale = 1 / latents.square().mean().sqrt().item()
-    autoencoder.register_to_config(scaling_factor=round(scale, 6))
+    autoencoder.register_to_config(scaling_factor=round(scale, 6), shift_factor=0.0)
 
 
 @torch.no_grad()
