@@ -219,6 +219,6 @@ def test_student_of_the_same_architecture_is_saved_with_its_code(tmp_path, kind,
     teacher = load_teacher(saved(tmp_path, checkpoint(kind)))
     teacher.network.save_config(tmp_path / "student")
     student = student_of(str(tmp_path / "student" / "config.json"), teacher)
-    folder, _, _ = run(tmp_path, teacher, student, max_train_steps=2)
+    folder, _, _ = run(tmp_path, teacher, student, max_train_steps=2, gradient_checkpointing=True)
     assert (folder / "unet" / file).is_file()
     assert isinstance(load_teacher(str(folder)).network, KINDS[kind][0])

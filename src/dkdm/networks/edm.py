@@ -27,6 +27,9 @@ MAX_GROUPS = 32
 class EdmUNet(ModelMixin, ConfigMixin):
     """Encoder and decoder of residual blocks, in modules that are named by their resolution."""
 
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
     def _build(
         self,
         first: Conv,
@@ -73,8 +76,14 @@ class EdmUNet(ModelMixin, ConfigMixin):
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
             if isinstance(layer, Block):
-                x = layer(x, emb)
+                x = self._run(layer, x, emb)
         return x
+
+    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, x, emb)
+        output: Tensor = block(x, emb)
+        return output
 
     def _one_hot(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
         """[B, num_class_embeds]; without labels, zeros."""
@@ -147,7 +156,7 @@ class SongUNet(EdmUNet):
         for name, layer in self.enc.items():
             if "_aux_" in name:
                 continue
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            x = self._run(layer, x, emb) if isinstance(layer, Block) else layer(x)
             residual = name.replace("_down", "_aux_residual")
             if name.endswith("_down") and residual in self.enc:
                 x = picture = (x + self.enc[residual](picture)) * math.sqrt(0.5)
@@ -212,7 +221,7 @@ class DhariwalUNet(EdmUNet):
             emb = emb + self.map_label(self._one_hot(class_labels, emb))
         emb, skips = F.silu(emb), []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            x = self._run(layer, x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         x = self._decode(x, skips, emb)
         output: Tensor = self.out_conv(F.silu(self.out_norm(x)))

@@ -31,6 +31,9 @@ class EDM2UNet(ModelMixin, ConfigMixin):
     noise_channels, emb_channels: of the noise level before and after its layer.
     """
 
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
     @register_to_config
     def __init__(
         self,
@@ -93,13 +96,19 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         emb = self._embedded(timesteps, class_labels)
         x, skips = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            x = self._run(layer, x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         for name, layer in self.dec.items():
             if "_block" in name:
                 x = joined(x, skips.pop())
-            x = layer(x, emb)
+            x = self._run(layer, x, emb)
         output: Tensor = self.out_conv(x, self.out_gain)
+        return output
+
+    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, x, emb)
+        output: Tensor = block(x, emb)
         return output
 
     def _embedded(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:

@@ -30,6 +30,9 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
     normalization in blocks, until version 1.11.1; None normalizes each pixel.
     """
 
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
     @register_to_config
     def __init__(  # noqa: PLR0913
         self,
@@ -88,20 +91,26 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
         x = first = self.init_conv(x)
         skips = []
         for block1, block2, attention, leave in _levels(self.downs):
-            x = block1(x, emb)
+            x = self._run(block1, x, emb)
             skips.append(x)
-            x = block2(x, emb)
+            x = self._run(block2, x, emb)
             x = x + attention(x)
             skips.append(x)
             x = leave(x)
-        x = self.mid_block1(x, emb)
-        x = self.mid_block2(x + self.mid_attn(x), emb)
+        x = self._run(self.mid_block1, x, emb)
+        x = self._run(self.mid_block2, x + self.mid_attn(x), emb)
         for block1, block2, attention, leave in _levels(self.ups):
-            x = block1(torch.cat([x, skips.pop()], dim=1), emb)
-            x = block2(torch.cat([x, skips.pop()], dim=1), emb)
+            x = self._run(block1, torch.cat([x, skips.pop()], dim=1), emb)
+            x = self._run(block2, torch.cat([x, skips.pop()], dim=1), emb)
             x = leave(x + attention(x))
-        x = self.final_res_block(torch.cat([x, first], dim=1), emb)
+        x = self._run(self.final_res_block, torch.cat([x, first], dim=1), emb)
         output: Tensor = self.final_conv(x)
+        return output
+
+    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, x, emb)
+        output: Tensor = block(x, emb)
         return output
 
 
