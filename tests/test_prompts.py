@@ -354,6 +354,8 @@ def test_prompts_of_files_and_their_absence(tmp_path, monkeypatch):
         with_texts(text_model([]), None)
     with pytest.raises(UsageError, match=r"--prompts none\.txt: no such file"):
         with_texts(text_model([]), "none.txt")
+    with pytest.raises(UsageError, match="no such file"):
+        with_texts(text_model([]), "my prompts.txt")
 
 
 # --- fingerprints --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -78,11 +79,15 @@ def with_texts(
         return denoiser
     if spec is None:
         raise UsageError(NO_PROMPTS)
-    literal = " " in spec and not glob(spec)
-    texts = (spec,) if literal else read_prompts(spec, limit, seed)
+    texts = (spec,) if _is_prompt(spec) else read_prompts(spec, limit, seed)
     given = replace(denoiser, conditioning=with_prompts(conditioning, texts, negative))
     given.check()
     return given
+
+
+def _is_prompt(spec: str) -> bool:
+    """Whether this is a prompt and not the name of a file, or a pattern, that may be missing."""
+    return " " in spec and not glob(spec) and not re.search(r"[*?/\\]|\.\w{1,5}$", spec)
 
 
 def _from_path(path: Path, format: str | None, options: LoadOptions) -> Denoiser:
