@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -117,3 +118,10 @@ def test_shipped_pipeline_draws_what_dkdm_draws(tmp_path):
     ours = model.sample(lambda _: start, cond, 10, 0.0, 1.5)
     pixels = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(theirs, pixels, atol=1e-4)
+
+
+def test_a_transformer_without_null_class_comes_back_without(tmp_path):
+    """Its table of labels has a row more, which nobody trained."""
+    like = replace(denoiser(classes=3), conditioning=ClassLabels(3))
+    write_pipeline(tmp_path, student_of("dit-tiny", like))
+    assert load_teacher(str(tmp_path)).conditioning == ClassLabels(3)

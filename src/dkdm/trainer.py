@@ -221,7 +221,7 @@ class Trainer:
 def enable_gradient_checkpointing(network: nn.Module) -> None:
     """Recompute activations in the backward pass. Raises UsageError where a network cannot."""
     enable: Callable[[], None] | None = getattr(network, "enable_gradient_checkpointing", None)
-    if enable is None:
+    if enable is None or not getattr(network, "_supports_gradient_checkpointing", True):
         raise UsageError(
             f"--gradient-checkpointing: {type(network).__name__} has no "
             "enable_gradient_checkpointing(), as diffusers' models do; expected to go without"

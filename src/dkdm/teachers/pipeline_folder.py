@@ -228,7 +228,7 @@ def _conditioning(
     if embedded == 1:
         return Unconditional(), {"class_labels": torch.tensor(0)}
     null = index.get("null_class")
-    if null is None and config.get("norm_type") == "ada_norm_zero":
+    if "null_class" not in index and config.get("norm_type") == "ada_norm_zero":
         null = embedded  # a DiT's table of labels has one row more, for no label
     classes = embedded - 1 if null == embedded - 1 else embedded
     return ClassLabels(classes, null, None, _class_names(index, classes)), {}
