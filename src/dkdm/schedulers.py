@@ -142,7 +142,7 @@ def _own_arguments(config: Config) -> dict[str, Any]:
     """
     import diffusers
 
-    name = config["_class_name"]
+    name: str = config["_class_name"]
     cls = getattr(diffusers, _SAME_ARGUMENTS.get(name, name))
     parameters = inspect.signature(cls.__init__).parameters.values()
     return {p.name: config.get(p.name, p.default) for p in parameters if p.name != "self"}
