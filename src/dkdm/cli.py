@@ -63,7 +63,7 @@ class SampleOptions(TeacherOptions):
     """Draw samples and save them as a grid."""
 
     output: Path = Path("samples.png")
-    """Picture to write; .safetensors writes the tensor [N, C, H, W] in [-1, 1] instead."""
+    """Picture to write; .safetensors writes the tensor [N, C, ...] as the model draws it instead."""
     num_samples: int = 40
     """How many."""
     steps: int = 25

@@ -59,14 +59,18 @@ def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
 
 
 def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
-    """Pictures, or the middle frames of videos; of sounds there is no grid."""
-    if samples.ndim == 5:
-        samples = samples[:, :, samples.shape[2] // 2]
+    """Of sounds there is no grid."""
+    samples = _flat(samples)
     if samples.ndim != 4:
         return
     folder = output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     grid(samples, GRID_COLUMNS, scale=4).save(folder / f"{name}.png")
+
+
+def _flat(samples: torch.Tensor) -> torch.Tensor:
+    """The middle frames of videos; anything else as it is."""
+    return samples[:, :, samples.shape[2] // 2] if samples.ndim == 5 else samples
 
 
 def _guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
@@ -200,10 +204,14 @@ def sample_to_file(
 ) -> None:
     """Draw samples and write them as a picture, or as a tensor where output ends .safetensors.
 
-    Raises UsageError for a file that exists, an unknown sampler and a class out of range.
+    A picture of videos shows their middle frames; a tensor holds latents where the model works on
+    these. Raises UsageError for a file that exists, for a picture of sounds, an unknown sampler and
+    a class out of range.
     """
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists: expected another --output, or --overwrite")
+    if output.suffix != ".safetensors" and len(denoiser.sample_shape) < 3:
+        raise UsageError(f"{output}: the samples are no pictures: expected --output x.safetensors")
     if sampler not in ("ddim", "ddpm"):
         raise UsageError(f"unknown sampler '{sampler}': expected ddim or ddpm")
     conditioning = restrict_classes(denoiser.conditioning, classes)
@@ -216,4 +224,4 @@ def sample_to_file(
     if output.suffix == ".safetensors":
         checkpoint.write_tensors(output, {"samples": samples, **cond})
     else:
-        grid(pictures(denoiser, samples), GRID_COLUMNS, scale=4).save(output)
+        grid(_flat(pictures(denoiser, samples)), GRID_COLUMNS, scale=4).save(output)
