@@ -63,7 +63,7 @@ class SampleOptions(TeacherOptions):
     """Draw samples and save them as a grid."""
 
     output: Path = Path("samples.png")
-    """Picture to write; .safetensors writes the tensor [N, C, ...] as the model draws it instead."""
+    """Picture to write; .safetensors writes the tensor [N, C, ...] as it was drawn instead."""
     num_samples: int = 40
     """How many."""
     steps: int = 25
