@@ -47,8 +47,8 @@ class Denoiser:
     constants: what the network is fed the same for every sample (class 0 for a class-conditional
         network used without classes, the picture size for SDXL), tensors without batch dimension.
     time: what the network is fed for t, see `network_times`; None is what the process says.
-    value_range: the smallest and largest value of the network's clean samples; pictures are made
-        from it, and chains and training stay in it.
+    value_range: the smallest and largest value of the network's clean samples, which chains and
+        training are left in; pictures are made from it. (The process's `Clipping` bounds chains.)
     call: how the network is called; None finds it by the network's class.
     bundle: what belongs to the model beside the network: autoencoder, text encoders, ...
     evaluations: samples put through the network so far; guidance counts two a sample.
@@ -238,6 +238,8 @@ def embeds_guidance(network: Network) -> bool:
 
     diffusers' networks say so in their config, others by an argument named `guidance`.
     """
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        network = network.module
     config = getattr(network, "config", None)
     if config is not None and "guidance_embeds" in config:
         return bool(config["guidance_embeds"])
