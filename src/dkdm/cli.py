@@ -188,7 +188,7 @@ def _dispatch(args: list[str]) -> int:
     if not args or args[0] not in COMMANDS:
         print(f"{_usage()}\n\ndkdm: unknown command '{' '.join(args[:1])}'", file=sys.stderr)
         return 2
-    # transformers advises to install torchvision, which beside a CPU build of torch breaks diffusers
+    # transformers advises to install torchvision, which beside a CPU torch breaks diffusers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module="diffusers|accelerate|huggingface_hub")
