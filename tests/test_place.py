@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dkdm.bundle import Bundle
 from dkdm.denoiser import Batch
 from dkdm.errors import DkdmError
 from dkdm.teachers import LoadOptions, load_teacher, place
 from dkdm.teachers.place import quantize_int8
+from dkdm.teachers.text import text_conditioning
 from factories import denoiser
 
 
@@ -47,3 +49,9 @@ def test_int8_teacher_predicts_nearly_the_same():
         a, b = (model.predict(Batch(x, t, cond, t)).output for model in (whole, small))
     error = (a - b).square().mean() / a.square().mean()
     assert 0 < error < 1e-3
+
+
+def test_missing_transformers_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("dkdm.teachers.text.find_spec", lambda name: None)
+    with pytest.raises(DkdmError, match=r"pip install 'dkdm\[text\]'"):
+        text_conditioning(tmp_path, Bundle("StableDiffusionPipeline"))

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,13 +94,16 @@ FAMILIES = {
 def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
     """Prompts for a text pipeline, none given yet; its encoders are loaded when first needed.
 
-    Raises UsageError for a pipeline whose prompts dkdm does not know how to encode.
+    Raises UsageError for a pipeline whose prompts dkdm does not know how to encode, DkdmError where
+    transformers is not installed.
     """
     if bundle.pipeline not in FAMILIES:
         raise UsageError(
             f"{folder}: how {bundle.pipeline} encodes prompts is not known: expected one of "
             f"{', '.join(FAMILIES)}"
         )
+    if find_spec("transformers") is None:
+        raise DkdmError(f"{folder}: prompts need transformers: pip install 'dkdm[text]'")
     encoders = {name: part for name, part in bundle.components.items() if _is_text(name)}
     family = FAMILIES[bundle.pipeline]
     told = repr(family.all_arguments(bundle))
@@ -129,10 +133,6 @@ class LazyEncoders:
         return self.pipeline
 
     def _load(self) -> Any:
-        try:
-            import transformers  # noqa: F401
-        except ImportError as error:
-            raise DkdmError("prompts need transformers: pip install 'dkdm[text]'") from error
         import diffusers
 
         kind = str(self.bundle.pipeline)
