@@ -137,7 +137,7 @@ def fashion_small() -> DistillConfig:
 
 
 def fashion_latent() -> DistillConfig:
-    """The latent teacher into a transformer, in a quarter of an hour on a CPU core."""
+    """The latent teacher into a transformer, in 20 minutes on a CPU core."""
     return DistillConfig(
         output_dir=Path("runs/fashion-latent-dit"),
         teacher="runs/fashion-latent",
@@ -161,7 +161,7 @@ def fashion_latent() -> DistillConfig:
 
 
 def fashion_text() -> DistillConfig:
-    """The text-conditional flow, a transformer, into a UNet, in a quarter of an hour on a CPU core.
+    """The text-conditional flow, a transformer, into a UNet, in half an hour on a CPU core.
 
     Its prompts are the 40 captions that `scripts/make_fashion_bases.py` writes.
     """
