@@ -7,6 +7,7 @@ in which each sample has its own t.
 
 import inspect
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -452,7 +453,8 @@ def distilled(opened, tmp_path_factory):
         if student is None:
             config = next(found.folder.glob("[ut][nr]*/config.json"))  # unet or transformer
             student = root / "student.json"
-            student.write_text(json.dumps(json.loads(config.read_text()) | STUDENTS[name]))
+            smaller = STUDENTS.get(name, {})
+            student.write_text(json.dumps(json.loads(config.read_text()) | smaller))
         if "prompt" in found.case.call:
             changes["prompts"] = str(found.folder.parent / "prompts.txt")
         if found.denoiser.embeds_guidance:
@@ -493,6 +495,19 @@ def test_students_sample_in_the_stock_pipeline_as_their_card_says(name, opened, 
     assert type(made["pipeline"]) is type(found.pipeline)
     drawn = made.get("images", made.get("audios", made.get("frames")))
     assert len(drawn) in (1, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in STUDENTS])
+def test_every_other_teacher_trains_a_student_too(name, opened, distilled):
+    """Its own network with fresh weights, ten steps, and back as the same denoiser."""
+    folder = distilled(name)
+    again = reloaded(folder, opened(name))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 10
+    assert math.isfinite(steps[-1]["loss"])
+    assert type(again.network) is type(opened(name).denoiser.network)
+    if again.bundle.autoencoder is not None:
+        assert again.bundle.autoencoder.component.folder.parent == folder
 
 
 WITHOUT_DKDM = """
