@@ -28,10 +28,10 @@ demo: $(INSTALLED) ## distill a small teacher on the CPU and write a page of res
 	@echo "$(DEMO_DIR)/report.html"
 
 test: lint ## the gate: lint, then the tests that take seconds
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) # one thread a worker
 
 test-slow: $(INSTALLED) ## the tests that take minutes
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
 lint: $(INSTALLED) ## style, format and types
 	$(BIN)/ruff check .
