@@ -79,15 +79,11 @@ class Denoiser:
     @property
     def device(self) -> torch.device:
         """Where the network computes: where its parameters are, or are brought layer by layer."""
-        if isinstance(self.network, nn.Module):
-            for module in self.network.modules():
-                hook = getattr(module, "_hf_hook", None)  # accelerate's, where layers are offloaded
-                executes = getattr(hook, "execution_device", None)
-                if executes is not None:
-                    return torch.device(executes)
-            for tensor in self.network.parameters():
-                return tensor.device
-        return torch.device("cpu")
+        if not isinstance(self.network, nn.Module):
+            return torch.device("cpu")
+        first = next(self.network.parameters(), None)
+        own = torch.device("cpu") if first is None else first.device
+        return offloaded_to(self.network) or own if own.type == "meta" else own
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -218,6 +214,15 @@ class Denoiser:
         x = self.process.start_std * noise(-1).to(self.device)
         steps = self.process.timesteps(num_steps, spacing)
         return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
+
+
+def offloaded_to(network: nn.Module) -> torch.device | None:
+    """Where accelerate brings offloaded layers in their turn; None for any other network."""
+    for module in network.modules():
+        executes = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if executes is not None:
+            return torch.device(executes)
+    return None
 
 
 def silence_label_dropout(network: nn.Module) -> None:

@@ -163,13 +163,13 @@ def _lines(files: Sequence[str]) -> Iterator[str]:
 class EmbeddingCache:
     """Embeddings on disk, memory-mapped. index.jsonl has a line for each file of rows.
 
-    places: where each known prompt lies, by its hash: (file, row). order: the hashes of the
-    prompts by number.
+    places: where each known prompt lies, by its hash: (file, row). order: the same by the
+    prompts' numbers, int64 [N, 2].
     """
 
     folder: Path
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
+    order: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
     opened: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -197,7 +197,8 @@ class EmbeddingCache:
 
     def of(self, texts: Sequence[str]) -> EmbeddingCache:
         """The same cache, with numbers 0, 1, ... for these texts."""
-        return replace(self, order=[_hash(text) for text in texts], opened={})
+        order = torch.tensor([self.places[_hash(text)] for text in texts])
+        return replace(self, order=order, opened={})
 
     def encode(self, texts: Sequence[str], encoders: TextEncoders) -> None:
         """Encode the texts that are not there yet, a file at a time; what is done stays done."""
@@ -231,9 +232,14 @@ class EmbeddingCache:
 
     def rows(self, numbers: Tensor) -> Condition:
         """The embeddings of prompts by their numbers, int64 [B] -> [B, ...] each."""
-        places = [self.places[self.order[number]] for number in numbers.tolist()]
-        keys = self._tensors(places[0][0]).keys() if places else ()
-        return {key: torch.stack([self._tensors(f)[key][row] for f, row in places]) for key in keys}
+        files, rows = self.order[numbers].unbind(1)
+        found: Condition = {}
+        for file in files.unique().tolist():
+            at = (files == file).nonzero().flatten()
+            for key, stored in self._tensors(file).items():
+                empty = stored.new_empty(len(numbers), *stored.shape[1:])
+                found.setdefault(key, empty)[at] = stored[rows[at]]
+        return found
 
     def _tensors(self, number: int) -> dict[str, Tensor]:
         """The tensors of one file; they stay on disk until their rows are read."""
