@@ -10,7 +10,7 @@ from dkdm.errors import DkdmError, UsageError
 from dkdm.export import write_pipeline
 from dkdm.networks import network_class
 from dkdm.networks.adm import AdmUNet
-from dkdm.students import as_denoiser, build_network
+from dkdm.students import Interface, as_denoiser, build_network
 from dkdm.teachers import load_teacher
 from factories import denoiser
 from formula_weights import few, filled, numbers
@@ -137,18 +137,18 @@ def test_other_weights_are_refused_whole():
 )
 def test_presets_have_the_papers_sizes(name, parameters):
     with torch.device("meta"):
-        network = build_network(name, (3, 32, 32), 6, Unconditional())
+        network = build_network(name, Interface((3, 32, 32), 6, Unconditional()))
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
 def test_preset_fits_itself_to_sample_and_classes():
     with torch.device("meta"):
-        network = build_network("adm-14m", (4, 64, 32), 4, ClassLabels(5, null_class=5))
+        network = build_network("adm-14m", Interface((4, 64, 32), 4, ClassLabels(5, null_class=5)))
     assert network.config.sample_size == (64, 32)
     assert network.config.attention_resolutions == (4, 8)
     assert network.config.num_class_embeds == 6
     with pytest.raises(UsageError, match="divisible by 8"):
-        build_network("adm-14m", (3, 12, 12), 3, Unconditional())
+        build_network("adm-14m", Interface((3, 12, 12), 3, Unconditional()))
 
 
 def test_student_samples_without_dkdm_and_loads_again(tmp_path):

@@ -14,7 +14,7 @@ from dkdm.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.cost import count_macs
 from dkdm.listing import StudentRow, list_students, print_students
-from dkdm.students import PRESETS, build_network, student_of
+from dkdm.students import PRESETS, Interface, build_network, student_of
 from factories import denoiser, tiny_unet
 
 # Parameters of the reference network of arXiv 2105.05233 with the paper's settings: 3x32x32,
@@ -45,7 +45,7 @@ def rows(teacher):
 
 def on_meta(name, shape, out_channels, conditioning=None):
     with torch.device("meta"):
-        return build_network(name, shape, out_channels, conditioning or Unconditional())
+        return build_network(name, Interface(shape, out_channels, conditioning or Unconditional()))
 
 
 def num_parameters(network):
@@ -59,7 +59,7 @@ def test_unet_has_the_papers_number_of_parameters(name):
 
 
 def test_adm_unet_runs_and_its_resolution_changes_are_residual_blocks():
-    network = build_network("unet-14m", (3, 32, 32), 6, ClassLabels(3, null_class=3))
+    network = build_network("unet-14m", Interface((3, 32, 32), 6, ClassLabels(3, null_class=3)))
     output = network(torch.zeros(1, 3, 32, 32), torch.tensor([5]), torch.tensor([3])).sample
     assert output.shape == (1, 6, 32, 32)
     assert network.config.down_block_types[0] == "ResnetDownsampleBlock2D"

@@ -13,8 +13,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import count_macs
 from dkdm.progress import track
-from dkdm.students import untried_student_of
-from dkdm.students.presets import PRESETS, Preset
+from dkdm.students import PRESETS, Preset, untried_student_of
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkdm.conditioning import ClassLabels, Condition, Conditioning
+from dkdm.conditioning import ClassLabels, Condition
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.networks import network_class
 from dkdm.plugins import import_object
-from dkdm.students.presets import PRESETS, Preset
+from dkdm.students.interface import Interface, Preset
+from dkdm.students.presets import PRESETS
 
-__all__ = ["PRESETS", "Preset", "as_denoiser", "student_of", "untried_student_of"]
+__all__ = ["PRESETS", "Interface", "Preset", "as_denoiser", "student_of", "untried_student_of"]
 
 
 def student_of(spec: str, teacher: Denoiser) -> Denoiser:
@@ -35,8 +36,8 @@ def untried_student_of(spec: str, teacher: Denoiser) -> Denoiser:
     """The same, not evaluated yet; under `torch.device("meta")` it holds no numbers."""
     learned = teacher.parameterization.learns_variance
     out_channels = teacher.sample_shape[0] * (2 if learned else 1)
-    network = build_network(spec, teacher.sample_shape, out_channels, teacher.conditioning)
-    return as_denoiser(spec, network, teacher)
+    interface = Interface(teacher.sample_shape, out_channels, teacher.conditioning, teacher.network)
+    return as_denoiser(spec, build_network(spec, interface), teacher)
 
 
 def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
@@ -55,16 +56,14 @@ def _constants(network: nn.Module) -> Condition:
     return {"class_labels": torch.tensor(0)} if norm == "ada_norm_zero" else {}
 
 
-def build_network(
-    spec: str, sample_shape: tuple[int, ...], out_channels: int, conditioning: Conditioning
-) -> nn.Module:
+def build_network(spec: str, interface: Interface) -> nn.Module:
     """The network a spec names. Raises UsageError for one that names nothing."""
     if spec in PRESETS:
-        return PRESETS[spec].build(sample_shape, out_channels, conditioning)
+        return PRESETS[spec].build(interface)
     if spec.endswith(".json"):
         return _from_diffusers_config(Path(spec))
     if ":" in spec:
-        return _from_factory(spec, sample_shape, out_channels, conditioning)
+        return _from_factory(spec, interface)
     raise UsageError(
         f"unknown student '{spec}': expected one of {', '.join(PRESETS)}, the path of a diffusers "
         "config.json, or module:factory"
@@ -85,12 +84,10 @@ def _from_diffusers_config(path: Path) -> nn.Module:
         raise UsageError(f"student config {path}: {cls.__name__} refuses it: {error}") from error
 
 
-def _from_factory(
-    spec: str, sample_shape: tuple[int, ...], out_channels: int, conditioning: Conditioning
-) -> nn.Module:
+def _from_factory(spec: str, interface: Interface) -> nn.Module:
     factory = import_object(spec)
     try:
-        network = factory(sample_shape, out_channels, conditioning)
+        network = factory(interface.sample_shape, interface.out_channels, interface.conditioning)
     except Exception as error:
         raise DkdmError(f"student factory {spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):

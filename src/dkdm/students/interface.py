@@ -1,0 +1,116 @@
+"""What a student has to fit: the samples, the channels and conditions of its teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.errors import UsageError
+from dkdm.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a student takes and gives.
+
+    sample_shape: (C, ...) of one sample; out_channels: C, or 2C with a learned variance.
+    conditioning: what it is fed beside (x_t, t). teacher: the teacher's network, for students that
+    are cut from it; None, or a mere function, where there is none.
+    """
+
+    sample_shape: tuple[int, ...]
+    out_channels: int
+    conditioning: Conditioning = Unconditional()
+    teacher: nn.Module | Callable[..., Any] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, height, width). Raises UsageError for samples that are no images."""
+        shape = self.sample_shape
+        if len(shape) != 3:
+            raise UsageError(
+                "this preset is for images (channels, height, width); the samples have shape "
+                f"{shape}"
+            )
+        return shape[0], shape[1], shape[2]
+
+    @property
+    def sample_size(self) -> int | tuple[int, int]:
+        """Height and width, as diffusers' configs have it: one number where they are the same."""
+        _, height, width = self.image_shape
+        return height if height == width else (height, width)
+
+    @property
+    def num_class_embeds(self) -> int | None:
+        """Rows of a table of class embeddings, the null class included; None without classes."""
+        if not isinstance(self.conditioning, ClassLabels):
+            return None
+        return max(self.conditioning.num_classes, (self.conditioning.null_class or 0) + 1)
+
+    @property
+    def text_width(self) -> int | None:
+        """Features of a token's text embedding (`encoder_hidden_states`); None without text."""
+        return self._width_of("encoder_hidden_states")
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Features of the pooled text embedding (`pooled_projections`); None without one."""
+        return self._width_of("pooled_projections")
+
+    def _width_of(self, name: str) -> int | None:
+        if not isinstance(self.conditioning, Prompts):
+            return None
+        shape = self.conditioning.shape_of(name)
+        return None if shape is None else shape[-1]
+
+    def needs_text(self, what: str) -> int:
+        """Features of a token's text embedding. Raises UsageError for a teacher without text."""
+        if self.text_width is None:
+            raise UsageError(f"{what} needs a text-conditional teacher")
+        return self.text_width
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named student network: what it is, and how to build it."""
+
+    name: str
+    summary: str
+    build: Callable[[Interface], nn.Module]
+
+
+def check_halvings(interface: Interface, levels: int) -> None:
+    """Raise UsageError where a side of the samples cannot be halved between `levels` levels."""
+    halvings = 2 ** (levels - 1)
+    sides = interface.sample_shape[1:]
+    if any(side % halvings for side in sides):
+        what = "height and width" if len(sides) == 2 else "every side"
+        raise UsageError(
+            f"a UNet of {levels} levels needs {what} divisible by {halvings}; "
+            f"the samples are {'x'.join(map(str, sides))}"
+        )
+
+
+def patch_size(interface: Interface, patch: int | None, what: str) -> int:
+    """Side of a transformer's patch: as given, or the largest of 8, 4, 2, 1 that leaves 8x8 tokens.
+
+    Raises UsageError for samples that are not square or not divisible by it.
+    """
+    _, height, columns = interface.image_shape
+    side = patch or next(p for p in (8, 4, 2, 1) if height >= 8 * p or p == 1)
+    if height != columns or height % side:
+        raise UsageError(
+            f"{what} with patches of {side} needs square samples divisible by {side}; "
+            f"the samples are {height}x{columns}"
+        )
+    return side
+
+
+def group_size(*channels: int) -> int:
+    """Groups of a group normalization: 32, or the largest number that divides all of these."""
+    return math.gcd(32, *channels)
