@@ -21,9 +21,10 @@ from dkdm.finish import (
     side_by_side_grids,
 )
 from dkdm.launch import claim_output, start_accelerator
+from dkdm.matching import covered, level_weights, on_levels_of, same_levels
 from dkdm.objective import Objective
 from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_few_step
-from dkdm.sources import Images
+from dkdm.sources import Images, Synthetic, draw_set, empty_set
 from dkdm.students import student_of
 from dkdm.teachers import LoadOptions, load_teacher, place, with_texts
 from dkdm.trainer import Trainer
@@ -55,19 +56,24 @@ def distill(
     if isinstance(student, Denoiser):
         learner = replace(student, conditioning=taught_by.conditioning)
     else:
-        learner = student_of(config.student, taught_by)
-    pool = make_pool(taught_by, config, accelerator.device)
-    objective = Objective(
-        learner, taught_by, config.loss_weighting, config.snr_gamma, config.vlb_weight
+        learner = open_student(taught_by, config)
+    source, objective = lesson(taught_by, learner, config, accelerator.device)
+    trainer = Trainer(
+        config,
+        objective.student,
+        source,
+        objective,
+        accelerator,
+        component_name(learner.network),  # type: ignore[arg-type]
+        side_by_side_grids(config, taught_by),
+        shipped=learner,
+        teacher=taught_by,
     )
-    name = component_name(learner.network)  # type: ignore[arg-type]
-    validate = side_by_side_grids(config, taught_by)
-    trainer = Trainer(config, learner, pool, objective, accelerator, name, validate)
     found = claim_output(config, accelerator)
     if found:
         trainer.resume(found)
     else:
-        fill(pool, config)
+        prepare(source, taught_by, config)
         trainer.save()
     started = time.monotonic()
     trainer.run()
@@ -102,6 +108,14 @@ def open_teacher(config: DistillConfig) -> Denoiser:
     return with_conditions(teacher, config)
 
 
+def open_student(teacher: Denoiser, config: DistillConfig) -> Denoiser:
+    """Build the student a config names."""
+    own = teacher.parameterization
+    if config.source == "synthetic" and own.learns_variance:  # nothing would teach it
+        teacher = replace(teacher, parameterization=replace(own, variance="fixed_small"))
+    return student_of(config.student, teacher, config.student_prediction, config.student_process)
+
+
 def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
     """The same teacher, from now on drawing the classes or prompts that the config names.
 
@@ -124,6 +138,45 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
         raise UsageError("--random-conditioning was given, but the teacher is unconditional")
     teacher.conditioning = conditioning
     return teacher
+
+
+def lesson(
+    teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
+) -> tuple[Pool | Synthetic, Objective]:
+    """What the student learns from, unfilled, and how; the objective's student is the same as it
+    looks from the source's levels. Moves the teacher to the device.
+    """
+    weighting = config.loss_weighting, config.snr_gamma
+    if config.source == "synthetic":
+        place(teacher, device, config.teacher_offload)
+        source = empty_set(
+            teacher,
+            student,
+            set_size(teacher, config),
+            seed=config.seed,
+            condition_dropout=config.condition_dropout,
+            device=device,
+        )
+        return source, Objective(student, None, *weighting)
+    objective = Objective(
+        on_levels_of(student, teacher.process),
+        teacher,
+        *weighting,
+        config.vlb_weight,
+        level_weights(student, teacher, config.loss_weighting),
+    )
+    return make_pool(teacher, config, device), objective
+
+
+def set_size(teacher: Denoiser, config: DistillConfig) -> int:
+    """Samples in the synthetic set: as asked, or for as many evaluations as the dynamic source."""
+    if config.synthetic_samples is not None:
+        return config.synthetic_samples
+    filling, training = planned_evaluations(teacher, replace(config, source="dynamic"))
+    return max(
+        config.train_batch_size,
+        (filling + training) // (config.synthetic_steps * guidance_factor(teacher, config)),
+    )
 
 
 def make_pool(teacher: Denoiser, config: DistillConfig, device: torch.device) -> Pool:
@@ -159,6 +212,20 @@ def pool_entries(config: DistillConfig, num_levels: int) -> int:
         return config.pool_size
     drawn = config.max_train_steps * config.gradient_accumulation_steps * batch
     return max(batch, min(round(config.rho * num_levels * batch), drawn))
+
+
+def prepare(source: Pool | Synthetic, teacher: Denoiser, config: DistillConfig) -> None:
+    """Let the teacher prepare the source: fill the pool, or draw the synthetic set."""
+    if isinstance(source, Pool):
+        fill(source, config)
+        return
+    guidance = Guidance.parse(config.guidance_scale)
+    if guidance.low != guidance.high:
+        raise UsageError(
+            f"--guidance-scale {config.guidance_scale}: --source synthetic takes one number"
+        )
+    steps, batch = config.synthetic_steps, config.train_batch_size
+    draw_set(source, teacher, steps, guidance.low, batch)
 
 
 def fill(pool: Pool, config: DistillConfig) -> None:
@@ -209,24 +276,54 @@ def train(config: TrainConfig) -> Path:
 def describe(config: DistillConfig) -> str:
     """What a distillation would do and cost, in words; nothing is written."""
     teacher = open_teacher(config)
-    student = student_of(config.student, teacher)
-    entries = pool_entries(config, teacher.process.num_levels)
-    guided = not Guidance.parse(config.guidance_scale).is_off and not teacher.embeds_guidance
-    doubled = 2 if guided else 1
-    batch = config.train_batch_size * config.gradient_accumulation_steps
-    training = config.max_train_steps * batch * doubled
-    filling = 0
-    if config.source != "iterative" and config.fill != "none":
-        per_entry = teacher.process.num_levels / 2
-        per_entry = per_entry if config.fill == "ancestral" else config.fill_steps
-        filling = round(entries * per_entry * doubled)
-    size = entries * torch.Size(teacher.sample_shape).numel()
-    mebibytes = size * getattr(torch, config.pool_dtype).itemsize / 2**20
+    student = open_student(teacher, config)
+    filling, training = planned_evaluations(teacher, config)
+    if config.source == "synthetic":
+        what, entries, width = "samples", set_size(teacher, config), 4
+    else:
+        what, entries = "entries", pool_entries(config, teacher.process.num_levels)
+        width = getattr(torch, config.pool_dtype).itemsize
+    mebibytes = entries * torch.Size(teacher.sample_shape).numel() * width / 2**20
     return (
         f"teacher   {teacher.name}: {teacher.num_parameters:,} parameters\n"
         f"student   {student.name}: {student.num_parameters:,} parameters "
         f"({student.num_parameters / teacher.num_parameters:.1%})\n"
-        f"pool      {entries:,} entries, {mebibytes:,.1f} MiB\n"
-        f"cost      {filling:,} teacher evaluations to fill, {training:,} to train, and restarts\n"
+        f"{_kind_of(student, teacher)}"
+        f"source    {config.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
+        f"cost      {filling:,} teacher evaluations to prepare, {training:,} to train, "
+        "and restarts\n"
         f"output    {config.output_dir}"
     )
+
+
+def _kind_of(student: Denoiser, teacher: Denoiser) -> str:
+    """A line on the student's process and parameterization, where they are not the teacher's."""
+    own, other = student.parameterization.prediction, teacher.parameterization.prediction
+    if own == other and same_levels(student.process, teacher.process):
+        return ""
+    unseen = int((~covered(student.process, teacher.process)).sum())
+    return (
+        f"          {own} on the {student.process.num_levels} levels of "
+        f"{student.process.scheduler.get('_class_name', 'its process')} that the teacher "
+        f"({other}) has; {unseen} of the teacher's levels weigh nothing\n"
+    )
+
+
+def guidance_factor(teacher: Denoiser, config: DistillConfig) -> int:
+    """Evaluations of the teacher that one prediction takes."""
+    guided = not Guidance.parse(config.guidance_scale).is_off and not teacher.embeds_guidance
+    return 2 if guided else 1
+
+
+def planned_evaluations(teacher: Denoiser, config: DistillConfig) -> tuple[int, int]:
+    """Teacher evaluations to prepare the source, and to train from it, without restarts."""
+    doubled = guidance_factor(teacher, config)
+    if config.source == "synthetic":
+        return set_size(teacher, config) * config.synthetic_steps * doubled, 0
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    training = config.max_train_steps * batch * doubled
+    if config.source == "iterative" or config.fill == "none":
+        return 0, training
+    levels = teacher.process.num_levels
+    per_entry = levels / 2 if config.fill == "ancestral" else config.fill_steps
+    return round(pool_entries(config, levels) * per_entry * doubled), training

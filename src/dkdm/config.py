@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dkdm.errors import UsageError
+from dkdm.prediction import PredictionType
 
-SourceKind = Literal["dynamic", "shuffled", "iterative"]
+SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
 FillKind = Literal["few-step", "ancestral", "none"]
-LossWeighting = Literal["uniform", "snr", "min-snr"]
+LossWeighting = Literal["uniform", "snr", "min-snr", "student"]
+ProcessName = str
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class RunConfig:
     condition_dropout: float = 0.0
     """Probability that a condition is replaced by the null one (needed for guided sampling)."""
     loss_weighting: LossWeighting = "uniform"
-    """Weight of each noise level: 1 on the network's output, or SNR / clipped SNR on x_0."""
+    """Weight of each noise level: 1 on the network's output; SNR / clipped SNR on x_0; or, for a
+    student of another process, as densely as its own levels lie."""
     snr_gamma: float = 5.0
     """Largest SNR that min-snr weighs with."""
     checkpointing_steps: int = 1000
@@ -140,8 +143,18 @@ class DistillConfig(RunConfig):
     """LoRA weight files merged into the teacher, one after the other."""
     student: str = "dit-xs"
     """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
+    student_prediction: PredictionType | None = None
+    """What the student predicts; None is what the teacher does, or its own process's scheduler."""
+    student_process: ProcessName = "teacher"
+    """Noise process of the student: teacher, ddpm-linear, ddpm-cosine, flow, edm, or the path of a
+    scheduler_config.json; matched with the teacher's by the signal-to-noise ratio."""
     source: SourceKind = "dynamic"
-    """Where noisy samples come from: the paper's ladder iterative, shuffled, dynamic."""
+    """Where noisy samples come from: the paper's ladder iterative, shuffled, dynamic; or, as a
+    baseline, synthetic: finished samples of the teacher, noised afresh (data-free training)."""
+    synthetic_samples: int | None = None
+    """Size of the synthetic set; None is as many as cost what the dynamic source would."""
+    synthetic_steps: int = 50
+    """Sampler steps, each a teacher evaluation, of a sample of the synthetic set."""
     rho: float = 0.4
     """Pool entries as a share of T * batch (dynamic); never more than the run can draw."""
     pool_size: int | None = None

@@ -20,7 +20,7 @@ from dkdm.prediction import (
     scale_input,
     to_x_0_eps,
 )
-from dkdm.process import Process, Spacing, TimeKind, network_times
+from dkdm.process import Process, Spacing, TimeKind, network_times, per_sample
 from dkdm.steps import sample
 
 
@@ -51,6 +51,8 @@ class Denoiser:
         training are left in; pictures are made from it. (The process's `Clipping` bounds chains.)
     call: how the network is called; None finds it by the network's class.
     bundle: what belongs to the model beside the network: autoencoder, text encoders, ...
+    rescale: what states are multiplied with at each t before all else, [T]: they come from another
+        process, see `matching`; None leaves them.
     evaluations: samples put through the network so far; guidance counts two a sample.
     """
 
@@ -65,6 +67,7 @@ class Denoiser:
     value_range: tuple[float, float] = (-1.0, 1.0)
     call: Call | None = None
     bundle: Bundle = field(default_factory=Bundle)
+    rescale: Tensor | None = None
     evaluations: int = 0
 
     def __post_init__(self) -> None:
@@ -112,6 +115,9 @@ class Denoiser:
         self, batch: Batch, guidance_scale: float | Tensor = 1.0
     ) -> tuple[Prediction, Prediction]:
         """The prediction without and with guidance, at the cost of the second alone."""
+        if self.rescale is not None:
+            factor = per_sample(self.rescale[batch.t.cpu()], batch.x)
+            batch = batch._replace(x=factor * batch.x)
         if self.embeds_guidance:
             scale = torch.as_tensor(guidance_scale, dtype=torch.float32).expand(len(batch.t))
             batch = batch._replace(cond={"guidance": scale, **batch.cond})

@@ -19,7 +19,9 @@ from dkdm.conditioning import ClassLabels, Conditioning
 from dkdm.config import DistillConfig, RunConfig
 from dkdm.denoiser import Denoiser
 from dkdm.networks import HOMES
+from dkdm.process import Process
 from dkdm.prompts import Prompts
+from dkdm.schedulers import SIGMA_RANGE, flow_grid
 from dkdm.teachers.networks import pixels
 from dkdm.teachers.text import FAMILIES
 from dkdm.version import __version__
@@ -125,7 +127,7 @@ def _stock_pipeline(denoiser: Denoiser) -> str | None:
     scheduler = denoiser.process.scheduler["_class_name"]
     if network == "UNet2DModel":
         return _stock_of_unet(denoiser, scheduler)
-    if STOCK_NETWORKS.get(str(kind)) != network:
+    if STOCK_NETWORKS.get(str(kind)) != network or not _stock_process(str(kind), denoiser.process):
         return None
     names = getattr(denoiser.conditioning, "names", None)
     imagenet = ClassLabels(_NULL_CLASS_OF_DIT, _NULL_CLASS_OF_DIT, None, names)
@@ -135,6 +137,22 @@ def _stock_pipeline(denoiser: Denoiser) -> str | None:
     if kind == "StableDiffusionXLPipeline" and added is None:
         return None
     return kind
+
+
+def _stock_process(pipeline: str, process: Process) -> bool:
+    """Whether a pipeline can sample a process: each knows flows or the others, and starts a flow at
+    pure noise."""
+    is_flow = process.scheduler["_class_name"].startswith("FlowMatch")
+    return is_flow == (pipeline in _FLOW_PIPELINES) and SIGMA_RANGE not in process.scheduler
+
+
+_FLOW_PIPELINES = (
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "SanaPipeline",
+    "Lumina2Pipeline",
+    "WanPipeline",
+)
 
 
 def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
@@ -163,6 +181,7 @@ def _pipeline_source(
     """The text of `pipeline.py`."""
     text = isinstance(denoiser.conditioning, Prompts)
     bundle, scheduler = denoiser.bundle, denoiser.process.scheduler["_class_name"]
+    first_sigma, last_sigma = flow_grid(denoiser.process.scheduler)
     family = FAMILIES[str(bundle.pipeline)] if text else None
     latent = bundle.autoencoder is not None and "vae" in components
     return _TEMPLATES.get_template("pipeline.py.j2").render(
@@ -177,6 +196,9 @@ def _pipeline_source(
         arguments=family.all_arguments(bundle) if family else {},
         call=_CALLS_WITH_TEXT.get(type(denoiser.network).__name__, "network(x, time, **embeds)"),
         flow=scheduler.startswith("FlowMatch"),
+        first_sigma=first_sigma,
+        last_sigma=last_sigma,
+        start_std=denoiser.process.start_std,
         random_step=scheduler != "IPNDMScheduler",
         drops_variance=denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler",
         sample_shape=tuple(denoiser.sample_shape),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from torch import Tensor
 from dkdm.config import LossWeighting
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
+from dkdm.matching import amplifies
 from dkdm.prediction import (
     Prediction,
+    clip_x_0,
     from_x_0_eps,
     posterior_var,
     step_log_var,
@@ -27,7 +29,8 @@ class Objective:
     """How far a student's prediction is from its target.
 
     student: gives process and parameterization. teacher: None where the target is the noise that
-    was added to real images. vlb_weight: lambda; acts only where both models learn their variance.
+    was added to clean samples. vlb_weight: lambda; acts where both models learn their variance.
+    level_weights: one more weight of each of the teacher's levels, float64 [T]; None is 1.
     """
 
     student: Denoiser
@@ -35,6 +38,7 @@ class Objective:
     weighting: LossWeighting = "uniform"
     snr_gamma: float = 5.0
     vlb_weight: float = 1.0
+    level_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         learns = self.student.parameterization.learns_variance
@@ -44,18 +48,30 @@ class Objective:
                 "the student learns its variance, but nothing teaches it: expected a teacher with "
                 "a learned variance, or a student with a fixed one"
             )
+        if learns and self.student.rescale is not None:
+            raise UsageError(
+                "the student learns its variance, and its noise process is another than the "
+                "teacher's: L_vlb is not defined between them; expected a fixed variance"
+            )
 
     def __call__(self, prediction: Prediction, target: Prediction, x: Tensor, t: Tensor) -> Tensor:
         """The loss of every sample, [B]. x: [B, ...] the states; t: int64 [B]."""
-        loss = self.weights(t).to(x.device, x.dtype) * simple_loss(
-            self.student, prediction, target, t
-        )
+        weights = self.weights(t).to(x.device, x.dtype)
+        loss = weights * simple_loss(self.student, prediction, self._bounded(target, x, t), t)
         if self.teacher is None or not self.student.parameterization.learns_variance:
             return loss
         if self.vlb_weight == 0:
             return loss
         vlb = variational_loss(self.student, self.teacher, prediction, target, x, t)
         return loss + self.vlb_weight * vlb
+
+    def _bounded(self, target: Prediction, x: Tensor, t: Tensor) -> Prediction:
+        """Where an error of eps is amplified on its way to the student's output, x_0 is clipped as
+        in the teacher's chain."""
+        if self.teacher is None or not amplifies(self.student, self.teacher):
+            return target
+        process = self.teacher.process
+        return clip_x_0(target, x, *process.at(t), replace(process.clipping, rederive_eps=True))
 
     def weights(self, t: Tensor) -> Tensor:
         """Weight of each sample's level, float64 [B].
@@ -64,12 +80,13 @@ class Objective:
         predicts (arXiv 2303.09556, sec. 3.3); "uniform" leaves the output error as it is.
         """
         alpha, sigma = self.student.process.at(t)
-        if self.weighting == "uniform":
-            return torch.ones_like(alpha)
+        further = 1 if self.level_weights is None else self.level_weights[t.cpu()]
+        if self.weighting in ("uniform", "student"):
+            return torch.ones_like(alpha) * further
         own = self.student.parameterization
         snr = (alpha / sigma) ** 2
         wanted = snr if self.weighting == "snr" else snr.clamp(max=self.snr_gamma)
-        return wanted / x_0_slope(own.prediction, alpha, sigma, own.sigma_data) ** 2
+        return wanted / x_0_slope(own.prediction, alpha, sigma, own.sigma_data) ** 2 * further
 
 
 def simple_loss(student: Denoiser, prediction: Prediction, target: Prediction, t: Tensor) -> Tensor:

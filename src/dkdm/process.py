@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -79,8 +79,24 @@ class Process:
 
     @property
     def start_std(self) -> float:
-        """Standard deviation of a chain's first state: 1, or sigma_{T-1} where alpha = 1."""
-        return float(self.sigma[-1]) if self.alpha[-1] == 1 else 1.0
+        """Standard deviation of a chain's first state: that of data of variance 1 at T-1.
+
+        It is 1 on a VP process and at the start of a flow; sigma_{T-1} where alpha = 1.
+        """
+        alpha, sigma = float(self.alpha[-1]), float(self.sigma[-1])
+        return sigma if alpha == 1 else math.hypot(alpha, sigma)
+
+    @property
+    def gauge(self) -> Gauge:
+        """Which family this process is of. Raises UsageError where it is of none."""
+        for gauge in GAUGES.values():
+            norm = gauge.norm(self.alpha, self.sigma)
+            if torch.allclose(norm, torch.ones_like(norm), rtol=0, atol=1e-9):
+                return gauge
+        raise UsageError(
+            "the process has neither alpha^2 + sigma^2 = 1, alpha + sigma = 1 nor alpha = 1: it "
+            "cannot be matched with another one's"
+        )
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Look up (alpha, sigma) at t.
@@ -127,6 +143,37 @@ class Process:
         else:
             levels = np.arange(num_steps) * (total // num_steps) + self.steps_offset
         return sorted({min(int(level), total - 1) for level in levels}, reverse=True)
+
+
+class Gauge(NamedTuple):
+    """A family of processes whose alpha and sigma follow from their ratio.
+
+    norm: (alpha, sigma) -> what is 1 at every level. coordinate: (alpha, sigma) -> a finite number
+    that grows with the noise; pair: its inverse. All float64 of any shape.
+    """
+
+    norm: Callable[[Tensor, Tensor], Tensor]
+    coordinate: Callable[[Tensor, Tensor], Tensor]
+    pair: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+GAUGES = {
+    "vp": Gauge(
+        norm=torch.hypot,
+        coordinate=lambda alpha, sigma: torch.atan2(sigma, alpha),
+        pair=lambda angle: (angle.cos(), angle.sin()),
+    ),
+    "flow": Gauge(
+        norm=lambda alpha, sigma: alpha + sigma,
+        coordinate=lambda alpha, sigma: sigma / (alpha + sigma),
+        pair=lambda share: (1 - share, share),
+    ),
+    "ve": Gauge(
+        norm=lambda alpha, _: alpha,
+        coordinate=lambda alpha, sigma: (sigma / alpha).log(),
+        pair=lambda log_ratio: (torch.ones_like(log_ratio), log_ratio.exp()),
+    ),
+}
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dkdm.errors import UsageError
 from dkdm.prediction import PredictionType
@@ -176,6 +179,101 @@ def saved_config(config: Config, image_tokens: int | None = None) -> dict[str, A
     return as_ddim(config) if config.get("_class_name") in MULTISTEP else dict(config)
 
 
+NAMED: dict[str, dict[str, Any]] = {
+    "ddpm-linear": {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_small",
+        "clip_sample": False,
+        "timestep_spacing": "trailing",
+    },
+    "ddpm-cosine": {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "variance_type": "fixed_small",
+        "clip_sample": False,
+        "timestep_spacing": "trailing",
+    },
+    "flow": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+    },
+    "edm": {
+        "_class_name": "EDMEulerScheduler",
+        "num_train_timesteps": 1000,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "rho": 7.0,
+        "sigma_data": 0.5,
+        "prediction_type": "epsilon",
+    },
+}
+
+
+def read_scheduler_config(path: Path) -> Config:
+    """A scheduler's config by the path of its JSON, as a student of it is saved.
+
+    Raises UsageError for a file that is none, and for a name that is neither a file nor in NAMED.
+    """
+    try:
+        config = json.loads(path.read_text())
+        return saved_config({**config, "_class_name": config["_class_name"]})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"process '{path}': expected {', '.join(NAMED)}, or the path of a "
+            f"scheduler_config.json ({type(error).__name__}: {error})"
+        ) from error
+
+
+def within(config: Config, low: float, high: float) -> Config:
+    """The same scheduler on those of its levels whose sigma / alpha lies in low..high.
+
+    Raises UsageError where fewer than two are left, and for a scheduler that cannot be cut.
+    """
+    process, name = from_scheduler_config(config), str(config["_class_name"])
+    ratio = process.sigma / process.alpha
+    kept = (ratio >= low * (1 - 1e-9)) & (ratio <= high * (1 + 1e-9))
+    if kept.sum() < 2:
+        raise UsageError(
+            f"{name} has no signal-to-noise ratio in common with the teacher: sigma / alpha from "
+            f"{ratio[0]:.3g} to {ratio[-1]:.3g} here, from {low:.3g} to {high:.3g} there"
+        )
+    if kept.all():
+        return config
+    if name.startswith("EDM"):
+        low, high = max(low, float(ratio[0])), min(high, float(ratio[-1]))
+        return {**config, "sigma_min": low, "sigma_max": high}
+    sigma, alpha = process.sigma[kept], process.alpha[kept]
+    if name.startswith("FlowMatch"):
+        return {**config, SIGMA_RANGE: [float(sigma[0]), float(sigma[-1])]}
+    if name not in ("DDPMScheduler", "DDIMScheduler"):
+        raise UsageError(f"{name} cannot be cut to the teacher's signal-to-noise ratios")
+    before = torch.cat([alpha.new_ones(1), alpha[:-1]])
+    betas = (1 - (alpha / before) ** 2).tolist()
+    left_out = ("rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule")
+    rest = {key: value for key, value in config.items() if key not in left_out}
+    # Leading steps would leave out the noisiest of a number of levels that is not round.
+    spacing = {"timestep_spacing": "trailing"}
+    return {**rest, **spacing, "num_train_timesteps": len(betas), "trained_betas": betas}
+
+
+SIGMA_RANGE = "_sigma_range"  # of the levels a flow was trained on; diffusers skips such names
+
+
+def flow_grid(config: Config) -> tuple[float, float]:
+    """First and lowest sigma to give a flow's `set_timesteps`, which shifts them itself."""
+    shift = config.get("shift", 1.0)
+    low, high = config.get(SIGMA_RANGE, (0.0, 1.0))
+    return high / (shift - (shift - 1) * high), low / (shift - (shift - 1) * low)
+
+
 def _from_beta_config(config: Config) -> Process:
     if config.get("trained_betas") is not None:
         betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
@@ -224,11 +322,19 @@ def _from_flow_config(config: Config, image_tokens: int | None) -> Process:
     if config.get("use_dynamic_shifting"):
         shift, lowest = dynamic_shift(config, image_tokens), 1 / levels
     process = rectified_flow(levels, shift, lowest, scheduler=dict(config))
-    if not config.get("shift_terminal"):
-        return process
-    # The least noise is brought to `shift_terminal`, the rest stretched (LTX, `shift_terminal`).
-    alpha = process.alpha * (1 - config["shift_terminal"]) / process.alpha[0]
-    return replace(process, alpha=alpha, sigma=1 - alpha, network_time=(1 - alpha) * levels)
+    if config.get("shift_terminal"):
+        # The least noise is brought to `shift_terminal`, the rest stretched (LTX).
+        alpha = process.alpha * (1 - config["shift_terminal"]) / process.alpha[0]
+        process = _flow_at(process, 1 - alpha, levels)
+    if config.get(SIGMA_RANGE):
+        low, high = config[SIGMA_RANGE]
+        sigma = process.sigma
+        process = _flow_at(process, sigma[(sigma >= low) & (sigma <= high)], levels)
+    return process
+
+
+def _flow_at(process: Process, sigma: Tensor, levels: int) -> Process:
+    return replace(process, alpha=1 - sigma, sigma=sigma, network_time=sigma * levels)
 
 
 def dynamic_shift(config: Config, image_tokens: int | None) -> float:

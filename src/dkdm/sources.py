@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dkdm.conditioning import Condition, Conditioning, dropped
-from dkdm.denoiser import Batch
+from dkdm.denoiser import Batch, Denoiser
 from dkdm.errors import UsageError
 from dkdm.prediction import Parameterization, Prediction, from_x_0_eps
 from dkdm.process import Process
+from dkdm.progress import track
 from dkdm.randomness import generator
 
 
@@ -101,3 +102,60 @@ class Images:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from that step."""
         self.step = int(state["step"])
+
+
+@dataclass(eq=False)
+class Synthetic(Images):
+    """Finished samples of a teacher in place of real images: the paper's data-free training."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole set, which would be expensive to draw again, and the step."""
+        conditions = {f"cond.{key}": value for key, value in self.conditions.items()}
+        return {"images": self.images, **conditions, **super().state_dict()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the set. Raises UsageError for one of another size."""
+        if state["images"].shape != self.images.shape:
+            raise UsageError(
+                f"the checkpoint's synthetic set is {tuple(state['images'].shape)}, this run's "
+                f"{tuple(self.images.shape)}: expected the options it began with"
+            )
+        self.images = state["images"]
+        self.conditions = {key: state[f"cond.{key}"] for key in self.conditions}
+        super().load_state_dict(state)
+
+
+def empty_set(teacher: Denoiser, student: Denoiser, size: int, **fields: Any) -> Synthetic:
+    """A synthetic set of `size` samples that are still to be drawn, for a student.
+
+    fields: seed, condition_dropout and device of `Images`.
+    """
+    host = generator("cpu", fields.get("seed", 0), "synthetic")
+    return Synthetic(
+        torch.zeros(size, *teacher.sample_shape),
+        teacher.conditioning.draw(size, host),
+        student.process,
+        student.parameterization,
+        student.conditioning,
+        **fields,
+    )
+
+
+def draw_set(
+    source: Synthetic, teacher: Denoiser, num_steps: int, guidance_scale: float, batch_size: int
+) -> None:
+    """Draw the samples of a set, `num_steps` teacher evaluations each (two with guidance)."""
+    size = len(source.images)
+    with track(size, 0, "drawing samples") as progress:
+        for first in range(0, size, batch_size):
+            chunk = slice(first, min(first + batch_size, size))
+            shape = source.images[chunk].shape
+
+            def noise(step: int, first: int = first, shape: torch.Size = shape) -> Tensor:
+                random = generator("cpu", source.seed, "synthetic", first, step)
+                return torch.randn(shape, generator=random).to(teacher.device)
+
+            cond = {key: value[chunk] for key, value in source.conditions.items()}
+            drawn = teacher.sample(noise, cond, num_steps, guidance_scale=guidance_scale)
+            source.images[chunk] = drawn.cpu()
+            progress(chunk.stop)

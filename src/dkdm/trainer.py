@@ -50,6 +50,8 @@ class Ema:
 class Trainer:
     """A student, its source, and all that changes while one learns from the other.
 
+    student: as it looks from the source's levels. shipped: the same as it is saved and sampled,
+        where its own process is another; None is `student`. teacher: whose evaluations are counted.
     name: the network's folder in checkpoints and in the output, "unet" or "transformer".
     validate: called with the step and a student carrying the averaged weights.
     """
@@ -61,6 +63,8 @@ class Trainer:
     accelerator: Accelerator
     name: str = "unet"
     validate: Callable[[int, Denoiser], None] | None = None
+    shipped: Denoiser | None = None
+    teacher: Denoiser | None = None
     step_number: int = 0
     first_bad_step: Tensor = field(default_factory=lambda: torch.tensor(-1))
 
@@ -81,6 +85,7 @@ class Trainer:
             num_training_steps=config.max_train_steps,
         )
         wrapped, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.shipped = self.shipped or self.student
         self.student = replace(self.student, network=wrapped)
         self.objective = replace(self.objective, student=self.student)
         self.levels = LossPerLevel(self.student.process.num_levels, self.accelerator.device)
@@ -159,8 +164,8 @@ class Trainer:
             "steps_per_second": round(steps_per_second, 3),
             "loss_per_level": self.levels.take(),
         }
-        if self.objective.teacher is not None:
-            entry["teacher_evaluations"] = self.objective.teacher.evaluations
+        if self.teacher is not None:
+            entry["teacher_evaluations"] = self.teacher.evaluations
         shown = ("loss", "learning_rate", "steps_per_second", "teacher_evaluations")
         self.accelerator.log({k: entry[k] for k in shown if k in entry}, step=self.step_number)
         return entry
@@ -170,7 +175,8 @@ class Trainer:
         network = copy.deepcopy(self.network)
         if self.config.use_ema:
             network.load_state_dict(self.ema.weights)
-        return replace(self.student, network=network.eval().requires_grad_(False))
+        assert self.shipped is not None
+        return replace(self.shipped, network=network.eval().requires_grad_(False))
 
     def save(self) -> None:
         """Write a checkpoint of everything that changes, and delete those beyond the limit."""
@@ -194,7 +200,7 @@ class Trainer:
             "optimizer": groups,
             "lr_scheduler": _plain(self.lr_scheduler.state_dict()),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "teacher_evaluations": getattr(self.objective.teacher, "evaluations", 0),
+            "teacher_evaluations": getattr(self.teacher, "evaluations", 0),
         }
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
@@ -213,8 +219,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.source.load_state_dict(checkpoint.read_tensors(folder / "source.safetensors"))
         checkpoint.set_random_state(checkpoint.read_tensors(folder / "random.safetensors"))
-        if self.objective.teacher is not None:
-            self.objective.teacher.evaluations = state["teacher_evaluations"]
+        if self.teacher is not None:
+            self.teacher.evaluations = state["teacher_evaluations"]
         self.step_number = state["step"]
 
 

@@ -14,8 +14,8 @@ from dkdm.evaluation.features import MEASURABLE_SHAPES, NUM_FEATURES, ReferenceN
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.results import Comparison, LevelGap, Measurement, ModelResult
 from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.matching import on_levels_of
 from dkdm.objective import simple_loss
-from dkdm.process import Process
 from dkdm.progress import track
 from dkdm.prompts import Prompts
 from dkdm.randomness import generator
@@ -113,12 +113,10 @@ def level_gaps(
 ) -> tuple[LevelGap, ...]:
     """Measure how far the outputs are apart at `GAP_LEVELS` levels, least noise first.
 
-    x_0: [N, ...] samples of the teacher, noised to each level; cond: at least N rows. Empty where
-    the models have different processes.
+    x_0: [N, ...] samples of the teacher, noised to each level; cond: at least N rows. A student of
+    another process is compared at the same signal-to-noise ratios.
     """
-    if not _same_levels(teacher.process, student.process):
-        return ()
-    count = len(x_0)
+    student, count = on_levels_of(student, teacher.process), len(x_0)
     rows = {key: value[:count] for key, value in cond.items()}
     gaps = []
     for level in torch.linspace(0, teacher.process.num_levels - 1, GAP_LEVELS).long().unique():
@@ -132,10 +130,6 @@ def level_gaps(
         power = float(simple_loss(student, nothing, target, t).mean())
         gaps.append(LevelGap(int(level), gap, gap / power if power else 0.0))
     return tuple(gaps)
-
-
-def _same_levels(a: Process, b: Process) -> bool:
-    return torch.equal(a.alpha, b.alpha) and torch.equal(a.sigma, b.sigma)
 
 
 def _measure(

@@ -11,23 +11,32 @@ import torch
 from torch import nn
 
 from dkdm.conditioning import ClassLabels, Condition
+from dkdm.config import ProcessName
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.matching import with_process
 from dkdm.networks import network_class
 from dkdm.plugins import import_object
+from dkdm.prediction import PredictionType
 from dkdm.students.interface import Interface, Preset
 from dkdm.students.presets import PRESETS
 
 __all__ = ["PRESETS", "Interface", "Preset", "as_denoiser", "student_of", "untried_student_of"]
 
 
-def student_of(spec: str, teacher: Denoiser) -> Denoiser:
+def student_of(
+    spec: str,
+    teacher: Denoiser,
+    prediction: PredictionType | None = None,
+    process: ProcessName = "teacher",
+) -> Denoiser:
     """A fresh student with all that the teacher has beside its network.
 
     spec: a preset's name, the path of a diffusers `config.json`, or `module:factory`, called as
-    `factory(sample_shape, out_channels, conditioning)`. Raises UsageError where it does not fit.
+    `factory(sample_shape, out_channels, conditioning)`. prediction, process: another one than the
+    teacher's, see `matching.with_process`. Raises UsageError where it does not fit.
     """
-    student = untried_student_of(spec, teacher)
+    student = untried_student_of(spec, with_process(teacher, prediction, process))
     student.check()
     return student
 
