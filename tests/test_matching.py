@@ -298,7 +298,7 @@ def test_what_is_saved_loads_in_diffusers_and_here_with_the_same_levels(process,
         )
 
 
-def test_a_flow_student_of_a_ddpm_teacher_samples_with_the_stock_scheduler(tmp_path):
+def test_a_flow_student_of_a_ddpm_teacher_samples_with_the_stock_scheduler():
     """The shipped pipeline's own lines around the stock scheduler, on the exact network."""
     sd = from_betas(beta_schedule("scaled_linear", 1000, 0.00085, 0.012))
     teacher = mixture_denoiser(MIXTURE, sd, Parameterization("epsilon"))
