@@ -200,7 +200,11 @@ def test_a_learned_variance_stays_with_the_process_it_is_of():
         ("epsilon", "flow", "FlowMatchEulerDiscreteScheduler samples flow_prediction only"),
         ("flow_prediction", "ddpm-cosine", "DDPMScheduler samples epsilon and sample and v_pred"),
         ("flow_prediction", "teacher", "DDPMScheduler samples epsilon"),
-        (None, "cosine", "process 'cosine': expected ddpm-linear, ddpm-cosine, flow, edm, or"),
+        (
+            None,
+            "cosine",
+            "noise process 'cosine': expected ddpm-linear, ddpm-cosine, flow, edm, or",
+        ),
     ],
 )
 def test_what_no_scheduler_samples_is_refused(prediction, process, message):

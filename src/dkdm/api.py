@@ -26,6 +26,7 @@ from dkdm.objective import Objective
 from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_few_step
 from dkdm.sources import Images, Synthetic, draw_set, empty_set
 from dkdm.students import student_of
+from dkdm.students.space import check_same_samples
 from dkdm.teachers import LoadOptions, load_teacher, place, with_texts
 from dkdm.trainer import Trainer
 from dkdm.trainset import training_data
@@ -54,6 +55,8 @@ def distill(
     else:
         taught_by = open_teacher(config)
     if isinstance(student, Denoiser):
+        coders = student.bundle.autoencoder, taught_by.bundle.autoencoder
+        check_same_samples(student.sample_shape, taught_by.sample_shape, coders)
         learner = replace(student, conditioning=taught_by.conditioning)
     else:
         learner = open_student(taught_by, config)

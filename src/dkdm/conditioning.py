@@ -71,7 +71,7 @@ class ClassLabels:
     """Class ids 0..num_classes-1, fed as `class_labels`.
 
     null_class: the id that means "no class"; None where the model has none.
-    classes: the ids to draw from; None draws from all.
+    classes: the ids to draw from, which a student learnt; None is all.
     weights: how often each of those is drawn, relative to the others; None draws them equally.
     names: what the ids mean, for pictures; None shows numbers.
     """
@@ -170,7 +170,14 @@ def restrict_classes(
         return conditioning
     if not isinstance(conditioning, ClassLabels):
         raise UsageError("--classes or --class-weights was given, but the model has no classes")
-    ids = conditioning.classes if classes is None else classes
+    taught = conditioning.classes
+    strangers = sorted(set(classes or ()) - set(taught or conditioning.drawn))
+    if taught is not None and strangers:
+        raise UsageError(
+            f"class {', '.join(map(str, strangers))} was not taught to this model: expected "
+            f"{', '.join(map(str, taught))}"
+        )
+    ids = taught if classes is None else classes
     return replace(conditioning, classes=ids, weights=weights)
 
 

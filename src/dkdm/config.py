@@ -109,8 +109,8 @@ class TrainConfig(RunConfig):
     sample_shape: tuple[int, int, int] = (1, 16, 16)
     """Channels, height, width the images are brought to."""
     scheduler: str | None = None
-    """A diffusers scheduler_config.json; None is the base's own, or else cosine betas,
-    v_prediction, fixed_small."""
+    """Noise process: ddpm-linear, ddpm-cosine, flow, edm, or a diffusers scheduler_config.json;
+    None is the base's own, or else ddpm-cosine (v_prediction, fixed_small)."""
 
 
 @dataclass(frozen=True)

@@ -235,12 +235,18 @@ _CALLS_WITH_TEXT = {  # as in calls.py
 def _class_index(denoiser: Denoiser) -> dict[str, Any]:
     classes = denoiser.conditioning
     if not isinstance(classes, ClassLabels):
-        return {"num_classes": None, "null_class": None, "class_names": None}
+        return dict.fromkeys(("num_classes", "null_class", "class_names", "classes"))
     return {
         "num_classes": classes.num_classes,
         "null_class": classes.null_class,
-        "class_names": dict(enumerate(classes.names)) if classes.names else None,
+        "class_names": _named(classes, range(len(classes.names))) if classes.names else None,
+        "classes": None if classes.classes is None else _named(classes, classes.classes),
     }
+
+
+def _named(classes: ClassLabels, ids: Sequence[int]) -> dict[int, str]:
+    """Ids with their names; diffusers takes a list of two for a component."""
+    return {i: classes.names[i] if classes.names else str(i) for i in ids}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

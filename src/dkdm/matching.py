@@ -8,7 +8,6 @@ The student is fed the time of its own process at that ratio, which lies between
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from dkdm.schedulers import (
     NAMED,
     Config,
     from_scheduler_config,
+    named_config,
     prediction_type,
-    read_scheduler_config,
     within,
 )
 
@@ -60,12 +59,10 @@ def with_process(
 
 def _scheduler_of(process: ProcessName, clipping: Clipping) -> Config:
     """A scheduler's config by its name or path; a named one clips as the teacher does."""
-    if process not in NAMED:
-        return read_scheduler_config(Path(process))
-    clips = clipping.range is not None and clipping.quantile is None and clipping.center == 0
-    if not clips or "clip_sample" not in NAMED[process]:
-        return NAMED[process]
-    return {**NAMED[process], "clip_sample": True, "clip_sample_range": clipping.range}
+    fixed = clipping.quantile is None and clipping.center == 0
+    config = named_config(process, clipping.range if fixed else None)
+    trails = process in NAMED and _is_beta(config)
+    return {**config, "timestep_spacing": "trailing"} if trails else config
 
 
 def _default_prediction(teacher: Parameterization, config: Config) -> PredictionType:

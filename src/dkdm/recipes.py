@@ -32,6 +32,31 @@ def fashion_teacher() -> TrainConfig:
     )
 
 
+def fashion_dit_teacher() -> TrainConfig:
+    """A class-conditional transformer on Fashion-MNIST at 16x16, which predicts eps on DDPM's
+    linear betas, 40 minutes on a CPU core."""
+    return TrainConfig(
+        output_dir=Path("runs/fashion-dit-teacher"),
+        images="fashion-mnist",
+        network="dit-xs",
+        scheduler="ddpm-linear",
+        sample_shape=(1, 16, 16),
+        max_train_steps=6000,
+        train_batch_size=64,
+        learning_rate=1e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=200,
+        ema_decay=0.999,
+        condition_dropout=0.1,
+        checkpointing_steps=500,
+        validation_steps=1000,
+        validation_sampling_steps=25,
+        sampling_guidance_scale=1.5,
+        evaluation_samples=2000,
+        evaluation_reference="fashion-test",
+    )
+
+
 def fashion_latent_teacher() -> TrainConfig:
     """An unconditional UNet on the latents of Fashion-MNIST at 28x28, 20 minutes on a CPU core.
 
@@ -136,6 +161,34 @@ def fashion_small() -> DistillConfig:
     )
 
 
+def fashion_flow() -> DistillConfig:
+    """The DDPM transformer into a flow-matching one, which the stock FlowMatchEuler scheduler
+    samples, in a quarter of an hour on a CPU core."""
+    return DistillConfig(
+        output_dir=Path("runs/fashion-flow"),
+        teacher="runs/fashion-dit-teacher",
+        student="dit-tiny",
+        student_process="flow",
+        max_train_steps=2000,
+        train_batch_size=64,
+        learning_rate=2e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=100,
+        ema_decay=0.995,
+        condition_dropout=0.1,
+        pool_size=3072,
+        fill_steps=10,
+        stride="random:50",
+        eta=0.0,
+        checkpointing_steps=250,
+        validation_steps=500,
+        validation_sampling_steps=25,
+        sampling_guidance_scale=1.5,
+        evaluation_samples=2000,
+        evaluation_reference="fashion-test",
+    )
+
+
 def fashion_latent() -> DistillConfig:
     """The latent teacher into a transformer, in 20 minutes on a CPU core."""
     return DistillConfig(
@@ -192,10 +245,12 @@ def fashion_text() -> DistillConfig:
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "fashion-teacher": fashion_teacher,
+    "fashion-dit-teacher": fashion_dit_teacher,
     "fashion-latent-teacher": fashion_latent_teacher,
     "fashion-text-teacher": fashion_text_teacher,
     "demo": demo,
     "fashion-small": fashion_small,
+    "fashion-flow": fashion_flow,
     "fashion-latent": fashion_latent,
     "fashion-text": fashion_text,
 }

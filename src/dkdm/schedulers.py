@@ -189,7 +189,6 @@ NAMED: dict[str, dict[str, Any]] = {
         "prediction_type": "epsilon",
         "variance_type": "fixed_small",
         "clip_sample": False,
-        "timestep_spacing": "trailing",
     },
     "ddpm-cosine": {
         "_class_name": "DDPMScheduler",
@@ -198,7 +197,6 @@ NAMED: dict[str, dict[str, Any]] = {
         "prediction_type": "v_prediction",
         "variance_type": "fixed_small",
         "clip_sample": False,
-        "timestep_spacing": "trailing",
     },
     "flow": {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -217,17 +215,22 @@ NAMED: dict[str, dict[str, Any]] = {
 }
 
 
-def read_scheduler_config(path: Path) -> Config:
-    """A scheduler's config by the path of its JSON, as a student of it is saved.
+def named_config(spec: str, clip_range: float | None = None) -> Config:
+    """A scheduler's config by its name in NAMED or the path of its JSON.
 
-    Raises UsageError for a file that is none, and for a name that is neither a file nor in NAMED.
+    clip_range: of a named one that can clip; None does not. Raises UsageError for a name that is
+    neither, and for a file that is none.
     """
+    if spec in NAMED:
+        clips = {"clip_sample": True, "clip_sample_range": clip_range}
+        can = clip_range is not None and "clip_sample" in NAMED[spec]
+        return NAMED[spec] | (clips if can else {})
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(Path(spec).read_text())
         return saved_config({**config, "_class_name": config["_class_name"]})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(
-            f"process '{path}': expected {', '.join(NAMED)}, or the path of a "
+            f"noise process '{spec}': expected {', '.join(NAMED)}, or the path of a "
             f"scheduler_config.json ({type(error).__name__}: {error})"
         ) from error
 

@@ -17,8 +17,8 @@ from dkdm.evaluation.comparison import FASHION_CLASS_NAMES
 from dkdm.prediction import Parameterization
 from dkdm.progress import track
 from dkdm.prompts import Prompts, with_prompts
-from dkdm.schedulers import from_scheduler_config, prediction_type
-from dkdm.teachers.pipeline_folder import read_base, read_json
+from dkdm.schedulers import from_scheduler_config, named_config, prediction_type
+from dkdm.teachers.pipeline_folder import read_base
 
 COSINE_V: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
@@ -52,7 +52,7 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
         own_scheduler, bundle, text = read_base(Path(config.base))
         scheduler = own_scheduler or scheduler
     if config.scheduler:
-        scheduler = read_json(Path(config.scheduler), "--scheduler to name a scheduler's config")
+        scheduler = dict(named_config(config.scheduler, 1.0 if not bundle.autoencoder else None))
     conditioning, conditions = _conditions(config, images, labels, text)
     if bundle.autoencoder is not None:
         images = encoded(bundle.autoencoder, images, config.seed)

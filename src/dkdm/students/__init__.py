@@ -20,6 +20,7 @@ from dkdm.plugins import import_object
 from dkdm.prediction import PredictionType
 from dkdm.students.interface import Interface, Preset
 from dkdm.students.presets import PRESETS
+from dkdm.students.space import check_config, config_in
 
 __all__ = ["PRESETS", "Interface", "Preset", "as_denoiser", "student_of", "untried_student_of"]
 
@@ -32,7 +33,8 @@ def student_of(
 ) -> Denoiser:
     """A fresh student with all that the teacher has beside its network.
 
-    spec: a preset's name, the path of a diffusers `config.json`, or `module:factory`, called as
+    spec: a preset's name, the path of a diffusers `config.json` or of a folder with one (its
+    architecture, not its weights), or `module:factory`, called as
     `factory(sample_shape, out_channels, conditioning)`. prediction, process: another one than the
     teacher's, see `matching.with_process`. Raises UsageError where it does not fit.
     """
@@ -45,7 +47,13 @@ def untried_student_of(spec: str, teacher: Denoiser) -> Denoiser:
     """The same, not evaluated yet; under `torch.device("meta")` it holds no numbers."""
     learned = teacher.parameterization.learns_variance
     out_channels = teacher.sample_shape[0] * (2 if learned else 1)
-    interface = Interface(teacher.sample_shape, out_channels, teacher.conditioning, teacher.network)
+    interface = Interface(
+        teacher.sample_shape,
+        out_channels,
+        teacher.conditioning,
+        teacher.network,
+        teacher.bundle.autoencoder,
+    )
     return as_denoiser(spec, build_network(spec, interface), teacher)
 
 
@@ -70,16 +78,18 @@ def build_network(spec: str, interface: Interface) -> nn.Module:
     if spec in PRESETS:
         return PRESETS[spec].build(interface)
     if spec.endswith(".json"):
-        return _from_diffusers_config(Path(spec))
+        return _from_diffusers_config(Path(spec), interface)
+    if Path(spec).is_dir():
+        return _from_diffusers_config(config_in(Path(spec), interface), interface)
     if ":" in spec:
         return _from_factory(spec, interface)
     raise UsageError(
         f"unknown student '{spec}': expected one of {', '.join(PRESETS)}, the path of a diffusers "
-        "config.json, or module:factory"
+        "config.json or folder, or module:factory"
     )
 
 
-def _from_diffusers_config(path: Path) -> nn.Module:
+def _from_diffusers_config(path: Path, interface: Interface) -> nn.Module:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
         cls = network_class(str(config.get("_class_name")))
@@ -88,9 +98,11 @@ def _from_diffusers_config(path: Path) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
         raise UsageError(f"student config {path}: '_class_name' must name a diffusers model")
     try:
-        return cls.from_config(config)
+        network = cls.from_config(config)
     except (TypeError, ValueError) as error:
         raise UsageError(f"student config {path}: {cls.__name__} refuses it: {error}") from error
+    check_config(network.config, interface, f"student config {path}")
+    return network
 
 
 def _from_factory(spec: str, interface: Interface) -> nn.Module:

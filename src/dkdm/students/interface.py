@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dkdm.bundle import Autoencoder
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.errors import UsageError
 from dkdm.prompts import Prompts
@@ -20,13 +21,15 @@ class Interface:
 
     sample_shape: (C, ...) of one sample; out_channels: C, or 2C with a learned variance.
     conditioning: what it is fed beside (x_t, t). teacher: the teacher's network, for students that
-    are cut from it; None, or a mere function, where there is none.
+    are cut from it; None, or a mere function, where there is none. autoencoder: whose latents the
+    samples are; None in pixel space.
     """
 
     sample_shape: tuple[int, ...]
     out_channels: int
     conditioning: Conditioning = Unconditional()
     teacher: nn.Module | Callable[..., Any] | None = None
+    autoencoder: Autoencoder | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

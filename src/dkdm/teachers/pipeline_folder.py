@@ -231,7 +231,9 @@ def _conditioning(
     if "null_class" not in index and config.get("norm_type") == "ada_norm_zero":
         null = embedded  # a DiT's table of labels has one row more, for no label
     classes = embedded - 1 if null == embedded - 1 else embedded
-    return ClassLabels(classes, null, None, _class_names(index, classes)), {}
+    taught = index.get("classes")
+    taught = None if taught is None else tuple(map(int, taught))
+    return ClassLabels(classes, null, taught, _class_names(index, classes)), {}
 
 
 def _class_names(index: dict[str, Any], classes: int) -> tuple[str, ...] | None:

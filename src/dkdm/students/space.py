@@ -1,0 +1,107 @@
+"""A student works in the space of its teacher's samples: the same channels, sizes and latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dkdm.bundle import Autoencoder
+from dkdm.errors import UsageError
+from dkdm.students.interface import Interface
+from dkdm.teachers.networks import FACTS
+from dkdm.teachers.pipeline_folder import AUTOENCODERS, DENOISERS
+
+_WHY = "the student learns from the teacher's own states, which nothing can bring to another size"
+
+
+def config_in(folder: Path, interface: Interface) -> Path:
+    """The config.json of the network in a pipeline or component folder.
+
+    Raises UsageError where there is none, and where the pipeline's latents are of another
+    autoencoder than the teacher's.
+    """
+    for name in AUTOENCODERS:
+        if (folder / name / "config.json").is_file():
+            check_latents(folder / name, interface.autoencoder)
+    for path in (folder, *(folder / name for name in DENOISERS)):
+        if (path / "config.json").is_file() and "_class_name" in (path / "config.json").read_text():
+            return path / "config.json"
+    raise UsageError(
+        f"student {folder}: expected a diffusers pipeline or a network's folder, with a config.json"
+    )
+
+
+def check_latents(folder: Path, teacher: Autoencoder | None) -> None:
+    """Raise UsageError where an autoencoder's latents are not those that the teacher works on."""
+    own = _latents(json.loads((folder / "config.json").read_text()))
+    if teacher is None:
+        raise UsageError(
+            f"student {folder.parent} works on the latents of {folder.name}, the teacher on "
+            "pixels: expected a student of the teacher's own space"
+        )
+    other = _latents(teacher.config)
+    apart = [f"{key} {own[key]} against {other[key]}" for key in own if own[key] != other[key]]
+    if apart:
+        raise UsageError(
+            f"student {folder.parent} works on latents of another autoencoder than the teacher's: "
+            f"{', '.join(apart)}; expected the same autoencoder, since the teacher's latents "
+            "cannot be brought to another one's without decoding them"
+        )
+
+
+def _latents(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells latents apart, as far as a config says."""
+    keys = ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean")
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+    return {
+        "class": config.get("_class_name"),
+        "levels": len(levels),
+        **{key: config.get(key) for key in keys},
+    }
+
+
+def check_config(config: Mapping[str, Any], interface: Interface, where: str) -> None:
+    """Raise UsageError where a network's config is for other samples than the teacher's."""
+    facts, wanted = FACTS.get(str(config["_class_name"])), interface.sample_shape
+    if facts is None:
+        return
+    try:
+        channels = facts.shape(dict(config), wanted[1:])[0]
+    except UsageError as error:
+        raise UsageError(
+            f"{where}: {facts.class_name} is not for samples of shape {wanted}"
+        ) from error
+    if channels != wanted[0]:
+        raise UsageError(
+            f"{where}: the student's samples have {channels} channels, the teacher's {wanted[0]}"
+            f"{_of_latents(interface)}: {_WHY}; expected in_channels for {wanted[0]}"
+        )
+    size = config.get("sample_size")
+    sides = (size,) * (len(wanted) - 1) if isinstance(size, int) else tuple(size or wanted[1:])
+    if sides != wanted[1:]:
+        own, other = "x".join(map(str, sides)), "x".join(map(str, wanted[1:]))
+        raise UsageError(
+            f"{where}: the student is for samples of {own}, the teacher's are {other}"
+            f"{_of_latents(interface)}: {_WHY}; expected sample_size {other}, or a teacher of {own}"
+        )
+
+
+def _of_latents(interface: Interface) -> str:
+    coder = interface.autoencoder
+    return "" if coder is None else f" (latents of its {coder.component.class_name})"
+
+
+def check_same_samples(
+    student: tuple[int, ...], teacher: tuple[int, ...], autoencoders: tuple[Autoencoder | None, ...]
+) -> None:
+    """Raise UsageError where a student given as an object is of another space than its teacher."""
+    if tuple(student) != tuple(teacher):
+        raise UsageError(
+            f"the student's samples have shape {tuple(student)}, the teacher's {tuple(teacher)}: "
+            f"{_WHY}"
+        )
+    own, other = autoencoders
+    if own is not None:
+        check_latents(own.component.folder, other)
