@@ -34,6 +34,7 @@ ROOMS = [
     "pool",
     "sources",
     "objective",
+    "features",
     "pictures",
     "charts",
     "evaluation",

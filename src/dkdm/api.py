@@ -13,6 +13,7 @@ from dkdm.config import DistillConfig, TrainConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.export import component_name, write_pipeline
+from dkdm.features import Features, match_features
 from dkdm.finish import (
     compare_models,
     finish_distillation,
@@ -71,6 +72,7 @@ def distill(
         side_by_side_grids(config, taught_by),
         shipped=learner,
         teacher=taught_by,
+        features=make_features(taught_by, learner, config),
     )
     found = claim_output(config, accelerator)
     if found:
@@ -169,6 +171,18 @@ def lesson(
         level_weights(student, teacher, config.loss_weighting),
     )
     return make_pool(teacher, config, device), objective
+
+
+def make_features(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> Features | None:
+    """The hidden features to match, if any. Raises UsageError where there are none to match."""
+    if config.feature_weight == 0:
+        return None
+    if config.source == "synthetic":
+        raise UsageError(
+            "--feature-weight: with --source synthetic the teacher does not see the batches; "
+            "expected 0, or another source"
+        )
+    return match_features(teacher, student, config.feature_layers, config.feature_weight)
 
 
 def set_size(teacher: Denoiser, config: DistillConfig) -> int:

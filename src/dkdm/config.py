@@ -191,6 +191,11 @@ class DistillConfig(RunConfig):
     random_conditioning: float = 0.0
     """Largest probability, at the highest noise, that a noisy state is shown under another
     condition than its own; it falls to e^-5 of that at the lowest (arXiv 2504.02011)."""
+    feature_weight: float = 0.0
+    """Weight of the distance between hidden features of student and teacher; 0 is none."""
+    feature_layers: str = "auto"
+    """Which: those of the same name, or else of the same resolution (auto, name, resolution); or
+    pairs teacher's=student's of module names, 'mid_block=transformer_blocks.2,...'."""
     vlb_weight: float = 1.0
     """Weight of the variational term (DKDM Eq. 21) where both models learn their variance."""
 

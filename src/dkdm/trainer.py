@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dkdm import checkpoint
 from dkdm.config import RunConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.features import Features
 from dkdm.objective import Objective
 from dkdm.progress import LossPerLevel, MetricsFile, track
 from dkdm.sources import Source
@@ -52,6 +54,8 @@ class Trainer:
 
     student: as it looks from the source's levels. shipped: the same as it is saved and sampled,
         where its own process is another; None is `student`. teacher: whose evaluations are counted.
+    features: hidden features to match beside the objective; their projections learn with the
+        network.
     name: the network's folder in checkpoints and in the output, "unet" or "transformer".
     validate: called with the step and a student carrying the averaged weights.
     """
@@ -65,6 +69,7 @@ class Trainer:
     validate: Callable[[int, Denoiser], None] | None = None
     shipped: Denoiser | None = None
     teacher: Denoiser | None = None
+    features: Features | None = None
     step_number: int = 0
     first_bad_step: Tensor = field(default_factory=lambda: torch.tensor(-1))
 
@@ -75,8 +80,11 @@ class Trainer:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.network)
         self.ema = Ema(self.network.to(self.accelerator.device), config.ema_decay)
+        learnt = [*self.network.parameters()]
+        if self.features is not None:
+            learnt += self.features.to(self.accelerator.device).parameters()
         optimizer = torch.optim.AdamW(
-            self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
+            learnt, config.learning_rate, weight_decay=config.weight_decay
         )
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -96,11 +104,13 @@ class Trainer:
         for _ in range(self.config.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.student.network):
                 batch = self.source.draw(self.config.train_batch_size)
-                target = self.source.target(batch)
-                with self.accelerator.autocast():
-                    prediction = self.student.predict(batch)
+                with self._watched():
+                    target = self.source.target(batch)
+                    with self.accelerator.autocast():
+                        prediction = self.student.predict(batch)
                 per_sample = self.objective(prediction, target, batch.x, batch.t)
-                self.accelerator.backward(per_sample.mean())
+                further = 0.0 if self.features is None else self.features.loss().mean()
+                self.accelerator.backward(per_sample.mean() + further)
                 self._update()
                 self.source.advance(batch, target)
             self.levels.add(batch.t, per_sample.detach())
@@ -108,6 +118,9 @@ class Trainer:
         self.step_number += 1
         self.ema.update(self.network)
         return torch.stack(losses).mean()
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.features is None else self.features.watch()
 
     def _update(self) -> None:
         if self.accelerator.sync_gradients:
@@ -193,6 +206,8 @@ class Trainer:
         checkpoint.write_tensors(folder / "optimizer.safetensors", tensors)
         checkpoint.write_tensors(folder / "source.safetensors", self.source.state_dict())
         checkpoint.write_tensors(folder / "random.safetensors", checkpoint.random_state())
+        if self.features is not None:
+            checkpoint.write_tensors(folder / FEATURES, self.features.state_dict())
         scaler = self.accelerator.scaler
         state = {
             "step": self.step_number,
@@ -218,10 +233,16 @@ class Trainer:
         if state["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.source.load_state_dict(checkpoint.read_tensors(folder / "source.safetensors"))
+        if self.features is not None:
+            weights = checkpoint.read_tensors(folder / FEATURES)
+            checkpoint.load_strict(self.features, weights, str(folder / FEATURES))
         checkpoint.set_random_state(checkpoint.read_tensors(folder / "random.safetensors"))
         if self.teacher is not None:
             self.teacher.evaluations = state["teacher_evaluations"]
         self.step_number = state["step"]
+
+
+FEATURES = "features.safetensors"
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
