@@ -1,0 +1,112 @@
+"""Data-free training, the paper's baseline: finished samples of the teacher in place of images."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dkdm
+from dkdm import checkpoint
+from dkdm.api import open_student, planned_evaluations, set_size
+from dkdm.errors import UsageError
+from dkdm.prediction import Parameterization
+from dkdm.process import rectified_flow
+from dkdm.sources import draw_set, empty_set
+from dkdm.toy import GaussianMixture, mixture_denoiser
+from factories import denoiser
+
+MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], classes=[0, 1])
+
+
+def test_the_set_follows_the_teachers_law_and_is_counted():
+    teacher = mixture_denoiser(MIXTURE, rectified_flow(100), Parameterization("flow_prediction"))
+    source = empty_set(teacher, teacher, 3000, seed=1)
+    draw_set(source, teacher, 50, guidance_scale=1.0, batch_size=700)
+    assert teacher.evaluations == 3000 * 50
+    labels = source.conditions["class_labels"]
+    for label in (0, 1):
+        own = source.images[labels == label].double()
+        mean, covariance = MIXTURE.of_class(label).moments()
+        torch.testing.assert_close(own.mean(0), mean, rtol=0, atol=0.06)
+        torch.testing.assert_close(torch.cov(own.T), covariance, rtol=0, atol=0.06)
+    batch = source.draw(64)
+    target = source.target(batch)
+    again = teacher.process.add_noise(target.x_0, target.eps, batch.t)
+    torch.testing.assert_close(batch.x, again)
+    assert torch.equal(target.x_0, source.images[batch.rows])
+
+
+def test_samples_do_not_depend_on_what_else_was_drawn():
+    teacher = mixture_denoiser(MIXTURE, rectified_flow(20), Parameterization("sample"))
+    sets = [empty_set(teacher, teacher, 8, seed=seed) for seed in (1, 1, 2)]
+    for source in sets:
+        draw_set(source, teacher, 5, 1.0, batch_size=4)
+    assert torch.equal(sets[0].images, sets[1].images)
+    assert not torch.equal(sets[0].images, sets[2].images)
+
+
+def config(folder, **options):
+    return dkdm.DistillConfig(
+        output_dir=folder,
+        source="synthetic",
+        train_batch_size=4,
+        fill_steps=2,
+        pool_size=16,
+        synthetic_steps=3,
+        logging_steps=1,
+        checkpointing_steps=2,
+        evaluation_samples=0,
+        validation_steps=0,
+        **options,
+    )
+
+
+def test_its_size_costs_what_the_dynamic_source_would(tmp_path):
+    teacher = denoiser()
+    plain = config(tmp_path, max_train_steps=100)
+    dynamic = sum(planned_evaluations(teacher, replace(plain, source="dynamic")))
+    assert dynamic == 16 * 2 + 100 * 4
+    assert set_size(teacher, plain) == dynamic // 3
+    assert planned_evaluations(teacher, plain) == (dynamic // 3 * 3, 0)
+    guided = replace(plain, guidance_scale="2")
+    assert set_size(teacher, guided) == dynamic // 3
+    assert set_size(teacher, replace(plain, synthetic_samples=9)) == 9
+
+
+def test_a_run_resumes_exactly_without_drawing_the_set_again(tmp_path):
+    ten = {"synthetic_samples": 10, "max_train_steps": 4}
+    dkdm.distill(denoiser(), "dit-tiny", config(tmp_path / "whole", **ten))
+    parts = config(tmp_path / "parts", **ten)
+    dkdm.distill(denoiser(), "dit-tiny", replace(parts, max_train_steps=2))
+    teacher = denoiser()
+    resumed = replace(parts, resume_from_checkpoint="latest")
+    dkdm.distill(teacher, "dit-tiny", resumed)
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["teacher_evaluations"] == teacher.evaluations == 30
+    whole, again = (
+        checkpoint.read_tensors(tmp_path / name / "transformer" / checkpoint.WEIGHTS)
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    with pytest.raises(UsageError, match="the checkpoint's synthetic set is"):
+        dkdm.distill(denoiser(), "dit-tiny", replace(resumed, synthetic_samples=11))
+
+
+def test_nothing_teaches_a_variance(tmp_path):
+    teacher = denoiser(out_channels=2, scheduler={"variance_type": "learned_range"})
+    student = open_student(teacher, config(tmp_path, student="unet-tiny"))
+    assert student.parameterization == Parameterization("v_prediction")
+    assert student.network.config.out_channels == 1
+
+
+def test_guidance_is_one_number(tmp_path):
+    with pytest.raises(UsageError, match="--source synthetic takes one number"):
+        dkdm.distill(denoiser(), "dit-tiny", config(tmp_path, guidance_scale="1:4"))
+
+
+def test_the_student_may_have_another_process(tmp_path):
+    run = config(tmp_path / "run", max_train_steps=2, student_process="flow")
+    dkdm.distill(denoiser(), "dit-tiny", run)
+    model = dkdm.load_teacher(str(tmp_path / "run"))
+    assert model.parameterization.prediction == "flow_prediction"
