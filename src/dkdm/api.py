@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_f
 from dkdm.sources import Images, Synthetic, draw_set, empty_set
 from dkdm.students import student_of
 from dkdm.students.space import check_same_samples
+from dkdm.students.start import begin
 from dkdm.teachers import LoadOptions, load_teacher, place, with_texts
 from dkdm.trainer import Trainer
 from dkdm.trainset import training_data
@@ -61,6 +63,8 @@ def distill(
         learner = replace(student, conditioning=taught_by.conditioning)
     else:
         learner = open_student(taught_by, config)
+    start = begin(learner, taught_by, config)
+    print(f"student starts from {start}", file=sys.stderr)
     source, objective = lesson(taught_by, learner, config, accelerator.device)
     trainer = Trainer(
         config,
@@ -73,6 +77,7 @@ def distill(
         shipped=learner,
         teacher=taught_by,
         features=make_features(taught_by, learner, config),
+        frozen=start.frozen,
     )
     found = claim_output(config, accelerator)
     if found:
@@ -306,6 +311,7 @@ def describe(config: DistillConfig) -> str:
         f"student   {student.name}: {student.num_parameters:,} parameters "
         f"({student.num_parameters / teacher.num_parameters:.1%})\n"
         f"{_kind_of(student, teacher)}"
+        f"start     {begin(student, teacher, config)}\n"
         f"source    {config.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
         f"cost      {filling:,} teacher evaluations to prepare, {training:,} to train, "
         "and restarts\n"

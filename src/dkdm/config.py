@@ -148,6 +148,12 @@ class DistillConfig(RunConfig):
     student_process: ProcessName = "teacher"
     """Noise process of the student: teacher, ddpm-linear, ddpm-cosine, flow, edm, or the path of a
     scheduler_config.json; matched with the teacher's by the signal-to-noise ratio."""
+    student_init: str = "random"
+    """What the student's weights start from: random; teacher, as far as names and shapes allow; or
+    a run, a checkpoint of one, a diffusers folder or a file of weights."""
+    lora_rank: int | None = None
+    """Rank of adapters on the weights that the student starts from, which then stay as they are
+    and are merged with them in the end; None trains all weights."""
     source: SourceKind = "dynamic"
     """Where noisy samples come from: the paper's ladder iterative, shuffled, dynamic; or, as a
     baseline, synthetic: finished samples of the teacher, noised afresh (data-free training)."""

@@ -24,6 +24,7 @@ from dkdm.features import Features
 from dkdm.objective import Objective
 from dkdm.progress import LossPerLevel, MetricsFile, track
 from dkdm.sources import Source
+from dkdm.students.lora import merge_lora
 
 
 class Ema:
@@ -58,6 +59,7 @@ class Trainer:
         network.
     name: the network's folder in checkpoints and in the output, "unet" or "transformer".
     validate: called with the step and a student carrying the averaged weights.
+    frozen: names of the parameters that are not trained, because adapters are.
     """
 
     config: RunConfig
@@ -70,6 +72,7 @@ class Trainer:
     shipped: Denoiser | None = None
     teacher: Denoiser | None = None
     features: Features | None = None
+    frozen: frozenset[str] = frozenset()
     step_number: int = 0
     first_bad_step: Tensor = field(default_factory=lambda: torch.tensor(-1))
 
@@ -77,10 +80,12 @@ class Trainer:
         config = self.config
         self.network: nn.Module = self.student.network  # type: ignore[assignment]
         self.network.train().requires_grad_(True)
+        for name in self.frozen:
+            self.network.get_parameter(name).requires_grad_(False)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.network)
         self.ema = Ema(self.network.to(self.accelerator.device), config.ema_decay)
-        learnt = [*self.network.parameters()]
+        learnt = [p for p in self.network.parameters() if p.requires_grad]
         if self.features is not None:
             learnt += self.features.to(self.accelerator.device).parameters()
         optimizer = torch.optim.AdamW(
@@ -184,10 +189,11 @@ class Trainer:
         return entry
 
     def averaged(self) -> Denoiser:
-        """A copy of the student with the averaged weights (the plain ones without EMA)."""
+        """A copy of the student with the averaged weights (the plain ones without EMA), merged."""
         network = copy.deepcopy(self.network)
         if self.config.use_ema:
             network.load_state_dict(self.ema.weights)
+        network = merge_lora(network)
         assert self.shipped is not None
         return replace(self.shipped, network=network.eval().requires_grad_(False))
 
@@ -211,6 +217,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         state = {
             "step": self.step_number,
+            "frozen": sorted(self.frozen),
             "ema_updates": self.ema.updates,
             "optimizer": groups,
             "lr_scheduler": _plain(self.lr_scheduler.state_dict()),

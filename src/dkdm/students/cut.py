@@ -1,0 +1,201 @@
+"""Students cut from the teacher: fewer blocks, narrower, or half as deep.
+
+Each is the teacher's own class with a few numbers of its config changed, so that conditions,
+learned variance and all else stay. What they start from is another question: see `start.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dkdm.errors import UsageError
+from dkdm.students.interface import Interface, Preset
+from dkdm.students.positions import evenly
+
+Config = Mapping[str, Any]
+
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+THIN_TRANSFORMERS = ("DiTTransformer2DModel", "SD3Transformer2DModel")
+_PER_STAGE = (
+    "block_out_channels",
+    "down_block_types",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "only_cross_attention",
+    "transformer_layers_per_block",
+)
+
+
+def fewer_blocks(interface: Interface, name: str, mid_block: bool, innermost: bool) -> nn.Module:
+    """A UNet with the first residual block of each stage down, the first and last of each up.
+
+    mid_block, innermost: whether these stages are kept. Source: BK-SDM (arXiv 2305.15798,
+    sec. 3.1). Raises UsageError for other networks, and where there is nothing to remove.
+    """
+    network = _teacher(interface, name, UNETS)
+    config: Config = network.config  # type: ignore[assignment]
+    changes: dict[str, Any] = {"layers_per_block": 1}
+    if not mid_block:
+        changes["mid_block_type"] = None
+    if not innermost:
+        changes |= _without_innermost(config, name)
+    layers = config["layers_per_block"]
+    same = {"layers_per_block": layers if isinstance(layers, int) else max(layers)}
+    if all({**config, **same}[key] == value for key, value in changes.items()):
+        raise UsageError(f"{name}: the teacher's stages have one residual block each already")
+    return _like(network, name, changes)
+
+
+def _without_innermost(config: Config, name: str) -> dict[str, Any]:
+    stages = len(config["block_out_channels"])
+    if stages == 1:
+        raise UsageError(f"{name} removes the innermost stage, and the teacher has only one")
+    cut = {
+        key: tuple(config[key][:-1])
+        for key in _PER_STAGE
+        if isinstance(config.get(key), (list, tuple))
+    }
+    up_ordered = ("up_block_types", "reverse_transformer_layers_per_block")
+    return cut | {key: tuple(config[key][1:]) for key in up_ordered if config.get(key)}
+
+
+def narrower(interface: Interface, name: str, share: float) -> nn.Module:
+    """The same network with a share of every width, in whole heads and groups.
+
+    Heads keep their width; the number of groups of a normalization shrinks with the widths. Raises
+    UsageError for other networks, and where no width can shrink.
+    """
+    network = _teacher(interface, name, (*UNETS, *THIN_TRANSFORMERS))
+    config: Config = network.config  # type: ignore[assignment]
+    is_unet = type(network).__name__ in UNETS
+    changes = _thin_unet(network, share) if is_unet else _fewer_heads(config, share)
+    if all(config[key] == value for key, value in changes.items()):
+        raise UsageError(f"{name}: the teacher's widths are one head or one group each already")
+    return _like(network, name, changes)
+
+
+def _thin_unet(network: nn.Module, share: float) -> dict[str, Any]:
+    config: Config = network.config  # type: ignore[assignment]
+    heads = _widths_of_heads(network)
+    groups = max(1, _nearest((config["norm_num_groups"] or 1) * share))
+    units = [head or groups for head in heads]
+    widths = [
+        unit * max(1, _nearest(width * share / unit))
+        for width, unit in zip(config["block_out_channels"], units, strict=True)
+    ]
+    changes: dict[str, Any] = {"block_out_channels": tuple(widths)}
+    if config["norm_num_groups"]:
+        changes["norm_num_groups"] = _largest_divisor(math.gcd(*widths), groups)
+    if config.get("attn_norm_num_groups"):
+        limit = max(1, _nearest(config["attn_norm_num_groups"] * share))
+        changes["attn_norm_num_groups"] = _largest_divisor(widths[-1], limit)
+    if type(network).__name__ == "UNet2DConditionModel":  # its attention_head_dim counts heads
+        counts = [w // head if head else 1 for w, head in zip(widths, heads, strict=True)]
+        changes["attention_head_dim"] = tuple(counts)
+    return changes
+
+
+def _widths_of_heads(network: nn.Module) -> list[int | None]:
+    """Width of an attention head in each stage; None where a stage attends to nothing."""
+    config: Config = network.config  # type: ignore[assignment]
+    widths, kinds = config["block_out_channels"], config["down_block_types"]
+    attends = ["Attn" in kind for kind in kinds]
+    attends[-1] |= config["mid_block_type"] is not None and config.get("add_attention", True)
+    given = config["attention_head_dim"]
+    if type(network).__name__ == "UNet2DModel":
+        return [given if attending else None for attending in attends]
+    counts = [given] * len(widths) if isinstance(given, int) else given
+    return [w // n if a else None for w, n, a in zip(widths, counts, attends, strict=True)]
+
+
+def _fewer_heads(config: Config, share: float) -> dict[str, Any]:
+    heads = max(1, _nearest(config["num_attention_heads"] * share))
+    changes = {"num_attention_heads": heads}
+    if "caption_projection_dim" in config:
+        changes["caption_projection_dim"] = heads * config["attention_head_dim"]
+    return changes
+
+
+def half_as_deep(interface: Interface, name: str) -> nn.Module:
+    """A transformer with half of the blocks, those that lie evenly spaced in the teacher.
+
+    Raises UsageError for networks whose config has no `num_layers`, and for a single block.
+    """
+    network = _teacher(interface, name)
+    config: Config = getattr(network, "config", {})
+    if "num_layers" not in config:
+        raise UsageError(
+            f"{name} halves the blocks of a diffusers transformer, the num_layers of its config; "
+            f"the teacher's network is a {type(network).__name__} without"
+        )
+    counts = {key: config[key] for key in ("num_layers", "num_single_layers") if config.get(key)}
+    if max(counts.values()) == 1:
+        raise UsageError(f"{name}: the teacher has a single block")
+    changes: dict[str, Any] = {key: (count + 1) // 2 for key, count in counts.items()}
+    if config.get("dual_attention_layers"):
+        kept = enumerate(evenly(changes["num_layers"], config["num_layers"]))
+        dual = config["dual_attention_layers"]
+        changes["dual_attention_layers"] = tuple(i for i, there in kept if there in dual)
+    return _like(network, name, changes)
+
+
+def _teacher(interface: Interface, name: str, classes: Sequence[str] = ()) -> nn.Module:
+    """The network to cut from. Raises UsageError where it is none of the classes."""
+    network = interface.teacher
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"{name} is cut from a teacher's network, and there is none to cut from")
+    if classes and type(network).__name__ not in classes:
+        raise UsageError(
+            f"{name} is cut from {', '.join(classes[:-1])} or {classes[-1]}; the teacher's network "
+            f"is a {type(network).__name__}"
+        )
+    return network
+
+
+def _like(network: nn.Module, name: str, changes: Config) -> nn.Module:
+    """A fresh network of the same class and config but for the changes."""
+    cls: Any = type(network)
+    given: Config = network.config  # type: ignore[assignment]
+    config = {key: value for key, value in given.items() if not key.startswith("_")}
+    try:
+        return cls.from_config({**config, **changes})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name}: {cls.__name__} refuses {dict(changes)}: {error}") from error
+
+
+def _nearest(number: float) -> int:
+    return math.floor(number + 0.5)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(n for n in range(1, limit + 1) if number % n == 0)
+
+
+def _fewer(name: str, summary: str, mid_block: bool = True, innermost: bool = True) -> Preset:
+    return Preset(
+        name, summary, partial(fewer_blocks, name=name, mid_block=mid_block, innermost=innermost)
+    )
+
+
+def _thin(percent: int) -> Preset:
+    name = f"thin-{percent}"
+    summary = f"the teacher's network with {percent} % of every width"
+    return Preset(name, summary, partial(narrower, name=name, share=percent / 100))
+
+
+PRESETS = [
+    _fewer("bk-base", "the teacher's UNet, one block a stage down and two up"),
+    _fewer("bk-small", "bk-base without the middle block", mid_block=False),
+    _fewer("bk-tiny", "bk-small without the innermost stage", mid_block=False, innermost=False),
+    *(_thin(percent) for percent in (75, 50, 25)),
+    Preset(
+        "shallow-50",
+        "the teacher's transformer with half of its blocks",
+        partial(half_as_deep, name="shallow-50"),
+    ),
+]

@@ -1,0 +1,171 @@
+"""What a student starts from: random weights, the teacher's or a checkpoint's; with LoRA or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from dkdm import checkpoint
+from dkdm.config import DistillConfig
+from dkdm.denoiser import Denoiser
+from dkdm.errors import UsageError
+from dkdm.students.lora import add_lora, inherited_names, merged_weights
+from dkdm.students.positions import counterparts
+from dkdm.students.slices import LAYOUTS, Pair, taken, unknown
+from dkdm.teachers.locate import INDEX, locate
+from dkdm.teachers.pipeline_folder import DENOISERS
+from dkdm.teachers.state_dict import read_weights
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a student's parameters come from.
+
+    whole, sliced, random: names of those copied as they are, copied in part, and left random.
+    share: of all numbers in them, how many were copied. frozen: names of those that are not
+    trained. lora_rank: None without adapters.
+    """
+
+    origin: str
+    whole: tuple[str, ...] = ()
+    sliced: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
+    share: float = 0.0
+    frozen: frozenset[str] = frozenset()
+    lora_rank: int | None = None
+
+    def __str__(self) -> str:
+        if not self.whole and not self.sliced:
+            return self.origin
+        first = ", ".join(self.random[:3]) + (", ..." if len(self.random) > 3 else "")
+        return (
+            f"{self.origin}: {len(self.whole)} tensors copied whole, {len(self.sliced)} sliced, "
+            f"{len(self.random)} left random{f' ({first})' if first else ''}; "
+            f"{self.share:.1%} of the parameters"
+            + (f"; LoRA of rank {self.lora_rank} on them" if self.lora_rank else "")
+        )
+
+
+def begin(student: Denoiser, teacher: Denoiser, config: DistillConfig) -> Start:
+    """Give the student's network its first weights, and the adapters that the config asks for.
+
+    A run that goes on from its own checkpoint reads nothing else. Raises UsageError where the
+    config's `student_init` names nothing, or nothing that fits; DkdmError for damaged files.
+    """
+    origin, rank = config.student_init, config.lora_rank
+    if rank is not None and origin == "random":
+        raise UsageError(
+            "--lora-rank adapts weights that stay as they are: expected --student-init teacher or "
+            "the path of a checkpoint with it"
+        )
+    network: nn.Module = student.network  # type: ignore[assignment]
+    own = config.resume_from_checkpoint
+    found = checkpoint.resolve(config.output_dir, own) if own else None
+    if found:
+        start, inherited = Start(str(found)), _inherited(found) if rank else set()
+    elif origin == "random":
+        return Start("random weights")
+    else:
+        weights = _teacher_weights(teacher) if origin == "teacher" else read_checkpoint(origin)
+        start = inherit(network, weights, origin)
+        inherited = {*start.whole, *start.sliced}
+    frozen = frozenset[str]() if rank is None else add_lora(network, inherited, rank)
+    return replace(start, frozen=frozen, lora_rank=rank)
+
+
+def _inherited(folder: Path) -> set[str]:
+    """What a run with adapters inherited when it began, by its checkpoint."""
+    checkpoint.verify_folder(folder)
+    frozen = json.loads((folder / "state.json").read_text()).get("frozen")
+    if not frozen:
+        raise UsageError(f"--lora-rank: {folder} is of a run without; expected to go on without")
+    return inherited_names(frozenset(frozen))
+
+
+def inherit(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> Start:
+    """Copy what fits from the weights of another network, and say what was copied.
+
+    Tensors correspond by their names and positions (`counterparts`); those of a wider network are
+    sliced where the layout of the network's class is known. Raises UsageError where nothing fits.
+    """
+    own, parameters = network.state_dict(), dict(network.named_parameters())
+    pairs = [Pair(name, other, own, source) for name, other in counterparts(own, source).items()]
+    whole = {pair.name: source[pair.other] for pair in pairs if pair.is_whole}
+    layout = LAYOUTS.get(type(network).__name__, unknown)
+    wider = [pair for pair in pairs if pair.name in parameters and not pair.is_whole]
+    parts = {pair.name: taken(pair, layout) for pair in wider}
+    sliced = {name: part for name, part in parts.items() if part is not None}
+    copied = [name for name in parameters if name in whole or name in sliced]
+    if not copied:
+        raise _nothing_fits(network, source, origin)
+    network.load_state_dict(whole | sliced, strict=False)
+    numbers = {name: parameter.numel() for name, parameter in parameters.items()}
+    return Start(
+        origin,
+        tuple(name for name in copied if name in whole),
+        tuple(name for name in copied if name in sliced),
+        tuple(name for name in parameters if name not in copied),
+        sum(numbers[name] for name in copied) / sum(numbers.values()),
+    )
+
+
+def _nothing_fits(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> UsageError:
+    return UsageError(
+        f"--student-init {origin}: nothing in it fits this {type(network).__name__}: its tensors "
+        f"have other names or shapes ({', '.join(list(source)[:3])}, ... instead of "
+        f"{', '.join(list(network.state_dict())[:3])}, ...); expected a network of the same kind, "
+        "or --student-init random"
+    )
+
+
+def _teacher_weights(teacher: Denoiser) -> dict[str, Tensor]:
+    network = teacher.network
+    if not isinstance(network, nn.Module):
+        raise UsageError("--student-init teacher: the teacher is a function and has no weights")
+    weights = network.state_dict()
+    if any(type(weight) is not Tensor or weight.is_meta for weight in weights.values()):
+        raise UsageError(
+            "--student-init teacher: the teacher's weights are held in int8, or offloaded; "
+            "expected --student-init with the path of its folder"
+        )
+    return weights
+
+
+def read_checkpoint(spec: str) -> dict[str, Tensor]:
+    """The weights of a denoiser, adapters merged; averaged ones where a run has them.
+
+    spec: a run, one of its `checkpoint-N`, a pipeline folder or the component in it, a hub id, or a
+    file of weights. Raises UsageError where there are none, DkdmError where they are damaged.
+    """
+    path = locate(spec)
+    if path.is_file():
+        return merged_weights(read_weights(path).tensors)
+    folder = _component(path)
+    whole = folder / checkpoint.WEIGHTS
+    parts = sorted(folder.glob(f"{whole.stem}-*-of-*{whole.suffix}"))
+    files = [whole] if whole.is_file() else parts
+    if not files:
+        raise UsageError(
+            f"--student-init {spec}: no {whole.name} in {folder}; expected a run, a checkpoint-N, "
+            "a diffusers pipeline or its denoiser's folder, or a file of weights"
+        )
+    return merged_weights(
+        {k: v for file in files for k, v in checkpoint.read_tensors(file).items()}
+    )
+
+
+def _component(path: Path) -> Path:
+    """The folder that the denoiser's weights lie in."""
+    runs_own = checkpoint.checkpoints(path)
+    if (path / checkpoint.MANIFEST).is_file():
+        checkpoint.verify_folder(path)
+        names = [f"{name}_ema" for name in DENOISERS]
+    elif runs_own and not (path / INDEX).is_file():
+        return _component(runs_own[-1])
+    else:
+        names = list(DENOISERS)
+    return next((path / name for name in names if (path / name).is_dir()), path)
