@@ -84,8 +84,8 @@ def unet(pair: Pair, dim: int) -> Tensor | None:
         hidden = _hidden_widths(pair.narrow)[found[1]]
         hidden_there = _hidden_widths(pair.wide)[pair.other.removesuffix(found[2])]
         return first_entries([(hidden, hidden_there), (narrow - hidden, wide - hidden_there)])
-    if dim == 1 and _TIME.fullmatch(pair.name) and "time_proj.weight" not in pair.narrow:
-        return nearest_wavelengths(_equal(pair, dim, 2))
+    if dim == 1 and _TIME.fullmatch(pair.name):
+        return _sinusoids(pair)
     for ending, beside, beside_dim in _CHUNKED:
         if dim == 0 and ending in pair.name:
             return _chunked(pair, ending, beside, beside_dim)
@@ -100,6 +100,14 @@ _CHUNKED = (  # layers whose output is several, and a tensor that says how long 
     (".ff.net.0.proj.", ".ff.net.2.weight", 1),
     (".time_emb_proj.", ".conv1.weight", 0),
 )
+
+
+def _sinusoids(pair: Pair) -> Tensor | None:
+    """The input of the time: sines and cosines of fixed or random frequencies, or one embedding."""
+    frequencies = pair.narrow.get("time_proj.weight")
+    if frequencies is None:
+        return nearest_wavelengths(_equal(pair, 1, 2))
+    return first_entries(_equal(pair, 1, 2 if frequencies.ndim == 1 else 1))
 
 
 def _hidden_widths(tensors: Tensors) -> dict[str, int]:
