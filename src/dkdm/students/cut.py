@@ -48,7 +48,7 @@ def fewer_blocks(interface: Interface, name: str, mid_block: bool, innermost: bo
     same = {"layers_per_block": layers if isinstance(layers, int) else max(layers)}
     if all({**config, **same}[key] == value for key, value in changes.items()):
         raise UsageError(f"{name}: the teacher's stages have one residual block each already")
-    return _like(network, name, changes)
+    return _like(network, name, changes, interface)
 
 
 def _without_innermost(config: Config, name: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def narrower(interface: Interface, name: str, share: float) -> nn.Module:
     changes = _thin_unet(network, share) if is_unet else _fewer_heads(config, share)
     if all(config[key] == value for key, value in changes.items()):
         raise UsageError(f"{name}: the teacher's widths are one head or one group each already")
-    return _like(network, name, changes)
+    return _like(network, name, changes, interface)
 
 
 def _thin_unet(network: nn.Module, share: float) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def half_as_deep(interface: Interface, name: str) -> nn.Module:
         kept = enumerate(evenly(changes["num_layers"], config["num_layers"]))
         dual = config["dual_attention_layers"]
         changes["dual_attention_layers"] = tuple(i for i, there in kept if there in dual)
-    return _like(network, name, changes)
+    return _like(network, name, changes, interface)
 
 
 def _teacher(interface: Interface, name: str, classes: Sequence[str] = ()) -> nn.Module:
@@ -157,11 +157,16 @@ def _teacher(interface: Interface, name: str, classes: Sequence[str] = ()) -> nn
     return network
 
 
-def _like(network: nn.Module, name: str, changes: Config) -> nn.Module:
-    """A fresh network of the same class and config but for the changes."""
+def _like(network: nn.Module, name: str, changes: Config, interface: Interface) -> nn.Module:
+    """A fresh network of the same class and config but for the changes.
+
+    It gives half of the teacher's channels where the variance is not to be learned.
+    """
     cls: Any = type(network)
     given: Config = network.config  # type: ignore[assignment]
     config = {key: value for key, value in given.items() if not key.startswith("_")}
+    if config.get("out_channels") == 2 * interface.out_channels:
+        config["out_channels"] = interface.out_channels
     try:
         return cls.from_config({**config, **changes})
     except (TypeError, ValueError) as error:

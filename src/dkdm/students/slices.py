@@ -142,8 +142,10 @@ def transformer(pair: Pair, dim: int) -> Tensor | None:
 
     Tokens carry four rows of sinusoids, sine and cosine of each coordinate, so their features are
     chosen by wavelength, and so are those of all layers of a multiple of that width. Heads are
-    taken whole, the first ones.
+    taken whole, the first ones; of the output the first channels of each pixel of a patch.
     """
+    if dim == 0 and _OUTPUT.match(pair.name):
+        return first_entries(_equal(pair, dim, pair.narrow[_PATCHES].shape[-1] ** 2))
     if _HEADS[dim == 0].search(pair.name):
         return first_entries([pair.lengths(dim)])
     width, width_there = len(pair.narrow[_PATCHES]), len(pair.wide[_PATCHES])
@@ -155,6 +157,7 @@ def transformer(pair: Pair, dim: int) -> Tensor | None:
 
 
 _PATCHES = "pos_embed.proj.weight"
+_OUTPUT = re.compile(r"proj_out(_2)?\.")
 
 
 def unknown(pair: Pair, dim: int) -> None:
