@@ -42,8 +42,9 @@ class Start:
         if not self.whole and not self.sliced:
             return self.origin
         first = ", ".join(self.random[:3]) + (", ..." if len(self.random) > 3 else "")
+        total = len(self.whole) + len(self.sliced) + len(self.random)
         return (
-            f"{self.origin}: {len(self.whole)} tensors copied whole, {len(self.sliced)} sliced, "
+            f"{self.origin}: of {total} tensors {len(self.whole)} whole, {len(self.sliced)} sliced, "
             f"{len(self.random)} left random{f' ({first})' if first else ''}; "
             f"{self.share:.1%} of the parameters"
             + (f"; LoRA of rank {self.lora_rank} on them" if self.lora_rank else "")
