@@ -22,6 +22,7 @@ from dkdm.finish import (
     sample_grids,
     side_by_side_grids,
 )
+from dkdm.hub import publish, reserve
 from dkdm.launch import claim_output, start_accelerator
 from dkdm.matching import covered, level_weights, on_levels_of, same_levels
 from dkdm.objective import Objective
@@ -79,6 +80,7 @@ def distill(
         features=make_features(taught_by, learner, config),
         frozen=start.frozen,
     )
+    config = reserve(config)
     found = claim_output(config, accelerator)
     if found:
         trainer.resume(found)
@@ -91,7 +93,9 @@ def distill(
     finished = trainer.averaged()
     write_pipeline(config.output_dir, finished)
     comparison = compare_models(taught_by, finished, config)
-    finish_distillation(config, finished, comparison, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    finish_distillation(config, taught_by, finished, comparison, seconds)
+    publish(config)
     return config.output_dir
 
 
@@ -283,6 +287,7 @@ def train(config: TrainConfig) -> Path:
     objective = Objective(student, None, config.loss_weighting, config.snr_gamma)
     name = component_name(student.network)  # type: ignore[arg-type]
     trainer = Trainer(config, student, source, objective, accelerator, name, sample_grids(config))
+    config = reserve(config)
     found = claim_output(config, accelerator)
     if found:
         trainer.resume(found)
@@ -292,6 +297,7 @@ def train(config: TrainConfig) -> Path:
     finished = trainer.averaged()
     write_pipeline(config.output_dir, finished)
     finish_training(config, finished, time.monotonic() - started)
+    publish(config)
     return config.output_dir
 
 

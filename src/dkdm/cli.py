@@ -160,6 +160,18 @@ class ReportOptions:
     """The run's output folder."""
 
 
+@dataclass(frozen=True)
+class PushOptions:
+    """Upload a finished run to the Hugging Face hub; log in with `hf auth login` or HF_TOKEN."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's output folder. Checkpoints and logs stay here."""
+    hub_model_id: str | None = None
+    """Repository, USER/NAME; None is the run's own, else the folder's name under your account."""
+    private: bool = False
+    """Make a new repository private."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failure, 2 for wrong usage."""
     args = list(sys.argv[1:] if arguments is None else arguments)
@@ -247,6 +259,7 @@ def _distill(args: list[str]) -> int:
         for name, (teacher, student) in result_rows(read_evaluation(folder)):
             print(f"{name:42s}{teacher:>14s}{student:>14s}")
     print(f"{folder}/report.html")
+    _print_url(config, folder)
     return 0
 
 
@@ -257,8 +270,17 @@ def _train(args: list[str]) -> int:
     if dry_run:
         print(json.dumps(dataclasses.asdict(config), indent=2, default=str))
         return 0
-    print(f"{train(config)}/README.md")
+    folder = train(config)
+    print(f"{folder}/README.md")
+    _print_url(config, folder)
     return 0
+
+
+def _print_url(config: RunConfig, folder: Path) -> None:
+    if config.push_to_hub:
+        from dkdm.hub import url_of
+
+        print(url_of(folder))
 
 
 def _sample(args: list[str]) -> int:
@@ -389,6 +411,14 @@ def _report(args: list[str]) -> int:
     return 0
 
 
+def _push(args: list[str]) -> int:
+    options = tyro.cli(PushOptions, args=args, prog="dkdm push")
+    from dkdm.hub import push
+
+    print(push(options.run, options.hub_model_id, options.private))
+    return 0
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "distill": ("Distil a teacher into a student of any architecture, without images.", _distill),
     "train": ("Train a model on images: a teacher, or a baseline.", _train),
@@ -397,5 +427,6 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "plan": ("Say what a distillation takes in memory, and what to change.", _plan),
     "sample": ("Draw samples from a model.", _sample),
     "report": ("Write a run's report.html anew.", _report),
+    "push": ("Upload a finished run to the Hugging Face hub.", _push),
     "doctor": ("Check the environment.", _doctor),
 }

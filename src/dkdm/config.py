@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,9 +88,23 @@ class RunConfig:
     names."""
     negative_prompt: str = ""
     """The prompt that guidance leads away from."""
+    license: str | None = None
+    """Licence of the model, by the hub's name for it (apache-2.0, mit, openrail, other ...), for
+    its card; None is the teacher's, where the teacher's own card names one."""
+    push_to_hub: bool = False
+    """Upload the finished run to the Hugging Face hub. Log in with `hf auth login` or HF_TOKEN."""
+    hub_model_id: str | None = None
+    """Repository to upload to, USER/NAME; None is the output folder's name under your account."""
+    hub_private: bool = False
+    """Make a new repository private."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", Path(self.output_dir))
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise UsageError(
+                f"--license '{self.license}': expected the hub's name of a licence, in lower case, "
+                "such as apache-2.0, mit, cc-by-nc-4.0, openrail, or other"
+            )
 
 
 @dataclass(frozen=True)

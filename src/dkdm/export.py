@@ -1,8 +1,7 @@
-"""The result: a diffusers pipeline folder with a model card."""
+"""The result: a diffusers pipeline folder, and the lines that load it."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import shutil
@@ -16,7 +15,6 @@ from torch import nn
 from dkdm.bundle import Component
 from dkdm.checkpoint import save_network
 from dkdm.conditioning import ClassLabels, Conditioning
-from dkdm.config import DistillConfig, RunConfig
 from dkdm.denoiser import Denoiser
 from dkdm.networks import HOMES
 from dkdm.process import Process
@@ -24,9 +22,8 @@ from dkdm.prompts import Prompts
 from dkdm.schedulers import SIGMA_RANGE, flow_grid
 from dkdm.teachers.networks import pixels
 from dkdm.teachers.text import FAMILIES
-from dkdm.version import __version__
 
-_TEMPLATES = Environment(  # nosec: writes Python and Markdown, not HTML
+_TEMPLATES = Environment(  # nosec: writes Python, not HTML
     loader=PackageLoader("dkdm"), undefined=StrictUndefined, keep_trailing_newline=True
 )
 
@@ -261,7 +258,12 @@ def _diffusers_version() -> str:
 
 
 def usage_snippet(folder: str, denoiser: Denoiser) -> str:
-    """The Python lines that load and sample the folder with diffusers."""
+    """The Python lines that load and sample the folder with diffusers.
+
+    Without a scheduler of diffusers there is no pipeline: they load the network alone.
+    """
+    if not denoiser.process.scheduler:
+        return _network_alone(folder, denoiser)
     stock = _stock_pipeline(denoiser)
     given = [repr(folder).replace("'", '"')]
     given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
@@ -270,6 +272,15 @@ def usage_snippet(folder: str, denoiser: Denoiser) -> str:
         "from diffusers import DiffusionPipeline\n\n"
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join(given)})\n"
         f"{result} = pipeline({_usage_call(denoiser, stock)}num_inference_steps=50).{result}"
+    )
+
+
+def _network_alone(folder: str, denoiser: Denoiser) -> str:
+    network: Any = denoiser.network
+    kind, component = type(network).__name__, component_name(network)
+    return (
+        f"from {_library(type(network))} import {kind}\n\n"
+        f'network = {kind}.from_pretrained("{folder}", subfolder="{component}")'
     )
 
 
@@ -291,7 +302,7 @@ def _usage_call(denoiser: Denoiser, stock: str | None) -> str:
     if isinstance(conditioning, Prompts):
         return f"{conditioning.text_of(1)!r}, {_usage_size(denoiser, stock)}"
     if isinstance(conditioning, ClassLabels):
-        return "class_labels=[0, 1, 2, 3], "
+        return f"class_labels={list(conditioning.drawn[:4])}, "
     return "batch_size=4, "
 
 
@@ -305,54 +316,3 @@ def _usage_size(denoiser: Denoiser, stock: str | None) -> str:
         return size
     factor = denoiser.bundle.autoencoder.config.get("scale_factor_temporal", 4)
     return f"{size}num_frames={(denoiser.sample_shape[1] - 1) * factor + 1}, "
-
-
-def write_card(
-    folder: Path,
-    denoiser: Denoiser,
-    config: RunConfig,
-    *,
-    lead: str,
-    metrics: Sequence[tuple[str, Sequence[str]]] = (),
-    measured_how: str = "",
-) -> None:
-    """Write `README.md`, the model card.
-
-    lead: what the model is, in a sentence or two. metrics: rows of the table of measurements, the
-    first one its header. measured_how: how these numbers came about.
-    """
-    distilled = isinstance(config, DistillConfig)
-    values = dataclasses.asdict(config)
-    network = denoiser.network
-    details = [
-        ("network", f"{type(network).__name__}, {denoiser.num_parameters / 1e6:.2f} M parameters"),
-        ("sample shape", " x ".join(map(str, denoiser.sample_shape))),
-        (
-            "process",
-            f"{denoiser.process.scheduler['_class_name']}, T = {denoiser.process.num_levels}",
-        ),
-        ("prediction", denoiser.parameterization.prediction),
-        ("made with", f"dkdm {__version__}"),
-    ]
-    text = _TEMPLATES.get_template("card.md.j2").render(
-        title=config.output_dir.name,
-        lead=lead,
-        base_model=_base_model(config),
-        distilled=distilled,
-        has_grid=(folder / "samples" / "grid.png").is_file(),
-        usage=usage_snippet(config.output_dir.name, denoiser),
-        details=details,
-        metrics=list(metrics),
-        measured_how=measured_how,
-        hyperparameters=[item for item in values.items() if item[0] not in _PRIVATE],
-    )
-    (folder / "README.md").write_text(text)
-
-
-_PRIVATE = ("output_dir", "resume_from_checkpoint", "teacher", "images")
-
-
-def _base_model(config: RunConfig) -> str | None:
-    """The hub id the student came from; paths of this machine are nobody else's business."""
-    teacher = getattr(config, "teacher", "")
-    return teacher if teacher.count("/") == 1 and not Path(teacher).exists() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dkdm import checkpoint
+from dkdm.card import NO_LICENCE, write_card
 from dkdm.conditioning import restrict_classes
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.denoiser import Denoiser
@@ -18,7 +20,6 @@ from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare
 from dkdm.evaluation.features import ReferenceName
 from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.same_noise import Plan, draw, pictures
-from dkdm.export import write_card
 from dkdm.pictures import grid
 from dkdm.pool import Guidance
 from dkdm.progress import track
@@ -116,16 +117,17 @@ def reference_of(config: RunConfig, model: Denoiser) -> ReferenceName | None:
 
 
 def finish_distillation(
-    config: DistillConfig, student: Denoiser, comparison: Comparison | None, seconds: float
+    config: DistillConfig,
+    teacher: Denoiser,
+    student: Denoiser,
+    comparison: Comparison | None,
+    seconds: float,
 ) -> None:
-    lead = (
-        f"{type(student.network).__name__} distilled from `{Path(config.teacher).name}` with DKDM "
-        f"(arXiv 2409.03550): no image was read. {config.max_train_steps} steps of "
-        f"{config.train_batch_size}, {seconds / 60:.1f} minutes."
-    )
+    """Write grids, card and page of a finished run."""
     rows: list[tuple[str, list[str]]] = []
+    metrics = None
     if comparison is not None:
-        rows = result_rows(comparison)
+        rows, metrics = result_rows(comparison), comparison.student.metrics
         samples = comparison.samples
         _save_grid(config.output_dir, "grid", samples["student"][:GRID_SAMPLES])
         rows_of_both = [samples[name][:GRID_COLUMNS] for name in ("teacher", "student")]
@@ -134,8 +136,23 @@ def finish_distillation(
         f"{config.evaluation_samples} samples of each from the same noise, "
         f"{config.validation_sampling_steps} DDIM steps."
     )
-    write_card(config.output_dir, student, config, lead=lead, metrics=rows, measured_how=how)
+    licensed = write_card(
+        config.output_dir,
+        student,
+        config,
+        teacher=teacher,
+        minutes=seconds / 60,
+        rows=rows,
+        metrics=metrics,
+        measured_how=how,
+    )
     write_report(config.output_dir)
+    _ask_for_licence(config, licensed)
+
+
+def _ask_for_licence(config: RunConfig, licensed: bool) -> None:
+    if not licensed:
+        print(f"note: {NO_LICENCE} {config.output_dir}/README.md", file=sys.stderr)
 
 
 def result_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
@@ -152,6 +169,7 @@ def result_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> None:
     rows: list[tuple[str, list[str]]] = []
+    metrics = None
     if config.evaluation_samples:
         plan = Plan(config.evaluation_samples, config.validation_sampling_steps, config.seed)
         cond = model.conditioning.in_turns(plan.num_samples)
@@ -162,16 +180,20 @@ def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> Non
         if reference is not None:
             metrics = evaluate_images(samples, cond.get("class_labels"), reference)
             rows = [("", ["value"]), *_metric_rows([metrics])]
-    lead = (
-        f"{type(model.network).__name__} trained on {Path(config.images).name}: "
-        f"{config.max_train_steps} "
-        f"steps of {config.train_batch_size}, {seconds / 60:.0f} minutes in its last process."
-    )
     how = (
         f"{config.evaluation_samples} samples, {config.validation_sampling_steps} DDIM steps, "
         f"guidance {config.sampling_guidance_scale}."
     )
-    write_card(config.output_dir, model, config, lead=lead, metrics=rows, measured_how=how)
+    licensed = write_card(
+        config.output_dir,
+        model,
+        config,
+        minutes=seconds / 60,
+        rows=rows,
+        metrics=metrics,
+        measured_how=how,
+    )
+    _ask_for_licence(config, licensed)
 
 
 def _metric_rows(measured: list[Metrics]) -> list[tuple[str, list[str]]]:

@@ -30,12 +30,18 @@ def locate(
     path = Path(spec).expanduser()
     if path.exists():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith((".", "runs/")):
+    if is_hub_id(spec):
         return _download(spec, revision, variant, weights)
     raise UsageError(
         f"no model at '{spec}': expected a diffusers folder, a hub id (owner/name), a run's output "
         f"folder, module:factory, or one of {', '.join(f'builtin:{n}' for n in builtin_names())}"
     )
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether this reads as owner/name on the hub, and nothing of that name lies here."""
+    shaped = re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith((".", "runs/"))
+    return bool(shaped) and not Path(spec).exists()
 
 
 def _builtin(name: str) -> Path:
