@@ -154,5 +154,6 @@ def _explained(error: Exception, repo_id: str) -> DkdmError:
         )
     if isinstance(error, OfflineModeIsEnabled):
         return DkdmError("HF_HUB_OFFLINE is set, and nothing can be uploaded: unset it")
-    what = str(error).strip().rstrip(".") or type(error).__name__
+    causes = [error, error.__cause__] if error.__cause__ else [error]
+    what = ": ".join(" ".join(str(e).split()).rstrip(".") or type(e).__name__ for e in causes)
     return DkdmError(f"the hub at {HfApi().endpoint} did not take {repo_id}: {what}")
