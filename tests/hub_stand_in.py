@@ -11,13 +11,13 @@ import yaml
 
 USER = "someone"
 WRITE, READ = "hf_standInWriteToken", "hf_standInReadToken"
-LARGE = (".safetensors", ".png")
 
 
 class Hub(ThreadingHTTPServer):
     """Repositories in memory: files by name, commits by message.
 
-    refuse: a part of the paths that are answered with 400.
+    refuse: a part of the paths that are answered with 400. large: endings of files that are
+    uploaded as objects of their own.
     """
 
     daemon_threads = True
@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.objects = {}
         self.requests = []
         self.refuse = None
+        self.large = (".safetensors", ".png")
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self):
@@ -41,15 +42,14 @@ class Hub(ThreadingHTTPServer):
         return self.repositories[repo_id]
 
     def sha(self, repo_id):
-        names = sorted((name, hashed(name, data)) for name, data in self.files(repo_id).items())
+        names = sorted((name, self.oid(name, data)) for name, data in self.files(repo_id).items())
         return hashlib.sha1(repr(names).encode()).hexdigest()
 
-
-def hashed(name, data):
-    """What the hub calls a file's oid: as git does, or of its content where it is large."""
-    if name.endswith(LARGE):
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    def oid(self, name, data):
+        """Of a file: as git has it, or of its content where it is large."""
+        if name.endswith(self.large):
+            return hashlib.sha256(data).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -143,9 +143,9 @@ class Handler(BaseHTTPRequestHandler):
         modes = [
             {
                 "path": name,
-                "uploadMode": "lfs" if name.endswith(LARGE) else "regular",
+                "uploadMode": "lfs" if name.endswith(self.server.large) else "regular",
                 "shouldIgnore": False,
-                "oid": hashed(name, present[name]) if name in present else None,
+                "oid": self.server.oid(name, present[name]) if name in present else None,
             }
             for name in names
         ]
@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, repo_id):
         files = self.server.files(repo_id).items()
         entries = [
-            {"type": "file", "path": name, "size": len(data), "oid": hashed(name, data)}
+            {"type": "file", "path": name, "size": len(data), "oid": self.server.oid(name, data)}
             for name, data in files
         ]
         return self.answer(entries)
@@ -203,7 +203,10 @@ class Handler(BaseHTTPRequestHandler):
         data = self.server.files(repo_id).get(name)
         if data is None:
             return self.send(b"", 404, {"X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{hashed(name, data)}"', "X-Repo-Commit": self.server.sha(repo_id)}
+        headers = {
+            "ETag": f'"{self.server.oid(name, data)}"',
+            "X-Repo-Commit": self.server.sha(repo_id),
+        }
         return self.send(data, 200, headers)
 
 

@@ -132,6 +132,16 @@ def test_command_uploads_and_prints_the_address(hub, finished, capsys):
     assert not hub.private[f"{USER}/small"]
 
 
+def test_small_files_go_the_way_of_hf_xet(hub, finished, monkeypatch):
+    """Where hf_xet is installed, files are committed in batches; large ones need a real hub."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.large = ()
+    push(finished, "batches")
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert hub.files(f"{USER}/batches")[weights] == (finished / weights).read_bytes()
+    assert not hub.objects
+
+
 def test_flags_of_the_command_line(hub, tmp_path, capsys):
     folder = tmp_path / "run"
     args = ("distill", "--teacher", "factories:teacher", "--student", "factories:student")

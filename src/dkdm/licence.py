@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from dkdm.config import DistillConfig, RunConfig
-from dkdm.teachers.locate import is_hub_id, locate
+from dkdm.teachers.locate import builtin_names, is_hub_id, locate
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -66,8 +66,8 @@ def front_matter(card: Path) -> dict[str, Any]:
 
 
 def _hub_id(spec: str) -> str | None:
-    """The hub id that a spec is, or whose snapshot in the hub's cache it points into."""
-    if is_hub_id(spec):
+    """The hub id that was downloaded, or whose snapshot in the hub's cache a path points into."""
+    if is_hub_id(spec) and _cache_of(spec).is_dir():
         return spec
     parts = Path(spec).expanduser().absolute().parts
     snapshots = [a for a, b in zip(parts, parts[1:], strict=False) if b == "snapshots"]
@@ -75,13 +75,20 @@ def _hub_id(spec: str) -> str | None:
     return found.removeprefix("models--").replace("--", "/", 1) or None
 
 
+def _cache_of(repo_id: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+
+
 def _card_of(spec: str, subfolder: str | None, revision: str | None) -> Path | None:
     """The teacher's own card on this machine."""
     if is_hub_id(spec):
         return _cached_card(spec, revision)
-    if ":" in spec and not spec.startswith("builtin:"):
+    builtin = spec in [f"builtin:{name}" for name in builtin_names()]
+    if ":" in spec and not builtin:
         return None
-    folder = locate(spec) if spec.startswith("builtin:") else Path(spec).expanduser()
+    folder = locate(spec) if builtin else Path(spec).expanduser()
     places = (folder / (subfolder or "") / CARD, folder / CARD)
     return next((path for path in places if path.is_file()), None)
 
