@@ -249,14 +249,21 @@ def class_conditional():
     return student_of("dit-xs", denoiser(3))
 
 
-@pytest.mark.parametrize("make", [unconditional, class_conditional])
-def test_code_of_the_card_draws_images(tmp_path, monkeypatch, make):
+def of_two_classes():
+    model = class_conditional()
+    return replace(model, conditioning=replace(model.conditioning, classes=(0, 2)))
+
+
+@pytest.mark.parametrize(
+    ("make", "count"), [(unconditional, 4), (class_conditional, 3), (of_two_classes, 2)]
+)
+def test_code_of_the_card_draws_images(tmp_path, monkeypatch, make, count):
     monkeypatch.chdir(tmp_path)
     folder, model = tmp_path / "run", make()
     write_pipeline(folder, model)
     made = {}
     exec(code_of(card_of(folder, model, DistillConfig())), made)
-    assert [image.size for image in made["images"]] == [(8, 8)] * 4
+    assert [image.size for image in made["images"]] == [(8, 8)] * count
 
 
 @pytest.mark.parametrize("student", [None, "text-unet-tiny"], ids=["stock", "shipped code"])

@@ -120,7 +120,7 @@ def test_what_the_card_says_runs_on_what_was_uploaded(hub, finished, tmp_path):
     }
     command = [sys.executable, "-c", f"{code}\nprint(len(images), images[0].size)"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "4 (8, 8)", done.stderr
+    assert done.stdout.strip() == "3 (8, 8)", done.stderr
 
 
 def test_command_uploads_and_prints_the_address(hub, finished, capsys):
