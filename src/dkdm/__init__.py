@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dkdm.prediction import Parameterization, Prediction
     from dkdm.process import Clipping, Process, from_betas, karras, rectified_flow
     from dkdm.schedulers import from_scheduler_config
+    from dkdm.students import load_student
     from dkdm.teachers import load_teacher
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "from_betas",
     "from_scheduler_config",
     "karras",
+    "load_student",
     "load_teacher",
     "rectified_flow",
     "train",
@@ -50,6 +52,7 @@ _HOMES = {
     "prediction": ("Parameterization", "Prediction"),
     "process": ("Clipping", "Process", "from_betas", "karras", "rectified_flow"),
     "schedulers": ("from_scheduler_config",),
+    "students": ("load_student",),
     "teachers": ("load_teacher",),
 }
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dkdm.conditioning import Unconditional, restrict_classes
 from dkdm.config import DistillConfig, TrainConfig
@@ -24,11 +25,11 @@ from dkdm.finish import (
 )
 from dkdm.hub import publish, reserve
 from dkdm.launch import claim_output, start_accelerator
-from dkdm.matching import covered, level_weights, on_levels_of, same_levels
+from dkdm.matching import covered, level_weights, on_levels_of, same_levels, with_process
 from dkdm.objective import Objective
 from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_few_step
 from dkdm.sources import Images, Synthetic, draw_set, empty_set
-from dkdm.students import student_of
+from dkdm.students import as_denoiser, given_student, student_of
 from dkdm.students.space import check_same_samples
 from dkdm.students.start import begin
 from dkdm.teachers import LoadOptions, load_teacher, place, with_texts
@@ -38,13 +39,14 @@ from dkdm.trainset import training_data
 
 def distill(
     teacher: str | Denoiser | None = None,
-    student: str | Denoiser | None = None,
+    student: str | Denoiser | nn.Module | None = None,
     config: DistillConfig | None = None,
 ) -> Path:
     """Distil a teacher into a student without images; returns the output folder.
 
-    teacher, student: what the command line takes, or a Denoiser; None takes the config's. The
-    folder is a diffusers pipeline with a model card, `report.html`, metrics and checkpoints.
+    teacher, student: what the command line takes, or a Denoiser; None takes the config's. A student
+    may be a bare network too, called as `network(x_t, t, **cond)`. The folder is a diffusers
+    pipeline with a model card, `report.html`, metrics and checkpoints.
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
     config = config or DistillConfig()
@@ -61,9 +63,9 @@ def distill(
     if isinstance(student, Denoiser):
         coders = student.bundle.autoencoder, taught_by.bundle.autoencoder
         check_same_samples(student.sample_shape, taught_by.sample_shape, coders)
-        learner = replace(student, conditioning=taught_by.conditioning)
+        learner = given_student(replace(student, conditioning=taught_by.conditioning))
     else:
-        learner = open_student(taught_by, config)
+        learner = open_student(taught_by, config, student)
     start = begin(learner, taught_by, config)
     print(f"student starts from {start}", file=sys.stderr)
     source, objective = lesson(taught_by, learner, config, accelerator.device)
@@ -99,7 +101,9 @@ def distill(
     return config.output_dir
 
 
-def _name_of(model: str | Denoiser | None) -> str | None:
+def _name_of(model: str | Denoiser | nn.Module | None) -> str | None:
+    if isinstance(model, nn.Module):
+        return type(model).__name__
     return model.name if isinstance(model, Denoiser) else model
 
 
@@ -122,12 +126,18 @@ def open_teacher(config: DistillConfig) -> Denoiser:
     return with_conditions(teacher, config)
 
 
-def open_student(teacher: Denoiser, config: DistillConfig) -> Denoiser:
-    """Build the student a config names."""
+def open_student(
+    teacher: Denoiser, config: DistillConfig, given: str | nn.Module | None = None
+) -> Denoiser:
+    """Build the student a config names, or read a given network in its place."""
     own = teacher.parameterization
     if config.source == "synthetic" and own.learns_variance:  # nothing would teach it
         teacher = replace(teacher, parameterization=replace(own, variance="fixed_small"))
-    return student_of(config.student, teacher, config.student_prediction, config.student_process)
+    reading = config.student_prediction, config.student_process
+    if isinstance(given, nn.Module):
+        like = with_process(teacher, *reading)
+        return given_student(as_denoiser(type(given).__name__, given, like))
+    return student_of(config.student, teacher, *reading)
 
 
 def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dkdm.errors import UsageError
+
 Network = nn.Module | Callable[..., Any]
 
 
@@ -32,10 +34,18 @@ def call_of(network: Network) -> Call:
 
 
 def tensor_of(result: Any) -> Tensor:
-    """The tensor of an output: itself, the first of a tuple, or the `.sample` of an object."""
-    if isinstance(result, tuple):
-        result = result[0]
-    return result if isinstance(result, Tensor) else result.sample
+    """The tensor of an output: itself, the first of a tuple, or the `.sample` of an object.
+
+    Raises UsageError for anything else.
+    """
+    found = result[0] if isinstance(result, tuple) and result else result
+    found = found if isinstance(found, Tensor) else getattr(found, "sample", None)
+    if not isinstance(found, Tensor):
+        raise UsageError(
+            f"the network returned {type(result).__name__}: expected a tensor, a tuple with it "
+            "first, or an object with .sample"
+        )
+    return found
 
 
 def takes(network: Network, argument: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import nn
 
 from dkdm.conditioning import ClassLabels
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
@@ -17,6 +18,7 @@ from dkdm.evaluation.classes import Metrics
 from dkdm.export import usage_snippet
 from dkdm.licence import CARD, Origin, licence_of_student, origin_of
 from dkdm.prompts import Prompts
+from dkdm.ship import shipping_note
 from dkdm.version import __version__
 
 _TEMPLATES = Environment(  # nosec: writes Markdown, not HTML
@@ -61,6 +63,7 @@ def write_card(
         lead=_lead(denoiser, config, origin, teacher),
         pictures=_pictures(folder),
         usage=usage_snippet(config.output_dir.absolute().name, denoiser),
+        note=shipping_note(denoiser.network) if isinstance(denoiser.network, nn.Module) else None,
         details=_details(denoiser, config, teacher, minutes),
         metrics=list(rows),
         measured_how=measured_how,

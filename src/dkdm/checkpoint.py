@@ -20,6 +20,7 @@ from dkdm.errors import DkdmError, UsageError
 
 MANIFEST = "manifest.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ORIGIN = "dkdm_origin"  # attribute of a network that cannot write its config itself; see own.py
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -115,10 +116,21 @@ def save_network(
     weights: saved in place of the network's own (an average of them), with the same keys.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_config: Callable[[Path], None] | None = getattr(network, "save_config", None)
+    knows_its_config = getattr(network, ORIGIN, network)
+    save_config: Callable[[Path], None] | None = getattr(knows_its_config, "save_config", None)
     if save_config is not None:
         save_config(folder)
-    write_tensors(folder / WEIGHTS, weights or network.state_dict())
+    write_tensors(folder / WEIGHTS, _apart(weights or network.state_dict()))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, as safetensors wants them: shared ones are copied."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return apart
 
 
 def load_network_weights(network: nn.Module, folder: Path) -> None:

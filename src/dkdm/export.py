@@ -16,10 +16,11 @@ from dkdm.bundle import Component
 from dkdm.checkpoint import save_network
 from dkdm.conditioning import ClassLabels, Conditioning
 from dkdm.denoiser import Denoiser
-from dkdm.networks import HOMES
+from dkdm.own import OWN_CLASS, origin_of
 from dkdm.process import Process
 from dkdm.prompts import Prompts
 from dkdm.schedulers import SIGMA_RANGE, flow_grid
+from dkdm.ship import shipment
 from dkdm.teachers.networks import pixels
 from dkdm.teachers.text import FAMILIES
 
@@ -37,15 +38,14 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     """Write network, scheduler, index and all that came with the teacher, as diffusers does.
 
     The folder samples with a stock pipeline where one can feed the network; else it holds a short
-    `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm. A process that no
-    scheduler of diffusers stands for is left out, and the network is written alone.
+    `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm; a network made by a user's
+    factory brings its source. A process that no scheduler of diffusers stands for is left out, and
+    the network is written alone.
     """
     network: Any = denoiser.network
-    component, kind = component_name(network), type(network)
+    component = component_name(network)
     save_network(network, folder / component)
-    if _library(kind) in HOMES.values():
-        source = inspect.getsourcefile(kind)
-        shutil.copy(str(source), folder / component)
+    home = _write_source(network, folder / component)
     stock = _stock_pipeline(denoiser) if denoiser.process.scheduler else None
     scheduler = scheduler_config(denoiser)
     if not scheduler:
@@ -61,7 +61,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
         "_class_name": stock or ["pipeline", "DenoiserPipeline"],
         "_diffusers_version": _diffusers_version(),
         "_sample_size": "x".join(map(str, denoiser.sample_shape[1:])),
-        component: [_library(kind), kind.__name__],
+        component: home,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         **{name: [part.library, part.class_name] for name, part in components.items()},
     }
@@ -82,10 +82,19 @@ def _origin(denoiser: Denoiser) -> dict[str, Any]:
     return {"_came_from": {"pipeline": denoiser.bundle.pipeline, "entries": entries}}
 
 
-def _library(network: type[nn.Module]) -> str:
-    """What model_index.json calls the home of a class: diffusers, or the file shipped beside it."""
-    own = network.__module__.startswith("dkdm.networks.")
-    return network.__module__.rpartition(".")[2] if own else network.__module__.partition(".")[0]
+def _write_source(network: nn.Module, folder: Path) -> list[str]:
+    """[library, class] for model_index.json: diffusers, or the file that is written to `folder`."""
+    kind, origin = type(network), origin_of(network)
+    if origin is not None and origin.factory is not None:
+        shipped = shipment(origin)
+        for old in folder.glob("*.py"):
+            old.unlink()
+        (folder / shipped.file).write_text(shipped.text, encoding="utf-8")
+        return [shipped.file.removesuffix(".py"), OWN_CLASS]
+    if kind.__module__.startswith("dkdm.networks."):
+        shutil.copy(str(inspect.getsourcefile(kind)), folder)
+        return [kind.__module__.rpartition(".")[2], kind.__name__]
+    return [kind.__module__.partition(".")[0], kind.__name__]
 
 
 def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dkdm import checkpoint
 from dkdm.card import NO_LICENCE, write_card
@@ -24,6 +25,7 @@ from dkdm.pictures import grid
 from dkdm.pool import Guidance
 from dkdm.progress import track
 from dkdm.report import write_report
+from dkdm.ship import shipping_note
 
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
@@ -148,6 +150,7 @@ def finish_distillation(
     )
     write_report(config.output_dir)
     _ask_for_licence(config, licensed)
+    say_what_ships(student)
 
 
 def _ask_for_licence(config: RunConfig, licensed: bool) -> None:
@@ -194,6 +197,14 @@ def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> Non
         measured_how=how,
     )
     _ask_for_licence(config, licensed)
+    say_what_ships(model)
+
+
+def say_what_ships(model: Denoiser) -> None:
+    """Say what a folder with a user's own network needs where it is loaded, if anything."""
+    note = shipping_note(model.network) if isinstance(model.network, nn.Module) else None
+    if note:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _metric_rows(measured: list[Metrics]) -> list[tuple[str, list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,24 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.matching import with_process
 from dkdm.networks import network_class
+from dkdm.own import OWN_CLASS, is_own, make, read_origin, remember_factory, remember_object
 from dkdm.plugins import import_object
 from dkdm.prediction import PredictionType
 from dkdm.students.interface import Interface, Preset
+from dkdm.students.loading import load_student
 from dkdm.students.presets import PRESETS
 from dkdm.students.space import check_config, config_in
 
-__all__ = ["PRESETS", "Interface", "Preset", "as_denoiser", "student_of", "untried_student_of"]
+__all__ = [
+    "PRESETS",
+    "Interface",
+    "Preset",
+    "as_denoiser",
+    "given_student",
+    "load_student",
+    "student_of",
+    "untried_student_of",
+]
 
 
 def student_of(
@@ -55,6 +67,13 @@ def untried_student_of(spec: str, teacher: Denoiser) -> Denoiser:
         teacher.bundle.autoencoder,
     )
     return as_denoiser(spec, build_network(spec, interface), teacher)
+
+
+def given_student(student: Denoiser) -> Denoiser:
+    """A student whose network is an object already. Raises UsageError where it does not fit."""
+    student.check()
+    remember_object(student)
+    return student
 
 
 def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
@@ -95,6 +114,8 @@ def _from_diffusers_config(path: Path, interface: Interface) -> nn.Module:
         cls = network_class(str(config.get("_class_name")))
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"student config {path}: {error}") from error
+    if config.get("_class_name") == OWN_CLASS:
+        return make(read_origin(config, path.parent), path.parent)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
         raise UsageError(f"student config {path}: '_class_name' must name a diffusers model")
     try:
@@ -107,12 +128,32 @@ def _from_diffusers_config(path: Path, interface: Interface) -> nn.Module:
 
 def _from_factory(spec: str, interface: Interface) -> nn.Module:
     factory = import_object(spec)
+    given = (interface.sample_shape, interface.out_channels, interface.conditioning)
+    _check_signature(spec, factory, given)
     try:
-        network = factory(interface.sample_shape, interface.out_channels, interface.conditioning)
+        network = factory(*given)
     except Exception as error:
         raise DkdmError(f"student factory {spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"student factory {spec} returned {type(network).__name__}: expected an nn.Module"
         )
+    if is_own(network):
+        remember_factory(network, spec, *given)
     return network
+
+
+def _check_signature(spec: str, factory: Any, given: tuple[Any, ...]) -> None:
+    """Raise UsageError for a factory that cannot be called with three positional arguments."""
+    try:
+        inspect.signature(factory).bind(*given)
+    except TypeError as error:
+        shape, channels, conditioning = given
+        name = spec.partition(":")[2]
+        raise UsageError(
+            f"student factory {spec} cannot be called as {name}({shape}, {channels}, "
+            f"{type(conditioning).__name__}): {error}. Expected a function of three positional "
+            "arguments, sample_shape, out_channels, conditioning, that returns an nn.Module"
+        ) from error
+    except ValueError:  # a callable written in C does not say what it takes
+        return

@@ -11,6 +11,7 @@ import torch
 from dkdm.bundle import Bundle
 from dkdm.conditioning import Condition
 from dkdm.errors import UsageError
+from dkdm.own import OWN_CLASS
 
 Config = dict[str, Any]
 Size = tuple[int, ...] | None
@@ -29,6 +30,12 @@ def _audio_shape(config: Config, size: Size) -> tuple[int, ...]:
 def _video_shape(config: Config, size: Size) -> tuple[int, ...]:
     """(channels, frames, height, width), which the config does not say."""
     return int(config["in_channels"]), *_spatial(None, size, 3)
+
+
+def _own_shape(config: Config, size: Size) -> tuple[int, ...]:
+    """A user's own network was made for `sample_shape`."""
+    channels, *sides = config["sample_shape"]
+    return int(channels), *_spatial(sides, size, len(sides))
 
 
 def _flux_shape(config: Config, size: Size) -> tuple[int, ...]:
@@ -109,6 +116,7 @@ FACTS = {
         Facts("DhariwalUNet"),
         Facts("EDM2UNet"),
         Facts("LucidrainsUNet"),
+        Facts(OWN_CLASS, _own_shape),
         Facts("UNet1DModel", _audio_shape),
         Facts("DiTTransformer2DModel"),
         Facts("UNet2DConditionModel", constants=_sdxl_sizes),

@@ -16,6 +16,7 @@ from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.networks import network_class
+from dkdm.own import OWN_CLASS, load_own, read_origin
 from dkdm.prediction import Parameterization, VarianceType
 from dkdm.prompts import Prompts
 from dkdm.schedulers import from_scheduler_config, prediction_type, saved_config
@@ -49,6 +50,8 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
     component, facts = _network_of(index, folder)
     config = read_json(folder / component / "config.json", f"the config of its {component}")
+    if facts.class_name == OWN_CLASS:
+        read_origin(config, folder / component)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "its scheduler's config")
     bundle = _bundle(folder, index, component, options.variant)
     shape = facts.shape(config, options.sample_size or _saved_size(index))
@@ -127,7 +130,10 @@ def _network_of(index: dict[str, Any], folder: Path) -> tuple[str, Facts]:
         if parts.get(component) in FACTS:
             return component, FACTS[parts[component]]
     found = parts.get("unet") or parts.get("transformer") or parts.get("prior") or "no network"
-    raise UsageError(f"{folder}: a {kind} with {found}; expected one of {', '.join(FACTS)}")
+    raise UsageError(
+        f"{folder}: a {kind} with {found}; expected one of {', '.join(FACTS)}. A network that dkdm "
+        "was given as an object is loaded by dkdm.load_student(folder, network=...)"
+    )
 
 
 def _is_component(name: str, value: Any) -> bool:
@@ -195,7 +201,13 @@ def _variance(
 
 
 def load_network(folder: Path, name: str, options: LoadOptions) -> nn.Module:
-    """Load a diffusers network strictly. Raises DkdmError where its weights are not its own."""
+    """Load a network strictly. Raises DkdmError where its weights are not its own.
+
+    name: its class, of diffusers, dkdm or, `OwnNetwork`, whatever the folder's config names.
+    """
+    if name == OWN_CLASS:
+        network = load_own(folder, read_json(folder / "config.json", "its config"))
+        return network.to(getattr(torch, options.dtype)).requires_grad_(False)
     cls = network_class(name)
     try:
         network, info = cls.from_pretrained(
@@ -222,6 +234,8 @@ def _conditioning(
     """Text where there is an encoder for it; else classes as the network embeds them."""
     if _reads_text(bundle):
         return text_conditioning(folder, bundle), {}
+    if config.get("_class_name") == OWN_CLASS:
+        return _own_conditioning(config, index), {}
     embedded = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     if not embedded:
         return Unconditional(), {}
@@ -231,9 +245,21 @@ def _conditioning(
     if "null_class" not in index and config.get("norm_type") == "ada_norm_zero":
         null = embedded  # a DiT's table of labels has one row more, for no label
     classes = embedded - 1 if null == embedded - 1 else embedded
+    return ClassLabels(classes, null, _taught(index), _class_names(index, classes)), {}
+
+
+def _own_conditioning(config: dict[str, Any], index: dict[str, Any]) -> Conditioning:
+    classes = config.get("num_classes")
+    if classes is None:
+        return Unconditional()
+    names = _class_names(index, classes)
+    return ClassLabels(classes, config.get("null_class"), _taught(index), names)
+
+
+def _taught(index: dict[str, Any]) -> tuple[int, ...] | None:
+    """The classes that a student learnt, where these are not all."""
     taught = index.get("classes")
-    taught = None if taught is None else tuple(map(int, taught))
-    return ClassLabels(classes, null, taught, _class_names(index, classes)), {}
+    return None if taught is None else tuple(map(int, taught))
 
 
 def _class_names(index: dict[str, Any], classes: int) -> tuple[str, ...] | None:

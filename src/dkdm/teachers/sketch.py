@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dkdm.conditioning import Condition
 from dkdm.denoiser import Denoiser
 from dkdm.networks import network_class
-from dkdm.prompts import EmbeddingCache, Prompts
+from dkdm.own import OWN_CLASS, BlankEmbeddings, make, read_origin
+from dkdm.prompts import Prompts
 from dkdm.teachers.locate import INDEX, locate
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.pipeline_folder import (
@@ -40,7 +39,10 @@ def sketch_teacher(spec: str, options: LoadOptions) -> Denoiser | None:
     component = next(name for name in DENOISERS if index.get(name))
     config = read_json(folder / component / "config.json", "its config")
     with torch.device("meta"):
-        network = network_class(index[component][1]).from_config(config)
+        if config.get("_class_name") == OWN_CLASS:
+            network = make(read_origin(config, folder / component), folder)
+        else:
+            network = network_class(index[component][1]).from_config(config)
     network = torch.nn.Module.to(network, "meta", getattr(torch, _precision(options.dtype)))
     conditioning = denoiser.conditioning
     if isinstance(conditioning, Prompts):
@@ -54,19 +56,6 @@ def sketch_teacher(spec: str, options: LoadOptions) -> Denoiser | None:
 
 def _precision(dtype: str) -> str:
     return "bfloat16" if dtype == "int8" else dtype
-
-
-@dataclass(eq=False)
-class BlankEmbeddings(EmbeddingCache):
-    """Embeddings that are all zeros. shapes: of one row, by name."""
-
-    shapes: dict[str, tuple[int, ...]] | None = None
-
-    def rows(self, numbers: Tensor) -> Condition:
-        """Zeros for every number."""
-        return {
-            key: torch.zeros(len(numbers), *shape) for key, shape in (self.shapes or {}).items()
-        }
 
 
 def _shapes(config: dict[str, Any], denoiser: Denoiser) -> dict[str, tuple[int, ...]]:

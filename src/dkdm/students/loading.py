@@ -1,0 +1,65 @@
+"""The network of a finished run, or of one of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from dkdm.checkpoint import WEIGHTS, load_network_weights
+from dkdm.errors import UsageError
+from dkdm.networks import network_class
+from dkdm.own import OWN_CLASS
+from dkdm.teachers.options import LoadOptions
+from dkdm.teachers.pipeline_folder import DENOISERS, load_network, read_json
+
+
+def load_student(folder: str | Path, *, network: nn.Module | None = None) -> nn.Module:
+    """The network that lies in a folder, in evaluation mode.
+
+    folder: a run, its `checkpoint-N` (the averaged weights, where the run averages), a diffusers
+        pipeline, or the network's own folder. network: one that you made, to be given the weights;
+        None makes it as its config.json says. A factory named there is imported from where you
+        run, and code that lies in the folder is not.
+    Raises UsageError where no network lies there or it cannot be made, DkdmError where the weights
+    are not those of the network.
+    """
+    found = _network_folder(Path(folder))
+    if network is not None:
+        load_network_weights(network, found)
+        return network.eval()
+    config = read_json(found / "config.json", "a network's config (or pass network=...)")
+    name = str(config.get("_class_name"))
+    if name != OWN_CLASS and network_class(name) is None:
+        raise UsageError(
+            f"{found}: its network, {name}, was given as an object and is made by nobody but you: "
+            "expected dkdm.load_student(FOLDER, network=...)"
+        )
+    return load_network(found, name, LoadOptions()).requires_grad_(True)
+
+
+def _network_folder(folder: Path) -> Path:
+    """The folder in which weights lie: this one, or that of its denoiser."""
+    averaged = "_ema" if (folder / "state.json").is_file() and _averages(folder.parent) else ""
+    for found in (folder, *(folder / f"{name}{averaged}" for name in DENOISERS)):
+        if any(found.glob("diffusion_pytorch_model*.safetensors")):
+            return found
+    if not folder.is_dir():
+        raise UsageError(
+            f"no folder {folder}: expected a run, a checkpoint-N of it, or a network's"
+        )
+    expected = " or ".join(f"{name}/{WEIGHTS}" for name in DENOISERS)
+    started = " (the run is not finished: take a checkpoint-N in it)" if _is_run(folder) else ""
+    raise UsageError(f"{folder}: expected {expected} in it, found neither{started}")
+
+
+def _is_run(folder: Path) -> bool:
+    return any(folder.glob("checkpoint-*"))
+
+
+def _averages(run: Path) -> bool:
+    try:
+        return bool(json.loads((run / "config.json").read_text()).get("use_ema", True))
+    except (OSError, ValueError):
+        return True
