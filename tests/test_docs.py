@@ -2,11 +2,14 @@
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import dkdm
+from dkdm.check_student import check_student
 from dkdm.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -58,3 +61,25 @@ def test_python_of_the_teachers_page_runs():
 
 def test_numbers_are_filled_in():
     assert "@" not in re.sub(r"\S+@\S+\.\w+", "", (ROOT / "README.md").read_text())
+
+
+def test_the_own_network_of_the_students_page(tmp_path, monkeypatch):
+    """It passes its check, is distilled and comes back by the page's own lines."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/students.md").read_text(), re.DOTALL)
+    module, loading = blocks[:2]
+    (tmp_path / "my_nets.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    teacher = dkdm.load_teacher("builtin:fashion")
+    checkup = check_student("my_nets:Net", teacher, compile_backend=None, export=False)
+    assert all(finding.status == "ok" for finding in checkup.findings), checkup.findings
+    quick = {"train_batch_size": 4, "pool_size": 4, "fill_steps": 1, "validation_steps": 0}
+    config = dkdm.DistillConfig(
+        output_dir=tmp_path / "runs" / "mine", max_train_steps=1, evaluation_samples=0, **quick
+    )
+    dkdm.distill(teacher, "my_nets:Net", config)
+    names = {}
+    exec(compile(loading, "docs/students.md", "exec"), names)
+    assert type(names["network"]).__name__ == "Net"
+    assert next((tmp_path / "runs/mine/unet").glob("my_nets_*.py")).is_file()
+    del sys.modules["my_nets"]

@@ -108,6 +108,28 @@ class StudentsOptions:
 
 
 @dataclass(frozen=True)
+class CheckOptions:
+    """Try all that a student will go through, before its first step."""
+
+    teacher: str = "builtin:fashion"
+    """Whose shape, conditions and targets the student is tried with."""
+    student: str = "unet-tiny"
+    """A preset, a diffusers config.json, or module:factory."""
+    teacher_size: Labels = None
+    """Height and width (frames, height, width; or length) as the teacher sees a sample."""
+    prompts: str | None = None
+    """Text file of one prompt a line, or a pattern, for text models; or the prompt itself."""
+    compile: bool = True
+    """Try torch.compile; --no-compile leaves it out."""
+    compile_backend: str = "aot_eager"
+    """aot_eager traces only, which is quick; inductor is the one that makes networks faster."""
+    export: bool = True
+    """Try torch.export; --no-export leaves it out."""
+    json: bool = False
+    """Print JSON for machines."""
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """Say what a distillation takes in memory, whether it fits, and what to change."""
 
@@ -208,7 +230,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:10s} {summary}" for name, (summary, _) in COMMANDS.items())
+    commands = "\n".join(f"  {name:13s} {summary}" for name, (summary, _) in COMMANDS.items())
     return (
         "usage: dkdm COMMAND [options]      dkdm COMMAND --help\n\n"
         f"{commands}\n\n  --debug shows the traceback of a failure, --version the version"
@@ -359,6 +381,28 @@ def _students(args: list[str]) -> int:
     return 0
 
 
+def _check_student(args: list[str]) -> int:
+    options = tyro.cli(CheckOptions, args=args, prog="dkdm check-student")
+    from dkdm.check_student import check_student
+    from dkdm.doctor import print_findings
+
+    asked = TeacherOptions(options.teacher, size=options.teacher_size, prompts=options.prompts)
+    teacher = _load(asked, default_prompt=INSPECTED_PROMPT)
+    backend = options.compile_backend if options.compile else None
+    checkup = check_student(
+        options.student, teacher, compile_backend=backend, export=options.export
+    )
+    if options.json:
+        print(json.dumps([dataclasses.asdict(each) for each in checkup.findings], indent=2))
+    else:
+        print_findings(checkup.findings, Console())
+    if checkup.failure is not None:
+        raise DkdmError(
+            f"nothing more could be tried: {checkup.failure}. --debug shows the traceback"
+        ) from checkup.failure
+    return int(not checkup.passed)
+
+
 def _plan(args: list[str]) -> int:
     options = tyro.cli(PlanOptions, args=args, prog="dkdm plan")
     from dkdm.plan import GIB, Choices, changes, device_memory_mib, plan, print_plan
@@ -424,6 +468,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("Train a model on images: a teacher, or a baseline.", _train),
     "inspect": ("Show what a model is, and check that it really denoises.", _inspect),
     "students": ("List the named students at a teacher's sample shape.", _students),
+    "check-student": (
+        "Try all that a student will go through, before its first step.",
+        _check_student,
+    ),
     "plan": ("Say what a distillation takes in memory, and what to change.", _plan),
     "sample": ("Draw samples from a model.", _sample),
     "report": ("Write a run's report.html anew.", _report),

@@ -1,0 +1,141 @@
+"""A student before its first step: what does not work, what to know, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from dkdm.check_student import behaviour, graphs, saving, training
+from dkdm.check_student.blame import in_brackets, place, told
+from dkdm.check_student.case import Case
+from dkdm.denoiser import Denoiser
+from dkdm.doctor import Finding
+from dkdm.errors import DkdmError
+from dkdm.evaluation.cost import count_macs, evaluations_per_second
+from dkdm.students import given_student, untried_student_of
+
+__all__ = ["Checkup", "check_student"]
+
+Look = Callable[[Case], Iterable[Finding]]
+TIMED_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What was found. failure: the error that ended it before the last check; None else."""
+
+    findings: list[Finding]
+    failure: DkdmError | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing that was found keeps the student from being trained."""
+        return all(finding.status != "problem" for finding in self.findings)
+
+
+def check_student(
+    student: str | Denoiser | nn.Module,
+    teacher: Denoiser,
+    *,
+    compile_backend: str | None = "aot_eager",
+    export: bool = True,
+) -> Checkup:
+    """Try all that a student will go through, on small batches; takes seconds to a minute.
+
+    student: a preset, a config.json, `module:factory`, or an object. compile_backend: of
+    torch.compile; None leaves it out. export: whether torch.export is tried. Nothing is changed but
+    torch's compiler cache, which is emptied.
+    """
+    try:
+        learner = _made(student, teacher)
+    except DkdmError as error:
+        return Checkup([_not_made(error)], error)
+    rebuilt = partial(_remade, student, teacher) if isinstance(student, str) else None
+    case = Case(learner, teacher, rebuilt)
+    try:
+        first = list(behaviour.shapes(case))
+    except Exception as error:
+        failure = DkdmError(f"{learner.name}: the network fails: {told(error, case.network)}")
+        failure.__cause__ = error
+        return Checkup([*_facts(case), _not_called(case, error)], failure)
+    findings = [*_facts(case), *first]
+    if first[-1].status == "ok":
+        for name, look in _looks(compile_backend, export).items():
+            findings += _looked(name, look, case)
+    return Checkup(findings)
+
+
+def _looks(compile_backend: str | None, export: bool) -> dict[str, Look]:
+    looks: dict[str, Look] = {
+        "null condition": behaviour.null_class,
+        "depends": behaviour.dependence,
+        "samples": behaviour.batch_statistics,
+        "gradients": training.gradients,
+        "learns": training.learning,
+        "bfloat16": behaviour.precision,
+        "checkpointing": training.checkpointing,
+        "shared weights": saving.shared,
+        "plain tensors": saving.plain_tensors,
+        "reload": saving.reload,
+        "shipping": saving.shipping,
+    }
+    if compile_backend is not None:
+        looks["torch.compile"] = partial(graphs.compiles, backend=compile_backend)
+    return looks | ({"torch.export": graphs.exports} if export else {}) | {"speed": _speed}
+
+
+def _looked(name: str, look: Look, case: Case) -> Iterator[Finding]:
+    """The findings of one check; one that fails is a finding too."""
+    try:
+        yield from look(case)
+    except Exception as error:
+        remedy = "the network fails here: mend that line"
+        yield Finding(name, "problem", told(error, case.network), remedy)
+
+
+def _made(student: str | Denoiser | nn.Module, teacher: Denoiser) -> Denoiser:
+    if isinstance(student, str):
+        return untried_student_of(student, teacher)
+    return given_student(student, teacher)
+
+
+def _remade(student: str, teacher: Denoiser) -> nn.Module:
+    network: nn.Module = untried_student_of(student, teacher).network  # type: ignore[assignment]
+    return network
+
+
+def _not_made(error: DkdmError) -> Finding:
+    cause = error.__cause__
+    what = str(error) if cause is None else f"{error}{in_brackets(place(error))}"
+    remedy = "a factory is called as make(sample_shape, out_channels, conditioning) and returns "
+    return Finding("factory", "problem", what, f"{remedy}an nn.Module")
+
+
+def _not_called(case: Case, error: Exception) -> Finding:
+    names = "".join(f", {name}=..." for name in case.probe(1).cond)
+    remedy = f"it is called as network(x_t, t{names}), t a float for each sample"
+    return Finding("forward", "problem", told(error, case.network), remedy)
+
+
+def _facts(case: Case) -> Iterator[Finding]:
+    mine, theirs = case.student.num_parameters, case.teacher.num_parameters
+    share = f", {mine / theirs:.1%} of the teacher's" if theirs else ""
+    yield Finding("network", "ok", f"{type(case.network).__name__}, {mine:,} parameters{share}")
+
+
+def _speed(case: Case) -> Iterator[Finding]:
+    """Multiply-accumulates and evaluations a second, beside the teacher's."""
+    macs = [count_macs(model) for model in (case.student, case.teacher)]
+    rates = [
+        evaluations_per_second(model, TIMED_BATCH, 0.5) for model in (case.student, case.teacher)
+    ]
+    share = f" ({macs[0] / macs[1]:.1%} of the teacher's)" if macs[1] else ""
+    yield Finding(
+        "speed",
+        "ok",
+        f"{macs[0]:,} MACs an evaluation{share}; {rates[0]:,.0f} evaluations a second in batches "
+        f"of {TIMED_BATCH}, the teacher {rates[1]:,.0f}",
+    )

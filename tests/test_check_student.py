@@ -1,0 +1,191 @@
+"""The check of a student finds what is spoilt on purpose, and nothing in sound networks."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import own_networks
+from dkdm.check_student import check_student
+from dkdm.cli import main
+from dkdm.conditioning import ClassLabels
+from dkdm.doctor import print_findings
+from dkdm.own import awakened
+from dkdm.students import student_of
+from factories import denoiser
+
+PLACE = r"tests/own_networks\.py:\d+"
+
+
+def look(student, teacher=None, compile_backend=None, export=False):
+    return check_student(
+        student, teacher or denoiser(), compile_backend=compile_backend, export=export
+    )
+
+
+def troubles(checkup):
+    return {each.name: each for each in checkup.findings if each.status != "ok"}
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return look("own_networks:make", compile_backend="aot_eager", export=True)
+
+
+def test_nothing_is_found_in_a_sound_network(sound):
+    assert troubles(sound) == {}
+    assert sound.passed
+    names = [each.name for each in sound.findings]
+    assert names == [
+        *("network", "shapes", "null condition", "uses x", "uses t", "uses class_labels"),
+        *("samples", "gradients", "learns", "bfloat16 weights", "autocast", "checkpointing"),
+        *("reload", "shipping", "torch.compile", "torch.export", "speed"),
+    ]
+
+
+# Name in own_networks, finding, status, what it says.
+FLAWS = [
+    ("ReturnsList", "forward", "problem", "the network returned list: expected a tensor"),
+    ("WrongChannels", "shapes", "problem", r"got \(3, 3, 8, 8\) for 3 .*expected \(3, 1, 8, 8\)"),
+    ("NotFinite", "shapes", "problem", "not finite for 3 fresh samples"),
+    ("NoLabels", "forward", "problem", "unexpected keyword argument 'class_labels'"),
+    ("Raises", "forward", "problem", rf"channels.* \({PLACE}, in Raises\)"),
+    ("IgnoresX", "uses x", "problem", "does not depend on x"),
+    ("IgnoresTime", "uses t", "problem", "does not depend on t"),
+    ("IgnoresClass", "uses class_labels", "warning", "does not depend on class_labels"),
+    ("FirstTimeForAll", "uses t", "problem", "depends on the t of the others"),
+    ("FirstClassForAll", "uses class_labels", "problem", "depends on the class_labels of the oth"),
+    ("MixesSamples", "uses x", "problem", "depends on the x of the others"),
+    ("NoNullClass", "null condition", "problem", "IndexError"),
+    ("Unused", "gradients", "warning", r"unused: spare\.weight, spare\.bias"),
+    ("NoEffect", "gradients", "warning", "no effect on the output: cut_off"),
+    ("BatchNormed", "samples", "warning", "influence one another in training through BatchNorm: n"),
+    ("Shared", "shared weights", "warning", r"time\.weight = again\.weight"),
+    ("HiddenState", "reload", "problem", "not in state_dict: rates"),
+    ("UnsavedBuffer", "reload", "problem", "not in state_dict: rates"),
+    ("OtherEachTime", "reload", "problem", r"another network each time.*missing \(layer_\d"),
+    ("RandomInEvaluation", "deterministic", "warning", "differ in evaluation mode"),
+    ("Float32Only", "bfloat16 weights", "warning", rf"RuntimeError.* \({PLACE}"),
+    ("Saturated", "learns", "problem", "the loss of one batch stays at"),
+    ("raising_inside", "factory", "problem", rf"raised ValueError.* \({PLACE}\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "where", "status", "what"), FLAWS, ids=[f[0] for f in FLAWS])
+def test_flaws_are_found(name, where, status, what):
+    import re
+
+    checkup = look(f"own_networks:{name}")
+    found = troubles(checkup)
+    assert where in found, checkup.findings
+    assert found[where].status == status
+    assert re.search(what, found[where].what), found[where]
+    assert found[where].remedy
+    assert checkup.passed == all(each.status != "problem" for each in found.values())
+    assert (checkup.failure is not None) == (where in ("forward", "factory"))
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("IgnoresTime", {"gradients"}),
+        ("IgnoresClass", set()),
+        ("FirstTimeForAll", {"samples"}),
+        ("Unused", set()),
+        ("BatchNormed", set()),
+        ("Float32Only", set()),
+        ("HiddenState", {"plain tensors", "shipping"}),
+    ],
+)
+def test_a_flaw_is_not_taken_for_another(name, others):
+    """Beside the finding itself only these."""
+    [where] = [flaw[1] for flaw in FLAWS if flaw[0] == name]
+    assert set(troubles(look(f"own_networks:{name}"))) <= {where, *others}
+
+
+def test_python_control_flow_is_found_and_placed():
+    found = troubles(look("own_networks:Branches", compile_backend="aot_eager", export=True))
+    assert set(found) == {"torch.compile", "torch.export"}
+    assert "with graph breaks, 1: " in found["torch.compile"].what
+    assert "python control flow on the values of a tensor" in found["torch.export"].what
+    source = open(own_networks.__file__).read().splitlines()  # noqa: SIM115
+    line = 1 + next(i for i, text in enumerate(source) if "t.max() > 5" in text)
+    for finding in found.values():
+        assert f"own_networks.py:{line}, in Branches" in finding.what
+
+
+def test_an_object_is_checked_and_left_as_it_was():
+    network = own_networks.Small(1, 1, 4)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    checkup = look(network)
+    assert checkup.passed
+    assert troubles(checkup)["shipping"].what.startswith("Small was given as an object")
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+def test_a_network_that_starts_at_zero_is_not_taken_for_a_constant():
+    """A transformer of diffusers with all gates and its last layer at zero."""
+    teacher = denoiser()
+    network = student_of("dit-tiny", teacher).network
+    for name, weight in network.named_parameters():
+        if "proj_out" in name or ".norm1.linear" in name:
+            nn.init.zeros_(weight)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])
+    label = torch.tensor([0, 1])
+    assert not network.eval()(x, t, label).sample.any()
+    assert troubles(look(network, teacher)) == {}
+
+
+def test_waking_leaves_the_original_alone():
+    network = nn.Linear(2, 2)
+    nn.init.zeros_(network.weight)
+    copied = awakened(network)
+    assert copied.weight.all() and not network.weight.any()
+
+
+def test_presets_have_no_troubles():
+    assert troubles(look("unet-tiny", denoiser(None))) == {}
+
+
+def test_learned_variance_asks_for_twice_the_channels():
+    scheduler = {"variance_type": "learned_range", "prediction_type": "epsilon"}
+    teacher = denoiser(3, scheduler, out_channels=2)
+    assert troubles(look("own_networks:make", teacher)) == {}
+    found = troubles(look("own_networks:OneChannel", teacher))
+    assert "expected (3, 2, 8, 8)" in found["shapes"].what
+
+
+def test_sounds_and_videos():
+    from dataclasses import replace
+
+    for shape in ((2, 16), (1, 4, 8, 8)):
+        like = replace(denoiser(), sample_shape=shape, network=lambda x, t, class_labels: 0.5 * x)
+        assert troubles(look("own_networks:pointwise", like)) == {}
+        assert like.conditioning == ClassLabels(3, null_class=3)
+
+
+def test_the_command(capsys):
+    args = ["check-student", "--teacher", "factories:teacher", "--no-compile", "--no-export"]
+    assert main([*args, "--student", "own_networks:make", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"name", "status", "what", "remedy"} == set(found[0])
+    assert not any(each["name"].startswith("torch.") for each in found)
+    assert main([*args, "--student", "own_networks:IgnoresTime"]) == 1
+    assert "does not depend on t" in capsys.readouterr().out
+    assert main([*args, "--student", "own_networks:raising_inside"]) == 1
+    both = capsys.readouterr()
+    assert "own_networks.py:" in both.out
+    assert "--debug shows the traceback" in both.err
+    with pytest.raises(Exception, match="nothing more could be tried") as raised:
+        main([*args, "--student", "own_networks:raising_inside", "--debug"])
+    assert isinstance(raised.value.__cause__.__cause__, ValueError)
+
+
+def test_findings_are_printed(sound):
+    stream = io.StringIO()
+    print_findings(sound.findings, Console(file=stream, width=120))
+    assert "Nothing stands in the way" in stream.getvalue()
