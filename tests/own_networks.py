@@ -229,3 +229,31 @@ class Pointwise(nn.Module):
 def pointwise(sample_shape, out_channels, conditioning):
     """Its factory."""
     return Pointwise(sample_shape[0], out_channels, labels_of(conditioning))
+
+
+class Reader(nn.Module):
+    """Told by text: the mean of its tokens, which is what `shape_of` says the width of."""
+
+    def __init__(self, channels, out_channels, text_width, mean=True):
+        super().__init__()
+        self.time = nn.Linear(1, out_channels)
+        self.text = nn.Linear(text_width, out_channels)
+        self.layer = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.mean = mean
+
+    def forward(self, x, t, encoder_hidden_states):
+        tokens = encoder_hidden_states if self.mean else 0 * encoder_hidden_states
+        shift = self.time(t[:, None].to(x.dtype) / 1000) + self.text(tokens.mean(dim=1))
+        return self.layer(x) + shift[:, :, None, None]
+
+
+def reader(sample_shape, out_channels, conditioning):
+    """A factory for teachers of text."""
+    _, width = conditioning.shape_of("encoder_hidden_states")
+    return Reader(sample_shape[0], out_channels, width)
+
+
+def deaf(sample_shape, out_channels, conditioning):
+    """The same, ignoring what it is told."""
+    _, width = conditioning.shape_of("encoder_hidden_states")
+    return Reader(sample_shape[0], out_channels, width, mean=False)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from dkdm.check_student import check_student
 from dkdm.cli import main
 from dkdm.conditioning import ClassLabels
 from dkdm.doctor import print_findings
+from dkdm.export import write_pipeline
 from dkdm.own import awakened
 from dkdm.students import student_of
+from dkdm.teachers import load_teacher, with_texts
 from factories import denoiser
 
 PLACE = r"tests/own_networks\.py:\d+"
@@ -76,8 +80,6 @@ FLAWS = [
 
 @pytest.mark.parametrize(("name", "where", "status", "what"), FLAWS, ids=[f[0] for f in FLAWS])
 def test_flaws_are_found(name, where, status, what):
-    import re
-
     checkup = look(f"own_networks:{name}")
     found = troubles(checkup)
     assert where in found, checkup.findings
@@ -160,12 +162,42 @@ def test_learned_variance_asks_for_twice_the_channels():
 
 
 def test_sounds_and_videos():
-    from dataclasses import replace
-
     for shape in ((2, 16), (1, 4, 8, 8)):
         like = replace(denoiser(), sample_shape=shape, network=lambda x, t, class_labels: 0.5 * x)
         assert troubles(look("own_networks:pointwise", like)) == {}
         assert like.conditioning == ClassLabels(3, null_class=3)
+
+
+@pytest.fixture
+def told_by_text(tmp_path, monkeypatch):
+    """A text teacher of one prompt."""
+    import pipelines
+
+    monkeypatch.setenv("DKDM_CACHE", str(tmp_path / "cache"))
+    pipelines.stable_diffusion_v().save_pretrained(tmp_path / "teacher")
+    return with_texts(load_teacher(str(tmp_path / "teacher")), "a red cat")
+
+
+def test_text_is_shipped_reloaded_and_missed_where_it_is_ignored(told_by_text, tmp_path):
+    assert troubles(look("own_networks:reader", told_by_text)) == {}
+    found = troubles(look("own_networks:deaf", told_by_text))
+    assert "does not depend on encoder_hidden_states" in found["uses encoder_hidden_states"].what
+    student = student_of("own_networks:reader", told_by_text)
+    write_pipeline(tmp_path / "run", student)
+    again = with_texts(load_teacher(str(tmp_path / "run")), "a red cat")
+    noise = torch.randn(1, *student.sample_shape)
+    drawn = [
+        model.sample(lambda _: noise, model.conditioning.in_turns(1), 2)
+        for model in (student, again)
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_the_only_class_of_a_teacher_cannot_be_told_from_another():
+    like = replace(denoiser(), conditioning=ClassLabels(3, classes=(1,)))
+    found = look("own_networks:make", like)
+    [label] = [each for each in found.findings if each.name == "uses class_labels"]
+    assert label.what == "cannot be told: it has one value only"
 
 
 def test_the_command(capsys):

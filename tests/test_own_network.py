@@ -394,7 +394,7 @@ def test_objects_that_only_the_user_can_make(tmp_path, capsys, network):
 
 def test_an_object_with_another_call_is_not_made_by_its_class():
     model = replace(denoiser(), network=Bare(), call=lambda n, x, t, cond: n(x, t, **cond))
-    learner = given_student(model, denoiser())
+    learner = given_student(model)
     assert origin_of(learner.network).factory is None
 
 
@@ -419,6 +419,22 @@ def test_a_signature_that_does_not_fit_is_told_the_call(name):
     said = rf"cannot be called as {name}\(\(1, 8, 8\), 1, ClassLabels\): .*three positional"
     with pytest.raises(UsageError, match=said):
         student_of(f"{__name__}:{name}", denoiser())
+
+
+def test_the_architecture_of_a_run_may_be_a_student_again(run):
+    again = student_of(str(run), denoiser())
+    assert type(again.network) is own_networks.Small
+    trained = dkdm.load_student(run).first.weight
+    assert not torch.equal(again.network.first.weight, trained)
+    assert student_of(str(run / "unet" / "config.json"), denoiser()).num_parameters
+
+
+def test_another_prediction_and_fewer_classes_come_back(tmp_path):
+    teacher = replace(denoiser(), conditioning=dkdm.ClassLabels(3, 3, classes=(0, 2)))
+    config = replace(TINY, output_dir=tmp_path / "run", student_prediction="epsilon")
+    again = dkdm.load_teacher(str(dkdm.distill(teacher, Bare(), config)))
+    assert again.parameterization.prediction == "epsilon"
+    assert again.conditioning == dkdm.ClassLabels(3, 3, classes=(0, 2))
 
 
 def test_the_origin_reads_back_what_was_written(tmp_path):

@@ -15,7 +15,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.doctor import Finding
 from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
-from dkdm.students import given_student, untried_student_of
+from dkdm.students import as_denoiser, given_student, untried_student_of
 
 __all__ = ["Checkup", "check_student"]
 
@@ -99,7 +99,9 @@ def _looked(name: str, look: Look, case: Case) -> Iterator[Finding]:
 def _made(student: str | Denoiser | nn.Module, teacher: Denoiser) -> Denoiser:
     if isinstance(student, str):
         return untried_student_of(student, teacher)
-    return given_student(student, teacher)
+    if isinstance(student, nn.Module):
+        student = as_denoiser(type(student).__name__, student, teacher)
+    return given_student(student)
 
 
 def _remade(student: str, teacher: Denoiser) -> nn.Module:

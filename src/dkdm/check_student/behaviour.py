@@ -86,7 +86,8 @@ def precision(case: Case) -> Iterator[Finding]:
 @torch.no_grad()
 def dependence(case: Case) -> Iterator[Finding]:
     """Whether the output depends on each input, on its own sample's alone, and on nothing else."""
-    one, other = case.probe(3), case.probe(3, seed=1)
+    one = case.probe(3)
+    other = case.other_probe(one)
     output = case.answer(case.awake, one)
     if differ(output, case.answer(case.awake, one)):
         what = "two evaluations of the same input differ in evaluation mode"
@@ -94,6 +95,9 @@ def dependence(case: Case) -> Iterator[Finding]:
         yield Finding("deterministic", "warning", what, remedy)
         return
     for name in case.inputs:
+        if name in one.cond and torch.equal(one.cond[name], other.cond[name]):
+            yield Finding(f"uses {name}", "ok", "cannot be told: it has one value only")
+            continue
         changed = case.answer(case.awake, one.with_rows_of(other, name, range(3)))
         if not differ(output, changed):
             status: Status = "problem" if name in ("x", "t") else "warning"
@@ -135,7 +139,8 @@ def batch_statistics(case: Case) -> Iterator[Finding]:
     """Whether samples influence one another in training mode: BatchNorm does that."""
     network = case.copied().train()
     network.load_state_dict(case.awake.state_dict())
-    if not mixes(case, network, case.probe(3), case.probe(3, seed=1), "x"):
+    probe = case.probe(3)
+    if not mixes(case, network, probe, case.other_probe(probe), "x"):
         yield Finding("samples", "ok", "do not influence one another in training")
         return
     norms = [

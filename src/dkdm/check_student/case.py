@@ -102,6 +102,26 @@ class Case:
         on_device = {key: value.to(x.device) for key, value in cond.items()}
         return Probe(x, student.times[t].to(x.device, torch.float32), on_device)
 
+    def other_probe(self, probe: Probe) -> Probe:
+        """Inputs of the same number of samples, unlike the given ones in every row.
+
+        Where there is but one prompt or class, its embedding or id is replaced by a made-up one.
+        """
+        other = self.probe(len(probe.x), seed=1)
+        for name, value in other.cond.items():
+            if torch.equal(value, probe.cond[name]):
+                other.cond[name] = self._unlike(name, value)
+        return other
+
+    def _unlike(self, name: str, value: Tensor) -> Tensor:
+        if "mask" in name:  # only the first token counts
+            return value * (torch.arange(value.shape[-1], device=value.device) == 0).to(value)
+        if value.is_floating_point():
+            random = torch.Generator().manual_seed(2)
+            return value + torch.randn(value.shape, generator=random).to(value)
+        null = getattr(self.student.conditioning, "null_class", None)
+        return value if null is None else torch.full_like(value, null)
+
     def answer(self, network: Network, probe: Probe) -> Tensor:
         """One evaluation, as training calls it."""
         assert self.student.call is not None
