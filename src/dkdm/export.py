@@ -286,10 +286,12 @@ def usage_snippet(folder: str, denoiser: Denoiser) -> str:
 
 def _network_alone(folder: str, denoiser: Denoiser) -> str:
     network: Any = denoiser.network
-    kind, component = type(network).__name__, component_name(network)
+    kind, component = type(network), component_name(network)
+    if kind.__module__.partition(".")[0] != "diffusers":
+        return f'import dkdm\n\nnetwork = dkdm.load_student("{folder}")'
     return (
-        f"from {_library(type(network))} import {kind}\n\n"
-        f'network = {kind}.from_pretrained("{folder}", subfolder="{component}")'
+        f"from diffusers import {kind.__name__}\n\n"
+        f'network = {kind.__name__}.from_pretrained("{folder}", subfolder="{component}")'
     )
 
 

@@ -12,9 +12,8 @@ import diffusers
 import torch
 from torch import nn
 
-import dkdm
-
-_LIBRARIES = [Path(str(p.__file__)).parent for p in (torch, diffusers, accelerate, dkdm)]
+_LIBRARIES = [Path(str(p.__file__)).parent for p in (torch, diffusers, accelerate)]
+_LIBRARIES.append(Path(__file__).parents[1])
 _STANDARD = Path(sysconfig.get_path("stdlib"))
 _PACKAGES = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
 

@@ -41,11 +41,12 @@ class Start:
     def __str__(self) -> str:
         if not self.whole and not self.sliced:
             return self.origin
-        first = ", ".join(self.random[:3]) + (", ..." if len(self.random) > 3 else "")
+        names = ", ".join(self.random[:3]) + (", ..." if len(self.random) > 3 else "")
+        first = f" ({names})" if names else ""
         total = len(self.whole) + len(self.sliced) + len(self.random)
         return (
-            f"{self.origin}: of {total} tensors {len(self.whole)} whole, {len(self.sliced)} sliced, "
-            f"{len(self.random)} left random{f' ({first})' if first else ''}; "
+            f"{self.origin}: of {total} tensors {len(self.whole)} whole, "
+            f"{len(self.sliced)} sliced, {len(self.random)} left random{first}; "
             f"{self.share:.1%} of the parameters"
             + (f"; LoRA of rank {self.lora_rank} on them" if self.lora_rank else "")
         )
