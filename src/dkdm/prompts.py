@@ -79,7 +79,10 @@ class Prompts:
         """Shape of one embedding of this name; None where the encoders give none."""
         if self.cache is None:
             raise UsageError(NO_PROMPTS)
-        rows = self.cache.rows(torch.zeros(1, dtype=torch.int64))
+        first = torch.zeros(
+            1, dtype=torch.int64, device="cpu"
+        )  # where networks are built on meta too
+        rows = self.cache.rows(first)
         return tuple(rows[name].shape[1:]) if name in rows else None
 
     def in_turns(self, count: int) -> Condition:

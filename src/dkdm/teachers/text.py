@@ -181,7 +181,8 @@ class LazyEncoders:
 def token_width(folder: Path, bundle: Bundle) -> int:
     """Width of a text token: the denoiser's, or all encoders' together where there is none."""
     config = folder / "transformer" / "config.json"
-    saved = json.loads(config.read_text()) if config.is_file() else bundle.entries
+    own = json.loads(config.read_text()) if config.is_file() else {}
+    saved = {**bundle.entries, **own}
     if "joint_attention_dim" in saved:
         return int(saved["joint_attention_dim"])
     encoders = [part for name, part in bundle.components.items() if name.startswith("text_encoder")]
