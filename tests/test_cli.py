@@ -143,7 +143,15 @@ def test_teacher_folder_and_inspect_as_json(tmp_path, capsys):
 
 def test_students_and_doctor_as_json(tmp_path, capsys):
     write_pipeline(tmp_path, denoiser(3))
-    assert main(["students", "--teacher", str(tmp_path), "--json"]) == 0
-    assert any(row["name"] == "dit-xs" for row in json.loads(capsys.readouterr().out))
+    asked = ["students", "--teacher", str(tmp_path), "--json"]
+    assert main([*asked, "--no-measure"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["dit-xs"]["samples_per_second"] is None
+    options = ["--measure-below", "0.5", "--measure-batch-size", "1", "--steps", "10"]
+    assert main([*asked, *options]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["dit-tiny"]["samples_per_second"] > 0
+    assert rows["dit-tiny"]["speed_ratio"] > 0
+    assert rows["dit-xs"]["samples_per_second"] is None
     assert main(["doctor", "--json"]) in (0, 1)
     assert json.loads(capsys.readouterr().out)

@@ -6,7 +6,12 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dkdm.denoiser import Denoiser
-from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
+from dkdm.evaluation.cost import (
+    count_macs,
+    evaluations_in_turns,
+    evaluations_per_second,
+    undisturbed,
+)
 from dkdm.prediction import Parameterization
 from dkdm.process import beta_schedule, from_betas
 
@@ -99,3 +104,17 @@ def test_speed_counts_samples_and_takes_the_median(monkeypatch):
     monkeypatch.setattr("dkdm.evaluation.cost.time.perf_counter", lambda: next(clock))
     model = denoiser(nn.Identity(), (1, 2, 2))
     assert evaluations_per_second(model, batch_size=8, seconds=1.2) == pytest.approx(8 / 0.2)
+
+
+def test_networks_take_turns_and_each_has_its_own_median(monkeypatch):
+    order, seconds = [], iter([9.0, 9.0, 0.4, 0.1, 0.2, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(
+        "dkdm.evaluation.cost._timed", lambda model, _: order.append(model.name) or next(seconds)
+    )
+    clock = iter([0.0, 0.5, 0.8, 1.1])
+    monkeypatch.setattr("dkdm.evaluation.cost.time.perf_counter", lambda: next(clock))
+    models = [denoiser(nn.Identity(), (1, 2, 2)) for _ in range(2)]
+    models[0].name, models[1].name = "a", "b"
+    assert evaluations_in_turns(models, batch_size=8, seconds=1.3) == pytest.approx([40, 80])
+    assert order == ["a", "b"] * 4
+    assert models[0].evaluations == 0

@@ -13,8 +13,10 @@ from dkdm.conditioning import ClassLabels, Unconditional
 from dkdm.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.cost import count_macs
-from dkdm.listing import StudentRow, list_students, print_students
-from dkdm.students import PRESETS, Interface, build_network, student_of
+from dkdm.export import write_pipeline
+from dkdm.listing import Measuring, StudentRow, list_students, print_students
+from dkdm.students import PRESETS, Interface, build_network, student_of, untried_student_of
+from dkdm.teachers import LoadOptions, sketch_teacher
 from factories import denoiser, tiny_unet
 
 # Parameters of the reference network of arXiv 2105.05233 with the paper's settings: 3x32x32,
@@ -103,6 +105,68 @@ def test_printed_listing(rows, teacher):
     assert "2.50 M" in text
     assert all(name in text for name in rows)
     json.dumps([dataclasses.asdict(row) for row in found], allow_nan=False)
+
+
+def only(monkeypatch, *names):
+    for name in set(PRESETS) - set(names):
+        monkeypatch.delitem(PRESETS, name)
+
+
+def test_listing_measures_small_networks_beside_the_teacher(teacher, monkeypatch):
+    only(monkeypatch, "dit-tiny", "dit-s")
+    measuring = Measuring(batch_size=2, below=1e6, steps=10, seconds=0.0)
+    seen = []
+
+    def speeds(models, batch_size, seconds):
+        seen.append([model.num_parameters for model in models])
+        assert (batch_size, seconds) == (2, 0.0)
+        return [300.0, 100.0]
+
+    monkeypatch.setattr("dkdm.listing.evaluations_in_turns", speeds)
+    small, large = list_students(teacher, measuring)
+    assert seen == [[small.parameters, teacher.num_parameters]]
+    assert (small.samples_per_second, small.speed_ratio) == (30.0, 3.0)
+    assert "10 sampler steps, batches of 2, " in small.measured
+    assert large.parameters > 1e6
+    assert large.samples_per_second is large.speed_ratio is large.measured is None
+
+
+def test_sketched_teacher_is_measured_with_random_weights(tmp_path, monkeypatch):
+    write_pipeline(tmp_path, denoiser(3))
+    only(monkeypatch, "dit-tiny", "dit-xs")
+    sketched = sketch_teacher(str(tmp_path), LoadOptions())
+    assert sketched.device.type == "meta"
+    row, _ = list_students(sketched, Measuring(batch_size=1, seconds=0.0))
+    assert row.samples_per_second > 0
+    assert row.speed_ratio > 0
+    with torch.device("meta"):
+        larger = untried_student_of("dit-xs", sketched)
+    assert larger.num_parameters > row.parameters
+    only(monkeypatch, "dit-tiny")
+    [alone] = list_students(larger, Measuring(1, below=row.parameters, seconds=0.0))
+    assert alone.samples_per_second > 0
+    assert alone.speed_ratio is None
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(0, 50), (8, 0)])
+def test_impossible_measurement_is_refused(batch_size, steps):
+    with pytest.raises(UsageError, match="expected both to be at least 1"):
+        Measuring(batch_size, steps=steps)
+
+
+@pytest.mark.parametrize(("width", "cell"), [(160, "2.5 (1.5x)"), (80, "(1.5x)")])
+@pytest.mark.parametrize(("shape", "unit"), [((1, 8, 8), "images/s"), ((2, 64), "samples/s")])
+def test_printed_listing_shows_measured_speed(teacher, width, cell, shape, unit):
+    row = StudentRow("dit-x", "a summary that is read", 10, 0.1, 10, 0.1, 2.5, 1.5, "here")
+    stream = io.StringIO()
+    console, of = Console(file=stream, width=width), replace(teacher, sample_shape=shape)
+    print_students([row], of, console, Measuring())
+    text = stream.getvalue()
+    assert f"{unit}: 50 sampler steps, batches of 8" in text
+    assert cell in text
+    assert "summary" in text
+    print_students([row], of, console)
+    assert unit not in stream.getvalue().removeprefix(text)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -103,6 +103,14 @@ class StudentsOptions:
     """Whose shape and conditioning they are fitted to; of a pipeline only the configs are read."""
     teacher_size: Labels = None
     """Height and width (frames, height, width; or length) as the teacher sees a sample."""
+    measure: bool = True
+    """Time the students, with random weights, in turns with the teacher."""
+    measure_batch_size: int = 8
+    """Samples at once when they are timed."""
+    measure_below: float = 60.0
+    """Networks with more parameters, in millions, are not timed; nor, on a CPU, very slow ones."""
+    steps: int = 50
+    """Sampler steps of one sample, each one network evaluation."""
     json: bool = False
     """Print JSON for machines."""
 
@@ -368,16 +376,18 @@ def _inspect(args: list[str]) -> int:
 
 def _students(args: list[str]) -> int:
     options = tyro.cli(StudentsOptions, args=args, prog="dkdm students")
-    from dkdm.listing import list_students, print_students
+    from dkdm.listing import Measuring, list_students, print_students
     from dkdm.teachers import LoadOptions, load_teacher, sketch_teacher
 
     how = LoadOptions(sample_size=options.teacher_size)
     teacher = sketch_teacher(options.teacher, how) or load_teacher(options.teacher, options=how)
-    rows = list_students(teacher)
+    size, below = options.measure_batch_size, options.measure_below * 1e6
+    measuring = Measuring(size, below, options.steps) if options.measure else None
+    rows = list_students(teacher, measuring)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
     else:
-        print_students(rows, teacher, Console())
+        print_students(rows, teacher, Console(), measuring)
     return 0
 
 

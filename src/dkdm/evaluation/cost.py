@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -44,26 +44,39 @@ def count_macs(denoiser: Denoiser) -> int:
     return counter.get_total_flops() // 2
 
 
-@torch.no_grad()
 def evaluations_per_second(denoiser: Denoiser, batch_size: int = 64, seconds: float = 1.0) -> float:
     """Measure how many samples a second pass through the network, in batches of `batch_size`.
 
     The median of the batches that fit into `seconds` after a warm-up; at least one.
     """
-    with undisturbed(denoiser):
-        batch = _probe(denoiser, batch_size)
-        _timed(denoiser, batch)
-        deadline, durations = time.perf_counter() + seconds, [_timed(denoiser, batch)]
-        while time.perf_counter() + durations[-1] < deadline:
-            durations.append(_timed(denoiser, batch))
-    return batch_size / statistics.median(durations)
+    return evaluations_in_turns([denoiser], batch_size, seconds)[0]
+
+
+@torch.no_grad()
+def evaluations_in_turns(
+    denoisers: Sequence[Denoiser], batch_size: int = 64, seconds: float = 1.0
+) -> list[float]:
+    """The same of several networks whose batches take turns: other work slows all of them alike."""
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.enter_context(undisturbed(denoiser))
+        batches = [_probe(denoiser, batch_size) for denoiser in denoisers]
+
+        def turn() -> list[float]:
+            return [_timed(*pair) for pair in zip(denoisers, batches, strict=True)]
+
+        turn()
+        deadline, durations = time.perf_counter() + seconds, [turn()]
+        while time.perf_counter() + sum(durations[-1]) < deadline:
+            durations.append(turn())
+    return [batch_size / statistics.median(own) for own in zip(*durations, strict=True)]
 
 
 def _timed(denoiser: Denoiser, batch: Batch) -> float:
     started = time.perf_counter()
     denoiser.predict(batch)
-    if denoiser.device.type == "cuda":
-        torch.cuda.synchronize(denoiser.device)
+    if denoiser.device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 
