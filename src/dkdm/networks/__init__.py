@@ -15,6 +15,9 @@ HOMES: dict[str, str] = {
     "DhariwalUNet": "edm",
     "EDM2UNet": "edm2",
     "LucidrainsUNet": "lucidrains",
+    "UVit": "uvit",
+    "LinearTransformer": "linear",
+    "MobileUNet": "mobile",
 }
 
 

@@ -43,6 +43,21 @@ class Interface:
         return shape[0], shape[1], shape[2]
 
     @property
+    def sides(self) -> tuple[int, ...]:
+        """The sample's sides: (length), (height, width) or (frames, height, width).
+
+        Raises UsageError for samples that are neither sounds, images nor videos.
+        """
+        sides = self.sample_shape[1:]
+        if not 1 <= len(sides) <= 3:
+            raise UsageError(
+                "this preset is for sounds (channels, length), images (channels, height, width) "
+                "and videos (channels, frames, height, width); the samples have shape "
+                f"{self.sample_shape}"
+            )
+        return sides
+
+    @property
     def sample_size(self) -> int | tuple[int, int]:
         """Height and width, as diffusers' configs have it: one number where they are the same."""
         _, height, width = self.image_shape
@@ -112,6 +127,26 @@ def patch_size(interface: Interface, patch: int | None, what: str) -> int:
             f"the samples are {height}x{columns}"
         )
     return side
+
+
+def patch_sides(interface: Interface) -> tuple[int, ...]:
+    """Sides of a transformer's patch, for samples of any rank: 64 values a channel at most.
+
+    Of an image or a frame, 8, 4, 2 or 1, the largest that divides both sides and leaves 8 tokens
+    along each; of a sound, the largest power of 2 up to 64 that leaves 64 tokens; two frames are
+    taken together where that leaves 8 or more. Raises UsageError as `Interface.sides`.
+    """
+    sides = interface.sides
+    if len(sides) == 1:
+        return (_largest((64, 32, 16, 8, 4, 2), sides, 64),)
+    plane = _largest((8, 4, 2), sides[-2:], 8)
+    return *(_largest((2,), (frames,), 8) for frames in sides[:-2]), plane, plane
+
+
+def _largest(patches: tuple[int, ...], sides: tuple[int, ...], tokens: int) -> int:
+    """The first patch that divides the sides into at least so many tokens; else 1."""
+    fits = (p for p in patches if all(s % p == 0 and s // p >= tokens for s in sides))
+    return next(fits, 1)
 
 
 def group_size(*channels: int) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dkdm.students import cut, transformers, unets
+from dkdm.students import cut, other, transformers, unets
 from dkdm.students.interface import Preset
 
 PRESETS: dict[str, Preset] = {
-    preset.name: preset for family in (unets, transformers, cut) for preset in family.PRESETS
+    preset.name: preset for family in (unets, transformers, other, cut) for preset in family.PRESETS
 }

@@ -77,4 +77,9 @@ PRESETS = [
         "a small SD3 transformer, for an hour on a CPU",
         lambda interface: mmdit(interface, width=96, depth=5),
     ),
+    Preset(
+        "mmdit-s",
+        "an SD3 transformer as wide and deep as DiT-S",
+        lambda interface: mmdit(interface, width=384, depth=12),
+    ),
 ]

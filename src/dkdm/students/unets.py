@@ -154,4 +154,6 @@ PRESETS = [
           channels=(64,), blocks=2, attention=range(4, 17)),
     _text_unet("text-unet-tiny", "a small text UNet, for an hour on a CPU",
                channels=(64,), blocks=2),
+    _text_unet("text-unet-s", "a text UNet of three levels",
+               channels=(96, 192, 288), blocks=2),
 ]  # fmt: skip

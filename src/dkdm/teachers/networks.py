@@ -43,6 +43,12 @@ def _flux_shape(config: Config, size: Size) -> tuple[int, ...]:
     return int(config["in_channels"]) // 4, *_spatial(128, size, 2)
 
 
+def _any_shape(config: Config, size: Size) -> tuple[int, ...]:
+    """(channels, ...) of a network for sounds, images or videos, which names every side."""
+    configured = tuple(config["sample_size"])
+    return int(config["in_channels"]), *_spatial(configured, size, len(configured))
+
+
 def _spatial(configured: Any, asked: Size, dimensions: int) -> tuple[int, ...]:
     if asked is not None:
         if len(asked) != dimensions:
@@ -117,6 +123,9 @@ FACTS = {
         Facts("EDM2UNet"),
         Facts("LucidrainsUNet"),
         Facts(OWN_CLASS, _own_shape),
+        Facts("UVit", _any_shape, lambda _: 1),
+        Facts("LinearTransformer", _any_shape, lambda _: 1),
+        Facts("MobileUNet", _any_shape),
         Facts("UNet1DModel", _audio_shape),
         Facts("DiTTransformer2DModel"),
         Facts("UNet2DConditionModel", constants=_sdxl_sizes),
