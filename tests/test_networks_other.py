@@ -21,7 +21,14 @@ from dkdm.networks import network_class
 from dkdm.networks.linear import linear_attention
 from dkdm.prediction import Parameterization
 from dkdm.schedulers import from_scheduler_config
-from dkdm.students import PRESETS, Interface, student_of, untried_student_of
+from dkdm.students import (
+    Interface,
+    other,
+    student_of,
+    transformers,
+    unets,
+    untried_student_of,
+)
 from dkdm.students.interface import patch_sides
 from dkdm.teachers import with_texts
 from factories import SCHEDULER
@@ -298,10 +305,11 @@ INTERFACES = {
     "sound": ((2, 256), None, "fixed_small"),
     "video": ((4, 4, 16, 16), None, "fixed_small"),
 }
-OF_TEXT = [name for name in PRESETS if name.startswith(("text-", "mmdit"))]
-OF_IMAGES = [name for name in PRESETS if name.startswith(("unet-", "adm-", "dit"))]
+FITTED = [preset.name for family in (unets, transformers, other) for preset in family.PRESETS]
+OF_TEXT = [name for name in FITTED if name.startswith(("text-", "mmdit"))]
+OF_IMAGES = [name for name in FITTED if name.startswith(("unet-", "adm-", "dit"))]
 MISFITS = {
-    "oblong": ("needs square samples", [name for name in PRESETS if name.startswith("dit")]),
+    "oblong": ("needs square samples", [name for name in FITTED if name.startswith("dit")]),
     "sound": ("for images", [name for name in OF_IMAGES if name != "unet-1d-tiny"]),
     "video": ("for images", [name for name in OF_IMAGES if name != "unet-1d-tiny"]),
 }
@@ -312,13 +320,13 @@ QUICK = ("uvit-tiny", "uvit-s", "linear", "mobile", "unet-1d", "text-unet-tiny",
 
 @pytest.mark.parametrize("kind", INTERFACES)
 def test_presets_fit_or_say_why(kind):
-    fits_or_says_why(kind, [name for name in PRESETS if name.startswith(QUICK)])
+    fits_or_says_why(kind, [name for name in FITTED if name.startswith(QUICK)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", INTERFACES)
 def test_every_preset_fits_or_says_why(kind):
-    fits_or_says_why(kind, PRESETS)
+    fits_or_says_why(kind, FITTED)
 
 
 def fits_or_says_why(kind, names):

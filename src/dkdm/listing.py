@@ -128,11 +128,16 @@ def _ratio(number: int, of: int) -> float | None:
 
 
 def _timed_teacher(teacher: Denoiser, macs: int, measuring: Measuring) -> Denoiser | None:
-    """The teacher on the device, its weights random where they were not read; None if too large."""
+    """The teacher on the device, its weights random where they were not read.
+
+    None where it is too large, or a user's own network that was not read.
+    """
     if not measuring.times(teacher.num_parameters, macs):
         return None
     if teacher.device.type == "meta":
         sketched: Any = teacher.network
+        if not hasattr(sketched, "from_config"):
+            return None
         network = type(sketched).from_config(sketched.config)
         network = torch.nn.Module.to(network, sketched.dtype)
         teacher = replace(teacher, network=network, call=None)
