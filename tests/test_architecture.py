@@ -47,6 +47,8 @@ ROOMS = [
     "licence",
     "card",
     "hub",
+    "graph",
+    "quantized",
     "report",
     "finish",
     "launch",

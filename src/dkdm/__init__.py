@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dkdm.config import DistillConfig, TrainConfig
     from dkdm.denoiser import Batch, Denoiser
     from dkdm.errors import DkdmError, UsageError
+    from dkdm.graph import export_graph
     from dkdm.prediction import Parameterization, Prediction
     from dkdm.process import Clipping, Process, from_betas, karras, rectified_flow
     from dkdm.schedulers import from_scheduler_config
@@ -34,6 +35,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "distill",
+    "export_graph",
     "from_betas",
     "from_scheduler_config",
     "karras",
@@ -49,6 +51,7 @@ _HOMES = {
     "config": ("DistillConfig", "TrainConfig"),
     "denoiser": ("Batch", "Denoiser"),
     "errors": ("DkdmError", "UsageError"),
+    "graph": ("export_graph",),
     "prediction": ("Parameterization", "Prediction"),
     "process": ("Clipping", "Process", "from_betas", "karras", "rectified_flow"),
     "schedulers": ("from_scheduler_config",),

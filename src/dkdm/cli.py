@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound=RunConfig)
 INSPECTED_PROMPT = "a photograph of a house"
 Labels = tuple[int, ...] | None
+EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,23 @@ class SampleOptions(TeacherOptions):
     """Classifier-free guidance; 1 is none."""
     overwrite: bool = False
     """Replace a file that exists."""
+
+
+@dataclass(frozen=True)
+class ExportOptions(TeacherOptions):
+    """Write the network as one file, or the model in int8, and check what was written."""
+
+    output: Path | None = None
+    """File to write, its description beside it with the suffix .json, or the folder for int8; None
+    is student.onnx, student.pt2 or student-int8."""
+    to: Annotated[Literal["onnx", "torch-export", "int8"], tyro.conf.arg(name="format")] = "onnx"
+    """onnx; torch-export, a .pt2 file; or int8, a diffusers folder with linear layers in int8."""
+    format: Annotated[str | None, tyro.conf.arg(name="checkpoint-format")] = None
+    """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
+    opset: int | None = None
+    """ONNX operator set, 18 or newer; None is the exporter's own choice."""
+    overwrite: bool = False
+    """Replace what exists."""
 
 
 @dataclass(frozen=True)
@@ -356,6 +374,29 @@ def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoise
     return with_texts(denoiser, prompts, options.negative_prompt)
 
 
+def _export(args: list[str]) -> int:
+    options = tyro.cli(ExportOptions, args=args, prog="dkdm export")
+    from dkdm.graph import export_graph
+    from dkdm.quantized import write_int8_folder
+
+    if options.dtype == "int8":
+        raise UsageError("--dtype int8: expected --format int8, which quantizes by itself")
+    if options.to == "int8" and options.opset is not None:
+        raise UsageError(f"--opset {options.opset}: only --format onnx has opsets; leave it out")
+    output = options.output or Path(EXPORTED[options.to])
+    denoiser = _load(options, default_prompt=INSPECTED_PROMPT)
+    if options.to == "int8":
+        write_int8_folder(denoiser, output, options.overwrite)
+        print(output)
+        return 0
+    facts = export_graph(
+        denoiser, output, format=options.to, opset=options.opset, overwrite=options.overwrite
+    )
+    difference, size = facts["check"]["largest_difference"], output.stat().st_size / 1e6
+    print(f"{output}  {size:.2f} MB, differs from PyTorch by {difference:.1e} of the largest value")
+    return 0
+
+
 def _inspect(args: list[str]) -> int:
     options = tyro.cli(InspectOptions, args=args, prog="dkdm inspect")
     from dkdm.finish import sample_to_file
@@ -484,6 +525,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     ),
     "plan": ("Say what a distillation takes in memory, and what to change.", _plan),
     "sample": ("Draw samples from a model.", _sample),
+    "export": ("Write a model as ONNX, as an exported program, or in int8.", _export),
     "report": ("Write a run's report.html anew.", _report),
     "push": ("Upload a finished run to the Hugging Face hub.", _push),
     "doctor": ("Check the environment.", _doctor),
