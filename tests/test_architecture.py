@@ -10,14 +10,15 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dkdm"
 # A room is a module, or a package with everything in it.
 ROOMS = [
     "errors",
+    "names",
     "version",
     "randomness",
     "plugins",
+    "config",
     "progress",
     "checkpoint",
     "process",
     "prediction",
-    "config",
     "schedulers",
     "steps",
     "conditioning",

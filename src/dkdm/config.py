@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dkdm.errors import UsageError
-from dkdm.prediction import PredictionType
+from dkdm.names import PredictionType
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
 FillKind = Literal["few-step", "ancestral", "none"]

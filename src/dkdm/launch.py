@@ -23,7 +23,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=_trackers(config.report_to),
+        log_with=_trackers(config.report_to) or None,
         project_dir=config.output_dir / "logs",
     )
     if accelerator.num_processes > 1:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dkdm.errors import UsageError
+from dkdm.names import PredictionType as PredictionType
 from dkdm.process import Clipping, Process, per_sample
 
-PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
 VarianceType = Literal[
     "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
 ]
