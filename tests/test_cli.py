@@ -80,7 +80,7 @@ def test_underscores_are_accepted(tmp_path, capsys):
     ]
     assert "--max_train_steps" in args
     assert main([*args, "--dry_run"]) == 0
-    assert "pool" in capsys.readouterr().out
+    assert "source" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
