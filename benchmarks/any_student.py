@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from dkdm import distill
+from dkdm.charts import Series, standalone_chart
 from dkdm.config import DistillConfig
 from dkdm.denoiser import Denoiser
 from dkdm.evaluation.classes import evaluate_images
@@ -136,6 +137,18 @@ def rows(
         yield run.name, found | {"evaluations": last["teacher_evaluations"]}, images
 
 
+def size_curve(results: dict[str, dict[str, float]]) -> str:
+    """Distance over parameters of the UNets of one teacher, and the teacher's own."""
+    names = [f"cnn-to-cnn{width}-dynamic" for width in WIDTHS]
+    found = [results[name] for name in names if name in results]
+    points = [(model["parameters"], model["fd"]) for model in found]
+    last = max(x for x, _ in points)
+    level = [(x, results["teacher cnn"]["fd"]) for x in (points[0][0], last)]
+    series = [Series("student", points, "student", markers=True), Series("teacher", level, "base")]
+    colours = {"student": "#06c", "base": "#888"}
+    return standalone_chart("Size", series, "parameters", "Frechet distance", colours)
+
+
 def table(
     chosen: list[Run], teachers: dict[str, Callable[[], Denoiser]], args: argparse.Namespace
 ) -> None:
@@ -156,6 +169,7 @@ def table(
             flush=True,
         )
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "sizes.svg").write_text(size_curve(results))
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     picture: Image.Image = grid(torch.cat(images), SHOWN, scale=3)
     picture.save(args.output_dir / "samples.png")

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from dkdm.api import distill
-from dkdm.charts import HEIGHT, LEFT, TOP, WIDTH, Series, bin_means, line_chart
+from dkdm.charts import Series, bin_means, standalone_chart
 from dkdm.config import DistillConfig
 from dkdm.denoiser import Denoiser
 from dkdm.evaluation.classes import evaluate_images
@@ -108,25 +108,13 @@ def table(configs: dict[str, DistillConfig], found: dict[str, dict[str, float]])
 
 
 def chart(configs: dict[str, DistillConfig]) -> str:
-    """The losses as an SVG that stands alone, with a legend."""
+    """The losses."""
     series = []
     for name, config in configs.items():
         metrics = read_metrics(config.output_dir / "metrics.jsonl")
         points = [(entry["step"], entry["loss"]) for entry in metrics]
         series.append(Series(name, bin_means(points, 50), name))
-    drawn = str(line_chart("Loss by start", series, "optimizer step", "loss"))
-    rules = "".join(f".{name}{{stroke:{COLOURS[name]};}}" for name in configs)
-    style = (
-        "text{font:11px sans-serif;fill:#444}.mid{text-anchor:middle}.end{text-anchor:end}"
-        f".rule{{stroke:#ddd}}.line{{fill:none;stroke-width:1.5}}{rules}"
-    )
-    legend = "".join(
-        f'<text x="{LEFT + 200}" y="{TOP + 14 * row}" style="fill:{COLOURS[name]}">{name}</text>'
-        for row, name in enumerate(configs, start=1)
-    )
-    size = f'xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}"'
-    opened = drawn.replace("<svg ", f"<svg {size} ", 1).replace(">", f"><style>{style}</style>", 1)
-    return opened.replace("</svg>", f"{legend}</svg>\n")
+    return standalone_chart("Loss by start", series, "optimizer step", "loss", COLOURS)
 
 
 def main() -> None:

@@ -4,7 +4,14 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from dkdm.charts import Series, bin_means, line_chart, linear_ticks, log_ticks
+from dkdm.charts import (
+    Series,
+    bin_means,
+    line_chart,
+    linear_ticks,
+    log_ticks,
+    standalone_chart,
+)
 
 
 def drawn(*series: Series):
@@ -66,3 +73,15 @@ def test_neighbours_are_averaged():
     assert bin_means([(0, 1.0), (2, 3.0), (4, 10.0)], bins=2) == [(1, 2.0), (4, 10.0)]
     assert bin_means([(0, 1.0)], bins=5) == [(0, 1.0)]
     assert bin_means([], bins=5) == []
+
+
+def test_a_chart_of_its_own_has_size_colours_and_legend():
+    series = [Series("a & b", [(1, 1), (2, 3)], "first"), Series("c", [(1, 2)], "second")]
+    colours = {"first": "#123", "second": "#456"}
+    text = standalone_chart("A title", series, "x", "y", colours)
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "800"
+    assert {"a & b", "c"} <= {node.text for node in root.iter()}
+    assert ".line.first{stroke:#123}" in text
+    with pytest.raises(ValueError, match="nothing to draw"):
+        standalone_chart("A title", [Series("c", [(1, -1)], "first")], "x", "y", colours)

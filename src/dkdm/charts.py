@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -64,6 +64,36 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str)
 
 
 _SVG = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
+
+
+def standalone_chart(
+    title: str, series: Sequence[Series], x_label: str, y_label: str, colours: Mapping[str, str]
+) -> str:
+    """The chart as an SVG file of its own, on white, with a legend.
+
+    colours: of each series' style. Raises ValueError where nothing can be drawn.
+    """
+    chart = line_chart(title, series, x_label, y_label)
+    if chart is None:
+        raise ValueError(f"{title}: nothing to draw")
+    rules = "".join(
+        f".line.{style}{{stroke:{colour}}}circle.{style}{{fill:{colour}}}"
+        for style, colour in colours.items()
+    )
+    style = (
+        "text{font:11px sans-serif;fill:#444}.mid{text-anchor:middle}.end{text-anchor:end}"
+        f".rule{{stroke:#ddd}}.line{{fill:none;stroke-width:1.5}}{rules}"
+    )
+    legend = Markup("").join(
+        Markup('<text class="end" x="{}" y="{}" style="fill:{}">{}</text>').format(
+            WIDTH - RIGHT - 4, TOP + 14 * row, colours[line.style], line.name
+        )
+        for row, line in enumerate(series, start=1)
+    )
+    size = f'xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}"'
+    opened = f'<style>{style}</style><rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
+    sized = str(chart).replace("<svg ", f"<svg {size} ", 1).replace(">", f">{opened}", 1)
+    return sized.replace("</svg>", f"{legend}</svg>\n")
 
 
 def bin_means(points: Sequence[Point], bins: int) -> list[Point]:
