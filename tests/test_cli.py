@@ -6,6 +6,7 @@ import pytest
 
 from dkdm.cli import COMMANDS, main
 from dkdm.export import write_pipeline
+from dkdm.students import PRESETS
 from factories import denoiser
 
 SMALL = (
@@ -141,8 +142,10 @@ def test_teacher_folder_and_inspect_as_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)
 
 
-def test_students_and_doctor_as_json(tmp_path, capsys):
+def test_students_and_doctor_as_json(tmp_path, capsys, monkeypatch):
     write_pipeline(tmp_path, denoiser(3))
+    for name in set(PRESETS) - {"dit-tiny", "dit-xs"}:
+        monkeypatch.delitem(PRESETS, name)
     asked = ["students", "--teacher", str(tmp_path), "--json"]
     assert main([*asked, "--no-measure"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
