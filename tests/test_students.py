@@ -108,8 +108,7 @@ def test_printed_listing(rows, teacher):
 
 
 def only(monkeypatch, *names):
-    for name in set(PRESETS) - set(names):
-        monkeypatch.delitem(PRESETS, name)
+    monkeypatch.setattr("dkdm.listing.PRESETS", {name: PRESETS[name] for name in names})
 
 
 def test_listing_measures_small_networks_beside_the_teacher(teacher, monkeypatch):
