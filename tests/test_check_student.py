@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_python_control_flow_is_found_and_placed():
     assert set(found) == {"torch.compile", "torch.export"}
     assert "with graph breaks, 1: " in found["torch.compile"].what
     assert "python control flow on the values of a tensor" in found["torch.export"].what
-    source = open(own_networks.__file__).read().splitlines()  # noqa: SIM115
+    source = Path(own_networks.__file__).read_text().splitlines()
     line = 1 + next(i for i, text in enumerate(source) if "t.max() > 5" in text)
     for finding in found.values():
         assert f"own_networks.py:{line}, in Branches" in finding.what
