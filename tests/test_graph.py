@@ -6,6 +6,7 @@ Each kind of network is traced and written; most of them only where slow tests r
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,26 @@ def test_control_flow_by_values_is_refused_by_name(tmp_path):
 def test_a_fixed_batch_is_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=r"blocks\.1 \(Part\) works for one batch size only"):
         export_graph(written_by_a_user(counts), tmp_path / "x.pt2", format="torch-export")
+
+
+def test_a_fixed_number_of_times_is_refused_by_name(tmp_path):
+    """Each input has a batch of its own until they meet: it is noticed where it is fixed."""
+    model = written_by_a_user(torch.relu)
+    model.network.blocks[0] = Told()
+    with pytest.raises(UsageError, match=r"blocks\.0 \(Told\) works for one batch size only"):
+        export_graph(replace(model, call=tell), tmp_path / "x.pt2", format="torch-export")
+
+
+class Told(nn.Module):
+    """Is given the time alone."""
+
+    def forward(self, time):
+        return time + torch.zeros(len(time))
+
+
+def tell(network, x, time, cond):
+    del cond
+    return network.blocks[1](x) * network.blocks[0](time)[:, None, None, None]
 
 
 def test_a_bounded_batch_is_said(tmp_path):

@@ -91,7 +91,7 @@ class ExportOptions(TeacherOptions):
     is student.onnx, student.pt2 or student-int8."""
     to: Annotated[Literal["onnx", "torch-export", "int8"], tyro.conf.arg(name="format")] = "onnx"
     """onnx; torch-export, a .pt2 file; or int8, a diffusers folder with linear layers in int8."""
-    format: Annotated[str | None, tyro.conf.arg(name="checkpoint-format")] = None
+    format: Annotated[str | None, tyro.conf.arg(name="teacher-format")] = None
     """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
     opset: int | None = None
     """ONNX operator set, 18 or newer; None is the exporter's own choice."""

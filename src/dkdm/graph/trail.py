@@ -28,7 +28,7 @@ class Trail:
     def __init__(self, network: nn.Module) -> None:
         self.running: list[str] = []
         self.fixed_in: str | None = None
-        self.batch: Any = None
+        self.sizes: list[Any] = []
         self.kinds = {name: type(module).__name__ for name, module in network.named_modules()}
         self.hooks = [
             hook
@@ -47,7 +47,7 @@ class Trail:
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         del module, args
         if not self.running:
-            self.batch = kwargs["sample"].shape[0]
+            self.sizes = [value.shape[0] for value in kwargs.values()]
         self._look()
         self.running.append(name)
 
@@ -57,7 +57,7 @@ class Trail:
         self.running.pop()
 
     def _look(self) -> None:
-        if self.fixed_in is None and self.running and not _is_variable(self.batch):
+        if self.fixed_in is None and self.running and not all(map(_is_variable, self.sizes)):
             self.fixed_in = self.running[-1]
 
     def place(self, name: str) -> str:

@@ -88,7 +88,7 @@ class EdmUNet(ModelMixin, ConfigMixin):
     def _one_hot(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
         """[B, num_class_embeds]; without labels, zeros."""
         if class_labels is None:
-            return like.new_zeros(len(like), self.config.num_class_embeds)
+            return like.new_zeros(like.shape[0], self.config.num_class_embeds)
         return F.one_hot(class_labels, self.config.num_class_embeds).to(like)
 
 

@@ -116,7 +116,7 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         emb = self.emb_noise(self.emb_fourier(timesteps).to(self.dtype))
         if self.emb_label is not None:
             classes = self.config.num_class_embeds
-            label = emb.new_zeros(len(emb), classes)
+            label = emb.new_zeros(emb.shape[0], classes)
             if class_labels is not None:
                 label = math.sqrt(classes) * F.one_hot(class_labels, classes).to(emb)
             emb = balanced(emb, self.emb_label(label), 0.5)

@@ -219,7 +219,7 @@ def _heads(qkv: Tensor, heads: int) -> Tensor:
 
 def _remembered(memory: Tensor, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Keys and values with the learned ones before them."""
-    both = memory[:, None].expand(-1, len(k), -1, -1, -1)
+    both = memory[:, None].expand(-1, k.shape[0], -1, -1, -1)
     return torch.cat([both[0], k], dim), torch.cat([both[1], v], dim)
 
 
