@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from dkdm import distill
 from dkdm.charts import Series, standalone_chart
+from dkdm.checkpoint import read_tensors, write_tensors
 from dkdm.config import DistillConfig
 from dkdm.denoiser import Denoiser
 from dkdm.evaluation.classes import evaluate_images
@@ -124,15 +126,29 @@ def measured(model: Denoiser, samples: int, steps: int) -> tuple[dict[str, float
     return found, images[:SHOWN]
 
 
+def measured_once(
+    name: str, load: Callable[[], Denoiser], args: argparse.Namespace
+) -> tuple[dict[str, float], torch.Tensor]:
+    """What was measured of a model before, or now; kept beside the runs."""
+    file = args.output_dir / "measured" / f"{name}-{args.num_samples}-{args.sampler_steps}"
+    numbers, shown = file.with_suffix(".json"), file.with_suffix(".safetensors")
+    if not shown.is_file():
+        found, images = measured(load(), args.num_samples, args.sampler_steps)
+        numbers.parent.mkdir(parents=True, exist_ok=True)
+        numbers.write_text(json.dumps(found))
+        write_tensors(shown, {"images": images})
+    return json.loads(numbers.read_text()), read_tensors(shown)["images"]
+
+
 def rows(
     chosen: list[Run], teachers: dict[str, Callable[[], Denoiser]], args: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, float], torch.Tensor]]:
     for name in sorted({run.teacher for run in chosen}):
-        found, images = measured(teachers[name](), args.num_samples, args.sampler_steps)
+        found, images = measured_once(f"teacher-{name}", teachers[name], args)
         yield f"teacher {name}", found, images
     for run in chosen:
         folder = args.output_dir / run.name
-        found, images = measured(load_teacher(str(folder)), args.num_samples, args.sampler_steps)
+        found, images = measured_once(run.name, partial(load_teacher, str(folder)), args)
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         yield run.name, found | {"evaluations": last["teacher_evaluations"]}, images
 
