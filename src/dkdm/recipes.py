@@ -163,7 +163,7 @@ def fashion_small() -> DistillConfig:
 
 def fashion_flow() -> DistillConfig:
     """The DDPM transformer into a flow-matching one, which the stock FlowMatchEuler scheduler
-    samples, in a quarter of an hour on a CPU core."""
+    samples."""
     return DistillConfig(
         output_dir=Path("runs/fashion-flow"),
         teacher="runs/fashion-dit-teacher",
