@@ -120,6 +120,22 @@ def test_shipped_pipeline_draws_what_dkdm_draws(tmp_path):
     np.testing.assert_allclose(theirs, pixels, atol=1e-4)
 
 
+def test_folders_loaded_in_one_process_keep_their_own_values(tmp_path):
+    """diffusers runs the `pipeline.py` of every folder in one and the same module."""
+    small = replace(denoiser(3), sample_shape=(1, 4, 4))
+    for folder, model in (("large", denoiser(3)), ("small", small)):
+        write_pipeline(tmp_path / folder, model)
+    pipelines = [
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / folder, trust_remote_code=True)
+        for folder in ("large", "small")
+    ]
+    shapes = [
+        pipeline(class_labels=[0], num_inference_steps=2, output_type="pt").images.shape
+        for pipeline in pipelines
+    ]
+    assert shapes == [(1, 1, 8, 8), (1, 1, 4, 4)]
+
+
 def test_a_transformer_without_null_class_comes_back_without(tmp_path):
     """Its table of labels has a row more, which nobody trained."""
     like = replace(denoiser(classes=3), conditioning=ClassLabels(3))

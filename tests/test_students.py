@@ -192,7 +192,8 @@ def test_presets_fit_every_conditioning_and_variance(teacher, name, conditioning
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("unet-99m", "unknown student 'unet-99m': expected one of unet-tiny"),
+        ("unet-99m", r"unknown student 'unet-99m': expected a preset \(unet-\d+m, .*, the path of"),
+        ("xx", "unknown student 'xx': expected a preset .*uvit-s, .*shallow-50"),
         ("no_such_module:build", "cannot import no_such_module:build"),
         ("factories:no_such_name", "cannot import factories:no_such_name"),
         ("factories:not_a_model", "returned list: expected an nn.Module"),

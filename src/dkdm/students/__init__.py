@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,10 @@ def build_network(spec: str, interface: Interface) -> nn.Module:
         return _from_diffusers_config(config_in(Path(spec), interface), interface)
     if ":" in spec:
         return _from_factory(spec, interface)
+    near = get_close_matches(spec, PRESETS) or list(PRESETS)
     raise UsageError(
-        f"unknown student '{spec}': expected one of {', '.join(PRESETS)}, the path of a diffusers "
-        "config.json or folder, or module:factory"
+        f"unknown student '{spec}': expected a preset ({', '.join(near)}; `dkdm students` lists "
+        "those that fit), the path of a diffusers config.json or folder, or module:factory"
     )
 
 
