@@ -126,6 +126,13 @@ class NoEffect(Flawed):
         return super().forward(x, t, class_labels) + 0 * self.cut_off
 
 
+class DropsOut(Flawed):
+    """Nothing wrong with it: it asks for random numbers in training mode."""
+
+    def forward(self, x, t, class_labels=None):
+        return super().forward(nn.functional.dropout(x, 0.1, self.training), t, class_labels)
+
+
 class BatchNormed(Flawed):
     def __init__(self, sample_shape, out_channels, conditioning):
         super().__init__(sample_shape, out_channels, conditioning)

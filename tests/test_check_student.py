@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 import own_networks
+from dkdm.api import cautions
 from dkdm.check_student import check_student
 from dkdm.cli import main
 from dkdm.conditioning import ClassLabels
@@ -89,6 +90,39 @@ def test_flaws_are_found(name, where, status, what):
     assert found[where].remedy
     assert checkup.passed == all(each.status != "problem" for each in found.values())
     assert (checkup.failure is not None) == (where in ("forward", "factory"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("IgnoresTime", "warning: uses t: the output does not depend on t; embed t and add it"),
+        ("IgnoresClass", "warning: uses class_labels: the output does not depend on class_labels"),
+        ("Unused", "warning: gradients: unused: spare.weight, spare.bias; remove them"),
+        ("BatchNormed", "warning: samples: influence one another in training through BatchNorm"),
+    ],
+)
+def test_a_run_warns_of_what_is_odd_and_is_not_changed_by_looking(name, said):
+    teacher = denoiser()
+    student, state = student_of(f"own_networks:{name}", teacher), torch.get_rng_state()
+    weights = {key: value.clone() for key, value in student.network.state_dict().items()}
+    assert any(line.startswith(said) for line in cautions(student, teacher))
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, value in student.network.state_dict().items():
+        assert torch.equal(value, weights[key])
+
+
+def test_nothing_is_said_of_sound_networks_and_of_those_that_are_no_users_own():
+    teacher = denoiser()
+    for name in ("own_networks:make", "own_networks:DropsOut", "dit-tiny"):
+        assert cautions(student_of(name, teacher), teacher) == []
+
+
+def test_a_module_that_cannot_be_imported_is_told_where_it_is_looked_for():
+    [finding] = look("no_such_module:make").findings
+    assert finding.status == "problem"
+    assert "must be importable where dkdm runs" in finding.remedy
+    [finding] = look("own_networks:raising_inside").findings
+    assert "make(sample_shape, out_channels, conditioning)" in finding.remedy
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dkdm.check_student import first_look
 from dkdm.conditioning import Unconditional, restrict_classes
 from dkdm.config import DistillConfig, TrainConfig
 from dkdm.denoiser import Denoiser
@@ -66,6 +67,8 @@ def distill(
         learner = given_student(replace(student, conditioning=taught_by.conditioning))
     else:
         learner = open_student(taught_by, config, student)
+    for caution in cautions(learner, taught_by):
+        print(caution, file=sys.stderr)
     start = begin(learner, taught_by, config)
     print(f"student starts from {start}", file=sys.stderr)
     source, objective = lesson(taught_by, learner, config, accelerator.device)
@@ -138,6 +141,12 @@ def open_student(
         like = with_process(teacher, *reading)
         return given_student(as_denoiser(type(given).__name__, given, like))
     return student_of(config.student, teacher, *reading)
+
+
+def cautions(student: Denoiser, teacher: Denoiser) -> list[str]:
+    """A line for each thing that is odd about a user's own network; `check-student` says more."""
+    found = first_look(student, teacher)
+    return [f"warning: {each.name}: {each.what}; {each.remedy}" for each in found]
 
 
 def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
@@ -315,6 +324,7 @@ def describe(config: DistillConfig) -> str:
     """What a distillation would do and cost, in words; nothing is written."""
     teacher = open_teacher(config)
     student = open_student(teacher, config)
+    odd = "".join(f"\n{caution}" for caution in cautions(student, teacher))
     filling, training = planned_evaluations(teacher, config)
     if config.source == "synthetic":
         what, entries, width = "samples", set_size(teacher, config), 4
@@ -331,7 +341,7 @@ def describe(config: DistillConfig) -> str:
         f"source    {config.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
         f"cost      {filling:,} teacher evaluations to prepare, {training:,} to train, "
         "and restarts\n"
-        f"output    {config.output_dir}"
+        f"output    {config.output_dir}{odd}"
     )
 
 

@@ -169,7 +169,7 @@ def print_students(
     console: Console,
     measuring: Measuring | None = None,
 ) -> None:
-    """Print the students as a table; the teacher's size is in its title."""
+    """Print those that fit as a table, the teacher's size in its title; then why others do not."""
     shape = " x ".join(map(str, teacher.sample_shape))
     title = (
         f"Students for {escape(teacher.name)}: samples of {shape}, "
@@ -184,10 +184,16 @@ def print_students(
         table.add_column(f"{heading}\n(x teacher)", justify="right", no_wrap=True)
     table.add_column("", ratio=1)
     gap = " " if console.width >= WIDE else "\n"
+    misfits: dict[str, list[str]] = {}
     for row in rows:
+        if row.misfit:
+            misfits.setdefault(row.misfit, []).append(row.name)
+            continue
         numbers = [gap.join(parts) for parts in _numbers(row)[: 3 if measuring else 2]]
-        table.add_row(row.name, *numbers, escape(row.misfit or row.summary))
+        table.add_row(row.name, *numbers, escape(row.summary))
     console.print(table)
+    for why, names in misfits.items():
+        console.print(f"not {', '.join(names)}: {escape(why)}")
 
 
 WIDE = 120

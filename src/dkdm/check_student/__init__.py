@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from dkdm.check_student import behaviour, graphs, saving, training
@@ -15,9 +16,11 @@ from dkdm.denoiser import Denoiser
 from dkdm.doctor import Finding
 from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
+from dkdm.own import is_own
+from dkdm.progress import track
 from dkdm.students import as_denoiser, given_student, untried_student_of
 
-__all__ = ["Checkup", "check_student"]
+__all__ = ["Checkup", "check_student", "first_look"]
 
 Look = Callable[[Case], Iterable[Finding]]
 TIMED_BATCH = 8
@@ -63,9 +66,32 @@ def check_student(
         return Checkup([*_facts(case), _not_called(case, error)], failure)
     findings = [*_facts(case), *first]
     if first[-1].status == "ok":
-        for name, look in _looks(compile_backend, export).items():
-            findings += _looked(name, look, case)
+        looks = _looks(compile_backend, export)
+        with track(len(looks), 0, "checking") as show:
+            for done, (name, look) in enumerate(looks.items(), start=1):
+                findings += _looked(name, look, case)
+                show(done)
     return Checkup(findings)
+
+
+def first_look(student: Denoiser, teacher: Denoiser) -> list[Finding]:
+    """Of a user's own network, inputs that it ignores or mixes and parameters that it does not use.
+
+    A dozen evaluations of three samples and one backward pass; no random state is touched. Networks
+    of diffusers and dkdm are not looked at.
+    """
+    network = student.network
+    if not isinstance(network, nn.Module) or not is_own(network):
+        return []
+    case = Case(student, teacher, None)
+    looks: dict[str, Look] = {
+        "depends": behaviour.dependence,
+        "samples": behaviour.batch_statistics,
+        "gradients": training.gradients,
+    }
+    with torch.random.fork_rng():
+        found = [finding for name, look in looks.items() for finding in _looked(name, look, case)]
+    return [finding for finding in found if finding.status != "ok"]
 
 
 def _looks(compile_backend: str | None, export: bool) -> dict[str, Look]:
@@ -112,8 +138,14 @@ def _remade(student: str, teacher: Denoiser) -> nn.Module:
 def _not_made(error: DkdmError) -> Finding:
     cause = error.__cause__
     what = str(error) if cause is None else f"{error}{in_brackets(place(error))}"
-    remedy = "a factory is called as make(sample_shape, out_channels, conditioning) and returns "
-    return Finding("factory", "problem", what, f"{remedy}an nn.Module")
+    remedy = (
+        "the module must be importable where dkdm runs: in the current folder or installed, with "
+        "all that it imports"
+        if isinstance(cause, ImportError)
+        else "a factory is called as make(sample_shape, out_channels, conditioning) and returns an "
+        "nn.Module"
+    )
+    return Finding("factory", "problem", what, remedy)
 
 
 def _not_called(case: Case, error: Exception) -> Finding:
