@@ -3,7 +3,7 @@
     dkdm export runs/mine --format onnx --output student.onnx
     python onnx_sampler.py student.onnx --classes 0 1 2 --num-samples 30 --output samples.png
 
-Reads student.onnx and the student.json beside it. Pictures become a PNG grid; latents, which an
+Reads student.onnx and the student.onnx.json beside it. Pictures become a PNG grid; latents, which an
 autoencoder still has to decode, are written as they are, into a .npy file.
 """
 
@@ -18,7 +18,7 @@ import onnxruntime
 def load(path):
     """The network as a function of named arrays, and its description."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    facts = json.loads(Path(path).with_suffix(".json").read_text())
+    facts = json.loads(Path(f"{path}.json").read_text())
     return lambda **inputs: session.run(["output"], inputs)[0], facts
 
 

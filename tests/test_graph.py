@@ -178,7 +178,7 @@ def test_a_wrong_file_is_found_out(tmp_path, monkeypatch):
         export_graph(model, tmp_path / "x.pt2", format="torch-export")
     assert error.value.exit_code == 1
     assert (tmp_path / "x.pt2").is_file()
-    assert json.loads((tmp_path / "x.json").read_text())["check"]["passed"] is False
+    assert json.loads((tmp_path / "x.pt2.json").read_text())["check"]["passed"] is False
 
 
 class Part(nn.Module):
@@ -315,8 +315,8 @@ def test_bad_input(tmp_path, monkeypatch):
     program = {"format": "torch-export"}
     assert "has no opsets" in refused(model, tmp_path / "x.pt2", opset=18, **program)
     assert "expected 18 to" in refused(model, tmp_path / "x.onnx", opset=9)
-    (tmp_path / "x.json").write_text("{}")
-    assert "x.json exists: expected another" in refused(model, tmp_path / "x.onnx")
+    (tmp_path / "x.onnx.json").write_text("{}")
+    assert "x.onnx.json exists: expected another" in refused(model, tmp_path / "x.onnx")
     model.network.bfloat16()
     assert "bfloat16" in refused(model, tmp_path / "y.onnx")
     model.network.double()
@@ -349,7 +349,7 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     assert (tmp_path / "x.onnx").stat().st_size < 2**18
     assert (tmp_path / "x.onnx.data").stat().st_size >= 2**20
     (tmp_path / "x.onnx").unlink()
-    (tmp_path / "x.json").unlink()
+    (tmp_path / "x.onnx.json").unlink()
     assert "x.onnx.data exists" in refused(model, tmp_path / "x.onnx")
 
 

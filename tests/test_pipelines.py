@@ -529,22 +529,41 @@ for folder in sys.argv[1:]:
 """
 
 
+OTHERS = [(name, "unet") for name in ("sdxl", "sana", "flux", "pixart")]
+OTHERS += [("sd3", "flux"), ("sd3", "guided flux"), ("sana", "lumina")]
+
+
+def network_for(teacher, kind):
+    """A network of another class than its pipeline's, for its embeddings and channels."""
+    width = teacher.conditioning.shape_of("encoder_hidden_states")[-1]
+    if kind == "unet":
+        channels = 8 if teacher.parameterization.learns_variance else 4
+        return pipelines.text_unet(cross_attention_dim=width, out_channels=channels)
+    if kind == "lumina":
+        return varied(pipelines.lumina().transformer, cap_feat_dim=width)
+    pooled = teacher.conditioning.shape_of("pooled_projections")[-1]
+    sizes = {"joint_attention_dim": width, "pooled_projection_dim": pooled}
+    return varied(pipelines.flux().transformer, **sizes, guidance_embeds=kind != "flux")
+
+
+def varied(network, **config):
+    return pipelines.seeded(type(network).from_config({**network.config, **config}))
+
+
 def test_other_students_sample_without_dkdm(tmp_path, opened, distilled):
     """Text and latent teachers with students that no pipeline of diffusers feeds."""
     folders = {"dit": distilled("dit"), "sd3": distilled("sd3", "text-unet-tiny")}
-    for name in ("sdxl", "sana", "flux", "pixart"):
+    for name, kind in OTHERS:
         teacher = opened(name).denoiser
         teacher = with_texts(teacher, str(opened(name).folder.parent / "prompts.txt"))
-        width = teacher.conditioning.shape_of("encoder_hidden_states")[-1]
-        channels = 8 if teacher.parameterization.learns_variance else 4
-        network = pipelines.text_unet(cross_attention_dim=width, out_channels=channels)
-        folders[name] = tmp_path / name
-        write_pipeline(folders[name], as_denoiser(name, network, teacher))
+        folders[f"{name} {kind}"] = tmp_path / f"{name}-{kind}"
+        student = as_denoiser(kind, network_for(teacher, kind), teacher)
+        write_pipeline(folders[f"{name} {kind}"], student)
     command = [sys.executable, "-c", WITHOUT_DKDM, *map(str, folders.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     for name, folder in folders.items():
-        again = reloaded(folder, opened(name))
+        again = reloaded(folder, opened(name.partition(" ")[0]))
         if again.parameterization.prediction == "flow_prediction":
             # The same flow on levels of which a grid of two steps is a part.
             flow = rectified_flow(1000, again.process.scheduler["shift"])

@@ -87,8 +87,8 @@ class ExportOptions(TeacherOptions):
     """Write the network as one file, or the model in int8, and check what was written."""
 
     output: Path | None = None
-    """File to write, its description beside it with the suffix .json, or the folder for int8; None
-    is student.onnx, student.pt2 or student-int8."""
+    """File to write (a description goes beside it, as FILE.json), or the folder for int8; None is
+    student.onnx, student.pt2 or student-int8."""
     to: Annotated[Literal["onnx", "torch-export", "int8"], tyro.conf.arg(name="format")] = "onnx"
     """onnx; torch-export, a .pt2 file; or int8, a diffusers folder with linear layers in int8."""
     format: Annotated[str | None, tyro.conf.arg(name="teacher-format")] = None

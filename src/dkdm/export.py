@@ -201,6 +201,8 @@ def _pipeline_source(
         zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
         arguments=family.all_arguments(bundle) if family else {},
         call=_CALLS_WITH_TEXT.get(type(denoiser.network).__name__, "network(x, time, **embeds)"),
+        packs=type(denoiser.network).__name__ == "FluxTransformer2DModel",
+        embeds_guidance=denoiser.embeds_guidance,
         flow=scheduler.startswith("FlowMatch"),
         first_sigma=first_sigma,
         last_sigma=last_sigma,
@@ -231,8 +233,13 @@ _CALLS_WITH_TEXT = {  # as in calls.py
         'network(x, timestep=time, added_cond_kwargs={"resolution": None, "aspect_ratio": None}, '
         f"{_TOKENS}, {_MASK})"
     ),
+    "FluxTransformer2DModel": "self._packed(x, time, embeds)",
     "SanaTransformer2DModel": (
-        f"network(x, timestep=time * network.config.timestep_scale, {_TOKENS}, {_MASK})"
+        f"network(x, timestep=time * network.config.timestep_scale, {_TOKENS}, {_MASK}, "
+        'guidance=embeds.get("guidance"))'
+    ),
+    "Lumina2Transformer2DModel": (
+        f"-network(x, timestep=1 - time / 1000, {_TOKENS}, {_MASK}, return_dict=False)[0]"
     ),
     "WanTransformer3DModel": f"network(hidden_states=x, timestep=time, {_TOKENS})",
 }

@@ -36,14 +36,14 @@ def export_graph(
 ) -> dict[str, Any]:
     """Write a denoiser's network as a graph, a description beside it, and check the file.
 
-    output: the file; its description is the same with the suffix .json. format: "onnx" or
+    output: the file; its description is the same with .json appended. format: "onnx" or
     "torch-export" (a .pt2 file). opset: of ONNX, 18 or newer; None is the exporter's own choice.
     The network is brought into evaluation mode. Precision is the network's; inputs and output are
     float32. Returns the description. Raises UsageError for files that exist, and for a network that
     is no graph, naming the module; DkdmError where packages are missing, and where the file
     computes something else than the network (it stays where it is).
     """
-    beside = output.with_suffix(".json")
+    beside = output.with_name(f"{output.name}.json")
     _check(denoiser, output, format, opset)
     weights = output.with_name(f"{output.name}.data")
     for path in (output, beside, weights):
