@@ -3,8 +3,8 @@
     dkdm export runs/mine --format onnx --output student.onnx
     python onnx_sampler.py student.onnx --classes 0 1 2 --num-samples 30 --output samples.png
 
-Reads student.onnx and the student.onnx.json beside it. Pictures become a PNG grid; latents, which an
-autoencoder still has to decode, are written as they are, into a .npy file.
+Reads student.onnx and the student.onnx.json beside it. Pictures become a PNG grid; latents, which
+an autoencoder still has to decode, are written as they are, into a .npy file.
 """
 
 import argparse

@@ -19,13 +19,13 @@ SCHEDULER = {
 }
 
 
-def tiny_unet(classes=None, out_channels=1, dropout=0.0):
+def tiny_unet(classes=None, out_channels=1, dropout=0.0, layers_per_block=1):
     """A UNet2DModel of a few thousand parameters for 1x8x8 samples."""
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=out_channels,
-        layers_per_block=1,
+        layers_per_block=layers_per_block,
         block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),

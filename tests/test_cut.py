@@ -237,15 +237,15 @@ def test_middle_block_alone_is_removed_where_stages_have_one_block():
     assert torch.equal(output(student), output(without))
 
 
+PLAIN_STAGES = {
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
 def two_stages(*widths, **config):
-    return unet(
-        layers_per_block=1,
-        block_out_channels=widths,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        **config,
-    )
+    return unet(block_out_channels=widths, norm_num_groups=8, **PLAIN_STAGES, **config)
 
 
 def kill_channels_that_a_narrow_network_lacks(teacher):
@@ -279,6 +279,15 @@ def test_narrow_network_computes_what_the_teacher_does_with_its_channels(time):
     expected = output(teacher)
     assert expected.std() > 0.1
     assert torch.allclose(output(student), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("widths", "name"), [((12, 24), "thin-75"), ((20, 40), "thin-25")])
+def test_an_odd_width_takes_the_sinusoids_and_leaves_the_padding(widths, name):
+    teacher = unet(block_out_channels=widths, **PLAIN_STAGES, attn_norm_num_groups=4)
+    student, start = cut(name, teacher)
+    assert student.config.block_out_channels[0] % 2
+    assert "time_embedding.linear_1.weight" in (*start.sliced, *start.random)
+    assert output(student).isfinite().all()
 
 
 def test_inputs_of_a_concatenation_are_sliced_one_by_one():

@@ -11,7 +11,7 @@ import dkdm
 from dkdm import checkpoint
 from dkdm.denoiser import Batch
 from dkdm.errors import UsageError
-from dkdm.features import feature_map, match_features, resized, stage_names
+from dkdm.features import feature_map, match_features, resized, stage_maps, stage_names
 from dkdm.students import student_of
 from factories import denoiser
 
@@ -100,6 +100,54 @@ def test_pairs_can_be_named_and_are_brought_to_the_students_size():
     assert small.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
+@pytest.mark.parametrize(
+    ("student", "pairs"),
+    [
+        ("bk-tiny", [("up_blocks.1", "up_blocks.0")]),
+        ("unet-tiny", [("down_blocks.0", "down_blocks.0"), ("up_blocks.1", "up_blocks.2")]),
+    ],
+)
+def test_stages_are_matched_by_their_place_not_their_number(student, pairs):
+    """The last stage up of a network with fewer, or more, of them is the last one's counterpart."""
+    teacher = denoiser(layers_per_block=2)
+    found = match_features(teacher, student_of(student, teacher), "name").pairs
+    assert set(pairs) <= set(found)
+    assert ("up_blocks.1", "up_blocks.1") not in found
+
+
+def test_blocks_of_a_shorter_transformer_are_matched_with_those_they_start_from():
+    teacher = student_of("dit-tiny", denoiser())
+    student = student_of("shallow-50", teacher)
+    found = match_features(teacher, student).pairs
+    assert found == [
+        ("transformer_blocks.0", "transformer_blocks.0"),
+        ("transformer_blocks.3", "transformer_blocks.1"),
+    ]
+
+
+def test_a_networks_own_output_is_no_stage():
+    adm = student_of("adm-14m", replace(denoiser(), sample_shape=(1, 16, 16)))
+    names = list(stage_maps(adm))
+    assert names and not any(name.startswith("out.") for name in names)
+
+
+def test_stages_inside_of_lists_of_lists_are_found():
+    names = list(stage_maps(student_of("mobile-tiny", denoiser())))
+    assert any(name.startswith("down.") for name in names)
+    assert any(name.startswith("up.") for name in names)
+
+
+def test_tokens_of_a_sound_are_told_from_its_maps():
+    tokens = torch.arange(2 * 64 * 96.0).reshape(2, 64, 96)
+    assert torch.equal(feature_map(tokens, (256,)), tokens.transpose(1, 2))
+    assert feature_map(torch.zeros(2, 32, 128), (256,)).shape == (2, 32, 128)
+
+
+def test_of_a_pictures_and_a_prompts_tokens_the_pictures_are_taken():
+    prompt, picture = torch.zeros(2, 512, 7), torch.zeros(2, 2048, 7)
+    assert feature_map((prompt, picture), (64, 128)).shape == (2, 7, 32, 64)
+
+
 def test_gradients_reach_student_and_projections_only():
     teacher, student = denoiser(), student_of("dit-tiny", denoiser(seed=1))
     features = match_features(teacher, student)
@@ -158,6 +206,13 @@ def test_a_run_with_features_resumes_exactly_and_ships_the_network_alone(tmp_pat
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert any(not torch.equal(whole[key], plain[key]) for key in whole)
     assert not any("projection" in key for key in whole)
+
+
+@pytest.mark.parametrize("before", [0.0, 0.5])
+def test_features_cannot_come_and_go_within_a_run(tmp_path, before):
+    run(tmp_path, steps=2, feature_weight=before)
+    with pytest.raises(UsageError, match="--feature-weight: .*checkpoint-2 is of a run with"):
+        run(tmp_path, feature_weight=0.5 - before, resume_from_checkpoint="latest")
 
 
 def test_features_need_a_teacher_that_sees_the_batches(tmp_path):

@@ -228,6 +228,42 @@ def test_a_process_can_be_named_by_its_schedulers_config(tmp_path, shift):
     assert like.process.scheduler["shift"] == shift
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("ddpm-cosine", {"prediction_type": "v_prediction"}, Parameterization("v_prediction")),
+        ("ddpm-cosine", {"prediction_type": "sample"}, Parameterization("sample")),
+        ("edm", {"sigma_data": 1.25}, Parameterization("edm", sigma_data=1.25)),
+    ],
+)
+def test_a_schedulers_config_says_what_its_network_predicts(tmp_path, name, changes, expected):
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps(NAMED[name] | changes))
+    teacher = replace(teacher_of("ddpm"), parameterization=Parameterization("epsilon"))
+    like = with_process(teacher, None, str(path))
+    assert like.parameterization == expected
+    assert scheduler_config(like).items() >= changes.items()
+
+
+def test_a_students_own_time_is_exact_between_its_levels():
+    """Where a formula gives it; 18 levels are too few to interpolate."""
+    few = replace(teacher_of("edm"), process=karras(18), time="sigma")
+    seen = on_levels_of(few, karras(1000))
+    ratio = seen.process.sigma / seen.process.alpha
+    torch.testing.assert_close(seen.times, ratio, rtol=1e-12, atol=0)
+    index = on_levels_of(replace(few, time="index"), karras(1000))
+    assert 0 <= index.times.min() and index.times.max() <= 17
+
+
+def test_an_error_of_x_0_that_becomes_one_of_eps_is_bounded():
+    teacher = replace(teacher_of("cosine"), parameterization=Parameterization("sample"))
+    student = replace(teacher, parameterization=Parameterization("epsilon"))
+    weights, snr = level_weights(student, teacher), teacher.process.snr()
+    assert (weights * snr).max() <= 100 * (1 + 1e-9)  # eps errs by alpha / sigma times as much
+    assert snr.max() > 1e4
+    assert level_weights(teacher, teacher) is None
+
+
 def test_levels_that_the_student_lacks_weigh_nothing():
     teacher = teacher_of("cosine")
     student = perfect(teacher, "ddpm-linear", "v_prediction")
@@ -363,4 +399,4 @@ def test_write_pipeline_of_a_restricted_flow_is_never_a_stock_one(tmp_path):
     write_pipeline(tmp_path, student)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "DenoiserPipeline"]
-    assert "FIRST_SIGMA" in (tmp_path / "pipeline.py").read_text()
+    assert "first_sigma" in (tmp_path / "pipeline.py").read_text()

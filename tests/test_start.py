@@ -152,6 +152,15 @@ def test_unfinished_run_gives_its_latest_checkpoint(run, tmp_path):
     assert same(read_checkpoint(str(unfinished)), averaged)
 
 
+def test_a_checkpoint_of_a_run_without_average_gives_its_plain_weights(tmp_path):
+    folder = tmp_path / "run"
+    dkdm.distill(denoiser(), None, replace(CONFIG, output_dir=folder, use_ema=False))
+    whole = read_checkpoint(str(folder))
+    assert same(read_checkpoint(str(folder / "checkpoint-4")), whole)
+    (folder / "model_index.json").unlink()  # as if it were not finished
+    assert same(read_checkpoint(str(folder)), whole)
+
+
 def test_weights_in_several_files_are_joined(run, tmp_path):
     weights = sorted(checkpoint.read_tensors(run / "unet" / checkpoint.WEIGHTS).items())
     for i, part in enumerate((weights[:9], weights[9:]), start=1):
@@ -231,6 +240,14 @@ def test_merged_network_is_plain_and_computes_the_same():
     assert [type(m) for m in merged.modules()] == [type(m) for m in base.modules()]
     assert same(merged.state_dict(), weights)
     assert merge_lora(base) is base
+
+
+@pytest.mark.parametrize("odd", [{"dilation": 2}, {"padding_mode": "circular"}])
+def test_convolutions_that_adapters_do_not_compute_are_left_alone(odd):
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, **odd), nn.Conv2d(4, 4, 3))
+    add_lora(network, {"0.weight", "0.bias", "1.weight", "1.bias"}, 2)
+    assert not hasattr(network[0], "lora_A")
+    assert hasattr(network[1], "lora_A")
 
 
 def test_nothing_to_adapt_is_refused():

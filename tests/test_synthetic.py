@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import dkdm
 from dkdm import checkpoint
@@ -79,17 +80,16 @@ def test_a_run_resumes_exactly_without_drawing_the_set_again(tmp_path):
     dkdm.distill(denoiser(), "dit-tiny", config(tmp_path / "whole", **ten))
     parts = config(tmp_path / "parts", **ten)
     dkdm.distill(denoiser(), "dit-tiny", replace(parts, max_train_steps=2))
-    teacher = denoiser()
     resumed = replace(parts, resume_from_checkpoint="latest")
-    dkdm.distill(teacher, "dit-tiny", resumed)
+    dkdm.distill(denoiser(), "dit-tiny", resumed)
     lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["teacher_evaluations"] == teacher.evaluations == 30
+    assert json.loads(lines[-1])["teacher_evaluations"] == 30
     whole, again = (
         checkpoint.read_tensors(tmp_path / name / "transformer" / checkpoint.WEIGHTS)
         for name in ("whole", "parts")
     )
     assert all(torch.equal(whole[key], again[key]) for key in whole)
-    with pytest.raises(UsageError, match="the checkpoint's synthetic set is"):
+    with pytest.raises(UsageError, match="synthetic set is .*; --synthetic-samples 10 keeps its s"):
         dkdm.distill(denoiser(), "dit-tiny", replace(resumed, synthetic_samples=11))
 
 
@@ -103,6 +103,25 @@ def test_nothing_teaches_a_variance(tmp_path):
 def test_guidance_is_one_number(tmp_path):
     with pytest.raises(UsageError, match="--source synthetic takes one number"):
         dkdm.distill(denoiser(), "dit-tiny", config(tmp_path, guidance_scale="1:4"))
+
+
+class Guided(nn.Module):
+    """Told the guidance scale; remembers what it was told in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.told = nn.Parameter(torch.ones(())), []
+
+    def forward(self, x, t, class_labels, guidance):
+        self.told += guidance.tolist() if torch.is_grad_enabled() else []
+        return self.scale * x
+
+
+def test_a_student_that_embeds_guidance_is_told_that_of_its_samples(tmp_path):
+    network, teacher = Guided(), denoiser()
+    run = config(tmp_path, guidance_scale="3", condition_dropout=0.5, max_train_steps=2)
+    dkdm.distill(teacher, network, run)
+    assert network.told == [3.0] * 8
 
 
 def test_the_student_may_have_another_process(tmp_path):

@@ -22,6 +22,7 @@ from dkdm.finish import (
     finish_distillation,
     finish_training,
     sample_grids,
+    sampling_guidance,
     side_by_side_grids,
 )
 from dkdm.hub import publish, reserve
@@ -64,9 +65,13 @@ def distill(
     if isinstance(student, Denoiser):
         coders = student.bundle.autoencoder, taught_by.bundle.autoencoder
         check_same_samples(student.sample_shape, taught_by.sample_shape, coders)
-        learner = given_student(replace(student, conditioning=taught_by.conditioning))
+        bundle = student.bundle if student.bundle.components else taught_by.bundle
+        given = replace(student, conditioning=taught_by.conditioning, bundle=bundle)
+        learner = given_student(given)
     else:
         learner = open_student(taught_by, config, student)
+    if _is_told_nothing(learner, config):
+        learner.check(learner.conditioning.null(2))
     for caution in cautions(learner, taught_by):
         print(caution, file=sys.stderr)
     start = begin(learner, taught_by, config)
@@ -169,8 +174,13 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
         conditioning.null(1)
     if config.random_conditioning and isinstance(conditioning, Unconditional):
         raise UsageError("--random-conditioning was given, but the teacher is unconditional")
-    teacher.conditioning = conditioning
-    return teacher
+    return replace(teacher, conditioning=conditioning, evaluations=0)
+
+
+def _is_told_nothing(student: Denoiser, config: DistillConfig) -> bool:
+    """Whether a student meets the null condition, in training or where pictures are drawn."""
+    guided = sampling_guidance(config, student)[1] != 1 and not student.embeds_guidance
+    return config.condition_dropout > 0 or guided
 
 
 def lesson(
@@ -190,6 +200,9 @@ def lesson(
             condition_dropout=config.condition_dropout,
             device=device,
         )
+        if student.embeds_guidance:
+            scale = Guidance.parse(config.guidance_scale).low
+            source.conditions["guidance"] = torch.full((len(source.images),), scale)
         return source, Objective(student, None, *weighting)
     objective = Objective(
         on_levels_of(student, teacher.process),

@@ -153,7 +153,10 @@ def dropped(
     count = len(next(iter(cond.values())))
     gone = torch.rand(count, generator=generator) < dropout
     null = conditioning.null(count)
-    return {key: torch.where(gone, null[key], value) for key, value in cond.items()}
+    return {
+        key: torch.where(gone, null[key], value) if key in null else value
+        for key, value in cond.items()
+    }
 
 
 def restrict_classes(

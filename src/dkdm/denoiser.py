@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -181,10 +181,14 @@ class Denoiser:
         return x if (low, high) == (-1.0, 1.0) else 2 * (x - low) / (high - low) - 1
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Evaluate two blank samples. Raises UsageError where network and shapes do not fit."""
+    def check(self, cond: Condition | None = None) -> None:
+        """Evaluate two blank samples. Raises UsageError where network and shapes do not fit.
+
+        cond: two rows; None draws them.
+        """
         before = self.evaluations
-        cond = self.conditioning.draw(2, torch.Generator().manual_seed(0))
+        if cond is None:
+            cond = self.conditioning.draw(2, torch.Generator().manual_seed(0))
         x = torch.zeros(2, *self.sample_shape, device=self.device)
         t = torch.tensor([0, self.process.num_levels - 1])
         try:
@@ -194,7 +198,7 @@ class Denoiser:
         except Exception as error:
             raise UsageError(
                 f"{self.name} does not fit samples of shape {self.sample_shape} with conditions "
-                f"{sorted(cond) or 'none'}: {type(error).__name__}: {error}"
+                f"{_shown(cond)}: {type(error).__name__}: {error}"
             ) from error
         self.evaluations = before
 
@@ -252,6 +256,12 @@ def embeds_guidance(network: Network) -> bool:
     if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         network = network.module
     config = getattr(network, "config", None)
-    if config is not None and "guidance_embeds" in config:
+    if isinstance(config, Mapping) and "guidance_embeds" in config:
         return bool(config["guidance_embeds"])
-    return config is None and takes(network, "guidance")
+    return not type(network).__module__.startswith("diffusers.") and takes(network, "guidance")
+
+
+def _shown(cond: Condition) -> str:
+    """Conditions by name, ids with their values."""
+    shown = [f"{k} {v.tolist()}" if v.ndim == 1 else k for k, v in sorted(cond.items())]
+    return ", ".join(shown) or "none"

@@ -148,10 +148,17 @@ def _stock_pipeline(denoiser: Denoiser) -> str | None:
 def _stock_process(pipeline: str, process: Process) -> bool:
     """Whether a pipeline can sample a process: each knows flows or the others, and starts a flow at
     pure noise."""
-    is_flow = process.scheduler["_class_name"].startswith("FlowMatch")
+    scheduler = process.scheduler["_class_name"]
+    if scheduler not in _ONLY_WITH.get(pipeline, (scheduler,)):
+        return False
+    is_flow = scheduler.startswith("FlowMatch")
     return is_flow == (pipeline in _FLOW_PIPELINES) and SIGMA_RANGE not in process.scheduler
 
 
+_ONLY_WITH = {  # pipelines that do not scale what the network is shown, or the first noise
+    "DiTPipeline": ("DDPMScheduler", "DDIMScheduler"),
+    "DanceDiffusionPipeline": ("IPNDMScheduler",),
+}
 _FLOW_PIPELINES = (
     "StableDiffusion3Pipeline",
     "FluxPipeline",

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
+from dkdm.students.positions import counterparts
 
 Maps = dict[str, Tensor]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -142,9 +143,13 @@ def _listed(maps: Maps) -> str:
 
 
 def by_name(teacher: Maps, student: Maps) -> list[tuple[str, str]]:
-    """Stages of the same name and size."""
-    both = [name for name in teacher if name in student]
-    return [(name, name) for name in both if teacher[name].shape[2:] == student[name].shape[2:]]
+    """Stages of the same size at the same place: those that a student cut from the teacher has."""
+    pairs = counterparts(student, teacher).items()
+    return [
+        (theirs, own)
+        for own, theirs in pairs
+        if teacher[theirs].shape[2:] == student[own].shape[2:]
+    ]
 
 
 def by_resolution(teacher: Maps, student: Maps) -> list[tuple[str, str]]:
@@ -155,7 +160,10 @@ def by_resolution(teacher: Maps, student: Maps) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def stage_maps(model: Denoiser) -> Maps:
-    """The features of every stage of a network, in the order in which they are computed."""
+    """The features of every stage of a network, in the order in which they are computed.
+
+    Layers of the list that gives the network's own output are no stages.
+    """
     network, found, handles = _module_of(model), cast(Maps, {}), []
     sides = model.sample_shape[1:]
 
@@ -170,10 +178,17 @@ def stage_maps(model: Denoiser) -> Maps:
 
     for name in stage_names(network):
         handles.append(network.get_submodule(name).register_forward_hook(keep(name)))
+    handles.append(network.register_forward_hook(keep("")))
     model.check()
     for handle in handles:
         handle.remove()
-    return found
+    output = found.pop("", None)
+    last = {_list_of(name) for name, features in found.items() if features is output}
+    return {name: features for name, features in found.items() if _list_of(name) not in last}
+
+
+def _list_of(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def stage_names(network: nn.Module) -> list[str]:
@@ -184,26 +199,41 @@ def stage_names(network: nn.Module) -> list[str]:
     names = []
     for name, child in network.named_children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            names += [f"{name}.{index}" for index in range(len(child))]
+            names += [_last_of(inner, f"{name}.{index}") for index, inner in enumerate(child)]
         elif name.startswith("mid"):
             names.append(name)
     return names or [name for name, _ in network.named_children()]
 
 
+def _last_of(module: nn.Module, name: str) -> str:
+    """A module's name; of a mere list of modules, which is never called, that of its last one."""
+    if isinstance(module, nn.ModuleList) and len(module):
+        return _last_of(module[-1], f"{name}.{len(module) - 1}")
+    return name
+
+
 def feature_map(output: Any, sides: tuple[int, ...]) -> Tensor | None:
     """The features [B, C, ...] in a module's output; None where there are none.
 
-    A map of as many dimensions as the samples, or tokens [B, N, C] of equal patches of them.
+    A map of as many dimensions as the samples, or tokens [B, N, C] of equal patches of them; of
+    several, that of the most places (beside the tokens of a picture go those of its prompt).
     """
     parts = output if isinstance(output, (tuple, list)) else (getattr(output, "sample", output),)
-    for part in parts:
-        if isinstance(part, Tensor) and part.ndim == len(sides) + 2:
-            return part
-        if isinstance(part, Tensor) and part.ndim == 3:
-            patch = _patch(part.shape[1], sides)
-            if patch is not None:
-                return part.transpose(1, 2).unflatten(2, tuple(side // patch for side in sides))
-    return None
+    maps = [_map_of(part, sides) for part in parts if isinstance(part, Tensor)]
+    found = [features for features in maps if features is not None]
+    return max(found, key=lambda features: features.shape[2:].numel(), default=None)
+
+
+def _map_of(part: Tensor, sides: tuple[int, ...]) -> Tensor | None:
+    """One tensor as a map. A sound's map [B, C, L] is told from tokens by an L that divides its
+    length."""
+    is_map = part.ndim == len(sides) + 2
+    if is_map and (len(sides) > 1 or sides[0] % part.shape[2] == 0):
+        return part
+    patch = _patch(part.shape[1], sides) if part.ndim == 3 else None
+    if patch is not None:
+        return part.transpose(1, 2).unflatten(2, tuple(side // patch for side in sides))
+    return part if is_map else None
 
 
 def _patch(tokens: int, sides: tuple[int, ...]) -> int | None:

@@ -38,7 +38,7 @@ def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[in
 
     def write(step: int, student: Denoiser) -> None:
         before = teacher.evaluations
-        for_teacher, for_student = _guidance(config, student)
+        for_teacher, for_student = sampling_guidance(config, student)
         cond = student.conditioning.in_turns(GRID_COLUMNS)
         if not drawn:
             drawn.append(pictures(teacher, draw(teacher, cond, plan, for_teacher)))
@@ -76,7 +76,7 @@ def _flat(samples: torch.Tensor) -> torch.Tensor:
     return samples[:, :, samples.shape[2] // 2] if samples.ndim == 5 else samples
 
 
-def _guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
+def sampling_guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
     """Sampling guidance of teacher and student: baked into the student, or applied to both.
 
     A student that embeds the scale was told it, and is told it again.
@@ -93,7 +93,7 @@ def compare_models(
 ) -> Comparison | None:
     if config.evaluation_samples == 0:
         return None
-    for_teacher, for_student = _guidance(config, student)
+    for_teacher, for_student = sampling_guidance(config, student)
     comparison = compare(
         teacher,
         student,

@@ -17,7 +17,7 @@ from dkdm.config import LossWeighting, ProcessName
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.prediction import Parameterization, PredictionType
-from dkdm.process import Clipping, Process
+from dkdm.process import Clipping, Process, network_times
 from dkdm.schedulers import (
     NAMED,
     Config,
@@ -50,10 +50,12 @@ def with_process(
             check_scheduler_takes(prediction, teacher.process.scheduler)
         return replace(teacher, parameterization=replace(own, prediction=prediction))
     config = _scheduler_of(process, teacher.process.clipping)
-    prediction = prediction or _default_prediction(own, config)
+    given = prediction_type(config) if process not in NAMED else None
+    prediction = prediction or given or _default_prediction(own, config)
     check_scheduler_takes(prediction, config)
     kept = from_scheduler_config(within(config, *ratio_range(teacher.process)))
-    other = Parameterization(prediction, "fixed_small", own.sigma_data)
+    sigma_data = config.get("sigma_data", own.sigma_data)
+    other = Parameterization(prediction, "fixed_small", sigma_data)
     return replace(teacher, process=kept, parameterization=other, time=None)
 
 
@@ -111,7 +113,12 @@ def on_levels_of(student: Denoiser, process: Process) -> Denoiser:
     matched = matched_process(student.process, process)
     times = matched.network_time
     if student.time is not None:
-        times = _between(student.process, process, student.times)
+        exact = isinstance(student.time, str) and student.time != "index"
+        times = (
+            network_times(matched, student.time)
+            if exact
+            else _between(student.process, process, student.times)
+        )
         matched = replace(matched, network_time=times)
     return replace(
         student, process=matched, time=None, rescale=matched.sigma / process.sigma, evaluations=0
@@ -162,13 +169,16 @@ def level_weights(
 
     0 where the student's process has no such signal-to-noise ratio. min(1, 100 SNR) where the
     teacher predicts eps and the student something else: x_0 = (x - sigma eps) / alpha amplifies
-    the teacher's error by sigma / alpha, which then counts no more than 10 times. With "student"
+    the teacher's error by sigma / alpha, which then counts no more than 10 times; and min(1, 100 /
+    SNR) where the teacher predicts x_0 and the student something else, for eps. With "student"
     levels weigh as densely as the student's own process has them, mean 1.
     """
     own, other = student.process, teacher.process
     weights = covered(own, other).double()
     if amplifies(student, teacher):
         weights *= (AMPLIFICATION * other.snr()).clamp(max=1)
+    if teacher.parameterization.prediction == "sample" != student.parameterization.prediction:
+        weights *= (AMPLIFICATION / other.snr()).clamp(max=1)
     if weighting == "student" and not same_levels(own, other):
         position = torch.arange(own.num_levels, dtype=torch.float64)
         density = torch.gradient(_between(own, other, position))[0]

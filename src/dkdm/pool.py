@@ -299,7 +299,7 @@ class Pool:
         if theirs != ours:
             raise UsageError(
                 f"the checkpoint's pool is {theirs}, this run's {ours}: expected the options it "
-                "began with"
+                f"began with; --pool-size {len(state['x'])} keeps its size, whatever else sets it"
             )
         self.x.copy_(state["x"])
         self.t.copy_(state["t"])

@@ -118,7 +118,8 @@ class Synthetic(Images):
         if state["images"].shape != self.images.shape:
             raise UsageError(
                 f"the checkpoint's synthetic set is {tuple(state['images'].shape)}, this run's "
-                f"{tuple(self.images.shape)}: expected the options it began with"
+                f"{tuple(self.images.shape)}: expected the options it began with; "
+                f"--synthetic-samples {len(state['images'])} keeps its size"
             )
         self.images = state["images"]
         self.conditions = {key: state[f"cond.{key}"] for key in self.conditions}

@@ -79,7 +79,7 @@ class Trainer:
     def __post_init__(self) -> None:
         config = self.config
         self.network: nn.Module = self.student.network  # type: ignore[assignment]
-        self.network.train().requires_grad_(True)
+        make_trainable(self.network.train())
         for name in self.frozen:
             self.network.get_parameter(name).requires_grad_(False)
         if config.gradient_checkpointing:
@@ -167,12 +167,15 @@ class Trainer:
     def _check_finite(self) -> None:
         bad = int(self.first_bad_step)
         if bad >= 0:
-            kept = checkpoint.checkpoints(self.config.output_dir)
-            raise DkdmError(
-                f"the loss became NaN or infinite at step {bad}. The last good checkpoint is "
-                f"{kept[-1] if kept else '(none yet)'}. Try a lower --learning-rate, a lower "
-                "--max-grad-norm or --mixed-precision no, with --resume-from-checkpoint latest"
-            )
+            raise self._not_finite(f"the loss became NaN or infinite at step {bad}")
+
+    def _not_finite(self, what: str) -> DkdmError:
+        kept = checkpoint.checkpoints(self.config.output_dir)
+        return DkdmError(
+            f"{what}. The last good checkpoint is {kept[-1] if kept else '(none yet)'}. Try a "
+            "lower --learning-rate, a lower --max-grad-norm or --mixed-precision no, with "
+            "--resume-from-checkpoint latest"
+        )
 
     def _metrics(self, loss: Tensor, steps_per_second: float) -> dict[str, Any]:
         entry = {
@@ -198,8 +201,14 @@ class Trainer:
         return replace(self.shipped, network=network.eval().requires_grad_(False))
 
     def save(self) -> None:
-        """Write a checkpoint of everything that changes, and delete those beyond the limit."""
+        """Write a checkpoint of everything that changes, and delete those beyond the limit.
+
+        Raises DkdmError, and writes nothing, where a loss or a weight is not finite.
+        """
         self._check_finite()
+        weights = [p for p in self.network.parameters() if p.is_floating_point()]
+        if not bool(torch.stack([p.isfinite().all() for p in weights]).all()):
+            raise self._not_finite(f"the weights became NaN or infinite by step {self.step_number}")
         if self.accelerator.is_main_process:
             folder = self.config.output_dir / f"checkpoint-{self.step_number}"
             checkpoint.write_folder(folder, self._fill)
@@ -231,6 +240,12 @@ class Trainer:
         checkpoint.verify_folder(folder)
         state = json.loads((folder / "state.json").read_text())
         checkpoint.load_network_weights(self.network, folder / self.name)
+        if (self.features is not None) != (folder / FEATURES).is_file():
+            began = "with" if self.features is None else "without"
+            raise UsageError(
+                f"--feature-weight: {folder} is of a run {began} feature distillation; expected "
+                "the options it began with"
+            )
         averaged = checkpoint.read_tensors(folder / f"{self.name}_ema" / checkpoint.WEIGHTS)
         self.ema.weights = {k: v.to(self.accelerator.device) for k, v in averaged.items()}
         self.ema.updates = state["ema_updates"]
@@ -250,6 +265,12 @@ class Trainer:
 
 
 FEATURES = "features.safetensors"
+
+
+def make_trainable(network: nn.Module) -> None:
+    """Let every parameter learn, but for those that a network's own code holds fixed."""
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        network.requires_grad_(True)
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:

@@ -128,7 +128,7 @@ def half_as_deep(interface: Interface, name: str) -> nn.Module:
     """
     network = _teacher(interface, name)
     config: Config = getattr(network, "config", {})
-    if "num_layers" not in config:
+    if not isinstance(config, Mapping) or "num_layers" not in config:
         raise UsageError(
             f"{name} halves the blocks of a diffusers transformer, the num_layers of its config; "
             f"the teacher's network is a {type(network).__name__} without"

@@ -41,7 +41,7 @@ def load_student(folder: str | Path, *, network: nn.Module | None = None) -> nn.
 
 def _network_folder(folder: Path) -> Path:
     """The folder in which weights lie: this one, or that of its denoiser."""
-    averaged = "_ema" if (folder / "state.json").is_file() and _averages(folder.parent) else ""
+    averaged = "_ema" if (folder / "state.json").is_file() and averages(folder.parent) else ""
     for found in (folder, *(folder / f"{name}{averaged}" for name in DENOISERS)):
         if any(found.glob("diffusion_pytorch_model*.safetensors")):
             return found
@@ -58,7 +58,8 @@ def _is_run(folder: Path) -> bool:
     return any(folder.glob("checkpoint-*"))
 
 
-def _averages(run: Path) -> bool:
+def averages(run: Path) -> bool:
+    """Whether a run goes by its averaged weights."""
     try:
         return bool(json.loads((run / "config.json").read_text()).get("use_ema", True))
     except (OSError, ValueError):

@@ -43,7 +43,8 @@ def add_lora(network: nn.Module, inherited: Set[str], rank: int) -> frozenset[st
 
 def _takes_lora(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and module.kernel_size in ((1, 1), (3, 3))
+        plain = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+        return plain and module.kernel_size in ((1, 1), (3, 3))
     return isinstance(module, nn.Linear)
 
 

@@ -133,8 +133,10 @@ def _chunked(pair: Pair, ending: str, beside: str, beside_dim: int) -> Tensor | 
 
 
 def _equal(pair: Pair, dim: int, count: int) -> Parts:
+    """An axis as so many equal parts, and one of what is left over, which pads sinusoids."""
     narrow, wide = pair.lengths(dim)
-    return [(narrow // count, wide // count)] * count
+    rest = [(narrow % count, wide % count)] if narrow % count else []
+    return [(narrow // count, wide // count)] * count + rest
 
 
 def transformer(pair: Pair, dim: int) -> Tensor | None:

@@ -78,9 +78,9 @@ def check_config(config: Mapping[str, Any], interface: Interface, where: str) ->
             f"{where}: the student's samples have {channels} channels, the teacher's {wanted[0]}"
             f"{_of_latents(interface)}: {_WHY}; expected in_channels for {wanted[0]}"
         )
-    size, teachers = config.get("sample_size"), getattr(interface.teacher, "config", {})
-    if size == teachers.get("sample_size"):  # the teacher is used at another size than its config's
-        return
+    size, theirs = config.get("sample_size"), getattr(interface.teacher, "config", None)
+    if isinstance(theirs, Mapping) and size == theirs.get("sample_size"):
+        return  # the teacher is used at another size than its config's
     sides = (size,) * (len(wanted) - 1) if isinstance(size, int) else tuple(size or wanted[1:])
     if sides != wanted[1:]:
         own, other = "x".join(map(str, sides)), "x".join(map(str, wanted[1:]))

@@ -13,6 +13,7 @@ from dkdm import checkpoint
 from dkdm.config import DistillConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
+from dkdm.students.loading import averages
 from dkdm.students.lora import add_lora, inherited_names, merged_weights
 from dkdm.students.positions import counterparts
 from dkdm.students.slices import LAYOUTS, Pair, taken, unknown
@@ -165,7 +166,7 @@ def _component(path: Path) -> Path:
     runs_own = checkpoint.checkpoints(path)
     if (path / checkpoint.MANIFEST).is_file():
         checkpoint.verify_folder(path)
-        names = [f"{name}_ema" for name in DENOISERS]
+        names = [f"{name}_ema" if averages(path.parent) else name for name in DENOISERS]
     elif runs_own and not (path / INDEX).is_file():
         return _component(runs_own[-1])
     else:
