@@ -252,7 +252,7 @@ def test_a_students_own_time_is_exact_between_its_levels():
     ratio = seen.process.sigma / seen.process.alpha
     torch.testing.assert_close(seen.times, ratio, rtol=1e-12, atol=0)
     index = on_levels_of(replace(few, time="index"), karras(1000))
-    assert 0 <= index.times.min() and index.times.max() <= 17
+    assert index.times.min() >= 0 and index.times.max() <= 17
 
 
 def test_an_error_of_x_0_that_becomes_one_of_eps_is_bounded():
