@@ -32,6 +32,7 @@ from dkdm.evaluation.cost import count_macs
 from dkdm.evaluation.same_noise import Plan, draw, pictures
 from dkdm.matching import with_process
 from dkdm.pictures import grid
+from dkdm.prediction import PredictionType
 from dkdm.students import Interface, as_denoiser
 from dkdm.students.transformers import dit
 from dkdm.students.unets import unet
@@ -43,18 +44,20 @@ WIDTHS = (8, 12, 16, 24, 32)
 
 @dataclass(frozen=True)
 class Run:
-    """One student. teacher: cnn or vit; process: the student's; size: of a UNet, its first width;
-    None is a transformer."""
+    """One student. teacher: cnn or vit; process, prediction: the student's, None the teacher's;
+    size: of a UNet, its first width; None is a transformer."""
 
     teacher: str
     size: int | None
     source: str = "dynamic"
     process: str = "teacher"
+    prediction: PredictionType | None = None
 
     @property
     def name(self) -> str:
         student = "vit" if self.size is None else f"cnn{self.size}"
         kind = "" if self.process == "teacher" else f"-{self.process}"
+        kind += f"-{self.prediction}" if self.prediction else ""
         return f"{self.teacher}-to-{student}{kind}-{self.source}"
 
 
@@ -65,8 +68,9 @@ CORNERS = [
     for size in (16, None)
 ]
 FLOWS = [Run(teacher, None, process="flow") for teacher in ("vit", "cnn")]
+VELOCITIES = [replace(run, prediction="v_prediction") for run in CORNERS if run.teacher == "vit"]
 SIZES = [Run("cnn", width) for width in WIDTHS if width != 16]
-RUNS = {run.name: run for run in [*CORNERS, *FLOWS, *SIZES]}
+RUNS = {run.name: run for run in [*CORNERS, *FLOWS, *VELOCITIES, *SIZES]}
 
 
 def network(run: Run, like: Denoiser) -> nn.Module:
@@ -107,7 +111,7 @@ def train(run: Run, teacher: Denoiser, folder: Path, steps: int) -> None:
     if (folder / run.name / "model_index.json").is_file():
         return
     teacher = replace(teacher, evaluations=0)
-    like = with_process(teacher, None, run.process)
+    like = with_process(teacher, run.prediction, run.process)
     student = as_denoiser(run.name, network(run, like), like)
     distill(teacher, student, config_of(run, folder, steps))
 

@@ -253,16 +253,16 @@ def sdxl():
     )
 
 
-def pixart(kind=PixArtAlphaPipeline, sample_size=8):
+def pixart(kind=PixArtAlphaPipeline, sample_size=8, heads=2):
     transformer = PixArtTransformer2DModel(
         sample_size=sample_size,
         num_layers=2,
         patch_size=2,
         attention_head_dim=8,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         caption_channels=32,
         in_channels=4,
-        cross_attention_dim=16,
+        cross_attention_dim=8 * heads,
         out_channels=8,
     )
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02)
@@ -274,8 +274,8 @@ def pixart_sigma():
 
 
 def pixart_1024():
-    """The size at which PixArt-alpha is told resolution and aspect ratio."""
-    return pixart(sample_size=128)
+    """The size at which PixArt-alpha is told resolution and aspect ratio, in thirds of its width."""
+    return pixart(sample_size=128, heads=3)
 
 
 def sd3(with_t5=False):

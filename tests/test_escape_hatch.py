@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
 
 import dkdm
 from dkdm.denoiser import Batch
 from dkdm.errors import UsageError
+from dkdm.export import shipping_notes, write_pipeline
 from dkdm.objective import simple_loss
+from dkdm.prediction import Prediction, clip_x_0, scale_input
 from dkdm.process import network_times, per_sample
-from dkdm.students import student_of
+from dkdm.students import given_student, student_of
 from dkdm.toy import GaussianMixture, mixture_denoiser
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "teachers.md"
@@ -126,13 +129,16 @@ def test_a_perfect_student_of_the_usual_convention_has_nothing_to_learn(title, n
 def test_a_student_is_fed_and_called_in_the_usual_way(title, network):
     teacher = example(title, network)
     student = student_of("unet-tiny", teacher)
-    assert student.parameterization == teacher.parameterization
+    kinds = {"EDM's D(x, sigma)": "edm", "A flow that predicts the clean sample": "flow_prediction"}
+    own = teacher.parameterization
+    assert student.parameterization == replace(own, prediction=kinds.get(title, own.prediction))
     assert torch.equal(student.times, teacher.process.network_time)
     batch = states(teacher.process, 2)
     batch = batch._replace(x=batch.x.float())
+    kind, sigma = student.parameterization.prediction, teacher.process.at(batch.t)[1]
+    shown = scale_input(kind, batch.x, sigma)
     assert torch.equal(
-        student.predict(batch).output,
-        student.network(batch.x, student.times[batch.t].float()).sample,
+        student.predict(batch).output, student.network(shown, student.times[batch.t].float()).sample
     )
 
 
@@ -200,6 +206,94 @@ def test_values_between_zero_and_one(eta):
     assert (x_0.min(), x_0.max()) == (0, 1)
     pixels = teacher.to_pixels(torch.tensor([0.0, 0.25, 0.5, 1.0]))
     assert pixels.tolist() == [-1, -0.5, 0, 1]
+
+
+def test_its_student_ships_with_them(tmp_path):
+    """The folder keeps the range, its pipeline draws in it; what diffusers cannot do is said."""
+    betas = torch.linspace(1e-4, 0.2, 50)
+    teacher = dkdm.Denoiser(
+        lambda x, t: torch.zeros_like(x),
+        dkdm.from_betas(betas, clipping=BETWEEN, spacing="trailing"),
+        dkdm.Parameterization("sample"),
+        (1, 16, 16),
+        value_range=(0.0, 1.0),
+    )
+    student = student_of("unet-tiny", teacher)
+    write_pipeline(tmp_path, student)
+    assert shipping_notes(student) == [
+        "its chain was clipped to 0..1; schedulers of diffusers clip around 0 only, and the "
+        "folder's does not clip"
+    ]
+    again = dkdm.load_teacher(str(tmp_path))
+    assert again.value_range == (0.0, 1.0)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    x = torch.tensor([-0.5, 0.0, 0.25, 1.0, 2.0]).reshape(1, 1, 1, 5)
+    assert pipeline._finished(x, "pt").flatten().tolist() == [0, 0, 0.25, 1, 1]
+    latents = pipeline(num_inference_steps=2, output_type="latent").images
+    assert latents.shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"clipping": dkdm.Clipping(range=2.0), "spacing": "trailing"},
+        {"clipping": dkdm.Clipping(range=1.5, quantile=0.9), "steps_offset": 1},
+        {},
+    ],
+)
+def test_what_a_process_does_is_saved_with_it(fields, tmp_path):
+    """As diffusers reads it, and dkdm again."""
+    process = dkdm.from_betas(BETAS, **fields)
+    teacher = dkdm.Denoiser(ddpm, process, dkdm.Parameterization("epsilon"), (1, 16, 16))
+    write_pipeline(tmp_path, student_of("unet-tiny", teacher))
+    again = dkdm.load_teacher(str(tmp_path)).process
+    for name in ("clipping", "spacing", "steps_offset"):
+        assert getattr(again, name) == getattr(process, name)
+    scheduler = DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.tolist() == process.timesteps(10)
+    x, t = torch.randn(2, 1, 16, 16), scheduler.timesteps[1].expand(2)
+    eps = torch.randn(2, 1, 16, 16)
+    theirs = scheduler.step(eps, t[0], x).pred_original_sample
+    x_0 = (x - process.at(t)[1][0] * eps) / process.at(t)[0][0]
+    found = Prediction(eps, x_0, eps)
+    alpha, sigma = process.at(t)
+    ours = clip_x_0(found, x, alpha, sigma, process.clipping).x_0
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("title", ["EDM's D(x, sigma)", "A flow that predicts the clean sample"])
+def test_a_student_of_another_output_than_its_scheduler_reads_samples_there(title, tmp_path):
+    """The shipped scheduler draws what dkdm draws with the student."""
+    teacher = replace(example(title, EXAMPLES[title]), sample_shape=(1, 16, 16))
+    student = student_of("unet-tiny", teacher)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(student.network.conv_out.weight, std=0.02)
+    write_pipeline(tmp_path, student)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    random = torch.Generator().manual_seed(0)
+    theirs = pipeline(num_inference_steps=50, generator=random, output_type="latent").images
+    start = torch.randn(1, 1, 16, 16, generator=random.manual_seed(0))
+    ours = student.sample(lambda _: start, {}, 50)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameterization": dkdm.Parameterization("sample")}, "predicts sample is misread, by E"),
+        ({"time": "sigma"}, "fed other times than its `time`, 'sigma', by EDMEulerScheduler"),
+    ],
+)
+def test_a_given_student_that_its_scheduler_misreads_is_refused(changes, message):
+    own = dkdm.Parameterization("edm")
+    student = dkdm.Denoiser(torch.nn.Conv2d(3, 3, 1), dkdm.karras(50), own, SHAPE)
+    student = replace(student, call=lambda network, x, time, cond: network(x), **changes)
+    with pytest.raises(UsageError, match=message):
+        given_student(student)
+    given_student(replace(student, process=replace(student.process, scheduler={})))
 
 
 def test_without_a_range_pixels_are_the_samples():

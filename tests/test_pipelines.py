@@ -36,7 +36,8 @@ import pipelines
 from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.denoiser import Batch
 from dkdm.export import usage_snippet, write_pipeline
-from dkdm.process import rectified_flow
+from dkdm.matching import with_process
+from dkdm.process import Process, rectified_flow
 from dkdm.prompts import Prompts
 from dkdm.schedulers import MULTISTEP, from_scheduler_config
 from dkdm.steps import reverse_step
@@ -574,7 +575,33 @@ def test_other_students_sample_without_dkdm(tmp_path, opened, distilled):
         start = torch.randn(2, *again.sample_shape, generator=random)
         ours = again.sample(lambda _, x=start: x, cond, 2, 0.0, 2.0 if texts else 1.0)
         theirs = load_file(folder / "drawn.safetensors")["pixels"]
-        assert_close(again.to_pixels(ours), theirs, 1e-4)
+        assert_close((again.to_pixels(ours) / 2 + 0.5).clamp(0, 1), theirs, 1e-4)
+
+
+def test_students_that_are_fed_sizes_sample_on_another_process(tmp_path, opened):
+    """SDXL and PixArt of 1024 pixels: the sizes are written out in the shipped pipeline."""
+    prompts = str(opened("sdxl").folder.parent / "prompts.txt")
+    teachers = {
+        "sdxl": opened("sdxl").denoiser,
+        "pixart": saved(pipelines.pixart_1024(), tmp_path / "pixart-teacher"),
+    }
+    for name, teacher in teachers.items():
+        like = with_process(with_texts(teacher, prompts), None, "flow")
+        network = varied(teacher.network, out_channels=4)
+        write_pipeline(tmp_path / name, as_denoiser(name, network, like))
+    command = [sys.executable, "-c", WITHOUT_DKDM, *(str(tmp_path / name) for name in teachers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    for name, teacher in teachers.items():
+        again = with_texts(load_teacher(str(tmp_path / name)), prompts)
+        assert again.constants.keys() == teacher.constants.keys() != set()
+        high = again.process.sigma[-1]
+        sigma = torch.stack([high / 2, high])
+        again = replace(again, process=Process(1 - sigma, sigma, 1000 * sigma))
+        start = torch.randn(2, *again.sample_shape, generator=torch.Generator().manual_seed(5))
+        drawn = again.sample(lambda _, x=start: x, again.conditioning.of(PROMPTS), 2, 0.0, 2.0)
+        theirs = load_file(tmp_path / name / "drawn.safetensors")["pixels"]
+        assert_close((again.to_pixels(drawn) / 2 + 0.5).clamp(0, 1), theirs, 1e-4)
 
 
 def refused(folder, kind=UsageError, **options):

@@ -130,8 +130,13 @@ def test_a_student_of_fewer_classes_says_so_when_loaded(of_two_classes):
 def test_its_pipeline_draws_the_classes_it_learnt_and_refuses_others(of_two_classes):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(of_two_classes, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)
-    assert set(pipeline._labels(None, 50).tolist()) == {0, 2}
+    random = torch.Generator().manual_seed(0)
+    drawn = pipeline._labels(None, 50, random)
+    assert set(drawn.tolist()) == {0, 2}
+    assert torch.equal(pipeline._labels(None, 50, random.manual_seed(0)), drawn)
+    assert pipeline._labels(2, 3, None).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="batch_size 3: expected one label or as many, not 2"):
+        pipeline._labels([0, 2], 3, None)
     with pytest.raises(ValueError, match=r"expected some of \[0, 2\]"):
         pipeline(class_labels=[1], num_inference_steps=1)
     images = pipeline(class_labels=[2], num_inference_steps=1, output_type="pt").images

@@ -9,16 +9,14 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from torch import nn
 
 from dkdm.conditioning import ClassLabels
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.denoiser import Denoiser
 from dkdm.evaluation.classes import Metrics
-from dkdm.export import usage_snippet
+from dkdm.export import shipping_notes, usage_snippet
 from dkdm.licence import CARD, Origin, licence_of_student, origin_of
 from dkdm.prompts import Prompts
-from dkdm.ship import shipping_note
 from dkdm.version import __version__
 
 _TEMPLATES = Environment(  # nosec: writes Markdown, not HTML
@@ -63,7 +61,7 @@ def write_card(
         lead=_lead(denoiser, config, origin, teacher),
         pictures=_pictures(folder),
         usage=usage_snippet(config.output_dir.absolute().name, denoiser),
-        note=shipping_note(denoiser.network) if isinstance(denoiser.network, nn.Module) else None,
+        notes=shipping_notes(denoiser),
         details=_details(denoiser, config, teacher, minutes),
         metrics=list(rows),
         measured_how=measured_how,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from dkdm.denoiser import Denoiser
 from dkdm.own import OWN_CLASS, origin_of
 from dkdm.process import Process
 from dkdm.prompts import Prompts
-from dkdm.schedulers import SIGMA_RANGE, flow_grid
-from dkdm.ship import shipment
+from dkdm.schedulers import SIGMA_RANGE, beta_fields, flow_grid
+from dkdm.ship import shipment, shipping_note
 from dkdm.teachers.networks import pixels
 from dkdm.teachers.text import FAMILIES
 
@@ -66,7 +67,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
         **{name: [part.library, part.class_name] for name, part in components.items()},
     }
     if stock is None:
-        index |= _class_index(denoiser) | _origin(denoiser)
+        index |= _class_index(denoiser) | _origin(denoiser) | _value_range(denoiser)
         (folder / "pipeline.py").write_text(_pipeline_source(denoiser, component, components))
     else:
         index = {**denoiser.bundle.entries, **index}
@@ -80,6 +81,27 @@ def _origin(denoiser: Denoiser) -> dict[str, Any]:
     entries, width = dict(denoiser.bundle.entries), _token_width(denoiser.conditioning)
     entries |= {} if width is None else {"joint_attention_dim": width}
     return {"_came_from": {"pipeline": denoiser.bundle.pipeline, "entries": entries}}
+
+
+def shipping_notes(denoiser: Denoiser) -> list[str]:
+    """What whoever loads the folder must know or have, if anything."""
+    network, clipping = denoiser.network, denoiser.process.clipping
+    own = shipping_note(network) if isinstance(network, nn.Module) else None
+    notes = [] if own is None else [own]
+    if denoiser.process.scheduler and clipping.range is not None and clipping.center != 0:
+        low, high = clipping.center - clipping.range, clipping.center + clipping.range
+        notes.append(
+            f"its chain was clipped to {low:g}..{high:g}; schedulers of diffusers clip around 0 "
+            "only, and the folder's does not clip"
+        )
+    return notes
+
+
+def _value_range(denoiser: Denoiser) -> dict[str, str]:
+    """The values of clean samples, for dkdm's eyes, where they are not -1 to 1."""
+    if denoiser.value_range == (-1.0, 1.0):
+        return {}
+    return {"_value_range": "{}..{}".format(*denoiser.value_range)}
 
 
 def _write_source(network: nn.Module, folder: Path) -> list[str]:
@@ -100,12 +122,13 @@ def _write_source(network: nn.Module, folder: Path) -> list[str]:
 def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
     """The config of the scheduler that samples this model; empty where diffusers has none."""
     config = dict(denoiser.process.scheduler)
-    own = denoiser.parameterization
-    if config.get("_class_name") in ("DDPMScheduler", "DDIMScheduler"):
+    own, name = denoiser.parameterization, config.get("_class_name", "")
+    if name in ("DDPMScheduler", "DDIMScheduler"):
+        config |= beta_fields(denoiser.process)
         config["prediction_type"] = own.prediction
-    if config.get("_class_name") == "DDPMScheduler":
+    if name == "DDPMScheduler":
         config["variance_type"] = own.variance
-    if config.get("_class_name", "").startswith("EDM"):
+    if name.startswith("EDM"):
         config["sigma_data"] = own.sigma_data
     return config
 
@@ -131,6 +154,8 @@ def _stock_pipeline(denoiser: Denoiser) -> str | None:
     """The diffusers pipeline that can feed this network, if there is one."""
     network, kind = type(denoiser.network).__name__, denoiser.bundle.pipeline
     scheduler = denoiser.process.scheduler["_class_name"]
+    if _value_range(denoiser):
+        return None
     if network == "UNet2DModel":
         return _stock_of_unet(denoiser, scheduler)
     if STOCK_NETWORKS.get(str(kind)) != network or not _stock_process(str(kind), denoiser.process):
@@ -207,7 +232,7 @@ def _pipeline_source(
         family=family,
         zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
         arguments=family.all_arguments(bundle) if family else {},
-        call=_CALLS_WITH_TEXT.get(type(denoiser.network).__name__, "network(x, time, **embeds)"),
+        call=_call_with_text(denoiser),
         packs=type(denoiser.network).__name__ == "FluxTransformer2DModel",
         embeds_guidance=denoiser.embeds_guidance,
         flow=scheduler.startswith("FlowMatch"),
@@ -217,6 +242,7 @@ def _pipeline_source(
         random_step=scheduler != "IPNDMScheduler",
         drops_variance=denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler",
         sample_shape=tuple(denoiser.sample_shape),
+        value_range=denoiser.value_range if _value_range(denoiser) else None,
         token_width=_token_width(denoiser.conditioning),
     )
 
@@ -235,10 +261,14 @@ _MASK = 'encoder_attention_mask=embeds.get("encoder_attention_mask")'
 _POOLED = 'pooled_projections=embeds["pooled_projections"]'
 _CALLS_WITH_TEXT = {  # as in calls.py
     "UNet2DConditionModel": f"network(x, time, {_TOKENS}, {_MASK})",
+    "UNet2DConditionModel with sizes": (
+        f"network(x, time, {_TOKENS}, {_MASK}, added_cond_kwargs="
+        '{"text_embeds": embeds["pooled_projections"], "time_ids": CONSTANTS["time_ids"]})'
+    ),
     "SD3Transformer2DModel": f"network(hidden_states=x, timestep=time, {_TOKENS}, {_POOLED})",
     "PixArtTransformer2DModel": (
-        'network(x, timestep=time, added_cond_kwargs={"resolution": None, "aspect_ratio": None}, '
-        f"{_TOKENS}, {_MASK})"
+        f'network(x, timestep=time, {_TOKENS}, {_MASK}, added_cond_kwargs={{"resolution": '
+        'CONSTANTS["resolution"], "aspect_ratio": CONSTANTS["aspect_ratio"]})'
     ),
     "FluxTransformer2DModel": "self._packed(x, time, embeds)",
     "SanaTransformer2DModel": (
@@ -250,6 +280,19 @@ _CALLS_WITH_TEXT = {  # as in calls.py
     ),
     "WanTransformer3DModel": f"network(hidden_states=x, timestep=time, {_TOKENS})",
 }
+
+
+def _call_with_text(denoiser: Denoiser) -> str:
+    """The line that evaluates the network; what it is always fed is written out in it."""
+    name = type(denoiser.network).__name__
+    name += " with sizes" if "time_ids" in denoiser.constants else ""
+
+    def written(match: re.Match[str]) -> str:
+        value = denoiser.constants.get(match[1])
+        return "None" if value is None else f"x.new_tensor({value.tolist()}).expand(len(x), -1)"
+
+    call = _CALLS_WITH_TEXT.get(name, "network(x, time, **embeds)")
+    return re.sub(r'CONSTANTS\["(\w+)"\]', written, call)
 
 
 def _class_index(denoiser: Denoiser) -> dict[str, Any]:

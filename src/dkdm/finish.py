@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dkdm import checkpoint
 from dkdm.card import NO_LICENCE, write_card
@@ -21,11 +20,11 @@ from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare
 from dkdm.evaluation.features import ReferenceName
 from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.export import shipping_notes
 from dkdm.pictures import grid
 from dkdm.pool import Guidance
 from dkdm.progress import track
 from dkdm.report import write_report
-from dkdm.ship import shipping_note
 
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
@@ -201,9 +200,8 @@ def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> Non
 
 
 def say_what_ships(model: Denoiser) -> None:
-    """Say what a folder with a user's own network needs where it is loaded, if anything."""
-    note = shipping_note(model.network) if isinstance(model.network, nn.Module) else None
-    if note:
+    """Say what must be known or there where the folder is loaded, if anything."""
+    for note in shipping_notes(model):
         print(f"note: {note}", file=sys.stderr)
 
 

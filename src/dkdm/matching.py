@@ -35,20 +35,15 @@ def with_process(
 ) -> Denoiser:
     """The teacher's description with another parameterization or noise process, for a student.
 
-    prediction: None is the teacher's, or what the other process's scheduler takes. process:
-    "teacher", one of `schedulers.NAMED`, or the path of a scheduler_config.json; of its levels
-    those are kept whose signal-to-noise ratio the teacher has. A learned variance stays with the
-    teacher's process only. Raises UsageError where no scheduler of diffusers takes the two
+    prediction: None is the teacher's, or what the process's scheduler takes where it does not take
+    that. process: "teacher", one of `schedulers.NAMED`, or the path of a scheduler_config.json; of
+    its levels those are kept whose signal-to-noise ratio the teacher has. A learned variance stays
+    with the teacher's process only. Raises UsageError where no scheduler of diffusers takes the two
     together.
     """
     own = teacher.parameterization
     if process == "teacher":
-        prediction = prediction or own.prediction
-        if prediction == own.prediction:
-            return teacher
-        if teacher.process.scheduler:
-            check_scheduler_takes(prediction, teacher.process.scheduler)
-        return replace(teacher, parameterization=replace(own, prediction=prediction))
+        return _with_prediction(teacher, prediction)
     config = _scheduler_of(process, teacher.process.clipping)
     given = prediction_type(config) if process not in NAMED else None
     prediction = prediction or given or _default_prediction(own, config)
@@ -57,6 +52,19 @@ def with_process(
     sigma_data = config.get("sigma_data", own.sigma_data)
     other = Parameterization(prediction, "fixed_small", sigma_data)
     return replace(teacher, process=kept, parameterization=other, time=None)
+
+
+def _with_prediction(teacher: Denoiser, prediction: PredictionType | None) -> Denoiser:
+    """The teacher's description with another parameterization, where its scheduler takes it."""
+    own, config = teacher.parameterization, teacher.process.scheduler
+    if prediction is None:
+        fits = not config or own.prediction in _predictions(config)
+        prediction = own.prediction if fits else prediction_type(config)
+    elif config:
+        check_scheduler_takes(prediction, config)
+    if prediction == own.prediction:
+        return teacher
+    return replace(teacher, parameterization=replace(own, prediction=prediction))
 
 
 def _scheduler_of(process: ProcessName, clipping: Clipping) -> Config:
@@ -74,7 +82,7 @@ def _default_prediction(teacher: Parameterization, config: Config) -> Prediction
     return "v_prediction" if _is_beta(config) else prediction_type(config)
 
 
-_BETA_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+_BETA_PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "sample", "v_prediction")
 
 
 def _is_beta(config: Config) -> bool:
@@ -83,13 +91,36 @@ def _is_beta(config: Config) -> bool:
 
 def check_scheduler_takes(prediction: PredictionType, config: Config) -> None:
     """Raise UsageError where a scheduler cannot sample a network of this parameterization."""
-    allowed = _BETA_PREDICTIONS if _is_beta(config) else (prediction_type(config),)
+    allowed = _predictions(config)
     if prediction not in allowed:
         raise UsageError(
             f"--student-prediction {prediction}: {config['_class_name']} samples "
             f"{' and '.join(allowed)} only; expected one of these, or another --student-process "
             f"({', '.join(NAMED)})"
         )
+
+
+def _predictions(config: Config) -> tuple[PredictionType, ...]:
+    """What a scheduler can sample."""
+    return _BETA_PREDICTIONS if _is_beta(config) else (prediction_type(config),)
+
+
+def check_is_sampled(student: Denoiser) -> None:
+    """Raise UsageError where its process's scheduler reads or feeds a network in another way."""
+    config = student.process.scheduler
+    if not config:
+        return
+    own = student.parameterization.prediction
+    reads = own in _predictions(config)
+    if reads and torch.equal(student.times, student.process.network_time):
+        return
+    what = f"a network is fed other times than its `time`, {student.time!r}"
+    what = what if reads else f"a network that predicts {own} is misread"
+    raise UsageError(
+        f"{student.name}: {what}, by {config['_class_name']}, with which it would be saved; "
+        "expected another student, or a process without a scheduler "
+        "(`dataclasses.replace(process, scheduler={})`), whose network is saved alone"
+    )
 
 
 def ratio_range(process: Process) -> tuple[float, float]:

@@ -315,6 +315,29 @@ def _clipping(config: Config, rederive_eps: bool) -> Clipping:
     return Clipping(rederive_eps=rederive_eps)
 
 
+def beta_fields(process: Process) -> dict[str, Any]:
+    """How a process clips and steps, as a DDPM or DDIM scheduler's config says it.
+
+    These schedulers clip around 0 only: a clipping around another value is left out.
+    """
+    clipping = process.clipping
+    clips = clipping.range is not None and clipping.center == 0
+    quantile = clipping.quantile if clips else None
+    fields: dict[str, Any] = {
+        "clip_sample": clips and quantile is None,
+        "thresholding": quantile is not None,
+        "timestep_spacing": process.spacing,
+        "steps_offset": process.steps_offset,
+    }
+    if quantile is not None:
+        fields |= {"dynamic_thresholding_ratio": quantile, "sample_max_value": clipping.range}
+    elif clips:
+        fields["clip_sample_range"] = clipping.range
+    if process.scheduler["_class_name"] == "DDIMScheduler":
+        fields["set_alpha_to_one"] = process.final == (1.0, 0.0)
+    return fields
+
+
 def _from_flow_config(config: Config, image_tokens: int | None) -> Process:
     odd = [key for key in _UNSUPPORTED_FLOW if config.get(key)]
     if odd:

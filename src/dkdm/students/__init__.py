@@ -16,7 +16,7 @@ from dkdm.conditioning import ClassLabels, Condition
 from dkdm.config import ProcessName
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
-from dkdm.matching import with_process
+from dkdm.matching import check_is_sampled, with_process
 from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, is_own, make, read_origin, remember_factory, remember_object
 from dkdm.plugins import import_object
@@ -72,6 +72,7 @@ def untried_student_of(spec: str, teacher: Denoiser) -> Denoiser:
 
 def given_student(student: Denoiser) -> Denoiser:
     """A student whose network is an object already. Raises UsageError where it does not fit."""
+    check_is_sampled(student)
     student.check()
     remember_object(student)
     return student

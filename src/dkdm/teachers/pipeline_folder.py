@@ -72,6 +72,7 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
         shape,
         conditioning,
         constants,
+        value_range=_saved_range(index),
         bundle=bundle,
     )
 
@@ -80,6 +81,12 @@ def _saved_size(index: dict[str, Any]) -> tuple[int, ...] | None:
     """The size of a sample that dkdm writes beside the components."""
     size = index.get("_sample_size")
     return None if size is None else tuple(map(int, size.split("x")))
+
+
+def _saved_range(index: dict[str, Any]) -> tuple[float, float]:
+    """The smallest and largest value of a sample, where dkdm wrote them."""
+    low, high = map(float, index.get("_value_range", "-1..1").split(".."))
+    return low, high
 
 
 def read_base(folder: Path) -> tuple[dict[str, Any] | None, Bundle, Prompts | None]:
