@@ -274,7 +274,7 @@ def pixart_sigma():
 
 
 def pixart_1024():
-    """The size at which PixArt-alpha is told resolution and aspect ratio, in thirds of its width."""
+    """The size at which PixArt-alpha is told resolution and aspect ratio."""
     return pixart(sample_size=128, heads=3)
 
 
