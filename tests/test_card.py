@@ -1,5 +1,6 @@
 """The model card: front matter that the hub can read, code that runs, nothing that is not true."""
 
+import ast
 import re
 from dataclasses import replace
 
@@ -128,6 +129,8 @@ def test_no_path_of_this_machine_is_told(tmp_path):
         prompts=str(tmp_path / "prompts.txt"),
         teacher_lora=(tmp_path / "a.safetensors",),
         teacher_config=tmp_path / "config.yaml",
+        teacher_flags=f"--vae {tmp_path / 'vae'}",
+        student_init=str(tmp_path / "earlier"),
         resume_from_checkpoint=str(tmp_path / "checkpoint-2"),
         hub_model_id="someone/secret-name",
     )
@@ -136,6 +139,20 @@ def test_no_path_of_this_machine_is_told(tmp_path):
     assert "secret-name" not in card.content
     assert "distilled from `mine`" in card.text
     assert "`student`: student.json" in card.text
+    assert "`student_init`: earlier" in card.text
+
+
+@pytest.mark.parametrize(("scale", "on"), [("1.0", "target"), ("4", "chain")])
+def test_guidance_that_the_student_does_not_imitate_is_not_baked_in(tmp_path, scale, on):
+    config = DistillConfig(guidance_scale=scale, guidance_on=on)
+    assert "baked in" not in card_of(tmp_path, denoiser(3), config).text
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    name = 'it\'s "mine"'
+    (tmp_path / name).mkdir()
+    code = ast.parse(code_of(card_of(tmp_path / name, denoiser(None), DistillConfig())))
+    assert name in [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]
 
 
 def test_licence_is_inherited_from_a_local_teacher(tmp_path):
@@ -279,6 +296,8 @@ def test_code_of_the_card_draws_from_a_prompt(tmp_path, monkeypatch, student):
     card = card_of(tmp_path / "run", model, DistillConfig(prompts="prompts.txt"))
     assert card.data.pipeline_tag == "text-to-image"
     assert "trained with 2 prompts" in card.text
+    stock = student is None
+    assert ("guidance_scale=1.0" in card.text) == stock  # a stock pipeline guides by itself
     drawn = {}
     exec(code_of(card), drawn)
     assert drawn["images"][0].size == (16, 16)

@@ -488,7 +488,7 @@ def test_students_sample_in_the_stock_pipeline_as_their_card_says(name, opened, 
     again = reloaded(folder, found)
     assert torch.equal(again.process.alpha, found.denoiser.process.alpha)
     card = (folder / "README.md").read_text()
-    code = usage_snippet(folder.name, again)
+    code = usage_snippet(folder.name, again, 3.0 if again.embeds_guidance else 1.0)
     assert code in card
     code = code.replace(f'"{folder.name}"', repr(str(folder))).replace("=50", "=2")
     made = {}

@@ -16,6 +16,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.evaluation.classes import Metrics
 from dkdm.export import shipping_notes, usage_snippet
 from dkdm.licence import CARD, Origin, licence_of_student, origin_of
+from dkdm.pool import Guidance
 from dkdm.prompts import Prompts
 from dkdm.version import __version__
 
@@ -45,12 +46,13 @@ def write_card(
     rows: Sequence[tuple[str, Sequence[str]]] = (),
     metrics: Metrics | None = None,
     measured_how: str = "",
+    guidance_scale: float = 1.0,
 ) -> bool:
     """Write `README.md`, the model card; returns whether it names a licence.
 
     teacher: of a distillation. minutes: that the training took. rows: of the table of measurements,
     the first one its header. metrics: the same for the hub's index. measured_how: how these numbers
-    came about.
+    came about. guidance_scale: that it is to be sampled with.
     """
     origin = origin_of(config)
     inherited = origin.licence if origin else {}
@@ -60,7 +62,7 @@ def write_card(
         title=config.output_dir.absolute().name,
         lead=_lead(denoiser, config, origin, teacher),
         pictures=_pictures(folder),
-        usage=usage_snippet(config.output_dir.absolute().name, denoiser),
+        usage=usage_snippet(config.output_dir.absolute().name, denoiser, guidance_scale),
         notes=shipping_notes(denoiser),
         details=_details(denoiser, config, teacher, minutes),
         metrics=list(rows),
@@ -233,7 +235,8 @@ def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
             "It imitates its teacher: what that cannot draw, or draws with a bias, this model "
             "inherits, and no filter was added. Read the teacher's own card."
         )
-        if config.guidance_scale != "1" and config.guidance_on == "target":
+        guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
+        if not (guidance.is_off or guidance.chain_only or denoiser.embeds_guidance):
             limits.append(
                 f"Guidance of {config.guidance_scale} is baked in: sample it without more."
             )
@@ -271,9 +274,24 @@ def _licence_name(licence: Mapping[str, Any]) -> str:
     return f"[{names}]({link})" if link else f"`{names}`"
 
 
-_ELSEWHERE = ("output_dir", "resume_from_checkpoint", "teacher", "images", "license")
+_ELSEWHERE = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "teacher",
+    "teacher_flags",  # may hold paths
+    "images",
+    "license",
+)
 _HUB = ("push_to_hub", "hub_model_id", "hub_private")
-_MAY_BE_PATHS = ("student", "network", "scheduler", "base", "prompts", "student_process")
+_MAY_BE_PATHS = (
+    "student",
+    "student_init",
+    "student_process",
+    "network",
+    "scheduler",
+    "base",
+    "prompts",
+)
 
 
 def _hyperparameters(config: RunConfig) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from dkdm.bundle import Component
 from dkdm.checkpoint import save_network
-from dkdm.conditioning import ClassLabels, Conditioning
+from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
 from dkdm.own import OWN_CLASS, origin_of
 from dkdm.process import Process
@@ -323,32 +323,41 @@ def _diffusers_version() -> str:
     return str(diffusers.__version__)
 
 
-def usage_snippet(folder: str, denoiser: Denoiser) -> str:
-    """The Python lines that load and sample the folder with diffusers.
+def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) -> str:
+    """The Python lines that load and sample the folder with diffusers, guided by this scale.
 
     Without a scheduler of diffusers there is no pipeline: they load the network alone.
     """
     if not denoiser.process.scheduler:
         return _network_alone(folder, denoiser)
     stock = _stock_pipeline(denoiser)
-    given = [repr(folder).replace("'", '"')]
+    given = [json.dumps(folder, ensure_ascii=False)]
     given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
     result = _RESULTS.get(str(stock), "images")
     return (
         "from diffusers import DiffusionPipeline\n\n"
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join(given)})\n"
-        f"{result} = pipeline({_usage_call(denoiser, stock)}num_inference_steps=50).{result}"
+        f"{result} = pipeline({_usage_call(denoiser, stock)}num_inference_steps=50"
+        f"{_usage_guidance(denoiser, stock, guidance_scale)}).{result}"
     )
+
+
+def _usage_guidance(denoiser: Denoiser, stock: str | None, scale: float) -> str:
+    """The scale, where it is not what the pipeline takes by itself; each stock one has its own."""
+    if isinstance(denoiser.conditioning, Unconditional) or (stock is None and scale == 1.0):
+        return ""
+    return f", guidance_scale={scale}"
 
 
 def _network_alone(folder: str, denoiser: Denoiser) -> str:
     network: Any = denoiser.network
     kind, component = type(network), component_name(network)
+    quoted = json.dumps(folder, ensure_ascii=False)
     if kind.__module__.partition(".")[0] != "diffusers":
-        return f'import dkdm\n\nnetwork = dkdm.load_student("{folder}")'
+        return f"import dkdm\n\nnetwork = dkdm.load_student({quoted})"
     return (
         f"from diffusers import {kind.__name__}\n\n"
-        f'network = {kind.__name__}.from_pretrained("{folder}", subfolder="{component}")'
+        f'network = {kind.__name__}.from_pretrained({quoted}, subfolder="{component}")'
     )
 
 

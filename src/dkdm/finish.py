@@ -146,6 +146,7 @@ def finish_distillation(
         rows=rows,
         metrics=metrics,
         measured_how=how,
+        guidance_scale=sampling_guidance(config, student)[1],
     )
     write_report(config.output_dir)
     _ask_for_licence(config, licensed)
@@ -194,6 +195,7 @@ def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> Non
         rows=rows,
         metrics=metrics,
         measured_how=how,
+        guidance_scale=config.sampling_guidance_scale,
     )
     _ask_for_licence(config, licensed)
     say_what_ships(model)
