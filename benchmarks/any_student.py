@@ -189,7 +189,8 @@ def table(
             flush=True,
         )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "sizes.svg").write_text(size_curve(results))
+    if "teacher cnn" in results:
+        (args.output_dir / "sizes.svg").write_text(size_curve(results))
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     picture: Image.Image = grid(torch.cat(images), SHOWN, scale=3)
     picture.save(args.output_dir / "samples.png")

@@ -1,5 +1,7 @@
 """A user's own networks, good and bad, named as module:factory; torch and nothing else."""
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -186,6 +188,67 @@ class Float32Only(Flawed):
     def shift(self, t, class_labels):
         angles = t[:, None] * self.rates.float()
         return self.time(torch.cat([angles.sin(), angles.cos()], 1)) + self.label(class_labels)
+
+
+class LogOfTime(Flawed):
+    """Sound at every level but the first, whose t is 0."""
+
+    def forward(self, x, t, class_labels=None):
+        return super().forward(x, t.log(), class_labels)
+
+
+class ChangesItsInput(Flawed):
+    def forward(self, x, t, class_labels=None):
+        x.mul_(2)
+        return super().forward(x, t, class_labels)
+
+
+class OnTheCpu(Flawed):
+    def shift(self, t, class_labels):
+        return super().shift(t, class_labels) + torch.arange(8)
+
+
+class ThroughNumpy(Flawed):
+    def shift(self, t, class_labels):
+        return super().shift(torch.from_numpy(t.numpy()), class_labels)
+
+
+class PlainList(Flawed):
+    def __init__(self, sample_shape, out_channels, conditioning):
+        super().__init__(sample_shape, out_channels, conditioning)
+        self.more = [nn.Linear(8, 8)]
+
+    def shift(self, t, class_labels):
+        return self.more[0](super().shift(t, class_labels))
+
+
+class WeightNormed(Flawed):
+    """With the old function, whose weights cannot be copied once they were used."""
+
+    def __init__(self, sample_shape, out_channels, conditioning):
+        super().__init__(sample_shape, out_channels, conditioning)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.first = nn.utils.weight_norm(self.first)
+
+
+class SpectrallyNormed(Flawed):
+    """Nothing wrong with it: a power iteration goes on with each evaluation in training."""
+
+    def __init__(self, sample_shape, out_channels, conditioning):
+        super().__init__(sample_shape, out_channels, conditioning)
+        self.first = nn.utils.parametrizations.spectral_norm(self.first)
+
+
+class Lazy(Flawed):
+    def __init__(self, sample_shape, out_channels, conditioning):
+        super().__init__(sample_shape, out_channels, conditioning)
+        self.time = nn.LazyLinear(8)
+
+
+class DropsOutAlways(Flawed):
+    def forward(self, x, t, class_labels=None):
+        return super().forward(nn.functional.dropout(x, 0.1), t, class_labels)
 
 
 class Branches(Flawed):

@@ -17,6 +17,7 @@ from dkdm.check_student import check_student
 from dkdm.cli import main
 from dkdm.conditioning import ClassLabels
 from dkdm.doctor import print_findings
+from dkdm.errors import UsageError
 from dkdm.export import write_pipeline
 from dkdm.own import awakened
 from dkdm.students import student_of
@@ -47,7 +48,8 @@ def test_nothing_is_found_in_a_sound_network(sound):
     names = [each.name for each in sound.findings]
     assert names == [
         *("network", "shapes", "null condition", "uses x", "uses t", "uses class_labels"),
-        *("samples", "gradients", "learns", "bfloat16 weights", "autocast", "checkpointing"),
+        *("samples", "gradients", "learns", "bfloat16 weights", "autocast", "device"),
+        "checkpointing",
         *("reload", "shipping", "torch.compile", "torch.export", "speed"),
     ]
 
@@ -57,6 +59,13 @@ FLAWS = [
     ("ReturnsList", "forward", "problem", "the network returned list: expected a tensor"),
     ("WrongChannels", "shapes", "problem", r"got \(3, 3, 8, 8\) for 3 .*expected \(3, 1, 8, 8\)"),
     ("NotFinite", "shapes", "problem", "not finite for 3 fresh samples"),
+    ("Lazy", "factory", "problem", r"returned lazy layers \(time\.weight\)"),
+    ("LogOfTime", "shapes", "problem", r"not finite for 2 fresh samples at t = 0, 49"),
+    ("ChangesItsInput", "inputs", "problem", "changes its x in place"),
+    ("OnTheCpu", "device", "warning", rf"a tensor is on the CPU \({PLACE}\)"),
+    ("PlainList", "plain modules", "problem", "neither trained, saved nor moved: more"),
+    ("WeightNormed", "copy", "problem", "support the deepcopy protocol"),
+    ("DropsOutAlways", "deterministic", "warning", "differ in evaluation mode"),
     ("NoLabels", "forward", "problem", "unexpected keyword argument 'class_labels'"),
     ("Raises", "forward", "problem", rf"channels.* \({PLACE}, in Raises\)"),
     ("IgnoresX", "uses x", "problem", "does not depend on x"),
@@ -89,7 +98,7 @@ def test_flaws_are_found(name, where, status, what):
     assert re.search(what, found[where].what), found[where]
     assert found[where].remedy
     assert checkup.passed == all(each.status != "problem" for each in found.values())
-    assert (checkup.failure is not None) == (where in ("forward", "factory"))
+    assert (checkup.failure is not None) == (where in ("forward", "factory", "copy"))
 
 
 @pytest.mark.parametrize(
@@ -113,8 +122,31 @@ def test_a_run_warns_of_what_is_odd_and_is_not_changed_by_looking(name, said):
 
 def test_nothing_is_said_of_sound_networks_and_of_those_that_are_no_users_own():
     teacher = denoiser()
-    for name in ("own_networks:make", "own_networks:DropsOut", "dit-tiny"):
+    own = [f"own_networks:{name}" for name in ("make", "DropsOut", "SpectrallyNormed")]
+    for name in (*own, "dit-tiny"):
         assert cautions(student_of(name, teacher), teacher) == []
+
+
+@pytest.mark.parametrize("name", ["SpectrallyNormed", "DropsOut"])
+def test_nothing_is_found_in_unusual_networks_that_work(name):
+    checkup = look(f"own_networks:{name}")
+    assert troubles(checkup) == {}
+    assert checkup.passed
+
+
+def test_what_a_gpu_alone_can_tell_is_left_to_it():
+    [device] = [f for f in look("own_networks:ThroughNumpy").findings if f.name == "device"]
+    assert device.status == "ok"
+    assert "cannot be told here" in device.what
+
+
+def test_another_process_and_prediction_of_the_student():
+    checkup = check_student(
+        "own_networks:make", denoiser(), process="flow", compile_backend=None, export=False
+    )
+    assert troubles(checkup) == {}
+    with pytest.raises(UsageError, match="--student-prediction epsilon: FlowMatch"):
+        check_student("own_networks:make", denoiser(), prediction="epsilon", process="flow")
 
 
 def test_a_module_that_cannot_be_imported_is_told_where_it_is_looked_for():
@@ -134,7 +166,11 @@ def test_a_module_that_cannot_be_imported_is_told_where_it_is_looked_for():
         ("Unused", set()),
         ("BatchNormed", set()),
         ("Float32Only", set()),
-        ("HiddenState", {"plain tensors", "shipping"}),
+        ("HiddenState", {"plain tensors", "shipping", "device"}),
+        ("ChangesItsInput", set()),
+        ("OnTheCpu", set()),
+        ("PlainList", {"device", "bfloat16 weights", "reload", "shipping"}),
+        ("DropsOutAlways", set()),
     ],
 )
 def test_a_flaw_is_not_taken_for_another(name, others):

@@ -34,7 +34,7 @@ from dkdm.sources import Images, Synthetic, draw_set, empty_set
 from dkdm.students import as_denoiser, given_student, student_of
 from dkdm.students.space import check_same_samples
 from dkdm.students.start import begin
-from dkdm.teachers import LoadOptions, load_teacher, place, with_texts
+from dkdm.teachers import chosen_teacher, place, with_texts
 from dkdm.trainer import Trainer
 from dkdm.trainset import training_data
 
@@ -117,21 +117,7 @@ def _name_of(model: str | Denoiser | nn.Module | None) -> str | None:
 
 def open_teacher(config: DistillConfig) -> Denoiser:
     """Load the teacher a config names."""
-    teacher = load_teacher(
-        config.teacher,
-        format=config.teacher_format,
-        subfolder=config.teacher_subfolder,
-        revision=config.teacher_revision,
-        options=LoadOptions(
-            variant=config.teacher_variant,
-            dtype=config.teacher_dtype,
-            sample_size=config.teacher_size,
-            config=config.teacher_config,
-            flags=config.teacher_flags,
-            lora=config.teacher_lora or (),
-        ),
-    )
-    return with_conditions(teacher, config)
+    return with_conditions(chosen_teacher(config), config)
 
 
 def open_student(

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from dkdm.config import DistillConfig, RunConfig, TrainConfig, from_mapping
+from dkdm.config import (
+    DistillConfig,
+    RunConfig,
+    StudentChoice,
+    TeacherChoice,
+    TrainConfig,
+    from_mapping,
+)
 from dkdm.errors import DkdmError, UsageError
 from dkdm.recipes import RECIPES, recipe
 from dkdm.version import __version__
@@ -114,13 +121,9 @@ class InspectOptions(TeacherOptions):
 
 
 @dataclass(frozen=True)
-class StudentsOptions:
-    """List the named students at a teacher's sample shape."""
+class StudentsOptions(TeacherChoice):
+    """List the named students at a teacher's sample shape; of a pipeline only configs are read."""
 
-    teacher: str = "builtin:fashion"
-    """Whose shape and conditioning they are fitted to; of a pipeline only the configs are read."""
-    teacher_size: Labels = None
-    """Height and width (frames, height, width; or length) as the teacher sees a sample."""
     measure: bool = True
     """Time the students, with random weights, in turns with the teacher."""
     measure_batch_size: int = 8
@@ -134,15 +137,9 @@ class StudentsOptions:
 
 
 @dataclass(frozen=True)
-class CheckOptions:
+class CheckOptions(StudentChoice, TeacherChoice):
     """Try all that a student will go through, before its first step."""
 
-    teacher: str = "builtin:fashion"
-    """Whose shape, conditions and targets the student is tried with."""
-    student: str = "unet-tiny"
-    """A preset, a diffusers config.json, or module:factory."""
-    teacher_size: Labels = None
-    """Height and width (frames, height, width; or length) as the teacher sees a sample."""
     prompts: str | None = None
     """Text file of one prompt a line, or a pattern, for text models; or the prompt itself."""
     compile: bool = True
@@ -351,8 +348,7 @@ def _sample(args: list[str]) -> int:
 
 
 def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoiser:
-    from dkdm.prompts import Prompts
-    from dkdm.teachers import LoadOptions, load_teacher, with_texts
+    from dkdm.teachers import LoadOptions, load_teacher
 
     denoiser = load_teacher(
         options.model,
@@ -368,10 +364,19 @@ def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoise
             lora=options.lora,
         ),
     )
-    prompts = options.prompts
-    if prompts is None and default_prompt and isinstance(denoiser.conditioning, Prompts):
-        prompts = default_prompt
-    return with_texts(denoiser, prompts, options.negative_prompt)
+    return _told(denoiser, options.prompts, options.negative_prompt, default_prompt)
+
+
+def _told(
+    denoiser: Denoiser, prompts: str | None, negative: str = "", default: str | None = None
+) -> Denoiser:
+    """A text model with the prompts, or with one that will do; any other as it is."""
+    from dkdm.prompts import Prompts
+    from dkdm.teachers import with_texts
+
+    if prompts is None and isinstance(denoiser.conditioning, Prompts):
+        prompts = default
+    return with_texts(denoiser, prompts, negative)
 
 
 def _export(args: list[str]) -> int:
@@ -418,10 +423,9 @@ def _inspect(args: list[str]) -> int:
 def _students(args: list[str]) -> int:
     options = tyro.cli(StudentsOptions, args=args, prog="dkdm students")
     from dkdm.listing import Measuring, list_students, print_students
-    from dkdm.teachers import LoadOptions, load_teacher, sketch_teacher
+    from dkdm.teachers import chosen_teacher
 
-    how = LoadOptions(sample_size=options.teacher_size)
-    teacher = sketch_teacher(options.teacher, how) or load_teacher(options.teacher, options=how)
+    teacher = chosen_teacher(options, sketched=True)
     size, below = options.measure_batch_size, options.measure_below * 1e6
     measuring = Measuring(size, below, options.steps) if options.measure else None
     rows = list_students(teacher, measuring)
@@ -436,12 +440,16 @@ def _check_student(args: list[str]) -> int:
     options = tyro.cli(CheckOptions, args=args, prog="dkdm check-student")
     from dkdm.check_student import check_student
     from dkdm.doctor import print_findings
+    from dkdm.teachers import chosen_teacher
 
-    asked = TeacherOptions(options.teacher, size=options.teacher_size, prompts=options.prompts)
-    teacher = _load(asked, default_prompt=INSPECTED_PROMPT)
-    backend = options.compile_backend if options.compile else None
+    teacher = _told(chosen_teacher(options), options.prompts, default=INSPECTED_PROMPT)
     checkup = check_student(
-        options.student, teacher, compile_backend=backend, export=options.export
+        options.student,
+        teacher,
+        prediction=options.student_prediction,
+        process=options.student_process,
+        compile_backend=options.compile_backend if options.compile else None,
+        export=options.export,
     )
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in checkup.findings], indent=2))

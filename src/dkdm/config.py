@@ -129,8 +129,8 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class DistillConfig(RunConfig):
-    """Distil a teacher into a student without images."""
+class TeacherChoice:
+    """Which teacher, and how it is read."""
 
     teacher: str = "builtin:fashion"
     """A diffusers folder, a hub id, builtin:NAME, a run, or module:factory."""
@@ -143,8 +143,6 @@ class DistillConfig(RunConfig):
     teacher_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     """Precision the teacher's weights are held in; int8 is that of its linear layers, by torchao,
     beside bfloat16."""
-    teacher_offload: Literal["none", "layers"] = "none"
-    """Keep the teacher in host memory and move a layer at a time to the device: slow, but small."""
     teacher_format: str | None = None
     """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
     teacher_config: Path | None = None
@@ -156,6 +154,12 @@ class DistillConfig(RunConfig):
     in latents where it works on these; None is what its config says."""
     teacher_lora: tuple[Path, ...] | None = None
     """LoRA weight files merged into the teacher, one after the other."""
+
+
+@dataclass(frozen=True)
+class StudentChoice:
+    """Which student, and what it is to its teacher."""
+
     student: str = "dit-xs"
     """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
     student_prediction: PredictionType | None = None
@@ -163,6 +167,14 @@ class DistillConfig(RunConfig):
     student_process: ProcessName = "teacher"
     """Noise process of the student: teacher, ddpm-linear, ddpm-cosine, flow, edm, or the path of a
     scheduler_config.json; matched with the teacher's by the signal-to-noise ratio."""
+
+
+@dataclass(frozen=True)
+class DistillConfig(StudentChoice, TeacherChoice, RunConfig):
+    """Distil a teacher into a student without images."""
+
+    teacher_offload: Literal["none", "layers"] = "none"
+    """Keep the teacher in host memory and move a layer at a time to the device: slow, but small."""
     student_init: str = "random"
     """What the student's weights start from: random; teacher, as far as names and shapes allow; or
     a run, a checkpoint of one, a diffusers folder or a file of weights."""

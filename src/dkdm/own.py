@@ -149,8 +149,8 @@ def _candidates(network: nn.Module) -> list[dict[str, Any]]:
 def _makes(kind: type[nn.Module], arguments: dict[str, Any], denoiser: Denoiser) -> bool:
     """Whether the class, called with these, gives the same network."""
     with torch.random.fork_rng():
-        network = awakened(denoiser.network)  # type: ignore[arg-type]
         try:
+            network = awakened(denoiser.network)  # type: ignore[arg-type]
             twin = kind(**arguments).to(denoiser.device)
             load_strict(twin, network.state_dict(), kind.__name__)
             return torch.equal(_answer(denoiser, twin), _answer(denoiser, network))

@@ -12,11 +12,14 @@ from torch import nn
 from dkdm.check_student import behaviour, graphs, saving, training
 from dkdm.check_student.blame import in_brackets, place, told
 from dkdm.check_student.case import Case
+from dkdm.config import ProcessName
 from dkdm.denoiser import Denoiser
 from dkdm.doctor import Finding
 from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
+from dkdm.matching import with_process
 from dkdm.own import is_own
+from dkdm.prediction import PredictionType
 from dkdm.progress import track
 from dkdm.students import as_denoiser, given_student, untried_student_of
 
@@ -43,21 +46,30 @@ def check_student(
     student: str | Denoiser | nn.Module,
     teacher: Denoiser,
     *,
+    prediction: PredictionType | None = None,
+    process: ProcessName = "teacher",
     compile_backend: str | None = "aot_eager",
     export: bool = True,
 ) -> Checkup:
     """Try all that a student will go through, on small batches; takes seconds to a minute.
 
-    student: a preset, a config.json, `module:factory`, or an object. compile_backend: of
+    student: a preset, a config.json, `module:factory`, or an object. prediction, process: its own,
+    where they are not the teacher's, see `matching.with_process`. compile_backend: of
     torch.compile; None leaves it out. export: whether torch.export is tried. Nothing is changed but
     torch's compiler cache, which is emptied.
     """
+    like = with_process(teacher, prediction, process)
     try:
-        learner = _made(student, teacher)
+        learner = _made(student, like)
     except DkdmError as error:
         return Checkup([_not_made(error)], error)
-    rebuilt = partial(_remade, student, teacher) if isinstance(student, str) else None
-    case = Case(learner, teacher, rebuilt)
+    rebuilt = partial(_remade, student, like) if isinstance(student, str) else None
+    try:
+        case = Case(learner, teacher, rebuilt)
+    except Exception as error:
+        failure = DkdmError(f"{learner.name}: the network cannot be copied: {told(error)}")
+        failure.__cause__ = error
+        return Checkup([_not_copied(error)], failure)
     try:
         first = list(behaviour.shapes(case))
     except Exception as error:
@@ -83,8 +95,12 @@ def first_look(student: Denoiser, teacher: Denoiser) -> list[Finding]:
     network = student.network
     if not isinstance(network, nn.Module) or not is_own(network):
         return []
-    case = Case(student, teacher, None)
+    try:
+        case = Case(student, teacher, None)
+    except Exception as error:
+        return [_not_copied(error)]
     looks: dict[str, Look] = {
+        "inputs": behaviour.untouched,
         "depends": behaviour.dependence,
         "samples": behaviour.batch_statistics,
         "gradients": training.gradients,
@@ -97,14 +113,17 @@ def first_look(student: Denoiser, teacher: Denoiser) -> list[Finding]:
 def _looks(compile_backend: str | None, export: bool) -> dict[str, Look]:
     looks: dict[str, Look] = {
         "null condition": behaviour.null_class,
+        "inputs": behaviour.untouched,
         "depends": behaviour.dependence,
         "samples": behaviour.batch_statistics,
         "gradients": training.gradients,
         "learns": training.learning,
         "bfloat16": behaviour.precision,
+        "device": graphs.devices,
         "checkpointing": training.checkpointing,
         "shared weights": saving.shared,
         "plain tensors": saving.plain_tensors,
+        "plain modules": saving.plain_modules,
         "reload": saving.reload,
         "shipping": saving.shipping,
     }
@@ -152,6 +171,14 @@ def _not_called(case: Case, error: Exception) -> Finding:
     names = "".join(f", {name}=..." for name in case.probe(1).cond)
     remedy = f"it is called as network(x_t, t{names}), t a float for each sample"
     return Finding("forward", "problem", told(error, case.network), remedy)
+
+
+def _not_copied(error: Exception) -> Finding:
+    remedy = (
+        "weights are averaged in a copy.deepcopy(network), which must work; for weight_norm take "
+        "that of torch.nn.utils.parametrizations"
+    )
+    return Finding("copy", "problem", told(error), remedy)
 
 
 def _facts(case: Case) -> Iterator[Finding]:

@@ -15,10 +15,10 @@ from dkdm.errors import UsageError
 
 @torch.no_grad()
 def shapes(case: Case) -> Iterator[Finding]:
-    """The output's shape, for several batches, in both modes."""
+    """The output's shape, for several batches, in both modes, and at the outermost levels."""
     network = case.copied()
-    for count, training in ((3, False), (1, False), (3, True)):
-        probe = case.probe(count)
+    for count, training, reach in ((3, False, 0.8), (1, False, 0.8), (3, True, 0.8), (2, False, 1)):
+        probe = case.probe(count, reach=reach)
         output = case.answer(network.train(training), probe)
         expected = (count, case.channels, *probe.x.shape[2:])
         if tuple(output.shape) != expected:
@@ -30,7 +30,9 @@ def shapes(case: Case) -> Iterator[Finding]:
             return
         if not output.isfinite().all():
             remedy = "look for a division by zero, a log or a root of the times, or empty weights"
-            yield Finding("shapes", "problem", f"not finite for {count} fresh samples", remedy)
+            times = ", ".join(f"{time:g}" for time in probe.time.tolist())
+            what = f"not finite for {count} fresh samples at t = {times}"
+            yield Finding("shapes", "problem", what, remedy)
             return
     yield Finding("shapes", "ok", f"gives {expected[1:]}, finite, for 1 and 3 samples")
 
@@ -51,6 +53,21 @@ def null_class(case: Case) -> Iterator[Finding]:
         yield Finding("null condition", "problem", told(error, case.awake), remedy)
     else:
         yield Finding("null condition", "ok", "can be told that nothing is asked")
+
+
+@torch.no_grad()
+def untouched(case: Case) -> Iterator[Finding]:
+    """Whether it leaves what it is fed as it is: the loss and the teacher's step read it again."""
+    call, probe = case.student.call, case.probe(3)
+    assert call is not None
+    fed = probe.copied()
+    call(case.awake, fed.x, fed.time, fed.cond)
+    before, after = ({"x": p.x, "t": p.time, **p.cond} for p in (probe, fed))
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    if changed:
+        what = f"the network changes its {' and '.join(changed)} in place"
+        remedy = "write x = x + ... for x += ..., and no .mul_() and the like on an argument"
+        yield Finding("inputs", "problem", what, remedy)
 
 
 @torch.no_grad()
@@ -120,17 +137,11 @@ _UNUSED_CONDITION = "embed it, or take a teacher without it: else samples will n
 
 def mixes(case: Case, network: nn.Module, one: Probe, other: Probe, name: str) -> bool:
     """Whether some sample's output changes with another sample's input."""
-
-    def answered(probe: Probe) -> Tensor:
-        torch.manual_seed(0)  # the same dropout
-        return case.answer(network, probe)
-
-    with torch.random.fork_rng():
-        before = answered(one)
-        for rows, rest in (([0], [1, 2]), ([1, 2], [0])):
-            after = answered(one.with_rows_of(other, name, rows))
-            if differ(before[rest], after[rest]):
-                return True
+    before = case.answer_alike(network, one)
+    for rows, rest in (([0], [1, 2]), ([1, 2], [0])):
+        after = case.answer_alike(network, one.with_rows_of(other, name, rows))
+        if differ(before[rest], after[rest]):
+            return True
     return False
 
 

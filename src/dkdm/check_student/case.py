@@ -42,6 +42,12 @@ class Probe(NamedTuple):
             else self._replace(cond={**self.cond, what: mixed})
         )
 
+    def copied(self) -> Probe:
+        """Tensors of their own."""
+        return Probe(
+            self.x.clone(), self.time.clone(), {k: v.clone() for k, v in self.cond.items()}
+        )
+
     def to(self, dtype: torch.dtype) -> Probe:
         """States and conditions in another precision; times stay float32, as dkdm feeds them."""
         cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.cond.items()}
@@ -86,13 +92,17 @@ class Case:
         """A copy of the network to do things with."""
         return copy.deepcopy(self.network)
 
-    def probe(self, count: int, seed: int = 0, null: bool = False) -> Probe:
-        """Random states at levels from low to high, a condition for each; null: the empty one."""
+    def probe(self, count: int, seed: int = 0, null: bool = False, reach: float = 0.8) -> Probe:
+        """Random states at levels from low to high, a condition for each.
+
+        null: the empty one. reach: which share of the levels they lie in; 1 is from first to last.
+        """
         student = self.student
         random = torch.Generator().manual_seed(seed)
         x = torch.randn(count, *student.sample_shape, generator=random).to(student.device)
         last = student.process.num_levels - 1
-        t = (torch.linspace(0.1, 0.9, count) * last).round().long().roll(seed)
+        low, high = (1 - reach) / 2, (1 + reach) / 2
+        t = (torch.linspace(low, high, count) * last).round().long().roll(seed)
         drawn = student.conditioning.in_turns(count + seed)
         drawn = student.conditioning.null(count) if null else _rows(drawn, seed)
         cond = {k: v.expand(count, *v.shape) for k, v in student.constants.items()}
@@ -123,9 +133,23 @@ class Case:
         return value if null is None else torch.full_like(value, null)
 
     def answer(self, network: Network, probe: Probe) -> Tensor:
-        """One evaluation, as training calls it."""
+        """One evaluation, as training calls it; what it is fed is a copy."""
         assert self.student.call is not None
-        return self.student.call(network, probe.x, probe.time, probe.cond)
+        fed = probe.copied()
+        return self.student.call(network, fed.x, fed.time, fed.cond)
+
+    def answer_alike(self, network: nn.Module, probe: Probe) -> Tensor:
+        """The same as another time: with the same random numbers, and no buffer is changed by it.
+
+        Dropout draws, and some layers (spectral_norm) go on with each evaluation in training.
+        """
+        kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            output = self.answer(network, probe)
+        for buffer, value in kept:
+            buffer.copy_(value)
+        return output
 
 
 def _rows(cond: Condition, first: int) -> Condition:

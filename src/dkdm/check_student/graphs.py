@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch.func import functional_call
 
 from dkdm.check_student.blame import at_line, in_brackets, place, told
 from dkdm.check_student.case import Case, Probe, differ
@@ -83,6 +85,36 @@ def _breaks(called: Called, probe: Probe, network: nn.Module) -> list[str]:
         if stack:
             found.append(at_line(stack[-1].filename, stack[-1].lineno or 0, network))
     return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def devices(case: Case) -> Iterator[Finding]:
+    """Whether it makes tensors on the CPU where all others are on another device, the meta one.
+
+    What depends on the values of tensors cannot be told so, and is left to a real GPU.
+    """
+    called, probe = Called(case, case.copied().eval()), case.probe(3)
+    with _silent(), FakeTensorMode(allow_non_fake_inputs=True):
+        state = [*called.named_parameters(), *called.named_buffers()]
+        moved = {name: torch.empty_like(value, device="meta") for name, value in state}
+        x, time, cond = (_elsewhere(value) for value in probe)
+        try:
+            functional_call(called, moved, (x, time, cond))
+        except FakeTensorDeviceMismatchError as error:
+            where = in_brackets(place(error, called.network))
+            what = f"fails on a GPU: a tensor is on the CPU{where}"
+            remedy = "make it on x.device, as in torch.arange(n, device=x.device), or as a buffer"
+            yield Finding("device", "warning", what, remedy)
+        except Exception as error:
+            yield Finding("device", "ok", f"cannot be told here: {told(error, called.network)}")
+        else:
+            yield Finding("device", "ok", "works on whichever it is moved to")
+
+
+def _elsewhere(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    return {name: _elsewhere(each) for name, each in value.items()}
 
 
 @torch.no_grad()

@@ -56,6 +56,27 @@ def _plain(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}".lstrip("."), value
 
 
+def plain_modules(case: Case) -> Iterator[Finding]:
+    """Layers in a plain list, tuple or dict, of which PyTorch knows nothing."""
+    known = set(case.network.modules())
+    names = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in case.network.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (list, tuple, dict))
+        and name not in ("_modules", "_parameters", "_buffers")
+        and any(isinstance(each, nn.Module) and each not in known for each in _items(value))
+    ]
+    if names:
+        what = f"layers that are neither trained, saved nor moved: {listed(names)}"
+        remedy = "put them into an nn.ModuleList or nn.ModuleDict"
+        yield Finding("plain modules", "problem", what, remedy)
+
+
+def _items(value: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else list(value)
+
+
 @torch.no_grad()
 def reload(case: Case) -> Iterator[Finding]:
     """The weights in another network of the same factory."""
@@ -72,7 +93,7 @@ def reload(case: Case) -> Iterator[Finding]:
             yield Finding("reload", "problem", what, "let it depend on its arguments alone")
             return
     probe = case.probe(3)
-    if not differ(case.answer(case.awake, probe), case.answer(fresh.eval(), probe)):
+    if not differ(case.answer_alike(case.awake, probe), case.answer_alike(fresh.eval(), probe)):
         yield Finding("reload", "ok", "gives the same output in a network made anew")
         return
     hidden = listed(_hidden_state(case.network, fresh)) or "not found: look for random numbers"
@@ -119,9 +140,9 @@ def shipping(case: Case) -> Iterator[Finding]:
     try:
         shipped = _made_by_file(shipment(origin).text, origin.save_config)
         load_strict(shipped, case.awake.state_dict(), "the shipped file")
-        same = not differ(
-            case.answer(case.awake, case.probe(3)), case.answer(shipped.eval(), case.probe(3))
-        )
+        probe = case.probe(3)
+        found = case.answer_alike(shipped.eval(), probe)
+        same = not differ(case.answer_alike(case.awake, probe), found)
     except Exception as error:
         remedy = (
             "let the factory's module run by itself, and look at conditioning's attributes only"

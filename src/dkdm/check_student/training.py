@@ -13,6 +13,7 @@ from dkdm.check_student.case import Case
 from dkdm.denoiser import Batch
 from dkdm.doctor import Finding
 from dkdm.errors import UsageError
+from dkdm.matching import on_levels_of
 from dkdm.objective import Objective
 from dkdm.trainer import enable_gradient_checkpointing
 
@@ -37,6 +38,9 @@ def gradients(case: Case) -> Iterator[Finding]:
         yield Finding("gradients", "warning", what, "remove them, or look for what cuts them off")
     if not absent and not idle:
         yield Finding("gradients", "ok", f"reach all {len(named)} parameter tensors")
+    fixed = [name for name, weight in case.network.named_parameters() if not weight.requires_grad]
+    if fixed:
+        yield Finding("fixed weights", "ok", f"do not require gradients, stay: {listed(fixed)}")
 
 
 def backward(case: Case, network: nn.Module) -> Tensor:
@@ -65,8 +69,8 @@ def learning(case: Case) -> Iterator[Finding]:
 
 
 def _losses(case: Case, learning_rate: float) -> list[float]:
-    student, teacher = replace(case.student, network=case.copied(), call=None), case.teacher
-    network: nn.Module = student.network  # type: ignore[assignment]
+    teacher, network = case.teacher, case.copied()
+    student = replace(on_levels_of(case.student, teacher.process), network=network, call=None)
     optimizer = torch.optim.AdamW(network.train().requires_grad_(True).parameters(), learning_rate)
     objective, batch, before = Objective(student, teacher), _batch(case), teacher.evaluations
     with torch.no_grad():
@@ -82,11 +86,11 @@ def _losses(case: Case, learning_rate: float) -> list[float]:
 
 
 def _batch(case: Case) -> Batch:
-    student, probe = case.student, case.probe(4)
-    t = torch.linspace(0.1, 0.9, 4).mul(student.process.num_levels - 1).round().long()
-    _, sigma = student.process.at(t)
-    scale = sigma.clamp(min=1).reshape(-1, *[1] * (probe.x.ndim - 1)).to(probe.x)
-    return Batch(probe.x * scale, t, student.conditioning.in_turns(4), t)
+    """States of the teacher."""
+    process, probe = case.teacher.process, case.probe(4)
+    t = torch.linspace(0.1, 0.9, 4).mul(process.num_levels - 1).round().long()
+    scale = process.at(t)[1].clamp(min=1).reshape(-1, *[1] * (probe.x.ndim - 1)).to(probe.x)
+    return Batch(probe.x * scale, t, case.student.conditioning.in_turns(4), t)
 
 
 def checkpointing(case: Case) -> Iterator[Finding]:

@@ -141,6 +141,12 @@ def _from_factory(spec: str, interface: Interface) -> nn.Module:
         raise UsageError(
             f"student factory {spec} returned {type(network).__name__}: expected an nn.Module"
         )
+    lazy = [n for n, p in network.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise UsageError(
+            f"student factory {spec} returned lazy layers ({lazy[0]}), which have no shape until "
+            "they are used and could not be loaded again: expected layers with their sizes"
+        )
     if is_own(network):
         remember_factory(network, spec, *given)
     return network

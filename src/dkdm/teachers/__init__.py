@@ -7,6 +7,7 @@ from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
+from dkdm.config import TeacherChoice
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.plugins import import_object
@@ -22,6 +23,7 @@ __all__ = [
     "FORMATS",
     "LoadOptions",
     "builtin_names",
+    "chosen_teacher",
     "load_teacher",
     "place",
     "sketch_teacher",
@@ -60,6 +62,23 @@ def load_teacher(
     if not isinstance(denoiser.conditioning, Prompts):
         denoiser.check()
     return denoiser
+
+
+def chosen_teacher(choice: TeacherChoice, sketched: bool = False) -> Denoiser:
+    """The teacher that options choose; sketched: without weights, where `sketch_teacher` can."""
+    where = {"subfolder": choice.teacher_subfolder, "revision": choice.teacher_revision}
+    options = LoadOptions(
+        variant=choice.teacher_variant,
+        dtype=choice.teacher_dtype,
+        sample_size=choice.teacher_size,
+        config=choice.teacher_config,
+        flags=choice.teacher_flags,
+        lora=choice.teacher_lora or (),
+    )
+    sketch = sketch_teacher(choice.teacher, options, **where) if sketched else None
+    return sketch or load_teacher(
+        choice.teacher, format=choice.teacher_format, options=options, **where
+    )
 
 
 def with_texts(

@@ -23,7 +23,9 @@ from dkdm.teachers.text import EMBEDS, FAMILIES, MASK, POOLED
 PROMPT_TOKENS = 77  # of CLIP, where the pipeline does not say
 
 
-def sketch_teacher(spec: str, options: LoadOptions) -> Denoiser | None:
+def sketch_teacher(
+    spec: str, options: LoadOptions, subfolder: str | None = None, revision: str | None = None
+) -> Denoiser | None:
     """A pipeline folder's teacher on torch's meta device, with blank prompts for a text model.
 
     Nothing but JSON is read (of a hub id, nothing else downloaded). None for what is no pipeline
@@ -31,7 +33,7 @@ def sketch_teacher(spec: str, options: LoadOptions) -> Denoiser | None:
     """
     if spec.partition(":")[1] and not spec.startswith("builtin:"):
         return None
-    folder = locate(spec, weights=False)
+    folder = locate(spec, revision=revision, weights=False) / (subfolder or "")
     if not (folder / INDEX).is_file():
         return None
     denoiser = describe_pipeline_folder(folder, options)
