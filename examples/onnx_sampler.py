@@ -125,8 +125,11 @@ def main():
     if args.guidance_scale != 1 and (classes is None or classes["null"] is None):
         raise SystemExit("--guidance-scale needs a model with a null class")
     if classes is not None:
-        labels = np.resize(args.classes or range(classes["count"]), args.num_samples)
-        labels = labels.astype("int64")
+        learnt = classes["learnt"] or list(range(classes["count"]))
+        unknown = set(args.classes or []) - set(learnt)
+        if unknown:
+            raise SystemExit(f"--classes {min(unknown)}: expected some of {learnt}")
+        labels = np.resize(args.classes or learnt, args.num_samples).astype("int64")
     shape = facts["inputs"][0]["shape"][1:]
     noise = np.random.default_rng(args.seed).standard_normal((args.num_samples, *shape), "f4")
     samples = sample(evaluate, facts, noise, labels, args.steps, args.guidance_scale)

@@ -18,7 +18,7 @@ import dkdm
 import pipelines
 from dkdm import Denoiser, Parameterization, UsageError, export_graph, load_teacher, rectified_flow
 from dkdm.cli import main
-from dkdm.conditioning import ClassLabels, Unconditional
+from dkdm.conditioning import ClassLabels, Unconditional, restrict_classes
 from dkdm.errors import DkdmError
 from dkdm.graph import largest_difference
 from dkdm.graph.formats import opened
@@ -268,6 +268,50 @@ def test_a_bounded_batch_is_said(tmp_path):
     model = written_by_a_user(bounded)
     facts = export_graph(model, tmp_path / "x.pt2", format="torch-export")
     assert facts["batch"] == {"min": 1, "max": 9}
+
+
+def finds_places(x):
+    """A size that depends on values, which has a range of its own."""
+    return x + 0 * (x > 0).nonzero()[:5].sum()
+
+
+def test_a_size_that_depends_on_values_bounds_no_batch(tmp_path):
+    model = written_by_a_user(finds_places)
+    facts = export_graph(model, tmp_path / "x.pt2", format="torch-export")
+    assert facts["batch"] == {"min": 1, "max": None}
+
+
+def test_an_output_of_zeros_is_compared_too(tmp_path, monkeypatch):
+    """A network that was not trained yet may give nothing else."""
+    model = written_by_a_user(torch.zeros_like)
+    facts = export_graph(model, tmp_path / "x.pt2", format="torch-export")
+    assert facts["check"]["largest_difference"] == 0
+    monkeypatch.setattr("dkdm.graph.opened", lambda *_: lambda inputs: inputs["sample"])
+    with pytest.raises(DkdmError, match="does not compute what the network does"):
+        export_graph(model, tmp_path / "y.pt2", format="torch-export")
+
+
+def test_an_output_that_is_not_finite_does_not_pass(tmp_path):
+    model = written_by_a_user(lambda x: x / 0)
+    with pytest.raises(DkdmError, match="does not compute what the network does"):
+        export_graph(model, tmp_path / "x.pt2", format="torch-export")
+
+
+def test_the_example_draws_the_classes_that_were_learnt(tmp_path, monkeypatch):
+    model = denoiser(3)
+    learnt = restrict_classes(model.conditioning, (0, 2))
+    facts = export_graph(replace(model, conditioning=learnt), tmp_path / "x.onnx")
+    assert facts["classes"]["learnt"] == [0, 2]
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "x.onnx"), "--classes", "1"])
+    with pytest.raises(SystemExit, match=r"--classes 1: expected some of \[0, 2\]"):
+        example().main()
+    drawn = []
+    sampler = example()
+    monkeypatch.setattr(sampler, "sample", lambda *given: drawn.append(given[3]) or given[2])
+    words = ["x", str(tmp_path / "x.onnx"), "--num-samples", "4", "--output"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "x.png")])
+    sampler.main()
+    assert drawn[0].tolist() == [0, 2, 0, 2]
 
 
 def test_an_operator_unknown_to_onnx_is_refused_by_name(tmp_path):

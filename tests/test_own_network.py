@@ -293,6 +293,14 @@ def test_its_folder_samples_where_the_package_is(project, tmp_path):
     assert "sampled" in in_a_process(WITHOUT_DKDM, tmp_path / "run", path=project)
 
 
+@pytest.mark.parametrize("caught", ["ImportError", "(OSError, ModuleNotFoundError)", ""])
+def test_packages_that_it_can_go_on_without_are_not_named(project, caught):
+    write(
+        project, "frugal.py", f"try:\n    import flash_attn\nexcept {caught}:\n    flash_attn = 0"
+    )
+    assert shipped_by("frugal:make").requires == ()
+
+
 def test_other_packages_that_it_imports_are_named(project):
     write(project, "needy.py", "import packaging, json, jinja2\nimport dkdm")
     shipped = shipped_by("needy:make")

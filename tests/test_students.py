@@ -215,6 +215,12 @@ def test_dit_wants_square_images(teacher, shape):
         student_of("dit-xs", replace(teacher, sample_shape=shape))
 
 
+def test_an_output_that_is_not_finite_at_an_outermost_level_is_refused(teacher):
+    expected = r"own_networks:LogOfTime: .* at the first level is not finite \(it is fed t = 0\)"
+    with pytest.raises(UsageError, match=expected):
+        student_of("own_networks:LogOfTime", teacher)
+
+
 def config_file(folder, config):
     path = folder / "config.json"
     path.write_text(config if isinstance(config, str) else json.dumps(config))

@@ -182,9 +182,10 @@ class Denoiser:
 
     @torch.no_grad()
     def check(self, cond: Condition | None = None) -> None:
-        """Evaluate two blank samples. Raises UsageError where network and shapes do not fit.
+        """Evaluate two blank samples, at the first level and the last.
 
-        cond: two rows; None draws them.
+        cond: two rows; None draws them. Raises UsageError where network and shapes do not fit, and
+        where what it answers is not finite.
         """
         before = self.evaluations
         if cond is None:
@@ -192,7 +193,7 @@ class Denoiser:
         x = torch.zeros(2, *self.sample_shape, device=self.device)
         t = torch.tensor([0, self.process.num_levels - 1])
         try:
-            self.predict(Batch(x, t, cond, t))
+            output = self.predict(Batch(x, t, cond, t)).output
         except UsageError:
             raise
         except Exception as error:
@@ -201,6 +202,13 @@ class Denoiser:
                 f"{_shown(cond)}: {type(error).__name__}: {error}"
             ) from error
         self.evaluations = before
+        if output.device.type != "meta" and not output.isfinite().all():
+            row = int(output[0].isfinite().all())
+            raise UsageError(
+                f"{self.name}: its output for a blank sample at the {('first', 'last')[row]} level "
+                f"is not finite (it is fed t = {self.times[t[row]]:g}); expected sound weights, "
+                "and a network and precision that can take this time"
+            )
 
     @torch.no_grad()
     def sample(

@@ -71,15 +71,40 @@ def _source_of(module: str) -> str | None:
 
 
 def _imported_packages(source: str, module: str) -> set[str]:
-    """Top-level names that a source imports anywhere; a relative import is of its own package."""
+    """Top-level names that a source imports, but foreign ones that it can go on without.
+
+    A relative import is of its own package.
+    """
+    tree = ast.parse(source)
+    nodes = list(ast.walk(tree))
+    tried = {inner for node in nodes for inner in _tried(node)}
+    needed = _names([node for node in nodes if node not in tried], module)
+    return needed | (_names(nodes, module) & _beside(module))
+
+
+def _names(nodes: list[ast.AST], module: str) -> set[str]:
+    """Top-level names that import statements among these import."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             name = node.module if node.level == 0 else module
             found.add((name or module).partition(".")[0])
     return found
+
+
+_MISSING = ("ImportError", "ModuleNotFoundError", "Exception", "BaseException")
+
+
+def _tried(node: ast.AST) -> list[ast.AST]:
+    """What stands in the body of a `try` that catches a missing package."""
+    if not isinstance(node, ast.Try):
+        return []
+    caught = [handler.type for handler in node.handlers]
+    names = [name for kind in caught if kind for name in ast.walk(kind)]
+    catches = None in caught or any(isinstance(n, ast.Name) and n.id in _MISSING for n in names)
+    return [inner for line in node.body for inner in ast.walk(line)] if catches else []
 
 
 def _beside(module: str) -> set[str]:

@@ -18,6 +18,7 @@ from dkdm.check_student.blame import at_line, in_brackets, place, told
 from dkdm.check_student.case import Case, Probe, differ
 from dkdm.conditioning import Condition
 from dkdm.doctor import Finding
+from dkdm.graph.tracing import batch_range
 
 
 class Called(nn.Module):
@@ -137,8 +138,8 @@ def exports(case: Case) -> Iterator[Finding]:
         what = "the graph answers differently"
         yield Finding("torch.export", "warning", what, "do not export it")
         return
-    limit = max(found.upper for found in program.range_constraints.values())
-    what = "any number of" if limit > 10**9 else f"up to {limit}"
+    _, limit = batch_range(program)
+    what = "any number of" if limit is None else f"up to {limit}"
     yield Finding("torch.export", "ok", f"works for {what} samples")
 
 

@@ -69,7 +69,13 @@ def _classes(denoiser: Denoiser) -> dict[str, Any] | None:
     if not isinstance(classes, ClassLabels):
         return None
     names = list(classes.names) if classes.names else None
-    return {"count": classes.num_classes, "null": classes.null_class, "names": names}
+    learnt = None if classes.classes is None else list(classes.classes)
+    return {
+        "count": classes.num_classes,
+        "null": classes.null_class,
+        "names": names,
+        "learnt": learnt,
+    }
 
 
 def _clipping(clipping: Clipping) -> dict[str, Any] | None:

@@ -76,9 +76,13 @@ def _bounds(message: str) -> dict[str, int]:
 
 def batch_range(program: ExportedProgram) -> tuple[int, int | None]:
     """Smallest and largest batch of a program; None is any. One row always fits where two do."""
-    for bounds in program.range_constraints.values():
-        low, high = int(bounds.lower), bounds.upper
-        return low if low > 2 else 1, int(high) if high.is_Integer else None
+    inputs = program.graph_signature.user_inputs
+    for node in program.graph.nodes:
+        size = node.meta["val"].shape[0] if node.name in inputs else None
+        bounds = program.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
+        if bounds is not None:
+            low, high = int(bounds.lower), bounds.upper
+            return low if low > 2 else 1, int(high) if high.is_Integer else None
     return 1, None
 
 
