@@ -174,7 +174,7 @@ def test_code_is_refused_by_name_and_not_run(tmp_path, zipped):
 def test_a_plain_pickle_is_no_checkpoint(tmp_path, protocol):
     target, file = tmp_path / "owned", tmp_path / "model.pt"
     file.write_bytes(pickle.dumps(Payload(target), protocol))
-    with pytest.raises(DkdmError):
+    with pytest.raises(DkdmError, match=r"Error: .{1,200}\)$"):  # torch's advice is left out
         read_weights(file)
     assert not target.exists()
 

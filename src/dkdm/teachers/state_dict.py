@@ -70,8 +70,11 @@ def _unpickle(path: Path) -> Any:
     except Exception as error:  # a damaged pickle may raise anything
         if refused := re.findall(r"GLOBAL (\S+)", str(error)):
             raise _more_than_weights(path, refused) from error
+        # torch's own text goes on with how to run whatever code the file holds.
+        what = re.sub(r"\.? In PyTorch 2\.6.*", "", str(error).strip().partition("\n")[0])
         raise DkdmError(
-            f"{path}: cannot be read as a torch checkpoint, or is cut short ({error})"
+            f"{path}: cannot be read as a torch checkpoint, or is cut short "
+            f"({type(error).__name__}: {what})"
         ) from error
 
 
