@@ -182,15 +182,16 @@ class Denoiser:
 
     @torch.no_grad()
     def check(self, cond: Condition | None = None) -> None:
-        """Evaluate two blank samples, at the first level and the last.
+        """Evaluate two samples of noise, at the first level and the last.
 
         cond: two rows; None draws them. Raises UsageError where network and shapes do not fit, and
         where what it answers is not finite.
         """
         before = self.evaluations
+        random = torch.Generator().manual_seed(0)
         if cond is None:
-            cond = self.conditioning.draw(2, torch.Generator().manual_seed(0))
-        x = torch.zeros(2, *self.sample_shape, device=self.device)
+            cond = self.conditioning.draw(2, random)
+        x = torch.randn(2, *self.sample_shape, generator=random).to(self.device)
         t = torch.tensor([0, self.process.num_levels - 1])
         try:
             output = self.predict(Batch(x, t, cond, t)).output
@@ -205,7 +206,7 @@ class Denoiser:
         if output.device.type != "meta" and not output.isfinite().all():
             row = int(output[0].isfinite().all())
             raise UsageError(
-                f"{self.name}: its output for a blank sample at the {('first', 'last')[row]} level "
+                f"{self.name}: its output for noise at the {('first', 'last')[row]} level "
                 f"is not finite (it is fed t = {self.times[t[row]]:g}); expected sound weights, "
                 "and a network and precision that can take this time"
             )
