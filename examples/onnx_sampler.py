@@ -125,7 +125,7 @@ def main():
     if args.guidance_scale != 1 and (classes is None or classes["null"] is None):
         raise SystemExit("--guidance-scale needs a model with a null class")
     if classes is not None:
-        learnt = classes["learnt"] or list(range(classes["count"]))
+        learnt = classes.get("learnt") or list(range(classes["count"]))
         unknown = set(args.classes or []) - set(learnt)
         if unknown:
             raise SystemExit(f"--classes {min(unknown)}: expected some of {learnt}")

@@ -4,6 +4,7 @@ The networks here are what a perfectly trained one of each convention would comp
 that convention alone: nothing of dkdm's own time or parameterization is in them.
 """
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 
 import dkdm
+import pipelines
 from dkdm.denoiser import Batch
 from dkdm.errors import UsageError
 from dkdm.export import shipping_notes, write_pipeline
+from dkdm.matching import with_process
 from dkdm.objective import simple_loss
 from dkdm.prediction import Prediction, clip_x_0, scale_input
-from dkdm.process import network_times, per_sample
+from dkdm.process import network_times, per_sample, zero_terminal_snr
 from dkdm.students import given_student, student_of
 from dkdm.toy import GaussianMixture, mixture_denoiser
 
@@ -294,6 +297,30 @@ def test_a_given_student_that_its_scheduler_misreads_is_refused(changes, message
     with pytest.raises(UsageError, match=message):
         given_student(student)
     given_student(replace(student, process=replace(student.process, scheduler={})))
+
+
+def test_a_given_student_may_round_its_times():
+    flow, own = dkdm.rectified_flow(50), dkdm.Parameterization("flow_prediction")
+    student = dkdm.Denoiser(
+        torch.nn.Conv2d(3, 3, 1), flow, own, SHAPE, call=lambda n, x, t, c: n(x)
+    )
+    given_student(replace(student, time=lambda process: (50 * process.sigma).float()))
+
+
+def test_a_flow_on_betas_has_a_student_that_predicts_v():
+    betas = zero_terminal_snr(BETAS.double())
+    own = dkdm.Parameterization("flow_prediction")
+    teacher = dkdm.Denoiser(ddpm, dkdm.from_betas(betas), own, SHAPE)
+    assert with_process(teacher).parameterization.prediction == "v_prediction"
+
+
+def test_a_range_of_latents_is_not_one_of_pictures(tmp_path):
+    pipelines.ldm_kl().save_pretrained(tmp_path / "teacher")
+    teacher = dkdm.load_teacher(str(tmp_path / "teacher"))
+    write_pipeline(tmp_path / "run", replace(teacher, value_range=(-4.0, 4.0)))
+    index = json.loads((tmp_path / "run" / "model_index.json").read_text())
+    assert index["_class_name"] == "LDMPipeline"
+    assert "_value_range" not in index
 
 
 def test_without_a_range_pixels_are_the_samples():

@@ -301,6 +301,12 @@ def test_packages_that_it_can_go_on_without_are_not_named(project, caught):
     assert shipped_by("frugal:make").requires == ()
 
 
+def test_a_package_without_which_it_gives_up_is_named(project):
+    tried = "try:\n    import jinja2\nexcept ImportError as error:\n    raise OSError() from error"
+    write(project, "strict.py", tried)
+    assert shipped_by("strict:make").requires == ("jinja2",)
+
+
 def test_other_packages_that_it_imports_are_named(project):
     write(project, "needy.py", "import packaging, json, jinja2\nimport dkdm")
     shipped = shipped_by("needy:make")

@@ -98,8 +98,8 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
 
 
 def _value_range(denoiser: Denoiser) -> dict[str, str]:
-    """The values of clean samples, for dkdm's eyes, where they are not -1 to 1."""
-    if denoiser.value_range == (-1.0, 1.0):
+    """The values of clean samples, for dkdm's eyes, where pictures are not their -1 to 1."""
+    if denoiser.bundle.autoencoder is not None or tuple(denoiser.value_range) == (-1.0, 1.0):
         return {}
     return {"_value_range": "{}..{}".format(*denoiser.value_range)}
 

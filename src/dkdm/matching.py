@@ -58,8 +58,7 @@ def _with_prediction(teacher: Denoiser, prediction: PredictionType | None) -> De
     """The teacher's description with another parameterization, where its scheduler takes it."""
     own, config = teacher.parameterization, teacher.process.scheduler
     if prediction is None:
-        fits = not config or own.prediction in _predictions(config)
-        prediction = own.prediction if fits else prediction_type(config)
+        prediction = _default_prediction(own, config) if config else own.prediction
     elif config:
         check_scheduler_takes(prediction, config)
     if prediction == own.prediction:
@@ -112,7 +111,8 @@ def check_is_sampled(student: Denoiser) -> None:
         return
     own = student.parameterization.prediction
     reads = own in _predictions(config)
-    if reads and torch.equal(student.times, student.process.network_time):
+    times = student.times, student.process.network_time  # fed in float32
+    if reads and torch.allclose(*times, rtol=1e-5, atol=1e-5):
         return
     what = f"a network is fed other times than its `time`, {student.time!r}"
     what = what if reads else f"a network that predicts {own} is misread"

@@ -98,10 +98,11 @@ _MISSING = ("ImportError", "ModuleNotFoundError", "Exception", "BaseException")
 
 
 def _tried(node: ast.AST) -> list[ast.AST]:
-    """What stands in the body of a `try` that catches a missing package."""
+    """What stands in the body of a `try` that catches a missing package and goes on."""
     if not isinstance(node, ast.Try):
         return []
-    caught = [handler.type for handler in node.handlers]
+    raising = [h for h in node.handlers if any(isinstance(n, ast.Raise) for n in ast.walk(h))]
+    caught = [handler.type for handler in node.handlers if handler not in raising]
     names = [name for kind in caught if kind for name in ast.walk(kind)]
     catches = None in caught or any(isinstance(n, ast.Name) and n.id in _MISSING for n in names)
     return [inner for line in node.body for inner in ast.walk(line)] if catches else []
