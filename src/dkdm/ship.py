@@ -79,7 +79,7 @@ def _imported_packages(source: str, module: str) -> set[str]:
     nodes = list(ast.walk(tree))
     tried = {inner for node in nodes for inner in _tried(node)}
     needed = _names([node for node in nodes if node not in tried], module)
-    return needed | (_names(nodes, module) & _beside(module))
+    return needed | (_names(nodes, module) & (_beside(module) | {"dkdm"}))
 
 
 def _names(nodes: list[ast.AST], module: str) -> set[str]:

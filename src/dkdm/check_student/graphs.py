@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from dkdm.check_student.blame import at_line, in_brackets, place, told
@@ -101,13 +101,14 @@ def devices(case: Case) -> Iterator[Finding]:
         x, time, cond = (_elsewhere(value) for value in probe)
         try:
             functional_call(called, moved, (x, time, cond))
-        except FakeTensorDeviceMismatchError as error:
+        except Exception as error:
+            if " different devices" not in str(error) and "two devices" not in str(error):
+                yield Finding("device", "ok", f"cannot be told here: {told(error, called.network)}")
+                return
             where = in_brackets(place(error, called.network))
             what = f"fails on a GPU: a tensor is on the CPU{where}"
             remedy = "make it on x.device, as in torch.arange(n, device=x.device), or as a buffer"
             yield Finding("device", "warning", what, remedy)
-        except Exception as error:
-            yield Finding("device", "ok", f"cannot be told here: {told(error, called.network)}")
         else:
             yield Finding("device", "ok", "works on whichever it is moved to")
 

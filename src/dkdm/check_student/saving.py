@@ -65,7 +65,7 @@ def plain_modules(case: Case) -> Iterator[Finding]:
         for name, value in vars(module).items()
         if isinstance(value, (list, tuple, dict))
         and name not in ("_modules", "_parameters", "_buffers")
-        and any(isinstance(each, nn.Module) and each not in known for each in _items(value))
+        and any(each not in known and each.state_dict() for each in _modules(value))
     ]
     if names:
         what = f"layers that are neither trained, saved nor moved: {listed(names)}"
@@ -73,8 +73,13 @@ def plain_modules(case: Case) -> Iterator[Finding]:
         yield Finding("plain modules", "problem", what, remedy)
 
 
-def _items(value: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else list(value)
+def _modules(value: Any) -> Iterator[nn.Module]:
+    """Those in a list, tuple or dict, however deep."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _modules(each)
 
 
 @torch.no_grad()

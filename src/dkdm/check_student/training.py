@@ -70,7 +70,7 @@ def learning(case: Case) -> Iterator[Finding]:
 
 def _losses(case: Case, learning_rate: float) -> list[float]:
     teacher, network = case.teacher, case.copied()
-    student = replace(on_levels_of(case.student, teacher.process), network=network, call=None)
+    student = replace(on_levels_of(case.student, teacher.process), network=network)
     optimizer = torch.optim.AdamW(network.train().requires_grad_(True).parameters(), learning_rate)
     objective, batch, before = Objective(student, teacher), _batch(case), teacher.evaluations
     with torch.no_grad():
