@@ -88,11 +88,13 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
     network, clipping = denoiser.network, denoiser.process.clipping
     own = shipping_note(network) if isinstance(network, nn.Module) else None
     notes = [] if own is None else [own]
-    if denoiser.process.scheduler and clipping.range is not None and clipping.center != 0:
+    name = denoiser.process.scheduler.get("_class_name")
+    around_0 = name in ("DDPMScheduler", "DDIMScheduler") and clipping.center == 0
+    if name and clipping.range is not None and not around_0:
         low, high = clipping.center - clipping.range, clipping.center + clipping.range
         notes.append(
-            f"its chain was clipped to {low:g}..{high:g}; schedulers of diffusers clip around 0 "
-            "only, and the folder's does not clip"
+            f"its chain was clipped to {low:g}..{high:g}; of diffusers' schedulers only DDPM and "
+            "DDIM clip, around 0, and the folder's does not"
         )
     return notes
 
