@@ -12,6 +12,7 @@ ROOMS = [
     "errors",
     "names",
     "version",
+    "reading",
     "randomness",
     "plugins",
     "config",
