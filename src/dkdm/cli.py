@@ -59,8 +59,8 @@ class TeacherOptions:
     """Flags of the original repository's scripts, as one string."""
     size: Labels = None
     """Height and width (frames, height, width; or length) as the network sees a sample."""
-    lora: tuple[Path, ...] = ()
-    """LoRA weights merged into the network, one after the other."""
+    lora: tuple[str, ...] = ()
+    """LoRA files merged into the network: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
     prompts: str | None = None
     """Text file of one prompt a line, or a pattern, for text models; or the prompt itself."""
     negative_prompt: str = ""

@@ -152,8 +152,8 @@ class TeacherChoice:
     teacher_size: tuple[int, ...] | None = None
     """Height and width (frames, height, width; or length) of a sample as the network sees it,
     in latents where it works on these; None is what its config says."""
-    teacher_lora: tuple[Path, ...] | None = None
-    """LoRA weight files merged into the teacher, one after the other."""
+    teacher_lora: tuple[str, ...] | None = None
+    """LoRA files merged into the teacher: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +255,6 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any]) -> Config:
 def _restore(hint: Any, value: Any) -> Any:
     if hint is Path or (value is not None and hint == Path | None):
         return Path(value)
-    if isinstance(value, list) and hint == tuple[Path, ...] | None:
-        return tuple(Path(item) for item in value)
     if isinstance(value, list):
         return tuple(value)
     return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dkdm.teachers.lora import LoraChoice
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -14,7 +16,8 @@ class LoadOptions:
         or (length,) or (frames, height, width) of a sample as the network sees it; None is what its
         config says. config: a config file of the original repository. flags: its command-line
         flags, as one string. ema: whether averaged weights are taken where a file has both.
-    lora: weight files merged into the network, one after the other.
+    lora: files of low-rank updates merged into the network, each as FILE, "FILE:WEIGHT" or
+        (FILE, WEIGHT).
     """
 
     variant: str | None = None
@@ -23,4 +26,4 @@ class LoadOptions:
     config: Path | None = None
     flags: str = ""
     ema: bool = True
-    lora: tuple[Path, ...] = ()
+    lora: tuple[LoraChoice, ...] = ()

@@ -21,7 +21,7 @@ from dkdm.prediction import Parameterization, VarianceType
 from dkdm.prompts import Prompts
 from dkdm.schedulers import from_scheduler_config, prediction_type, saved_config
 from dkdm.teachers.locate import INDEX
-from dkdm.teachers.lora import merge_lora
+from dkdm.teachers.lora import merge_loras, read_choices
 from dkdm.teachers.networks import FACTS, Facts
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.text import text_conditioning
@@ -37,11 +37,11 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     Raises UsageError where the folder is no pipeline or one of another kind, DkdmError where its
     weights are missing or do not match.
     """
+    loras = read_choices(options.lora)
     denoiser = describe_pipeline_folder(folder, options)
     component, facts = _network_of(read_json(folder / INDEX, "a diffusers pipeline"), folder)
     network = load_network(folder / component, facts.class_name, options)
-    for file in options.lora:
-        merge_lora(network, denoiser.bundle.pipeline, component, file)
+    merge_loras(network, denoiser.bundle.pipeline, component, loras)
     return replace(denoiser, network=network, call=None)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dkdm.checkpoint import load_strict, read_tensors
@@ -34,14 +35,13 @@ class Weights:
 def read_weights(path: Path, ema: bool = True) -> Weights:
     """Read a .safetensors, .pt, .pth or .ckpt file without running anything in it.
 
-    ema: take averaged weights where the file has them beside the plain ones. Raises UsageError for
-    a file that is missing, for a .pkl and for a file with code in it, DkdmError for one that cannot
-    be read.
+    ema: take averaged weights where the file has them beside the plain ones. Names are those of the
+    network itself: what DDP, FSDP and torch.compile put before them is taken off. Raises UsageError
+    for a file that is missing or holds no weights at all, for a .pkl and for a file with code in
+    it, DkdmError for one that cannot be read.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return Weights(path, read_tensors(path))
     if path.suffix == ".pkl":
         raise UsageError(
             f"{path}: a .pkl is a program that runs when it is read, and is never opened here. "
@@ -49,10 +49,49 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
             f'    net = pickle.load(open("{path.name}", "rb"))["ema"]\n'
             f'    torch.save(net.state_dict(), "{path.stem}.pt")'
         )
+    _refuse_other_content(path)
+    if path.suffix == ".safetensors":
+        return Weights(path, unwrapped(read_tensors(path)))
     loaded = _unpickle(path)
     if not isinstance(loaded, Mapping):
         raise DkdmError(f"{path}: expected a state dict, found {type(loaded).__name__}")
-    return Weights(path, *_split(path, dict(loaded), ema))
+    tensors, extra = _split(path, dict(loaded), ema)
+    return Weights(path, unwrapped(tensors), extra)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The texts in a safetensors header. Raises DkdmError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def _refuse_other_content(path: Path) -> None:
+    """Raise UsageError for a file that only has the name of a checkpoint."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(256).lstrip().lower()
+    except OSError as error:
+        raise DkdmError(f"{path} cannot be read: {error}") from error
+    found = next((what for first, what in _OTHER_CONTENT.items() if start.startswith(first)), None)
+    if found:
+        raise UsageError(f"{path}: {found}")
+
+
+_PAGE = (
+    "a web page and no weights: download the file again (log in first if its page asks for that)"
+)
+_OTHER_CONTENT = {
+    b"version https://git-lfs": "a Git LFS pointer and no weights: run git lfs pull in its folder",
+    b"<!doctype": _PAGE,
+    b"<html": _PAGE,
+    b"<?xml": _PAGE,
+    b'{"error': _PAGE,
+    b"gguf": "a GGUF file, whose weights are quantized: give the file or the diffusers folder "
+    "that it was made from",
+}
 
 
 def _unpickle(path: Path) -> Any:
@@ -109,22 +148,110 @@ def _stub(name: str) -> type:
     return type(plain, (), {"__module__": module, **nothing})
 
 
+_AVERAGED = (
+    "ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_model_state_dict",
+    "model_ema_state_dict", "params_ema", "ema_params", "ema_weights", "shadow_params", "shadow",
+)  # fmt: skip
+_PLAIN = (
+    "state_dict", "model_state_dict", "network_state_dict", "model", "net", "network", "params",
+    "module", "weights", "unet", "denoiser", "score_model", "generator",
+)  # fmt: skip
+
+
 def _split(
-    path: Path, loaded: dict[str, Any], ema: bool
+    path: Path, loaded: Mapping[Any, Any], ema: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a checkpoint, averaged ones where they lie beside them, and the rest."""
-    names = ("ema", "model_ema", "ema_model") if ema else ()
-    for name in (*names, "state_dict", "model", "net", "network", "params"):
-        inner = loaded.get(name)
-        if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
-            rest = {key: value for key, value in loaded.items() if key != name}
-            return {k: v for k, v in inner.items() if isinstance(v, Tensor)}, rest
-    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-    if not tensors:
+    """The weights of a checkpoint, averaged ones where they lie beside them, and the rest.
+
+    Averages that are a list without names, as of torch_ema and improved-diffusion, get those of the
+    plain weights, in their order. Raises UsageError where the two do not correspond, DkdmError
+    where there are no weights.
+    """
+    plain = _find(loaded, _PLAIN, levels=4) or _tensors(loaded)
+    average = _find(loaded, _AVERAGED, levels=4) if ema else None
+    if isinstance(average, list):
+        average = _named(path, average, plain)
+    tensors = average or plain
+    if not isinstance(tensors, dict) or not tensors:
         raise DkdmError(
             f"{path}: no weights in it (found {', '.join(map(str, loaded)) or 'nothing'})"
         )
-    return tensors, {key: value for key, value in loaded.items() if key not in tensors}
+    beside = {
+        k: v for k, v in loaded.items() if not isinstance(v, Tensor) and not _holds(v, tensors)
+    }
+    return tensors, beside
+
+
+def _holds(value: Any, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the weights were found here."""
+    if not isinstance(value, Mapping):
+        return False
+    inner = {key: entry for key, entry in value.items() if isinstance(entry, Tensor)}
+    return any(entry is tensors.get(key) for key, entry in inner.items()) or any(
+        _holds(entry, tensors) for entry in value.values() if isinstance(entry, Mapping)
+    )
+
+
+def _tensors(values: Any) -> dict[str, Tensor]:
+    if not isinstance(values, Mapping):
+        return {}
+    return {key: v for key, v in values.items() if isinstance(v, Tensor) and isinstance(key, str)}
+
+
+def _find(
+    loaded: Mapping[Any, Any], names: tuple[str, ...], levels: int
+) -> dict[str, Tensor] | list[Tensor] | None:
+    """The first of these entries that holds weights, at the top or some levels inside."""
+    for name in names:
+        value = loaded.get(name)
+        if isinstance(value, (list, tuple)) and (listed := _listed(value)):
+            return listed
+        if isinstance(value, Mapping) and levels:
+            inside = _find(value, tuple(dict.fromkeys((*names, *_PLAIN))), levels - 1)
+            if found := inside or _tensors(value):
+                return found
+    return None
+
+
+def _listed(value: Sequence[Any]) -> list[Tensor]:
+    """The tensors of a list, or of the first list in it where it has one for each decay rate."""
+    first = value[0] if value else None
+    if isinstance(first, (list, tuple)):
+        return _listed(first)
+    return list(value) if all(isinstance(item, Tensor) for item in value) else []
+
+
+def _named(path: Path, average: list[Tensor], plain: Any) -> dict[str, Tensor]:
+    """A list of averages by the names of the plain weights, whose buffers stay as they are."""
+    own = plain if isinstance(plain, dict) else {}
+    learned = {k: v for k, v in own.items() if not _is_buffer(k, v)}
+    for names in (list(own), list(learned)):
+        shapes = [own[name].shape for name in names]
+        if shapes == [value.shape for value in average]:
+            return own | dict(zip(names, average, strict=True))
+    raise UsageError(
+        f"{path}: its averaged weights are a list of {len(average)} tensors without names, which "
+        f"do not correspond to its {len(own)} weights with names. Save them with names first: "
+        "ema.copy_to(network.parameters()); torch.save(network.state_dict(), FILE)"
+    )
+
+
+def _is_buffer(name: str, value: Tensor) -> bool:
+    return not value.is_floating_point() or name.rpartition(".")[2].startswith("running_")
+
+
+_WRAPPERS = r"(^|\.)(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_COUNTS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names that they have without DDP, FSDP, AveragedModel or torch.compile."""
+    named = {k: v for k, v in tensors.items() if k not in _COUNTS} or dict(tensors)
+    while any(re.search(_WRAPPERS, key) for key in named):
+        named = {re.sub(_WRAPPERS, r"\1", key): value for key, value in named.items()}
+    while named and all(key.startswith("module.") for key in named):
+        named = without_prefix(named, "module.")
+    return named
 
 
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
