@@ -32,10 +32,12 @@ class Lora:
 
 def read_choices(choices: Iterable[LoraChoice] | LoraChoice) -> tuple[Lora, ...]:
     """LoRAs from a list of choices, or from one. Raises as `read_choice`."""
-    one = isinstance(choices, (str, Path)) or (
-        isinstance(choices, tuple) and len(choices) == 2 and is_number(choices[1])
-    )
-    return tuple(read_choice(choice) for choice in ((choices,) if one else choices))
+    if isinstance(choices, (str, Path)):
+        return (read_choice(choices),)
+    found: tuple[Any, ...] = tuple(choices)
+    if len(found) == 2 and is_number(found[1]):
+        return (read_choice(found),)
+    return tuple(map(read_choice, found))
 
 
 def read_choice(choice: LoraChoice) -> Lora:
@@ -48,7 +50,7 @@ def read_choice(choice: LoraChoice) -> Lora:
         file, weight = choice if len(choice) == 2 else (choice, None)
         if not (isinstance(file, (str, Path)) and is_number(weight)):
             raise UsageError(f"--teacher-lora {shown(choice)}: expected FILE or (FILE, WEIGHT)")
-        return Lora(_existing(Path(file)), float(weight))  # type: ignore[arg-type]
+        return Lora(_existing(Path(file)), float(weight))
     if not isinstance(choice, (str, Path)):
         raise UsageError(f"--teacher-lora {shown(choice)}: expected FILE or FILE:WEIGHT")
     weighted = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", str(choice))
