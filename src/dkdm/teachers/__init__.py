@@ -52,7 +52,8 @@ def load_teacher(
     options = options or LoadOptions()
     if ":" in spec and not spec.startswith("builtin:"):
         return _from_factory(spec)
-    path = locate(spec, revision=revision, variant=options.variant) / (subfolder or "")
+    found = locate(spec, revision=revision, variant=options.variant, subfolder=subfolder)
+    path = found / (subfolder or "")
     if options.dtype == "int8":
         denoiser = _from_path(path, format, replace(options, dtype="bfloat16"))
         quantize_int8(denoiser.network)  # type: ignore[arg-type]

@@ -6,9 +6,10 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import UsageError
+from dkdm.teachers.downloads import INDEX, download
 
-INDEX = "model_index.json"
+__all__ = ["INDEX", "builtin_names", "is_hub_id", "locate"]
 
 
 def builtin_names() -> list[str]:
@@ -18,12 +19,17 @@ def builtin_names() -> list[str]:
 
 
 def locate(
-    spec: str, *, revision: str | None = None, variant: str | None = None, weights: bool = True
+    spec: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    weights: bool = True,
+    subfolder: str | None = None,
 ) -> Path:
     """The folder of a builtin, a path or a hub id (downloaded into the hub's cache).
 
-    weights: whether they are needed too, or JSON files are enough. Raises UsageError where there is
-    nothing of that name.
+    weights: whether they are needed too, or JSON files are enough. subfolder: of a repository, if
+    only that is needed. Raises UsageError where there is nothing of that name.
     """
     if spec.startswith("builtin:"):
         return _builtin(spec.removeprefix("builtin:"))
@@ -31,7 +37,7 @@ def locate(
     if path.exists():
         return path
     if is_hub_id(spec):
-        return _download(spec, revision, variant, weights)
+        return download(spec, revision, variant, weights, subfolder)
     raise UsageError(
         f"no model at '{spec}': expected a diffusers folder, a hub id (owner/name), a run's output "
         f"folder, module:factory, or one of {', '.join(f'builtin:{n}' for n in builtin_names())}"
@@ -50,21 +56,3 @@ def _builtin(name: str) -> Path:
             f"no builtin model '{name}': expected one of {', '.join(builtin_names()) or 'none'}"
         )
     return Path(str(resources.files("dkdm"))) / "assets" / name
-
-
-def _download(repo_id: str, revision: str | None, variant: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    suffix = f".{variant}" if variant else ""
-    patterns = ["*.json"]
-    if weights:
-        texts = ("*.txt", "*.model", "README.md")  # vocabularies, card
-        patterns += [f"*diffusion_pytorch_model{suffix}*", f"*model{suffix}*.safetensors", *texts]
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise DkdmError(
-            f"'{repo_id}' is no folder here, and the hub did not give it{at}: {error}"
-        ) from error

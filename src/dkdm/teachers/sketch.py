@@ -33,7 +33,8 @@ def sketch_teacher(
     """
     if spec.partition(":")[1] and not spec.startswith("builtin:"):
         return None
-    folder = locate(spec, revision=revision, weights=False) / (subfolder or "")
+    found = locate(spec, revision=revision, weights=False, subfolder=subfolder)
+    folder = found / (subfolder or "")
     if not (folder / INDEX).is_file():
         return None
     denoiser = describe_pipeline_folder(folder, options)
