@@ -15,6 +15,7 @@ from torch import nn
 import dkdm
 from dkdm import checkpoint
 from dkdm.errors import DkdmError, UsageError
+from dkdm.modes import silence_label_dropout
 from dkdm.progress import read_metrics
 from dkdm.students import student_of
 from factories import denoiser, tiny_unet
@@ -114,6 +115,9 @@ def test_unweighted_dit_keeps_the_class_it_is_told():
     from diffusers.models.embeddings import LabelEmbedding
 
     student = student_of("dit-xs", denoiser())
+    before = [m.dropout_prob for m in student.network.modules() if isinstance(m, LabelEmbedding)]
+    assert all(before), "building a Denoiser changes nothing"
+    silence_label_dropout(student.network)
     dropouts = [m.dropout_prob for m in student.network.modules() if isinstance(m, LabelEmbedding)]
     assert dropouts
     assert not any(dropouts)

@@ -26,6 +26,7 @@ ROOMS = [
     "networks",
     "prompts",
     "calls",
+    "modes",
     "bundle",
     "denoiser",
     "matching",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from dkdm.check_student import first_look
@@ -28,6 +29,7 @@ from dkdm.finish import (
 from dkdm.hub import publish, reserve
 from dkdm.launch import claim_output, start_accelerator
 from dkdm.matching import covered, level_weights, on_levels_of, same_levels, with_process
+from dkdm.modes import evaluating, say_if
 from dkdm.objective import Objective
 from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_few_step
 from dkdm.sources import Images, Synthetic, draw_set, empty_set
@@ -58,10 +60,20 @@ def distill(
         student=_name_of(student) or config.student,
     )
     accelerator = start_accelerator(config)
-    if isinstance(teacher, Denoiser):
-        taught_by = with_conditions(teacher, config)
-    else:
-        taught_by = open_teacher(config)
+    if not isinstance(teacher, Denoiser):
+        return _distill(open_teacher(config), student, config, accelerator)
+    with evaluating(teacher.network, teacher.call, frozen=True) as changed:
+        say_if(changed)
+        return _distill(with_conditions(teacher, config), student, config, accelerator)
+
+
+def _distill(
+    taught_by: Denoiser,
+    student: str | Denoiser | nn.Module | None,
+    config: DistillConfig,
+    accelerator: Accelerator,
+) -> Path:
+    _refuse_shared_network(taught_by, student)
     if isinstance(student, Denoiser):
         coders = student.bundle.autoencoder, taught_by.bundle.autoencoder
         check_same_samples(student.sample_shape, taught_by.sample_shape, coders)
@@ -107,6 +119,15 @@ def distill(
     finish_distillation(config, taught_by, finished, comparison, seconds)
     publish(config)
     return config.output_dir
+
+
+def _refuse_shared_network(teacher: Denoiser, student: str | Denoiser | nn.Module | None) -> None:
+    network = student.network if isinstance(student, Denoiser) else student
+    if isinstance(network, nn.Module) and network is teacher.network:
+        raise UsageError(
+            "the student is the teacher's own network, which would change while it teaches: give "
+            "the student copy.deepcopy(network)"
+        )
 
 
 def _name_of(model: str | Denoiser | nn.Module | None) -> str | None:

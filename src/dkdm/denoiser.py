@@ -13,6 +13,7 @@ from dkdm.bundle import Bundle
 from dkdm.calls import Call, Network, call_of, takes
 from dkdm.conditioning import Condition, Conditioning, Unconditional, guide
 from dkdm.errors import UsageError
+from dkdm.modes import evaluating
 from dkdm.prediction import (
     Parameterization,
     Prediction,
@@ -76,8 +77,6 @@ class Denoiser:
         self.times = times if self.time is None else network_times(self.process, self.time)
         self.call = self.call or call_of(self.network)
         self.embeds_guidance = embeds_guidance(self.network)
-        if isinstance(self.network, nn.Module):
-            silence_label_dropout(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +181,7 @@ class Denoiser:
 
     @torch.no_grad()
     def check(self, cond: Condition | None = None) -> None:
-        """Evaluate two samples of noise, at the first level and the last.
+        """Evaluate two samples of noise, at the first level and the last, in evaluation mode.
 
         cond: two rows; None draws them. Raises UsageError where network and shapes do not fit, and
         where what it answers is not finite.
@@ -194,7 +193,8 @@ class Denoiser:
         x = torch.randn(2, *self.sample_shape, generator=random).to(self.device)
         t = torch.tensor([0, self.process.num_levels - 1])
         try:
-            output = self.predict(Batch(x, t, cond, t)).output
+            with evaluating(self.network, self.call):
+                output = self.predict(Batch(x, t, cond, t)).output
         except UsageError:
             raise
         except Exception as error:
@@ -224,7 +224,8 @@ class Denoiser:
         """Draw samples with `num_steps` evaluations each.
 
         noise: step -> [B, ...] standard normal; step -1 asks for the starting noise. cond: one row
-        a sample; spacing: of the steps, None is the process's own. Returns x_0 [B, ...].
+        a sample; spacing: of the steps, None is the process's own. Returns x_0 [B, ...], drawn in
+        evaluation mode.
         """
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
@@ -232,7 +233,8 @@ class Denoiser:
 
         x = self.process.start_std * noise(-1).to(self.device)
         steps = self.process.timesteps(num_steps, spacing)
-        return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
+        with evaluating(self.network, self.call):
+            return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
 
 
 def offloaded_to(network: nn.Module) -> torch.device | None:
@@ -242,19 +244,6 @@ def offloaded_to(network: nn.Module) -> torch.device | None:
         if executes is not None:
             return torch.device(executes)
     return None
-
-
-def silence_label_dropout(network: nn.Module) -> None:
-    """Switch off the dropout of labels that diffusers' DiT does by itself in training mode.
-
-    It drops them in every block on its own, so that the target's class is not the one that the
-    student was told. Conditions are dropped where they are drawn instead.
-    """
-    from diffusers.models.embeddings import LabelEmbedding
-
-    for module in network.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0
 
 
 def embeds_guidance(network: Network) -> bool:

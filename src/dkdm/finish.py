@@ -21,6 +21,7 @@ from dkdm.evaluation.features import ReferenceName
 from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.same_noise import Plan, draw, pictures
 from dkdm.export import shipping_notes
+from dkdm.modes import evaluating, say_if
 from dkdm.pictures import grid
 from dkdm.pool import Guidance
 from dkdm.progress import track
@@ -251,7 +252,11 @@ def sample_to_file(
     denoiser = replace(denoiser, conditioning=conditioning)
     cond = conditioning.in_turns(num_samples)
     plan = Plan(num_samples, num_steps, seed, eta=float(sampler == "ddpm"))
-    with track(num_samples, 0, "sampling") as progress:
+    with (
+        evaluating(denoiser.network, denoiser.call) as changed,
+        track(num_samples, 0, "sampling") as progress,
+    ):
+        say_if(changed)
         samples = draw(denoiser, cond, plan, guidance_scale, progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".safetensors":

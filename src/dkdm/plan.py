@@ -13,6 +13,7 @@ from torch import nn
 from dkdm.denoiser import Batch, Denoiser
 from dkdm.errors import UsageError
 from dkdm.inspection.memory import MIB, LiveStorages, evaluation_mib, fused_attention, weights_mib
+from dkdm.modes import silence_label_dropout
 from dkdm.students import untried_student_of
 from dkdm.trainer import enable_gradient_checkpointing
 
@@ -123,6 +124,7 @@ def _student(teacher: Denoiser, spec: str, choices: Choices) -> Denoiser:
     with torch.device("meta"):
         student = untried_student_of(spec, teacher)
     network = student.network.to("meta")  # type: ignore[union-attr]
+    silence_label_dropout(network)
     if choices.gradient_checkpointing:
         enable_gradient_checkpointing(network)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choices.mixed_precision)

@@ -182,7 +182,7 @@ def mixture_denoiser(
     if mixture.classes is not None:
         count = len(mixture.members) - 1
         conditioning = ClassLabels(count, null_class=count)
-    network = ExactNetwork(mixture, process, parameterization)
+    network = ExactNetwork(mixture, process, parameterization).eval()
     return Denoiser(
         network, process, parameterization, mixture.sample_shape, conditioning, name="toy"
     )

@@ -21,6 +21,7 @@ from dkdm.config import RunConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.features import Features
+from dkdm.modes import silence_label_dropout
 from dkdm.objective import Objective
 from dkdm.progress import LossPerLevel, MetricsFile, track
 from dkdm.sources import Source
@@ -80,6 +81,7 @@ class Trainer:
         config = self.config
         self.network: nn.Module = self.student.network  # type: ignore[assignment]
         make_trainable(self.network.train())
+        silence_label_dropout(self.network)
         for name in self.frozen:
             self.network.get_parameter(name).requires_grad_(False)
         if config.gradient_checkpointing:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dkdm.calls import Network
 from dkdm.conditioning import Condition
 from dkdm.denoiser import Denoiser
+from dkdm.modes import silence_label_dropout
 from dkdm.own import awakened
 
 # Two outputs are the same up to this, of the largest value; a network that depends on something
@@ -90,7 +91,9 @@ class Case:
 
     def copied(self) -> nn.Module:
         """A copy of the network to do things with."""
-        return copy.deepcopy(self.network)
+        copied = copy.deepcopy(self.network)
+        silence_label_dropout(copied)
+        return copied
 
     def probe(self, count: int, seed: int = 0, null: bool = False, reach: float = 0.8) -> Probe:
         """Random states at levels from low to high, a condition for each.

@@ -8,27 +8,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dkdm.denoiser import Batch, Denoiser
+from dkdm.modes import evaluating
 
 
 @contextmanager
-def undisturbed(denoiser: Denoiser) -> Iterator[None]:
-    """Evaluate without a trace: in evaluation mode, with mode and evaluation counter restored."""
-    network = denoiser.network
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
-    modes, evaluations = [module.training for module in modules], denoiser.evaluations
-    for module in modules:
-        module.training = False
+def undisturbed(denoiser: Denoiser) -> Iterator[bool]:
+    """Evaluate without a trace: in evaluation mode, with mode and evaluation counter restored.
+
+    Yields whether the model was in training mode.
+    """
+    evaluations = denoiser.evaluations
     try:
-        yield
+        with evaluating(denoiser.network, denoiser.call) as changed:
+            yield changed
     finally:
         denoiser.evaluations = evaluations
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
 
 
 @torch.no_grad()

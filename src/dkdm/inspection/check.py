@@ -21,6 +21,7 @@ from dkdm.inspection.denoising import (
     own_samples,
 )
 from dkdm.inspection.readings import better_reading
+from dkdm.modes import say_if
 from dkdm.process import Process
 
 # Measured: 0.01 of the values after minutes of training, 0.1 where the data is 1.5 times too wide.
@@ -87,7 +88,8 @@ def check_denoising(
             return given_samples(reading, images)
         return own_samples(reading, num_samples, max(1, num_steps // 2), seed, label)
 
-    with undisturbed(denoiser):
+    with undisturbed(denoiser) as changed:
+        say_if(changed)
         own = own_samples(denoiser, num_samples, num_steps, seed, "denoising check")
         spread = _spread(own.x_0)
         if not own.x_0.isfinite().all():

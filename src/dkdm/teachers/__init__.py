@@ -10,6 +10,7 @@ from pathlib import Path
 from dkdm.config import TeacherChoice
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.modes import put_into_evaluation, say_if
 from dkdm.plugins import import_object
 from dkdm.prompts import NO_PROMPTS, Prompts, read_prompts, with_prompts
 from dkdm.teachers.locate import INDEX, builtin_names, locate
@@ -127,5 +128,6 @@ def _from_factory(spec: str) -> Denoiser:
             f"teacher factory {spec} returned {type(denoiser).__name__}: expected a dkdm.Denoiser"
         )
     denoiser.name = spec
+    say_if(put_into_evaluation(denoiser.network, denoiser.call))
     denoiser.check()
     return denoiser

@@ -1,0 +1,143 @@
+"""Evaluation mode for all that a model calls: a module, or the modules behind a function."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+WAS_TRAINING = "the teacher was in training mode; dkdm put it into evaluation mode"
+DEPTH = 3  # a partial of a bound method of an object that holds a module
+
+
+def modules_behind(*callables: Any) -> list[nn.Module]:
+    """Every module that these call, with its submodules, each once.
+
+    A module is taken as it is. Of a function, its closure, its defaults and the globals it names
+    are searched; of a method, its object; of a partial, its function and arguments; of any other
+    object, its attributes. Containers are searched too, `DEPTH` steps in all.
+    """
+    found: dict[int, nn.Module] = {}
+    for each in callables:
+        for root in _roots(each, DEPTH):
+            found |= {id(module): module for module in root.modules()}
+    return list(found.values())
+
+
+def _roots(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth >= 0:
+        for part in _parts(value):
+            yield from _roots(part, depth - 1)
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a callable or a container holds."""
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, FunctionType):
+        return _held_by_function(value)
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return []
+    return list(vars(value).values())
+
+
+def _held_by_function(function: FunctionType) -> list[Any]:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    modules = [value for value in named if isinstance(value, nn.Module)]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [*cells, *modules, *defaults]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def evaluating(*callables: Any, frozen: bool = False) -> Iterator[bool]:
+    """Hold all modules behind these in evaluation mode; yields whether any was in training mode.
+
+    frozen: whether their parameters require no gradients either. Afterwards everything is as it was
+    found. Modules whose `train` keeps parts of them in training mode are held whole.
+    """
+    modules = modules_behind(*callables)
+    modes = [module.training for module in modules]
+    weights = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
+    weights = weights if frozen else []
+    _evaluate(modules)
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield any(modes)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+        _restore(modules, modes)
+
+
+def _evaluate(modules: list[nn.Module]) -> None:
+    """Call `eval` where it was not called, for what a network's own does, then insist."""
+    for module in modules:
+        if module.training:
+            _call_train(module, False)
+    for module in modules:
+        module.training = False
+
+
+def _restore(modules: list[nn.Module], modes: list[bool]) -> None:
+    for module, training in zip(modules, modes, strict=True):
+        if training and not module.training:
+            _call_train(module, True)
+    for module, training in zip(modules, modes, strict=True):
+        module.training = training
+
+
+def _call_train(module: nn.Module, mode: bool) -> None:
+    try:
+        module.train(mode)
+    except NotImplementedError:  # exported programs have no modes
+        return
+
+
+def put_into_evaluation(*callables: Any) -> bool:
+    """Put all modules behind these into evaluation mode; returns whether any was not."""
+    modules = modules_behind(*callables)
+    was_training = any(module.training for module in modules)
+    _evaluate(modules)
+    return was_training
+
+
+def say_if(was_training: bool) -> None:
+    """Say on stderr that dkdm changed the teacher's mode, if it did."""
+    if was_training:
+        print(WAS_TRAINING, file=sys.stderr)
+
+
+def silence_label_dropout(network: nn.Module) -> None:
+    """Switch off the dropout of labels that diffusers' DiT does by itself in training mode.
+
+    It drops them in every block on its own, so that the target's class is not the one that the
+    student is fed. Conditions are dropped where they are drawn instead.
+    """
+    from diffusers.models.embeddings import LabelEmbedding
+
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
