@@ -179,7 +179,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match="never opened here"):
         load(str(tmp_path / "model.pkl"), GUIDED_FLAGS)
     torch.save(tiny_unet().state_dict(), tmp_path / "other.pt")
-    with pytest.raises(UsageError, match="format of these weights is not known"):
+    with pytest.raises(UsageError, match="the weights of a diffusers network without its config"):
         load(str(tmp_path / "other.pt"), GUIDED_FLAGS)
     with pytest.raises(DkdmError, match="not the weights of a guided-diffusion UNet"):
         load_teacher(str(tmp_path / "other.pt"), format="guided-diffusion")

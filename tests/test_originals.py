@@ -1,11 +1,21 @@
 """Checkpoint files of different repositories are told apart by their keys."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import test_dit_original
 import test_edm
+import test_guided_diffusion
+import test_latent_diffusion
 import test_lucidrains
-from dkdm.teachers import FORMATS
+from dkdm import UsageError, load_teacher
+from dkdm.networks.adm import AdmUNet
+from dkdm.teachers import FORMATS, LoadOptions
+from dkdm.teachers.originals import _format_of
+from dkdm.teachers.state_dict import Weights, read_weights
+from formula_weights import filled
 
 FILES = {
     "dit": [test_dit_original.checkpoint()],
@@ -20,3 +30,77 @@ FILES = {
 def test_only_its_own_format_recognizes_a_file(name):
     for state in FILES[name]:
         assert [key for key, one in FORMATS.items() if one.recognizes(state)] == [name]
+
+
+HOLDERS = (
+    "module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "model.",
+    "ema_model.",
+    "model.module.",
+    "_forward_module.model._orig_mod.",
+    "diffusion_model.",
+    "state_dict.module.net.",
+)
+
+
+def behind(holder, state):
+    return {f"{holder}{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("name", [*FILES, "guided-diffusion", "latent-diffusion"])
+def test_every_format_is_known_behind_what_held_the_network(tmp_path, name, holder):
+    state = FILES[name][0] if name in FILES else OTHERS[name]()
+    torch.save({"state_dict": behind(holder, state), "epoch": 3}, tmp_path / "model.pt")
+    weights = read_weights(tmp_path / "model.pt")
+    found, view = _format_of(weights, None, ema=True)
+    assert found == name
+    for key, value in state.items():
+        assert any(torch.equal(view.tensors[k], value) for k in view.tensors if k.endswith(key))
+
+
+OTHERS = {
+    "guided-diffusion": lambda: filled(AdmUNet(**test_guided_diffusion.GUIDED)).state_dict(),
+    "latent-diffusion": lambda: test_latent_diffusion.checkpoint("vq"),
+}
+
+
+def test_averages_come_before_the_weights_beside_them():
+    plain = test_dit_original.checkpoint()
+    average = {key: value + 1 for key, value in plain.items()}
+    flat = {f"model_ema.{key.replace('.', '')}": value for key, value in average.items()}
+    counts = {"model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones(())}
+    files = {
+        "listed by name": behind("ema.", average) | behind("model.", plain),
+        "online": behind("online_model.", plain) | behind("ema_model.", average),
+        "without dots": flat | counts | behind("model.", plain),
+    }
+    for tensors in files.values():
+        for ema, expected in ((True, average), (False, plain)):
+            _, view = _format_of(Weights(Path("a.pt"), tensors), "dit", ema)
+            assert view.tensors.keys() == plain.keys()
+            assert all(torch.equal(view.tensors[key], expected[key]) for key in plain)
+
+
+def test_a_network_of_ones_own_is_answered_with_the_lines_that_wrap_it(tmp_path):
+    file = tmp_path / "model.pth"
+    network = torch.nn.Linear(2, 3)
+    torch.save(network.state_dict(), file)
+    with pytest.raises(UsageError, match="the format of these weights is not known") as told:
+        load_teacher(str(file))
+    lines = str(told.value).splitlines()[1:]
+    assert len(lines) == 4
+    code = "\n".join(line[4:] for line in lines).replace("from yours import YourNetwork", "")
+    names = {"YourNetwork": lambda: torch.nn.Linear(2, 3)}
+    exec(code, names)
+    teacher = names["load"]()
+    assert torch.equal(teacher.network.weight, network.weight)
+    assert teacher.sample_shape == (3, 32, 32)
+
+
+def test_options_of_pipelines_are_refused(tmp_path):
+    torch.save(test_dit_original.checkpoint(), tmp_path / "dit.pt")
+    with pytest.raises(UsageError, match="takes no LoRA: leave this option out"):
+        load_teacher(str(tmp_path / "dit.pt"), options=LoadOptions(lora=("a.safetensors",)))

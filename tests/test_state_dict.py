@@ -106,6 +106,55 @@ def test_averaged_weights_come_first_where_they_are_asked_for(tmp_path, name):
     assert plain.extra.keys() == {name, "opt"}
 
 
+NESTED = {
+    "ema, state_dict": {"model": PLAIN, "ema": {"state_dict": AVERAGED, "decay": 0.99}},
+    "ema_state_dict": {"model_state_dict": PLAIN, "ema_state_dict": AVERAGED},
+    "network, ema": {"network": {"state_dict": PLAIN}, "network_ema": 3, "ema": AVERAGED},
+    "shadow": {"model": PLAIN, "ema": {"shadow": AVERAGED, "mu": 0.99}},
+    "shadow_params": {"model": PLAIN, "ema": {"shadow_params": list(AVERAGED.values())}},
+    "ema_params": {"state_dict": PLAIN, "ema_params": [list(AVERAGED.values())]},
+    "tuple": {"state_dict": PLAIN, "ema_params": tuple(AVERAGED.values())},
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_and_listed_averages(tmp_path, name):
+    torch.save(NESTED[name], tmp_path / "model.pt")
+    assert_weights(read_weights(tmp_path / "model.pt").tensors, AVERAGED)
+    assert_weights(read_weights(tmp_path / "model.pt", ema=False).tensors, PLAIN)
+
+
+def test_a_list_of_averages_without_buffers(tmp_path):
+    """`steps` is none of the parameters that were averaged."""
+    content = {"model": PLAIN, "ema": {"shadow_params": [AVERAGED["conv.weight"]]}}
+    torch.save(content, tmp_path / "model.pt")
+    expected = {"conv.weight": AVERAGED["conv.weight"], "steps": PLAIN["steps"]}
+    assert_weights(read_weights(tmp_path / "model.pt").tensors, expected)
+
+
+@pytest.mark.parametrize(
+    "averages", [[torch.ones(3, 2)], [torch.ones(2, 3)] * 3, [torch.ones(()), torch.ones(2, 3)]]
+)
+def test_a_list_of_averages_of_other_shapes_is_refused(tmp_path, averages):
+    torch.save({"model": PLAIN, "ema": {"shadow_params": averages}}, tmp_path / "model.pt")
+    with pytest.raises(UsageError, match="a list of . tensors without names"):
+        read_weights(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module.module.", "module.module."],
+)
+def test_wrappers_are_taken_off(tmp_path, prefix):
+    wrapped = {f"{prefix}{key}": value for key, value in PLAIN.items()}
+    averaged = wrapped | {"n_averaged": torch.tensor(5)}
+    for tensors in (wrapped, averaged):
+        torch.save(tensors, tmp_path / "model.pt")
+        assert_weights(read_weights(tmp_path / "model.pt").tensors, PLAIN)
+    save_file(wrapped, tmp_path / "model.safetensors")
+    assert_weights(read_weights(tmp_path / "model.safetensors").tensors, PLAIN)
+
+
 def test_an_average_without_tensors_is_passed_over(tmp_path):
     torch.save({"ema": {"decay": 0.999}, "model": PLAIN}, tmp_path / "model.pt")
     assert_weights(read_weights(tmp_path / "model.pt").tensors, PLAIN)

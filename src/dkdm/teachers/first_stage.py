@@ -111,10 +111,14 @@ _RENAMED = (
 )
 
 
+def cache_root() -> Path:
+    """Where parts of single files are kept as folders."""
+    return Path(os.environ.get("DKDM_CACHE", "~/.cache/dkdm")).expanduser()
+
+
 def _cached(network: nn.Module) -> Path:
     """The folder that holds this autoencoder, written where there is none yet."""
-    root = Path(os.environ.get("DKDM_CACHE", "~/.cache/dkdm")).expanduser()
-    home = root / "autoencoders"
+    home = cache_root() / "autoencoders"
     folder = home / _fingerprint(network)
     if not folder.is_dir():
         home.mkdir(parents=True, exist_ok=True)

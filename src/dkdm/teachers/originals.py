@@ -12,7 +12,8 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.teachers import dit, edm, edm2, guided_diffusion, latent_diffusion, lucidrains
 from dkdm.teachers.options import LoadOptions
-from dkdm.teachers.state_dict import Weights, read_weights
+from dkdm.teachers.single_file import SingleFile, load_single_file, part_of_a_model, recognize
+from dkdm.teachers.state_dict import Weights, read_shapes, read_weights, views
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,64 @@ def load_original(path: Path, name: str | None, options: LoadOptions) -> Denoise
             f"{path}: expected a diffusers pipeline folder (with model_index.json) or a checkpoint "
             f"file of {', '.join(FORMATS)}"
         )
+    if name is None and path.suffix == ".safetensors" and path.is_file():
+        known = recognize(read_shapes(path))
+        if known is not None:
+            return _single_file(path, known, options)
     weights = read_weights(path, ema=options.ema)
+    shapes = {key: tuple(value.shape) for key, value in weights.tensors.items()}
+    known = recognize(shapes) if name is None else None
+    if known is not None:
+        return _single_file(path, known, options)
+    name, weights = _format_of(weights, name, options.ema)
     if name is None:
-        name = next((key for key, one in FORMATS.items() if one.recognizes(weights.tensors)), None)
-    if name is None:
-        raise UsageError(
-            f"{path}: the format of these weights is not known (first keys: "
-            f"{', '.join(list(weights.tensors)[:4])}): expected --teacher-format with one of "
-            f"{', '.join(FORMATS)}"
-        )
+        raise _unknown(weights, part_of_a_model(shapes))
+    _refuse_unused(path, name, options)
     return FORMATS[name].load(weights, options)
+
+
+def _single_file(path: Path, known: SingleFile | str, options: LoadOptions) -> Denoiser:
+    if isinstance(known, str):
+        raise UsageError(f"{path}: {known}")
+    return load_single_file(path, known, options)
+
+
+def _format_of(weights: Weights, name: str | None, ema: bool) -> tuple[str | None, Weights]:
+    """The format that knows the weights, and these by the names that it knows them by.
+
+    name: the only one that is asked; it gets them as they are where it does not know them.
+    """
+    for view in views(weights, ema):
+        for key in FORMATS if name is None else (name,):
+            if FORMATS[key].recognizes(view.tensors):
+                return key, view
+    return name, weights
+
+
+def _refuse_unused(path: Path, name: str, options: LoadOptions) -> None:
+    if options.lora:
+        raise UsageError(
+            f"--teacher-lora: {path} is a checkpoint of {FORMATS[name].summary}, which takes no "
+            "LoRA: leave this option out"
+        )
+
+
+def _unknown(weights: Weights, part: str | None) -> UsageError:
+    """What to do with weights of a network that only the user knows."""
+    if part is not None:
+        return UsageError(f"{weights.path}: {part}")
+    file = repr(str(weights.path))
+    reader = "safetensors.torch.load_file({0})"
+    if weights.path.suffix != ".safetensors":
+        reader = "torch.load({0}, weights_only=True)"
+    return UsageError(
+        f"{weights.path}: the format of these weights is not known (they begin with "
+        f"{', '.join(list(weights.tensors)[:4])}). If it is one of {', '.join(FORMATS)}, give "
+        "--teacher-format. If the network is yours, write teacher.py, with your own betas, "
+        "prediction and shape, and give teacher:load in place of the file:\n"
+        "    import dkdm, torch; from yours import YourNetwork\n"
+        "    def load():\n"
+        f"        network = YourNetwork(); network.load_state_dict({reader.format(file)})\n"
+        "        return dkdm.Denoiser(network, dkdm.from_betas(torch.linspace(1e-4, 0.02, 1000)), "
+        'dkdm.Parameterization("epsilon"), (3, 32, 32))'
+    )

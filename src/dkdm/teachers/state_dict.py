@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,16 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
         raise DkdmError(f"{path}: expected a state dict, found {type(loaded).__name__}")
     tensors, extra = _split(path, dict(loaded), ema)
     return Weights(path, unwrapped(tensors), extra)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, without its values. Raises as `read_weights`."""
+    _refuse_other_content(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -257,6 +267,44 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries whose names begin with `prefix`, with it removed."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+# What training code puts before a network's names, averages first.
+_HOLDERS = (
+    "ema_model.", "model_ema.", "ema.", "module.", "model.", "online_model.", "net.", "network.",
+    "diffusion_model.", "denoiser.", "unet.", "state_dict.",
+)  # fmt: skip
+
+
+def views(weights: Weights, ema: bool = True, levels: int = 3) -> Iterator[Weights]:
+    """The same weights, and what lies in them behind the names of what held the network.
+
+    ema: averages come before plain weights. levels: of names inside each other.
+    """
+    yield weights
+    if levels == 0:
+        return
+    if ema and (average := _flat_average(weights.tensors)):
+        yield from views(replace(weights, tensors=average), ema, levels - 1)
+    for holder in _HOLDERS if ema else _HOLDERS[3:]:
+        inner = unwrapped(without_prefix(weights.tensors, holder))
+        if inner:
+            yield from views(replace(weights, tensors=inner), ema, levels - 1)
+
+
+def _flat_average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights behind `model.` with the averages of CompVis's LitEma in their places.
+
+    These have the names without their dots. Empty if there are none or they are others'.
+    """
+    plain = without_prefix(tensors, "model.")
+    average = without_prefix(tensors, "model_ema.")
+    for count in ("decay", "num_updates"):
+        average.pop(count, None)
+    names = {key.replace(".", ""): key for key in plain}
+    if not average or not average.keys() <= names.keys():
+        return {}
+    return plain | {names[name]: value for name, value in average.items()}
 
 
 def expect_keys(weights: Weights, what: str, *keys: str) -> None:
