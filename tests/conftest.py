@@ -1,8 +1,10 @@
 """Settings that hold for every test: offline, few threads, a fixed random state."""
 
 import os
+import tempfile
 
 UNDER_XDIST = "PYTEST_XDIST_WORKER" in os.environ
+DATA_HOME = tempfile.TemporaryDirectory(prefix="dkdm-tests-")
 THREADS = 1 if UNDER_XDIST else int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 # Read by the libraries when they are imported, and inherited by the processes that tests start.
@@ -14,6 +16,7 @@ os.environ.update(
     WANDB_MODE="disabled",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS=str(THREADS),
+    DKDM_DATA_HOME=DATA_HOME.name,
 )
 
 import random

@@ -15,6 +15,7 @@ ROOMS = [
     "reading",
     "randomness",
     "plugins",
+    "made_here",
     "config",
     "progress",
     "checkpoint",

@@ -142,10 +142,11 @@ def test_folders_without_a_network_are_refused(run, tmp_path):
         ({"out_channels": True}, "expected whole numbers, found"),
         ({"embeddings": {"encoder_hidden_states": [-1]}}, "expected whole numbers"),
         ({"num_classes": 1.5}, "expected whole numbers"),
-        ({"factory": "no_such_module:make"}, "must be importable here .*network=..."),
-        ({"factory": "os:getcwd"}, "os:getcwd, which makes its network, raised TypeError"),
-        ({"factory": "factories:not_a_model"}, "made no nn.Module"),
-        ({"factory": "os:system", "arguments": {"command": "exit 7"}}, "is no class of a network"),
+        ({"factory": "no_such_module:make"}, "--student-factory no_such_module:make .*network=..."),
+        ({"factory": "os:getcwd"}, "If you trust that code, name it: --student-factory os:getcwd"),
+        ({"factory": "os.system"}, "factory is 'os.system': expected module:name"),
+        ({"factory": ["os", "system"]}, "factory is .* expected module:name"),
+        ({"arguments": ["exit 7"]}, "expected an object, found"),
     ],
 )
 def test_a_config_that_dkdm_did_not_write_is_refused(run, tmp_path, changes, said):

@@ -152,7 +152,7 @@ def open_student(
     if isinstance(given, nn.Module):
         like = with_process(teacher, *reading)
         return given_student(as_denoiser(type(given).__name__, given, like))
-    return student_of(config.student, teacher, *reading)
+    return student_of(config.student, teacher, *reading, config.student_factory)
 
 
 def cautions(student: Denoiser, teacher: Denoiser) -> list[str]:
@@ -310,7 +310,7 @@ def train(config: TrainConfig) -> Path:
     """
     accelerator = start_accelerator(config)
     data, like = training_data(config)
-    student = student_of(config.network, like)
+    student = student_of(config.network, like, factory=config.student_factory)
     if config.sampling_guidance_scale != 1 and not student.embeds_guidance:
         student.conditioning.null(1)
     source = Images(

@@ -25,6 +25,8 @@ from dkdm.config import (
     from_mapping,
 )
 from dkdm.errors import DkdmError, UsageError
+from dkdm.made_here import was_made_here
+from dkdm.plugins import named_code, split
 from dkdm.recipes import RECIPES, recipe
 from dkdm.version import __version__
 
@@ -65,6 +67,9 @@ class TeacherOptions:
     """Text file of one prompt a line, or a pattern, for text models; or the prompt itself."""
     negative_prompt: str = ""
     """The prompt that guidance leads away from."""
+    student_factory: str | None = None
+    """Code that makes the custom network of a run, module:factory. Not needed for runs that this
+    machine made: a folder's own word for it is not enough."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,8 @@ class PlanOptions:
     """Height and width (frames, height, width; or length) as the teacher sees a sample."""
     memory: float | None = None
     """Memory of a device in GiB; None is that of this machine's GPU, or 24."""
+    student_factory: str | None = None
+    """Code that makes the custom network of a run, module:factory; several with commas."""
     json: bool = False
     """Print JSON for machines."""
 
@@ -272,6 +279,7 @@ def _run_config(kind: type[Config], command: str, args: list[str]) -> tuple[Conf
         default = recipe(known.recipe, kind)
     if known.config:
         default = _config_file(kind, known.config)
+        _refuse_code_of_file(default, known.config, rest)
     recipes = [name for name, make in RECIPES.items() if isinstance(make(), kind)]
     description = (
         f"{COMMANDS[command][0]}\n\n--recipe NAME starts from one of: {', '.join(recipes)}. "
@@ -281,6 +289,25 @@ def _run_config(kind: type[Config], command: str, args: list[str]) -> tuple[Conf
         kind, default=default, args=rest, prog=f"dkdm {command}", description=description
     )
     return config, known.dry_run  # type: ignore[return-value]
+
+
+_NAMES_CODE = ("teacher", "student", "network", "student_factory")
+
+
+def _refuse_code_of_file(config: RunConfig, path: Path, args: Sequence[str]) -> None:
+    """Raise UsageError for code that a config file names, unless the user names it too.
+
+    A run that this machine made is the user's own word.
+    """
+    typed = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in args}
+    for name in (name for name in _NAMES_CODE if name not in typed):
+        option = f"--{name.replace('_', '-')}"
+        for spec in named_code(getattr(config, name, None)):
+            if not was_made_here({"spec": spec}, split(spec)[0]):
+                raise UsageError(
+                    f"--config {path} names code: {option} {spec}. If you trust that code, name it "
+                    "on the command line too"
+                )
 
 
 def _config_file(kind: type[Config], path: Path) -> Config:
@@ -362,6 +389,7 @@ def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoise
             config=options.config,
             flags=options.flags,
             lora=options.lora,
+            factory=options.student_factory,
         ),
     )
     return _told(denoiser, options.prompts, options.negative_prompt, default_prompt)
@@ -450,6 +478,7 @@ def _check_student(args: list[str]) -> int:
         process=options.student_process,
         compile_backend=options.compile_backend if options.compile else None,
         export=options.export,
+        factory=options.student_factory,
     )
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in checkup.findings], indent=2))
@@ -467,7 +496,10 @@ def _plan(args: list[str]) -> int:
     from dkdm.plan import GIB, Choices, changes, device_memory_mib, plan, print_plan
     from dkdm.teachers import LoadOptions, load_teacher, sketch_teacher
 
-    how = LoadOptions(dtype=options.teacher_dtype, sample_size=options.teacher_size)
+    factory = options.student_factory
+    how = LoadOptions(
+        dtype=options.teacher_dtype, sample_size=options.teacher_size, factory=factory
+    )
     teacher = sketch_teacher(options.teacher, how) or load_teacher(options.teacher, options=how)
     entries = round(0.4 * teacher.process.num_levels * options.train_batch_size)
     choices = Choices(
@@ -481,6 +513,7 @@ def _plan(args: list[str]) -> int:
         pool_size=options.pool_size or entries,
         pool_dtype=options.pool_dtype,
         pool_device=options.pool_device,
+        student_factory=factory,
     )
     found = plan(teacher, options.student, choices)
     limit = device_memory_mib() if options.memory is None else options.memory * GIB

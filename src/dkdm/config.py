@@ -108,7 +108,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig):
+class FactoryChoice:
+    """Which code may make the custom networks of runs that are given as folders."""
+
+    student_factory: str | None = None
+    """Code that makes the custom network of a run, module:factory; several with commas. Not needed
+    for runs that this machine made: a folder's own word for it is not enough."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(FactoryChoice, RunConfig):
     """Train a model on images (a teacher, or a baseline)."""
 
     images: str = "fashion-mnist"
@@ -129,7 +138,7 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class TeacherChoice:
+class TeacherChoice(FactoryChoice):
     """Which teacher, and how it is read."""
 
     teacher: str = "builtin:fashion"

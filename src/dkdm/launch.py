@@ -13,6 +13,8 @@ from accelerate.utils import set_seed
 from dkdm import checkpoint
 from dkdm.config import RunConfig, read_config, to_json
 from dkdm.errors import UsageError
+from dkdm.made_here import remember
+from dkdm.plugins import named_code, split
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
@@ -65,5 +67,8 @@ def claim_output(config: RunConfig, accelerator: Accelerator) -> Path | None:
         raise UsageError(f"--output-dir {config.output_dir} holds a run of another command")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     existing.write_text(to_json(config))
+    for name in ("teacher", "student", "network", "student_factory"):
+        for spec in named_code(getattr(config, name, None)):
+            remember({"spec": spec}, split(spec)[0])
     accelerator.init_trackers("dkdm", {key: str(value) for key, value in asdict(config).items()})
     return found

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,24 @@ from dkdm.checkpoint import ORIGIN, load_network_weights, load_strict
 from dkdm.conditioning import ClassLabels, Condition, Conditioning, Unconditional
 from dkdm.denoiser import Batch, Denoiser
 from dkdm.errors import DkdmError, UsageError
-from dkdm.plugins import find_top_module, import_object
+from dkdm.made_here import remember, was_made_here
+from dkdm.plugins import import_object, is_spec, is_strange, places_of, split
 from dkdm.prompts import EmbeddingCache, Prompts, TextEncoders
+from dkdm.reading import shown
 
 OWN_CLASS = "OwnNetwork"  # the class of the file that is shipped, and `_class_name` in config.json
 WAKING_STD = 0.02
 Shapes = Mapping[str, tuple[int, ...]]
+Factory = str | Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a network came from.
 
-    network: its class's name. factory: `module:name`, imported from the user's environment; None
-    where nobody but the user can make it. arguments: keywords that the class `factory` is called
-    with; None where it is a factory, called with what follows.
+    network: its class's name. factory: `module:name`; None if nobody but the user can make it.
+    arguments: keywords that the class `factory` is called with; None if it is a factory, called
+    with what follows.
     sample_shape: (C, ...). out_channels: C, or 2C with a learned variance. num_classes, null_class:
     of `ClassLabels`, or None. embeddings: shapes of a row of each text embedding.
     """
@@ -50,10 +54,12 @@ class Origin:
     arguments: Mapping[str, Any] | None = None
 
     def save_config(self, folder: Path) -> None:
-        """Write config.json."""
+        """Write config.json, and remember that this machine wrote it."""
         name = OWN_CLASS if self.factory else self.network
         text = json.dumps({"_class_name": name, **asdict(self)}, indent=2)
         (folder / "config.json").write_text(text + "\n")
+        if self.factory:
+            remember(asdict(self), split(self.factory)[0])
 
     @property
     def conditioning(self) -> Conditioning:
@@ -126,12 +132,8 @@ def _facts(
 
 
 def _is_importable(kind: type[nn.Module]) -> bool:
-    if kind.__module__ == "__main__":
-        return False
-    try:
-        return import_object(f"{kind.__module__}:{kind.__qualname__}") is kind
-    except UsageError:
-        return False
+    module = sys.modules.get(kind.__module__)
+    return kind.__module__ != "__main__" and getattr(module, kind.__qualname__, None) is kind
 
 
 def _candidates(network: nn.Module) -> list[dict[str, Any]]:
@@ -189,74 +191,117 @@ def read_origin(config: Mapping[str, Any], folder: Path) -> Origin:
     values = {key: value for key, value in config.items() if key in known}
     try:
         values["sample_shape"] = _sizes(values["sample_shape"])
-        embeddings = dict(values.get("embeddings") or {})
+        embeddings = _mapping(values.get("embeddings") or {})
         values["embeddings"] = {str(name): _sizes(shape) for name, shape in embeddings.items()}
         for name in ("out_channels", "num_classes", "null_class"):
             if values.get(name) is not None:
                 [values[name]] = _sizes([values[name]])
-        return Origin(**values)
+        if values.get("factory") is not None and not is_spec(values["factory"]):
+            raise ValueError(f"factory is {shown(values['factory'])}: expected module:name")
+        if values.get("arguments") is not None:
+            _mapping(values["arguments"])
+        return Origin(**values | {"network": str(values["network"])})
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{folder / 'config.json'} is none of a network of yours: {error}"
+            f"{folder / 'config.json'} was not written by dkdm for a custom network: {error}"
         ) from error
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected an object, found {shown(value)}")
+    return value
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     """Whole numbers, and nothing else."""
     if not isinstance(values, (list, tuple)) or any(type(v) is not int or v < 0 for v in values):
-        raise ValueError(f"expected whole numbers, found {values!r}")
+        raise ValueError(f"expected whole numbers, found {shown(values)}")
     return tuple(values)
 
 
-def load_own(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+def load_own(folder: Path, config: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
     """Make a network as its config says, and load the weights beside it, in evaluation mode.
 
-    Raises UsageError where it cannot be made here, DkdmError where the weights are not its own.
+    factory: see `make`. Raises UsageError if it cannot be made here, DkdmError if the weights are
+    not its own.
     """
-    network = make(read_origin(config, folder), folder)
+    network = make(read_origin(config, folder), folder, factory)
     load_network_weights(network, folder)
     return network.eval()
 
 
-def make(origin: Origin, folder: Path) -> nn.Module:
+_OTHERWISE = "dkdm.load_student(FOLDER, network=...) loads the weights into one that you make"
+
+
+def make(origin: Origin, folder: Path, factory: Factory | None = None) -> nn.Module:
     """The network of an origin read from `folder`, with fresh weights.
 
-    Its factory is imported from the user's environment, never from that folder. Raises UsageError
-    where it is not there, makes something else, or there is none.
+    factory: named by the user, `module:name` (or several, with commas), or a callable; None takes
+    the one that the folder names, if this machine wrote that folder. Raises UsageError if there is
+    none, if it lies in the folder of a model, or if it makes something else.
     """
-    otherwise = "dkdm.load_student(FOLDER, network=...) loads the weights into one that you make"
-    if origin.factory is None:
-        raise UsageError(f"{folder}: {origin.network} was given as an object: {otherwise}")
-    _refuse_shipped_code(origin.factory, folder)
-    try:
-        factory = import_object(origin.factory)
-    except UsageError as error:
-        raise UsageError(
-            f"{folder}: its network is made by {origin.factory}, which must be importable here "
-            f"({error}); {otherwise}"
-        ) from error
+    called, name = (factory, _name_of(factory)) if callable(factory) else (None, None)
+    if called is None:
+        name = _named(origin, folder, factory)
+        called = _imported(name, folder)
+    known = replace(origin, factory=name)
     try:
         with torch.random.fork_rng():
-            network = _call(factory, origin)
+            network = _call(called, known)
     except Exception as error:
         raise UsageError(
-            f"{folder}: {origin.factory}, which makes its network, raised "
-            f"{type(error).__name__}: {error}; {otherwise}"
+            f"{folder}: {name or called}, which makes its network, raised "
+            f"{type(error).__name__}: {error}; {_OTHERWISE}"
         ) from error
     if not isinstance(network, nn.Module):
-        raise UsageError(f"{folder}: {origin.factory} made no nn.Module; {otherwise}")
-    _attach(network, origin)
+        raise UsageError(f"{folder}: {name or called} made no nn.Module; {_OTHERWISE}")
+    _attach(network, known)
     return network
 
 
-def _refuse_shipped_code(factory: str, folder: Path) -> None:
-    top = factory.partition(":")[0].partition(".")[0]
-    spec = find_top_module(top)
-    places = [spec.origin, *(spec.submodule_search_locations or [])] if spec else []
-    inside = [p for p in places if p and Path(p).resolve().is_relative_to(folder.resolve())]
-    if inside:
+def _name_of(factory: Callable[..., Any]) -> str | None:
+    """`module:name` of a callable; None if it cannot be imported by that."""
+    module, name = (getattr(factory, key, "") for key in ("__module__", "__qualname__"))
+    found = getattr(sys.modules.get(module), name, None) is factory and module != "__main__"
+    return f"{module}:{name}" if found else None
+
+
+def _named(origin: Origin, folder: Path, given: Any) -> str:
+    """The factory to import: one that the user gave, or that this machine itself wrote down."""
+    if given is not None and not isinstance(given, str):
+        raise UsageError(f"factory is {given!r}: expected module:name or a callable")
+    names = [name.strip() for name in given.split(",")] if given else []
+    if len(names) == 1 or origin.factory in names:
+        return names[0] if len(names) == 1 else str(origin.factory)
+    if origin.factory is None:
+        raise UsageError(f"{folder}: {origin.network} was given as an object: {_OTHERWISE}")
+    if not names and was_made_here(asdict(origin), split(origin.factory)[0]):
+        return origin.factory
+    _refuse_code_of_models(origin.factory, folder)
+    raise UsageError(
+        f"{folder}: its network was made by {origin.factory}. If you trust that code, name it: "
+        f"--student-factory {origin.factory} (or dkdm.load_student(FOLDER, network=...))"
+    )
+
+
+def _imported(name: str, folder: Path) -> Any:
+    split(name)
+    _refuse_code_of_models(name, folder)
+    try:
+        return import_object(name)
+    except UsageError as error:
         raise UsageError(
-            f"{folder}: its config names {factory}, which would be imported from that very folder: "
+            f"{folder}: its network is made by {name}, which must be importable here ({error}); "
+            f"{_OTHERWISE}"
+        ) from error
+
+
+def _refuse_code_of_models(factory: str, folder: Path) -> None:
+    places = places_of(split(factory)[0])
+    if any(map(is_strange, places)):
+        raise UsageError(
+            f"{folder}: its network is made by {factory}, which lies in the folder of a model: "
             "code in a model's folder is not run. Put the module elsewhere if you trust it"
         )
 

@@ -39,6 +39,7 @@ class Choices:
     pool_size: int = 51_200
     pool_dtype: str = "float32"
     pool_device: str = "device"
+    student_factory: str | None = None
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.train_batch_size < self.gpus:
@@ -122,7 +123,7 @@ def _saved_by_int8(teacher: Denoiser) -> float:
 
 def _student(teacher: Denoiser, spec: str, choices: Choices) -> Denoiser:
     with torch.device("meta"):
-        student = untried_student_of(spec, teacher)
+        student = untried_student_of(spec, teacher, choices.student_factory)
     network = student.network.to("meta")  # type: ignore[union-attr]
     silence_label_dropout(network)
     if choices.gradient_checkpointing:

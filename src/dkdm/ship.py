@@ -6,9 +6,7 @@ import ast
 import hashlib
 import importlib
 import inspect
-import site
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
 from dkdm.own import OWN_CLASS, Origin, origin_of
-from dkdm.plugins import find_top_module
+from dkdm.plugins import installed_folders, places_of
 
 _TEMPLATES = Environment(  # nosec: writes Python, not HTML
     loader=PackageLoader("dkdm"), undefined=StrictUndefined, keep_trailing_newline=True
@@ -111,20 +109,14 @@ def _tried(node: ast.AST) -> list[ast.AST]:
 def _beside(module: str) -> set[str]:
     """The module's own package, and the modules that lie beside it where nothing is installed."""
     top = module.partition(".")[0]
-    spec = find_top_module(top)
-    if spec is None or spec.origin is None:
+    places = places_of(top)
+    if not places or places[-1].is_dir():
         return {top}
-    home = Path(spec.origin).resolve()
-    home = home.parent.parent if spec.submodule_search_locations else home.parent
-    if home in _installed():
+    home = places[-1].parent.parent if len(places) > 1 else places[-1].parent
+    if home in installed_folders():
         return {top}
     found = {path.stem for path in home.glob("*.py")} | {p.name for p in home.iterdir()}
     return {top} | {name for name in found if name.isidentifier() and name not in _ALWAYS_THERE}
-
-
-def _installed() -> set[Path]:
-    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    return {Path(path).resolve() for path in [*paths, *site.getsitepackages()]}
 
 
 def shipping_note(network: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from dkdm.doctor import Finding
 from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
 from dkdm.matching import with_process
-from dkdm.own import is_own
+from dkdm.own import Factory, is_own
 from dkdm.prediction import PredictionType
 from dkdm.progress import track
 from dkdm.students import as_denoiser, given_student, untried_student_of
@@ -50,20 +50,21 @@ def check_student(
     process: ProcessName = "teacher",
     compile_backend: str | None = "aot_eager",
     export: bool = True,
+    factory: Factory | None = None,
 ) -> Checkup:
     """Try all that a student will go through, on small batches; takes seconds to a minute.
 
     student: a preset, a config.json, `module:factory`, or an object. prediction, process: its own,
     where they are not the teacher's, see `matching.with_process`. compile_backend: of
-    torch.compile; None leaves it out. export: whether torch.export is tried. Nothing is changed but
-    torch's compiler cache, which is emptied.
+    torch.compile; None leaves it out. export: whether torch.export is tried. factory: see
+    `students.student_of`. Nothing is changed but torch's compiler cache, which is emptied.
     """
     like = with_process(teacher, prediction, process)
     try:
-        learner = _made(student, like)
+        learner = _made(student, like, factory)
     except DkdmError as error:
         return Checkup([_not_made(error)], error)
-    rebuilt = partial(_remade, student, like) if isinstance(student, str) else None
+    rebuilt = partial(_remade, student, like, factory) if isinstance(student, str) else None
     try:
         case = Case(learner, teacher, rebuilt)
     except Exception as error:
@@ -141,16 +142,19 @@ def _looked(name: str, look: Look, case: Case) -> Iterator[Finding]:
         yield Finding(name, "problem", told(error, case.network), remedy)
 
 
-def _made(student: str | Denoiser | nn.Module, teacher: Denoiser) -> Denoiser:
+def _made(
+    student: str | Denoiser | nn.Module, teacher: Denoiser, factory: Factory | None
+) -> Denoiser:
     if isinstance(student, str):
-        return untried_student_of(student, teacher)
+        return untried_student_of(student, teacher, factory)
     if isinstance(student, nn.Module):
         student = as_denoiser(type(student).__name__, student, teacher)
     return given_student(student)
 
 
-def _remade(student: str, teacher: Denoiser) -> nn.Module:
-    network: nn.Module = untried_student_of(student, teacher).network  # type: ignore[assignment]
+def _remade(student: str, teacher: Denoiser, factory: Factory | None) -> nn.Module:
+    model = untried_student_of(student, teacher, factory)
+    network: nn.Module = model.network  # type: ignore[assignment]
     return network
 
 

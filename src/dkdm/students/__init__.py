@@ -18,8 +18,16 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.matching import check_is_sampled, with_process
 from dkdm.networks import network_class
-from dkdm.own import OWN_CLASS, is_own, make, read_origin, remember_factory, remember_object
-from dkdm.plugins import import_object
+from dkdm.own import (
+    OWN_CLASS,
+    Factory,
+    is_own,
+    make,
+    read_origin,
+    remember_factory,
+    remember_object,
+)
+from dkdm.plugins import distrust, import_object
 from dkdm.prediction import PredictionType
 from dkdm.students.interface import Interface, Preset
 from dkdm.students.loading import load_student
@@ -43,20 +51,22 @@ def student_of(
     teacher: Denoiser,
     prediction: PredictionType | None = None,
     process: ProcessName = "teacher",
+    factory: Factory | None = None,
 ) -> Denoiser:
     """A fresh student with all that the teacher has beside its network.
 
     spec: a preset's name, the path of a diffusers `config.json` or of a folder with one (its
     architecture, not its weights), or `module:factory`, called as
     `factory(sample_shape, out_channels, conditioning)`. prediction, process: another one than the
-    teacher's, see `matching.with_process`. Raises UsageError where it does not fit.
+    teacher's, see `matching.with_process`. factory: that makes the custom network of a folder, see
+    `load_student`. Raises UsageError where it does not fit.
     """
-    student = untried_student_of(spec, with_process(teacher, prediction, process))
+    student = untried_student_of(spec, with_process(teacher, prediction, process), factory)
     student.check()
     return student
 
 
-def untried_student_of(spec: str, teacher: Denoiser) -> Denoiser:
+def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = None) -> Denoiser:
     """The same, not evaluated yet; under `torch.device("meta")` it holds no numbers."""
     learned = teacher.parameterization.learns_variance
     out_channels = teacher.sample_shape[0] * (2 if learned else 1)
@@ -67,7 +77,7 @@ def untried_student_of(spec: str, teacher: Denoiser) -> Denoiser:
         teacher.network,
         teacher.bundle.autoencoder,
     )
-    return as_denoiser(spec, build_network(spec, interface), teacher)
+    return as_denoiser(spec, build_network(spec, interface, factory), teacher)
 
 
 def given_student(student: Denoiser) -> Denoiser:
@@ -94,14 +104,15 @@ def _constants(network: nn.Module) -> Condition:
     return {"class_labels": torch.tensor(0)} if norm == "ada_norm_zero" else {}
 
 
-def build_network(spec: str, interface: Interface) -> nn.Module:
+def build_network(spec: str, interface: Interface, factory: Factory | None = None) -> nn.Module:
     """The network a spec names. Raises UsageError for one that names nothing."""
     if spec in PRESETS:
         return PRESETS[spec].build(interface)
     if spec.endswith(".json"):
-        return _from_diffusers_config(Path(spec), interface)
+        return _from_diffusers_config(Path(spec), interface, factory)
     if Path(spec).is_dir():
-        return _from_diffusers_config(config_in(Path(spec), interface), interface)
+        distrust(Path(spec))
+        return _from_diffusers_config(config_in(Path(spec), interface), interface, factory)
     if ":" in spec:
         return _from_factory(spec, interface)
     near = get_close_matches(spec, PRESETS) or list(PRESETS)
@@ -111,14 +122,14 @@ def build_network(spec: str, interface: Interface) -> nn.Module:
     )
 
 
-def _from_diffusers_config(path: Path, interface: Interface) -> nn.Module:
+def _from_diffusers_config(path: Path, interface: Interface, factory: Factory | None) -> nn.Module:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
         cls = network_class(str(config.get("_class_name")))
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"student config {path}: {error}") from error
     if config.get("_class_name") == OWN_CLASS:
-        return make(read_origin(config, path.parent), path.parent)
+        return make(read_origin(config, path.parent), path.parent, factory)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
         raise UsageError(f"student config {path}: '_class_name' must name a diffusers model")
     try:

@@ -10,21 +10,26 @@ from torch import nn
 from dkdm.checkpoint import WEIGHTS, load_network_weights
 from dkdm.errors import UsageError
 from dkdm.networks import network_class
-from dkdm.own import OWN_CLASS
+from dkdm.own import OWN_CLASS, Factory
+from dkdm.plugins import distrust
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.pipeline_folder import DENOISERS, load_network, read_json
 
 
-def load_student(folder: str | Path, *, network: nn.Module | None = None) -> nn.Module:
+def load_student(
+    folder: str | Path, *, network: nn.Module | None = None, factory: Factory | None = None
+) -> nn.Module:
     """The network that lies in a folder, in evaluation mode.
 
     folder: a run, its `checkpoint-N` (the averaged weights, where the run averages), a diffusers
         pipeline, or the network's own folder. network: one that you made, to be given the weights;
-        None makes it as its config.json says. A factory named there is imported from where you
-        run, and code that lies in the folder is not.
+        None makes it as its config.json says. factory: that makes a custom network, `module:name`
+        or a callable; None takes the one that config.json names if this machine wrote that file,
+        and refuses otherwise: code that a folder names or holds is never run.
     Raises UsageError where no network lies there or it cannot be made, DkdmError where the weights
     are not those of the network.
     """
+    distrust(Path(folder))
     found = _network_folder(Path(folder))
     if network is not None:
         load_network_weights(network, found)
@@ -36,7 +41,7 @@ def load_student(folder: str | Path, *, network: nn.Module | None = None) -> nn.
             f"{found}: its network, {name}, was given as an object and is made by nobody but you: "
             "expected dkdm.load_student(FOLDER, network=...)"
         )
-    return load_network(found, name, LoadOptions()).requires_grad_(True)
+    return load_network(found, name, LoadOptions(factory=factory)).requires_grad_(True)
 
 
 def _network_folder(folder: Path) -> Path:

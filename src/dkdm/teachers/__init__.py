@@ -76,6 +76,7 @@ def chosen_teacher(choice: TeacherChoice, sketched: bool = False) -> Denoiser:
         config=choice.teacher_config,
         flags=choice.teacher_flags,
         lora=choice.teacher_lora or (),
+        factory=choice.student_factory,
     )
     sketch = sketch_teacher(choice.teacher, options, **where) if sketched else None
     return sketch or load_teacher(

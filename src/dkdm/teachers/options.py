@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dkdm.own import Factory
 from dkdm.teachers.lora import LoraChoice
 
 
@@ -17,7 +18,7 @@ class LoadOptions:
         config says. config: a config file of the original repository. flags: its command-line
         flags, as one string. ema: whether averaged weights are taken where a file has both.
     lora: files of low-rank updates merged into the network, each as FILE, "FILE:WEIGHT" or
-        (FILE, WEIGHT).
+        (FILE, WEIGHT). factory: that makes a custom network again, `module:name` or a callable; None if this machine made the run itself.
     """
 
     variant: str | None = None
@@ -27,3 +28,4 @@ class LoadOptions:
     flags: str = ""
     ema: bool = True
     lora: tuple[LoraChoice, ...] = ()
+    factory: Factory | None = None

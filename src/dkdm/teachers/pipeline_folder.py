@@ -17,6 +17,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, load_own, read_origin
+from dkdm.plugins import distrust
 from dkdm.prediction import Parameterization, VarianceType
 from dkdm.prompts import Prompts
 from dkdm.schedulers import from_scheduler_config, prediction_type, saved_config
@@ -38,6 +39,7 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     weights are missing or do not match.
     """
     loras = read_choices(options.lora)
+    distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
     component, facts = _network_of(read_json(folder / INDEX, "a diffusers pipeline"), folder)
     network = load_network(folder / component, facts.class_name, options)
@@ -213,7 +215,8 @@ def load_network(folder: Path, name: str, options: LoadOptions) -> nn.Module:
     name: its class, of diffusers, dkdm or, `OwnNetwork`, whatever the folder's config names.
     """
     if name == OWN_CLASS:
-        network = load_own(folder, read_json(folder / "config.json", "its config"))
+        config = read_json(folder / "config.json", "its config")
+        network = load_own(folder, config, options.factory)
         return network.to(getattr(torch, options.dtype)).requires_grad_(False)
     cls = network_class(name)
     try:

@@ -10,6 +10,7 @@ import torch
 from dkdm.denoiser import Denoiser
 from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, BlankEmbeddings, make, read_origin
+from dkdm.plugins import distrust
 from dkdm.prompts import Prompts
 from dkdm.teachers.locate import INDEX, locate
 from dkdm.teachers.options import LoadOptions
@@ -37,13 +38,14 @@ def sketch_teacher(
     folder = found / (subfolder or "")
     if not (folder / INDEX).is_file():
         return None
+    distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
     component = next(name for name in DENOISERS if index.get(name))
     config = read_json(folder / component / "config.json", "its config")
     with torch.device("meta"):
         if config.get("_class_name") == OWN_CLASS:
-            network = make(read_origin(config, folder / component), folder)
+            network = make(read_origin(config, folder / component), folder, options.factory)
         else:
             network = network_class(index[component][1]).from_config(config)
     network = torch.nn.Module.to(network, "meta", getattr(torch, _precision(options.dtype)))
