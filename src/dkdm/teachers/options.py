@@ -18,7 +18,8 @@ class LoadOptions:
         config says. config: a config file of the original repository. flags: its command-line
         flags, as one string. ema: whether averaged weights are taken where a file has both.
     lora: files of low-rank updates merged into the network, each as FILE, "FILE:WEIGHT" or
-        (FILE, WEIGHT). factory: that makes a custom network again, `module:name` or a callable; None if this machine made the run itself.
+        (FILE, WEIGHT). factory: that makes a custom network again, `module:name` or a callable;
+        None if this machine made the run itself.
     """
 
     variant: str | None = None
