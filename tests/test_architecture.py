@@ -13,6 +13,8 @@ ROOMS = [
     "names",
     "version",
     "reading",
+    "places",
+    "sizes",
     "randomness",
     "plugins",
     "made_here",

@@ -196,7 +196,7 @@ def test_presets_fit_every_conditioning_and_variance(teacher, name, conditioning
         ("factories:no_such_name", "cannot import factories:no_such_name"),
         ("factories:not_a_model", "returned list: expected an nn.Module"),
         ("factories:wide_student", r"returned \(2, 3, 8, 8\).* expected \(2, 1, 8, 8\)"),
-        ("absent/config.json", "absent/config.json"),
+        ("absent/config.json", "absent: expected a student's config, but config.json is missing"),
     ],
 )
 def test_what_is_no_student_is_refused(teacher, spec, message):
@@ -244,14 +244,14 @@ def test_config_of_an_unconditional_network_does_not_fit_a_teacher_with_classes(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "config.json: "),
+        ("{", "config.json cannot be read as JSON"),
         ("[]", "config.json: "),
         ({}, "must name a diffusers model"),
         ({"_class_name": "NoSuchModel"}, "must name a diffusers model"),
         ({"_class_name": "DDPMScheduler"}, "must name a diffusers model"),
         (
-            {"_class_name": "UNet2DModel", "block_out_channels": [32]},
-            "UNet2DModel refuses it",
+            {"_class_name": "UNet2DModel", "in_channels": 1, "block_out_channels": [32]},
+            "UNet2DModel cannot be made of it",
         ),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.errors import DkdmError
+from dkdm.places import check_folder
 from dkdm.process import per_sample
+from dkdm.reading import read_json
+from dkdm.sizes import building
 
 TILED_FROM = 128  # latents this wide or wider are decoded in tiles, where diffusers can
 
@@ -34,13 +35,11 @@ class Component:
         """The component itself. Raises DkdmError where it cannot be loaded."""
         if self.variant and any(self.folder.glob(f"*.{self.variant}.*")):
             options["variant"] = self.variant
-        try:
+        file = check_folder(self.folder, self.folder.resolve().parent) / "config.json"
+        config = read_json(file, "its config") if file.is_file() else {}  # tokenizers have none
+        with building(config, str(file if config else self.folder), self.class_name, self.folder):
             cls = getattr(importlib.import_module(self.library), self.class_name)
             return cls.from_pretrained(self.folder, **options)
-        except (AttributeError, ImportError, OSError, ValueError, RuntimeError) as error:
-            raise DkdmError(
-                f"{self.folder}: {self.class_name} cannot be loaded: {error}"
-            ) from error
 
 
 @dataclass(eq=False)
@@ -63,7 +62,7 @@ class Autoencoder:
     @property
     def config(self) -> dict[str, Any]:
         """The autoencoder's config.json."""
-        return dict(json.loads((self.component.folder / "config.json").read_text()))
+        return read_json(self.component.folder / "config.json", "an autoencoder's config")
 
     @property
     def latent_channels(self) -> int | None:

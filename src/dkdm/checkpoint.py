@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dkdm.errors import DkdmError, UsageError
+from dkdm.places import check_folder, inside
+from dkdm.reading import read_json
 
 MANIFEST = "manifest.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,12 +45,13 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def verify_folder(folder: Path) -> None:
     """Raise DkdmError unless every file is there and is what was written."""
+    check_folder(folder)
     try:
-        hashes = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        hashes = read_json(folder / MANIFEST, "a checkpoint's hashes")
+    except UsageError as error:
         raise DkdmError(f"{folder} is not a complete checkpoint: {error}") from error
     for name, digest in hashes.items():
-        if not (folder / name).is_file():
+        if not inside(folder, name, str(folder / MANIFEST)).is_file():
             raise DkdmError(f"checkpoint {folder}: {name} is missing; resume from an earlier one")
         if _sha256(folder / name) != digest:
             raise DkdmError(f"checkpoint {folder}: {name} is damaged; resume from an earlier one")

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import warnings
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,13 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from dkdm.errors import DkdmError
+from dkdm.sizes import in_a_line
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_SIZES = (16, 28)
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 2**27
 
 _FILE_PREFIX = {"train": "train", "test": "t10k"}
 _CONTENT_SHA256 = {
@@ -131,17 +135,35 @@ def _images_in(folder: Path) -> list[Path]:
 
 def _read_image(file: Path, shape: tuple[int, int, int]) -> Tensor:
     channels, height, width = shape
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-    except OSError as error:
-        raise DkdmError(f"{file} cannot be read as an image ({error}): remove it") from error
+    image = open_picture(file)
     if image.mode.startswith(("I", "F")):
         raise DkdmError(f"{file} has more than 8 bits a channel: convert it to 8 bits")
     image = image.convert("L" if channels == 1 else "RGB")
     image = image.resize((width, height), Image.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(height, width, channels).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def open_picture(file: Path) -> Image.Image:
+    """A PNG, JPEG or WebP picture of at most 2^27 pixels, turned upright.
+
+    Raises DkdmError for one that is larger, damaged, of another format or no file.
+    """
+    try:
+        if not file.is_file():
+            raise OSError("it is no file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(file, formats=PICTURE_FORMATS)
+        with opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise OSError(f"{opened.width}x{opened.height} pixels are more than {MAX_PIXELS:,}")
+            opened.load()
+            return ImageOps.exif_transpose(opened)
+    except Exception as error:  # a decoder may raise anything for a damaged file
+        raise DkdmError(
+            f"{file} cannot be read as an image ({in_a_line(error)}): remove it"
+        ) from error
 
 
 FASHION_WORDS = (

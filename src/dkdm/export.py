@@ -18,6 +18,7 @@ from dkdm.checkpoint import save_network
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
 from dkdm.own import OWN_CLASS, origin_of
+from dkdm.places import copy_folder
 from dkdm.process import Process
 from dkdm.prompts import Prompts
 from dkdm.schedulers import SIGMA_RANGE, beta_fields, flow_grid
@@ -57,7 +58,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     components = _named_for(stock, denoiser.bundle.components)
     for name, part in components.items():
         if part.folder.resolve() != (folder / name).resolve():
-            shutil.copytree(part.folder, folder / name, dirs_exist_ok=True)
+            copy_folder(part.folder, folder / name)
     index: dict[str, Any] = {
         "_class_name": stock or ["pipeline", "DenoiserPipeline"],
         "_diffusers_version": _diffusers_version(),

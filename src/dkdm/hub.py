@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from dkdm.config import DistillConfig, RunConfig, TrainConfig, read_config
 from dkdm.errors import DkdmError, UsageError
 from dkdm.licence import CARD, origin_of
+from dkdm.places import check_folder
 from dkdm.version import __version__
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -51,6 +52,7 @@ def publish(config: RunConfig) -> None:
         return
     repo_id = str(config.hub_model_id)
     try:
+        check_folder(config.output_dir)
         _upload(config, config.output_dir, repo_id)
     except DkdmError as error:
         again = ["dkdm", "push", str(config.output_dir), "--hub-model-id", repo_id]
@@ -72,7 +74,7 @@ def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> s
             f"{run} is no finished run: expected the output folder of `dkdm distill` or `dkdm "
             f"train`, with config.json and {CARD}, which is written at the run's end"
         )
-    config = read_config(run / "config.json")
+    config = read_config(check_folder(run) / "config.json")
     wanted = hub_model_id or config.hub_model_id or _name_of(run)
     repo_id = _repository(wanted, private or config.hub_private)
     _upload(config, run, repo_id)

@@ -14,6 +14,7 @@ from dkdm import checkpoint
 from dkdm.config import RunConfig, read_config, to_json
 from dkdm.errors import UsageError
 from dkdm.made_here import remember
+from dkdm.places import check_folder
 from dkdm.plugins import named_code, split
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -62,6 +63,8 @@ def claim_output(config: RunConfig, accelerator: Accelerator) -> Path | None:
         )
     found = None
     if config.resume_from_checkpoint:
+        if config.output_dir.is_dir():
+            check_folder(config.output_dir)
         found = checkpoint.resolve(config.output_dir, config.resume_from_checkpoint)
     if existing.is_file() and type(read_config(existing)) is not type(config):
         raise UsageError(f"--output-dir {config.output_dir} holds a run of another command")

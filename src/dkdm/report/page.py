@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig, to_json
 from dkdm.evaluation.results import ModelResult
+from dkdm.places import replaced
 from dkdm.report.curves import charts
 from dkdm.report.numbers import count, number, percent
 from dkdm.report.run import Run, read_run
@@ -26,7 +27,7 @@ def write_report(run_dir: Path) -> Path:
     Raises UsageError where the folder holds no `config.json` of a run.
     """
     page = render(read_run(run_dir))
-    partial_path = run_dir / f".{REPORT}.partial"
+    partial_path = replaced(run_dir / f".{REPORT}.partial")
     partial_path.write_text(page, encoding="utf-8")
     return partial_path.replace(run_dir / REPORT)
 

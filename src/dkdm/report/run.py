@@ -9,13 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dkdm.config import DistillConfig, TrainConfig, read_config
+from dkdm.datasets import open_picture
 from dkdm.errors import DkdmError
-from dkdm.evaluation.results import Comparison, read_evaluation, read_samples
+from dkdm.evaluation.results import (
+    EVALUATION,
+    SAMPLES,
+    Comparison,
+    read_evaluation,
+    read_samples,
+)
 from dkdm.pictures import png_data_uri
+from dkdm.places import check_place
 from dkdm.progress import read_metrics
 
 STAGES = 6  # sample grids shown of the training
@@ -54,6 +61,8 @@ class Stage:
 
 def read_run(run_dir: Path) -> Run:
     """Read what a run folder holds. Raises UsageError without a `config.json` of a run."""
+    for name in ("config.json", "metrics.jsonl", EVALUATION, SAMPLES):
+        check_place(run_dir / name, run_dir)
     config = cast("DistillConfig | TrainConfig", read_config(run_dir / "config.json"))
     run = Run(config, read_metrics(run_dir / "metrics.jsonl"))
     if not run.metrics:
@@ -88,10 +97,10 @@ def read_stages(folder: Path, missing: list[str]) -> list[Stage]:
     stages = []
     for step, path in (found[i] for i in sorted(places)):
         try:
-            with Image.open(path) as image:
-                image.thumbnail((640, 640))
-                stages.append(Stage(step, png_data_uri(image)))
-        except (OSError, UnidentifiedImageError):
+            image = open_picture(check_place(path, folder.parent))
+            image.thumbnail((640, 640))
+            stages.append(Stage(step, png_data_uri(image)))
+        except DkdmError:
             missing.append(f"samples/{path.name} cannot be read as a picture.")
     return stages
 

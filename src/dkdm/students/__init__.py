@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,6 +28,8 @@ from dkdm.own import (
 )
 from dkdm.plugins import distrust, import_object
 from dkdm.prediction import PredictionType
+from dkdm.reading import read_json
+from dkdm.sizes import make_network
 from dkdm.students.interface import Interface, Preset
 from dkdm.students.loading import load_student
 from dkdm.students.presets import PRESETS
@@ -123,21 +124,21 @@ def build_network(spec: str, interface: Interface, factory: Factory | None = Non
 
 
 def _from_diffusers_config(path: Path, interface: Interface, factory: Factory | None) -> nn.Module:
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        cls = network_class(str(config.get("_class_name")))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"student config {path}: {error}") from error
+    config = read_json(path, "a student's config")
+    cls = network_class(str(config.get("_class_name")))
     if config.get("_class_name") == OWN_CLASS:
         return make(read_origin(config, path.parent), path.parent, factory)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
         raise UsageError(f"student config {path}: '_class_name' must name a diffusers model")
-    try:
-        network = cls.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"student config {path}: {cls.__name__} refuses it: {error}") from error
-    check_config(network.config, interface, f"student config {path}")
+    check_config({**_defaults(cls), **config}, interface, f"student config {path}")
+    network = make_network(cls, config, f"student config {path}")
     return network
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The arguments of a class that a config may leave out."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _from_factory(spec: str, interface: Interface) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import nn
@@ -11,9 +10,11 @@ from dkdm.checkpoint import WEIGHTS, load_network_weights
 from dkdm.errors import UsageError
 from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, Factory
+from dkdm.places import check_folder
 from dkdm.plugins import distrust
+from dkdm.reading import read_json
 from dkdm.teachers.options import LoadOptions
-from dkdm.teachers.pipeline_folder import DENOISERS, load_network, read_json
+from dkdm.teachers.pipeline_folder import DENOISERS, load_network
 
 
 def load_student(
@@ -41,7 +42,8 @@ def load_student(
             f"{found}: its network, {name}, was given as an object and is made by nobody but you: "
             "expected dkdm.load_student(FOLDER, network=...)"
         )
-    return load_network(found, name, LoadOptions(factory=factory)).requires_grad_(True)
+    options = LoadOptions(factory=factory)
+    return load_network(found, name, options, Path(folder)).requires_grad_(True)
 
 
 def _network_folder(folder: Path) -> Path:
@@ -49,7 +51,7 @@ def _network_folder(folder: Path) -> Path:
     averaged = "_ema" if (folder / "state.json").is_file() and averages(folder.parent) else ""
     for found in (folder, *(folder / f"{name}{averaged}" for name in DENOISERS)):
         if any(found.glob("diffusion_pytorch_model*.safetensors")):
-            return found
+            return check_folder(found, folder)
     if not folder.is_dir():
         raise UsageError(
             f"no folder {folder}: expected a run, a checkpoint-N of it, or a network's"
@@ -66,6 +68,6 @@ def _is_run(folder: Path) -> bool:
 def averages(run: Path) -> bool:
     """Whether a run goes by its averaged weights."""
     try:
-        return bool(json.loads((run / "config.json").read_text()).get("use_ema", True))
-    except (OSError, ValueError):
+        return bool(read_json(run / "config.json", "a run's config").get("use_ema", True))
+    except UsageError:
         return True

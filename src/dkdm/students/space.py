@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dkdm.bundle import Autoencoder
 from dkdm.errors import UsageError
+from dkdm.places import check_place
+from dkdm.reading import read_json
 from dkdm.students.interface import Interface
 from dkdm.teachers.networks import FACTS
 from dkdm.teachers.pipeline_folder import AUTOENCODERS, DENOISERS
@@ -26,8 +27,9 @@ def config_in(folder: Path, interface: Interface) -> Path:
         if (folder / name / "config.json").is_file():
             check_latents(folder / name, interface.autoencoder)
     for path in (folder, *(folder / name for name in DENOISERS)):
-        if (path / "config.json").is_file() and "_class_name" in (path / "config.json").read_text():
-            return path / "config.json"
+        file = check_place(path / "config.json", folder)
+        if file.is_file() and "_class_name" in read_json(file, "a network's config"):
+            return file
     raise UsageError(
         f"student {folder}: expected a diffusers pipeline or a network's folder, with a config.json"
     )
@@ -35,7 +37,8 @@ def config_in(folder: Path, interface: Interface) -> Path:
 
 def check_latents(folder: Path, teacher: Autoencoder | None) -> None:
     """Raise UsageError where an autoencoder's latents are not those that the teacher works on."""
-    own = _latents(json.loads((folder / "config.json").read_text()))
+    file = check_place(folder / "config.json", folder.parent)
+    own = _latents(read_json(file, "an autoencoder's config"))
     if teacher is None:
         raise UsageError(
             f"student {folder.parent} works on the latents of {folder.name}, the teacher on "
@@ -54,10 +57,10 @@ def check_latents(folder: Path, teacher: Autoencoder | None) -> None:
 def _latents(config: Mapping[str, Any]) -> dict[str, Any]:
     """What tells latents apart, as far as a config says."""
     keys = ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean")
-    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     return {
         "class": config.get("_class_name"),
-        "levels": len(levels),
+        "levels": len(levels) if isinstance(levels, list) else 0,
         **{key: config.get(key) for key in keys},
     }
 
@@ -69,7 +72,7 @@ def check_config(config: Mapping[str, Any], interface: Interface, where: str) ->
         return
     try:
         channels = facts.shape(dict(config), wanted[1:])[0]
-    except UsageError as error:
+    except (UsageError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{where}: {facts.class_name} is not for samples of shape {wanted}"
         ) from error
@@ -81,7 +84,8 @@ def check_config(config: Mapping[str, Any], interface: Interface, where: str) ->
     size, theirs = config.get("sample_size"), getattr(interface.teacher, "config", None)
     if isinstance(theirs, Mapping) and size == theirs.get("sample_size"):
         return  # the teacher is used at another size than its config's
-    sides = (size,) * (len(wanted) - 1) if isinstance(size, int) else tuple(size or wanted[1:])
+    each = size if isinstance(size, (list, tuple)) else [size or 0] * (len(wanted) - 1)
+    sides = tuple(each) if size else wanted[1:]
     if sides != wanted[1:]:
         own, other = "x".join(map(str, sides)), "x".join(map(str, wanted[1:]))
         raise UsageError(

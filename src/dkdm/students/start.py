@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,8 @@ from dkdm import checkpoint
 from dkdm.config import DistillConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
+from dkdm.places import check_folder
+from dkdm.reading import read_json
 from dkdm.students.loading import averages
 from dkdm.students.lora import add_lora, inherited_names, merged_weights
 from dkdm.students.positions import counterparts
@@ -83,8 +84,8 @@ def begin(student: Denoiser, teacher: Denoiser, config: DistillConfig) -> Start:
 def _inherited(folder: Path) -> set[str]:
     """What a run with adapters inherited when it began, by its checkpoint."""
     checkpoint.verify_folder(folder)
-    frozen = json.loads((folder / "state.json").read_text()).get("frozen")
-    if not frozen:
+    frozen = read_json(folder / "state.json", "a checkpoint's state").get("frozen")
+    if not frozen or not all(isinstance(name, str) for name in frozen):
         raise UsageError(f"--lora-rank: {folder} is of a run without; expected to go on without")
     return inherited_names(frozenset(frozen))
 
@@ -147,7 +148,7 @@ def read_checkpoint(spec: str) -> dict[str, Tensor]:
     path = locate(spec)
     if path.is_file():
         return merged_weights(read_weights(path).tensors)
-    folder = _component(path)
+    folder = check_folder(_component(path), path)
     whole = folder / checkpoint.WEIGHTS
     parts = sorted(folder.glob(f"{whole.stem}-*-of-*{whole.suffix}"))
     files = [whole] if whole.is_file() else parts

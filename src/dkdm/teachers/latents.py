@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dkdm.bundle import Autoencoder, Bundle, Component
 from dkdm.errors import UsageError
+from dkdm.places import check_folder
 
 
 def latent_bundle(folder: str | None, channels: int, pipeline: str | None = None) -> Bundle:
@@ -21,7 +22,7 @@ def latent_bundle(folder: str | None, channels: int, pipeline: str | None = None
         raise UsageError(
             f"--vae {folder}: expected the folder of a diffusers AutoencoderKL, with config.json"
         )
-    component = Component(path, "diffusers", "AutoencoderKL")
+    component = Component(check_folder(path), "diffusers", "AutoencoderKL")
     autoencoder = Autoencoder(component)
     if autoencoder.latent_channels != channels:
         raise UsageError(

@@ -17,10 +17,13 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, load_own, read_origin
+from dkdm.places import check_folder, check_place
 from dkdm.plugins import distrust
 from dkdm.prediction import Parameterization, VarianceType
 from dkdm.prompts import Prompts
+from dkdm.reading import is_name, shown
 from dkdm.schedulers import from_scheduler_config, prediction_type, saved_config
+from dkdm.sizes import building, check_numbers, check_sample
 from dkdm.teachers.locate import INDEX
 from dkdm.teachers.lora import merge_loras, read_choices
 from dkdm.teachers.networks import FACTS, Facts
@@ -42,7 +45,7 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
     component, facts = _network_of(read_json(folder / INDEX, "a diffusers pipeline"), folder)
-    network = load_network(folder / component, facts.class_name, options)
+    network = load_network(folder / component, facts.class_name, options, folder)
     merge_loras(network, denoiser.bundle.pipeline, component, loras)
     return replace(denoiser, network=network, call=None)
 
@@ -50,14 +53,18 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
 def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     """Everything of a pipeline folder but its network's weights: the network is a placeholder."""
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
+    check_places(folder, index)
     component, facts = _network_of(index, folder)
     config = read_json(folder / component / "config.json", f"the config of its {component}")
+    check_numbers(config, str(folder / component / "config.json"))
     if facts.class_name == OWN_CLASS:
         read_origin(config, folder / component)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "its scheduler's config")
     bundle = _bundle(folder, index, component, options.variant)
     shape = facts.shape(config, options.sample_size or _saved_size(index))
-    tokens = math.prod(shape[1:]) // facts.patch(config) ** 2
+    patch = facts.patch(config)
+    check_sample(shape, str(folder / component / "config.json"), patch if patch > 1 else None)
+    tokens = math.prod(shape[1:]) // patch**2
     process = from_scheduler_config(scheduler, tokens)
     process = replace(process, scheduler=saved_config(scheduler, tokens))
     _check_channels(folder, config, shape, bundle)
@@ -79,6 +86,20 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     )
 
 
+def check_places(folder: Path, index: dict[str, Any]) -> None:
+    """Raise UsageError unless the components have plain names and lie in the folder, as files."""
+    for name in (INDEX, "scheduler/scheduler_config.json"):
+        check_place(folder / name, folder)
+    for name in (name for name, value in index.items() if _is_component(name, value)):
+        if not is_name(name):
+            raise UsageError(
+                f"{folder / INDEX}: {shown(name)} cannot name a component: rename it to letters, "
+                "digits and underscores"
+            )
+        if (folder / name).exists() or (folder / name).is_symlink():
+            check_folder(folder / name, folder)
+
+
 def _saved_size(index: dict[str, Any]) -> tuple[int, ...] | None:
     """The size of a sample that dkdm writes beside the components."""
     size = index.get("_sample_size")
@@ -94,6 +115,7 @@ def _saved_range(index: dict[str, Any]) -> tuple[float, float]:
 def read_base(folder: Path) -> tuple[dict[str, Any] | None, Bundle, Prompts | None]:
     """Scheduler config, other components and prompts of a pipeline folder without a denoiser."""
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
+    check_places(folder, index)
     bundle = _bundle(folder, index, "")
     bundle = replace(
         bundle, components={k: v for k, v in bundle.components.items() if k not in DENOISERS}
@@ -209,25 +231,27 @@ def _variance(
     return "learned_range" if learns and not own.startswith("learned") else own
 
 
-def load_network(folder: Path, name: str, options: LoadOptions) -> nn.Module:
-    """Load a network strictly. Raises DkdmError where its weights are not its own.
+def load_network(
+    folder: Path, name: str, options: LoadOptions, root: Path | None = None
+) -> nn.Module:
+    """Load a network strictly. Raises DkdmError if its weights are not its own.
 
-    name: its class, of diffusers, dkdm or, `OwnNetwork`, whatever the folder's config names.
+    name: its class, of diffusers, dkdm or, `OwnNetwork`, whatever the folder's config names. root:
+    the folder of the whole model; None is `folder`.
     """
     if name == OWN_CLASS:
         config = read_json(folder / "config.json", "its config")
         network = load_own(folder, config, options.factory)
         return network.to(getattr(torch, options.dtype)).requires_grad_(False)
     cls = network_class(name)
-    try:
+    config = read_json(check_folder(folder, root) / "config.json", "its config")
+    with building(config, str(folder / "config.json"), name, folder):
         network, info = cls.from_pretrained(
             folder,
             variant=options.variant,
             torch_dtype=getattr(torch, options.dtype),
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DkdmError(f"{folder}: the weights of {name} cannot be loaded: {error}") from error
     wrong = [
         f"{len(info[key])} {key.replace('_', ' ')} ({', '.join(map(str, info[key][:3]))})"
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -12,6 +12,7 @@ from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, BlankEmbeddings, make, read_origin
 from dkdm.plugins import distrust
 from dkdm.prompts import Prompts
+from dkdm.sizes import make_network
 from dkdm.teachers.locate import INDEX, locate
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.pipeline_folder import (
@@ -47,7 +48,8 @@ def sketch_teacher(
         if config.get("_class_name") == OWN_CLASS:
             network = make(read_origin(config, folder / component), folder, options.factory)
         else:
-            network = network_class(index[component][1]).from_config(config)
+            file = str(folder / component / "config.json")
+            network = make_network(network_class(index[component][1]), config, file)
     network = torch.nn.Module.to(network, "meta", getattr(torch, _precision(options.dtype)))
     conditioning = denoiser.conditioning
     if isinstance(conditioning, Prompts):
