@@ -137,7 +137,7 @@ def _from_diffusers_config(path: Path, interface: Interface, factory: Factory | 
 
 def _defaults(cls: type) -> dict[str, Any]:
     """The arguments of a class that a config may leave out."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    parameters = inspect.signature(cls).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
