@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dkdm.allowed import component_class
 from dkdm.places import check_folder
 from dkdm.process import per_sample
-from dkdm.reading import read_json
+from dkdm.reading import Fields, read_json
 from dkdm.sizes import building
 
+SMALLEST = 1e-6  # of factors that latents are divided by
 TILED_FROM = 128  # latents this wide or wider are decoded in tiles, where diffusers can
 
 
@@ -32,13 +33,16 @@ class Component:
     variant: str | None = None
 
     def load(self, **options: Any) -> Any:
-        """The component itself. Raises DkdmError where it cannot be loaded."""
+        """The component itself.
+
+        Raises UsageError for a class that a file may not name, DkdmError if it cannot be loaded.
+        """
+        cls = component_class(self.folder, self.library, self.class_name)
         if self.variant and any(self.folder.glob(f"*.{self.variant}.*")):
             options["variant"] = self.variant
         file = check_folder(self.folder, self.folder.resolve().parent) / "config.json"
         config = read_json(file, "its config") if file.is_file() else {}  # tokenizers have none
         with building(config, str(file if config else self.folder), self.class_name, self.folder):
-            cls = getattr(importlib.import_module(self.library), self.class_name)
             return cls.from_pretrained(self.folder, **options)
 
 
@@ -72,11 +76,16 @@ class Autoencoder:
         return None if found is None else int(found)
 
     def standard(self) -> tuple[list[float], list[float]]:
-        """(shift, scale), one number each, or one for every channel."""
-        config = self.config
-        shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
-        scale = config.get("scaling_factor") or 1.0
-        return shift, [scale / std for std in config.get("latents_std") or [1.0]]
+        """(shift, scale), one number each, or one for every channel.
+
+        Raises UsageError for values of the config that are no numbers.
+        """
+        config = Fields(self.config, str(self.component.folder / "config.json"))
+        one = config.number("shift_factor", None) or 0.0
+        shift = config.numbers("latents_mean", None) or (one,)
+        scale = config.number("scaling_factor", None, low=SMALLEST) or 1.0
+        stds = config.numbers("latents_std", None, low=SMALLEST) or (1.0,)
+        return list(shift), [scale / std for std in stds]
 
     def _standard(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The same, each [1 or C, 1, ...]."""

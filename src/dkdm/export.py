@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
 from dkdm.bundle import Component
 from dkdm.checkpoint import save_network
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
+from dkdm.generated import identifier, literal, templates
 from dkdm.own import OWN_CLASS, origin_of
 from dkdm.places import copy_folder
 from dkdm.process import Process
@@ -26,8 +26,10 @@ from dkdm.ship import shipment, shipping_note
 from dkdm.teachers.networks import pixels
 from dkdm.teachers.text import FAMILIES
 
-_TEMPLATES = Environment(  # nosec: writes Python, not HTML
-    loader=PackageLoader("dkdm"), undefined=StrictUndefined, keep_trailing_newline=True
+# Components that a pipeline of dkdm's own has a parameter for, beside denoiser and scheduler.
+COMPONENTS = (
+    *("vae", "vqvae", "image_encoder", "feature_extractor", "safety_checker", "movq"),
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
 )
 
 
@@ -56,6 +58,8 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
         scheduler["use_dynamic_shifting"] = False  # one size, and its shift is known
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     components = _named_for(stock, denoiser.bundle.components)
+    if stock is None:
+        components = {key: part for key, part in components.items() if key in COMPONENTS}
     for name, part in components.items():
         if part.folder.resolve() != (folder / name).resolve():
             copy_folder(part.folder, folder / name)
@@ -213,7 +217,7 @@ def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dic
     names = (
         {"vae": coder, "vqvae": coder} if pipeline in ("LDMPipeline", "DiTPipeline", None) else {}
     )
-    return {names.get(name, name): part for name, part in components.items()}
+    return {identifier(names.get(key, key)): part for key, part in components.items()}
 
 
 def _pipeline_source(
@@ -225,28 +229,37 @@ def _pipeline_source(
     first_sigma, last_sigma = flow_grid(denoiser.process.scheduler)
     family = FAMILIES[str(bundle.pipeline)] if text else None
     latent = bundle.autoencoder is not None and "vae" in components
-    return _TEMPLATES.get_template("pipeline.py.j2").render(
-        component=component,
-        labelled=isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants),
-        components=list(components),
-        latent_standard=bundle.autoencoder.standard() if bundle.autoencoder and latent else None,
-        text_pipeline=bundle.pipeline,
-        encoders=[name for name in components if name.startswith(("text_encoder", "tokenizer"))],
-        family=family,
-        zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
-        arguments=family.all_arguments(bundle) if family else {},
-        call=_call_with_text(denoiser),
-        packs=type(denoiser.network).__name__ == "FluxTransformer2DModel",
-        embeds_guidance=denoiser.embeds_guidance,
-        flow=scheduler.startswith("FlowMatch"),
-        first_sigma=first_sigma,
-        last_sigma=last_sigma,
-        start_std=denoiser.process.start_std,
-        random_step=scheduler != "IPNDMScheduler",
-        drops_variance=denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler",
-        sample_shape=tuple(denoiser.sample_shape),
-        value_range=denoiser.value_range if _value_range(denoiser) else None,
-        token_width=_token_width(denoiser.conditioning),
+    return (
+        templates()
+        .get_template("pipeline.py.j2")
+        .render(
+            component=component,
+            labelled=isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants),
+            components=list(components),
+            latent_standard=bundle.autoencoder.standard()
+            if bundle.autoencoder and latent
+            else None,
+            text_pipeline=bundle.pipeline,
+            encoders=[
+                name for name in components if name.startswith(("text_encoder", "tokenizer"))
+            ],
+            family=family,
+            zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
+            arguments=family.all_arguments(bundle) if family else {},
+            call=_call_with_text(denoiser),
+            packs=type(denoiser.network).__name__ == "FluxTransformer2DModel",
+            embeds_guidance=denoiser.embeds_guidance,
+            flow=scheduler.startswith("FlowMatch"),
+            first_sigma=first_sigma,
+            last_sigma=last_sigma,
+            start_std=denoiser.process.start_std,
+            random_step=scheduler != "IPNDMScheduler",
+            drops_variance=denoiser.parameterization.learns_variance
+            and scheduler != "DDPMScheduler",
+            sample_shape=tuple(denoiser.sample_shape),
+            value_range=denoiser.value_range if _value_range(denoiser) else None,
+            token_width=_token_width(denoiser.conditioning),
+        )
     )
 
 
@@ -292,7 +305,11 @@ def _call_with_text(denoiser: Denoiser) -> str:
 
     def written(match: re.Match[str]) -> str:
         value = denoiser.constants.get(match[1])
-        return "None" if value is None else f"x.new_tensor({value.tolist()}).expand(len(x), -1)"
+        return (
+            "None"
+            if value is None
+            else f"x.new_tensor({literal(value.tolist())}).expand(len(x), -1)"
+        )
 
     call = _CALLS_WITH_TEXT.get(name, "network(x, time, **embeds)")
     return re.sub(r'CONSTANTS\["(\w+)"\]', written, call)
@@ -372,9 +389,10 @@ def _absent(stock: str, denoiser: Denoiser) -> list[str]:
     """Arguments that say that a component is not there, where diffusers wants to be told so."""
     import diffusers
 
-    optional = getattr(diffusers, stock)._optional_components
+    pipeline = getattr(diffusers, stock)
+    wanted = inspect.signature(pipeline.__init__).parameters.keys() - pipeline._optional_components
     entries = denoiser.bundle.entries.items()
-    return [f"{k}=None" for k, value in entries if value == [None, None] and k not in optional]
+    return [f"{k}=None" for k, value in entries if value == [None, None] and k in wanted]
 
 
 def _usage_call(denoiser: Denoiser, stock: str | None) -> str:

@@ -5,6 +5,7 @@ The token is the one of `hf auth login` or HF_TOKEN: dkdm never holds it, so it 
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -126,7 +127,8 @@ def _upload(config: RunConfig, run: Path, repo_id: str) -> None:
 def _name_in_card(card: Path, repo_id: str) -> None:
     """Let the card's lines load the model from the hub, whatever they loaded it from before."""
     text = card.read_text(encoding="utf-8")
-    named = re.sub(r'(\.from_pretrained\()"[^"]*"', rf'\g<1>"{repo_id}"', text)
+    quoted = json.dumps(repo_id)
+    named = re.sub(r'(\.from_pretrained\()"[^"]*"', lambda match: match[1] + quoted, text)
     card.write_text(named, encoding="utf-8")
 
 

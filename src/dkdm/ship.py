@@ -10,15 +10,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
+from dkdm.generated import templates
 from dkdm.own import OWN_CLASS, Origin, origin_of
 from dkdm.plugins import installed_folders, places_of
 
-_TEMPLATES = Environment(  # nosec: writes Python, not HTML
-    loader=PackageLoader("dkdm"), undefined=StrictUndefined, keep_trailing_newline=True
-)
 # What is there wherever the folder is loaded, since diffusers asks for it or is asked for.
 _ALWAYS_THERE = {"torch", "diffusers", "numpy", "safetensors", "huggingface_hub", "packaging"}
 
@@ -49,8 +46,12 @@ def shipment(origin: Origin) -> Shipment:
         source, package = None, module.partition(".")[0]
         imported = {package}
     others = imported - _ALWAYS_THERE - set(sys.stdlib_module_names) - {package}
-    text = _TEMPLATES.get_template("own_network.py.j2").render(
-        source=source, module=module, factory=name, own_class=OWN_CLASS, dkdm="dkdm" in imported
+    text = (
+        templates()
+        .get_template("own_network.py.j2")
+        .render(
+            source=source, module=module, factory=name, own_class=OWN_CLASS, dkdm="dkdm" in imported
+        )
     )
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]  # one process may load several of them
     file = f"{module.rpartition('.')[2]}_{digest}.py"

@@ -9,6 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from torch import nn
+
+from dkdm.allowed import library_class
+
 HOMES: dict[str, str] = {
     "AdmUNet": "adm",
     "SongUNet": "edm",
@@ -25,6 +29,5 @@ def network_class(name: str) -> Any:
     """The class of a network by its name: one of dkdm's own, or diffusers'; None if neither."""
     if name in HOMES:
         return getattr(importlib.import_module(f"dkdm.networks.{HOMES[name]}"), name)
-    import diffusers
-
-    return getattr(diffusers, name, None)
+    found = library_class("diffusers", name)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None

@@ -15,7 +15,7 @@ from dkdm.bundle import Autoencoder, Bundle, Component
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
-from dkdm.networks import network_class
+from dkdm.networks import HOMES, network_class
 from dkdm.own import OWN_CLASS, load_own, read_origin
 from dkdm.places import check_folder, check_place
 from dkdm.plugins import distrust
@@ -159,12 +159,24 @@ def _network_of(index: dict[str, Any], folder: Path) -> tuple[str, Facts]:
         )
     for component in DENOISERS:
         if parts.get(component) in FACTS:
+            _check_library(folder, component, index[component])
             return component, FACTS[parts[component]]
     found = parts.get("unet") or parts.get("transformer") or parts.get("prior") or "no network"
     raise UsageError(
         f"{folder}: a {kind} with {found}; expected one of {', '.join(FACTS)}. A network that dkdm "
         "was given as an object is loaded by dkdm.load_student(folder, network=...)"
     )
+
+
+def _check_library(folder: Path, component: str, named: list[Any]) -> None:
+    """Raise UsageError for a network of another library than its class is read from."""
+    library, kind = named
+    own = [HOMES[kind], f"dkdm.networks.{HOMES[kind]}"] if kind in HOMES else ["diffusers"]
+    if library not in own and not (kind == OWN_CLASS and is_name(library)):
+        raise UsageError(
+            f"{folder / INDEX}: {component} is {shown(named)}: expected [{own[0]}, {kind}]. No "
+            "class of another library is made because a file names it"
+        )
 
 
 def _is_component(name: str, value: Any) -> bool:
