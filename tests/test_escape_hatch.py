@@ -225,7 +225,7 @@ def test_its_student_ships_with_them(tmp_path):
     write_pipeline(tmp_path, student)
     assert shipping_notes(student) == [
         "its chain was clipped to 0..1; of diffusers' schedulers only DDPM and DDIM clip, "
-        "around 0, and the folder's does not"
+        "around 0, and the folder's does not do the same"
     ]
     again = dkdm.load_teacher(str(tmp_path))
     assert again.value_range == (0.0, 1.0)

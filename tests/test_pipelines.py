@@ -636,7 +636,7 @@ def test_unsupported_scheduler(broken):
     folder = broken("stable-diffusion")
     edit(folder / "scheduler" / "scheduler_config.json", _class_name="KarrasVeScheduler")
     assert "KarrasVeScheduler" in refused(folder)
-    assert "nearest supported is EDMEulerScheduler" in refused(folder)
+    assert "save an EDMEulerScheduler" in refused(folder)
 
 
 def test_prompts_are_asked_for(opened, tmp_path):

@@ -21,7 +21,15 @@ from dkdm.own import OWN_CLASS, origin_of
 from dkdm.places import copy_folder
 from dkdm.process import Process
 from dkdm.prompts import Prompts
-from dkdm.schedulers import SIGMA_RANGE, beta_fields, flow_grid
+from dkdm.schedulers import (
+    EDM_SCHEDULERS,
+    FIRST_ORDER,
+    ON_BETAS,
+    SIGMA_RANGE,
+    beta_fields,
+    clips_as,
+    flow_grid,
+)
 from dkdm.ship import shipment, shipping_note
 from dkdm.teachers.networks import pixels
 from dkdm.teachers.text import FAMILIES
@@ -93,13 +101,11 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
     network, clipping = denoiser.network, denoiser.process.clipping
     own = shipping_note(network) if isinstance(network, nn.Module) else None
     notes = [] if own is None else [own]
-    name = denoiser.process.scheduler.get("_class_name")
-    around_0 = name in ("DDPMScheduler", "DDIMScheduler") and clipping.center == 0
-    if name and clipping.range is not None and not around_0:
+    if clipping.range is not None and not clips_as(scheduler_config(denoiser), denoiser.process):
         low, high = clipping.center - clipping.range, clipping.center + clipping.range
         notes.append(
             f"its chain was clipped to {low:g}..{high:g}; of diffusers' schedulers only DDPM and "
-            "DDIM clip, around 0, and the folder's does not"
+            "DDIM clip, around 0, and the folder's does not do the same"
         )
     return notes
 
@@ -130,13 +136,14 @@ def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
     """The config of the scheduler that samples this model; empty where diffusers has none."""
     config = dict(denoiser.process.scheduler)
     own, name = denoiser.parameterization, config.get("_class_name", "")
-    if name in ("DDPMScheduler", "DDIMScheduler"):
+    if name in ON_BETAS and not config.get("use_flow_sigmas"):
         config |= beta_fields(denoiser.process)
         config["prediction_type"] = own.prediction
     if name == "DDPMScheduler":
         config["variance_type"] = own.variance
-    if name.startswith("EDM"):
+    if name in EDM_SCHEDULERS:
         config["sigma_data"] = own.sigma_data
+        config["prediction_type"] = "v_prediction" if own.prediction == "edm_v" else "epsilon"
     return config
 
 
@@ -181,7 +188,8 @@ def _stock_process(pipeline: str, process: Process) -> bool:
     """Whether a pipeline can sample a process: each knows flows or the others, and starts a flow at
     pure noise."""
     scheduler = process.scheduler["_class_name"]
-    if scheduler not in _ONLY_WITH.get(pipeline, (scheduler,)):
+    odd = process.scheduler.get("use_flow_sigmas", False)  # pipelines pass sigmas of their own
+    if scheduler not in _ONLY_WITH.get(pipeline, (scheduler,)) or odd:
         return False
     is_flow = scheduler.startswith("FlowMatch")
     return is_flow == (pipeline in _FLOW_PIPELINES) and SIGMA_RANGE not in process.scheduler
@@ -205,7 +213,11 @@ def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
     learned = denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler"
     if learned or isinstance(denoiser.conditioning, ClassLabels) or denoiser.constants:
         return None
-    pixels = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}.get(scheduler)
+    pixels = {
+        "DDPMScheduler": "DDPMPipeline",
+        "DDIMScheduler": "DDIMPipeline",
+        FIRST_ORDER: "DDPMPipeline",
+    }.get(scheduler)
     if denoiser.bundle.autoencoder is None:
         return pixels
     return "LDMPipeline" if pixels or scheduler.startswith("EDM") else None

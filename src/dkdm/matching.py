@@ -16,10 +16,13 @@ from torch import Tensor
 from dkdm.config import LossWeighting, ProcessName
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
-from dkdm.prediction import Parameterization, PredictionType
+from dkdm.prediction import EDM, Parameterization, PredictionType
 from dkdm.process import Clipping, Process, network_times
 from dkdm.schedulers import (
+    BETA_PREDICTIONS,
+    EDM_SCHEDULERS,
     NAMED,
+    ON_BETAS,
     Config,
     from_scheduler_config,
     named_config,
@@ -76,16 +79,13 @@ def _scheduler_of(process: ProcessName, clipping: Clipping) -> Config:
 
 def _default_prediction(teacher: Parameterization, config: Config) -> PredictionType:
     """What the scheduler is made for; of those that take several, the teacher's if among them."""
-    if teacher.prediction in _BETA_PREDICTIONS and _is_beta(config):
+    if teacher.prediction in BETA_PREDICTIONS and _is_beta(config):
         return teacher.prediction
     return "v_prediction" if _is_beta(config) else prediction_type(config)
 
 
-_BETA_PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "sample", "v_prediction")
-
-
 def _is_beta(config: Config) -> bool:
-    return str(config["_class_name"]) in ("DDPMScheduler", "DDIMScheduler")
+    return str(config["_class_name"]) in ON_BETAS and not config.get("use_flow_sigmas")
 
 
 def check_scheduler_takes(prediction: PredictionType, config: Config) -> None:
@@ -101,7 +101,9 @@ def check_scheduler_takes(prediction: PredictionType, config: Config) -> None:
 
 def _predictions(config: Config) -> tuple[PredictionType, ...]:
     """What a scheduler can sample."""
-    return _BETA_PREDICTIONS if _is_beta(config) else (prediction_type(config),)
+    if config["_class_name"] in EDM_SCHEDULERS:
+        return EDM
+    return BETA_PREDICTIONS if _is_beta(config) else (prediction_type(config),)
 
 
 def check_is_sampled(student: Denoiser) -> None:

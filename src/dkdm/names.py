@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm", "edm_v"]

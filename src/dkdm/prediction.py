@@ -27,9 +27,9 @@ class Parameterization:
     """What a network's output means.
 
     prediction: spelled as in diffusers; "edm" is F in the preconditioned D of EDM
-        (arXiv 2206.00364).
+        (arXiv 2206.00364), "edm_v" its negative (diffusers' EDM schedulers with v_prediction).
     variance: of the reverse step; the learned ones come from a second half of the output channels.
-    sigma_data: standard deviation of the data, used by "edm" only.
+    sigma_data: standard deviation of the data, used by "edm" and "edm_v" only.
     """
 
     prediction: PredictionType = "epsilon"
@@ -101,7 +101,7 @@ def to_x_0_eps(
     if kind == "flow_prediction":
         total = a + s
         return (x - s * output) / total, (x + a * output) / total
-    c_skip, c_out = _edm_skip_and_out(sigma, sigma_data)
+    c_skip, c_out = _edm_skip_and_out(kind, sigma, sigma_data)
     x_0 = per_sample(c_skip, x) * x + per_sample(c_out, x) * output
     return x_0, (x - a * x_0) / s
 
@@ -124,15 +124,21 @@ def from_x_0_eps(
         return a * eps - s * x_0
     if kind == "flow_prediction":
         return eps - x_0
-    c_skip, c_out = _edm_skip_and_out(sigma, sigma_data)
+    c_skip, c_out = _edm_skip_and_out(kind, sigma, sigma_data)
     x = a * x_0 + s * eps
     return (x_0 - per_sample(c_skip, x) * x) / per_sample(c_out, x)
 
 
-def _edm_skip_and_out(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of EDM (arXiv 2206.00364, table 1)."""
+EDM: tuple[PredictionType, ...] = ("edm", "edm_v")
+
+
+def _edm_skip_and_out(
+    kind: PredictionType, sigma: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of EDM (arXiv 2206.00364, table 1); of "edm_v" c_out is negative."""
     total = sigma**2 + sigma_data**2
-    return sigma_data**2 / total, sigma * sigma_data / total.sqrt()
+    c_out = sigma * sigma_data / total.sqrt()
+    return sigma_data**2 / total, -c_out if kind == "edm_v" else c_out
 
 
 def x_0_slope(
@@ -151,12 +157,12 @@ def x_0_slope(
         return (alpha**2 + sigma**2) / sigma
     if kind == "flow_prediction":
         return (alpha + sigma) / sigma
-    return 1 / _edm_skip_and_out(sigma, sigma_data)[1]
+    return 1 / _edm_skip_and_out("edm", sigma, sigma_data)[1]
 
 
 def scale_input(kind: PredictionType, x: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """What the network is shown: c_in x for "edm" (arXiv 2206.00364, table 1), else x."""
-    if kind != "edm":
+    """What the network is shown: c_in x for EDM's kinds (arXiv 2206.00364, table 1), else x."""
+    if kind not in EDM:
         return x
     return x * per_sample((sigma**2 + sigma_data**2).rsqrt(), x)
 
@@ -181,9 +187,10 @@ def clip_x_0(
 def dynamic_threshold(x_0: Tensor, quantile: float, max_value: float) -> Tensor:
     """Clamp each sample to its own quantile s of |x_0|, 1 <= s <= max_value, and divide by s.
 
-    Source: Imagen, arXiv 2205.11487, sec. 2.3.
+    A max_value below 1 is s everywhere, as in diffusers. Source: Imagen, arXiv 2205.11487, sec.
+    2.3.
     """
-    s = torch.quantile(x_0.flatten(1).abs(), quantile, dim=1).clamp(1, max(1.0, max_value))
+    s = torch.quantile(x_0.flatten(1).abs(), quantile, dim=1).clamp(1, max_value)
     s = per_sample(s, x_0)
     return x_0.clamp(-s, s) / s
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from dkdm.conditioning import ClassLabels, Condition
 from dkdm.denoiser import Denoiser
 from dkdm.export import scheduler_config
+from dkdm.prediction import EDM
 from dkdm.process import Clipping
 from dkdm.version import __version__
 
@@ -33,7 +34,7 @@ def describe_graph(
         "outputs": [{**output, "dtype": "float32"}],
         "prediction_type": own.prediction,
         "variance_type": own.variance,
-        "sigma_data": own.sigma_data if own.prediction == "edm" else None,
+        "sigma_data": own.sigma_data if own.prediction in EDM else None,
         "value_range": list(denoiser.value_range),
         "classes": _classes(denoiser),
         "latents": dict(zip(("shift", "scale"), coder.standard(), strict=True)) if coder else None,

@@ -85,7 +85,7 @@ def process_kind(process: Process) -> ProcessKind:
 def _prediction_types(process: Process) -> list[PredictionType]:
     """Those in use with such a process; epsilon is refused where alpha = 0."""
     if process_kind(process) == "variance exploding":
-        return ["edm", "epsilon", "sample"]
+        return ["edm", "edm_v", "epsilon", "sample"]
     if process_kind(process) == "flow":
         return ["flow_prediction", "sample"]
     if (process.alpha == 0).any():

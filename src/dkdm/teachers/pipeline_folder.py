@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
         process,
         Parameterization(
             prediction_type(scheduler),
-            _variance(config, scheduler, shape),
-            scheduler.get("sigma_data", 0.5),
+            _variance(config, process.scheduler, shape),
+            process.scheduler.get("sigma_data", 0.5),
         ),
         shape,
         conditioning,
@@ -234,7 +235,7 @@ def _check_channels(
 
 
 def _variance(
-    config: dict[str, Any], scheduler: dict[str, Any], shape: tuple[int, ...]
+    config: dict[str, Any], scheduler: Mapping[str, Any], shape: tuple[int, ...]
 ) -> VarianceType:
     """Twice the channels mean a learned range; only DDPM schedulers say what else it is."""
     known = scheduler["_class_name"] == "DDPMScheduler" and scheduler.get("variance_type")
