@@ -28,6 +28,7 @@ ROOMS = [
     "conditioning",
     "allowed",
     "networks",
+    "effective",
     "prompts",
     "calls",
     "modes",

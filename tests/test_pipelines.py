@@ -634,7 +634,7 @@ def test_partial_weights(name, broken):
 
 def test_unsupported_scheduler(broken):
     folder = broken("stable-diffusion")
-    edit(folder / "scheduler" / "scheduler_config.json", _class_name="KarrasVeScheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "KarrasVeScheduler"])
     assert "KarrasVeScheduler" in refused(folder)
     assert "save an EDMEulerScheduler" in refused(folder)
 

@@ -67,14 +67,14 @@ def test_unknown_prediction_type(folder):
 
 
 def test_unsupported_scheduler_is_named_with_the_nearest(folder):
-    edit(folder / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "ScoreSdeVeScheduler"])
     message = refused(folder)
     assert "ScoreSdeVeScheduler" in message
     assert "nearest supported is EDMEulerScheduler" in message
 
 
 def test_solver_of_several_steps_becomes_ddim(folder):
-    edit(folder / "scheduler" / "scheduler_config.json", _class_name="DPMSolverMultistepScheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
     process = load_teacher(str(folder)).process
     assert process.scheduler["_class_name"] == "DDIMScheduler"
     assert process.clipping.range is None
@@ -85,8 +85,8 @@ def test_consistency_model(folder, where):
     if where == "pipeline":
         edit(folder / "model_index.json", _class_name="ConsistencyModelPipeline")
     else:
-        scheduler = folder / "scheduler" / "scheduler_config.json"
-        edit(scheduler, _class_name="CMStochasticIterativeScheduler")
+        scheduler = ["diffusers", "CMStochasticIterativeScheduler"]
+        edit(folder / "model_index.json", scheduler=scheduler)
     assert "one jump" in refused(folder)
 
 

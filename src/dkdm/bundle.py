@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.allowed import component_class
+from dkdm.effective import class_config
+from dkdm.errors import DkdmError
 from dkdm.places import check_folder
 from dkdm.process import per_sample
 from dkdm.reading import Fields, read_json
@@ -38,12 +41,35 @@ class Component:
         Raises UsageError for a class that a file may not name, DkdmError if it cannot be loaded.
         """
         cls = component_class(self.folder, self.library, self.class_name)
-        if self.variant and any(self.folder.glob(f"*.{self.variant}.*")):
-            options["variant"] = self.variant
+        variant = weight_variant(self.folder, self.variant)
+        options |= {"variant": variant} if variant else {}
         file = check_folder(self.folder, self.folder.resolve().parent) / "config.json"
         config = read_json(file, "its config") if file.is_file() else {}  # tokenizers have none
         with building(config, str(file if config else self.folder), self.class_name, self.folder):
             return cls.from_pretrained(self.folder, **options)
+
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?"
+    r"(?:\.(?P<variant>[A-Za-z]\w*?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+
+
+def weight_variant(folder: Path, asked: str | None) -> str | None:
+    """The variant by which diffusers finds the weights in a component's folder.
+
+    asked: for the whole pipeline; a component that does not have it is loaded without, as diffusers
+    does. Raises DkdmError if there are weights of variants only, and none was asked for.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = {match["variant"] for name in names if (match := _WEIGHTS.fullmatch(name))}
+    if asked in found or not found or None in found:
+        return asked if asked in found else None
+    others = ", ".join(sorted(map(str, found)))
+    raise DkdmError(
+        f"{folder} has only weights of the variant {others}: say --teacher-variant "
+        f"{sorted(map(str, found))[0]}"
+    )
 
 
 @dataclass(eq=False)
@@ -52,11 +78,13 @@ class Autoencoder:
 
     It is loaded when first used, and leaves the device when `idle` is called. latents =
     (encoded - shift) * scale, with the factors of its config: one for all channels
-    (`scaling_factor`, `shift_factor`) or one each (`latents_mean`, `latents_std`).
+    (`scaling_factor`, `shift_factor`) or one each (`latents_mean`, `latents_std`). pipeline: the
+    one of diffusers it belongs to, which may read only some of them; None reads all.
     """
 
     component: Component
     network: nn.Module | None = field(default=None, repr=False)
+    pipeline: str | None = None
 
     def _loaded(self, device: torch.device) -> Any:
         if self.network is None:
@@ -65,8 +93,10 @@ class Autoencoder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The autoencoder's config.json."""
-        return read_json(self.component.folder / "config.json", "an autoencoder's config")
+        """The autoencoder's config as the loaded object has it."""
+        file = self.component.folder / "config.json"
+        raw = read_json(file, "an autoencoder's config")
+        return class_config(raw, self.component.class_name, str(file))
 
     @property
     def latent_channels(self) -> int | None:
@@ -80,11 +110,16 @@ class Autoencoder:
 
         Raises UsageError for values of the config that are no numbers.
         """
-        config = Fields(self.config, str(self.component.folder / "config.json"))
-        one = config.number("shift_factor", None) or 0.0
-        shift = config.numbers("latents_mean", None) or (one,)
-        scale = config.number("scaling_factor", None, low=SMALLEST) or 1.0
-        stds = config.numbers("latents_std", None, low=SMALLEST) or (1.0,)
+        config = self.config
+        read = FACTORS.get(str(self.pipeline), tuple(config))
+        config = {key: value for key, value in config.items() if key in read}
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
+            config |= {"latents_mean": None, "latents_std": None}
+        fields = Fields(config, str(self.component.folder / "config.json"))
+        one = fields.number("shift_factor", None) or 0.0
+        shift = fields.numbers("latents_mean", None) or (one,)
+        scale = fields.number("scaling_factor", None, low=SMALLEST) or 1.0
+        stds = fields.numbers("latents_std", None, low=SMALLEST) or (1.0,)
         return list(shift), [scale / std for std in stds]
 
     def _standard(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +153,23 @@ class Autoencoder:
         """Make room on the device."""
         if self.network is not None:
             self.network.to("cpu")
+
+
+_SCALE, _SHIFT, _EACH = ("scaling_factor",), ("shift_factor",), ("latents_mean", "latents_std")
+FACTORS: dict[str, tuple[str, ...]] = {  # what the pipelines of diffusers read of these
+    "LDMPipeline": _SCALE,
+    "AudioDiffusionPipeline": _SCALE,
+    "DiTPipeline": _SCALE,
+    "StableDiffusionPipeline": _SCALE,
+    "StableDiffusionXLPipeline": _SCALE + _EACH,
+    "PixArtAlphaPipeline": _SCALE,
+    "PixArtSigmaPipeline": _SCALE,
+    "StableDiffusion3Pipeline": _SCALE + _SHIFT,
+    "FluxPipeline": _SCALE + _SHIFT,
+    "SanaPipeline": _SCALE,
+    "Lumina2Pipeline": _SCALE + _SHIFT,
+    "WanPipeline": _EACH,
+}
 
 
 def _latents_of(encoded: Any, generator: torch.Generator | None) -> Tensor:

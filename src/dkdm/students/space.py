@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dkdm.bundle import Autoencoder
+from dkdm.effective import class_config, network_name
 from dkdm.errors import UsageError
 from dkdm.places import check_place
 from dkdm.reading import read_json
@@ -38,7 +39,8 @@ def config_in(folder: Path, interface: Interface) -> Path:
 def check_latents(folder: Path, teacher: Autoencoder | None) -> None:
     """Raise UsageError where an autoencoder's latents are not those that the teacher works on."""
     file = check_place(folder / "config.json", folder.parent)
-    own = _latents(read_json(file, "an autoencoder's config"))
+    raw = read_json(file, "an autoencoder's config")
+    own = _latents(class_config(raw, str(raw.get("_class_name")), str(file)))
     if teacher is None:
         raise UsageError(
             f"student {folder.parent} works on the latents of {folder.name}, the teacher on "
@@ -67,9 +69,11 @@ def _latents(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_config(config: Mapping[str, Any], interface: Interface, where: str) -> None:
     """Raise UsageError where a network's config is for other samples than the teacher's."""
-    facts, wanted = FACTS.get(str(config["_class_name"])), interface.sample_shape
+    name, wanted = network_name(str(config["_class_name"]), config), interface.sample_shape
+    facts = FACTS.get(name)
     if facts is None:
         return
+    config = class_config(config, name, where)
     try:
         channels = facts.shape(dict(config), wanted[1:])[0]
     except (UsageError, KeyError, TypeError, ValueError) as error:

@@ -105,12 +105,14 @@ class Facts:
 
     shape: (config, asked size) -> (C, ...). patch: side of a token, from the config; it decides
         the length of the sequence. constants: (config, shape, bundle) -> what is always fed.
+    reads_text: whether it is fed the embedding of a prompt.
     """
 
     class_name: str
     shape: Callable[[Config, Size], tuple[int, ...]] = _shape
     patch: Callable[[Config], int] = lambda config: int(config.get("patch_size") or 1)
     constants: Callable[[Config, tuple[int, ...], Bundle], Condition] = _nothing
+    reads_text: bool = False
 
 
 FACTS = {
@@ -128,12 +130,12 @@ FACTS = {
         Facts("MobileUNet", _any_shape),
         Facts("UNet1DModel", _audio_shape),
         Facts("DiTTransformer2DModel"),
-        Facts("UNet2DConditionModel", constants=_sdxl_sizes),
-        Facts("PixArtTransformer2DModel", constants=_pixart_sizes),
-        Facts("SD3Transformer2DModel"),
-        Facts("FluxTransformer2DModel", _flux_shape, lambda _: 2),
-        Facts("SanaTransformer2DModel"),
-        Facts("Lumina2Transformer2DModel"),
-        Facts("WanTransformer3DModel", _video_shape, lambda _: 1),
+        Facts("UNet2DConditionModel", constants=_sdxl_sizes, reads_text=True),
+        Facts("PixArtTransformer2DModel", constants=_pixart_sizes, reads_text=True),
+        Facts("SD3Transformer2DModel", reads_text=True),
+        Facts("FluxTransformer2DModel", _flux_shape, lambda _: 2, reads_text=True),
+        Facts("SanaTransformer2DModel", reads_text=True),
+        Facts("Lumina2Transformer2DModel", reads_text=True),
+        Facts("WanTransformer3DModel", _video_shape, lambda _: 1, reads_text=True),
     )
 }

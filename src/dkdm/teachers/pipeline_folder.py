@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,9 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkdm.bundle import Autoencoder, Bundle, Component
+from dkdm.bundle import Autoencoder, Bundle, Component, weight_variant
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
+from dkdm.effective import (
+    ALIASES,
+    class_config,
+    config_file,
+    effective_config,
+    listed_class,
+    network_name,
+    pipeline_entries,
+    place_of,
+)
 from dkdm.errors import DkdmError, UsageError
 from dkdm.networks import HOMES, network_class
 from dkdm.own import OWN_CLASS, load_own, read_origin
@@ -22,9 +31,10 @@ from dkdm.places import check_folder, check_place
 from dkdm.plugins import distrust
 from dkdm.prediction import Parameterization, VarianceType
 from dkdm.prompts import Prompts
-from dkdm.reading import is_name, shown
+from dkdm.reading import is_name, read_json, shown
 from dkdm.schedulers import from_scheduler_config, prediction_type, saved_config
 from dkdm.sizes import building, check_numbers, check_sample
+from dkdm.teachers.families import LEFT_OUT, check_parts, family_of
 from dkdm.teachers.locate import INDEX
 from dkdm.teachers.lora import merge_loras, read_choices
 from dkdm.teachers.networks import FACTS, Facts
@@ -33,7 +43,6 @@ from dkdm.teachers.text import text_conditioning
 
 DENOISERS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae")
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "movq")
 
 
 def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
@@ -45,26 +54,97 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     loras = read_choices(options.lora)
     distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
-    component, facts = _network_of(read_json(folder / INDEX, "a diffusers pipeline"), folder)
-    network = load_network(folder / component, facts.class_name, options, folder)
+    component, facts = network_of(read_index(folder), folder)
+    network = load_network(place_of(folder, component), facts.class_name, options, folder)
     merge_loras(network, denoiser.bundle.pipeline, component, loras)
     return replace(denoiser, network=network, call=None)
 
 
+def load_network_folder(
+    folder: Path, scheduler: Mapping[str, Any], options: LoadOptions
+) -> Denoiser:
+    """Load a network that lies alone, with its config.json, as the denoiser of a scheduler.
+
+    scheduler: the config of the scheduler it was trained with, with its `_class_name`. Raises
+    UsageError for a network that dkdm does not know or that reads text, DkdmError if its weights
+    are missing or do not match.
+    """
+    config = read_json(folder / "config.json", "a network's config")
+    name = network_name(str(config.get("_class_name")), config)
+    if name not in FACTS:
+        raise UsageError(f"{folder}: its network is {name}: expected one of {', '.join(FACTS)}")
+    facts = FACTS[name]
+    if facts.reads_text:
+        raise UsageError(
+            f"{folder}: {name} is conditioned on text: give the pipeline folder that has its text "
+            "encoders, with this network in the place of its own"
+        )
+    config = class_config(config, name, str(folder / "config.json"))
+    check_numbers(config, str(folder / "config.json"))
+    noise = class_config(scheduler, str(scheduler.get("_class_name")), "the scheduler's config")
+    denoiser = _denoiser(folder, facts, config, noise, {}, Bundle(), options)
+    return replace(denoiser, network=load_network(folder, name, options), call=None)
+
+
 def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     """Everything of a pipeline folder but its network's weights: the network is a placeholder."""
+    index = read_index(folder)
+    component, facts = network_of(index, folder)
+    config = effective_config(folder, index, component)
+    check_numbers(config, str(config_file(folder, component)))
+    if facts.class_name == OWN_CLASS:
+        read_origin(config, place_of(folder, component))
+    scheduler = effective_config(folder, index, "scheduler")
+    bundle = _bundle(folder, index, component, options.variant)
+    if facts.reads_text and not _reads_text(bundle):
+        raise UsageError(
+            f"{folder}: {facts.class_name} is conditioned on text, but {INDEX} lists no text "
+            "encoder: expected a folder with text_encoder and tokenizer"
+        )
+    return _denoiser(folder, facts, config, scheduler, index, bundle, options)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json; the pipeline of a folder whose class diffusers does not have is its
+    family's.
+
+    Raises UsageError if the file is missing.
+    """
+    import diffusers
+
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
     check_places(folder, index)
-    component, facts = _network_of(index, folder)
-    config = read_json(folder / component / "config.json", f"the config of its {component}")
-    check_numbers(config, str(folder / component / "config.json"))
-    if facts.class_name == OWN_CLASS:
-        read_origin(config, folder / component)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "its scheduler's config")
-    bundle = _bundle(folder, index, component, options.variant)
+    kind = index.get("_class_name")
+    if isinstance(kind, str) and kind.isidentifier() and hasattr(diffusers, kind):
+        return index
+    return index if "_came_from" in index else {**index, "_class_name": _family(index, folder)}
+
+
+def _family(index: Mapping[str, Any], folder: Path) -> str | None:
+    listed = next((name for name in DENOISERS if listed_class(index, name)), "")
+    return family_of(index, _class_of(index, listed, folder), folder)
+
+
+def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> str:
+    """The class of a network as diffusers makes it; empty for a component that is not listed."""
+    listed = listed_class(index, component)
+    aliased = config_file(folder, component) if listed in ALIASES else None
+    return network_name(listed, read_json(aliased, "its config") if aliased else {})
+
+
+def _denoiser(
+    folder: Path,
+    facts: Facts,
+    config: dict[str, Any],
+    scheduler: dict[str, Any],
+    index: dict[str, Any],
+    bundle: Bundle,
+    options: LoadOptions,
+) -> Denoiser:
+    """What configs, index and the other components say; its network is a placeholder."""
     shape = facts.shape(config, options.sample_size or _saved_size(index))
     patch = facts.patch(config)
-    check_sample(shape, str(folder / component / "config.json"), patch if patch > 1 else None)
+    check_sample(shape, str(folder), patch if patch > 1 else None)
     tokens = math.prod(shape[1:]) // patch**2
     process = from_scheduler_config(scheduler, tokens)
     process = replace(process, scheduler=saved_config(scheduler, tokens))
@@ -89,9 +169,9 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
 
 def check_places(folder: Path, index: dict[str, Any]) -> None:
     """Raise UsageError unless the components have plain names and lie in the folder, as files."""
-    for name in (INDEX, "scheduler/scheduler_config.json"):
+    for name in (INDEX, "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"):
         check_place(folder / name, folder)
-    for name in (name for name, value in index.items() if _is_component(name, value)):
+    for name in (name for name in index if listed_class(index, name)):
         if not is_name(name):
             raise UsageError(
                 f"{folder / INDEX}: {shown(name)} cannot name a component: rename it to letters, "
@@ -115,15 +195,14 @@ def _saved_range(index: dict[str, Any]) -> tuple[float, float]:
 
 def read_base(folder: Path) -> tuple[dict[str, Any] | None, Bundle, Prompts | None]:
     """Scheduler config, other components and prompts of a pipeline folder without a denoiser."""
-    index = read_json(folder / INDEX, "a diffusers pipeline folder")
-    check_places(folder, index)
+    index = read_index(folder)
     bundle = _bundle(folder, index, "")
     bundle = replace(
         bundle, components={k: v for k, v in bundle.components.items() if k not in DENOISERS}
     )
-    file = folder / "scheduler" / "scheduler_config.json"
     text = text_conditioning(folder, bundle) if _reads_text(bundle) else None
-    return (read_json(file, "its scheduler's config") if file.is_file() else None), bundle, text
+    scheduler = config_file(folder, "scheduler").is_file()
+    return effective_config(folder, index, "scheduler") if scheduler else None, bundle, text
 
 
 def _reads_text(bundle: Bundle) -> bool:
@@ -134,37 +213,30 @@ def _placeholder(*_: Any, **__: Any) -> Any:
     raise DkdmError("this model was described, not loaded")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object. Raises UsageError naming what was looked for."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path.parent}: expected {what}, but {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from error
-
-
-def _network_of(index: dict[str, Any], folder: Path) -> tuple[str, Facts]:
+def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
+    """Name and class of the denoiser. Raises UsageError if it is none that dkdm knows."""
     kind = str(index.get("_class_name"))
     if "Consistency" in kind:
         raise UsageError(
             f"{folder}: a consistency model ({kind}) maps noise to data in one jump and has no "
             "reverse transition to learn from; distil the diffusion model it came from"
         )
-    parts = {name: value[1] for name, value in index.items() if _is_component(name, value)}
-    second = next((name for name in ("transformer_2", "unet_2") if name in parts), None)
+    second = next((name for name in ("transformer_2", "unet_2") if listed_class(index, name)), None)
     if second:
         raise UsageError(
             f"{folder}: a {kind} with two denoisers, one for each half of the noise levels; "
-            f"expected one: take the other's out of {INDEX} ({second}: [null, null])"
+            f"expected one: take the other's out of {INDEX} ({second}: [null, null], "
+            "boundary_ratio: null)"
         )
-    for component in DENOISERS:
-        if parts.get(component) in FACTS:
+    check_parts(index, folder)
+    found = {name: _class_of(index, name, folder) for name in DENOISERS}
+    for component, name in found.items():
+        if name in FACTS:
             _check_library(folder, component, index[component])
-            return component, FACTS[parts[component]]
-    found = parts.get("unet") or parts.get("transformer") or parts.get("prior") or "no network"
+            return component, FACTS[name]
+    named = ", ".join(name for name in found.values() if name) or "no network"
     raise UsageError(
-        f"{folder}: a {kind} with {found}; expected one of {', '.join(FACTS)}. A network that dkdm "
+        f"{folder}: a {kind} with {named}; expected one of {', '.join(FACTS)}. A network that dkdm "
         "was given as an object is loaded by dkdm.load_student(folder, network=...)"
     )
 
@@ -180,40 +252,58 @@ def _check_library(folder: Path, component: str, named: list[Any]) -> None:
         )
 
 
-def _is_component(name: str, value: Any) -> bool:
-    """model_index.json lists a component as [library, class]."""
-    pair = isinstance(value, list) and len(value) == 2 and value[0] is not None
-    return pair and not name.startswith("_") and name != "class_names"
-
-
 def _bundle(
     folder: Path, index: dict[str, Any], denoiser: str, variant: str | None = None
 ) -> Bundle:
     """The other components that lie in the folder, and what else its index says."""
     components = {
-        name: Component(folder / name, value[0], value[1], variant)
+        name: Component(place_of(folder, name), value[0], value[1], variant)
         for name, value in index.items()
-        if _is_component(name, value) and name not in (denoiser, "scheduler", *UNUSED)
+        if listed_class(index, name)
+        and name not in (denoiser, "scheduler", *LEFT_OUT)
+        and not name.startswith("_")
     }
-    missing = [name for name, part in components.items() if not part.folder.is_dir()]
+    missing = [name for name, part in components.items() if not _lies_there(part, folder)]
     if missing:
         raise DkdmError(
             f"{folder}: {INDEX} lists {', '.join(missing)}, but there is no such folder"
         )
     coder = next((components[name] for name in AUTOENCODERS if name in components), None)
-    if coder is None and any(name in index for name in AUTOENCODERS):
+    if coder is None and any(name in index for name in _needed_autoencoders(index)):
         raise DkdmError(f"{folder}: {INDEX} has no autoencoder for its latents")
     if coder is not None and not (coder.folder / "config.json").is_file():
         raise DkdmError(f"{coder.folder}: the autoencoder's config.json is missing")
-    entries = {
-        name: value
-        for name, value in index.items()
-        if not _is_component(name, value) and not name.startswith("_")
-    }
-    kind, came_from = index.get("_class_name"), index.get("_came_from") or {}
-    pipeline = kind if isinstance(kind, str) else came_from.get("pipeline")
-    entries |= came_from.get("entries", {})
-    return Bundle(pipeline, components, Autoencoder(coder) if coder else None, entries)
+    pipeline, entries = _pipeline_of(folder, index)
+    autoencoder = Autoencoder(coder, pipeline=pipeline) if coder else None
+    return Bundle(pipeline, components, autoencoder, entries)
+
+
+def _lies_there(part: Component, root: Path) -> bool:
+    """Whether a component has a folder of its own, or its config lies in the root folder."""
+    if part.folder != root:
+        return True
+    file = root / "config.json"
+    return file.is_file() and read_json(file, "a config").get("_class_name") == part.class_name
+
+
+def _needed_autoencoders(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The autoencoders that a pipeline cannot be without; a UNet2DModel may be one of pixels."""
+    import diffusers
+
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is None and listed_class(index, "unet") == "UNet2DModel":
+        return ()
+    optional = getattr(kind, "_optional_components", ())
+    return tuple(name for name in AUTOENCODERS if name not in optional)
+
+
+def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The pipeline that the components belong to, and its settings."""
+    if "_came_from" not in index:
+        family = _family(index, folder)
+        return family, pipeline_entries({**index, "_class_name": family})
+    came_from = index["_came_from"] or {}
+    return came_from.get("pipeline"), {**pipeline_entries(index), **came_from.get("entries", {})}
 
 
 def _check_channels(
@@ -261,7 +351,7 @@ def load_network(
     with building(config, str(folder / "config.json"), name, folder):
         network, info = cls.from_pretrained(
             folder,
-            variant=options.variant,
+            variant=weight_variant(folder, options.variant),
             torch_dtype=getattr(torch, options.dtype),
             output_loading_info=True,
         )

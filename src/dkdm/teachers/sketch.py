@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dkdm.denoiser import Denoiser
+from dkdm.effective import config_file, effective_config, place_of
 from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, BlankEmbeddings, make, read_origin
 from dkdm.plugins import distrust
@@ -15,11 +16,7 @@ from dkdm.prompts import Prompts
 from dkdm.sizes import make_network
 from dkdm.teachers.locate import INDEX, locate
 from dkdm.teachers.options import LoadOptions
-from dkdm.teachers.pipeline_folder import (
-    DENOISERS,
-    describe_pipeline_folder,
-    read_json,
-)
+from dkdm.teachers.pipeline_folder import describe_pipeline_folder, network_of, read_index
 from dkdm.teachers.text import EMBEDS, FAMILIES, MASK, POOLED
 
 PROMPT_TOKENS = 77  # of CLIP, where the pipeline does not say
@@ -41,15 +38,16 @@ def sketch_teacher(
         return None
     distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
-    index = read_json(folder / INDEX, "a diffusers pipeline folder")
-    component = next(name for name in DENOISERS if index.get(name))
-    config = read_json(folder / component / "config.json", "its config")
+    index = read_index(folder)
+    component, facts = network_of(index, folder)
+    config = effective_config(folder, index, component)
     with torch.device("meta"):
         if config.get("_class_name") == OWN_CLASS:
-            network = make(read_origin(config, folder / component), folder, options.factory)
+            origin = read_origin(config, place_of(folder, component))
+            network = make(origin, folder, options.factory)
         else:
-            file = str(folder / component / "config.json")
-            network = make_network(network_class(index[component][1]), config, file)
+            kind, file = network_class(facts.class_name), config_file(folder, component)
+            network = make_network(kind, config, str(file))
     network = torch.nn.Module.to(network, "meta", getattr(torch, _precision(options.dtype)))
     conditioning = denoiser.conditioning
     if isinstance(conditioning, Prompts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -13,10 +12,12 @@ from typing import Any
 
 import torch
 
-from dkdm.bundle import Bundle
+from dkdm.bundle import Bundle, Component
 from dkdm.conditioning import Condition
+from dkdm.effective import class_config
 from dkdm.errors import DkdmError, UsageError
 from dkdm.prompts import Prompts, TextEncoders, folder_fingerprint
+from dkdm.reading import Fields, read_json
 
 EMBEDS, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
 
@@ -180,14 +181,32 @@ class LazyEncoders:
 
 def token_width(folder: Path, bundle: Bundle) -> int:
     """Width of a text token: the denoiser's, or all encoders' together where there is none."""
-    config = folder / "transformer" / "config.json"
-    own = json.loads(config.read_text()) if config.is_file() else {}
-    saved = {**bundle.entries, **own}
-    if "joint_attention_dim" in saved:
-        return int(saved["joint_attention_dim"])
+    file = folder / "transformer" / "config.json"
+    raw = read_json(file, "the config of its transformer") if file.is_file() else {}
+    own = class_config(raw, str(raw.get("_class_name")), str(file)) if raw else {}
+    saved = Fields({**bundle.entries, **own}, str(file))
+    if "joint_attention_dim" in saved.values:
+        return saved.whole("joint_attention_dim", low=1)
     encoders = [part for name, part in bundle.components.items() if name.startswith("text_encoder")]
-    configs = [json.loads((part.folder / "config.json").read_text()) for part in encoders]
-    return sum(int(config["hidden_size"]) for config in configs)
+    return sum(encoder_width(part) for part in encoders)
+
+
+def encoder_width(part: Component) -> int:
+    """Width of a text encoder's embeddings, by its config and its class's defaults."""
+    import transformers
+
+    file = part.folder / "config.json"
+    raw = read_json(file, "a text encoder's config")
+    kind = getattr(getattr(transformers, part.class_name, None), "config_class", None)
+    try:
+        values = raw if kind is None else {"hidden_size": kind.from_dict(raw).hidden_size}
+    except Exception as error:
+        raise UsageError(f"{file} is not of a {part.class_name}: {_line(error)}") from error
+    return Fields(values, str(file)).whole("hidden_size", low=1)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _options(name: str) -> dict[str, Any]:
