@@ -29,8 +29,9 @@ def effective_config(root: Path, index: Mapping[str, Any], name: str) -> Config:
     """The config that a stock pipeline's component holds after `from_pretrained(root)`.
 
     index: of model_index.json. name: of the component in it; its class is the one that the index
-    lists, whatever its own config says; only one that is not listed is what its config says. Keys that the class does not know are kept, as diffusers
-    does. Raises UsageError if the config is missing or an entry has a value that cannot be.
+    lists, whatever its own config says; of one that is not listed, what its config says. Keys that
+    the class does not know are kept, as diffusers does. Raises UsageError if the config is missing
+    or an entry has a value that cannot be.
     """
     file = config_file(root, name)
     raw = read_json(file, f"the config of its {name}")
@@ -60,8 +61,9 @@ def listed_class(index: Mapping[str, Any], name: str) -> str:
     A component is [library, class]; [null, null] is one that is not there.
     """
     value = index.get(name)
-    pair = isinstance(value, (list, tuple)) and len(value) == 2 and name not in _LISTS
-    return value[1] if pair and all(isinstance(v, str) for v in value) else ""
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or name in _LISTS:
+        return ""
+    return str(value[1]) if all(isinstance(v, str) for v in value) else ""
 
 
 _LISTS = ("_class_name", "class_names")  # of two names, and no component
@@ -227,7 +229,7 @@ def pipeline_entries(index: Mapping[str, Any]) -> Config:
     cls = getattr(diffusers, kind, None) if isinstance(kind, str) and kind.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         return found
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    parameters = inspect.signature(cls).parameters.values()
     defaults = {p.name: p.default for p in parameters if _is_setting(p)}
     return {**defaults, **found}
 
