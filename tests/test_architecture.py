@@ -44,6 +44,7 @@ ROOMS = [
     "sources",
     "objective",
     "features",
+    "plots",
     "pictures",
     "charts",
     "evaluation",

@@ -16,7 +16,7 @@ from dkdm.students import PRESETS
 from dkdm.teachers import with_texts
 from test_networks_other import assert_same, distil, toy
 
-SHAPES = {"image": (1, 16, 16), "sound": (2, 64), "video": (4, 4, 8, 8)}
+SHAPES = {"image": (1, 16, 16), "sound": (2, 64), "video": (4, 4, 8, 8), "vector": (6,)}
 OF_ANY_RANK = ("uvit-tiny", "linear-tiny", "mobile-tiny")
 OF_TEXT = ("text-", "mmdit-")
 PROMPTS = "a red cat\na blue dog"
@@ -32,7 +32,8 @@ def cases():
             kinds = ["text"]
         else:
             kinds = ["sound"] if "-1d-" in name else ["image"]
-            kinds = [*SHAPES, "text"] if name in OF_ANY_RANK else kinds
+            kinds = ["sound", "image", "video", "text"] if name in OF_ANY_RANK else kinds
+            kinds = ["sound", "vector"] if name.startswith("mlp-") else kinds
         yield from (pytest.param(name, kind, id=f"{name}-{kind}") for kind in kinds)
     yield pytest.param("thin-50", "transformer", id="thin-50-transformer")
 

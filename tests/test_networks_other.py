@@ -1,4 +1,4 @@
-"""U-ViT, linear attention and depthwise convolutions: on sounds, images and videos alike."""
+"""U-ViT, linear attention and depthwise convolutions: on audio, images and videos alike."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from dkdm.students.interface import patch_sides
 from dkdm.teachers import with_texts
 from factories import SCHEDULER
 
-SHAPES = {"sound": (2, 64), "image": (4, 16, 8), "video": (4, 4, 8, 8)}
+SHAPES = {"sound": (2, 64), "image": (4, 16, 8), "video": (4, 4, 8, 8), "vector": (6,)}
 FAMILIES = ("UVit", "LinearTransformer", "MobileUNet")
 TEXT, POOLED, WORDS, CLASSES = 12, 6, 7, 5
 FULL = {
@@ -41,8 +41,14 @@ FULL = {
     "cross_attention_dim": TEXT,
     "pooled_projection_dim": POOLED,
 }
-every_family = pytest.mark.parametrize("name", FAMILIES)
-every_rank = pytest.mark.parametrize("kind", SHAPES)
+NETWORKS = [*((name, "image") for name in FAMILIES), ("ResidualMLP", "vector")]
+CASES = [
+    *((name, kind) for name in FAMILIES for kind in SHAPES if kind != "vector"),
+    ("ResidualMLP", "sound"),
+    ("ResidualMLP", "vector"),
+]
+every_network = pytest.mark.parametrize(("name", "kind"), NETWORKS)
+every_case = pytest.mark.parametrize(("name", "kind"), CASES)
 
 
 def network_of(name, shape, out_channels=None, **conditions):
@@ -52,6 +58,7 @@ def network_of(name, shape, out_channels=None, **conditions):
         "UVit": {"patch_size": (2,) * rank, "width": 32, "depth": 3, "heads": 2},
         "LinearTransformer": {"patch_size": (2,) * rank, "width": 32, "depth": 2, "heads": 2},
         "MobileUNet": {"block_out_channels": (32, 32)},
+        "ResidualMLP": {"width": 32, "depth": 2},
     }
     made = network_class(name)(
         sample_size=shape[1:],
@@ -76,8 +83,7 @@ def inputs_of(shape, count=3):
     }
 
 
-@every_family
-@every_rank
+@every_case
 @torch.no_grad()
 def test_output_depends_on_everything_it_is_fed(name, kind):
     shape = SHAPES[kind]
@@ -94,10 +100,10 @@ def test_output_depends_on_everything_it_is_fed(name, kind):
         assert (network(**inputs | {what: changed}) - output)[0].abs().max() > 1e-5, what
 
 
-@every_family
+@every_network
 @torch.no_grad()
-def test_padding_of_the_text_is_not_looked_at(name):
-    network, inputs = network_of(name, SHAPES["image"], **FULL), inputs_of(SHAPES["image"])
+def test_padding_of_the_text_is_not_looked_at(name, kind):
+    network, inputs = network_of(name, SHAPES[kind], **FULL), inputs_of(SHAPES[kind])
     text = inputs["encoder_hidden_states"].clone()
     text[0, 3:] += 100
     torch.testing.assert_close(
@@ -105,8 +111,7 @@ def test_padding_of_the_text_is_not_looked_at(name):
     )
 
 
-@every_family
-@every_rank
+@every_case
 def test_gradient_reaches_every_parameter_of_a_fresh_network_at_the_second_step(name, kind):
     seeded, inputs = network_of(name, SHAPES[kind], **FULL), inputs_of(SHAPES[kind])
     network = type(seeded).from_config(seeded.config)
@@ -120,9 +125,9 @@ def test_gradient_reaches_every_parameter_of_a_fresh_network_at_the_second_step(
     assert not without
 
 
-@every_family
-def test_gradient_checkpointing_gives_the_same_gradients(name):
-    network, inputs = network_of(name, SHAPES["image"], **FULL).train(), inputs_of(SHAPES["image"])
+@every_network
+def test_gradient_checkpointing_gives_the_same_gradients(name, kind):
+    network, inputs = network_of(name, SHAPES[kind], **FULL).train(), inputs_of(SHAPES[kind])
     gradients = []
     for _ in range(2):
         network.zero_grad()
@@ -133,8 +138,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     torch.testing.assert_close(*gradients)
 
 
-@every_family
-@every_rank
+@every_case
 @torch.no_grad()
 def test_saved_network_comes_back(name, kind, tmp_path):
     network, inputs = network_of(name, SHAPES[kind], **FULL), inputs_of(SHAPES[kind])
@@ -143,36 +147,36 @@ def test_saved_network_comes_back(name, kind, tmp_path):
     assert torch.equal(again(**inputs), network(**inputs))
 
 
-@every_family
+@every_network
 @torch.no_grad()
-def test_exported_network_takes_any_batch(name):
-    network, inputs = network_of(name, SHAPES["image"], **FULL), inputs_of(SHAPES["image"])
+def test_exported_network_takes_any_batch(name, kind):
+    network, inputs = network_of(name, SHAPES[kind], **FULL), inputs_of(SHAPES[kind])
     shapes = {key: {0: torch.export.Dim("batch")} for key in inputs}
     exported = torch.export.export(network, (), inputs, dynamic_shapes=shapes).module()
-    more = inputs_of(SHAPES["image"], 4)
+    more = inputs_of(SHAPES[kind], 4)
     torch.testing.assert_close(exported(**more), network(**more))
 
 
 @pytest.mark.slow
-@every_family
+@every_network
 @pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
-def test_onnx_computes_the_same(name, tmp_path):
+def test_onnx_computes_the_same(name, kind, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    network, inputs = network_of(name, SHAPES["image"], **FULL), inputs_of(SHAPES["image"])
+    network, inputs = network_of(name, SHAPES[kind], **FULL), inputs_of(SHAPES[kind])
     shapes, file = {key: {0: torch.export.Dim("batch")} for key in inputs}, tmp_path / "n.onnx"
     torch.onnx.export(network, kwargs=inputs, f=file, dynamo=True, dynamic_shapes=shapes)
-    more = inputs_of(SHAPES["image"], 4)
+    more = inputs_of(SHAPES[kind], 4)
     session = runtime.InferenceSession(file)
     [found] = session.run(None, {key: value.numpy() for key, value in more.items()})
     torch.testing.assert_close(torch.from_numpy(found), network(**more), atol=1e-4, rtol=1e-4)
 
 
-@every_family
+@every_network
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_half_precision_is_near(name, dtype):
-    network, inputs = network_of(name, SHAPES["image"], **FULL), inputs_of(SHAPES["image"])
+def test_half_precision_is_near(name, kind, dtype):
+    network, inputs = network_of(name, SHAPES[kind], **FULL), inputs_of(SHAPES[kind])
     expected = network(**inputs)
     with torch.autocast("cpu", dtype):
         cast = network(**inputs)
@@ -237,11 +241,11 @@ def test_what_does_not_fit_is_refused(name, shape, given, message):
         network(torch.randn(1, *shape), torch.ones(1), **given)
 
 
-@every_family
-def test_missing_condition_is_refused(name):
-    network = network_of(name, SHAPES["image"], num_class_embeds=3)
+@every_network
+def test_missing_condition_is_refused(name, kind):
+    network = network_of(name, SHAPES[kind], num_class_embeds=3)
     with pytest.raises(ValueError, match=r"num_class_embeds is 3: expected class_labels \[B"):
-        network(torch.randn(1, *SHAPES["image"]), torch.ones(1))
+        network(torch.randn(1, *SHAPES[kind]), torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,9 @@ def test_patch_is_chosen_by_the_size(shape, patch):
 
 
 def test_samples_of_no_known_rank_are_refused():
-    with pytest.raises(UsageError, match=r"for sounds .*; the samples have shape \(2,\)"):
+    with pytest.raises(
+        UsageError, match=r"for audio .*; the samples have shape \(2,\): use mlp-tiny"
+    ):
         patch_sides(Interface((2,), 2))
 
 
@@ -288,8 +294,9 @@ def toy(shape, conditioning=None, variance="fixed_small", network=None):
     conditioning = conditioning or Unconditional()
     classes = {} if isinstance(conditioning, Unconditional) else {"num_class_embeds": 4}
     channels = shape[0] * (2 if variance == "learned_range" else 1)
+    kind = "LinearTransformer" if shape[1:] else "ResidualMLP"
     return Denoiser(
-        network or network_of("LinearTransformer", shape, channels, **classes),
+        network or network_of(kind, shape, channels, **classes),
         from_scheduler_config(SCHEDULER),
         Parameterization("v_prediction", variance),
         shape,
@@ -303,19 +310,32 @@ INTERFACES = {
     "variance": ((3, 32, 32), None, "learned_range"),
     "oblong": ((4, 64, 48), None, "fixed_small"),
     "sound": ((2, 256), None, "fixed_small"),
+    "vector": ((8,), ClassLabels(3), "learned_range"),
     "video": ((4, 4, 16, 16), None, "fixed_small"),
 }
 FITTED = [preset.name for family in (unets, transformers, other) for preset in family.PRESETS]
 OF_TEXT = [name for name in FITTED if name.startswith(("text-", "mmdit"))]
-OF_IMAGES = [name for name in FITTED if name.startswith(("unet-", "adm-", "dit"))]
+OF_IMAGES = [
+    name for name in FITTED if name.startswith(("unet-", "adm-", "dit")) and name != "unet-1d-tiny"
+]
 MISFITS = {
     "oblong": ("needs square samples", [name for name in FITTED if name.startswith("dit")]),
-    "sound": ("for images", [name for name in OF_IMAGES if name != "unet-1d-tiny"]),
-    "video": ("for images", [name for name in OF_IMAGES if name != "unet-1d-tiny"]),
+    "sound": ("for images", OF_IMAGES),
+    "vector": ("use mlp-tiny", [name for name in FITTED if not name.startswith("mlp-")]),
+    "video": ("for images", OF_IMAGES),
 }
 
 
-QUICK = ("uvit-tiny", "uvit-s", "linear", "mobile", "unet-1d", "text-unet-tiny", "mmdit-tiny")
+QUICK = (
+    "uvit-tiny",
+    "uvit-s",
+    "linear",
+    "mobile",
+    "unet-1d",
+    "mlp",
+    "text-unet-tiny",
+    "mmdit-tiny",
+)
 
 
 @pytest.mark.parametrize("kind", INTERFACES)
@@ -337,7 +357,8 @@ def fits_or_says_why(kind, names):
     for name in names:
         why = reason if name in misfits else ""
         why = "text|for images|square" if name in OF_TEXT else why
-        why = "for sounds" if name == "unet-1d-tiny" and kind != "sound" else why
+        why = "for audio" if name == "unet-1d-tiny" and kind != "sound" else why
+        why = "an MLP is for vectors" if name.startswith("mlp-") and len(shape) > 2 else why
         if why:
             with pytest.raises(UsageError, match=why), torch.device("meta"):
                 untried_student_of(name, teacher)
@@ -359,6 +380,8 @@ def small_presets():
         yield pytest.param(name, (2, 64), None, id=f"{name}-sound")
         yield pytest.param(name, (4, 4, 8, 8), None, id=f"{name}-video")
     yield pytest.param("unet-1d-tiny", (2, 64), None, id="unet-1d-tiny")
+    yield pytest.param("mlp-tiny", (2, 64), None, id="mlp-tiny-sound")
+    yield pytest.param("mlp-tiny", (8,), ClassLabels(3, null_class=3), id="mlp-tiny-vector")
 
 
 def distil(teacher, name, folder):
@@ -477,11 +500,14 @@ for folder in sys.argv[1:]:
 def test_folders_sample_without_dkdm(text_teachers, tmp_path):
     teachers, folders = text_teachers[0], {}
     for name, kind in zip(TEXT_PRESETS, ("sd3", "pixart", "pixart"), strict=True):
-        for i, shape in enumerate(SHAPES.values()):
+        for i, shape in enumerate(shape for shape in SHAPES.values() if shape[1:]):
             write_pipeline(tmp_path / f"{name}-{i}", student_of(name, toy(shape)))
             folders[str(tmp_path / f"{name}-{i}")] = shape
         write_pipeline(tmp_path / f"{name}-text", student_of(name, teachers[kind]))
         folders[str(tmp_path / f"{name}-text")] = (3, 16, 16)
+    for kind in ("sound", "vector"):
+        write_pipeline(tmp_path / f"mlp-{kind}", student_of("mlp-tiny", toy(SHAPES[kind])))
+        folders[str(tmp_path / f"mlp-{kind}")] = SHAPES[kind]
     command = [sys.executable, "-c", WITHOUT_DKDM, *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr

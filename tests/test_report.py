@@ -195,10 +195,30 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run):
     assert f"{EVALUATION} cannot be read" in Page(write_report(run)).text
 
 
-def test_samples_that_are_no_pictures_are_said_to_be_none(run):
-    comparison(shape=(2,)).save(run)
+def test_samples_that_cannot_be_drawn_are_said_to_be_such(run):
+    comparison(shape=(2, 1, 1, 1, 2)).save(run)
     page = Page(write_report(run))
-    assert "Samples of shape (2,) are no pictures." in page.text
+    assert "Samples of shape (2, 1, 1, 1, 2) cannot be drawn." in page.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((8,), "Bars are the components of a vector"),
+        ((2, 32), "lines the channels of a signal"),
+        ((3, 4, 8, 8), "its middle frame is shown"),
+    ],
+    ids=["vector", "signal", "video"],
+)
+def test_vectors_signals_and_videos_are_shown(run, shape, words):
+    comparison(shape=shape).save(run)
+    page = Page(write_report(run))
+    assert words in page.text
+    assert "No data was read." in page.text
+    assert "not complete" not in page.text
+    assert page.tags.count("img") == 2 + 3 + 2
+    assert not re.search("No image|Images (read|a second)", page.text)
+    assert ("black" in page.text) == (len(shape) > 2)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (4, 64, 64), (3, 150, 150)])

@@ -74,11 +74,12 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     index: dict[str, Any] = {
         "_class_name": stock or ["pipeline", "DenoiserPipeline"],
         "_diffusers_version": _diffusers_version(),
-        "_sample_size": "x".join(map(str, denoiser.sample_shape[1:])),
         component: home,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         **{name: [part.library, part.class_name] for name, part in components.items()},
     }
+    if sides := denoiser.sample_shape[1:]:  # vectors have none
+        index["_sample_size"] = "x".join(map(str, sides))
     if stock is None:
         index |= _class_index(denoiser) | _origin(denoiser) | _value_range(denoiser)
         (folder / "pipeline.py").write_text(_pipeline_source(denoiser, component, components))

@@ -58,6 +58,8 @@ class Features(nn.Module):
                     "samples; expected one whose output is [B, C, ...] or tokens of the samples"
                 )
         wanted, given = (cast(Tensor, found).shape[1] for found in maps)
+        if not self.sides:
+            return nn.Linear(given, wanted)
         return _CONVOLUTIONS[len(self.sides) - 1](given, wanted, kernel_size=1)
 
     @contextmanager
@@ -228,9 +230,9 @@ def _map_of(part: Tensor, sides: tuple[int, ...]) -> Tensor | None:
     """One tensor as a map. A sound's map [B, C, L] is told from tokens by an L that divides its
     length."""
     is_map = part.ndim == len(sides) + 2
-    if is_map and (len(sides) > 1 or sides[0] % part.shape[2] == 0):
+    if is_map and (len(sides) != 1 or sides[0] % part.shape[2] == 0):
         return part
-    patch = _patch(part.shape[1], sides) if part.ndim == 3 else None
+    patch = _patch(part.shape[1], sides) if part.ndim == 3 and sides else None
     if patch is not None:
         return part.transpose(1, 2).unflatten(2, tuple(side // patch for side in sides))
     return part if is_map else None

@@ -22,7 +22,7 @@ from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.same_noise import Plan, draw, pictures
 from dkdm.export import shipping_notes
 from dkdm.modes import evaluating, say_if
-from dkdm.pictures import grid
+from dkdm.pictures import sample_grid
 from dkdm.pool import Guidance
 from dkdm.progress import track
 from dkdm.report import write_report
@@ -62,18 +62,12 @@ def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
 
 
 def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
-    """Of sounds there is no grid."""
-    samples = _flat(samples)
-    if samples.ndim != 4:
+    picture = sample_grid(samples, GRID_COLUMNS)
+    if picture is None:
         return
     folder = output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    grid(samples, GRID_COLUMNS, scale=4).save(folder / f"{name}.png")
-
-
-def _flat(samples: torch.Tensor) -> torch.Tensor:
-    """The middle frames of videos; anything else as it is."""
-    return samples[:, :, samples.shape[2] // 2] if samples.ndim == 5 else samples
+    picture.save(folder / f"{name}.png")
 
 
 def sampling_guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
@@ -178,11 +172,11 @@ def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> Non
         plan = Plan(config.evaluation_samples, config.validation_sampling_steps, config.seed)
         cond = model.conditioning.in_turns(plan.num_samples)
         samples = draw(model, cond, plan, config.sampling_guidance_scale)
-        samples = pictures(model, samples).clamp(-1, 1)
+        samples = pictures(model, samples)
         _save_grid(config.output_dir, "grid", samples[:GRID_SAMPLES])
         reference = reference_of(config, model)
         if reference is not None:
-            metrics = evaluate_images(samples, cond.get("class_labels"), reference)
+            metrics = evaluate_images(samples.clamp(-1, 1), cond.get("class_labels"), reference)
             rows = [("", ["value"]), *_metric_rows([metrics])]
     how = (
         f"{config.evaluation_samples} samples, {config.validation_sampling_steps} DDIM steps, "
@@ -238,14 +232,18 @@ def sample_to_file(
 ) -> None:
     """Draw samples and write them as a picture, or as a tensor where output ends .safetensors.
 
-    A picture of videos shows their middle frames; a tensor holds latents where the model works on
-    these. Raises UsageError for a file that exists, for a picture of sounds, an unknown sampler and
-    a class out of range.
+    A picture of videos shows their middle frames, one of vectors and signals plots them; a tensor
+    holds latents where the model works on these. Raises UsageError for a file that exists, a
+    picture of samples of more dimensions than a video's, an unknown sampler and a class out of
+    range.
     """
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists: expected another --output, or --overwrite")
-    if output.suffix != ".safetensors" and len(denoiser.sample_shape) < 3:
-        raise UsageError(f"{output}: the samples are no pictures: expected --output x.safetensors")
+    if output.suffix != ".safetensors" and not 1 <= len(denoiser.sample_shape) <= 4:
+        raise UsageError(
+            f"{output}: samples of shape {denoiser.sample_shape} cannot be drawn: use --output "
+            "x.safetensors"
+        )
     if sampler not in ("ddim", "ddpm"):
         raise UsageError(f"unknown sampler '{sampler}': expected ddim or ddpm")
     conditioning = restrict_classes(denoiser.conditioning, classes)
@@ -262,4 +260,6 @@ def sample_to_file(
     if output.suffix == ".safetensors":
         checkpoint.write_tensors(output, {"samples": samples, **cond})
     else:
-        grid(_flat(pictures(denoiser, samples)), GRID_COLUMNS, scale=4).save(output)
+        picture = sample_grid(pictures(denoiser, samples), GRID_COLUMNS)
+        assert picture is not None  # their rank was looked at above
+        picture.save(output)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dkdm.plots import is_plotted, plots, value_range
+
 # Colours of a difference of 0, 1/4, 1/2, 3/4 and all of the range, RGB in 0..255.
 HEAT = ((0, 0, 0), (122, 24, 60), (226, 77, 41), (250, 170, 60), (255, 252, 220))
 
@@ -24,6 +26,26 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     shown = images[:, : 3 if images.shape[1] >= 3 else 1].detach().float().cpu()
     pixels = (shown.nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5
     return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def as_images(samples: Tensor) -> Tensor | None:
+    """What is shown of samples [N, ...], as images [N, C, H, W] in about [-1, 1].
+
+    Images themselves, middle frames of videos, plots of vectors and signals; None of anything else.
+    """
+    if is_plotted(samples):
+        return plots(samples)
+    if samples.ndim == 5:
+        return samples[:, :, samples.shape[2] // 2]
+    return samples if samples.ndim == 4 else None
+
+
+def sample_grid(samples: Tensor, columns: int) -> Image.Image | None:
+    """Lay samples [N, ...] out in rows of `columns`; None where there is no picture of them."""
+    images = as_images(samples)
+    if images is None:
+        return None
+    return grid(images, columns, scale=1 if is_plotted(samples) else 4)
 
 
 def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 1) -> Image.Image:
@@ -63,10 +85,20 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 def comparison_strip(teacher: Tensor, student: Tensor, scale: int = 1, gap: int = 1) -> Image.Image:
     """Put three rows under each other: teacher, student, and the colour of their difference.
 
-    teacher, student: [N, C, H, W] in [-1, 1], one column a sample. Returns an RGBA image.
+    teacher, student: [N, C, H, W] in [-1, 1], one column a sample; or vectors and signals, all
+    plotted over one range, and the third row student - teacher. Returns an RGBA image.
     """
+    if is_plotted(teacher):
+        return grid(torch.cat(_plotted(teacher, student)), len(teacher), scale, gap)
     rows = [_in_colour(teacher), _in_colour(student), difference(teacher, student)]
     return grid(torch.cat(rows), len(teacher), scale, gap)
+
+
+def _plotted(teacher: Tensor, student: Tensor) -> list[Tensor]:
+    low, high = value_range(torch.cat([teacher, student]))
+    half = (high - low) / 2
+    both = [plots(samples, (low, high)) for samples in (teacher, student)]
+    return [*both, plots(student - teacher, (-half, half))]
 
 
 def _in_colour(images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ HOMES: dict[str, str] = {
     "UVit": "uvit",
     "LinearTransformer": "linear",
     "MobileUNet": "mobile",
+    "ResidualMLP": "mlp",
 }
 
 

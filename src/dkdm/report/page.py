@@ -77,13 +77,16 @@ def claim(run: Run) -> str:
     """What was read to get there; nothing where a teacher taught."""
     if not run.is_distillation:
         return ""
-    return "No image was read." if run.step >= run.config.max_train_steps else "No image is read."
+    what = "No image" if run.shows == "image" else "No data"
+    return f"{what} {'was' if run.step >= run.config.max_train_steps else 'is'} read."
 
 
 def kind(network: str) -> str:
     """What a network class is, in words."""
     if "Transformer" in network or "DiT" in network or "ViT" in network:
         return "transformer"
+    if "MLP" in network:
+        return "residual MLP"
     return "convolutional UNet" if "UNet" in network else f"network ({network})"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor
 
@@ -44,6 +44,17 @@ class Run:
     def step(self) -> int:
         """Optimizer steps that metrics.jsonl knows of."""
         return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
+
+    @property
+    def shows(self) -> Literal["image", "video", "plot"]:
+        """What its samples are shown as; images, where that is not known."""
+        shape = self.comparison.sample_shape if self.comparison else (1, 1, 1)
+        return "plot" if len(shape) < 3 else "video" if len(shape) == 4 else "image"
+
+    @property
+    def noun(self) -> str:
+        """What a reader calls a sample."""
+        return "sample" if self.shows == "plot" else self.shows
 
     @property
     def is_distillation(self) -> bool:

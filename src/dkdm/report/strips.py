@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from dkdm.pictures import comparison_strip, png_data_uri
+from dkdm.pictures import as_images, comparison_strip, png_data_uri
+from dkdm.plots import is_plotted
 from dkdm.report.run import Run
 
 FIRST = 10  # samples in the picture at the top
@@ -40,8 +41,8 @@ def strips(run: Run) -> tuple[list[Strip], list[Strip]]:
     if not run.samples:
         return [], []
     teacher, student = run.samples["teacher"], run.samples["student"]
-    if teacher.ndim != 4 or teacher.shape != student.shape or 1 in teacher.shape[2:]:
-        run.missing.append(f"Samples of shape {tuple(teacher.shape[1:])} are no pictures.")
+    if not 2 <= teacher.ndim <= 5 or teacher.shape != student.shape:
+        run.missing.append(f"Samples of shape {tuple(teacher.shape[1:])} cannot be drawn.")
         return [], []
     first = list(range(min(FIRST, len(teacher))))
     halves = [half for half in (first[:PER_BLOCK], first[PER_BLOCK:]) if half]
@@ -79,7 +80,7 @@ def _class_name(run: Run, row: int) -> str:
 def _strip(run: Run, title: str, rows: list[int], width: int) -> Strip:
     teacher, student = (_reduced(run.samples[key][rows]) for key in ("teacher", "student"))
     picture = comparison_strip(teacher, student)
-    full = PER_BLOCK * (teacher.shape[3] + 1) - 1
+    full = PER_BLOCK * (picture.width + 1) / len(rows) - 1
     shown = title or ", ".join(filter(None, (_class_name(run, row) for row in rows)))
     return Strip(
         title=title,
@@ -99,6 +100,10 @@ def _whole(scale: float) -> float:
     return math.floor(scale) if scale >= 2 else round(scale, 3)
 
 
-def _reduced(images: Tensor) -> Tensor:
+def _reduced(samples: Tensor) -> Tensor:
+    """Images and middle frames of a size for the page; vectors and signals as they are."""
+    images = None if is_plotted(samples) else as_images(samples)
+    if images is None:
+        return samples
     factor = math.ceil(max(images.shape[2:]) / LARGEST_PICTURE)
     return avg_pool2d(images.float(), factor)

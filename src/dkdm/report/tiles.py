@@ -32,9 +32,12 @@ class Tile:
 
 def tiles(run: Run) -> list[Tile]:
     """The key numbers, as far as they are known."""
-    found = _comparison_tiles(run.comparison) if run.comparison else []
+    things = f"{run.noun.capitalize()}s"
+    found = _comparison_tiles(run.comparison, things) if run.comparison else []
     if run.is_distillation:
-        found.append(Tile("Images read", "0", "", "the teacher's answers are all the student saw"))
+        found.append(
+            Tile(f"{things} read", "0", "", "the teacher's answers are all the student saw")
+        )
     last = run.metrics[-1] if run.metrics else {}
     if evaluations := last.get("teacher_evaluations"):
         detail = f"samples through the teacher in {run.step:,} steps"
@@ -45,7 +48,7 @@ def tiles(run: Run) -> list[Tile]:
     return found
 
 
-def _comparison_tiles(comparison: Comparison) -> list[Tile]:
+def _comparison_tiles(comparison: Comparison, things: str) -> list[Tile]:
     teacher, student = comparison.teacher, comparison.student
     speeds = [model.images_per_second(comparison.num_steps) for model in (teacher, student)]
     return [
@@ -66,7 +69,7 @@ def _comparison_tiles(comparison: Comparison) -> list[Tile]:
             student.macs,
         ),
         Tile(
-            "Images a second",
+            f"{things} a second",
             *compared(speeds[1], speeds[0]),
             f"{number(speeds[1])} · teacher {number(speeds[0])}, {comparison.num_steps} steps each",
             *speeds,
@@ -106,5 +109,5 @@ def _copy_tile(comparison: Comparison) -> list[Tile]:
     same, other = comparison.same_noise_difference, comparison.other_noise_difference
     if not other:
         return []
-    detail = "between two pictures from the same noise; from different noise it is 100 %"
+    detail = "between two samples from the same noise; from different noise it is 100 %"
     return [Tile("Distance to the teacher", f"{100 * same / other:.1f}", "%", detail)]

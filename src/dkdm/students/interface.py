@@ -38,24 +38,29 @@ class Interface:
         if len(shape) != 3:
             raise UsageError(
                 "this preset is for images (channels, height, width); the samples have shape "
-                f"{shape}"
+                f"{shape}{self.for_vectors}"
             )
         return shape[0], shape[1], shape[2]
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The sample's sides: (length), (height, width) or (frames, height, width).
+        """The sample's sides: (length,), (height, width) or (frames, height, width).
 
-        Raises UsageError for samples that are neither sounds, images nor videos.
+        Raises UsageError for samples that are neither audio, images nor videos.
         """
         sides = self.sample_shape[1:]
         if not 1 <= len(sides) <= 3:
             raise UsageError(
-                "this preset is for sounds (channels, length), images (channels, height, width) "
+                "this preset is for audio (channels, length), images (channels, height, width) "
                 "and videos (channels, frames, height, width); the samples have shape "
-                f"{self.sample_shape}"
+                f"{self.sample_shape}{self.for_vectors}"
             )
         return sides
+
+    @property
+    def for_vectors(self) -> str:
+        """What to use for vectors, in words; nothing for other samples."""
+        return ": use mlp-tiny for vectors" if len(self.sample_shape) == 1 else ""
 
     @property
     def sample_size(self) -> int | tuple[int, int]:
@@ -133,7 +138,7 @@ def patch_sides(interface: Interface) -> tuple[int, ...]:
     """Sides of a transformer's patch, for samples of any rank: 64 values a channel at most.
 
     Of an image or a frame, 8, 4, 2 or 1, the largest that divides both sides and leaves 8 tokens
-    along each; of a sound, the largest power of 2 up to 64 that leaves 64 tokens; two frames are
+    along each; of audio, the largest power of 2 up to 64 that leaves 64 tokens; two frames are
     taken together where that leaves 8 or more. Raises UsageError as `Interface.sides`.
     """
     sides = interface.sides

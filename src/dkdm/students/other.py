@@ -1,4 +1,4 @@
-"""Students of other families: for sounds, images and videos; diffusers' UNet for sounds alone."""
+"""Students of other families: for vectors, audio, images and videos."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mobile(interface: Interface, channels: tuple[int, ...], blocks: int) -> nn.M
 
 
 def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
-    """diffusers' UNet1DModel, for sounds without conditions; attention is in its middle only.
+    """diffusers' UNet1DModel, for audio without conditions; attention is in its middle only.
 
     Raises UsageError for other samples, for conditions, and for a length that cannot be halved as
     often as there are levels, the middle included.
@@ -52,8 +52,8 @@ def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
 
     if len(interface.sample_shape) != 2 or not isinstance(interface.conditioning, Unconditional):
         raise UsageError(
-            "UNet1DModel is for sounds (channels, length) without classes or text; expected such a "
-            f"teacher, the samples have shape {interface.sample_shape}"
+            "UNet1DModel is for audio (channels, length) without classes or text; expected such a "
+            f"teacher, the samples have shape {interface.sample_shape}{interface.for_vectors}"
         )
     channels = _deep_enough(interface, channels)
     check_halvings(interface, len(channels) + 1)
@@ -70,10 +70,30 @@ def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
     )
 
 
+def mlp(interface: Interface, width: int, depth: int) -> nn.Module:
+    """dkdm's ResidualMLP, for vectors and signals, which it flattens.
+
+    Raises UsageError for images and videos.
+    """
+    from dkdm.networks.mlp import ResidualMLP
+
+    sides = interface.sample_shape[1:]
+    if len(sides) > 1:
+        raise UsageError(
+            "an MLP is for vectors (channels,) and audio (channels, length), since it sees no "
+            f"neighbours; the samples have shape {interface.sample_shape}"
+        )
+    return ResidualMLP(sample_size=sides, width=width, depth=depth, **_channels(interface))
+
+
 def _fitted(interface: Interface) -> dict[str, Any]:
     """What the networks of this file have in common."""
+    return {"sample_size": interface.sides, **_channels(interface)}
+
+
+def _channels(interface: Interface) -> dict[str, Any]:
+    """What a network takes and gives, but for the sides of its samples."""
     return {
-        "sample_size": interface.sides,
         "in_channels": interface.sample_shape[0],
         "out_channels": interface.out_channels,
         "num_class_embeds": interface.num_class_embeds,
@@ -105,6 +125,10 @@ PRESETS = [
            lambda interface: mobile(interface, (32, 64, 96), blocks=1)),
     Preset("mobile-s", "depthwise-separable convolutions",
            lambda interface: mobile(interface, (64, 128, 256), blocks=2)),
-    Preset("unet-1d-tiny", "a small UNet of sounds, unconditional",
+    Preset("unet-1d-tiny", "a small UNet of audio, unconditional",
            lambda interface: unet_1d(interface, (32, 32, 64))),
+    Preset("mlp-tiny", "a residual MLP for vectors and short signals, for minutes on a CPU",
+           lambda interface: mlp(interface, width=128, depth=4)),
+    Preset("mlp-s", "a residual MLP for vectors and short signals",
+           lambda interface: mlp(interface, width=512, depth=6)),
 ]  # fmt: skip

@@ -44,7 +44,7 @@ def _flux_shape(config: Config, size: Size) -> tuple[int, ...]:
 
 
 def _any_shape(config: Config, size: Size) -> tuple[int, ...]:
-    """(channels, ...) of a network for sounds, images or videos, which names every side."""
+    """(channels, ...) of a network that names every side of its samples; vectors have no sides."""
     configured = tuple(config["sample_size"])
     return int(config["in_channels"]), *_spatial(configured, size, len(configured))
 
@@ -128,6 +128,7 @@ FACTS = {
         Facts("UVit", _any_shape, lambda _: 1),
         Facts("LinearTransformer", _any_shape, lambda _: 1),
         Facts("MobileUNet", _any_shape),
+        Facts("ResidualMLP", _any_shape),
         Facts("UNet1DModel", _audio_shape),
         Facts("DiTTransformer2DModel"),
         Facts("UNet2DConditionModel", constants=_sdxl_sizes, reads_text=True),

@@ -1,0 +1,129 @@
+"""Vectors and signals as pictures: bars of components, lines of channels, by Pillow alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+WIDTH, HEIGHT = 160, 104  # pixels of one plot
+FINER = 3  # times finer is what is drawn, before it is averaged down
+MARGIN = 5  # pixels above and below the range
+MOST_LINES = 8  # channels that are drawn
+PAPER, RULE = (255, 255, 255), (208, 204, 196)  # RGB in 0..255
+COLOURS = (
+    (31, 95, 168),
+    (201, 79, 24),
+    (42, 138, 87),
+    (142, 68, 158),
+    (180, 138, 20),
+    (30, 150, 165),
+    (190, 50, 90),
+    (105, 105, 105),
+)
+FIRST, LAST = 0.005, 0.995  # shares of all values that are inside of the shown range
+MOST_VALUES = 1_000_000  # that the shares are taken of
+
+Range = tuple[float, float]
+
+
+def is_plotted(samples: Tensor) -> bool:
+    """Whether samples [N, ...] are vectors or signals; pictures one pixel high or wide are."""
+    return samples.ndim in (2, 3) or (samples.ndim == 4 and 1 in samples.shape[2:])
+
+
+def plots(samples: Tensor, within: Range | None = None) -> Tensor:
+    """Draw samples, each a plot: vectors [N, C] as bars, signals [N, C, L] as a line a channel.
+
+    within: values at the lower and the upper edge; None is `value_range`. Of more than `MOST_LINES`
+    channels the first are drawn. Long signals are drawn as the band between the least and the
+    largest value of each column. Values that are not finite are left out. Returns [N, 3, HEIGHT,
+    WIDTH] in [-1, 1].
+    """
+    samples = _as_signals(samples)
+    low, high = within or value_range(samples)
+    samples = samples.where(samples.isfinite(), torch.nan)
+    drawn = [_plot(values, low, high) for values in samples.numpy()]
+    pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+    return pixels / 127.5 - 1
+
+
+def value_range(samples: Tensor) -> Range:
+    """The values that nearly all of samples [N, ...] are between; 0 is always among them."""
+    values = samples.detach().float().cpu().flatten()
+    values = values[values.isfinite()]
+    if not len(values):
+        return -1.0, 1.0
+    values = values[:: 1 + len(values) // MOST_VALUES]
+    low, high = values.quantile(torch.tensor([FIRST, LAST])).tolist()
+    low, high = min(low, 0.0), max(high, 0.0)
+    return (low, high) if high > low else (-1.0, 1.0)
+
+
+def _as_signals(samples: Tensor) -> Tensor:
+    """[N, C] or [N, C, L] in float32 on the CPU; a single place is none."""
+    samples = samples.detach().float().cpu()
+    if samples.ndim > 2:
+        samples = samples.flatten(2)
+    return samples.squeeze(2) if samples.shape[2:] == (1,) else samples
+
+
+def _plot(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
+    """One sample [C] or [C, L] as pixels [HEIGHT, WIDTH, 3]."""
+    image = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), PAPER)
+    pen = ImageDraw.Draw(image)
+    heights = _heights(values, low, high)
+    zero = float(_heights(np.zeros(1, np.float32), low, high)[0])
+    pen.line([(0, zero), (image.width, zero)], fill=RULE, width=FINER)
+    if values.ndim == 1:
+        _bars(pen, heights, zero)
+    else:
+        for channel in reversed(range(min(len(values), MOST_LINES))):
+            _line(pen, heights[channel], COLOURS[channel])
+    pen.rectangle((0, 0, image.width - 1, image.height - 1), outline=RULE, width=FINER)
+    return np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
+
+
+def _heights(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.float64]:
+    """Distances from the upper edge, in fine pixels; beyond the range at an edge."""
+    share = (values.astype(np.float64) - low) / (high - low)
+    inside = HEIGHT - 2 * MARGIN
+    return FINER * (MARGIN + (1 - share.clip(-0.05, 1.05)) * inside)
+
+
+def _bars(pen: ImageDraw.ImageDraw, heights: NDArray[np.float64], zero: float) -> None:
+    room = WIDTH * FINER / len(heights)
+    for index, height in enumerate(heights):
+        if np.isfinite(height):
+            left, right = (index + 0.12) * room, max((index + 0.88) * room, index * room + 1)
+            top, bottom = sorted((float(height), zero))
+            pen.rectangle((left, top, right, max(bottom, top + FINER)), fill=COLOURS[0])
+
+
+def _line(
+    pen: ImageDraw.ImageDraw, heights: NDArray[np.float64], colour: tuple[int, int, int]
+) -> None:
+    """A line through all points, in pieces where one is not finite; or a band of many points."""
+    if len(heights) > 4 * WIDTH:
+        return _band(pen, heights, colour)
+    across = np.linspace(2 * FINER, (WIDTH - 2) * FINER, len(heights))
+    points = np.stack([across, heights], axis=1)
+    gaps = np.flatnonzero(~np.isfinite(heights))
+    for piece in np.split(points, gaps):
+        piece = piece[np.isfinite(piece).all(axis=1)]
+        if len(piece) > 1:
+            pen.line([tuple(point) for point in piece], fill=colour, width=2 * FINER, joint="curve")
+    return None
+
+
+def _band(
+    pen: ImageDraw.ImageDraw, heights: NDArray[np.float64], colour: tuple[int, int, int]
+) -> None:
+    for column, part in enumerate(np.array_split(heights, WIDTH)):
+        part = part[np.isfinite(part)]
+        if len(part):
+            left, right = column * FINER, (column + 1) * FINER - 1
+            top, bottom = float(part.min()), float(part.max())
+            pen.rectangle((left, top, right, max(bottom, top + 2 * FINER)), fill=colour)
