@@ -185,7 +185,7 @@ def test_times_of_a_variance_preserving_process_are_those_of_its_ratio():
 
 
 def test_an_unknown_time_is_refused_with_those_there_are():
-    with pytest.raises(UsageError, match="unknown time 'seconds': expected one of index, fraction"):
+    with pytest.raises(UsageError, match="time is 'seconds': give one of index, fraction"):
         dkdm.Denoiser(edm, dkdm.karras(10), dkdm.Parameterization("sample"), SHAPE, time="seconds")
 
 

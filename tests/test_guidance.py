@@ -281,8 +281,16 @@ def test_guidance_without_a_null_class_is_refused(tmp_path, labels, options):
     [
         (fed, {"guidance_on": "chain", "guidance_scale": "4"}, "expected --guidance-on target"),
         (lambda: denoiser(None), {"random_conditioning": 0.5}, "the teacher is unconditional"),
-        (denoiser, {"random_conditioning": 1.5}, r"--random-conditioning 1\.5: expected 0 to 1"),
-        (denoiser, {"condition_dropout": -0.1}, r"--condition-dropout -0\.1: expected 0 to 1"),
+        (
+            denoiser,
+            {"random_conditioning": 1.5},
+            r"--random-conditioning 1\.5: give a number from 0 to 1",
+        ),
+        (
+            denoiser,
+            {"condition_dropout": -0.1},
+            r"--condition-dropout -0\.1: give a number from 0 to 1",
+        ),
         (denoiser, {"guidance_scale": "four"}, "--guidance-scale 'four': expected"),
         (lambda: denoiser(None), {"classes": (1,)}, "--classes or --class-weights was given, but"),
         (denoiser, {"classes": (7,)}, r"class id 7 out of range: expected 0\.\.2"),
@@ -290,8 +298,8 @@ def test_guidance_without_a_null_class_is_refused(tmp_path, labels, options):
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, teacher, options, message):
-    config = dkdm.DistillConfig(output_dir=tmp_path / "run", pool_size=128, **options)
     with pytest.raises(UsageError, match=message):
+        config = dkdm.DistillConfig(output_dir=tmp_path / "run", pool_size=128, **options)
         dkdm.distill(teacher(), "unet-tiny", config)
     assert list(tmp_path.iterdir()) == []
 

@@ -99,9 +99,9 @@ def test_epsilon_is_refused_where_alpha_is_zero(process):
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(UsageError, match="unknown prediction type 'noise'"):
+    with pytest.raises(UsageError, match="'noise': did you mean 'epsilon'"):
         Parameterization("noise")
-    with pytest.raises(UsageError, match="unknown variance type 'big'"):
+    with pytest.raises(UsageError, match="variance is 'big'"):
         Parameterization(variance="big")
 
 

@@ -63,7 +63,7 @@ def test_weights_of_another_shape(folder):
 
 def test_unknown_prediction_type(folder):
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type="magic")
-    assert "unknown prediction type 'magic'" in refused(folder)
+    assert "prediction is 'magic': give one of epsilon" in refused(folder)
 
 
 def test_unsupported_scheduler_is_named_with_the_nearest(folder):

@@ -65,4 +65,42 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"dkdm.{module}"), name)
-    raise AttributeError(f"module 'dkdm' has no attribute '{name}'")
+    raise AttributeError(f"module 'dkdm' has no attribute '{name}'{_instead_of(name)}")
+
+
+def __dir__() -> list[str]:
+    """What is public."""
+    return sorted(__all__)
+
+
+_INSTEAD = {
+    "inspect": "dkdm.inspection.inspect_denoiser(denoiser), or the command `dkdm inspect`",
+    "check": "Denoiser.check(), or the command `dkdm check-student`",
+    "sample": "Denoiser.sample(...), or the command `dkdm sample`",
+    "flow": "dkdm.rectified_flow(...)",
+    "ddpm": "dkdm.from_betas(betas)",
+    "edm": "dkdm.karras(...)",
+    "teacher": "dkdm.load_teacher(...)",
+    "student": "dkdm.load_student(...)",
+    "load": "dkdm.load_teacher(...) or dkdm.load_student(...)",
+    "export": "dkdm.export_graph(...), or the command `dkdm export`",
+    "config": "dkdm.DistillConfig(...)",
+    "model": "dkdm.Denoiser(...)",
+    "scheduler": "dkdm.from_scheduler_config(config)",
+}
+
+
+def _instead_of(name: str) -> str:
+    """What somebody who asks for this name may want."""
+    from difflib import get_close_matches
+    from importlib.util import find_spec
+
+    if name.startswith("__"):
+        return ""
+    if name.lower() in _INSTEAD:
+        return f": use {_INSTEAD[name.lower()]}"
+    by_case = {public.lower(): public for public in __all__}
+    near = get_close_matches(name.lower(), by_case, 1, 0.6)
+    if near:
+        return f": did you mean dkdm.{by_case[near[0]]}?"
+    return f": `import dkdm.{name}` first" if find_spec(f"dkdm.{name}") else ""

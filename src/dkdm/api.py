@@ -26,6 +26,7 @@ from dkdm.finish import (
     sampling_guidance,
     side_by_side_grids,
 )
+from dkdm.given import config_given, student_given, teacher_given
 from dkdm.hub import publish, reserve
 from dkdm.launch import claim_output, start_accelerator
 from dkdm.matching import covered, level_weights, on_levels_of, same_levels, with_process
@@ -42,8 +43,8 @@ from dkdm.trainset import training_data
 
 
 def distill(
-    teacher: str | Denoiser | None = None,
-    student: str | Denoiser | nn.Module | None = None,
+    teacher: str | Path | Denoiser | None = None,
+    student: str | Path | Denoiser | nn.Module | None = None,
     config: DistillConfig | None = None,
 ) -> Path:
     """Distil a teacher into a student without images; returns the output folder.
@@ -53,7 +54,9 @@ def distill(
     pipeline with a model card, `report.html`, metrics and checkpoints.
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
-    config = config or DistillConfig()
+    teacher = None if teacher is None else teacher_given(teacher)
+    student = None if student is None else student_given(student)
+    config = DistillConfig() if config is None else config_given(config, DistillConfig)
     config = replace(
         config,
         teacher=_name_of(teacher) or config.teacher,
@@ -308,6 +311,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
+    config = config_given(config, TrainConfig)
     accelerator = start_accelerator(config)
     data, like = training_data(config)
     student = student_of(config.network, like, factory=config.student_factory)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dkdm.arguments import NamedArguments, refuse, scalar, whole
 from dkdm.errors import UsageError
 from dkdm.process import per_sample
 
@@ -39,8 +40,33 @@ class Conditioning(Protocol):
         """What the network is fed for drawn conditions."""
 
 
+METHODS = {
+    "draw": "draw(count, generator, dropout=0.0)",
+    "null": "null(count)",
+    "in_turns": "in_turns(count)",
+    "embed": "embed(cond)",
+}
+
+
+def check_conditioning(conditioning: Any) -> None:
+    """Raise UsageError for what has not the four methods of a `Conditioning`."""
+    name = "Denoiser: conditioning"
+    if type(scalar(conditioning)) is int:
+        refuse(name, conditioning, f"give dkdm.ClassLabels({conditioning})")
+    if conditioning is None:
+        refuse(name, None, "leave it out, or give dkdm.Unconditional()")
+    if isinstance(conditioning, type):
+        refuse(name, conditioning, f"make one first: {conditioning.__name__}(...)")
+    missing = [m for m in METHODS if not callable(getattr(conditioning, m, None))]
+    if len(missing) == len(METHODS):
+        refuse(name, conditioning, "give dkdm.ClassLabels(...), or an object with draw, null, ...")
+    if missing:
+        lacks = ", ".join(METHODS[m] for m in missing)
+        raise UsageError(f"{name}: {type(conditioning).__name__} has no {lacks}: add it")
+
+
 @dataclass(frozen=True)
-class Unconditional:
+class Unconditional(NamedArguments):
     """No condition at all."""
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
@@ -67,10 +93,11 @@ class Unconditional:
 
 
 @dataclass(frozen=True)
-class ClassLabels:
+class ClassLabels(NamedArguments):
     """Class ids 0..num_classes-1, fed as `class_labels`.
 
-    null_class: the id that means "no class"; None where the model has none.
+    null_class: the id that means "no class", num_classes or one of the others, which then is no
+        class and is not drawn; None where the model has none.
     classes: the ids to draw from, which a student learnt; None is all.
     weights: how often each of those is drawn, relative to the others; None draws them equally.
     names: what the ids mean, for pictures; None shows numbers.
@@ -83,6 +110,7 @@ class ClassLabels:
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         self.check(self.drawn)
         if not self.drawn:
             raise UsageError("classes: expected at least one class id, found none")
@@ -95,10 +123,30 @@ class ClassLabels:
                 f"for each class, found {', '.join(map(str, self.weights))}"
             )
 
+    def _check_numbers(self) -> None:
+        """Take whole numbers of any kind; raise UsageError for anything else."""
+        count = whole("ClassLabels: num_classes", self.num_classes, 1)
+        object.__setattr__(self, "num_classes", count)
+        if self.null_class is not None:
+            null = scalar(self.null_class)
+            if type(null) is not int or not 0 <= null <= count:
+                accepted = f"give {count}, one of 0..{count - 1} that is no class, or None"
+                refuse("ClassLabels: null_class", self.null_class, accepted)
+            object.__setattr__(self, "null_class", null)
+        for name, each in (("classes", int), ("names", str), ("weights", float)):
+            if getattr(self, name) is not None:
+                object.__setattr__(
+                    self, name, _row(f"ClassLabels: {name}", getattr(self, name), each)
+                )
+        if self.names is not None and len(self.names) != count:
+            refuse("ClassLabels: names", self.names, f"give {count} names, one a class")
+
     @property
     def drawn(self) -> tuple[int, ...]:
         """The ids that are drawn."""
-        return tuple(range(self.num_classes)) if self.classes is None else self.classes
+        if self.classes is not None:
+            return self.classes
+        return tuple(i for i in range(self.num_classes) if i != self.null_class)
 
     def check(self, labels: Sequence[int]) -> None:
         """Raise UsageError for an id that is neither a class nor the null class."""
@@ -142,6 +190,19 @@ class ClassLabels:
     def embed(self, cond: Condition) -> Condition:
         """The same: the network embeds the ids itself."""
         return cond
+
+
+def _row(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """A tuple of ids, names or weights from any sequence of them."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    accepted = {int: "whole numbers", str: "strings", float: "numbers"}[kind]
+    if not isinstance(value, (tuple, list)):
+        refuse(name, value, f"give a tuple of {accepted}")
+    found = tuple(scalar(each) for each in value)
+    kinds = (int, float) if kind is float else (kind,)
+    if any(type(each) not in kinds for each in found):
+        refuse(name, value, f"give a tuple of {accepted}")
+    return found
 
 
 def dropped(

@@ -6,14 +6,18 @@ The dataclasses are the command line: a field `train_batch_size` is `--train-bat
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import re
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
+from dkdm.arguments import NamedArguments, described, is_array, scalar
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
 
@@ -23,8 +27,43 @@ LossWeighting = Literal["uniform", "snr", "min-snr", "student"]
 ProcessName = str
 
 
+# Smallest and largest value of each number; None is no bound.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "checkpointing_steps": (1, None),
+    "checkpoints_total_limit": (1, None),
+    "condition_dropout": (0, 1),
+    "ema_decay": (0, 1),
+    "eta": (0, 1),
+    "evaluation_samples": (0, None),
+    "feature_weight": (0, None),
+    "fill_steps": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "learning_rate": (0, None),
+    "logging_steps": (1, None),
+    "lora_rank": (1, None),
+    "lr_warmup_steps": (0, None),
+    "max_grad_norm": (0, None),
+    "max_prompts": (1, None),
+    "max_train_steps": (1, None),
+    "pool_size": (1, None),
+    "random_conditioning": (0, 1),
+    "rho": (0, None),
+    "sample_shape": (1, None),
+    "shards": (1, None),
+    "snr_gamma": (0, None),
+    "synthetic_samples": (1, None),
+    "synthetic_steps": (1, None),
+    "teacher_size": (1, None),
+    "train_batch_size": (1, None),
+    "validation_sampling_steps": (1, None),
+    "validation_steps": (0, None),
+    "vlb_weight": (0, None),
+    "weight_decay": (0, None),
+}
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(NamedArguments):
     """What every training run has."""
 
     output_dir: Path = Path("runs/run")
@@ -98,8 +137,22 @@ class RunConfig:
     hub_private: bool = False
     """Make a new repository private."""
 
+    meant: ClassVar[Mapping[str, str]] = {
+        "batch_size": "train_batch_size",
+        "epochs": "max_train_steps",
+        "iterations": "max_train_steps",
+        "lr": "learning_rate",
+        "max_steps": "max_train_steps",
+        "num_steps": "max_train_steps",
+        "output": "output_dir",
+        "prediction": "student_prediction",
+        "resume": "resume_from_checkpoint",
+        "steps": "max_train_steps",
+    }
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output_dir", Path(self.output_dir))
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
+            object.__setattr__(self, name, _checked(name, hint, getattr(self, name)))
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise UsageError(
                 f"--license '{self.license}': expected the hub's name of a licence, in lower case, "
@@ -240,6 +293,81 @@ class DistillConfig(StudentChoice, TeacherChoice, RunConfig):
     pairs teacher's=student's of module names, 'mid_block=transformer_blocks.2,...'."""
     vlb_weight: float = 1.0
     """Weight of the variational term (DKDM Eq. 21) where both models learn their variance."""
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The type of every option."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    """An option's value in the type that it has. Raises UsageError for any other."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if typing.get_origin(hint) is typing.Union:
+        kinds = typing.get_args(hint)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    try:
+        return _as(kind, name, value)
+    except _WrongError as error:
+        none = ", or None" if type(None) in kinds else ""
+        flag = name.replace("_", "-")
+        shown = value if isinstance(value, (int, float, str)) else described(value)
+        raise UsageError(f"--{flag} {shown}: {error}{none} ({name})") from None
+
+
+class _WrongError(Exception):
+    """What is accepted in place of a value."""
+
+
+def _as(kind: Any, name: str, value: Any) -> Any:
+    """A value as one of the types that options have."""
+    if typing.get_origin(kind) is tuple:
+        return _as_tuple(kind, name, value)
+    if typing.get_origin(kind) is Literal:
+        words = typing.get_args(kind)
+        return _accept(value, type(value) is str and value in words, f"give {', '.join(words)}")
+    if kind is Path:
+        return Path(_accept(value, isinstance(value, (str, Path)), "give a path"))
+    value = scalar(value)
+    if kind is bool:
+        return _accept(value, type(value) is bool, "give True or False")
+    if kind is str:
+        plain = isinstance(value, (str, Path, int, float)) and not isinstance(value, bool)
+        return str(_accept(value, plain, "give a string"))
+    return _as_number(kind, name, value)
+
+
+def _as_number(kind: type, name: str, value: Any) -> Any:
+    low, high = RANGES.get(name, (-math.inf, None))
+    what = "a whole number" if kind is int else "a number"
+    if low != -math.inf:
+        what += f" from {low:g} to {high:g}" if high is not None else f", {low:g} or more"
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)
+    legal = type(value) in ((int,) if kind is int else (int, float)) and math.isfinite(value)
+    legal = legal and low <= value <= (math.inf if high is None else high)
+    return kind(_accept(value, legal, f"give {what}"))
+
+
+def _as_tuple(kind: Any, name: str, value: Any) -> tuple[Any, ...]:
+    kinds = typing.get_args(kind)
+    value = value.tolist() if is_array(value) and value.ndim else value
+    value = _accept(value, isinstance(value, (tuple, list)), "give a tuple")
+    if kinds[-1] is ...:
+        return tuple(_as(kinds[0], name, each) for each in value)
+    _accept(value, len(value) == len(kinds), f"give {len(kinds)} of them")
+    return tuple(_as(each, name, v) for each, v in zip(kinds, value, strict=True))
+
+
+def _accept(value: Any, legal: bool, otherwise: str) -> Any:
+    """The value, if it is legal."""
+    if not legal:
+        raise _WrongError(otherwise)
+    return value
 
 
 def to_json(config: RunConfig) -> str:

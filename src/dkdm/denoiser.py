@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dkdm.arguments import NamedArguments, is_array, number, refuse, shape, whole
+from dkdm.arrays import table, tensor
 from dkdm.bundle import Bundle
 from dkdm.calls import Call, Network, call_of, takes
-from dkdm.conditioning import Condition, Conditioning, Unconditional, guide
+from dkdm.conditioning import Condition, Conditioning, Unconditional, check_conditioning, guide
 from dkdm.errors import UsageError
 from dkdm.modes import evaluating
 from dkdm.prediction import (
@@ -39,7 +42,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(eq=False)
-class Denoiser:
+class Denoiser(NamedArguments):
     """Any diffusion model as one call.
 
     network: any module or callable `(x, time, **cond)` giving a tensor [B, C or 2C, ...], a tuple
@@ -54,8 +57,21 @@ class Denoiser:
     bundle: what belongs to the model beside the network: autoencoder, text encoders, ...
     rescale: what states are multiplied with at each t before all else, [T]: they come from another
         process, see `matching`; None leaves them.
+    decode: of an autoencoder of your own, latents [B, ...] -> pictures in [-1, 1]; None shows
+        samples as they are. Students are shipped without it.
     evaluations: samples put through the network so far; guidance counts two a sample.
     """
+
+    meant: ClassVar[Mapping[str, str]] = {
+        "model": "network",
+        "prediction": "parameterization",
+        "prediction_type": "parameterization",
+        "scheduler": "process",
+        "shape": "sample_shape",
+        "image_size": "sample_shape",
+        "num_classes": "conditioning",
+        "vae": "decode",
+    }
 
     network: nn.Module | Callable[..., Any]
     process: Process
@@ -70,13 +86,34 @@ class Denoiser:
     bundle: Bundle = field(default_factory=Bundle)
     rescale: Tensor | None = None
     evaluations: int = 0
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        self._check_arguments()
         check_compatible(self.parameterization, self.process)
         times = self.process.network_time
         self.times = times if self.time is None else network_times(self.process, self.time)
         self.call = self.call or call_of(self.network)
         self.embeds_guidance = embeds_guidance(self.network)
+
+    def _check_arguments(self) -> None:
+        """Take what is meant, and raise UsageError for the rest, with the remedy."""
+        _check_network(self.network)
+        if not isinstance(self.process, Process):
+            refuse("Denoiser: process", self.process, _process_of(self.process))
+        self.parameterization = _meaning(self.parameterization)
+        self.sample_shape = shape("Denoiser: sample_shape", self.sample_shape)
+        check_conditioning(self.conditioning)
+        self.constants = _constants(self.constants)
+        self.value_range = _ends("Denoiser: value_range", self.value_range)
+        _check_functions(call=self.call, decode=self.decode)
+        if not isinstance(self.bundle, Bundle):
+            refuse("Denoiser: bundle", self.bundle, "leave it out, or give decode=function")
+        if self.rescale is not None:
+            self.rescale = table("Denoiser: rescale", self.rescale)
+        self.evaluations = whole("Denoiser: evaluations", self.evaluations, high=2**63)
+        if not isinstance(self.name, str):
+            refuse("Denoiser: name", self.name, "give a string")
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +210,12 @@ class Denoiser:
         return value.to(self.dtype) if floating else value
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        """Pictures in about [-1, 1] of clean samples [B, ...]: decoded, where they are latents."""
+        """Pictures in about [-1, 1] of clean samples [B, ...]: decoded, where they are latents.
+
+        Raises UsageError where `decode` does not return a tensor of as many pictures.
+        """
+        if self.decode is not None:
+            return _decoded(self.decode, x)
         if self.bundle.autoencoder is not None:
             return self.bundle.autoencoder.decode(x)
         low, high = self.value_range
@@ -190,6 +232,8 @@ class Denoiser:
         random = torch.Generator().manual_seed(0)
         if cond is None:
             cond = self.conditioning.draw(2, random)
+        if not isinstance(cond, Mapping):
+            refuse("check: cond", cond, "give a dict of tensors with two rows, or leave it out")
         x = torch.randn(2, *self.sample_shape, generator=random).to(self.device)
         t = torch.tensor([0, self.process.num_levels - 1])
         try:
@@ -198,10 +242,7 @@ class Denoiser:
         except UsageError:
             raise
         except Exception as error:
-            raise UsageError(
-                f"{self.name} does not fit samples of shape {self.sample_shape} with conditions "
-                f"{_shown(cond)}: {type(error).__name__}: {error}"
-            ) from error
+            raise UsageError(self._misfit(cond, error)) from error
         self.evaluations = before
         if output.device.type != "meta" and not output.isfinite().all():
             row = int(output[0].isfinite().all())
@@ -210,6 +251,24 @@ class Denoiser:
                 f"is not finite (it is fed t = {self.times[t[row]]:g}); expected sound weights, "
                 "and a network and precision that can take this time"
             )
+
+    def _misfit(self, cond: Condition, error: Exception) -> str:
+        """Why a network could not be evaluated, and what to do."""
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if refused is not None and refused[1] in self.conditioning.embed(cond):
+            name = refused[1]
+            return (
+                f"{self.name} takes no argument '{name}': say how it is called, such as "
+                f"Denoiser(..., call=lambda network, x, time, cond: network(x, time, "
+                f"YOUR_ARGUMENT=cond['{name}'])), or leave conditioning out"
+            )
+        rest, hint = self.sample_shape[1:], ""
+        if len(rest) > 1 and "expected" in str(error).lower():
+            hint = f"; sample_shape is that of one sample: without the batch it would be {rest}"
+        return (
+            f"{self.name} does not fit samples of shape {self.sample_shape} with conditions "
+            f"{_shown(cond)}: {type(error).__name__}: {error}{hint}"
+        )
 
     @torch.no_grad()
     def sample(
@@ -235,6 +294,81 @@ class Denoiser:
         steps = self.process.timesteps(num_steps, spacing)
         with evaluating(self.network, self.call):
             return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
+
+
+_FUNCTIONS = {
+    "call": "call(network, x, time, cond) -> output",
+    "decode": "decode(latents) -> pictures in [-1, 1]",
+}
+
+
+def _check_functions(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and (isinstance(value, type) or not callable(value)):
+            refuse(f"Denoiser: {name}", value, f"give a function: {_FUNCTIONS[name]}")
+
+
+def _meaning(value: Any) -> Parameterization:
+    """A parameterization, or the one that a word names."""
+    if isinstance(value, str):
+        return Parameterization(value)  # type: ignore[arg-type]
+    if not isinstance(value, Parameterization):
+        remedy = "give a word or dkdm.Parameterization(...), such as 'epsilon'"
+        refuse("Denoiser: parameterization", value, remedy)
+    return value
+
+
+def _check_network(network: Any) -> None:
+    if isinstance(network, Denoiser):
+        refuse("Denoiser: network", network, "give its .network, or use it as it is")
+    if isinstance(network, type):
+        refuse("Denoiser: network", network, f"make one first: {network.__name__}(...)")
+    if not callable(network):
+        accepted = "give a torch.nn.Module or a function (x, time, **cond) -> output"
+        refuse("Denoiser: network", network, accepted)
+
+
+def _process_of(value: Any) -> str:
+    """What to give in place of something that is no process."""
+    if is_array(value) or isinstance(value, (list, tuple)):
+        return "give dkdm.from_betas(betas)"
+    if isinstance(value, Mapping):
+        return "give dkdm.from_scheduler_config(config)"
+    if hasattr(value, "config") and hasattr(value, "timesteps"):
+        return "give dkdm.from_scheduler_config({**scheduler.config, '_class_name': ...})"
+    return "give dkdm.from_betas(...), dkdm.rectified_flow(...), dkdm.karras(...) or a dkdm.Process"
+
+
+def _constants(value: Any) -> Condition:
+    """What is fed to every sample, as tensors by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        refuse(
+            "Denoiser: constants", value, "give a dict of tensors, such as {'y': torch.tensor(0)}"
+        )
+    return {name: tensor(f"Denoiser: constants['{name}']", each) for name, each in value.items()}
+
+
+def _ends(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers, the smaller one first."""
+    value = value.tolist() if is_array(value) and value.ndim else value
+    accepted = "give (smallest, largest), such as (0.0, 1.0)"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        refuse(name, value, accepted)
+    low, high = (number(name, end) for end in value)
+    if low >= high:
+        refuse(name, value, f"{accepted}: the smaller one comes first")
+    return low, high
+
+
+def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    found = decode(latents)
+    if not isinstance(found, Tensor) or found.ndim < 3 or len(found) != len(latents):
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UsageError(
+            f"decode returned {what} for latents {tuple(latents.shape)}: it must return a tensor "
+            "[B, C, height, width] of pictures in [-1, 1]"
+        )
+    return found.detach().float()
 
 
 def offloaded_to(network: nn.Module) -> torch.device | None:

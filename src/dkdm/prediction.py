@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dkdm.arguments import NamedArguments, chosen, number
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType as PredictionType
 from dkdm.process import Clipping, Process, per_sample
@@ -23,7 +24,7 @@ MIN_VAR = 1e-20
 
 
 @dataclass(frozen=True)
-class Parameterization:
+class Parameterization(NamedArguments):
     """What a network's output means.
 
     prediction: spelled as in diffusers; "edm" is F in the preconditioned D of EDM
@@ -37,8 +38,12 @@ class Parameterization:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        _expect("prediction type", self.prediction, get_args(PredictionType))
-        _expect("variance type", self.variance, get_args(VarianceType))
+        kinds = get_args(PredictionType)
+        chosen("Parameterization: prediction", self.prediction, kinds, OTHER_PREDICTIONS)
+        kinds = get_args(VarianceType)
+        chosen("Parameterization: variance", self.variance, kinds, OTHER_VARIANCES)
+        sigma_data = number("Parameterization: sigma_data", self.sigma_data, 0, open_low=True)
+        object.__setattr__(self, "sigma_data", sigma_data)
 
     @property
     def learns_variance(self) -> bool:
@@ -46,9 +51,36 @@ class Parameterization:
         return self.variance in LEARNED
 
 
-def _expect(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"unknown {what} '{value}': expected one of {', '.join(allowed)}")
+OTHER_PREDICTIONS = {
+    "eps": "epsilon",
+    "noise": "epsilon",
+    "pred_noise": "epsilon",
+    "x0": "sample",
+    "x_0": "sample",
+    "pred_x0": "sample",
+    "x_start": "sample",
+    "clean": "sample",
+    "data": "sample",
+    "image": "sample",
+    "v": "v_prediction",
+    "pred_v": "v_prediction",
+    "velocity": "flow_prediction",
+    "flow": "flow_prediction",
+    "rectified_flow": "flow_prediction",
+    "flow_matching": "flow_prediction",
+    "f": "edm",
+    "karras": "edm",
+    "preconditioned": "edm",
+}
+OTHER_VARIANCES = {
+    "fixed": "fixed_small",
+    "small": "fixed_small",
+    "large": "fixed_large",
+    "none": "fixed_small",
+    "range": "learned_range",
+    "learned_sigma": "learned_range",
+    "learn_sigma": "learned_range",
+}
 
 
 class Prediction(NamedTuple):

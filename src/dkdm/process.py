@@ -7,17 +7,20 @@ float64 on the CPU; timesteps live there too, so that looking a level up never w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dkdm.arguments import NamedArguments, chosen, number, refuse, whole
+from dkdm.arrays import table
 from dkdm.errors import UsageError
 
 Spacing = Literal["leading", "trailing", "linspace"]
+MAX_LEVELS = 1_000_000
 BETA_SCHEDULES = (
     "linear",
     "scaled_linear",
@@ -29,7 +32,7 @@ BETA_SCHEDULES = (
 
 
 @dataclass(frozen=True)
-class Clipping:
+class Clipping(NamedArguments):
     """What is done to a predicted x_0 before the chain uses it.
 
     range: largest distance from `center` kept; None leaves x_0 alone.
@@ -44,9 +47,41 @@ class Clipping:
     rederive_eps: bool = True
     center: float = 0.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.range, (tuple, list)):
+            refuse("Clipping: range", self.range, _clipping_between(self.range))
+        if self.range is not None:
+            _set(self, range=number("Clipping: range", self.range, 0, open_low=True))
+        if self.quantile is not None:
+            _set(self, quantile=number("Clipping: quantile", self.quantile, 0, 1, open_low=True))
+        if self.quantile is not None and self.range is None:
+            refuse("Clipping: range", None, "give the largest quantile with quantile=...")
+        if type(self.rederive_eps) is not bool:
+            refuse("Clipping: rederive_eps", self.rederive_eps, "give True or False")
+        _set(self, center=number("Clipping: center", self.center))
+
+
+def _clipping_between(ends: Any) -> str:
+    """How values between two ends are said."""
+    try:
+        low, high = (float(end) for end in ends)
+    except (TypeError, ValueError):
+        return "give one number, the largest distance from the center"
+    middle, reach = (low + high) / 2, abs(high - low) / 2
+    return (
+        "give one number, the largest distance from the center: "
+        f"Clipping(range={reach:g}, center={middle:g}) keeps {low:g} to {high:g}"
+    )
+
+
+def _set(value: Any, **fields: Any) -> None:
+    """Set fields of a frozen dataclass while it is made."""
+    for name, found in fields.items():
+        object.__setattr__(value, name, found)
+
 
 @dataclass(frozen=True, eq=False)
-class Process:
+class Process(NamedArguments):
     """A Gaussian noise process on T levels.
 
     alpha, sigma: float64 [T], sigma > 0 everywhere; sigma / alpha grows with t.
@@ -65,12 +100,46 @@ class Process:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "sigma", "network_time"):
+            _set(self, **{name: table(f"Process: {name}", getattr(self, name))})
         if not len(self.alpha) == len(self.sigma) == len(self.network_time):
-            raise UsageError("process: alpha, sigma and network_time must have the same length T")
+            lengths = f"{len(self.alpha)}, {len(self.sigma)} and {len(self.network_time)}"
+            raise UsageError(
+                "Process: alpha, sigma and network_time must have the same length T, and have "
+                f"{lengths}"
+            )
         if not (self.sigma > 0).all() or not (self.alpha >= 0).all():
-            raise UsageError("process: expected sigma > 0 and alpha >= 0 at every level")
-        if not (torch.diff(self.alpha / self.sigma) < 0).all():
-            raise UsageError("process: alpha / sigma must fall strictly with t (0 = least noise)")
+            raise UsageError("Process: expected sigma > 0 and alpha >= 0 at every level")
+        self._check_order()
+        self._check_rest()
+
+    def _check_order(self) -> None:
+        """Raise UsageError unless the noise grows with t."""
+        change = torch.diff(self.alpha / self.sigma)
+        if bool((change < 0).all()):
+            return
+        turned = len(change) and bool((change > 0).all())
+        what = (
+            "give the tables from least to most noise (alpha.flip(0), ...)"
+            if turned
+            else ("two levels have the same noise, or more noise comes first")
+        )
+        raise UsageError(
+            f"Process: alpha / sigma must fall strictly with t (0 = least noise): {what}"
+        )
+
+    def _check_rest(self) -> None:
+        """Raise UsageError for a wrong clean end, clipping, spacing, offset or scheduler."""
+        if not isinstance(self.clipping, Clipping):
+            refuse("Process: clipping", self.clipping, "give a dkdm.Clipping(range=...)")
+        chosen("Process: spacing", self.spacing, get_args(Spacing), {})
+        _set(self, steps_offset=whole("Process: steps_offset", self.steps_offset))
+        if not isinstance(self.scheduler, Mapping):
+            refuse("Process: scheduler", self.scheduler, "give its config, a dict; {} for none")
+        if not isinstance(self.final, (tuple, list)) or len(self.final) != 2:
+            refuse("Process: final", self.final, "give (alpha, sigma) of the clean end")
+        low, high = (number("Process: final", end, 0) for end in self.final)
+        _set(self, final=(low, high))
 
     @property
     def num_levels(self) -> int:
@@ -133,6 +202,7 @@ class Process:
         steps outside 1..T.
         """
         total = self.num_levels
+        num_steps = whole("sampling steps", num_steps, -(2**31))
         if not 1 <= num_steps <= total:
             raise UsageError(f"sampling steps: expected 1..{total}, found {num_steps}")
         spacing = spacing or self.spacing
@@ -192,13 +262,38 @@ def network_times(process: Process, kind: TimeKind | Callable[[Process], Tensor]
     "sigma": sigma / alpha. "log_snr": ln(alpha^2 / sigma^2). "c_noise": ln(sigma) / 4 (EDM, arXiv
     2206.00364, table 1). Or a function of the process.
     """
+    if isinstance(kind, type):
+        refuse("time", kind, "give a word, or a function of the process that returns [T] numbers")
     if callable(kind):
-        return kind(process).double()
-    if kind not in _TIMES:
-        raise UsageError(
-            f"unknown time '{kind}': expected one of {', '.join(_TIMES)}, or a function"
-        )
-    return _TIMES[kind](process)
+        try:
+            found = table("time, what your function returned,", kind(process))
+        except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+            refuse("time", kind, f"called with the process it raised {error}")
+        if len(found) != process.num_levels:
+            refuse("time", kind, f"it returned {len(found)} numbers, give {process.num_levels}")
+        return found
+    word = chosen("time", kind, _TIMES, _OTHER_TIMES)
+    return _TIMES[word](process)
+
+
+_OTHER_TIMES = {
+    "t": "index",
+    "timestep": "index",
+    "timesteps": "index",
+    "step": "index",
+    "level": "index",
+    "discrete": "index",
+    "continuous": "fraction",
+    "noise_fraction": "fraction",
+    "flow": "fraction",
+    "reversed": "data_fraction",
+    "1_t": "data_fraction",
+    "logsnr": "log_snr",
+    "lambda": "log_snr",
+    "snr": "log_snr",
+    "edm": "c_noise",
+    "cnoise": "c_noise",
+}
 
 
 _TIMES: dict[str, Callable[[Process], Tensor]] = {
@@ -261,12 +356,15 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - ratio
 
 
-def from_betas(betas: Tensor, **fields: Any) -> Process:
+def from_betas(betas: Tensor | np.ndarray | Sequence[float], **fields: Any) -> Process:
     """A variance-preserving process from per-step variances.
 
-    betas: [T] in (0, 1]. fields: any other field of `Process`. Source: DDPM, arXiv 2006.11239.
+    betas: [T] in (0, 1], a tensor, an array or a list. fields: any other field of `Process`. Raises
+    UsageError for other values, and for alphas or alphas_cumprod in their place. Source: DDPM,
+    arXiv 2006.11239.
     """
-    alpha_bar = torch.cumprod(1 - betas.double(), dim=0)
+    betas = _checked_betas(betas)
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
     times = torch.arange(len(betas), dtype=torch.float64)
     config = {
         "_class_name": "DDPMScheduler",
@@ -279,6 +377,28 @@ def from_betas(betas: Tensor, **fields: Any) -> Process:
     )
 
 
+def _checked_betas(given: Any) -> Tensor:
+    """betas, float64 [T]. Raises UsageError for what are none."""
+    exact = table("betas", given)
+    falls = len(exact) > 1 and bool((torch.diff(exact) < 0).all())
+    if falls and exact[0] > 0.5:
+        raise UsageError(
+            f"betas fall from {exact[0]:.4g} to {exact[-1]:.4g}, as alphas_cumprod do: betas are "
+            "the variances added at each step. Give betas = 1 - alphas_cumprod[1:] / "
+            "alphas_cumprod[:-1], after betas[0] = 1 - alphas_cumprod[0]"
+        )
+    if len(exact) > 1 and bool((exact > 0.5).all()):
+        raise UsageError(
+            f"betas lie between {exact.min():.4g} and {exact.max():.4g}, as alphas = 1 - betas do: "
+            "give the betas"
+        )
+    wrong = (exact <= 0) | (exact > 1)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise UsageError(f"betas[{at}] is {exact[at]:.6g}: give numbers above 0, 1 at most")
+    return exact
+
+
 def rectified_flow(
     num_levels: int = 1000, shift: float = 1.0, lowest: float | None = None, **fields: Any
 ) -> Process:
@@ -288,7 +408,9 @@ def rectified_flow(
     1 (SD3, arXiv 2403.03206, Eq. 23); lowest: u at t = 0, None is 1 / T. The network is fed
     sigma * T.
     """
-    start = 1 / num_levels if lowest is None else lowest
+    num_levels = whole("num_levels", num_levels, 2, MAX_LEVELS)
+    shift = number("shift", shift, 0, open_low=True)
+    start = 1 / num_levels if lowest is None else number("lowest", lowest, 0, 1, open_low=True)
     u = torch.linspace(start, 1, num_levels, dtype=torch.float64)
     sigma = shift * u / (1 + (shift - 1) * u)
     config = {
@@ -311,6 +433,9 @@ def karras(
 
     The network is fed c_noise = ln(sigma) / 4 (table 1).
     """
+    num_levels = whole("num_levels", num_levels, 2, MAX_LEVELS)
+    sigma_min, sigma_max = _sigma_range(sigma_min, sigma_max)
+    rho = number("rho", rho, 0, open_low=True)
     ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigma = (low + ramp * (high - low)) ** rho
@@ -323,3 +448,15 @@ def karras(
     }
     fields = {"spacing": "trailing", "scheduler": config, **fields}
     return Process(torch.ones_like(sigma), sigma, sigma.log() / 4, **fields)
+
+
+def _sigma_range(low: float, high: float) -> tuple[float, float]:
+    """The least and the most noise. Raises UsageError where they are not in this order."""
+    low = number("sigma_min", low, 0, open_low=True)
+    high = number("sigma_max", high, 0, open_low=True)
+    if low >= high:
+        swapped = f"; did you mean sigma_min={high:g}, sigma_max={low:g}?" if low > high else ""
+        raise UsageError(
+            f"sigma_min is {low:g} and sigma_max {high:g}: sigma_min must be smaller{swapped}"
+        )
+    return low, high

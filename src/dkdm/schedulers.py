@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dkdm.arguments import refuse
 from dkdm.errors import UsageError
 from dkdm.prediction import PredictionType
 from dkdm.process import (
@@ -101,7 +102,7 @@ def from_scheduler_config(config: Config, image_tokens: int | None = None) -> Pr
     scheduler that defines no one-step transition or is not supported, naming what to do instead,
     and for an entry of the wrong type or out of range.
     """
-    read = stand_in(config)
+    read = stand_in(_config_given(config))
     name = read["_class_name"]
     if name == FIRST_ORDER and read.get("use_flow_sigmas"):
         return _from_flow_solver(read)
@@ -156,6 +157,18 @@ def fields_of(config: Config) -> Fields:
     return Fields(
         _own_arguments(config), f"scheduler_config.json ({_class_name(config) or 'no class'})"
     )
+
+
+def _config_given(value: Any) -> Config:
+    """A scheduler's config, from itself or a scheduler. Raises UsageError for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(getattr(value, "config", None), Mapping):
+        return {**value.config, "_class_name": type(value).__name__}
+    accepted = "give a dict, as in scheduler_config.json, or a scheduler of diffusers"
+    if isinstance(value, (str, Path)):
+        accepted = f"give what it holds: json.load(open({str(value)!r}))"
+    refuse("from_scheduler_config: config", value, accepted)
 
 
 def prediction_type(config: Config) -> PredictionType:

@@ -12,6 +12,7 @@ import torch
 
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.given import denoiser_given, path_given
 from dkdm.graph.description import describe_graph, sampling_tables
 from dkdm.graph.formats import Evaluate, Format, opened, require_onnx, runtime, write
 from dkdm.graph.network import GraphNetwork, random_inputs
@@ -28,7 +29,7 @@ _PRECISIONS = "float32, float16 or bfloat16"
 
 def export_graph(
     denoiser: Denoiser,
-    output: Path,
+    output: str | Path,
     *,
     format: Format = "onnx",
     opset: int | None = None,
@@ -43,6 +44,8 @@ def export_graph(
     is no graph, naming the module; DkdmError where packages are missing, and where the file
     computes something else than the network (it stays where it is).
     """
+    denoiser = denoiser_given("export_graph: denoiser", denoiser)
+    output = path_given("export_graph: output", output, "give the file to write")
     beside = output.with_name(f"{output.name}.json")
     _check(denoiser, output, format, opset)
     weights = output.with_name(f"{output.name}.data")

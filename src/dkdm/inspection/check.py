@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dkdm.arrays import tensor as as_tensor
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import undisturbed
+from dkdm.given import denoiser_given
 from dkdm.inspection.denoising import (
     BEST_RATIO,
     WORST_RATIO,
@@ -71,7 +76,7 @@ def check_denoising(
     num_samples: int = 8,
     num_steps: int = 50,
     seed: int = 0,
-    images: Tensor | None = None,
+    images: Tensor | np.ndarray | Sequence[Any] | None = None,
 ) -> DenoisingCheck:
     """Sample from a model, noise the samples to about 12 levels and predict them.
 
@@ -81,6 +86,8 @@ def check_denoising(
     What may pass: a schedule that is only a little off. Mode and evaluation counter are restored.
     Raises UsageError for fewer than two samples or images, and for images of another shape.
     """
+    denoiser = denoiser_given("check_denoising: denoiser", denoiser)
+    images = None if images is None else as_tensor("check_denoising: images", images).float()
     _check_request(denoiser, num_samples, num_steps, images)
 
     def samples_of(reading: Denoiser, label: str) -> Samples:

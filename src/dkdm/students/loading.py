@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
+from dkdm.arguments import refuse
 from dkdm.checkpoint import WEIGHTS, load_network_weights
 from dkdm.errors import UsageError
+from dkdm.given import path_given
 from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, Factory
 from dkdm.places import check_folder
@@ -30,8 +32,11 @@ def load_student(
     Raises UsageError where no network lies there or it cannot be made, DkdmError where the weights
     are not those of the network.
     """
-    distrust(Path(folder))
-    found = _network_folder(Path(folder))
+    folder = path_given("load_student: folder", folder, "give a run, a checkpoint or a folder")
+    if network is not None and not isinstance(network, nn.Module):
+        refuse("load_student: network", network, "give a network that you made")
+    distrust(folder)
+    found = _network_folder(folder)
     if network is not None:
         load_network_weights(network, found)
         return network.eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 from dkdm.config import TeacherChoice
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.given import path_given
 from dkdm.modes import put_into_evaluation, say_if
 from dkdm.plugins import import_object
 from dkdm.prompts import NO_PROMPTS, Prompts, read_prompts, with_prompts
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def load_teacher(
-    spec: str,
+    spec: str | Path,
     *,
     format: str | None = None,
     subfolder: str | None = None,
@@ -50,6 +51,7 @@ def load_teacher(
     Raises UsageError where nothing is found there or it is not a one-step diffusion model,
     DkdmError where its weights are missing or do not belong to its network.
     """
+    spec = str(path_given("load_teacher: model", spec, "give a folder, a hub id or module:factory"))
     options = options or LoadOptions()
     if ":" in spec and not spec.startswith("builtin:"):
         return _from_factory(spec)
