@@ -14,6 +14,7 @@ ROOMS = [
     "version",
     "reading",
     "places",
+    "typed",
     "sizes",
     "arguments",
     "arrays",

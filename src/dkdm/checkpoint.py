@@ -7,18 +7,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dkdm.errors import DkdmError, UsageError
 from dkdm.places import check_folder, inside
 from dkdm.reading import read_json
+from dkdm.sizes import in_a_line
 
 MANIFEST = "manifest.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,6 +56,20 @@ def verify_folder(folder: Path) -> None:
             raise DkdmError(f"checkpoint {folder}: {name} is missing; resume from an earlier one")
         if _sha256(folder / name) != digest:
             raise DkdmError(f"checkpoint {folder}: {name} is damaged; resume from an earlier one")
+
+
+@contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Around the restoring of a checkpoint: what its files make fail is one DkdmError."""
+    try:
+        yield
+    except DkdmError:
+        raise
+    except Exception as error:  # optimizers and schedulers raise anything for a strange state
+        raise DkdmError(
+            f"checkpoint {folder} does not fit this run: {in_a_line(error)}; resume with the "
+            "options it began with, or from an earlier one"
+        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -107,8 +122,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises DkdmError where it is missing or damaged."""
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
+    except Exception as error:  # a damaged header may raise anything
+        raise DkdmError(f"{path}: cannot be read as safetensors ({in_a_line(error)})") from error
 
 
 def save_network(

@@ -27,6 +27,7 @@ from dkdm.config import (
 from dkdm.errors import DkdmError, UsageError
 from dkdm.made_here import was_made_here
 from dkdm.plugins import named_code, split
+from dkdm.reading import read_json
 from dkdm.recipes import RECIPES, recipe
 from dkdm.version import __version__
 
@@ -312,8 +313,8 @@ def _refuse_code_of_file(config: RunConfig, path: Path, args: Sequence[str]) -> 
 
 def _config_file(kind: type[Config], path: Path) -> Config:
     try:
-        return from_mapping(kind, json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        return from_mapping(kind, read_json(path, "a config of a run"))
+    except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from error
 
 

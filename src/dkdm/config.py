@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from dkdm.arguments import NamedArguments, described, is_array, scalar
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
+from dkdm.reading import read_json, shown
+from dkdm.typed import made_of
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
 FillKind = Literal["few-step", "ancestral", "none"]
@@ -380,30 +382,25 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """Build a config from JSON values. Raises UsageError naming unknown keys."""
+    """Build a config from JSON values.
+
+    Raises UsageError naming options that are unknown, or have a value of another type.
+    """
     values = {key: value for key, value in values.items() if key != "kind"}
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UsageError(f"config: unknown option {', '.join(unknown)} for {cls.__name__}")
-    return cls(**{key: _restore(hints[key], value) for key, value in values.items()})
-
-
-def _restore(hint: Any, value: Any) -> Any:
-    if hint is Path or (value is not None and hint == Path | None):
-        return Path(value)
-    if isinstance(value, list):
-        return tuple(value)
-    return value
+        raise UsageError(f"config: unknown option {shown(unknown)} for {cls.__name__}")
+    return made_of(cls, values, "config")
 
 
 def read_config(path: Path) -> RunConfig:
     """Read a `config.json`. Raises UsageError where it is missing or not a config."""
     kinds = {cls.__name__: cls for cls in (TrainConfig, DistillConfig)}
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path}: expected a config.json of a run ({error})") from error
-    if values.get("kind") not in kinds:
+    values = read_json(path, "the config.json of a run")
+    if not isinstance(values.get("kind"), str) or values["kind"] not in kinds:
         raise UsageError(f"{path}: 'kind' must be one of {', '.join(kinds)}")
-    return from_mapping(kinds[values["kind"]], values)
+    try:
+        return from_mapping(kinds[values["kind"]], values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from dkdm.config import DistillConfig, RunConfig
+from dkdm.errors import UsageError
+from dkdm.reading import read_text, read_yaml
 from dkdm.teachers.locate import builtin_names, is_hub_id, locate
 
 CARD = "README.md"
@@ -42,7 +42,7 @@ def origin_of(config: RunConfig) -> Origin | None:
     found = _hub_id(spec)
     card = _card_of(spec, config.teacher_subfolder, config.teacher_revision)
     matter = front_matter(card) if card else {}
-    licence = {key: matter[key] for key in LICENCE_KEYS if matter.get(key)}
+    licence = {key: matter[key] for key in LICENCE_KEYS if _is_word(matter.get(key))}
     name = found or (spec if ":" in spec else Path(spec).name)
     return Origin(name, found, found or _named(matter.get("base_model")), _linked(licence, found))
 
@@ -54,13 +54,17 @@ def licence_of_student(given: str | None, inherited: Mapping[str, Any]) -> dict[
     return {"license": given}
 
 
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 500 and value.isprintable()
+
+
 def front_matter(card: Path) -> dict[str, Any]:
     """The YAML at the start of a model card; empty where there is none that can be read."""
     try:
-        text = card.read_text(encoding="utf-8-sig")
+        text = read_text(card, "a model card").removeprefix("\ufeff")
         found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s", f"{text}\n", re.DOTALL)
-        values = yaml.safe_load(found[1]) if found else {}
-    except (OSError, ValueError, yaml.YAMLError):
+        values = read_yaml(found[1], str(card)) if found else {}
+    except UsageError:
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -23,6 +23,7 @@ from rich.progress import (
 from torch import Tensor
 
 BUCKETS = 10
+MAX_LINE = 2**20  # characters of a line of metrics
 
 
 class LossPerLevel:
@@ -61,14 +62,24 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a line cut off by a crash is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
+    """The whole lines of a metrics file, objects with a `step`.
+
+    A line that is none, such as one cut off by a crash, is left out.
+    """
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        found = [_metrics_of(line) for line in iter(lambda: lines.readline(MAX_LINE), "")]
+    return [entry for entry in found if entry is not None]
+
+
+def _metrics_of(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    legal = isinstance(entry, dict) and type(entry.get("step")) is int
+    return entry if legal and 0 <= entry["step"] < 2**63 else None
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from dkdm.progress import track
 
 ENCODED_AT_ONCE = 32
 ROWS_A_FILE = 1024
+MAX_PROMPT = 100_000  # characters
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,12 @@ def _lines(files: Sequence[str]) -> Iterator[str]:
     for name in files:
         try:
             with open(name, encoding="utf-8-sig") as opened:
-                yield from (line.strip() for line in opened if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
+                for line in iter(lambda: opened.readline(MAX_PROMPT + 1), ""):
+                    if len(line) > MAX_PROMPT:
+                        raise ValueError(f"a line has more than {MAX_PROMPT:,} characters")
+                    if line.strip():
+                        yield line.strip()
+        except (OSError, ValueError) as error:
             raise UsageError(f"--prompts {name}: cannot be read as UTF-8 text ({error})") from error
 
 
@@ -184,11 +189,14 @@ class EmbeddingCache:
             return cache
         try:
             for number, line in enumerate(index.read_text().splitlines()):
-                for row, key in enumerate(json.loads(line)):
+                hashes = json.loads(line)
+                if not isinstance(hashes, list) or not all(isinstance(k, str) for k in hashes):
+                    raise ValueError(f"line {number + 1} of {index.name} is no list of hashes")
+                for row, key in enumerate(hashes):
                     cache.places[key] = (number, row)
                 if not cache._file(number).is_file():
                     raise ValueError(f"{cache._file(number).name} is missing")
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise cache._damaged(error) from error
         return cache
 

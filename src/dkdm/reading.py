@@ -14,11 +14,14 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeGuard, TypeVar, overload
+
+import yaml  # type: ignore[import-untyped]
 
 from dkdm.errors import UsageError
 
 MAX_JSON_BYTES = 32 * 2**20
+MAX_YAML = 2**20
 MAX_DEPTH = 64
 SHOWN = 60  # characters of a wrong value in a message
 Default = TypeVar("Default")
@@ -63,6 +66,30 @@ def read_text(path: Path, what: str, limit: int = MAX_JSON_BYTES) -> str:
         raise UsageError(f"{path.parent}: expected {what}, but {path.name} is missing") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The plain values of YAML, without aliases, which can make a small file a large one.
+
+    Raises UsageError for YAML that is damaged, longer than 1 MiB or nested deeper than 64 levels,
+    and for tags and aliases.
+    """
+    if len(text) > MAX_YAML:
+        raise UsageError(
+            f"{where}: {len(text):,} characters of YAML: expected at most {MAX_YAML:,}"
+        )
+    try:
+        level = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            level += isinstance(event, yaml.CollectionStartEvent)
+            level -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or level > MAX_DEPTH:
+                wrong = "an alias" if level <= MAX_DEPTH else f"more than {MAX_DEPTH} levels"
+                raise UsageError(f"{where}: YAML with {wrong}: write the values out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{where}: cannot be read as YAML: {reason}") from error
 
 
 def depth(value: Any) -> int:
@@ -230,7 +257,7 @@ class Fields:
         return Fields(value, f"{self.where}: {name}")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether this is a finite number; true and false are none."""
     if type(value) is int:
         return abs(value) < 2**63

@@ -174,9 +174,9 @@ def building(
 ) -> Iterator[None]:
     """Around the construction of a network from a config that somebody else wrote.
 
-    where: the file, kind: the class, for messages. files: folder of the weights that it is loaded
-    with: it then may hold what they can fill; None is the machine's memory. Whatever a constructor
-    raises becomes one UsageError (with weights, DkdmError) that names file and class.
+    where: the file, kind: the class, for messages. files: the weights that it is loaded with, or
+    their folder: it then may hold what they can fill; None is the machine's memory. Whatever a
+    constructor raises becomes one UsageError (with weights, DkdmError) that names file and class.
     """
     check_numbers(config, where)
     limit, reason = _room(files)
@@ -202,7 +202,8 @@ def _room(files: Path | None) -> tuple[float, str]:
     if files is None:
         gib = machine_gib()
         return gib * GIB / 4, f"the {gib:,.1f} GiB of memory that are free on this machine"
-    held = sum(file.stat().st_size for pattern in WEIGHTS for file in files.glob(pattern))
+    found = [f for pattern in WEIGHTS for f in files.glob(pattern)] if files.is_dir() else [files]
+    held = sum(file.stat().st_size for file in found)
     return 4.0 * held + 2**20, f"what the {held:,} bytes of weights beside it can fill"
 
 

@@ -24,6 +24,7 @@ from dkdm.features import Features
 from dkdm.modes import silence_label_dropout
 from dkdm.objective import Objective
 from dkdm.progress import LossPerLevel, MetricsFile, track
+from dkdm.reading import Fields, read_json
 from dkdm.sources import Source
 from dkdm.students.lora import merge_lora
 
@@ -240,7 +241,11 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Go on exactly from a checkpoint. Raises DkdmError where it is damaged."""
         checkpoint.verify_folder(folder)
-        state = json.loads((folder / "state.json").read_text())
+        with checkpoint.restoring(folder):
+            self._restore(folder)
+
+    def _restore(self, folder: Path) -> None:
+        state = read_json(folder / "state.json", "a checkpoint's state")
         checkpoint.load_network_weights(self.network, folder / self.name)
         if (self.features is not None) != (folder / FEATURES).is_file():
             began = "with" if self.features is None else "without"
@@ -263,7 +268,7 @@ class Trainer:
         checkpoint.set_random_state(checkpoint.read_tensors(folder / "random.safetensors"))
         if self.teacher is not None:
             self.teacher.evaluations = state["teacher_evaluations"]
-        self.step_number = state["step"]
+        self.step_number = Fields(state, str(folder / "state.json")).whole("step")
 
 
 FEATURES = "features.safetensors"

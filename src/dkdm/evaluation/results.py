@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dkdm.errors import DkdmError
+from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.classes import Metrics
+from dkdm.reading import read_json
+from dkdm.sizes import in_a_line
+from dkdm.typed import made_of
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples/comparison.safetensors"
@@ -121,11 +123,12 @@ def read_evaluation(run_dir: Path) -> Comparison:
     Raises `DkdmError` where it is missing or damaged.
     """
     try:
-        return _from_dict(json.loads((run_dir / EVALUATION).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise DkdmError(f"{EVALUATION} is missing: it is written when a run ends") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DkdmError(f"{EVALUATION} cannot be read ({type(error).__name__}: {error})") from error
+        values = read_json(run_dir / EVALUATION, "a comparison, written when a run ends")
+        return made_of(Comparison, values, EVALUATION, samples={})
+    except UsageError as error:
+        if not (run_dir / EVALUATION).exists():
+            raise DkdmError(f"{EVALUATION} is missing: it is written when a run ends") from None
+        raise DkdmError(f"{EVALUATION} cannot be read ({error})") from error
 
 
 def read_samples(run_dir: Path) -> dict[str, Tensor]:
@@ -137,30 +140,8 @@ def read_samples(run_dir: Path) -> dict[str, Tensor]:
         samples = load_file(run_dir / SAMPLES)
     except FileNotFoundError:
         raise DkdmError(f"{SAMPLES} is missing: it is written when a run ends") from None
-    except (OSError, SafetensorError) as error:
-        raise DkdmError(f"{SAMPLES} cannot be read ({error})") from error
+    except Exception as error:  # a damaged header may raise anything
+        raise DkdmError(f"{SAMPLES} cannot be read ({in_a_line(error)})") from error
     if samples.keys() - {"labels"} != {"teacher", "student"}:
         raise DkdmError(f"{SAMPLES} holds {', '.join(samples)}: expected teacher and student")
     return samples
-
-
-def _from_dict(values: Mapping[str, Any]) -> Comparison:
-    known = {field.name: values[field.name] for field in fields(Comparison)}
-    measurement, names = values["measurement"], values["class_names"]
-    return Comparison(
-        **known
-        | {
-            "teacher": _model_from_dict(values["teacher"]),
-            "student": _model_from_dict(values["student"]),
-            "sample_shape": tuple(values["sample_shape"]),
-            "gaps": tuple(LevelGap(**gap) for gap in values["gaps"]),
-            "measurement": Measurement(**measurement) if measurement else None,
-            "class_names": tuple(names) if names else None,
-            "samples": {},
-        }
-    )
-
-
-def _model_from_dict(values: Mapping[str, Any]) -> ModelResult:
-    metrics = values["metrics"]
-    return ModelResult(**{**values, "metrics": Metrics(**metrics) if metrics else None})

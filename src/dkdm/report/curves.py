@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, TypeGuard
@@ -10,8 +9,10 @@ from typing import Any, TypeGuard
 from markupsafe import Markup
 
 from dkdm.charts import Point, Series, bin_means, line_chart
+from dkdm.reading import is_number
 from dkdm.report.run import Run
 
+MAX_RANGES = 1000
 ROUNDING = 1e-12  # a mean squared gap below it, as a share of the output, is float32 arithmetic
 
 
@@ -58,7 +59,8 @@ def loss_point(entry: dict[str, Any]) -> Point | None:
 
 def level_means(entries: Sequence[dict[str, Any]]) -> list[Point]:
     """Mean loss of each range of levels over some lines of metrics, at the middle of the range."""
-    rows = [entry["loss_per_level"] for entry in entries if entry.get("loss_per_level")]
+    found = [entry.get("loss_per_level") for entry in entries]
+    rows = [row[:MAX_RANGES] for row in found if isinstance(row, list) and row]
     columns = [
         [value for value in column if _is_number(value)] for column in zip(*rows, strict=False)
     ]
@@ -67,4 +69,4 @@ def level_means(entries: Sequence[dict[str, Any]]) -> list[Point]:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return is_number(value)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dkdm.evaluation.results import Comparison
+from dkdm.reading import is_number
 from dkdm.report.numbers import compared, count, duration, in_units, number, percent
 from dkdm.report.run import Run
 
@@ -39,10 +41,12 @@ def tiles(run: Run) -> list[Tile]:
             Tile(f"{things} read", "0", "", "the teacher's answers are all the student saw")
         )
     last = run.metrics[-1] if run.metrics else {}
-    if evaluations := last.get("teacher_evaluations"):
+    evaluations: Any = last.get("teacher_evaluations")
+    rate: Any = last.get("steps_per_second")
+    if is_number(evaluations) and evaluations > 0:
         detail = f"samples through the teacher in {run.step:,} steps"
         found.append(Tile("Teacher evaluations", *in_units(evaluations), detail))
-    if rate := last.get("steps_per_second"):
+    if is_number(rate) and rate > 0:
         detail = f"{run.step:,} steps, {number(rate)} a second"
         found.append(Tile("Training time", *duration(run.step / rate), detail))
     return found

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
@@ -18,6 +17,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.networks.adm import AdmUNet
 from dkdm.prediction import Parameterization, PredictionType
+from dkdm.reading import read_text, read_yaml
 from dkdm.schedulers import from_scheduler_config
 from dkdm.teachers.first_stage import autoencoder_bundle
 from dkdm.teachers.networks import FACTS
@@ -68,11 +68,10 @@ def _model_config(file: Path | None, checkpoint: Path) -> Config:
             "for it, such as models/ldm/celeba256/config.yaml"
         )
     try:
-        params: Config = yaml.safe_load(file.read_text())["model"]["params"]
+        text = read_text(file, "a YAML file")
+        params: Config = read_yaml(text, f"--teacher-config {file}")["model"]["params"]
         unet, coder = params["unet_config"]["params"], params["first_stage_config"]["params"]
         found = isinstance(unet, Mapping) and isinstance(coder["ddconfig"], Mapping)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--teacher-config {file}: cannot be read as YAML: {error}") from error
     except (KeyError, TypeError):
         found = False
     if not found:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
+from dkdm.sizes import building
 from dkdm.teachers import dit, edm, edm2, guided_diffusion, latent_diffusion, lucidrains
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.single_file import SingleFile, load_single_file, part_of_a_model, recognize
@@ -69,7 +70,8 @@ def load_original(path: Path, name: str | None, options: LoadOptions) -> Denoise
     if name is None:
         raise _unknown(weights, part_of_a_model(shapes))
     _refuse_unused(path, name, options)
-    return FORMATS[name].load(weights, options)
+    with building({}, str(path), FORMATS[name].summary, path):
+        return FORMATS[name].load(weights, options)
 
 
 def _single_file(path: Path, known: SingleFile | str, options: LoadOptions) -> Denoiser:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dkdm.checkpoint import load_strict, read_tensors
 from dkdm.errors import DkdmError, UsageError
+from dkdm.reading import shown
 
 __all__ = ["Weights", "load_strict", "read_weights"]
 
@@ -56,7 +57,25 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
     if not isinstance(loaded, Mapping):
         raise DkdmError(f"{path}: expected a state dict, found {type(loaded).__name__}")
     tensors, extra = _split(path, dict(loaded), ema)
+    _check_claims(path, tensors)
     return Weights(path, unwrapped(tensors), extra)
+
+
+def _check_claims(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise DkdmError for tensors that are larger than what is stored of them: they would take
+    memory that no byte of the file stands for."""
+    for name, tensor in tensors.items():
+        claimed = tensor.numel() * tensor.element_size()
+        if tensor.layout == torch.strided and claimed > tensor.untyped_storage().nbytes():
+            raise DkdmError(
+                f"{path}: {shown(name)} claims shape {shown(tuple(tensor.shape))}, more than is "
+                "stored of it: save it again with .contiguous()"
+            )
+    stored = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
+    }
+    if sum(stored.values()) > 2 * path.stat().st_size + 2**20:
+        raise DkdmError(f"{path}: its weights are compressed: save them again with torch.save")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
