@@ -291,9 +291,10 @@ def _needed_autoencoders(index: Mapping[str, Any]) -> tuple[str, ...]:
     import diffusers
 
     kind = getattr(diffusers, str(index.get("_class_name")), None)
-    if kind is None and listed_class(index, "unet") == "UNet2DModel":
+    known = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
+    if not known and listed_class(index, "unet") == "UNet2DModel":
         return ()
-    optional = getattr(kind, "_optional_components", ())
+    optional = getattr(kind, "_optional_components", ()) if known else ()
     return tuple(name for name in AUTOENCODERS if name not in optional)
 
 
