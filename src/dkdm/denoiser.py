@@ -25,6 +25,7 @@ from dkdm.prediction import (
     to_x_0_eps,
 )
 from dkdm.process import Process, Spacing, TimeKind, network_times, per_sample
+from dkdm.sizes import in_a_line
 from dkdm.steps import sample
 
 
@@ -267,7 +268,7 @@ class Denoiser(NamedArguments):
             hint = f"; sample_shape is that of one sample: without the batch it would be {rest}"
         return (
             f"{self.name} does not fit samples of shape {self.sample_shape} with conditions "
-            f"{_shown(cond)}: {type(error).__name__}: {error}{hint}"
+            f"{_shown(cond)}: {in_a_line(error)}{hint}"
         )
 
     @torch.no_grad()

@@ -230,6 +230,23 @@ def _try_on_meta(cls: Any, config: Mapping[str, Any], where: str) -> None:
         return
 
 
+@contextmanager
+def understood(where: str) -> Iterator[None]:
+    """Around the reading of a model that somebody else made: what no check of an entry foresaw.
+
+    Whatever is raised but dkdm's own errors becomes one UsageError, with the cause behind it.
+    """
+    try:
+        yield
+    except DkdmError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{where}: a value in its configs makes no sense to dkdm ({in_a_line(error)}): compare "
+            "them with a model of the same kind that loads"
+        ) from error
+
+
 def in_a_line(error: BaseException, most: int = 300) -> str:
     """An exception as part of a message: its kind and its text on one line, and not long."""
     text = " ".join(str(error).split())

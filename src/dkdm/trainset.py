@@ -18,6 +18,7 @@ from dkdm.prediction import Parameterization
 from dkdm.progress import track
 from dkdm.prompts import Prompts, with_prompts
 from dkdm.schedulers import from_scheduler_config, named_config, prediction_type
+from dkdm.sizes import understood
 from dkdm.teachers.pipeline_folder import read_base
 
 COSINE_V: dict[str, Any] = {
@@ -49,7 +50,8 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
     images, labels = load_images(config.images, config.sample_shape)
     scheduler, bundle, text = COSINE_V, Bundle(), None
     if config.base is not None:
-        own_scheduler, bundle, text = read_base(Path(config.base))
+        with understood(f"--base {config.base}"):
+            own_scheduler, bundle, text = read_base(Path(config.base))
         scheduler = own_scheduler or scheduler
     if config.scheduler:
         scheduler = dict(named_config(config.scheduler, 1.0 if not bundle.autoencoder else None))

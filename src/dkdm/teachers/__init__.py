@@ -14,6 +14,7 @@ from dkdm.given import path_given
 from dkdm.modes import put_into_evaluation, say_if
 from dkdm.plugins import import_object
 from dkdm.prompts import NO_PROMPTS, Prompts, read_prompts, with_prompts
+from dkdm.sizes import understood
 from dkdm.teachers.locate import INDEX, builtin_names, locate
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.originals import FORMATS, load_original
@@ -116,7 +117,8 @@ def _is_prompt(spec: str) -> bool:
 
 def _from_path(path: Path, format: str | None, options: LoadOptions) -> Denoiser:
     if path.is_dir() and format is None and (path / INDEX).is_file():
-        return load_pipeline_folder(path, options)
+        with understood(str(path)):
+            return load_pipeline_folder(path, options)
     return load_original(path, format, options)
 
 

@@ -215,7 +215,7 @@ def _placeholder(*_: Any, **__: Any) -> Any:
 
 def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
     """Name and class of the denoiser. Raises UsageError if it is none that dkdm knows."""
-    kind = str(index.get("_class_name"))
+    kind = _one_line(index.get("_class_name"))
     if "Consistency" in kind:
         raise UsageError(
             f"{folder}: a consistency model ({kind}) maps noise to data in one jump and has no "
@@ -234,11 +234,15 @@ def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
         if name in FACTS:
             _check_library(folder, component, index[component])
             return component, FACTS[name]
-    named = ", ".join(name for name in found.values() if name) or "no network"
+    named = ", ".join(_one_line(name) for name in found.values() if name) or "no network"
     raise UsageError(
         f"{folder}: a {kind} with {named}; expected one of {', '.join(FACTS)}. A network that dkdm "
         "was given as an object is loaded by dkdm.load_student(folder, network=...)"
     )
+
+
+def _one_line(name: Any) -> str:
+    return name if is_name(name) else shown(name)
 
 
 def _check_library(folder: Path, component: str, named: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from dkdm.networks import network_class
 from dkdm.own import OWN_CLASS, BlankEmbeddings, make, read_origin
 from dkdm.plugins import distrust
 from dkdm.prompts import Prompts
-from dkdm.sizes import make_network
+from dkdm.sizes import check_sample, make_network, understood
 from dkdm.teachers.locate import INDEX, locate
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.pipeline_folder import describe_pipeline_folder, network_of, read_index
@@ -36,6 +37,11 @@ def sketch_teacher(
     folder = found / (subfolder or "")
     if not (folder / INDEX).is_file():
         return None
+    with understood(str(folder)):
+        return _sketch(folder, options, spec)
+
+
+def _sketch(folder: Path, options: LoadOptions, name: str) -> Denoiser:
     distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
     index = read_index(folder)
@@ -51,12 +57,15 @@ def sketch_teacher(
     network = torch.nn.Module.to(network, "meta", getattr(torch, _precision(options.dtype)))
     conditioning = denoiser.conditioning
     if isinstance(conditioning, Prompts):
+        shapes = _shapes(config, denoiser)
+        for embedding, shape in shapes.items():
+            check_sample(shape, f"{folder}: {embedding}")
         conditioning = replace(
             conditioning,
             texts=("",),
-            cache=BlankEmbeddings(folder, shapes=_shapes(config, denoiser)),
+            cache=BlankEmbeddings(folder, shapes=shapes),
         )
-    return replace(denoiser, network=network, call=None, conditioning=conditioning, name=spec)
+    return replace(denoiser, network=network, call=None, conditioning=conditioning, name=name)
 
 
 def _precision(dtype: str) -> str:
