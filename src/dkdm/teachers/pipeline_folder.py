@@ -144,7 +144,7 @@ def _denoiser(
     """What configs, index and the other components say; its network is a placeholder."""
     shape = facts.shape(config, options.sample_size or _saved_size(index))
     patch = facts.patch(config)
-    check_sample(shape, str(folder), patch if patch > 1 else None)
+    check_sample(shape, f"{folder}: by its config.json", patch if patch > 1 else None)
     tokens = math.prod(shape[1:]) // patch**2
     process = from_scheduler_config(scheduler, tokens)
     process = replace(process, scheduler=saved_config(scheduler, tokens))
