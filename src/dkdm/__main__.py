@@ -4,9 +4,7 @@ import os
 import sys
 
 # The current directory may be a folder that somebody else filled: what dkdm imports lies elsewhere.
-if sys.path[0] == os.getcwd():
-    del sys.path[0]
-sys.path[:] = [path for path in sys.path if path]
+sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
 
 from dkdm.cli import main  # noqa: E402
 
