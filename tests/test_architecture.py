@@ -13,6 +13,7 @@ ROOMS = [
     "names",
     "version",
     "reading",
+    "quantization",
     "places",
     "typed",
     "sizes",

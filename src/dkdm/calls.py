@@ -8,7 +8,8 @@ called as `(x, time, **cond)` need nothing here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -113,16 +114,35 @@ def flux(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) 
     ids = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
     ids[..., 1] += torch.arange(rows, device=x.device)[:, None]
     ids[..., 2] += torch.arange(columns, device=x.device)[None, :]
-    output = network(
-        hidden_states=pack_2x2(x),
-        timestep=time / 1000,
-        encoder_hidden_states=text,
-        pooled_projections=cond["pooled_projections"],
-        guidance=cond.get("guidance"),
-        img_ids=ids.reshape(-1, 3),
-        txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
-    )
+    with _exact_times(network, x, time, cond.get("guidance")):
+        output = network(
+            hidden_states=pack_2x2(x),
+            timestep=time / 1000,
+            encoder_hidden_states=text,
+            pooled_projections=cond["pooled_projections"],
+            guidance=cond.get("guidance"),
+            img_ids=ids.reshape(-1, 3),
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
+        )
     return unpack_2x2(tensor_of(output), rows, columns)
+
+
+@contextmanager
+def _exact_times(
+    network: Network, x: Tensor, time: Tensor, guidance: Tensor | None
+) -> Iterator[None]:
+    """Flux casts its time to the precision of x (978.26 becomes 976 in bfloat16) before it embeds
+    it; in here it embeds the float32 one, and 1000 times the guidance likewise."""
+    embedder = getattr(network, "time_text_embed", None)
+    if x.dtype == torch.float32 or not isinstance(embedder, nn.Module):
+        yield
+        return
+    given = (time,) if guidance is None else (time, 1000 * guidance.float())
+    handle = embedder.register_forward_pre_hook(lambda _, args: (*given, args[-1]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def pack_2x2(x: Tensor) -> Tensor:

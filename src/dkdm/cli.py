@@ -64,6 +64,8 @@ class TeacherOptions:
     """Height and width (frames, height, width; or length) as the network sees a sample."""
     lora: tuple[str, ...] = ()
     """LoRA files merged into the network: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
+    null_class: int | Literal["none"] | None = None
+    """Class id that means "no class", for guidance; "none" if there is no such id."""
     prompts: str | None = None
     """Text file of one prompt a line, or a pattern, for text models; or the prompt itself."""
     negative_prompt: str = ""
@@ -391,6 +393,7 @@ def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoise
             flags=options.flags,
             lora=options.lora,
             factory=options.student_factory,
+            null_class=options.null_class,
         ),
     )
     return _told(denoiser, options.prompts, options.negative_prompt, default_prompt)

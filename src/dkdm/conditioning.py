@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -178,8 +178,10 @@ class ClassLabels(NamedArguments):
         """The null class for every sample."""
         if self.null_class is None:
             raise UsageError(
-                f"guidance and condition dropout need a null class, and this model has only "
-                f"{self.num_classes} classes: expected guidance scales of 1, --condition-dropout 0"
+                f"guidance and condition dropout need a null class, and this model names none of "
+                f"its {self.num_classes} ids so: name it (--teacher-null-class "
+                f"{self.num_classes - 1}, or --null-class if the model comes first), or expected "
+                "guidance scales of 1, --condition-dropout 0"
             )
         return {"class_labels": torch.full((count,), self.null_class)}
 
@@ -243,6 +245,40 @@ def restrict_classes(
         )
     ids = taught if classes is None else classes
     return replace(conditioning, classes=ids, weights=weights)
+
+
+def with_null_class(conditioning: Conditioning, null: int | Literal["none"]) -> Conditioning:
+    """Class labels whose id `null` means "no class" and is not drawn; "none": no id means that.
+
+    Raises UsageError for a model without classes and for an id that the network does not embed.
+    """
+    if not isinstance(conditioning, ClassLabels):
+        raise UsageError(
+            "a null class was given (--teacher-null-class), but the model has no classes: leave "
+            "this option out"
+        )
+    if null == "none":
+        return replace(conditioning, null_class=None)
+    classes = conditioning.num_classes
+    if null == conditioning.null_class:
+        return conditioning
+    if not 0 <= null < classes or classes == 1:
+        extra = "" if conditioning.null_class is None else f", {conditioning.null_class}"
+        raise UsageError(
+            f"--teacher-null-class {null}: expected an id that the network embeds, "
+            f"0..{classes - 1}{extra}, or none"
+        )
+    drawn = tuple(i for i in conditioning.drawn if i != null)
+    if null < classes - 1:
+        return replace(conditioning, null_class=null, classes=drawn)
+    names, taught = conditioning.names, conditioning.classes
+    return replace(
+        conditioning,
+        num_classes=classes - 1,
+        null_class=null,
+        names=names[: classes - 1] if names else None,
+        classes=None if taught is None else drawn,
+    )
 
 
 def guide(

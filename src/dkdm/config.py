@@ -216,6 +216,9 @@ class TeacherChoice(FactoryChoice):
     teacher_size: tuple[int, ...] | None = None
     """Height and width (frames, height, width; or length) of a sample as the network sees it,
     in latents where it works on these; None is what its config says."""
+    teacher_null_class: int | Literal["none"] | None = None
+    """Class id that means "no class", for guidance; it is not learnt as a class. "none": the
+    teacher has no such id; None is what the teacher says."""
     teacher_lora: tuple[str, ...] | None = None
     """LoRA files merged into the teacher: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
 

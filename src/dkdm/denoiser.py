@@ -204,7 +204,8 @@ class Denoiser(NamedArguments):
         fed = {**fixed, **self.conditioning.embed(cond)}
         if not self.embeds_guidance:
             fed.pop("guidance", None)
-        return {key: self._cast(value.to(x.device)) for key, value in fed.items()}
+        placed = {key: value.to(x.device) for key, value in fed.items()}
+        return {k: v if k in _IN_FLOAT32 else self._cast(v) for k, v in placed.items()}
 
     def _cast(self, value: Tensor) -> Tensor:
         floating = value.is_floating_point() and self.dtype is not None
@@ -370,6 +371,9 @@ def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
             "[B, C, height, width] of pictures in [-1, 1]"
         )
     return found.detach().float()
+
+
+_IN_FLOAT32 = ("time_ids", "resolution", "aspect_ratio")  # sizes, embedded as times are
 
 
 def offloaded_to(network: nn.Module) -> torch.device | None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from dkdm.errors import DkdmError, UsageError
+from dkdm.quantization import check_quantized
 from dkdm.reading import shown
 
 LIMIT = "DKDM_MAX_GIB"
@@ -179,6 +180,8 @@ def building(
     constructor raises becomes one UsageError (with weights, DkdmError) that names file and class.
     """
     check_numbers(config, where)
+    if files is not None:
+        check_quantized(config, where)
     limit, reason = _room(files)
     try:
         with bounded(where, limit, reason):

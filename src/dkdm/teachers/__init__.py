@@ -7,6 +7,7 @@ from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
+from dkdm.conditioning import with_null_class
 from dkdm.config import TeacherChoice
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
@@ -55,7 +56,7 @@ def load_teacher(
     spec = str(path_given("load_teacher: model", spec, "give a folder, a hub id or module:factory"))
     options = options or LoadOptions()
     if ":" in spec and not spec.startswith("builtin:"):
-        return _from_factory(spec)
+        return _with_null_class(_from_factory(spec), options)
     found = locate(spec, revision=revision, variant=options.variant, subfolder=subfolder)
     path = found / (subfolder or "")
     if options.dtype == "int8":
@@ -64,9 +65,17 @@ def load_teacher(
     else:
         denoiser = _from_path(path, format, options)
     denoiser.name = spec
+    denoiser = _with_null_class(denoiser, options)
     if not isinstance(denoiser.conditioning, Prompts):
         denoiser.check()
     return denoiser
+
+
+def _with_null_class(denoiser: Denoiser, options: LoadOptions) -> Denoiser:
+    if options.null_class is None:
+        return denoiser
+    conditioning = with_null_class(denoiser.conditioning, options.null_class)
+    return replace(denoiser, conditioning=conditioning)
 
 
 def chosen_teacher(choice: TeacherChoice, sketched: bool = False) -> Denoiser:
@@ -80,11 +89,12 @@ def chosen_teacher(choice: TeacherChoice, sketched: bool = False) -> Denoiser:
         flags=choice.teacher_flags,
         lora=choice.teacher_lora or (),
         factory=choice.student_factory,
+        null_class=choice.teacher_null_class,
     )
     sketch = sketch_teacher(choice.teacher, options, **where) if sketched else None
-    return sketch or load_teacher(
-        choice.teacher, format=choice.teacher_format, options=options, **where
-    )
+    if sketch:
+        return _with_null_class(sketch, options)
+    return load_teacher(choice.teacher, format=choice.teacher_format, options=options, **where)
 
 
 def with_texts(

@@ -64,6 +64,55 @@ def _spatial(configured: Any, asked: Size, dimensions: int) -> tuple[int, ...]:
     return (configured,) * dimensions if isinstance(configured, int) else tuple(configured)
 
 
+_LABELS = "continuous labels, which are no class ids"
+_IMAGES = "embeddings of images"
+_ODD_EMBEDDINGS = {
+    "class_embed_type": {
+        "timestep": _LABELS,
+        "identity": _LABELS,
+        "projection": _LABELS,
+        "simple_projection": _LABELS,
+    },
+    "addition_embed_type": {
+        "image": _IMAGES,
+        "image_hint": _IMAGES,
+        "text_image": _IMAGES,
+    },
+    "encoder_hid_dim_type": {
+        "image_proj": _IMAGES,
+        "text_image_proj": _IMAGES,
+        "ip_image_proj": _IMAGES,
+    },
+}
+
+
+def check_embeddings(config: Config, reads_text: bool, where: str) -> None:
+    """Raise UsageError if a diffusers UNet is fed what neither class ids nor prompts give it.
+
+    reads_text: whether the folder has a text encoder. where: the config, for messages.
+    """
+    way = "wrap the model in Python, --teacher module:factory"
+    for name, odd in _ODD_EMBEDDINGS.items():
+        kind = config.get(name)
+        if isinstance(kind, str) and kind in odd:
+            raise UsageError(f"{where}: {name} '{kind}' takes {odd[kind]}; {way}")
+    if config.get("_class_name") != "UNet2DConditionModel":
+        return
+    if reads_text and config.get("num_class_embeds"):
+        raise UsageError(f"{where}: num_class_embeds beside prompts is not supported; {way}")
+    if not reads_text and _attends(config):
+        raise UsageError(
+            f"{where}: the network has cross-attention, but the folder has no text encoder; {way}"
+        )
+
+
+def _attends(config: Config) -> bool:
+    """Whether a UNet2DConditionModel has blocks that attend to a text."""
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    blocks = [middle, *config.get("down_block_types", ["CrossAttn"])]
+    return any("CrossAttn" in str(block) for block in [*blocks, *config.get("up_block_types", [])])
+
+
 def _nothing(config: Config, shape: tuple[int, ...], bundle: Bundle) -> Condition:
     del config, shape, bundle
     return {}

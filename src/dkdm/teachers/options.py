@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dkdm.own import Factory
 from dkdm.teachers.lora import LoraChoice
@@ -20,6 +21,8 @@ class LoadOptions:
     lora: files of low-rank updates merged into the network, each as FILE, "FILE:WEIGHT" or
         (FILE, WEIGHT). factory: that makes a custom network again, `module:name` or a callable;
         None if this machine made the run itself.
+    null_class: the class id that means "no class"; "none" if there is no such id; None is what
+        the model says.
     """
 
     variant: str | None = None
@@ -30,3 +33,4 @@ class LoadOptions:
     ema: bool = True
     lora: tuple[LoraChoice, ...] = ()
     factory: Factory | None = None
+    null_class: int | Literal["none"] | None = None

@@ -37,7 +37,7 @@ from dkdm.sizes import building, check_numbers, check_sample
 from dkdm.teachers.families import LEFT_OUT, check_parts, family_of
 from dkdm.teachers.locate import INDEX
 from dkdm.teachers.lora import merge_loras, read_choices
-from dkdm.teachers.networks import FACTS, Facts
+from dkdm.teachers.networks import FACTS, Facts, check_embeddings
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.text import text_conditioning
 
@@ -149,6 +149,7 @@ def _denoiser(
     process = from_scheduler_config(scheduler, tokens)
     process = replace(process, scheduler=saved_config(scheduler, tokens))
     _check_channels(folder, config, shape, bundle)
+    check_embeddings({**config, "_class_name": facts.class_name}, _reads_text(bundle), str(folder))
     conditioning, constants = _conditioning(folder, config, index, bundle)
     constants |= facts.constants(config, shape, bundle)
     return Denoiser(
