@@ -102,7 +102,9 @@ def check_embeddings(config: Config, reads_text: bool, where: str) -> None:
         raise UsageError(f"{where}: num_class_embeds beside prompts is not supported; {way}")
     if not reads_text and _attends(config):
         raise UsageError(
-            f"{where}: the network has cross-attention, but the folder has no text encoder; {way}"
+            f"{where}: UNet2DConditionModel with cross-attention is conditioned on text, but the "
+            "folder lists no text encoder: expected a folder with text_encoder and tokenizer; or "
+            f"{way}"
         )
 
 

@@ -96,7 +96,8 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
         read_origin(config, place_of(folder, component))
     scheduler = effective_config(folder, index, "scheduler")
     bundle = _bundle(folder, index, component, options.variant)
-    if facts.reads_text and not _reads_text(bundle):
+    by_classes = facts.class_name == "UNet2DConditionModel"  # see check_embeddings
+    if facts.reads_text and not by_classes and not _reads_text(bundle):
         raise UsageError(
             f"{folder}: {facts.class_name} is conditioned on text, but {INDEX} lists no text "
             "encoder: expected a folder with text_encoder and tokenizer"
