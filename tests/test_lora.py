@@ -290,6 +290,15 @@ def changed_file(file, pipeline, **changes):
     return file
 
 
+def test_names_of_lycoris(made, tmp_path):
+    at = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    save_file({f"{at}.{part}": torch.ones(4, 4) for part in parts}, tmp_path / "a.safetensors")
+    message = refused(made("stable_diffusion"), tmp_path / "a.safetensors", DkdmError)
+    assert "does not fit this network" in message
+    assert len(message) < 500
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -375,3 +384,20 @@ def test_files_that_are_no_lora(made, tmp_path):
     assert "changes conv_in, nothing of unet" in refused(pipeline, file)
     save_file({"unet.conv_in.weight": torch.ones(1)}, file)
     assert "Invalid LoRA checkpoint" in refused(pipeline, file, DkdmError)
+
+
+def test_dora_as_peft_saves_it(made, tmp_path):
+    import peft
+
+    pipeline = copy.deepcopy(made("sd3"))
+    settings = {"r": 2, "lora_alpha": 4, "use_dora": True, "init_lora_weights": False}
+    pipeline.transformer.add_adapter(peft.LoraConfig(**settings, target_modules=["to_q"]))
+    layers = peft.get_peft_model_state_dict(pipeline.transformer)
+    layers = {key: value + 0.1 for key, value in layers.items()}
+    header = {"transformer": pipeline.transformer.peft_config["default"].to_dict()}
+    type(pipeline)._save_lora_weights(
+        tmp_path, {"transformer": layers}, header, True, "a.safetensors", None, True
+    )
+    plain = made("sd3")
+    changed = len(layers_of(plain.transformer, "to_q"))
+    assert_merged_as_by_stock(plain, [tmp_path / "a.safetensors"], (1.0,), changed)

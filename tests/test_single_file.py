@@ -81,6 +81,12 @@ def test_what_a_file_is_and_what_to_do(tmp_path, capsys, name):
     assert len(told.splitlines()) == 1
 
 
+def test_weights_beside_their_config(tmp_path):
+    pipelines.unet().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="config.json describes: give that folder"):
+        load_teacher(str(tmp_path / "diffusion_pytorch_model.safetensors"))
+
+
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
 @pytest.mark.parametrize(
     ("content", "said"),

@@ -118,6 +118,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod(0o644)  # safetensors makes it readable by its owner only
 
 
+def refuse_other_content(path: Path) -> None:
+    """Raise UsageError for a file that only has the name of a checkpoint.
+
+    These are pointers of Git LFS, web pages that were saved in its place, and GGUF files.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(256).lstrip().lower()
+    except OSError as error:
+        raise DkdmError(f"{path} cannot be read: {error}") from error
+    found = next((what for first, what in _OTHER_CONTENT.items() if start.startswith(first)), None)
+    if found:
+        raise UsageError(f"{path}: {found}")
+
+
+_PAGE = (
+    "a web page and no weights: download the file again (log in first if its page asks for that)"
+)
+_OTHER_CONTENT = {
+    b"version https://git-lfs": "a Git LFS pointer and no weights: run git lfs pull in its folder",
+    b"<!doctype": _PAGE,
+    b"<html": _PAGE,
+    b"<?xml": _PAGE,
+    b'{"error': _PAGE,
+    b"gguf": "a GGUF file, whose weights are quantized: give the file or the diffusers folder "
+    "that it was made from",
+}
+
+
+def refuse_other_contents(folder: Path) -> None:
+    """`refuse_other_content` of every file of weights that lies directly in a folder."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in (".safetensors", ".bin") and path.is_file():
+            refuse_other_content(path)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises DkdmError where it is missing or damaged."""
     try:

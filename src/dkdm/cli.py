@@ -62,6 +62,9 @@ class TeacherOptions:
     """Flags of the original repository's scripts, as one string."""
     size: Labels = None
     """Height and width (frames, height, width; or length) as the network sees a sample."""
+    scheduler: str | None = None
+    """Scheduler of a network alone, such as a trainer's checkpoint-500/unet_ema: ddpm-linear,
+    ddpm-cosine, flow, edm, or a scheduler_config.json or its folder."""
     lora: tuple[str, ...] = ()
     """LoRA files merged into the network: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
     null_class: int | Literal["none"] | None = None
@@ -391,6 +394,7 @@ def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoise
             sample_size=options.size,
             config=options.config,
             flags=options.flags,
+            scheduler=options.scheduler,
             lora=options.lora,
             factory=options.student_factory,
             null_class=options.null_class,

@@ -219,6 +219,9 @@ class TeacherChoice(FactoryChoice):
     teacher_null_class: int | Literal["none"] | None = None
     """Class id that means "no class", for guidance; it is not learnt as a class. "none": the
     teacher has no such id; None is what the teacher says."""
+    teacher_scheduler: str | None = None
+    """Scheduler of a teacher that is a network alone, such as a trainer's checkpoint-500/unet_ema:
+    ddpm-linear, ddpm-cosine, flow, edm, or a scheduler_config.json or its folder."""
     teacher_lora: tuple[str, ...] | None = None
     """LoRA files merged into the teacher: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
 

@@ -17,6 +17,7 @@ from dkdm.plugins import import_object
 from dkdm.prompts import NO_PROMPTS, Prompts, read_prompts, with_prompts
 from dkdm.sizes import understood
 from dkdm.teachers.locate import INDEX, builtin_names, locate
+from dkdm.teachers.network_folder import load_lone_network
 from dkdm.teachers.options import LoadOptions
 from dkdm.teachers.originals import FORMATS, load_original
 from dkdm.teachers.pipeline_folder import load_pipeline_folder
@@ -87,6 +88,7 @@ def chosen_teacher(choice: TeacherChoice, sketched: bool = False) -> Denoiser:
         sample_size=choice.teacher_size,
         config=choice.teacher_config,
         flags=choice.teacher_flags,
+        scheduler=choice.teacher_scheduler,
         lora=choice.teacher_lora or (),
         factory=choice.student_factory,
         null_class=choice.teacher_null_class,
@@ -126,10 +128,13 @@ def _is_prompt(spec: str) -> bool:
 
 
 def _from_path(path: Path, format: str | None, options: LoadOptions) -> Denoiser:
-    if path.is_dir() and format is None and (path / INDEX).is_file():
-        with understood(str(path)):
-            return load_pipeline_folder(path, options)
-    return load_original(path, format, options)
+    if not path.is_dir() or format is not None:
+        return load_original(path, format, options)
+    if options.scheduler is not None and (path / INDEX).is_file():
+        raise UsageError(f"--teacher-scheduler: {path} has its own: leave this option out")
+    with understood(str(path)):
+        lone = not (path / INDEX).is_file()
+        return (load_lone_network if lone else load_pipeline_folder)(path, options)
 
 
 def _from_factory(spec: str) -> Denoiser:

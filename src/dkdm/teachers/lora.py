@@ -140,7 +140,7 @@ def _load(holder: Any, component: str, name: str, file: Path) -> None:
     except (ImportError, DkdmError):
         raise
     except Exception as error:  # the conversions of diffusers raise whatever a name leads to
-        first = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        first = " ".join(str(error).split())[:300] or type(error).__name__
         raise DkdmError(f"{where}: does not fit this network: {first}") from error
     _check_all_used(vars(holder)[component], name, tensors, where)
 

@@ -18,6 +18,8 @@ class LoadOptions:
         or (length,) or (frames, height, width) of a sample as the network sees it; None is what its
         config says. config: a config file of the original repository. flags: its command-line
         flags, as one string. ema: whether averaged weights are taken where a file has both.
+    scheduler: of a network that lies alone: a name such as ddpm-linear, a scheduler_config.json or
+        a folder with one.
     lora: files of low-rank updates merged into the network, each as FILE, "FILE:WEIGHT" or
         (FILE, WEIGHT). factory: that makes a custom network again, `module:name` or a callable;
         None if this machine made the run itself.
@@ -31,6 +33,7 @@ class LoadOptions:
     config: Path | None = None
     flags: str = ""
     ema: bool = True
+    scheduler: str | Path | None = None
     lora: tuple[LoraChoice, ...] = ()
     factory: Factory | None = None
     null_class: int | Literal["none"] | None = None

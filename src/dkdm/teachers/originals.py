@@ -53,10 +53,7 @@ def load_original(path: Path, name: str | None, options: LoadOptions) -> Denoise
     if name is not None and name not in FORMATS:
         raise UsageError(f"--teacher-format {name}: expected one of {', '.join(FORMATS)}")
     if path.is_dir():
-        raise UsageError(
-            f"{path}: expected a diffusers pipeline folder (with model_index.json) or a checkpoint "
-            f"file of {', '.join(FORMATS)}"
-        )
+        raise UsageError(f"--teacher-format {name}: expected a checkpoint file, found {path}")
     if name is None and path.suffix == ".safetensors" and path.is_file():
         known = recognize(read_shapes(path))
         if known is not None:
@@ -68,7 +65,7 @@ def load_original(path: Path, name: str | None, options: LoadOptions) -> Denoise
         return _single_file(path, known, options)
     name, weights = _format_of(weights, name, options.ema)
     if name is None:
-        raise _unknown(weights, part_of_a_model(shapes))
+        raise _unknown(weights, part_of_a_model(path, shapes))
     _refuse_unused(path, name, options)
     with building({}, str(path), FORMATS[name].summary, path):
         return FORMATS[name].load(weights, options)
@@ -93,6 +90,11 @@ def _format_of(weights: Weights, name: str | None, ema: bool) -> tuple[str | Non
 
 
 def _refuse_unused(path: Path, name: str, options: LoadOptions) -> None:
+    if options.scheduler is not None:
+        raise UsageError(
+            f"--teacher-scheduler: {path} is a checkpoint of {FORMATS[name].summary}, which has "
+            "its own noise process: leave this option out"
+        )
     if options.lora:
         raise UsageError(
             f"--teacher-lora: {path} is a checkpoint of {FORMATS[name].summary}, which takes no "

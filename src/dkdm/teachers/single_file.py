@@ -181,8 +181,10 @@ _TRANSFORMERS: tuple[tuple[str, Callable[[set[str]], SingleFile]], ...] = (
 )
 
 
-def part_of_a_model(shapes: Shapes) -> str | None:
+def part_of_a_model(path: Path, shapes: Shapes) -> str | None:
     """What a file is that holds one component of a model by itself; None if unknown."""
+    if (path.parent / "config.json").is_file():
+        return f"the weights of what {path.parent / 'config.json'} describes: give that folder"
     return next((what for key, what in _PARTS if any(n.startswith(key) for n in shapes)), None)
 
 
@@ -193,8 +195,11 @@ _PARTS = (
     ("text_model.", f"a text encoder alone: {_ALONE}"),
     ("shared.weight", f"a text encoder alone: {_ALONE}"),
     ("encoder.block.0.", f"a text encoder alone: {_ALONE}"),
-    ("down_blocks.", f"the weights of a diffusers network without its config: {_ALONE}"),
-    ("transformer_blocks.", f"the weights of a diffusers network without its config: {_ALONE}"),
+    (
+        "down_blocks.",
+        "the weights of a diffusers network without its config: give the folder where its "
+        "config.json lies, or a teacher:load of your own that makes it",
+    ),
 )
 
 

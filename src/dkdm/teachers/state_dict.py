@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dkdm.checkpoint import load_strict, read_tensors
+from dkdm.checkpoint import load_strict, read_tensors, refuse_other_content
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading import shown
 
@@ -50,7 +50,7 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
             f'    net = pickle.load(open("{path.name}", "rb"))["ema"]\n'
             f'    torch.save(net.state_dict(), "{path.stem}.pt")'
         )
-    _refuse_other_content(path)
+    refuse_other_content(path)
     if path.suffix == ".safetensors":
         return Weights(path, unwrapped(read_tensors(path)))
     loaded = _unpickle(path)
@@ -80,7 +80,7 @@ def _check_claims(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, without its values. Raises as `read_weights`."""
-    _refuse_other_content(path)
+    refuse_other_content(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -95,32 +95,6 @@ def read_header(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
-
-
-def _refuse_other_content(path: Path) -> None:
-    """Raise UsageError for a file that only has the name of a checkpoint."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(256).lstrip().lower()
-    except OSError as error:
-        raise DkdmError(f"{path} cannot be read: {error}") from error
-    found = next((what for first, what in _OTHER_CONTENT.items() if start.startswith(first)), None)
-    if found:
-        raise UsageError(f"{path}: {found}")
-
-
-_PAGE = (
-    "a web page and no weights: download the file again (log in first if its page asks for that)"
-)
-_OTHER_CONTENT = {
-    b"version https://git-lfs": "a Git LFS pointer and no weights: run git lfs pull in its folder",
-    b"<!doctype": _PAGE,
-    b"<html": _PAGE,
-    b"<?xml": _PAGE,
-    b'{"error': _PAGE,
-    b"gguf": "a GGUF file, whose weights are quantized: give the file or the diffusers folder "
-    "that it was made from",
-}
 
 
 def _unpickle(path: Path) -> Any:
