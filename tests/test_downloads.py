@@ -5,9 +5,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 
+import pipelines
+from dkdm import load_teacher
 from dkdm.errors import UsageError
 from dkdm.teachers.downloads import download, needed_files
 from hub_stand_in import Hub
@@ -189,3 +192,15 @@ def test_repositories_that_are_no_pipeline(hub, names, way):
     with pytest.raises(UsageError) as told:
         download(fill(hub, names, index=None))
     assert way in str(told.value)
+
+
+def test_a_repository_is_loaded_by_its_name(hub, tmp_path):
+    pipelines.ddpm().save_pretrained(tmp_path / "ddpm")
+    content = {p: (tmp_path / "ddpm" / p).read_bytes() for p in fetched(tmp_path / "ddpm")}
+    hub.repositories["someone/ddpm"] = content | {"old.ckpt": b"0"}
+    teacher = load_teacher("someone/ddpm")
+    assert teacher.name == "someone/ddpm"
+    here = load_teacher(str(tmp_path / "ddpm"))
+    for key, value in here.network.state_dict().items():
+        assert torch.equal(teacher.network.state_dict()[key], value)
+    assert not any("old.ckpt" in path for _, path in hub.requests)
