@@ -108,6 +108,15 @@ def test_files_that_only_have_the_name(tmp_path, suffix, content, said):
         load_teacher(str(file))
 
 
+@pytest.mark.parametrize("part", ["unet", "vqvae"])
+def test_a_folder_that_was_cloned_without_git_lfs(tmp_path, part):
+    pipelines.ldm_kl().save_pretrained(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 335\n"
+    (tmp_path / part / "diffusion_pytorch_model.safetensors").write_text(pointer)
+    with pytest.raises(UsageError, match="run git lfs pull in its folder"):
+        load_teacher(str(tmp_path))
+
+
 # --- read by from_single_file ---------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dkdm.bundle import Autoencoder, Bundle, Component, weight_variant
+from dkdm.checkpoint import refuse_other_contents
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
 from dkdm.effective import (
@@ -55,7 +56,10 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
     component, facts = network_of(read_index(folder), folder)
-    network = load_network(place_of(folder, component), facts.class_name, options, folder)
+    place = place_of(folder, component)
+    for part in {place, *(one.folder for one in denoiser.bundle.components.values())}:
+        refuse_other_contents(part)
+    network = load_network(place, facts.class_name, options, folder)
     merge_loras(network, denoiser.bundle.pipeline, component, loras)
     return replace(denoiser, network=network, call=None)
 
