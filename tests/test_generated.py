@@ -18,7 +18,7 @@ from dkdm.networks import HOMES, network_class
 from dkdm.prompts import with_prompts
 from dkdm.schedulers import from_scheduler_config
 from dkdm.teachers import load_teacher
-from factories import SCHEDULER, denoiser
+from factories import SCHEDULER
 
 HOSTILE = (
     'x"""\nimport os\nos.system("exit 7")\n"""',
@@ -126,12 +126,6 @@ def test_numbers_of_an_autoencoder_are_numbers(tmp_path, config):
     with pytest.raises(DkdmError, match=name):
         model.bundle.autoencoder.standard()
     with pytest.raises(DkdmError, match=name):
-        write_pipeline(tmp_path / "out", model)
-
-
-def test_numbers_that_are_not_finite_are_not_written(tmp_path):
-    model = replace(denoiser(), value_range=(0.0, float("inf")))
-    with pytest.raises(UsageError, match="cannot be written into a Python file"):
         write_pipeline(tmp_path / "out", model)
 
 

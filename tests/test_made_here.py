@@ -93,7 +93,9 @@ def test_arguments_of_a_file_are_given_to_networks_only(stranger, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("command", ["sample", "inspect", "students", "plan"])
+@pytest.mark.parametrize(
+    "command", ["sample", "inspect", pytest.param("students", marks=pytest.mark.slow), "plan"]
+)
 def test_commands_take_the_factory(stranger, tmp_path, capsys, command):
     more = {
         "sample": ["--num-samples", "1", "--steps", "1", "--output", str(tmp_path / "a.png")],

@@ -286,6 +286,7 @@ def test_odd_words_beside_weights_are_words(tmp_path, capsys):
 # --- whole processes -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_takes_no_module_of_the_current_directory(tmp_path):
     """What dkdm and its libraries import by themselves comes from what is installed."""
     small(tmp_path / "stranger")
