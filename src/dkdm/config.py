@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from dkdm.arguments import NamedArguments, described, is_array, scalar
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
-from dkdm.reading import read_json, shown
+from dkdm.reading import is_name, read_json, shown
 from dkdm.typed import made_of
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
@@ -396,7 +396,8 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any]) -> Config:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UsageError(f"config: unknown option {shown(unknown)} for {cls.__name__}")
+        names = ", ".join(name if is_name(name) else shown(name) for name in unknown[:5])
+        raise UsageError(f"config: unknown option {names} for {cls.__name__}")
     return made_of(cls, values, "config")
 
 
