@@ -349,7 +349,10 @@ def test_config_must_be_given_and_readable(tmp_path):
     with pytest.raises(UsageError, match="expected --teacher-config with the YAML file"):
         load_teacher(str(tmp_path / "model.ckpt"))
     (tmp_path / "broken.yaml").write_text("model: [")
-    for file, message in (("broken.yaml", "cannot be read as YAML"), ("none.yaml", "none.yaml is missing")):
+    for file, message in (
+        ("broken.yaml", "cannot be read as YAML"),
+        ("none.yaml", "none.yaml is missing"),
+    ):
         with pytest.raises(UsageError, match=message):
             options = LoadOptions(config=tmp_path / file)
             load_teacher(str(tmp_path / "model.ckpt"), options=options)

@@ -122,6 +122,11 @@ def is_name(value: Any) -> bool:
     )
 
 
+def as_named(name: Any) -> str:
+    """A name that a file gives, in a message: as it is if it is a name, else quoted and short."""
+    return str(name) if is_name(name) else shown(name)
+
+
 @dataclass(frozen=True)
 class Fields:
     """The entries of a JSON object, each checked by type and range when it is read.

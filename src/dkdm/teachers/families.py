@@ -9,6 +9,7 @@ from typing import Any
 
 from dkdm.effective import listed_class
 from dkdm.errors import UsageError
+from dkdm.reading import as_named
 
 LEFT_OUT = (
     "safety_checker", "feature_extractor", "image_encoder", "movq", "mel", "watermark",
@@ -95,7 +96,7 @@ def check_parts(index: Mapping[str, Any], where: Path) -> None:
     """Raise UsageError for components that no pipeline has which dkdm reads."""
     known = (*KNOWN_PARTS, "transformer_2", "unet_2")
     others = [
-        f"{name} ({listed_class(index, name)})"
+        f"{as_named(name)} ({as_named(listed_class(index, name))})"
         for name in index
         if listed_class(index, name)
         and not name.startswith(("_", "text_encoder", "tokenizer"))
@@ -104,7 +105,7 @@ def check_parts(index: Mapping[str, Any], where: Path) -> None:
     ]
     if others:
         raise UsageError(
-            f"{where}: {index.get('_class_name')} has parts that dkdm does not know: "
+            f"{where}: {as_named(index.get('_class_name'))} has parts that dkdm does not know: "
             f"{', '.join(others)}. If the model denoises without them, set them to [null, null] in "
             "model_index.json"
         )

@@ -32,7 +32,7 @@ from dkdm.places import check_folder, check_place
 from dkdm.plugins import distrust
 from dkdm.prediction import Parameterization, VarianceType
 from dkdm.prompts import Prompts
-from dkdm.reading import is_name, read_json, shown
+from dkdm.reading import as_named, is_name, read_json, shown
 from dkdm.schedulers import from_scheduler_config, prediction_type, saved_config
 from dkdm.sizes import building, check_numbers, check_sample
 from dkdm.teachers.families import LEFT_OUT, check_parts, family_of
@@ -221,7 +221,7 @@ def _placeholder(*_: Any, **__: Any) -> Any:
 
 def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
     """Name and class of the denoiser. Raises UsageError if it is none that dkdm knows."""
-    kind = _one_line(index.get("_class_name"))
+    kind = as_named(index.get("_class_name"))
     if "Consistency" in kind:
         raise UsageError(
             f"{folder}: a consistency model ({kind}) maps noise to data in one jump and has no "
@@ -240,15 +240,11 @@ def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
         if name in FACTS:
             _check_library(folder, component, index[component])
             return component, FACTS[name]
-    named = ", ".join(_one_line(name) for name in found.values() if name) or "no network"
+    named = ", ".join(as_named(name) for name in found.values() if name) or "no network"
     raise UsageError(
         f"{folder}: a {kind} with {named}; expected one of {', '.join(FACTS)}. A network that dkdm "
         "was given as an object is loaded by dkdm.load_student(folder, network=...)"
     )
-
-
-def _one_line(name: Any) -> str:
-    return name if is_name(name) else shown(name)
 
 
 def _check_library(folder: Path, component: str, named: list[Any]) -> None:

@@ -1,0 +1,126 @@
+"""Values of files by the types they are for; YAML, prompts, pictures and weights within bounds."""
+
+import math
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+from dkdm.config import DistillConfig, TrainConfig, from_mapping
+from dkdm.datasets import load_image_folder, open_picture
+from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.results import EVALUATION, read_evaluation
+from dkdm.licence import front_matter
+from dkdm.progress import read_metrics
+from dkdm.prompts import read_prompts
+from dkdm.reading import read_yaml
+from dkdm.teachers.state_dict import read_weights
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("seed", None, "seed is None: expected a whole number"),
+        ("seed", 1.5, "expected a whole number"),
+        ("seed", True, "expected a whole number"),
+        ("seed", 10**30, "expected a whole number"),
+        ("learning_rate", math.nan, "expected a finite number"),
+        ("learning_rate", "1e-4", "expected a finite number"),
+        ("use_ema", 1, "expected true or false"),
+        ("student", ["a"], "expected a text"),
+        ("output_dir", None, "expected a path"),
+        ("lr_scheduler", "sideways", "lr_scheduler is 'sideways': expected one of"),
+        ("lr_scheduler", [], "expected one of"),
+        ("classes", 3, "expected a list"),
+        ("classes", [1, "2"], r"classes\[1\] is '2': expected a whole number"),
+        ("teacher_size", {"a": 1}, "expected a list"),
+    ],
+)
+def test_options_of_a_config_file_have_their_types(option, value, message):
+    with pytest.raises(UsageError, match=message):
+        from_mapping(DistillConfig, {option: value})
+
+
+def test_what_a_config_file_may_hold():
+    config = from_mapping(
+        DistillConfig, {"classes": [1, 2], "eta": 1, "checkpoints_total_limit": None}
+    )
+    assert config.classes == (1, 2) and type(config.eta) is float
+    assert from_mapping(TrainConfig, {"sample_shape": [3, 8, 8]}).sample_shape == (3, 8, 8)
+    with pytest.raises(UsageError, match="expected a list of 3"):
+        from_mapping(TrainConfig, {"sample_shape": [3, 8]})
+
+
+LAUGHS = "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "an alias"),
+        ("[" * 70 + "]" * 70, "more than 64 levels"),
+        ("[" * 100_000, "more than 64 levels"),
+        ("!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
+        ("a: [", "cannot be read as YAML"),
+        ("# " + "x" * 2**20, "expected at most"),
+    ],
+)
+def test_yaml_that_grows_or_runs_is_refused(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message) as seen:
+        read_yaml(text, "model.yaml")
+    assert "\n" not in str(seen.value)
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+    assert front_matter(tmp_path / "README.md") == {}
+
+
+def test_a_prompt_is_not_as_long_as_its_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n" + "x" * 200_000)
+    with pytest.raises(UsageError, match="more than 100,000 characters"):
+        read_prompts(str(tmp_path / "prompts.txt"), 10, 0)
+
+
+def test_lines_of_metrics_that_are_none_are_left_out(tmp_path):
+    lines = ['{"step": 1}', "null", "[]", '{"step": "2"}', "[" * 10_000, '{"step": 1e999}', "{"]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_an_evaluation_of_other_types_names_the_entry(tmp_path):
+    (tmp_path / EVALUATION).write_text('{"teacher": null}')
+    with pytest.raises(DkdmError, match=r"evaluation\.json: teacher: expected an object"):
+        read_evaluation(tmp_path)
+
+
+def test_a_picture_that_would_fill_the_memory_is_not_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("dkdm.datasets.MAX_PIXELS", 100)
+    Image.new("L", (20, 20)).save(tmp_path / "large.png")
+    with pytest.raises(DkdmError, match="20x20 pixels are more than 100"):
+        open_picture(tmp_path / "large.png")
+    with pytest.raises(DkdmError, match="20x20 pixels"):
+        load_image_folder(tmp_path, (1, 8, 8))
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF"])
+def test_a_picture_is_of_the_formats_that_are_named(tmp_path, format):
+    Image.new("L", (8, 8)).save(tmp_path / "x.png", format=format)
+    with pytest.raises(DkdmError, match="cannot be read as an image"):
+        open_picture(tmp_path / "x.png")
+
+
+def test_a_tensor_that_claims_more_than_is_stored_is_refused(tmp_path):
+    torch.save({"a": torch.ones(1).expand(10**12)}, tmp_path / "a.pt")
+    with pytest.raises(DkdmError, match=r"'a' claims shape \(1000000000000,\)"):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_compressed_weights_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(2**20)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    with pytest.raises(DkdmError, match=r"compressed|cannot be read"):
+        read_weights(tmp_path / "small.pt")
