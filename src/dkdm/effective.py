@@ -263,9 +263,14 @@ def _positive(fields: Fields, name: str) -> None:
     fields.whole(name, low=1)
 
 
+_OF_VECTORS = ("sample_size", "ResidualMLP")
+
+
 def _sides(fields: Fields, name: str) -> None:
-    """One whole number from 1, or a list of them."""
+    """One whole number from 1, or a list of them; a network of vectors has none."""
     value = fields.values[name]
+    if value in ([], ()) and (name, fields.values.get("_class_name")) == _OF_VECTORS:
+        return
     each = value if isinstance(value, (list, tuple)) and value else [value]
     if any(type(v) is not int or not 1 <= v < 2**31 for v in each):
         raise fields.wrong(name, value, "a whole number, 1 or more, or a list of them")
