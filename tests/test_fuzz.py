@@ -12,6 +12,7 @@ import yaml
 
 import factories
 import pipelines
+import test_api
 import test_latent_diffusion as compvis
 import test_report as finished
 from dkdm import checkpoint, load_teacher
@@ -28,6 +29,7 @@ from dkdm.students import load_student
 from dkdm.students.interface import Interface
 from dkdm.students.start import read_checkpoint
 from dkdm.teachers import LoadOptions, sketch_teacher
+from dkdm.trainer import Trainer
 from fuzzing import mutated
 
 QUICK, ALL = 500, 10_000
@@ -241,3 +243,47 @@ def test_good_files_are_accepted(bases):
     for kind in KINDS:
         if kind.base != "sharded":
             kind.opened(bases / kind.base)
+
+
+RESUMED_FROM = ("state.json", "optimizer.safetensors", "source.safetensors", "random.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """A trainer that has taken a step and written its checkpoint."""
+    held = []
+    with pytest.MonkeyPatch.context() as patch:
+        walk = Trainer.run
+        patch.setattr(Trainer, "run", lambda self: (walk(self), held.append(self)))
+        test_api.run(tmp_path_factory.mktemp("resumed"), max_train_steps=1, evaluation_samples=0)
+    return held[0]
+
+
+def with_hashes(folder, whole, file, data):
+    """A checkpoint whose file holds `data`, with the hashes of what it holds."""
+
+    def fill(partial):
+        shutil.copytree(whole, partial, dirs_exist_ok=True)
+        (partial / checkpoint.MANIFEST).unlink()
+        (partial / file).write_bytes(data)
+
+    checkpoint.write_folder(folder, fill)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file", RESUMED_FROM)
+def test_a_checkpoint_that_somebody_wrote_is_resumed_or_refused_in_a_line(trainer, apart, file):
+    whole = checkpoint.checkpoints(trainer.config.output_dir)[-1]
+    trainer.resume(whole)
+    good, wrong = (whole / file).read_bytes(), []
+    for number in range(8):
+        data = mutated(good, number, file.endswith(".json"))
+        with_hashes(apart / "checkpoint-9", whole, file, data)
+        try:
+            trainer.resume(apart / "checkpoint-9")
+        except DkdmError as error:
+            wrong += [number] if len(str(error).splitlines()) > 1 else []
+        except Exception as error:
+            wrong.append(f"{number}: {where(error)}")
+    trainer.resume(whole)
+    assert not wrong
