@@ -129,8 +129,8 @@ def stand_in(config: Config) -> dict[str, Any]:
         return config
     raise UsageError(
         f"scheduler {shown(name or 'without _class_name')} is not supported: expected "
-        "DDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler or one of "
-        f"{', '.join(MULTISTEP)}. If the model was trained with a beta schedule, save a "
+        "DDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler or one "
+        f"of {', '.join(MULTISTEP)}. If the model was trained with a beta schedule, save a "
         "DDPMScheduler with the same betas and prediction type beside it"
     )
 
