@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from dkdm.check_student import first_look
-from dkdm.conditioning import Unconditional, restrict_classes
+from dkdm.conditioning import Unconditional, for_student, parse_interval, restrict_classes
 from dkdm.config import DistillConfig, TrainConfig
-from dkdm.denoiser import Denoiser
+from dkdm.denoiser import Denoiser, no_decoder
 from dkdm.errors import UsageError
 from dkdm.export import component_name, write_pipeline
 from dkdm.features import Features, match_features
@@ -81,7 +81,13 @@ def _distill(
         coders = student.bundle.autoencoder, taught_by.bundle.autoencoder
         check_same_samples(student.sample_shape, taught_by.sample_shape, coders)
         bundle = student.bundle if student.bundle.components else taught_by.bundle
-        given = replace(student, conditioning=taught_by.conditioning, bundle=bundle)
+        given = replace(
+            student,
+            conditioning=for_student(taught_by.conditioning),
+            bundle=bundle,
+            decode=student.decode or taught_by.decode,
+            guidance_interval=taught_by.guidance_interval,
+        )
         learner = given_student(given)
     else:
         learner = open_student(taught_by, config, student)
@@ -184,7 +190,15 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
         conditioning.null(1)
     if config.random_conditioning and isinstance(conditioning, Unconditional):
         raise UsageError("--random-conditioning was given, but the teacher is unconditional")
-    return replace(teacher, conditioning=conditioning, evaluations=0)
+    decode = None if teacher.decode is no_decoder else teacher.decode
+    interval = parse_interval(config.guidance_interval) or teacher.guidance_interval
+    return replace(
+        teacher,
+        conditioning=conditioning,
+        evaluations=0,
+        decode=decode,
+        guidance_interval=interval,
+    )
 
 
 def _is_told_nothing(student: Denoiser, config: DistillConfig) -> bool:
@@ -243,7 +257,7 @@ def set_size(teacher: Denoiser, config: DistillConfig) -> int:
     filling, training = planned_evaluations(teacher, replace(config, source="dynamic"))
     return max(
         config.train_batch_size,
-        (filling + training) // (config.synthetic_steps * guidance_factor(teacher, config)),
+        int((filling + training) // (config.synthetic_steps * guidance_factor(teacher, config))),
     )
 
 
@@ -382,19 +396,19 @@ def _kind_of(student: Denoiser, teacher: Denoiser) -> str:
     )
 
 
-def guidance_factor(teacher: Denoiser, config: DistillConfig) -> int:
-    """Evaluations of the teacher that one prediction takes."""
+def guidance_factor(teacher: Denoiser, config: DistillConfig) -> float:
+    """Evaluations of the teacher that one prediction takes, over all levels equally."""
     guided = not Guidance.parse(config.guidance_scale).is_off and not teacher.embeds_guidance
-    return 2 if guided else 1
+    return 1 + float(teacher.guided_levels().double().mean()) if guided else 1
 
 
 def planned_evaluations(teacher: Denoiser, config: DistillConfig) -> tuple[int, int]:
     """Teacher evaluations to prepare the source, and to train from it, without restarts."""
     doubled = guidance_factor(teacher, config)
     if config.source == "synthetic":
-        return set_size(teacher, config) * config.synthetic_steps * doubled, 0
+        return round(set_size(teacher, config) * config.synthetic_steps * doubled), 0
     batch = config.train_batch_size * config.gradient_accumulation_steps
-    training = config.max_train_steps * batch * doubled
+    training = round(config.max_train_steps * batch * doubled)
     if config.source == "iterative" or config.fill == "none":
         return 0, training
     levels = teacher.process.num_levels

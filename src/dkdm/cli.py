@@ -96,6 +96,9 @@ class SampleOptions(TeacherOptions):
     """Class ids, repeated in turns; None takes all classes in turns."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
+    guidance_interval: str | None = None
+    """LOW:HIGH, the shares of noise (0 clean, 1 noise) between which guidance acts; None is
+    everywhere."""
     overwrite: bool = False
     """Replace a file that exists."""
 
@@ -374,6 +377,7 @@ def _sample(args: list[str]) -> int:
         seed=options.seed,
         classes=options.classes,
         guidance_scale=options.guidance_scale,
+        guidance_interval=options.guidance_interval,
         overwrite=options.overwrite,
     )
     print(options.output)

@@ -92,24 +92,48 @@ class Unconditional(NamedArguments):
         return cond
 
 
-@dataclass(frozen=True)
+ABSENT = -1  # in place of an id: the network is called without the argument
+
+
+@dataclass(frozen=True, init=False)
 class ClassLabels(NamedArguments):
     """Class ids 0..num_classes-1, fed as `class_labels`.
 
     null_class: the id that means "no class", num_classes or one of the others, which then is no
-        class and is not drawn; None where the model has none.
+        class and is not drawn; "absent" calls the network without class_labels; None where the
+        model has none. `null` is another name of it.
     classes: the ids to draw from, which a student learnt; None is all.
     weights: how often each of those is drawn, relative to the others; None draws them equally.
     names: what the ids mean, for pictures; None shows numbers.
     """
 
     num_classes: int
-    null_class: int | None = None
-    classes: tuple[int, ...] | None = None
-    names: tuple[str, ...] | None = None
-    weights: tuple[float, ...] | None = None
+    null_class: int | Literal["absent"] | None
+    classes: tuple[int, ...] | None
+    names: tuple[str, ...] | None
+    weights: tuple[float, ...] | None
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        null_class: int | Literal["absent"] | None = None,
+        classes: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        *,
+        null: int | Literal["absent"] | None = None,
+    ) -> None:
+        if null is not None and null_class is not None:
+            raise UsageError(f"ClassLabels: null is {null!r} and null_class too: give one of them")
+        given = {
+            "num_classes": num_classes,
+            "null_class": null_class if null is None else null,
+            "classes": classes,
+            "names": names,
+            "weights": weights,
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
         self._check_numbers()
         self.check(self.drawn)
         if not self.drawn:
@@ -127,10 +151,10 @@ class ClassLabels(NamedArguments):
         """Take whole numbers of any kind; raise UsageError for anything else."""
         count = whole("ClassLabels: num_classes", self.num_classes, 1)
         object.__setattr__(self, "num_classes", count)
-        if self.null_class is not None:
+        if self.null_class is not None and not self.null_is_absent:
             null = scalar(self.null_class)
             if type(null) is not int or not 0 <= null <= count:
-                accepted = f"give {count}, one of 0..{count - 1} that is no class, or None"
+                accepted = f"give {count}, one of 0..{count - 1} that is no class, 'absent' or None"
                 refuse("ClassLabels: null_class", self.null_class, accepted)
             object.__setattr__(self, "null_class", null)
         for name, each in (("classes", int), ("names", str), ("weights", float)):
@@ -140,6 +164,11 @@ class ClassLabels(NamedArguments):
                 )
         if self.names is not None and len(self.names) != count:
             refuse("ClassLabels: names", self.names, f"give {count} names, one a class")
+
+    @property
+    def null_is_absent(self) -> bool:
+        """Whether "no class" is a call without class_labels."""
+        return isinstance(self.null_class, str) and self.null_class == "absent"
 
     @property
     def drawn(self) -> tuple[int, ...]:
@@ -183,7 +212,8 @@ class ClassLabels(NamedArguments):
                 f"{self.num_classes - 1}, or --null-class if the model comes first), or expected "
                 "guidance scales of 1, --condition-dropout 0"
             )
-        return {"class_labels": torch.full((count,), self.null_class)}
+        null = ABSENT if isinstance(self.null_class, str) else self.null_class
+        return {"class_labels": torch.full((count,), null)}
 
     def in_turns(self, count: int) -> Condition:
         """The classes one after the other."""
@@ -192,6 +222,17 @@ class ClassLabels(NamedArguments):
     def embed(self, cond: Condition) -> Condition:
         """The same: the network embeds the ids itself."""
         return cond
+
+    def absent(self, cond: Condition) -> Tensor | None:
+        """Which rows are evaluated without class_labels, bool [B]; None if there can be none."""
+        return cond["class_labels"] == ABSENT if self.null_is_absent else None
+
+    def in_a_table(self) -> ClassLabels:
+        """The same with a row of a table for "no class", as students have it."""
+        if not self.null_is_absent:
+            return self
+        count = self.num_classes
+        return TableOfLabels(count, count, self.classes, self.names, self.weights)
 
 
 def _row(name: str, value: Any, kind: type) -> tuple[Any, ...]:
@@ -205,6 +246,17 @@ def _row(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     if any(type(each) not in kinds for each in found):
         refuse(name, value, f"give a tuple of {accepted}")
     return found
+
+
+class TableOfLabels(ClassLabels):
+    """Labels of a student whose teacher has no row for "no class": absent ids are the last row."""
+
+    def embed(self, cond: Condition) -> Condition:
+        """The ids, absent ones as the null class."""
+        labels, null = cond.get("class_labels"), self.null_class
+        if labels is None or not isinstance(null, int):
+            return cond
+        return {**cond, "class_labels": labels.where(labels != ABSENT, null)}
 
 
 def dropped(
@@ -279,6 +331,39 @@ def with_null_class(conditioning: Conditioning, null: int | Literal["none"]) -> 
         names=names[: classes - 1] if names else None,
         classes=None if taught is None else drawn,
     )
+
+
+def for_student(conditioning: Conditioning) -> Conditioning:
+    """What a student is fed for a teacher's conditions: the same, "no class" as an id."""
+    return conditioning.in_a_table() if isinstance(conditioning, ClassLabels) else conditioning
+
+
+def absent_rows(conditioning: Conditioning, cond: Condition) -> Tensor | None:
+    """Rows that are evaluated without any condition, bool [B]; None if there are none."""
+    said = getattr(conditioning, "absent", None)
+    if said is None or not cond:
+        return None
+    rows: Tensor | None = said(cond)
+    return None if rows is None or not bool(rows.any()) else rows
+
+
+Interval = tuple[float, float]
+
+
+def parse_interval(text: str | None) -> Interval | None:
+    """Read 'LOW:HIGH', shares of noise in 0..1; None is everywhere. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not 0 <= low < high <= 1:
+        raise UsageError(
+            f"--guidance-interval {text}: give LOW:HIGH, shares of noise sigma / (alpha + sigma) "
+            "from 0 (clean) to 1 (noise), such as 0.3:0.7"
+        )
+    return low, high
 
 
 def guide(

@@ -279,6 +279,10 @@ class DistillConfig(StudentChoice, TeacherChoice, RunConfig):
     guidance_scale: str = "1"
     """Guidance of the teacher: a number, or LOW:HIGH for a scale drawn for each chain; 1 is none.
     Costs double, except for a teacher that is fed the scale."""
+    guidance_interval: str | None = None
+    """LOW:HIGH, the shares of noise sigma / (alpha + sigma) between which guidance acts (arXiv
+    2404.07724), such as 0.3:0.7; outside the teacher is not guided, or is fed a scale of 1. None
+    is everywhere."""
     guidance_on: Literal["target", "chain"] = "target"
     """What is guided: chain and target, so that it is baked into the student; or the chain alone,
     so that the student learns the unguided model where guided samples lie."""

@@ -14,7 +14,16 @@ from dkdm.arguments import NamedArguments, is_array, number, refuse, shape, whol
 from dkdm.arrays import table, tensor
 from dkdm.bundle import Bundle
 from dkdm.calls import Call, Network, call_of, takes
-from dkdm.conditioning import Condition, Conditioning, Unconditional, check_conditioning, guide
+from dkdm.conditioning import (
+    Condition,
+    Conditioning,
+    Interval,
+    Unconditional,
+    absent_rows,
+    check_conditioning,
+    guide,
+    parse_interval,
+)
 from dkdm.errors import UsageError
 from dkdm.modes import evaluating
 from dkdm.prediction import (
@@ -60,6 +69,8 @@ class Denoiser(NamedArguments):
         process, see `matching`; None leaves them.
     decode: of an autoencoder of your own, latents [B, ...] -> pictures in [-1, 1]; None shows
         samples as they are. Students are shipped without it.
+    guidance_interval: shares of noise, sigma / (alpha + sigma), between which guidance acts; None
+        is everywhere (arXiv 2404.07724).
     evaluations: samples put through the network so far; guidance counts two a sample.
     """
 
@@ -88,6 +99,7 @@ class Denoiser(NamedArguments):
     rescale: Tensor | None = None
     evaluations: int = 0
     decode: Callable[[Tensor], Tensor] | None = None
+    guidance_interval: Interval | None = None
 
     def __post_init__(self) -> None:
         self._check_arguments()
@@ -108,6 +120,9 @@ class Denoiser(NamedArguments):
         self.constants = _constants(self.constants)
         self.value_range = _ends("Denoiser: value_range", self.value_range)
         _check_functions(call=self.call, decode=self.decode)
+        if self.guidance_interval is not None:
+            ends = _ends("Denoiser: guidance_interval", self.guidance_interval)
+            self.guidance_interval = parse_interval("{}:{}".format(*ends))
         if not isinstance(self.bundle, Bundle):
             refuse("Denoiser: bundle", self.bundle, "leave it out, or give decode=function")
         if self.rescale is not None:
@@ -155,6 +170,7 @@ class Denoiser(NamedArguments):
         if self.rescale is not None:
             factor = per_sample(self.rescale[batch.t.cpu()], batch.x)
             batch = batch._replace(x=factor * batch.x)
+        guidance_scale = self._scale_inside(guidance_scale, batch.t)
         if self.embeds_guidance:
             scale = torch.as_tensor(guidance_scale, dtype=torch.float32).expand(len(batch.t))
             batch = batch._replace(cond={"guidance": scale, **batch.cond})
@@ -162,6 +178,8 @@ class Denoiser(NamedArguments):
         if self.embeds_guidance or unguided:
             prediction = self._read(self._evaluate(batch.x, batch.t, batch.cond), batch)
             return prediction, prediction
+        if self.guidance_interval is not None:
+            return self._guided_inside(batch, torch.as_tensor(guidance_scale))
         null = self.conditioning.null(len(batch.t))
         both = {
             key: torch.cat([value, null[key].to(value) if key in null else value])
@@ -170,6 +188,39 @@ class Denoiser(NamedArguments):
         doubled = self._evaluate(torch.cat([batch.x, batch.x]), batch.t.repeat(2), both)
         conditional, unconditional = doubled.chunk(2)
         guided = guide(conditional, unconditional, guidance_scale, self.sample_shape[0])
+        return self._read(conditional, batch), self._read(guided, batch)
+
+    def _scale_inside(self, scale: float | Tensor, t: Tensor) -> float | Tensor:
+        """The guidance scale of each sample, 1 outside of the interval; 1.0 if it is 1 for all."""
+        if self.guidance_interval is None:
+            return scale
+        inside = self.guided_levels()[t.cpu()]
+        if not inside.any():
+            return 1.0
+        scales = torch.as_tensor(scale, dtype=torch.float32).expand(len(t))
+        return torch.where(inside.to(scales.device), scales, torch.ones_like(scales))
+
+    def guided_levels(self) -> Tensor:
+        """Levels whose share of noise lies in the guidance interval, bool [T]."""
+        low, high = self.guidance_interval or (0.0, 1.0)
+        share = self.process.sigma / (self.process.alpha + self.process.sigma)
+        return (share >= low) & (share <= high)
+
+    def _guided_inside(self, batch: Batch, scale: Tensor) -> tuple[Prediction, Prediction]:
+        """`predict_both`, with the second evaluation for the samples that are guided alone."""
+        inside = self.guided_levels()[batch.t.cpu()]
+        on = inside.nonzero().flatten()
+        null = self.conditioning.null(len(on))
+        both = {
+            key: torch.cat([value, null[key].to(value) if key in null else value[on]])
+            for key, value in batch.cond.items()
+        }
+        there = on.to(batch.x.device)
+        x, t = torch.cat([batch.x, batch.x[there]]), torch.cat([batch.t, batch.t[on.to(batch.t)]])
+        conditional, free = self._evaluate(x, t, both).tensor_split([len(batch.t)])
+        unconditional = conditional.clone()
+        unconditional[there] = free
+        guided = guide(conditional, unconditional, scale, self.sample_shape[0])
         return self._read(conditional, batch), self._read(guided, batch)
 
     def _read(self, raw: Tensor, batch: Batch) -> Prediction:
@@ -188,8 +239,7 @@ class Denoiser(NamedArguments):
             self.parameterization.prediction, x, sigma, self.parameterization.sigma_data
         )
         time = self.times[t.cpu()].to(x.device, torch.float32)
-        assert self.call is not None
-        output = self.call(self.network, self._cast(shown), time, self._fed(x, cond))
+        output = self._called(self._cast(shown), time, cond)
         expected = self.sample_shape[0] * (2 if self.parameterization.learns_variance else 1)
         if output.shape[1] != expected or output.shape[2:] != x.shape[2:]:
             raise UsageError(
@@ -198,10 +248,30 @@ class Denoiser(NamedArguments):
             )
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
+    def _called(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        """The network's output; samples without any condition are evaluated by themselves."""
+        assert self.call is not None
+        absent = absent_rows(self.conditioning, cond)
+        if absent is None:
+            return self.call(self.network, x, time, self._fed(x, cond))
+        output: Tensor | None = None
+        for part in (absent, ~absent):
+            rows = part.nonzero().flatten().to(x.device)
+            if not len(rows):
+                continue
+            kept = ("guidance",) if part is absent else tuple(cond)
+            fed = {key: cond[key][part] for key in kept if key in cond}
+            found = self.call(self.network, x[rows], time[rows], self._fed(x[rows], fed))
+            output = found.new_empty(len(x), *found.shape[1:]) if output is None else output
+            output = output.index_copy(0, rows, found)
+        assert output is not None
+        return output
+
     def _fed(self, x: Tensor, cond: Condition) -> Condition:
         """Constants and embedded conditions, on the device and in the network's precision."""
         fixed = {key: value.expand(len(x), *value.shape) for key, value in self.constants.items()}
-        fed = {**fixed, **self.conditioning.embed(cond)}
+        own = cond.keys() - {"guidance"}
+        fed = {**fixed, **(self.conditioning.embed(cond) if own else cond)}
         if not self.embeds_guidance:
             fed.pop("guidance", None)
         placed = {key: value.to(x.device) for key, value in fed.items()}
@@ -360,6 +430,15 @@ def _ends(name: str, value: Any) -> tuple[float, float]:
     if low >= high:
         refuse(name, value, f"{accepted}: the smaller one comes first")
     return low, high
+
+
+def no_decoder(latents: Tensor) -> Tensor:
+    """The `decode` of a model whose autoencoder is not in its folder: raises UsageError."""
+    raise UsageError(
+        f"the samples are latents {tuple(latents.shape[1:])} of an autoencoder that is not in the "
+        "model's folder: give --output x.safetensors, or in Python dataclasses.replace(denoiser, "
+        "decode=function)"
+    )
 
 
 def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:

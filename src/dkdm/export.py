@@ -82,6 +82,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
         index["_sample_size"] = "x".join(map(str, sides))
     if stock is None:
         index |= _class_index(denoiser) | _origin(denoiser) | _value_range(denoiser)
+        index |= {} if denoiser.decode is None else {"_latents": "true"}
         (folder / "pipeline.py").write_text(_pipeline_source(denoiser, component, components))
     else:
         index = {**denoiser.bundle.entries, **index}
@@ -102,6 +103,11 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
     network, clipping = denoiser.network, denoiser.process.clipping
     own = shipping_note(network) if isinstance(network, nn.Module) else None
     notes = [] if own is None else [own]
+    if denoiser.decode is not None:
+        notes.append(
+            "it works on latents of an autoencoder of your own, which is not in the folder: its "
+            "pipeline returns latents, and `dkdm sample` writes .safetensors"
+        )
     if clipping.range is not None and not clips_as(scheduler_config(denoiser), denoiser.process):
         low, high = clipping.center - clipping.range, clipping.center + clipping.range
         notes.append(
@@ -169,7 +175,7 @@ def _stock_pipeline(denoiser: Denoiser) -> str | None:
     """The diffusers pipeline that can feed this network, if there is one."""
     network, kind = type(denoiser.network).__name__, denoiser.bundle.pipeline
     scheduler = denoiser.process.scheduler["_class_name"]
-    if _value_range(denoiser):
+    if _value_range(denoiser) or denoiser.decode is not None:
         return None
     if network == "UNet2DModel":
         return _stock_of_unet(denoiser, scheduler)
@@ -271,6 +277,7 @@ def _pipeline_source(
             and scheduler != "DDPMScheduler",
             sample_shape=tuple(denoiser.sample_shape),
             value_range=denoiser.value_range if _value_range(denoiser) else None,
+            latents_only=denoiser.decode is not None,
             token_width=_token_width(denoiser.conditioning),
         )
     )

@@ -11,7 +11,7 @@ import torch
 
 from dkdm import checkpoint
 from dkdm.card import NO_LICENCE, write_card
-from dkdm.conditioning import restrict_classes
+from dkdm.conditioning import parse_interval, restrict_classes
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
@@ -228,6 +228,7 @@ def sample_to_file(
     seed: int = 0,
     classes: tuple[int, ...] | None = None,
     guidance_scale: float = 1.0,
+    guidance_interval: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Draw samples and write them as a picture, or as a tensor where output ends .safetensors.
@@ -247,7 +248,8 @@ def sample_to_file(
     if sampler not in ("ddim", "ddpm"):
         raise UsageError(f"unknown sampler '{sampler}': expected ddim or ddpm")
     conditioning = restrict_classes(denoiser.conditioning, classes)
-    denoiser = replace(denoiser, conditioning=conditioning)
+    interval = parse_interval(guidance_interval)
+    denoiser = replace(denoiser, conditioning=conditioning, guidance_interval=interval)
     cond = conditioning.in_turns(num_samples)
     plan = Plan(num_samples, num_steps, seed, eta=float(sampler == "ddpm"))
     with (

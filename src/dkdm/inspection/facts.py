@@ -44,7 +44,7 @@ class ConditioningFacts:
 
     kind: str
     num_classes: int | None = None
-    null_class: int | None = None
+    null_class: int | str | None = None
     class_names: tuple[str, ...] | None = None
 
 

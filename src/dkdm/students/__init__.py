@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkdm.conditioning import ClassLabels, Condition
+from dkdm.conditioning import ClassLabels, Condition, for_student
 from dkdm.config import ProcessName
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
@@ -74,7 +74,7 @@ def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = N
     interface = Interface(
         teacher.sample_shape,
         out_channels,
-        teacher.conditioning,
+        for_student(teacher.conditioning),
         teacher.network,
         teacher.bundle.autoencoder,
     )
@@ -94,6 +94,8 @@ def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
     constants = like.constants if type(network) is type(like.network) else {}
     if not isinstance(like.conditioning, ClassLabels):
         constants = constants | _constants(network)
+    conditioning = for_student(like.conditioning)
+    like = like if conditioning is like.conditioning else replace(like, conditioning=conditioning)
     return replace(
         like, network=network, constants=constants, name=name, time=None, call=None, evaluations=0
     )

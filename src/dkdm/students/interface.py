@@ -73,7 +73,8 @@ class Interface:
         """Rows of a table of class embeddings, the null class included; None without classes."""
         if not isinstance(self.conditioning, ClassLabels):
             return None
-        return max(self.conditioning.num_classes, (self.conditioning.null_class or 0) + 1)
+        own = self.conditioning.in_a_table()
+        return max(own.num_classes, int(own.null_class or 0) + 1)
 
     @property
     def text_width(self) -> int | None:

@@ -14,7 +14,7 @@ from torch import nn
 from dkdm.bundle import Autoencoder, Bundle, Component, weight_variant
 from dkdm.checkpoint import refuse_other_contents
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
-from dkdm.denoiser import Denoiser
+from dkdm.denoiser import Denoiser, no_decoder
 from dkdm.effective import (
     ALIASES,
     class_config,
@@ -169,6 +169,7 @@ def _denoiser(
         conditioning,
         constants,
         value_range=_saved_range(index),
+        decode=no_decoder if index.get("_latents") else None,
         bundle=bundle,
     )
 
