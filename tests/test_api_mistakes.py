@@ -97,6 +97,7 @@ REFUSED = {
     "train": (lambda: dkdm.train(dkdm.DistillConfig()), r"give a dkdm.TrainConfig\("),
     "typo": (lambda: dkdm.DistillConfig(max_steps=3), "no 'max_steps'.*use max_train_steps"),
     "lr": (lambda: dkdm.DistillConfig(lr=3), "no 'lr'.*use learning_rate"),
+    "union": (lambda: dkdm.DistillConfig(teacher_null_class="no"), "a whole number, or none, or N"),
     "yes": (lambda: dkdm.DistillConfig(use_ema="yes"), "--use-ema yes: give True or False"),
     "word": (lambda: dkdm.DistillConfig(fill="fast"), "--fill fast: give few-step, ancestral, non"),
     "export": (lambda: dkdm.export_graph("runs/x", "x.onnx"), "load it first: dkdm.load_teacher"),
@@ -152,6 +153,8 @@ def test_what_is_meant_is_taken():
     config = dkdm.DistillConfig(output_dir="a", stride=2, classes=[1], max_train_steps=np.int64(3))
     assert (config.output_dir, config.stride, config.classes) == (Path("a"), "2", (1,))
     assert type(config.max_train_steps) is int
+    nulls = [dkdm.DistillConfig(teacher_null_class=null) for null in ("none", 3, None)]
+    assert [config.teacher_null_class for config in nulls] == ["none", 3, None]
 
 
 def test_tables_of_numpy_and_lists_are_a_process():

@@ -316,19 +316,22 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
     """An option's value in the type that it has. Raises UsageError for any other."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if typing.get_origin(hint) is typing.Union:
-        kinds = typing.get_args(hint)
-    if value is None and type(None) in kinds:
-        return None
-    kind = next(k for k in kinds if k is not type(None))
-    try:
-        return _as(kind, name, value)
-    except _WrongError as error:
-        none = ", or None" if type(None) in kinds else ""
-        flag = name.replace("_", "-")
-        shown = value if isinstance(value, (int, float, str)) else described(value)
-        raise UsageError(f"--{flag} {shown}: {error}{none} ({name})") from None
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    kinds = typing.get_args(hint) if union else (hint,)
+    accepted = []
+    for kind in kinds:
+        if kind is type(None):
+            if value is None:
+                return None
+            accepted.append("None")
+            continue
+        try:
+            return _as(kind, name, value)
+        except _WrongError as error:
+            accepted.append(str(error))
+    shown = value if isinstance(value, (int, float, str)) else described(value)
+    flag, way = name.replace("_", "-"), ", or ".join(accepted)
+    raise UsageError(f"--{flag} {shown}: give {way} ({name})")
 
 
 class _WrongError(Exception):
@@ -341,15 +344,15 @@ def _as(kind: Any, name: str, value: Any) -> Any:
         return _as_tuple(kind, name, value)
     if typing.get_origin(kind) is Literal:
         words = typing.get_args(kind)
-        return _accept(value, type(value) is str and value in words, f"give {', '.join(words)}")
+        return _accept(value, type(value) is str and value in words, ", ".join(words))
     if kind is Path:
-        return Path(_accept(value, isinstance(value, (str, Path)), "give a path"))
+        return Path(_accept(value, isinstance(value, (str, Path)), "a path"))
     value = scalar(value)
     if kind is bool:
-        return _accept(value, type(value) is bool, "give True or False")
+        return _accept(value, type(value) is bool, "True or False")
     if kind is str:
         plain = isinstance(value, (str, Path, int, float)) and not isinstance(value, bool)
-        return str(_accept(value, plain, "give a string"))
+        return str(_accept(value, plain, "a string"))
     return _as_number(kind, name, value)
 
 
@@ -362,16 +365,16 @@ def _as_number(kind: type, name: str, value: Any) -> Any:
         value = int(value)
     legal = type(value) in ((int,) if kind is int else (int, float)) and math.isfinite(value)
     legal = legal and low <= value <= (math.inf if high is None else high)
-    return kind(_accept(value, legal, f"give {what}"))
+    return kind(_accept(value, legal, what))
 
 
 def _as_tuple(kind: Any, name: str, value: Any) -> tuple[Any, ...]:
     kinds = typing.get_args(kind)
     value = value.tolist() if is_array(value) and value.ndim else value
-    value = _accept(value, isinstance(value, (tuple, list)), "give a tuple")
+    value = _accept(value, isinstance(value, (tuple, list)), "a tuple")
     if kinds[-1] is ...:
         return tuple(_as(kinds[0], name, each) for each in value)
-    _accept(value, len(value) == len(kinds), f"give {len(kinds)} of them")
+    _accept(value, len(value) == len(kinds), f"{len(kinds)} of them")
     return tuple(_as(each, name, v) for each, v in zip(kinds, value, strict=True))
 
 
