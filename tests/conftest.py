@@ -50,6 +50,13 @@ def pytest_fixture_setup(fixturedef, request):
     seed_from_name(f"{fixturedef.baseid}::{fixturedef.argname}[{param}]")
 
 
+@pytest.fixture(autouse=True)
+def unchecked_teachers(request, monkeypatch):
+    """Untrained teachers teach in most tests; looking for their cure would take seconds in each."""
+    if request.node.get_closest_marker("teacher_check") is None:
+        monkeypatch.setattr("dkdm.api.teacher_warning", lambda *_: None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item):
     seed_from_name(item.nodeid)

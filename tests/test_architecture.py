@@ -68,6 +68,7 @@ ROOMS = [
     "finish",
     "launch",
     "trainer",
+    "estimate",
     "plan",
     "check_student",
     "recipes",

@@ -16,6 +16,7 @@ from dkdm.conditioning import Unconditional, for_student, parse_interval, restri
 from dkdm.config import DistillConfig, TrainConfig
 from dkdm.denoiser import Denoiser, no_decoder
 from dkdm.errors import UsageError
+from dkdm.estimate import advice, estimated, in_words, measured
 from dkdm.export import component_name, write_pipeline
 from dkdm.features import Features, match_features
 from dkdm.finish import (
@@ -28,6 +29,7 @@ from dkdm.finish import (
 )
 from dkdm.given import config_given, student_given, teacher_given
 from dkdm.hub import publish, reserve
+from dkdm.inspection import quick_check
 from dkdm.launch import claim_output, start_accelerator
 from dkdm.matching import covered, level_weights, on_levels_of, same_levels, with_process
 from dkdm.modes import evaluating, say_if
@@ -38,7 +40,7 @@ from dkdm.students import as_denoiser, given_student, student_of
 from dkdm.students.space import check_same_samples
 from dkdm.students.start import begin
 from dkdm.teachers import chosen_teacher, place, with_texts
-from dkdm.trainer import Trainer
+from dkdm.trainer import Trainer, make_trainable
 from dkdm.trainset import training_data
 
 
@@ -115,7 +117,8 @@ def _distill(
     found = claim_output(config, accelerator)
     if found:
         trainer.resume(found)
-    else:
+    say_what_it_takes(taught_by, trainer, config)
+    if not found:
         prepare(source, taught_by, config)
         trainer.save()
     started = time.monotonic()
@@ -128,6 +131,40 @@ def _distill(
     finish_distillation(config, taught_by, finished, comparison, seconds)
     publish(config)
     return config.output_dir
+
+
+def say_what_it_takes(teacher: Denoiser, trainer: Trainer, config: DistillConfig) -> None:
+    """Say how long the run takes, and that the teacher does not denoise where it does not.
+
+    The check's evaluations are not counted, and a resumed run is not checked again.
+    """
+    speeds = measured(teacher, trainer.student, config, trainer.accelerator.autocast)
+    done, planned = trainer.step_number, planned_evaluations(teacher, config)
+    needed = estimated(planned, config.max_train_steps, done, speeds)
+    lines = [in_words(needed), advice(needed, config)]
+    if config.check and not done:
+        lines.append(teacher_warning(teacher, speeds.evaluation))
+    for line in lines:
+        if line:
+            print(line, file=sys.stderr)
+
+
+def teacher_warning(teacher: Denoiser, seconds: float) -> str | None:
+    """What is wrong with a teacher by a quick look; None where nothing is.
+
+    seconds: of one evaluation. A look never ends a run: whatever a network raises is the warning.
+    """
+    try:
+        found = quick_check(teacher, 1 / max(seconds, 1e-9))
+    except Exception as error:
+        return f"warning: the teacher could not be checked: {type(error).__name__}: {error}"
+    if found is None:
+        return "note: the teacher is too slow for a quick check; dkdm inspect checks it"
+    if found.denoises:
+        return None
+    start = "does not denoise as it is read" if found.denoises is False else "could not be judged"
+    what = "".join(f"; {each.seen}; {each.remedy}" for each in found.concerns[-1:])
+    return f"warning: the teacher {start}{what}. dkdm inspect says more; --no-check leaves this out"
 
 
 def _refuse_shared_network(teacher: Denoiser, student: str | Denoiser | nn.Module | None) -> None:
@@ -369,6 +406,11 @@ def describe(config: DistillConfig) -> str:
     else:
         what, entries = "entries", pool_entries(config, teacher.process.num_levels)
         width = getattr(torch, config.pool_dtype).itemsize
+    place_for_dry_run(teacher, student, config)
+    speeds = measured(teacher, student, config)
+    needed = estimated((filling, training), config.max_train_steps, 0, speeds)
+    caution = advice(needed, config)
+    odd += f"\n{caution}" if caution else ""
     mebibytes = entries * torch.Size(teacher.sample_shape).numel() * width / 2**20
     return (
         f"teacher   {teacher.name}: {teacher.num_parameters:,} parameters\n"
@@ -379,8 +421,19 @@ def describe(config: DistillConfig) -> str:
         f"source    {config.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
         f"cost      {filling:,} teacher evaluations to prepare, {training:,} to train, "
         "and restarts\n"
+        f"time      {in_words(needed)}\n"
         f"output    {config.output_dir}{odd}"
     )
+
+
+def place_for_dry_run(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> None:
+    """Bring both models to where they would compute."""
+    network: nn.Module = student.network  # type: ignore[assignment]
+    make_trainable(network.train())
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        place(teacher, device, config.teacher_offload)
+        network.to(device)
 
 
 def _kind_of(student: Denoiser, teacher: Denoiser) -> str:

@@ -130,6 +130,9 @@ class InspectOptions(TeacherOptions):
     """Samples of the check."""
     steps: int = 50
     """Sampler steps of the check."""
+    samples: Path | None = None
+    """Real samples to judge it by in place of its own, in the range it was trained on: an array
+    [N, C, ...] as .npy, .npz, .safetensors or .pt, or a folder of images."""
     json: bool = False
     """Print JSON for machines."""
 
@@ -445,10 +448,15 @@ def _export(args: list[str]) -> int:
 def _inspect(args: list[str]) -> int:
     options = tyro.cli(InspectOptions, args=args, prog="dkdm inspect")
     from dkdm.finish import sample_to_file
-    from dkdm.inspection import inspect_denoiser, print_inspection
+    from dkdm.inspection import inspect_denoiser, print_inspection, read_samples
 
     denoiser = _load(options, default_prompt=INSPECTED_PROMPT)
-    found = inspect_denoiser(denoiser, num_samples=options.num_samples, num_steps=options.steps)
+    found = inspect_denoiser(
+        denoiser,
+        num_samples=options.num_samples,
+        num_steps=options.steps,
+        images=None if options.samples is None else read_samples(options.samples, denoiser),
+    )
     if options.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
@@ -457,7 +465,7 @@ def _inspect(args: list[str]) -> int:
         sample_to_file(
             denoiser, options.output, num_samples=options.num_samples, num_steps=options.steps
         )
-    return 0
+    return int(found.check.denoises is False)
 
 
 def _students(args: list[str]) -> int:

@@ -243,6 +243,9 @@ class StudentChoice:
 class DistillConfig(StudentChoice, TeacherChoice, RunConfig):
     """Distil a teacher into a student without images."""
 
+    check: bool = True
+    """Check for a few seconds, before the start, that the teacher denoises as it is read, and warn
+    if it does not; --no-check leaves it out. It changes nothing of the run."""
     teacher_offload: Literal["none", "layers"] = "none"
     """Keep the teacher in host memory and move a layer at a time to the device: slow, but small."""
     student_init: str = "random"

@@ -17,6 +17,7 @@ from dkdm.evaluation.cost import undisturbed
 from dkdm.given import denoiser_given
 from dkdm.inspection.denoising import (
     BEST_RATIO,
+    INNER_LEVELS,
     WORST_RATIO,
     LevelError,
     Samples,
@@ -24,13 +25,23 @@ from dkdm.inspection.denoising import (
     given_samples,
     level_errors,
     own_samples,
+    samples_needed,
 )
-from dkdm.inspection.readings import better_reading
+from dkdm.inspection.readings import Cure, applied, cure_of
+from dkdm.inspection.remedy import corrected, in_words
 from dkdm.modes import say_if
 from dkdm.process import Process
 
 # Measured: 0.01 of the values after minutes of training, 0.1 where the data is 1.5 times too wide.
 CLIPPED_SHARE = 0.04
+# Signal-to-noise ratio at T-1 beyond which pure noise is no state that the network was trained on.
+NOISY_END = 0.01
+TRIAL_STEPS = 10
+MAX_TRIALS = 300
+MIN_TRIALS = 24
+TRIAL_SECONDS = 30.0
+QUICK_STEPS = 10
+QUICK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +65,17 @@ class Concern:
 
 @dataclass(frozen=True)
 class DenoisingCheck:
-    """The verdict, the errors by rising noise, the model's own samples, gravest concerns first."""
+    """The verdict, the errors by rising noise, the model's own samples, gravest concerns first.
 
-    denoises: bool
+    denoises: None where it cannot be told without real samples. cure: what to type instead, where
+    another reading of the network denoises.
+    """
+
+    denoises: bool | None
     levels: tuple[LevelError, ...]
     samples: Spread
     concerns: tuple[Concern, ...]
+    cure: str | None = None
 
 
 NOT_FINITE = Concern(
@@ -77,23 +93,26 @@ def check_denoising(
     num_steps: int = 50,
     seed: int = 0,
     images: Tensor | np.ndarray | Sequence[Any] | None = None,
+    max_trials: int = MAX_TRIALS,
 ) -> DenoisingCheck:
     """Sample from a model, noise the samples to about 12 levels and predict them.
 
     num_samples: at least 2; more are drawn where one has few values. num_steps: sampler steps.
     images: [N, ...] to be noised instead of the samples, in the model's own range and shape. Where
-    it does not denoise, other readings of the same network are tried, with half the steps each.
-    What may pass: a schedule that is only a little off. Mode and evaluation counter are restored.
+    it does not denoise, up to max_trials other readings of the same network are tried. Where the
+    schedule does not end in noise, chains that begin with it say nothing against the model, and
+    without images there is no verdict. What may pass: a schedule that is only a little off. Mode
+    and evaluation counter are restored.
     Raises UsageError for fewer than two samples or images, and for images of another shape.
     """
     denoiser = denoiser_given("check_denoising: denoiser", denoiser)
-    images = None if images is None else as_tensor("check_denoising: images", images).float()
-    _check_request(denoiser, num_samples, num_steps, images)
+    real = None if images is None else as_tensor("check_denoising: images", images).float()
+    _check_request(denoiser, num_samples, num_steps, real)
 
-    def samples_of(reading: Denoiser, label: str) -> Samples:
-        if images is not None:
-            return given_samples(reading, images)
-        return own_samples(reading, num_samples, max(1, num_steps // 2), seed, label)
+    def samples_of(reading: Denoiser) -> Samples:
+        if real is not None:
+            return given_samples(reading, real)
+        return own_samples(reading, num_samples, min(TRIAL_STEPS, max(1, num_steps // 2)), seed)
 
     with undisturbed(denoiser) as changed:
         say_if(changed)
@@ -101,15 +120,66 @@ def check_denoising(
         spread = _spread(own.x_0)
         if not own.x_0.isfinite().all():
             return DenoisingCheck(False, (), spread, (NOT_FINITE,))
-        used = own if images is None else given_samples(denoiser, images)
+        used = own if real is None else given_samples(denoiser, real)
         levels = level_errors(denoiser, used, seed)
-        concerns = () if images is None else _image_concerns(spread, _spread(images))
+        concerns = _noisy_end_concerns(denoiser.process, real)
+        if real is not None and not concerns:
+            concerns = _image_concerns(spread, _spread(real))
         if denoises(levels):
             concerns += _clipping_concerns(denoiser.process, own.clipped_share)
             concerns += _scale_concerns(denoiser.process, spread)
             return DenoisingCheck(True, levels, spread, concerns)
-        failure = _failure(levels, better_reading(denoiser, samples_of, seed))
-    return DenoisingCheck(False, levels, spread, (*concerns, failure))
+        cure = cure_of(denoiser, samples_of, seed, max_trials)
+    if real is None and _ends_in_signal(denoiser.process) and not _is_sure(denoiser, cure):
+        return DenoisingCheck(None, levels, spread, concerns)
+    line = None if cure is None else corrected(denoiser, cure.change)
+    failure = _failure(denoiser, levels, cure, line, max_trials)
+    return DenoisingCheck(False, levels, spread, (*concerns, failure), line)
+
+
+def _is_sure(denoiser: Denoiser, cure: Cure | None) -> bool:
+    """Whether a cure was found on chains that begin with a state the network knows."""
+    return cure is not None and not _ends_in_signal(applied(denoiser, cure.change).process)
+
+
+def _ends_in_signal(process: Process) -> bool:
+    return process.snr()[-1].item() > NOISY_END
+
+
+def _noisy_end_concerns(process: Process, images: Tensor | None) -> tuple[Concern, ...]:
+    if not _ends_in_signal(process):
+        return ()
+    remedy = "sampling and distillation begin with pure noise, which it was not trained on"
+    if images is None:
+        remedy += ": give real samples to judge it by, with --samples FILE (in Python: images=)"
+    concern = Concern(
+        f"its noise schedule does not end in noise: SNR {process.snr()[-1].item():.3g} at t = T-1",
+        f"at most {NOISY_END}",
+        remedy,
+    )
+    return (concern,)
+
+
+def affordable_trials(denoiser: Denoiser, speed: float, seconds: float) -> int:
+    """How many other readings can be tried in a time. speed: evaluations a second."""
+    a_trial = samples_needed(denoiser, 2) * (TRIAL_STEPS + 2)
+    return max(MIN_TRIALS, min(MAX_TRIALS, int(seconds * speed / a_trial)))
+
+
+def quick_check(denoiser: Denoiser, speed: float, seed: int = 0) -> DenoisingCheck | None:
+    """The check in about five seconds by a measured speed (evaluations a second).
+
+    None where even its smallest form takes longer. Where time is short, few other readings are
+    tried.
+    """
+    count = samples_needed(denoiser, 2)
+    steps = min(QUICK_STEPS, denoiser.process.num_levels)
+    needed = count * (steps + INNER_LEVELS + 2)
+    if needed > QUICK_SECONDS * speed:
+        return None
+    left = (QUICK_SECONDS * speed - needed) / (count * (TRIAL_STEPS + 2))
+    trials = min(MAX_TRIALS, int(left))
+    return check_denoising(denoiser, num_samples=2, num_steps=steps, seed=seed, max_trials=trials)
 
 
 def _check_request(
@@ -133,16 +203,24 @@ def _spread(values: Tensor) -> Spread:
     return Spread(exact.min().item(), exact.max().item(), exact.mean().item(), exact.std().item())
 
 
-def _failure(levels: tuple[LevelError, ...], setting: str | None) -> Concern:
+def _failure(
+    denoiser: Denoiser,
+    levels: tuple[LevelError, ...],
+    cure: Cure | None,
+    line: str | None,
+    max_trials: int,
+) -> Concern:
     expected = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
-    if setting:
-        remedy = f"with {setting} it denoises: correct that, usually in scheduler_config.json"
-        return Concern(_seen(levels), expected, remedy)
+    if cure is not None:
+        reading = applied(denoiser, cure.change)
+        words = in_words(cure.change, reading)
+        return Concern(_seen(levels), expected, f"with {words} it denoises: {line}")
     return Concern(
         _seen(levels),
         expected,
-        "no other prediction type, time scale or usual schedule makes it denoise: check that these "
-        "are trained weights, and how the network's input and time are scaled",
+        f"no reading works: with none of {max_trials} others (prediction types, times, signs, "
+        "usual schedules) does it denoise. Check that these are trained weights, and how the "
+        "network's input is scaled",
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +33,9 @@ INNER_LEVELS = 10
 # after minutes of training, 1.0 and 0.1 for an exact model; at least 1.2 and 1.0 untrained.
 WORST_RATIO = 1.2
 BEST_RATIO = 0.85
+# A cure must be convincing: of many readings of a wrong network one comes out well by chance.
+CURED_RATIO = 0.6
+CURED_LEVELS = 3
 # More samples are drawn where one has few values, so that the ratios are known to a few percent.
 MIN_VALUES = 2048
 
@@ -70,17 +75,21 @@ class LevelError:
 
 
 def own_samples(
-    denoiser: Denoiser, num_samples: int, num_steps: int, seed: int, label: str
+    denoiser: Denoiser, num_samples: int, num_steps: int, seed: int, label: str | None = None
 ) -> Samples:
-    """Draw from the model without noise in its steps (DDIM); label: what the progress line says."""
+    """Draw from the model without noise in its steps (DDIM).
+
+    label: what the progress line says; None shows none.
+    """
     process, shape = denoiser.process, tuple(denoiser.sample_shape)
-    count = max(num_samples, math.ceil(MIN_VALUES / math.prod(shape)))
+    count = samples_needed(denoiser, num_samples)
     cond = denoiser.conditioning.in_turns(count)
     noise = generator("cpu", seed, "denoising check", "start")
     start = process.start_std * torch.randn(count, *shape, generator=noise)
     steps = process.timesteps(min(num_steps, process.num_levels))
     clipped: list[float] = []
-    with track(len(steps), 0, label) as show:
+    shown = nullcontext(_silent) if label is None else track(len(steps), 0, label)
+    with shown as show:
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
             prediction = denoiser.predict(Batch(x, t, cond, t))
@@ -91,6 +100,15 @@ def own_samples(
         first = start.to(denoiser.device)
         x_0 = sample(predict, process, denoiser.parameterization, first, steps, torch.zeros)
     return Samples(x_0, cond, sum(clipped) / max(1, len(clipped)))
+
+
+def samples_needed(denoiser: Denoiser, at_least: int) -> int:
+    """How many samples the check draws, so that there are enough values to judge by."""
+    return max(at_least, math.ceil(MIN_VALUES / math.prod(denoiser.sample_shape)))
+
+
+def _silent(done: int) -> None:
+    del done
 
 
 def _clipped_share(process: Process, t: int, x_0: Tensor) -> list[float]:
@@ -112,16 +130,28 @@ def given_samples(denoiser: Denoiser, images: Tensor) -> Samples:
 
 def level_errors(denoiser: Denoiser, samples: Samples, seed: int) -> tuple[LevelError, ...]:
     """The errors at about 12 levels, least noise first; one evaluation a sample and level."""
+    return tuple(_errors(denoiser, samples, seed))
+
+
+def levels_until_bad(denoiser: Denoiser, samples: Samples, seed: int) -> tuple[LevelError, ...]:
+    """The same, up to the first level that rules the model out."""
+    errors = []
+    for error in _errors(denoiser, samples, seed):
+        errors.append(error)
+        if error.decisive and not error.blind_ratio <= WORST_RATIO:
+            break
+    return tuple(errors)
+
+
+def _errors(denoiser: Denoiser, samples: Samples, seed: int) -> Iterator[LevelError]:
     process, x_0 = denoiser.process, samples.x_0
     var = max(x_0.double().var(dim=0).mean().item(), 1e-12)
     noise = generator("cpu", seed, "denoising check", "noise")
-    errors = []
     for level in _levels(process.snr() * var):
         t = torch.full((len(x_0),), level)
         eps = torch.randn(x_0.shape, generator=noise).to(x_0.device)
         prediction = denoiser.predict(Batch(process.add_noise(x_0, eps, t), t, samples.cond, t))
-        errors.append(_level_error(level, process.snr()[level].item(), var, prediction, x_0, eps))
-    return tuple(errors)
+        yield _level_error(level, process.snr()[level].item(), var, prediction, x_0, eps)
 
 
 def _levels(signal: Tensor) -> list[int]:
@@ -157,7 +187,13 @@ def _level_error(
 def denoises(levels: tuple[LevelError, ...]) -> bool:
     """Whether a model with these errors is read as it was trained, and trained at all."""
     ratios = _ratios(levels)
-    return bool(ratios) and max(ratios) <= WORST_RATIO and min(ratios) <= BEST_RATIO
+    return all(ratio <= WORST_RATIO for ratio in ratios) and any(r <= BEST_RATIO for r in ratios)
+
+
+def cures(levels: tuple[LevelError, ...]) -> bool:
+    """Whether a reading found among many has these errors by merit and not by chance."""
+    ratios = _ratios(levels)
+    return denoises(levels) and len(ratios) >= CURED_LEVELS and min(ratios) <= CURED_RATIO
 
 
 def mean_ratio(levels: tuple[LevelError, ...]) -> float:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
-from dkdm.inspection.check import DenoisingCheck, check_denoising
+from dkdm.inspection.check import (
+    TRIAL_SECONDS,
+    DenoisingCheck,
+    affordable_trials,
+    check_denoising,
+)
 from dkdm.inspection.memory import evaluation_mib, weights_mib
 from dkdm.inspection.readings import ProcessKind, process_kind
 from dkdm.prediction import PredictionType, VarianceType
@@ -102,14 +107,23 @@ def inspect_denoiser(
     num_steps: int = 50,
     seed: int = 0,
     images: Tensor | None = None,
+    max_trials: int | None = None,
 ) -> Inspection:
     """Measure a model and check that it denoises; takes num_steps evaluations and a few seconds.
 
     The options are those of `check_denoising`; num_samples is also the batch the costs are measured
-    with. Raises UsageError as that does.
+    with. max_trials: None is as many as take about half a minute. Raises UsageError as that does.
     """
+    speed = evaluations_per_second(denoiser, num_samples, seconds=0.5)
+    if max_trials is None:
+        max_trials = affordable_trials(denoiser, speed, TRIAL_SECONDS)
     check = check_denoising(
-        denoiser, num_samples=num_samples, num_steps=num_steps, seed=seed, images=images
+        denoiser,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        seed=seed,
+        images=images,
+        max_trials=max_trials,
     )
     network = denoiser.network
     kind = type(network) if isinstance(network, nn.Module) else network
@@ -131,7 +145,7 @@ def inspect_denoiser(
         evaluation_mib=evaluation_mib(denoiser, num_samples),
         batch_size=num_samples,
         macs=count_macs(denoiser),
-        evaluations_per_second=evaluations_per_second(denoiser, num_samples, seconds=0.5),
+        evaluations_per_second=speed,
         check=check,
     )
 

@@ -1,0 +1,152 @@
+"""What a run takes is arithmetic on measured speeds, and measuring leaves no trace."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import dkdm
+from dkdm import api
+from dkdm.checkpoint import read_tensors
+from dkdm.estimate import Speeds, advice, estimated, in_words, measured, minutes
+from dkdm.progress import read_metrics
+from dkdm.students import student_of
+from factories import denoiser
+
+CONFIG = dkdm.DistillConfig(
+    max_train_steps=3,
+    train_batch_size=8,
+    pool_size=16,
+    fill_steps=2,
+    logging_steps=1,
+    validation_steps=0,
+    evaluation_samples=0,
+)
+
+
+def test_seconds_are_evaluations_and_steps_at_their_speeds():
+    found = estimated((1000, 400), 10, 0, Speeds(evaluation=0.5, step=3.0))
+    assert (found.preparing, found.training) == (500.0, 400 * 0.5 + 10 * 3.0)
+    assert (found.evaluations, found.steps) == ((1000, 400), 10)
+
+
+def test_a_resumed_run_has_its_rest_ahead_and_nothing_to_prepare():
+    found = estimated((1000, 400), 10, 4, Speeds(0.5, 3.0))
+    assert (found.preparing, found.training) == (0.0, 240 * 0.5 + 6 * 3.0)
+    assert estimated((1000, 400), 10, 10, Speeds(0.5, 3.0)).training == 0
+
+
+def test_words_say_both_parts():
+    text = in_words(estimated((1_024_000, 128_000), 1000, 0, Speeds(0.001, 0.1)))
+    assert "17 minutes to prepare (1,024,000 teacher evaluations)" in text
+    assert "3.8 minutes to train (1,000 steps, 128,000 teacher evaluations)" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (1, "less than 0.1 minutes"),
+        (90, "1.5 minutes"),
+        (3000, "50 minutes"),
+        (36_000, "10 hours"),
+        (1_000_000, "12 days"),
+    ],
+)
+def test_durations_are_readable(seconds, words):
+    assert minutes(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({}, "--fill-steps"),
+        ({"fill": "ancestral"}, "--fill few-step"),
+        ({"source": "synthetic"}, "--synthetic-samples"),
+    ],
+)
+def test_a_preparation_longer_than_training_is_advised_against(changes, flag):
+    config = replace(CONFIG, **changes)
+    long = estimated((1000, 100), 10, 0, Speeds(1.0, 1.0))
+    assert flag in advice(long, config)
+    assert "--max-train-steps" in advice(long, config)
+    assert advice(estimated((50, 100), 10, 0, Speeds(1.0, 1.0)), config) is None
+
+
+class Tracked(nn.Module):
+    """A student with statistics and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(1), nn.Dropout(0.5)
+        self.last = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, t, class_labels=None):
+        del t, class_labels
+        return self.last(self.drop(self.norm(x)))
+
+
+def test_measuring_leaves_both_models_and_the_random_state_as_they_were():
+    teacher = replace(denoiser(), evaluations=3)
+    student = replace(teacher, network=Tracked().train(), evaluations=5)
+    student.network.last.bias.grad = torch.ones(1)
+    before = {key: value.clone() for key, value in student.network.state_dict().items()}
+    random = torch.random.get_rng_state()
+    speeds = measured(teacher, student, CONFIG)
+    assert speeds.evaluation > 0
+    assert speeds.step > 0
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert (teacher.evaluations, student.evaluations) == (3, 5)
+    for key, value in student.network.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert student.network.last.weight.grad is None
+    assert torch.equal(student.network.last.bias.grad, torch.ones(1))
+
+
+def distilled(folder, **changes):
+    teacher = denoiser()
+    config = replace(CONFIG, output_dir=folder, **changes)
+    dkdm.distill(teacher, student_of("dit-tiny", teacher), config)
+    losses = [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl")]
+    counts = [entry["teacher_evaluations"] for entry in read_metrics(folder / "metrics.jsonl")]
+    weights = read_tensors(folder / "checkpoint-3" / "source.safetensors")
+    return losses, counts, weights
+
+
+@pytest.mark.teacher_check
+def test_check_and_estimate_change_no_result(tmp_path, monkeypatch, capsys):
+    speeds = []
+    monkeypatch.setattr(
+        api, "measured", lambda *args: speeds.append(measured(*args)) or Speeds(2e-3, 1e-2)
+    )
+    with_both = distilled(tmp_path / "a")
+    text = capsys.readouterr().err
+    assert "to prepare (32 teacher evaluations)" in text
+    assert "the teacher does not denoise as it is read" in text
+    plain = distilled(tmp_path / "b", check=False)
+    assert "does not denoise" not in capsys.readouterr().err
+    monkeypatch.setattr(api, "say_what_it_takes", lambda *_: None)
+    neither = distilled(tmp_path / "c")
+    assert len(speeds) == 2
+    for found in (plain, neither):
+        assert found[:2] == with_both[:2]
+        assert all(torch.equal(value, with_both[2][key]) for key, value in found[2].items())
+
+
+@pytest.mark.teacher_check
+def test_a_teacher_that_denoises_is_passed_in_silence_and_a_crash_is_a_warning():
+    teacher = dkdm.load_teacher("builtin:fashion")
+    assert api.teacher_warning(teacher, 1e-4) is None
+    assert "too slow" in api.teacher_warning(teacher, 100.0)
+
+    def crash(x, time, class_labels):
+        del x, time, class_labels
+        raise ValueError("no")
+
+    broken = replace(teacher, network=crash, call=None)
+    assert "could not be checked: ValueError: no" in api.teacher_warning(broken, 1e-4)
+
+
+def test_dry_run_says_minutes():
+    text = api.describe(replace(CONFIG, teacher="builtin:fashion", student="dit-tiny"))
+    assert "time      about" in text
