@@ -149,4 +149,4 @@ def test_a_teacher_that_denoises_is_passed_in_silence_and_a_crash_is_a_warning()
 
 def test_dry_run_says_minutes():
     text = api.describe(replace(CONFIG, teacher="builtin:fashion", student="dit-tiny"))
-    assert "time      about" in text
+    assert "to prepare (32 teacher evaluations)" in text

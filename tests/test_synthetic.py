@@ -122,7 +122,7 @@ def test_a_student_that_embeds_guidance_is_told_that_of_its_samples(tmp_path):
     network, teacher = Guided(), denoiser()
     run = config(tmp_path, guidance_scale="3", condition_dropout=0.5, max_train_steps=2)
     dkdm.distill(teacher, network, run)
-    assert network.told == [3.0] * 8
+    assert network.told[-8:] == [3.0] * 8  # before them one batch was timed
 
 
 def test_the_student_may_have_another_process(tmp_path):

@@ -54,10 +54,10 @@ def estimated(evaluations: tuple[int, int], steps: int, done: int, speeds: Speed
 def in_words(estimate: Estimate) -> str:
     """One line: minutes to prepare and to train, and of what."""
     preparing, training = estimate.evaluations
-    first = f"about {minutes(estimate.preparing)} to prepare ({preparing:,} teacher evaluations)"
+    first = f"{minutes(estimate.preparing)} to prepare ({preparing:,} teacher evaluations)"
     second = f"{minutes(estimate.training)} to train ({estimate.steps:,} steps"
     second += f", {training:,} teacher evaluations)" if training else ")"
-    return f"{first}, {second}, by the speed of one batch on this machine"
+    return f"{first}, {second}, estimated from the speed of one batch"
 
 
 def minutes(seconds: float) -> str:
