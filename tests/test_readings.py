@@ -114,11 +114,8 @@ def test_right_flow_needs_no_cure():
 @pytest.mark.parametrize("time", TIMES, ids=lambda time: str(TIMES.index(time)))
 def test_code_of_a_time_is_what_it_says(time):
     written = eval(time.code, {"torch": torch})
-    for process in (LINEAR, FLOW, EDM):
-        assert torch.equal(
-            network_times(process, written).nan_to_num(),
-            network_times(process, time.of).nan_to_num(),
-        )
+    for process in (LINEAR, EDM):
+        assert torch.equal(network_times(process, written), network_times(process, time.of))
 
 
 class Table(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,8 +118,13 @@ def check_denoising(
         say_if(changed)
         own = own_samples(denoiser, num_samples, num_steps, seed, "denoising check")
         spread = _spread(own.x_0)
-        if not own.x_0.isfinite().all():
-            return DenoisingCheck(False, (), spread, (NOT_FINITE,))
+        if real is None and not own.x_0.isfinite().all():
+            cure = cure_of(denoiser, samples_of, seed, max_trials)
+            line = None if cure is None else corrected(denoiser, cure.change)
+            concern = (
+                NOT_FINITE if cure is None else replace(NOT_FINITE, remedy=_with(denoiser, cure))
+            )
+            return DenoisingCheck(False, (), spread, (concern,), line)
         used = own if real is None else given_samples(denoiser, real)
         levels = level_errors(denoiser, used, seed)
         concerns = _noisy_end_concerns(denoiser.process, real)
@@ -133,7 +138,7 @@ def check_denoising(
     if real is None and _ends_in_signal(denoiser.process) and not _is_sure(denoiser, cure):
         return DenoisingCheck(None, levels, spread, concerns)
     line = None if cure is None else corrected(denoiser, cure.change)
-    failure = _failure(denoiser, levels, cure, line, max_trials)
+    failure = _failure(denoiser, levels, cure, max_trials)
     return DenoisingCheck(False, levels, spread, (*concerns, failure), line)
 
 
@@ -207,14 +212,11 @@ def _failure(
     denoiser: Denoiser,
     levels: tuple[LevelError, ...],
     cure: Cure | None,
-    line: str | None,
     max_trials: int,
 ) -> Concern:
     expected = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
     if cure is not None:
-        reading = applied(denoiser, cure.change)
-        words = in_words(cure.change, reading)
-        return Concern(_seen(levels), expected, f"with {words} it denoises: {line}")
+        return Concern(_seen(levels), expected, _with(denoiser, cure))
     return Concern(
         _seen(levels),
         expected,
@@ -222,6 +224,11 @@ def _failure(
         "usual schedules) does it denoise. Check that these are trained weights, and how the "
         "network's input is scaled",
     )
+
+
+def _with(denoiser: Denoiser, cure: Cure) -> str:
+    words = in_words(cure.change, applied(denoiser, cure.change))
+    return f"with {words} it denoises: {corrected(denoiser, cure.change)}"
 
 
 def _seen(levels: tuple[LevelError, ...]) -> str:

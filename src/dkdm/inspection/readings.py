@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dkdm.calls import Call
 from dkdm.denoiser import Denoiser
+from dkdm.errors import UsageError
 from dkdm.inspection.denoising import Samples, cures, levels_until_bad, mean_ratio
 from dkdm.modes import modules_behind
 from dkdm.prediction import PredictionType
@@ -250,7 +251,10 @@ def _other_times(denoiser: Denoiser, schedule: Schedule | None) -> list[Time]:
     seen = [denoiser.times if same else process.network_time]
     found = []
     for time in TIMES:
-        times = network_times(process, time.of)
+        try:
+            times = network_times(process, time.of)
+        except UsageError:  # infinite where a flow ends in pure noise
+            continue
         if times.isfinite().all() and not any(_same(times, other) for other in seen):
             seen.append(times)
             found.append(time)
