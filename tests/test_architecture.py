@@ -30,6 +30,7 @@ ROOMS = [
     "schedulers",
     "steps",
     "conditioning",
+    "inputs",
     "allowed",
     "networks",
     "effective",

@@ -29,6 +29,7 @@ from dkdm.finish import (
 )
 from dkdm.given import config_given, student_given, teacher_given
 from dkdm.hub import publish, reserve
+from dkdm.inputs import try_conditioning
 from dkdm.inspection import quick_check
 from dkdm.launch import claim_output, start_accelerator
 from dkdm.matching import covered, level_weights, on_levels_of, same_levels, with_process
@@ -219,6 +220,7 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
             "--guidance-on chain: this teacher is fed the guidance scale, and one evaluation "
             "cannot be guided and unguided; expected --guidance-on target"
         )
+    try_conditioning(teacher.conditioning)
     given = (config.prompts, config.negative_prompt, config.max_prompts, config.seed)
     own = restrict_classes(teacher.conditioning, config.classes, config.class_weights)
     conditioning = with_texts(replace(teacher, conditioning=own), *given).conditioning

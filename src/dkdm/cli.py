@@ -76,6 +76,9 @@ class TeacherOptions:
     student_factory: str | None = None
     """Code that makes the custom network of a run, module:factory. Not needed for runs that this
     machine made: a folder's own word for it is not enough."""
+    cond: Path | None = None
+    """Rows of conditions for a run of a conditioning of your own: .safetensors or .npz with a
+    tensor [N, ...] by each name, and null.NAME for guidance."""
 
 
 @dataclass(frozen=True)
@@ -388,6 +391,7 @@ def _sample(args: list[str]) -> int:
 
 
 def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoiser:
+    from dkdm.inputs import with_rows
     from dkdm.teachers import LoadOptions, load_teacher
 
     denoiser = load_teacher(
@@ -407,6 +411,8 @@ def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoise
             null_class=options.null_class,
         ),
     )
+    conditioning = with_rows(denoiser.conditioning, options.cond)
+    denoiser = dataclasses.replace(denoiser, conditioning=conditioning)
     return _told(denoiser, options.prompts, options.negative_prompt, default_prompt)
 
 

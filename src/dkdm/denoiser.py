@@ -25,6 +25,7 @@ from dkdm.conditioning import (
     parse_interval,
 )
 from dkdm.errors import UsageError
+from dkdm.inputs import try_conditioning
 from dkdm.modes import evaluating
 from dkdm.prediction import (
     Parameterization,
@@ -303,6 +304,7 @@ class Denoiser(NamedArguments):
         before = self.evaluations
         random = torch.Generator().manual_seed(0)
         if cond is None:
+            try_conditioning(self.conditioning)
             cond = self.conditioning.draw(2, random)
         if not isinstance(cond, Mapping):
             refuse("check: cond", cond, "give a dict of tensors with two rows, or leave it out")

@@ -17,6 +17,7 @@ from dkdm.checkpoint import save_network
 from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.denoiser import Denoiser
 from dkdm.generated import identifier, literal, templates
+from dkdm.inputs import GivenRows, Row, is_own_conditioning, rows_of, to_index
 from dkdm.own import OWN_CLASS, origin_of
 from dkdm.places import copy_folder
 from dkdm.process import Process
@@ -81,8 +82,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     if sides := denoiser.sample_shape[1:]:  # vectors have none
         index["_sample_size"] = "x".join(map(str, sides))
     if stock is None:
-        index |= _class_index(denoiser) | _origin(denoiser) | _value_range(denoiser)
-        index |= {} if denoiser.decode is None else {"_latents": "true"}
+        index |= _class_index(denoiser) | _origin(denoiser) | _samples_index(denoiser)
         (folder / "pipeline.py").write_text(_pipeline_source(denoiser, component, components))
     else:
         index = {**denoiser.bundle.entries, **index}
@@ -115,6 +115,23 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
             "DDIM clip, around 0, and the folder's does not do the same"
         )
     return notes
+
+
+def _samples_index(denoiser: Denoiser) -> dict[str, Any]:
+    """What samples are and what they are drawn for, for dkdm's eyes."""
+    own = own_rows(denoiser)
+    return (
+        _value_range(denoiser)
+        | ({"_conditions": to_index(own)} if own else {})
+        | ({} if denoiser.decode is None else {"_latents": "true"})
+    )
+
+
+def own_rows(denoiser: Denoiser) -> dict[str, Row]:
+    """What a network is fed by a conditioning of its user's own; nothing for all others."""
+    conditioning = denoiser.conditioning
+    own = is_own_conditioning(conditioning) or isinstance(conditioning, GivenRows)
+    return rows_of(conditioning) if own else {}
 
 
 def _value_range(denoiser: Denoiser) -> dict[str, str]:
@@ -175,7 +192,7 @@ def _stock_pipeline(denoiser: Denoiser) -> str | None:
     """The diffusers pipeline that can feed this network, if there is one."""
     network, kind = type(denoiser.network).__name__, denoiser.bundle.pipeline
     scheduler = denoiser.process.scheduler["_class_name"]
-    if _value_range(denoiser) or denoiser.decode is not None:
+    if _value_range(denoiser) or denoiser.decode is not None or own_rows(denoiser):
         return None
     if network == "UNet2DModel":
         return _stock_of_unet(denoiser, scheduler)
@@ -277,6 +294,7 @@ def _pipeline_source(
             and scheduler != "DDPMScheduler",
             sample_shape=tuple(denoiser.sample_shape),
             value_range=denoiser.value_range if _value_range(denoiser) else None,
+            own_rows={key: (row.shape, row.dtype) for key, row in own_rows(denoiser).items()},
             latents_only=denoiser.decode is not None,
             token_width=_token_width(denoiser.conditioning),
         )
@@ -374,8 +392,9 @@ def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) 
     given = [json.dumps(folder, ensure_ascii=False)]
     given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
     result = _RESULTS.get(str(stock), "images")
+    imports = "import torch\n" if own_rows(denoiser) else ""
     return (
-        "from diffusers import DiffusionPipeline\n\n"
+        f"{imports}from diffusers import DiffusionPipeline\n\n"
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join(given)})\n"
         f"{result} = pipeline({_usage_call(denoiser, stock)}num_inference_steps=50"
         f"{_usage_guidance(denoiser, stock, guidance_scale)}).{result}"
@@ -421,6 +440,9 @@ def _usage_call(denoiser: Denoiser, stock: str | None) -> str:
         return f"{conditioning.text_of(1)!r}, {_usage_size(denoiser, stock)}"
     if isinstance(conditioning, ClassLabels):
         return f"class_labels={list(conditioning.drawn[:4])}, "
+    if rows := own_rows(denoiser):
+        fed = (f'"{k}": torch.zeros(4, *{r.shape}, dtype=torch.{r.dtype})' for k, r in rows.items())
+        return f"cond={{{', '.join(fed)}}}, "
     return "batch_size=4, "
 
 

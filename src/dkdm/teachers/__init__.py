@@ -12,6 +12,7 @@ from dkdm.config import TeacherChoice
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.given import path_given
+from dkdm.inputs import GivenRows
 from dkdm.modes import put_into_evaluation, say_if
 from dkdm.plugins import import_object
 from dkdm.prompts import NO_PROMPTS, Prompts, read_prompts, with_prompts
@@ -67,7 +68,9 @@ def load_teacher(
         denoiser = _from_path(path, format, options)
     denoiser.name = spec
     denoiser = _with_null_class(denoiser, options)
-    if not isinstance(denoiser.conditioning, Prompts):
+    if isinstance(denoiser.conditioning, GivenRows):
+        denoiser.check(denoiser.conditioning.blank(2))
+    elif not isinstance(denoiser.conditioning, Prompts):
         denoiser.check()
     return denoiser
 

@@ -26,6 +26,7 @@ from dkdm.effective import (
     place_of,
 )
 from dkdm.errors import DkdmError, UsageError
+from dkdm.inputs import from_index
 from dkdm.networks import HOMES, network_class
 from dkdm.own import OWN_CLASS, load_own, read_origin
 from dkdm.places import check_folder, check_place
@@ -379,6 +380,8 @@ def _conditioning(
     """Text where there is an encoder for it; else classes as the network embeds them."""
     if _reads_text(bundle):
         return text_conditioning(folder, bundle), {}
+    if "_conditions" in index:
+        return from_index(index["_conditions"], str(folder / INDEX)), {}
     if config.get("_class_name") == OWN_CLASS:
         return _own_conditioning(config, index), {}
     embedded = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
