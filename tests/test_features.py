@@ -90,6 +90,7 @@ def test_a_transformer_matches_a_unet_by_resolution():
 def test_pairs_can_be_named_and_are_brought_to_the_students_size():
     teacher = denoiser()
     student = student_of("dit-tiny", teacher)
+    student.network.eval()  # no dropout of labels
     layers = "mid_block=transformer_blocks.1, up_blocks.1 = transformer_blocks.3"
     features = match_features(teacher, student, layers, weight=3.0)
     assert features.pairs[0] == ("mid_block", "transformer_blocks.1")
