@@ -33,7 +33,7 @@ from dkdm.inputs import try_conditioning
 from dkdm.inspection import quick_check
 from dkdm.launch import claim_output, start_accelerator
 from dkdm.matching import covered, level_weights, on_levels_of, same_levels, with_process
-from dkdm.modes import evaluating, say_if
+from dkdm.modes import evaluating, put_into_evaluation, say_if
 from dkdm.objective import Objective
 from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_few_step
 from dkdm.sources import Images, Synthetic, draw_set, empty_set
@@ -54,7 +54,8 @@ def distill(
 
     teacher, student: what the command line takes, or a Denoiser; None takes the config's. A student
     may be a bare network too, called as `network(x_t, t, **cond)`. The folder is a diffusers
-    pipeline with a model card, `report.html`, metrics and checkpoints.
+    pipeline with a model card, `report.html`, metrics and checkpoints. A teacher in training mode
+    is put into evaluation mode, and stays in it.
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
     teacher = None if teacher is None else teacher_given(teacher)
@@ -68,8 +69,8 @@ def distill(
     accelerator = start_accelerator(config)
     if not isinstance(teacher, Denoiser):
         return _distill(open_teacher(config), student, config, accelerator)
-    with evaluating(teacher.network, teacher.call, frozen=True) as changed:
-        say_if(changed)
+    say_if(put_into_evaluation(teacher.network, teacher.call))
+    with evaluating(teacher.network, teacher.call, frozen=True):
         return _distill(with_conditions(teacher, config), student, config, accelerator)
 
 
