@@ -105,7 +105,9 @@ def test_measurements_are_the_hubs_index(tmp_path):
     ],
 )
 def test_what_was_read_is_said_by_the_source(tmp_path, source, free, said):
-    card = card_of(tmp_path, denoiser(None), DistillConfig(source=source))
+    config = DistillConfig()
+    object.__setattr__(config, "source", source)  # of other versions too, which this one refuses
+    card = card_of(tmp_path, denoiser(None), config)
     assert said in card.text
     assert ("data-free" in card.data.tags) == free
     assert ("no image was read" in card.text.lower()) == free
@@ -127,7 +129,8 @@ def test_no_path_of_this_machine_is_told(tmp_path):
         teacher=str(tmp_path / "teachers" / "mine"),
         student=str(tmp_path / "student.json"),
         prompts=str(tmp_path / "prompts.txt"),
-        teacher_lora=(tmp_path / "a.safetensors",),
+        teacher_lora=(f"{tmp_path / 'a.safetensors'}:0.8",),
+        teacher_scheduler=str(tmp_path / "scheduler_config.json"),
         teacher_config=tmp_path / "config.yaml",
         teacher_flags=f"--vae {tmp_path / 'vae'}",
         student_init=str(tmp_path / "earlier"),

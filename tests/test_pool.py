@@ -493,7 +493,7 @@ def test_a_stride_past_all_levels_is_refused(text, reach):
 def test_a_pool_too_large_for_memory_is_refused_with_its_size_and_a_remedy(monkeypatch):
     free = SimpleNamespace(available=2 * 2**30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
-    teacher = Denoiser(None, COSINE, Parameterization("sample"), (3, 256, 256))
+    teacher = Denoiser(lambda x, t: x, COSINE, Parameterization("sample"), (3, 256, 256))
     message = r"pool of 4000 entries of shape \(3, 256, 256\) .* 2\.9 GiB, and 2\.0 GiB are free"
     with pytest.raises(UsageError, match=message) as refused:
         empty_pool(teacher, 4000, CPU, torch.float32)

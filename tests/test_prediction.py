@@ -135,7 +135,7 @@ def test_edm_is_the_preconditioning_of_the_paper():
 
 def test_only_edm_scales_what_the_network_is_shown():
     x = torch.randn(2, 3)
-    for kind in KINDS[:-1]:
+    for kind in set(KINDS) - {"edm", "edm_v"}:
         assert scale_input(kind, x, torch.ones(2).double()) is x
 
 

@@ -287,6 +287,8 @@ _MAY_BE_PATHS = (
     "student",
     "student_init",
     "student_process",
+    "teacher_lora",
+    "teacher_scheduler",
     "network",
     "scheduler",
     "base",
