@@ -118,9 +118,7 @@ def test_modes_and_gradients_are_restored_exactly(kind):
 
 @pytest.mark.parametrize("kind", [Noisy, Stubborn])
 @pytest.mark.parametrize("how", ["module", "closure", "bound method"])
-def test_distillation_leaves_statistics_and_puts_the_teacher_into_evaluation_mode(
-    tmp_path, capsys, kind, how
-):
+def test_distillation_holds_statistics_and_mode_of_the_teacher(tmp_path, capsys, kind, how):
     network = kind().train()
     before = copy.deepcopy(network.state_dict())
     dkdm.distill(

@@ -178,11 +178,11 @@ def test_the_scheduler_may_be_another(tmp_path):
     [
         (
             None,
-            r"mine\.json': expected ddpm-linear, .* scheduler_config.json \(.*mine.json is missing",
+            r"mine\.json': expected ddpm-linear, .* \(.*json is missing",
         ),
         (
             "{",
-            r"mine\.json': expected ddpm-linear, .* scheduler_config.json \(.*cannot be read as JSON",
+            r"mine\.json': expected ddpm-linear, .* \(.*cannot be read as JSON",
         ),
     ],
 )
