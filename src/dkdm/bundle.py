@@ -35,6 +35,22 @@ class Component:
     class_name: str
     variant: str | None = None
 
+    @property
+    def in_root(self) -> bool:
+        """Whether its files lie in the pipeline's own folder, among those of other components."""
+        return (self.folder / "model_index.json").is_file()
+
+    @property
+    def root(self) -> Path:
+        """The pipeline's folder."""
+        return self.folder if self.in_root else self.folder.resolve().parent
+
+    def owns(self, file: Path) -> bool:
+        """Whether a file below its folder is its own."""
+        if not self.in_root:
+            return True
+        return file.parent == self.folder and _IN_ROOT.fullmatch(file.name) is not None
+
     def load(self, **options: Any) -> Any:
         """The component itself.
 
@@ -43,12 +59,13 @@ class Component:
         cls = component_class(self.folder, self.library, self.class_name)
         variant = weight_variant(self.folder, self.variant)
         options |= {"variant": variant} if variant else {}
-        file = check_folder(self.folder, self.folder.resolve().parent) / "config.json"
+        file = check_folder(self.folder, self.root) / "config.json"
         config = read_json(file, "its config") if file.is_file() else {}  # tokenizers have none
         with building(config, str(file if config else self.folder), self.class_name, self.folder):
             return cls.from_pretrained(self.folder, **options)
 
 
+_IN_ROOT = re.compile(r"config\.json|diffusion_pytorch_model[.-].*\.(?:safetensors|bin|json)")
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?"
     r"(?:\.(?P<variant>[A-Za-z]\w*?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"

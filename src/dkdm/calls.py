@@ -63,6 +63,19 @@ def plain(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor])
     return tensor_of(network(x, time, **cond))
 
 
+def unet(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """UNet2DModel; a table of times (`time_embedding_type: learned`) takes whole numbers."""
+    config = getattr(_unwrapped(network), "config", {})
+    if config.get("time_embedding_type") == "learned":
+        if bool((time != time.round()).any()):
+            raise UsageError(
+                "the network has a table of times (time_embedding_type learned), and the process "
+                "has times between them: give it a process whose times are 0, 1, 2, ..."
+            )
+        time = time.long()
+    return plain(network, x, time, cond)
+
+
 def keywords(*names: str) -> Call:
     """A call by keywords, as diffusers' transformers want it; other conditions are left out."""
 
@@ -93,7 +106,7 @@ def pixart(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]
 
 def sana(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """SanaTransformer2DModel, which scales its time."""
-    scale = getattr(network, "config", {}).get("timestep_scale", 1.0)
+    scale = getattr(_unwrapped(network), "config", {}).get("timestep_scale", 1.0)
     names = ("encoder_hidden_states", "encoder_attention_mask", "guidance")
     return keywords(*names)(network, x, time * scale, cond)
 
@@ -131,10 +144,11 @@ def flux(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) 
 def _exact_times(
     network: Network, x: Tensor, time: Tensor, guidance: Tensor | None
 ) -> Iterator[None]:
-    """Flux casts its time to the precision of x (978.26 becomes 976 in bfloat16) before it embeds
-    it; in here it embeds the float32 one, and 1000 times the guidance likewise."""
-    embedder = getattr(network, "time_text_embed", None)
-    if x.dtype == torch.float32 or not isinstance(embedder, nn.Module):
+    """Flux casts its time to the precision of its layers (978.26 becomes 976 in bfloat16) before it
+    embeds it; in here it embeds the float32 one, and 1000 times the guidance likewise."""
+    embedder = getattr(_unwrapped(network), "time_text_embed", None)
+    exact = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    if exact or not isinstance(embedder, nn.Module):
         yield
         return
     given = (time,) if guidance is None else (time, 1000 * guidance.float())
@@ -143,6 +157,13 @@ def _exact_times(
         yield
     finally:
         handle.remove()
+
+
+def _unwrapped(network: Any) -> Any:
+    """The network that DDP or torch.compile has wrapped."""
+    for name in ("module", "_orig_mod"):
+        network = getattr(network, name, network)
+    return network
 
 
 def pack_2x2(x: Tensor) -> Tensor:
@@ -158,6 +179,7 @@ def unpack_2x2(tokens: Tensor, rows: int, columns: int) -> Tensor:
 
 
 CALLS: dict[str, Call] = {
+    "UNet2DModel": unet,
     "UNet2DConditionModel": text_unet,
     "UNet3DConditionModel": text_unet,
     "PixArtTransformer2DModel": pixart,

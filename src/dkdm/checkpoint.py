@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,41 @@ _OTHER_CONTENT = {
 
 def refuse_other_contents(folder: Path) -> None:
     """`refuse_other_content` of every file of weights that lies directly in a folder."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in (".safetensors", ".bin") and path.is_file():
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    for path in files:
+        if path.suffix in (".safetensors", ".bin"):
             refuse_other_content(path)
+    if not any(path.suffix == ".safetensors" for path in files):
+        for path in files:
+            if path.suffix == ".bin":
+                _refuse_code(path)
+
+
+def _refuse_code(path: Path) -> None:
+    try:
+        names = unknown_names(path)
+    except Exception:  # a damaged pickle may raise anything: what reads it says so
+        return
+    if names:
+        raise more_than_weights(path, names)
+
+
+def unknown_names(path: Path) -> list[str]:
+    """Classes and functions in a checkpoint that torch does not know as harmless.
+
+    Before torch 1.6 a checkpoint was no zip file; `torch.load` itself refuses them there.
+    """
+    zipped = zipfile.is_zipfile(path)
+    return torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+
+
+def more_than_weights(path: Path, names: Sequence[str]) -> UsageError:
+    """The error that says that a checkpoint holds what would run as code."""
+    return UsageError(
+        f"{path}: holds more than weights ({', '.join(names[:3])}), which would run as code. Where "
+        "you trust it, save its state dict alone: "
+        "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class Unconditional(NamedArguments):
         del count
         raise UsageError(
             "guidance and condition dropout need a conditional model, and this one is "
-            "unconditional: expected guidance scales of 1, --condition-dropout 0"
+            "unconditional: leave guidance and --condition-dropout out"
         )
 
     def in_turns(self, count: int) -> Condition:
@@ -209,8 +209,8 @@ class ClassLabels(NamedArguments):
             raise UsageError(
                 f"guidance and condition dropout need a null class, and this model names none of "
                 f"its {self.num_classes} ids so: name it (--teacher-null-class "
-                f"{self.num_classes - 1}, or --null-class if the model comes first), or expected "
-                "guidance scales of 1, --condition-dropout 0"
+                f"{self.num_classes - 1}, or --null-class if the model comes first), or leave "
+                "guidance and --condition-dropout out"
             )
         null = ABSENT if isinstance(self.null_class, str) else self.null_class
         return {"class_labels": torch.full((count,), null)}

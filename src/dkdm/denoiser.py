@@ -454,7 +454,7 @@ def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
     return found.detach().float()
 
 
-_IN_FLOAT32 = ("time_ids", "resolution", "aspect_ratio")  # sizes, embedded as times are
+_IN_FLOAT32 = ("time_ids", "resolution", "aspect_ratio", "guidance")  # embedded as times are
 
 
 def offloaded_to(network: nn.Module) -> torch.device | None:

@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 from dkdm.errors import UsageError
 from dkdm.networks import HOMES, network_class
 from dkdm.reading import Fields, read_json, shown
+from dkdm.schedulers import LACKS, SAME_ARGUMENTS, argument_defaults
 
 Config = dict[str, Any]
 
@@ -96,6 +97,9 @@ def class_config(config: Mapping[str, Any], name: str, where: str) -> Config:
 @lru_cache
 def _arguments(name: str) -> Config:
     """The arguments that a class takes from its config, with their defaults."""
+    if name in SAME_ARGUMENTS:
+        found = argument_defaults(name).items()
+        return {key: _as_json(value) for key, value in found if key not in LACKS.get(name, ())}
     kind = _class(name)
     if kind is None:
         return {}
@@ -116,15 +120,9 @@ def _class(name: str) -> Any:
     if name in HOMES:
         return network_class(name)
     found = getattr(diffusers, name, None) if name.isidentifier() else None
-    if type(found).__name__ == "DummyObject":  # of a package that is not installed
-        found = getattr(diffusers, _STAND_INS.get(name, ""), None)
     return found if isinstance(found, type) and issubclass(found, ConfigMixin) else None
 
 
-_STAND_INS = {
-    "LMSDiscreteScheduler": "EulerDiscreteScheduler",
-    "DPMSolverSDEScheduler": "KDPM2DiscreteScheduler",
-}
 ALIASES = {
     "Transformer2DModel": {
         "ada_norm_zero": "DiTTransformer2DModel",

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
         components = {key: part for key, part in components.items() if key in COMPONENTS}
     for name, part in components.items():
         if part.folder.resolve() != (folder / name).resolve():
-            copy_folder(part.folder, folder / name)
+            copy_folder(part.folder, folder / name, part.root, part.owns)
     index: dict[str, Any] = {
         "_class_name": stock or ["pipeline", "DenoiserPipeline"],
         "_diffusers_version": _diffusers_version(),
@@ -189,7 +190,15 @@ _NULL_CLASS_OF_DIT = 1000  # DiTPipeline guides with this one, whatever the netw
 
 
 def _stock_pipeline(denoiser: Denoiser) -> str | None:
-    """The diffusers pipeline that can feed this network, if there is one."""
+    """The diffusers pipeline that feeds this network and decodes its samples, if there is one."""
+    kind, autoencoder = _feeding_pipeline(denoiser), denoiser.bundle.autoencoder
+    if kind is None or autoencoder is None:
+        return kind
+    theirs = replace(autoencoder, pipeline=kind).standard()
+    return kind if theirs == autoencoder.standard() else None
+
+
+def _feeding_pipeline(denoiser: Denoiser) -> str | None:
     network, kind = type(denoiser.network).__name__, denoiser.bundle.pipeline
     scheduler = denoiser.process.scheduler["_class_name"]
     if _value_range(denoiser) or denoiser.decode is not None or own_rows(denoiser):

@@ -8,9 +8,10 @@ stays in the folder, or leads to the blobs of the same repository in the hub's c
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from dkdm.errors import UsageError
@@ -96,9 +97,12 @@ def check_folder(folder: Path, root: Path | None = None) -> Path:
     list of shards that names a file elsewhere, and for more than 100,000 entries.
     """
     for path in _walk(folder, root or folder):
-        if path.name.endswith(".index.json"):
+        if _SHARD_LIST.search(path.name):
             _check_shards(path)
     return folder
+
+
+_SHARD_LIST = re.compile(r"\.index\.(?:[^/]*\.)?json$")  # X.index.json, X.index.fp16.json
 
 
 def _check_shards(index: Path) -> None:
@@ -132,15 +136,21 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
                 )
 
 
-def copy_folder(source: Path, target: Path) -> None:
+def copy_folder(
+    source: Path,
+    target: Path,
+    root: Path | None = None,
+    owns: Callable[[Path], bool] = lambda _: True,
+) -> None:
     """Copy the files of a component's folder; links become what they lead to.
 
-    Code and hidden files stay behind. Nothing is copied if `check_folder` refuses the source, whose
-    links may lead to the pipeline's other components. A link in the target is replaced, and never
-    written through.
+    root: of the pipeline, to whose other components links may lead; None is the parent folder.
+    owns: whether a file is the component's. Code and hidden files stay behind. Nothing is copied if
+    `check_folder` refuses the source. A link in the target is replaced, and never written through.
     """
-    files = [path for path in _walk(source, source.resolve().parent) if _is_data(path, source)]
-    for path in files:
+    root = root or source.resolve().parent
+    files = [path for path in _walk(source, root) if _is_data(path, source)]
+    for path in filter(owns, files):
         copied = target / path.relative_to(source)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, replaced(copied))

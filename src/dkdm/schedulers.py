@@ -372,24 +372,29 @@ def _own_arguments(config: Config) -> dict[str, Any]:
 
     Configs are handed from one class to another and keep what the new one does not read.
     """
-    import diffusers
-
     name: str = config["_class_name"]
-    cls = getattr(diffusers, _SAME_ARGUMENTS.get(name, name))
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.name != "self"}
-    lacks = _LACKS.get(name, ())
+    lacks = LACKS.get(name, ())
     return {
         key: config.get(key, default) if key not in lacks else default
-        for key, default in defaults.items()
+        for key, default in argument_defaults(name).items()
     }
 
 
-_SAME_ARGUMENTS = {  # stand-ins for classes that need scipy and torchsde to be there
+def argument_defaults(name: str) -> dict[str, Any]:
+    """The arguments of a scheduler's class with their defaults; of a class that needs a package,
+    those of one that does not and has these, and the LACKS, too."""
+    import diffusers
+
+    cls = getattr(diffusers, SAME_ARGUMENTS.get(name, name))
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "self"}
+
+
+SAME_ARGUMENTS = {  # of LMS and SDE, which need scipy and torchsde
     "LMSDiscreteScheduler": "EulerDiscreteScheduler",
     "DPMSolverSDEScheduler": "KDPM2DiscreteScheduler",
 }
-_LACKS = {
+LACKS = {
     "LMSDiscreteScheduler": ("rescale_betas_zero_snr", "timestep_type", "final_sigmas_type"),
 }
 

@@ -253,5 +253,6 @@ def understood(where: str) -> Iterator[None]:
 def in_a_line(error: BaseException, most: int = 300) -> str:
     """An exception as part of a message: its kind and its text on one line, and not long."""
     text = " ".join(str(error).split())
+    text = text.partition(" This file can still be loaded")[0]  # torch: how to run its code
     text = text if len(text) <= most else f"{text[: most - 3]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

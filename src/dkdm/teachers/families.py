@@ -94,7 +94,7 @@ def family_of(index: Mapping[str, Any], network: str, where: Path) -> str | None
 
 def check_parts(index: Mapping[str, Any], where: Path) -> None:
     """Raise UsageError for components that no pipeline has which dkdm reads."""
-    known = (*KNOWN_PARTS, "transformer_2", "unet_2")
+    known = (*KNOWN_PARTS, *_SECOND)
     others = [
         f"{as_named(name)} ({as_named(listed_class(index, name))})"
         for name in index
@@ -109,6 +109,28 @@ def check_parts(index: Mapping[str, Any], where: Path) -> None:
             f"{', '.join(others)}. If the model denoises without them, set them to [null, null] in "
             "model_index.json"
         )
+
+
+def check_times(index: Mapping[str, Any], where: Path) -> None:
+    """Raise UsageError for a pipeline that asks another network, or other times, at some levels."""
+    kind = as_named(index.get("_class_name"))
+    second = next((name for name in _SECOND if listed_class(index, name)), None)
+    if second or index.get("boundary_ratio") is not None:
+        named = second or "boundary_ratio"
+        raise UsageError(
+            f"{where}: {kind} has two denoisers, one for each half of the noise levels ({named} in "
+            "model_index.json), and a teacher is one network. Wrap both in a network that chooses "
+            "by its time, and give it as --teacher module:factory"
+        )
+    if index.get("expand_timesteps"):
+        raise UsageError(
+            f"{where}: {kind} feeds its network a time for each token (expand_timesteps in "
+            "model_index.json), and a teacher is fed one for each sample. Wrap the network in "
+            "Python, --teacher module:factory"
+        )
+
+
+_SECOND = ("transformer_2", "unet_2")
 
 
 def _is_part(value: Any) -> bool:

@@ -8,13 +8,20 @@ from typing import Any
 
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
-from dkdm.reading import Fields, read_json
+from dkdm.reading import Fields, as_named, read_json
 from dkdm.schedulers import NAMED, named_config
 from dkdm.teachers.locate import INDEX
+from dkdm.teachers.lora import IN_FOLDER
 from dkdm.teachers.options import LoadOptions
-from dkdm.teachers.pipeline_folder import load_network_folder
+from dkdm.teachers.pipeline_folder import facts_of_lone, load_network_folder
 
 PARTS = ("unet_ema", "transformer_ema", "unet", "transformer")
+_PARTS_ALONE = (
+    ("scheduler_config.json", "a scheduler"),
+    ("tokenizer_config.json", "a tokenizer"),
+    ("preprocessor_config.json", "a feature extractor"),
+)
+ADAPTER = "adapter_config.json"
 STATES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 
 
@@ -24,10 +31,16 @@ def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
     Raises UsageError, with what to give instead, for a folder of another kind and without a
     scheduler; otherwise as `load_network_folder`.
     """
+    lora = next((name for name in (ADAPTER, *IN_FOLDER) if (folder / name).is_file()), None)
     if not (folder / "config.json").is_file():
-        raise UsageError(_no_network(folder))
+        raise UsageError(_no_network(folder) if lora is None else _an_adapter(folder, lora))
     config = read_json(folder / "config.json", "a network's config")
     kind = Fields(config, str(folder / "config.json")).text("_class_name", "")
+    if refusal := _no_denoiser(kind, config):
+        raise UsageError(f"{folder}: {refusal}: {_whole(folder)}")
+    if options.scheduler is None and (folder.parent / INDEX).is_file():
+        raise UsageError(f"{folder}: one part of a pipeline: {_whole(folder)}")
+    facts_of_lone(folder, config)
     if options.scheduler is None:
         raise UsageError(_no_scheduler(folder, kind))
     if options.lora:
@@ -54,9 +67,38 @@ def scheduler_config(spec: str, clips: bool) -> Mapping[str, Any]:
     return named_config(spec if spec in NAMED else str(path), 1.0 if clips else None)
 
 
-def _no_scheduler(folder: Path, kind: str) -> str:
+def _no_denoiser(kind: str, config: Mapping[str, Any]) -> str | None:
+    """What else the config of a folder is of; None if it may be a denoiser's."""
+    if not kind and ("model_type" in config or "architectures" in config):
+        return "a model of transformers, such as a text encoder, and no denoiser"
+    if kind.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")):
+        return f"an autoencoder ({as_named(kind)}) and no denoiser"
+    if kind.startswith(("ControlNet", "T2IAdapter", "MotionAdapter")) or "ControlNet" in kind:
+        return f"a part that steers another model ({as_named(kind)}) and no denoiser of its own"
+    return None
+
+
+def _whole(folder: Path) -> str:
+    """What to give in place of one part of a pipeline."""
     if (folder.parent / INDEX).is_file():
-        return f"{folder}: one part of a pipeline: give the pipeline's folder, {folder.parent}"
+        return f"give the pipeline's folder, {folder.parent}"
+    return f"give the folder that has {INDEX}, where a model's parts lie together"
+
+
+def _an_adapter(folder: Path, name: str) -> str:
+    if name == ADAPTER:
+        return (
+            f"{folder}: an adapter of peft ({name}), which changes another model: merge the two, "
+            "PeftModel.from_pretrained(network, FOLDER).merge_and_unload(), and give the pipeline "
+            "that you save with the result"
+        )
+    return (
+        f"{folder}: a LoRA ({name}), which changes a model: give the model as --teacher (or as "
+        "MODEL) and this folder as --teacher-lora (or --lora)"
+    )
+
+
+def _no_scheduler(folder: Path, kind: str) -> str:
     return (
         f"{folder}: a network alone ({kind or 'of no class'}), which does not say how noise is "
         "added: give --teacher-scheduler (or --scheduler) with the scheduler that it was trained "
@@ -79,6 +121,9 @@ def _no_network(folder: Path) -> str:
             "your network and save that, network.load_state_dict(...); "
             "network.save_pretrained(FOLDER), or give the file itself"
         )
+    alone = next((what for name, what in _PARTS_ALONE if (folder / name).is_file()), None)
+    if alone is not None:
+        return f"{folder}: {alone} alone, and no denoiser: {_whole(folder)}"
     return (
         f"{folder}: expected a diffusers pipeline folder (with {INDEX}), a network's folder (with "
         "config.json) or a checkpoint file"

@@ -98,12 +98,17 @@ def check_embeddings(config: Config, reads_text: bool, where: str) -> None:
             raise UsageError(f"{where}: {name} '{kind}' takes {odd[kind]}; {way}")
     if config.get("_class_name") != "UNet2DConditionModel":
         return
+    if config.get("time_cond_proj_dim"):
+        raise UsageError(
+            f"{where}: time_cond_proj_dim takes an embedding of the guidance scale, as of models "
+            f"that were distilled to few steps; distil the model that this one came from, or {way}"
+        )
     if reads_text and config.get("num_class_embeds"):
         raise UsageError(f"{where}: num_class_embeds beside prompts is not supported; {way}")
     if not reads_text and _attends(config):
         raise UsageError(
             f"{where}: UNet2DConditionModel with cross-attention is conditioned on text, but the "
-            "folder lists no text encoder: expected a folder with text_encoder and tokenizer; or "
+            "folder lists no text encoder: give a folder with text_encoder and tokenizer, or "
             f"{way}"
         )
 
@@ -124,6 +129,11 @@ def _sdxl_sizes(config: Config, shape: tuple[int, ...], bundle: Bundle) -> Condi
     """SDXL's micro-conditions: original size, crop corner, target size, in pixels."""
     if config.get("addition_embed_type") != "text_time":
         return {}
+    if bundle.pipeline != "StableDiffusionXLPipeline":
+        raise UsageError(
+            f"addition_embed_type text_time takes the pooled embedding of a second text encoder, "
+            f"which {bundle.pipeline} has not: give a folder with text_encoder_2 and tokenizer_2"
+        )
     if bundle.entries.get("requires_aesthetics_score"):
         raise UsageError("the refiner of SDXL goes on from another model's pictures: distil SDXL")
     height, width = pixels(shape, bundle)

@@ -36,7 +36,7 @@ from dkdm.prompts import Prompts
 from dkdm.reading import as_named, is_name, read_json, shown
 from dkdm.schedulers import from_scheduler_config, prediction_type, saved_config
 from dkdm.sizes import building, check_numbers, check_sample
-from dkdm.teachers.families import LEFT_OUT, check_parts, family_of
+from dkdm.teachers.families import LEFT_OUT, check_parts, check_times, family_of
 from dkdm.teachers.locate import INDEX
 from dkdm.teachers.lora import merge_loras, read_choices
 from dkdm.teachers.networks import FACTS, Facts, check_embeddings
@@ -75,20 +75,30 @@ def load_network_folder(
     are missing or do not match.
     """
     config = read_json(folder / "config.json", "a network's config")
-    name = network_name(str(config.get("_class_name")), config)
-    if name not in FACTS:
-        raise UsageError(f"{folder}: its network is {name}: expected one of {', '.join(FACTS)}")
-    facts = FACTS[name]
-    if facts.reads_text:
-        raise UsageError(
-            f"{folder}: {name} is conditioned on text: give the pipeline folder that has its text "
-            "encoders, with this network in the place of its own"
-        )
+    facts = facts_of_lone(folder, config)
+    name = facts.class_name
+    refuse_other_contents(folder)
     config = class_config(config, name, str(folder / "config.json"))
     check_numbers(config, str(folder / "config.json"))
     noise = class_config(scheduler, str(scheduler.get("_class_name")), "the scheduler's config")
     denoiser = _denoiser(folder, facts, config, noise, {}, Bundle(), options)
     return replace(denoiser, network=load_network(folder, name, options), call=None)
+
+
+def facts_of_lone(folder: Path, config: Mapping[str, Any]) -> Facts:
+    """What is known of a network without a pipeline. Raises UsageError for one that dkdm does not
+    know or that reads text."""
+    name = network_name(str(config.get("_class_name")), config)
+    if name not in FACTS:
+        raise UsageError(
+            f"{folder}: its network is {as_named(name)}: expected one of {', '.join(FACTS)}"
+        )
+    if FACTS[name].reads_text:
+        raise UsageError(
+            f"{folder}: {name} is conditioned on text: give the pipeline folder that has its text "
+            "encoders, with this network in the place of its own"
+        )
+    return FACTS[name]
 
 
 def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
@@ -105,7 +115,7 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     if facts.reads_text and not by_classes and not _reads_text(bundle):
         raise UsageError(
             f"{folder}: {facts.class_name} is conditioned on text, but {INDEX} lists no text "
-            "encoder: expected a folder with text_encoder and tokenizer"
+            "encoder: give a folder with text_encoder and tokenizer"
         )
     return _denoiser(folder, facts, config, scheduler, index, bundle, options)
 
@@ -229,14 +239,8 @@ def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
             f"{folder}: a consistency model ({kind}) maps noise to data in one jump and has no "
             "reverse transition to learn from; distil the diffusion model it came from"
         )
-    second = next((name for name in ("transformer_2", "unet_2") if listed_class(index, name)), None)
-    if second:
-        raise UsageError(
-            f"{folder}: a {kind} with two denoisers, one for each half of the noise levels; "
-            f"expected one: take the other's out of {INDEX} ({second}: [null, null], "
-            "boundary_ratio: null)"
-        )
     check_parts(index, folder)
+    check_times(index, folder)
     found = {name: _class_of(index, name, folder) for name in DENOISERS}
     for component, name in found.items():
         if name in FACTS:
@@ -318,8 +322,9 @@ def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> tuple[str | None, di
 def _check_channels(
     folder: Path, config: dict[str, Any], shape: tuple[int, ...], bundle: Bundle
 ) -> None:
-    produced = config.get("out_channels") or config.get("in_channels")
-    if produced not in (shape[0], 2 * shape[0], config.get("in_channels")):
+    taken = config.get("in_channels")
+    produced = config.get("out_channels") or taken
+    if produced != taken and (taken != shape[0] or produced != 2 * taken):
         raise UsageError(
             f"{folder}: the network takes {config['in_channels']} channels and gives {produced}: a "
             "model for inpainting, depth or super-resolution is fed a picture too, and cannot "

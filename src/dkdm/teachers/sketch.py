@@ -86,6 +86,7 @@ def _shapes(config: dict[str, Any], denoiser: Denoiser) -> dict[str, tuple[int, 
 
 
 _WIDTHS = (
+    "encoder_hid_dim",
     "joint_attention_dim",
     "caption_channels",
     "cap_feat_dim",

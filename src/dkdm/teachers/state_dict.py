@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dkdm.checkpoint import load_strict, read_tensors, refuse_other_content
+from dkdm.checkpoint import (
+    load_strict,
+    more_than_weights,
+    read_tensors,
+    refuse_other_content,
+    unknown_names,
+)
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading import shown
 
@@ -100,10 +105,10 @@ def read_header(path: Path) -> dict[str, str]:
 def _unpickle(path: Path) -> Any:
     """torch.load restricted to tensors and plain values; classes of trainers become inert."""
     try:
-        unknown = _unknown_names(path)
+        unknown = unknown_names(path)
         foreign = [name for name in unknown if not name.startswith((*_INERT, *_HARMLESS))]
         if foreign:
-            raise _more_than_weights(path, sorted(foreign))
+            raise more_than_weights(path, sorted(foreign))
         stubs: list[Any] = [(_HARMLESS.get(name) or _stub(name), name) for name in unknown]
         with torch.serialization.safe_globals(stubs):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -111,30 +116,13 @@ def _unpickle(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         if refused := re.findall(r"GLOBAL (\S+)", str(error)):
-            raise _more_than_weights(path, refused) from error
+            raise more_than_weights(path, refused) from error
         # torch's own text goes on with how to run whatever code the file holds.
         what = re.sub(r"\.? In PyTorch 2\.6.*", "", str(error).strip().partition("\n")[0])
         raise DkdmError(
             f"{path}: cannot be read as a torch checkpoint, or is cut short "
             f"({type(error).__name__}: {what})"
         ) from error
-
-
-def _unknown_names(path: Path) -> list[str]:
-    """Classes and functions in a checkpoint that torch does not know as harmless.
-
-    Before torch 1.6 a checkpoint was no zip file; `torch.load` itself refuses them there.
-    """
-    zipped = zipfile.is_zipfile(path)
-    return torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-
-
-def _more_than_weights(path: Path, names: list[str]) -> UsageError:
-    return UsageError(
-        f"{path}: holds more than weights ({', '.join(names[:3])}), which would run as code. Where "
-        "you trust it, save its state dict alone: "
-        "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
-    )
 
 
 _INERT = ("pytorch_lightning.", "lightning.", "omegaconf.", "argparse.Namespace", "typing.")
