@@ -1,5 +1,9 @@
 """Tiny instances of diffusers' own pipelines: random weights, and tokenizers made on the spot."""
 
+import inspect
+import json
+
+import diffusers
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -433,3 +437,34 @@ def dance():
         mid_block_type="UNetMidBlock1D",
     )
     return DanceDiffusionPipeline(seeded(network), IPNDMScheduler())
+
+
+PARTS = ("unet", "transformer", "vae", "vqvae", "scheduler")
+KEPT = ("latents_mean", "latents_std")  # of Wan: the defaults are for 16 channels
+
+
+def edit(path, drop=(), **changes):
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in old.items() if k not in drop} | changes))
+
+
+def strip(folder):
+    """Take out of all configs what their classes have a default for, if it is that default."""
+    index = json.loads((folder / "model_index.json").read_text())
+    for name in PARTS:
+        for file in folder.glob(f"{name}/*config.json"):
+            kind = getattr(diffusers, index[name][1])
+            edit(file, defaulted(json.loads(file.read_text()), kind))
+    edit(folder / "model_index.json", ["requires_safety_checker", "force_zeros_for_empty_prompt"])
+    edit(folder / "model_index.json", ["boundary_ratio", "expand_timesteps"])
+
+
+def defaulted(config, kind):
+    """The keys of a config whose values are the defaults of a class."""
+    known = inspect.signature(kind).parameters
+    same = [k for k, v in config.items() if k in known and plain(known[k].default) == v]
+    return [key for key in same if key not in KEPT]
+
+
+def plain(values):
+    return json.loads(json.dumps(values, default=str))

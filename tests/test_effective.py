@@ -20,8 +20,10 @@ import pipelines
 from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.denoiser import Batch
 from dkdm.effective import _CORRECTIONS, class_config, effective_config, pipeline_entries
+from dkdm.export import write_pipeline
 from dkdm.teachers import LoadOptions
 from dkdm.teachers.pipeline_folder import load_network_folder
+from pipelines import PARTS, edit, plain, strip
 
 BUILDERS = {
     "ddpm": pipelines.ddpm,
@@ -43,9 +45,7 @@ BUILDERS = {
     "wan": pipelines.wan,
     "dance": pipelines.dance,
 }
-PARTS = ("unet", "transformer", "vae", "vqvae", "scheduler")
 SIZES = {"flux": (8, 8), "wan": (2, 2, 2)}
-KEPT = ("latents_mean", "latents_std")  # of Wan: the defaults are for 16 channels
 
 
 @pytest.fixture(scope="module")
@@ -66,34 +66,6 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def copied(folders, tmp_path):
     return lambda name: Path(shutil.copytree(folders(name), tmp_path / name))
-
-
-def edit(path, drop=(), **changes):
-    old = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in old.items() if k not in drop} | changes))
-
-
-def strip(folder):
-    """Take out of all configs what their classes have a default for, if it is that default."""
-    index = json.loads((folder / "model_index.json").read_text())
-    for name in PARTS:
-        for file in folder.glob(f"{name}/*config.json"):
-            parameters = inspect.signature(getattr(diffusers, index[name][1])).parameters
-            values = json.loads(file.read_text())
-            same = [
-                k for k, v in values.items() if k in parameters and is_default(parameters[k], v)
-            ]
-            edit(file, [key for key in same if key not in KEPT])
-    edit(folder / "model_index.json", ["requires_safety_checker", "force_zeros_for_empty_prompt"])
-    edit(folder / "model_index.json", ["boundary_ratio", "expand_timesteps"])
-
-
-def is_default(parameter, value):
-    return plain(parameter.default) == value
-
-
-def plain(values):
-    return json.loads(json.dumps(values, default=str))
 
 
 def public(config):
@@ -325,3 +297,84 @@ def test_a_network_alone_with_a_scheduler(folders):
 def test_values_that_cannot_be_are_refused(name, values):
     with pytest.raises(UsageError, match=list(values)[-1]):
         class_config(values, name, "config.json")
+
+
+SINGLY = ("ldm-kl", "stable-diffusion", "sdxl")
+
+
+@pytest.mark.parametrize("name", SINGLY)
+def test_each_key_that_is_absent_by_itself(name, copied):
+    folder = copied(name)
+    pipeline = stock(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    count = 0
+    for part in (part for part in PARTS if part in index):
+        file = next(folder.glob(f"{part}/*config.json"))
+        held, text = getattr(pipeline, part), file.read_text()
+        for key in pipelines.defaulted(json.loads(text), type(held)):
+            edit(file, [key])
+            assert public(effective_config(folder, index, part)) == public(held.config), key
+            file.write_text(text)
+            count += 1
+    assert count > 40
+
+
+def test_a_student_takes_its_autoencoder_alone_from_a_root_folder(tmp_path):
+    root, out = tmp_path / "root", tmp_path / "out"
+    pipelines.ldm_kl().save_pretrained(root)
+    for file in (root / "vqvae").iterdir():
+        file.rename(root / file.name)
+    (root / "vqvae").rmdir()
+    (root / "v1-pruned.safetensors").write_bytes(b"the teacher's weights")
+    teacher, pipeline = load_teacher(str(root)), stock(root)
+    x = torch.randn(1, 3, 8, 8)
+    expected = pipeline.vqvae.decode(x / 0.2).sample
+    torch.testing.assert_close(teacher.to_pixels(x), expected)
+    write_pipeline(out, teacher)
+    names = {file.name for file in (out / "vqvae").rglob("*")}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+    torch.testing.assert_close(stock(out).vqvae.decode(x / 0.2).sample, expected)
+
+
+def test_a_stock_pipeline_is_named_only_if_it_reads_the_latents_factors(copied, tmp_path):
+    folder = copied("ldm-kl")
+    edit(folder / "vqvae" / "config.json", shift_factor=0.5)
+    edit(folder / "model_index.json", _class_name="ShiftedPipeline")  # which is not diffusers'
+    teacher = load_teacher(str(folder))
+    assert teacher.bundle.autoencoder.standard() == ([0.5], [0.2])
+    write_pipeline(tmp_path / "out", teacher)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(num_inference_steps=2, output_type="latent", generator=generator()).images
+    seen = pipeline(num_inference_steps=2, output_type="pt", generator=generator()).images
+    torch.testing.assert_close(seen, (teacher.to_pixels(made) / 2 + 0.5).clamp(0, 1))
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def as_bin(folder, name, code=False):
+    """The weights in a folder as a file of torch, with a class beside them where there is code."""
+    whole = next(folder.glob("*.safetensors"))
+    weights = load_file(whole)
+    whole.unlink()
+    torch.save({"path": folder, **weights} if code else weights, folder / name)
+
+
+@pytest.mark.parametrize("code", [False, True])
+def test_weights_in_files_of_torch(copied, code):
+    folder = copied("stable-diffusion")
+    kept = stock(folder)
+    as_bin(folder / "unet", "diffusion_pytorch_model.bin")
+    as_bin(folder / "text_encoder", "pytorch_model.bin", code)
+    if code:
+        with pytest.raises(UsageError, match=r"pytorch_model.bin: holds more than weights \(path"):
+            load_teacher(str(folder))
+        return
+    teacher = load_teacher(str(folder))
+    torch.testing.assert_close(teacher.network.state_dict(), kept.unet.state_dict())
+    with torch.no_grad():
+        expected = kept.encode_prompt("a cat", "cpu", 1, False)[0]
+    found = teacher.conditioning.encoders.encode(["a cat"])["encoder_hidden_states"]
+    torch.testing.assert_close(found, expected)

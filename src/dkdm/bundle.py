@@ -65,7 +65,7 @@ class Component:
             return cls.from_pretrained(self.folder, **options)
 
 
-_IN_ROOT = re.compile(r"config\.json|diffusion_pytorch_model[.-].*\.(?:safetensors|bin|json)")
+_IN_ROOT = re.compile(r"config\.json|diffusion_pytorch_model(?:[.-].+)?\.(?:safetensors|bin|json)")
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?"
     r"(?:\.(?P<variant>[A-Za-z]\w*?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
