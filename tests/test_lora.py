@@ -190,6 +190,23 @@ def test_kohyas_names_of_flux(made, tmp_path):
     assert_merged_as_by_stock(pipeline, [file], (1.0,), 5)
 
 
+def test_names_of_xlabs(made, tmp_path):
+    pipeline = made("flux")
+    width = pipeline.transformer.config.num_attention_heads * 16
+    shapes = {
+        "double_blocks.0.processor.proj_lora1": (width, width),
+        "double_blocks.0.processor.proj_lora2": (width, width),
+        "double_blocks.0.processor.qkv_lora1": (3 * width, width),
+        "double_blocks.0.processor.qkv_lora2": (3 * width, width),
+        "single_blocks.0.processor.qkv_lora": (3 * width, width),
+    }
+    tensors = {}
+    for name, down, up in updates(shapes):
+        tensors |= {f"{name}.down.weight": down, f"{name}.up.weight": up}
+    save_file(tensors, tmp_path / "xlabs.safetensors")
+    assert_merged_as_by_stock(pipeline, [tmp_path / "xlabs.safetensors"], (0.7,), 11)
+
+
 def test_a_file_of_torch_is_read_as_data(made, tmp_path):
     pipeline = made("stable_diffusion")
     shapes = layers_of(pipeline.unet, "to_q")

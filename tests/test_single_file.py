@@ -203,3 +203,48 @@ def test_classes_of_other_libraries_are_not_imported(stable_diffusion, tmp_path,
         load_teacher(
             str(stable_diffusion / "sd.safetensors"), options=LoadOptions(config=tmp_path / "base")
         )
+
+
+def linear(name, given, taken):
+    return {f"{name}.weight": (given, taken), f"{name}.bias": (given,)}
+
+
+def joint_block(index, width, last):
+    """A block of the original SD3; the last has no text on its way out."""
+    tensors = {}
+    for half, ends in (("x_block", False), ("context_block", last)):
+        stem = f"joint_blocks.{index}.{half}"
+        tensors |= linear(f"{stem}.attn.qkv", 3 * width, width)
+        tensors |= linear(f"{stem}.adaLN_modulation.1", (2 if ends else 6) * width, width)
+        if not ends:
+            tensors |= linear(f"{stem}.attn.proj", width, width)
+            tensors |= linear(f"{stem}.mlp.fc1", 4 * width, width)
+            tensors |= linear(f"{stem}.mlp.fc2", width, 4 * width)
+    return tensors
+
+
+def test_a_transformer_alone_goes_into_the_folder_of_its_model(tmp_path):
+    pipelines.sd3(True).save_pretrained(tmp_path / "base")
+    width, text, pooled = 32, 96, 64
+    shapes = {"pos_embed": (1, 64, width), "x_embedder.proj.weight": (width, 4, 2, 2)}
+    shapes |= {"x_embedder.proj.bias": (width,), **linear("final_layer.linear", 16, width)}
+    shapes |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    shapes |= linear("context_embedder", width, text)
+    shapes |= linear("t_embedder.mlp.0", width, 256) | linear("t_embedder.mlp.2", width, width)
+    shapes |= linear("y_embedder.mlp.0", width, pooled) | linear("y_embedder.mlp.2", width, width)
+    shapes |= joint_block(0, width, False) | joint_block(1, width, True)
+    file = tmp_path / "sd3.safetensors"
+    save_file({f"{UNET}.{key}": torch.randn(shape) for key, shape in shapes.items()}, file)
+    with pytest.raises(UsageError, match=r"transformer=SD3Transformer2DModel\.from_single_file"):
+        load_teacher(str(file))
+    options = LoadOptions(config=tmp_path / "base")
+    teacher = load_teacher(str(file), options=options)
+    stock = diffusers.SD3Transformer2DModel.from_single_file(
+        str(file), config=str(tmp_path / "base"), subfolder="transformer", local_files_only=True
+    )
+    base = load_teacher(str(tmp_path / "base"))
+    torch.testing.assert_close(teacher.network.state_dict(), stock.state_dict())
+    assert teacher.process.scheduler == base.process.scheduler
+    assert teacher.bundle.autoencoder.standard() == base.bundle.autoencoder.standard()
+    network = base.network.state_dict()
+    assert not torch.equal(teacher.network.proj_out.weight, network["proj_out.weight"])

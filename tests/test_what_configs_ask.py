@@ -7,6 +7,7 @@ import torch
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     FluxTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -14,11 +15,13 @@ from diffusers import (
 
 import dkdm
 import dkdm.conditioning
+import pipelines
 from dkdm.calls import CALLS
 from dkdm.denoiser import Batch
 from dkdm.errors import UsageError
 from dkdm.export import write_pipeline
-from dkdm.teachers import LoadOptions
+from dkdm.students import as_denoiser
+from dkdm.teachers import LoadOptions, sketch_teacher, with_texts
 
 SMALL = {
     "sample_size": 8,
@@ -149,23 +152,31 @@ def test_every_call_feeds_times_in_float32(name):
     torch.testing.assert_close(network.time, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_flux_embeds_its_time_exactly_in_bfloat16(guided):
-    network = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=0,
-        attention_head_dim=16,
-        num_attention_heads=1,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        guidance_embeds=guided,
-        axes_dims_rope=(4, 6, 6),
-    ).bfloat16()
+SMALL_FLUX = {
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 0,
+    "attention_head_dim": 16,
+    "num_attention_heads": 1,
+    "joint_attention_dim": 8,
+    "pooled_projection_dim": 8,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def recorded(network):
+    """What a Flux network embeds, as it comes."""
     seen = []
     network.time_text_embed.time_proj.register_forward_hook(
         lambda _, args, __: seen.append(args[0])
     )
+    return seen
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_flux_embeds_its_time_exactly_in_bfloat16(guided):
+    network = FluxTransformer2DModel(**SMALL_FLUX, guidance_embeds=guided).bfloat16()
+    seen = recorded(network)
     x = torch.randn(1, 1, 4, 4).bfloat16()
     cond = {"encoder_hidden_states": torch.randn(1, 3, 8).bfloat16()}
     cond["pooled_projections"] = torch.randn(1, 8).bfloat16()
@@ -177,3 +188,138 @@ def test_flux_embeds_its_time_exactly_in_bfloat16(guided):
     assert not network.time_text_embed._forward_pre_hooks
     assert seen[0].dtype == torch.float32
     assert [float(v) for v in seen] == pytest.approx([978.26, 3500.0][: 1 + guided])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"boundary_ratio": 0.875}, r"two denoisers, .*\(boundary_ratio in"),
+        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, r"\(transformer_2 in"),
+        ({"expand_timesteps": True}, "a time for each token"),
+    ],
+    ids=["boundary", "second", "tokens"],
+)
+def test_wan_with_other_times_is_refused(tmp_path, entry, message):
+    pipelines.wan().save_pretrained(tmp_path)
+    pipelines.edit(tmp_path / "model_index.json", **entry)
+    with pytest.raises(UsageError, match=message) as caught:
+        dkdm.load_teacher(str(tmp_path), options=LoadOptions(sample_size=(2, 2, 2)))
+    assert "module:factory" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stable")
+    pipelines.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"time_cond_proj_dim": 16}, "an embedding of the guidance scale"),
+        ({"encoder_hid_dim_type": "image_proj"}, "embeddings of images"),
+        ({"encoder_hid_dim_type": "text_image_proj"}, "embeddings of images"),
+        ({"addition_embed_type": "image"}, "embeddings of images"),
+        ({"addition_embed_type": "image_hint"}, "embeddings of images"),
+        ({"addition_embed_type": "text_image"}, "embeddings of images"),
+        ({"addition_embed_type": "text_time"}, "text_encoder_2"),
+    ],
+)
+def test_inputs_that_nothing_in_the_folder_gives(stable, changes, message):
+    file = stable / "unet" / "config.json"
+    text = file.read_text()
+    pipelines.edit(file, **changes)
+    try:
+        for load in (dkdm.load_teacher, sketch):
+            with pytest.raises(UsageError, match=message):
+                load(str(stable))
+    finally:
+        file.write_text(text)
+
+
+def sketch(folder):
+    return sketch_teacher(folder, LoadOptions())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"encoder_hid_dim": 32, "cross_attention_dim": 16},
+        {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
+        {"resnet_time_scale_shift": "scale_shift"},
+    ],
+    ids=["text_proj", "text", "scale_shift"],
+)
+def test_inputs_that_the_prompt_gives(tmp_path, config):
+    network = pipelines.text_unet(**config)
+    pipelines.stable_diffusion(network=network).save_pretrained(tmp_path)
+    sketch(str(tmp_path)).check()
+    teacher = with_texts(dkdm.load_teacher(str(tmp_path)), "a red cat")
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([7])
+    found = teacher.predict(Batch(x, t, teacher.conditioning.of(["a red cat"]), t)).output
+    text = teacher.conditioning.encoders.encode(["a red cat"])["encoder_hidden_states"]
+    with torch.no_grad():
+        torch.testing.assert_close(found, network(x, t, text).sample)
+
+
+def test_a_table_of_times_takes_whole_numbers(tmp_path):
+    network = UNet2DModel(**SMALL, time_embedding_type="learned", num_train_timesteps=1000)
+    teacher = dkdm.load_teacher(str(folder_of(tmp_path, network)))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 900])
+    with torch.no_grad():
+        expected = network.eval()(x, t).sample
+    torch.testing.assert_close(teacher.predict(Batch(x, t, {}, t)).output, expected)
+    with pytest.raises(UsageError, match="times are 0, 1, 2"):
+        dkdm.calls.unet(network, x, torch.tensor([5.0, 900.5]), {})
+
+
+def test_a_control_network_of_flux_is_fed_a_picture(tmp_path):
+    pipelines.flux().save_pretrained(tmp_path)
+    pipelines.edit(tmp_path / "transformer" / "config.json", in_channels=32, out_channels=16)
+    with pytest.raises(UsageError, match="is fed a picture too"):
+        dkdm.load_teacher(str(tmp_path), options=LoadOptions(sample_size=(8, 8)))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of layer norms
+@pytest.mark.parametrize("low", ["weights", "autocast"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_guidance_and_times_are_embedded_in_float32(low, wrapped):
+    network = FluxTransformer2DModel(**SMALL_FLUX, guidance_embeds=True).eval()
+    seen = recorded(network)
+    network = network.bfloat16() if low == "weights" else network
+    called = torch.nn.DataParallel(network) if wrapped else network
+    process = dkdm.rectified_flow(1000, shift=3.0)
+    student = dkdm.Denoiser(
+        called,
+        process,
+        dkdm.Parameterization("flow_prediction"),
+        (1, 4, 4),
+        constants={"encoder_hidden_states": torch.randn(3, 8), "pooled_projections": torch.ones(8)},
+        call=CALLS["FluxTransformer2DModel"],
+    )
+    t = torch.tensor([937])
+    with torch.autocast("cpu", torch.bfloat16, enabled=low == "autocast"), torch.no_grad():
+        student.predict(Batch(torch.randn(1, 1, 4, 4), t, {}, t), 4.37)
+    assert [v.dtype for v in seen] == [torch.float32] * 2
+    time = float(process.network_time[937])  # 978.26
+    assert [float(v) for v in seen] == pytest.approx([time, 4370.0], rel=1e-6)
+
+
+def test_a_shipped_pipeline_of_flux_embeds_them_in_float32_too(tmp_path):
+    pipelines.sd3(True).save_pretrained(tmp_path / "teacher")
+    teacher = with_texts(dkdm.load_teacher(str(tmp_path / "teacher")), "a red cat")
+    widths = {"in_channels": 16, "joint_attention_dim": 96, "pooled_projection_dim": 64}
+    network = FluxTransformer2DModel(**{**SMALL_FLUX, **widths}, guidance_embeds=True)
+    write_pipeline(tmp_path / "out", as_denoiser("flux", network, teacher))
+    pipeline = DiffusionPipeline.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    seen = recorded(pipeline.transformer)
+    pipeline("a red cat", num_inference_steps=3, guidance_scale=4.37, output_type="latent")
+    times, guidance = seen[::2], seen[1::2]
+    assert all(v.dtype == torch.float32 for v in seen)
+    torch.testing.assert_close(torch.cat(times), pipeline.scheduler.timesteps)
+    assert [float(v) for v in guidance] == pytest.approx([4370.0] * 3, rel=1e-6)
+    assert not pipeline.transformer.time_text_embed._forward_pre_hooks
