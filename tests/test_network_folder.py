@@ -1,6 +1,7 @@
 """Networks that lie alone, as the checkpoints of diffusers' training scripts do."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -119,3 +120,33 @@ def test_networks_that_cannot_be_read_alone(tmp_path):
     pipelines.unet().save_pretrained(tmp_path / "damaged")
     save_file({"a": torch.ones(1)}, tmp_path / "damaged" / "diffusion_pytorch_model.safetensors")
     assert refused(tmp_path / "damaged", DkdmError, scheduler="ddpm-linear")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("vae", r"an autoencoder \(AutoencoderKL\) and no denoiser"),
+        ("text_encoder", "a model of transformers, such as a text encoder, and no denoiser"),
+        ("tokenizer", "a tokenizer alone"),
+        ("scheduler", "a scheduler alone"),
+        ("unet", "UNet2DConditionModel is conditioned on text: give the pipeline folder"),
+    ],
+)
+def test_other_parts_alone_are_named(tmp_path, part, message):
+    pipelines.stable_diffusion().save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / part).rename(tmp_path / part)
+    assert re.search(message, refused(tmp_path / part))
+    (tmp_path / part).rename(tmp_path / "whole" / part)
+    assert f"give the pipeline's folder, {tmp_path / 'whole'}" in refused(tmp_path / "whole" / part)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_config.json", "an adapter of peft .*merge_and_unload"),
+        ("pytorch_lora_weights.safetensors", "a LoRA .* this folder as --teacher-lora"),
+    ],
+)
+def test_a_folder_of_a_lora(tmp_path, name, message):
+    (tmp_path / name).write_text("{}")
+    assert re.search(message, refused(tmp_path))

@@ -322,11 +322,11 @@ def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> tuple[str | None, di
 def _check_channels(
     folder: Path, config: dict[str, Any], shape: tuple[int, ...], bundle: Bundle
 ) -> None:
-    taken = config.get("in_channels")
+    taken = config.get("in_channels", shape[0])
     produced = config.get("out_channels") or taken
     if produced != taken and (taken != shape[0] or produced != 2 * taken):
         raise UsageError(
-            f"{folder}: the network takes {config['in_channels']} channels and gives {produced}: a "
+            f"{folder}: the network takes {taken} channels and gives {produced}: a "
             "model for inpainting, depth or super-resolution is fed a picture too, and cannot "
             "be distilled without one"
         )
