@@ -60,6 +60,7 @@ ROOMS = [
     "generated",
     "ship",
     "export",
+    "markdown",
     "licence",
     "card",
     "hub",

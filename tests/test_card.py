@@ -170,6 +170,32 @@ def test_licence_is_inherited_from_a_local_teacher(tmp_path):
     assert "`house-licence`, which is the teacher's" in card.text
 
 
+HOSTILE = "mit](x) <img src=x onerror=alert(1)> `code` | ![p](//e.v/p.png) **b** </script>"
+
+
+@pytest.mark.parametrize(
+    ("link", "is_link"),
+    [
+        ("javascript:alert(1)", False),
+        ("https://a.b/c) [more](//e.v", True),
+        ('https://a.b/"><script>alert(1)</script>', True),
+        ("data:text/html,<script>", False),
+        ("https://[", False),
+    ],
+)
+def test_words_of_others_are_only_words_in_the_card(tmp_path, link, is_link):
+    """Rendered, the card has the links, pictures and tags of a harmless one."""
+    matter = {"license": HOSTILE, "license_link": link}
+    folder = teacher_folder(tmp_path / f"<b>{'`'}[x](y)", **{k: repr(v) for k, v in matter.items()})
+    config = DistillConfig(teacher=str(folder), student_init="<i>[a](b)</i>/`<u>`")
+    model = replace(denoiser(None), name="x")
+    text = card_of(tmp_path, model, config).text
+    outside = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)|\\.|```.*?```", "", text, flags=re.DOTALL)
+    assert not re.search(r"<\w|</|!\[", outside)
+    links = re.findall(r"\]\(([^)]*)\)", outside)
+    assert len(links) == 1 + is_link and all(re.fullmatch(r"https://\S+", each) for each in links)
+
+
 def test_licence_and_name_of_a_hub_teacher(tmp_path, monkeypatch):
     folder = in_cache(monkeypatch, tmp_path / "hub", "owner/big", **OTHER, base_model="owner/first")
     for teacher in ("owner/big", str(folder)):

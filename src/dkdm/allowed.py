@@ -58,19 +58,27 @@ def component_class(folder: Path, library: object, name: object) -> Any:
     return found
 
 
+_WHOLE = ("implementation", "auto_map")
 _ATTENTION = (None, "eager", "sdpa")
 
 
 def _refuse_fetched_code(folder: Path) -> None:
     """Raise UsageError for what lets transformers fetch more than the folder holds.
 
-    An attention of another name may be code of the hub, and adapters name a model of their own.
+    An attention of another name may be code of the hub, adapters name a model of their own, and
+    `auto_map` names code of the parts of a model; the model's own is ignored for a class of
+    transformers.
     """
     if (folder / "adapter_config.json").exists():
         raise UsageError(f"{folder}: an adapter lies beside the component: merge it, or remove it")
     if not (folder / "config.json").is_file():
         return
-    for key, value in _entries(read_json(folder / "config.json", "its config")):
+    config = read_json(folder / "config.json", "its config")
+    for key, value in _entries({key: v for key, v in config.items() if key != "auto_map"}):
+        if key == "auto_map":
+            raise UsageError(
+                f"{folder / 'config.json'}: auto_map names code of a part of the model: remove it"
+            )
         if key.strip("_").endswith("implementation") and value not in _ATTENTION:
             raise UsageError(
                 f"{folder / 'config.json'}: {key} is {shown(value)}: expected eager or sdpa"
@@ -80,7 +88,10 @@ def _refuse_fetched_code(folder: Path) -> None:
 def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """All entries of an object and of those inside it; not of those of an implementation."""
     for key, value in values.items():
-        if isinstance(value, Mapping) and not key.strip("_").endswith("implementation"):
-            yield from _entries(value)
-        else:
+        inner = [value] if isinstance(value, Mapping) else value
+        inner = [v for v in inner if isinstance(v, Mapping)] if isinstance(inner, list) else []
+        if not inner or key.strip("_").endswith(_WHOLE):
             yield key, value
+            continue
+        for each in inner:
+            yield from _entries(each)

@@ -59,6 +59,7 @@ class Component:
         cls = component_class(self.folder, self.library, self.class_name)
         variant = weight_variant(self.folder, self.variant)
         options |= {"variant": variant} if variant else {}
+        options |= {"trust_remote_code": False} if self.library == "transformers" else {}
         file = check_folder(self.folder, self.root) / "config.json"
         config = read_json(file, "its config") if file.is_file() else {}  # tokenizers have none
         with building(config, str(file if config else self.folder), self.class_name, self.folder):

@@ -16,6 +16,7 @@ from dkdm.denoiser import Denoiser
 from dkdm.evaluation.classes import Metrics
 from dkdm.export import shipping_notes, usage_snippet
 from dkdm.licence import CARD, Origin, licence_of_student, origin_of
+from dkdm.markdown import code, link, plain
 from dkdm.pool import Guidance
 from dkdm.prompts import Prompts
 from dkdm.version import __version__
@@ -59,7 +60,7 @@ def write_card(
     licence = licence_of_student(config.license, inherited)
     text = _TEMPLATES.get_template("card.md.j2").render(
         front_matter=_yaml(_front_matter(denoiser, config, origin, licence, metrics)),
-        title=config.output_dir.absolute().name,
+        title=plain(config.output_dir.absolute().name),
         lead=_lead(denoiser, config, origin, teacher),
         pictures=_pictures(folder),
         usage=usage_snippet(config.output_dir.absolute().name, denoiser, guidance_scale),
@@ -172,18 +173,20 @@ def _lead(
     network = type(denoiser.network).__name__
     if not isinstance(config, DistillConfig) or origin is None:
         images = config.images if isinstance(config, TrainConfig) else ""
-        return f"{network} trained on {Path(images).name}."
+        return f"{network} trained on {plain(Path(images).name)}."
     size = f" ({_sized(teacher)})" if teacher else ""
     student = f"{network} ({denoiser.num_parameters / 1e6:.2f} M parameters)"
-    data = DATA.get(config.source, f"Its source of noisy samples was `{config.source}`.")
+    data = DATA.get(config.source, f"Its source of noisy samples was {code(config.source)}.")
     return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
+
 
 
 def _shown_name(origin: Origin) -> str:
     from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
 
-    linked = f"[{origin.hub_id}]({HUGGINGFACE_CO_URL_HOME}{origin.hub_id})"
-    return linked if origin.hub_id else f"`{origin.name}`"
+    if origin.hub_id is None:
+        return code(origin.name)
+    return link(origin.hub_id, f"{HUGGINGFACE_CO_URL_HOME}{origin.hub_id}")
 
 
 def _pictures(folder: Path) -> list[tuple[str, str]]:
@@ -213,7 +216,7 @@ def _details(
         ("training", f"{steps}{time}"),
         ("made with", f"dkdm {__version__}"),
     ]
-    return [(name, value) for name, value in details if value]
+    return [(name, plain(value)) for name, value in details if value]
 
 
 def _conditioned(denoiser: Denoiser) -> str:
@@ -270,8 +273,7 @@ def _licence_text(
 def _licence_name(licence: Mapping[str, Any]) -> str:
     name = licence.get("license_name") or licence.get("license") or "unnamed"
     names = ", ".join(map(str, name)) if isinstance(name, list) else str(name)
-    link = licence.get("license_link")
-    return f"[{names}]({link})" if link else f"`{names}`"
+    return link(names, str(licence.get("license_link", "")))
 
 
 _ELSEWHERE = (
@@ -293,14 +295,16 @@ _MAY_BE_PATHS = (
     "scheduler",
     "base",
     "prompts",
+    "teacher_lora",
+    "teacher_scheduler",
 )
 
 
-def _hyperparameters(config: RunConfig) -> list[tuple[str, Any]]:
+def _hyperparameters(config: RunConfig) -> list[tuple[str, str]]:
     """The options of the run, without the paths of this machine."""
     names = [field.name for field in dataclasses.fields(config)]
     return [
-        (name, _without_path(getattr(config, name), name in _MAY_BE_PATHS))
+        (name, plain(_without_path(getattr(config, name), name in _MAY_BE_PATHS)))
         for name in names
         if name not in (*_ELSEWHERE, *_HUB)
     ]

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -294,7 +294,7 @@ def _run_config(kind: type[Config], command: str, args: list[str]) -> tuple[Conf
         default = recipe(known.recipe, kind)
     if known.config:
         default = _config_file(kind, known.config)
-        _refuse_code_of_file(default, known.config, rest)
+        _refuse_words_of_file(default, known.config, rest)
     recipes = [name for name, make in RECIPES.items() if isinstance(make(), kind)]
     description = (
         f"{COMMANDS[command][0]}\n\n--recipe NAME starts from one of: {', '.join(recipes)}. "
@@ -309,12 +309,30 @@ def _run_config(kind: type[Config], command: str, args: list[str]) -> tuple[Conf
 _NAMES_CODE = ("teacher", "student", "network", "student_factory")
 
 
-def _refuse_code_of_file(config: RunConfig, path: Path, args: Sequence[str]) -> None:
-    """Raise UsageError for code that a config file names, unless the user names it too.
+def _refuse_words_of_file(config: RunConfig, path: Path, args: Sequence[str]) -> None:
+    """Raise UsageError for what a config file may not decide, unless the user says it too.
 
-    A run that this machine made is the user's own word.
+    That is code, of which a run that this machine made is the user's own word; an upload; and an
+    output folder that is neither below the current directory nor the file's own.
     """
     typed = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in args}
+    if config.push_to_hub and not typed & {"push_to_hub", "no_push_to_hub"}:
+        raise UsageError(
+            f"--config {path} asks for an upload to {config.hub_model_id or 'the hub'}: say "
+            "--push-to-hub on the command line too, or --no-push-to-hub"
+        )
+    output = config.output_dir.expanduser().resolve()
+    if "output_dir" not in typed and not (
+        output.is_relative_to(Path.cwd()) or output == path.resolve().parent
+    ):
+        raise UsageError(
+            f"--config {path} writes to {config.output_dir}, outside of the current directory: say "
+            "--output-dir on the command line too"
+        )
+    _refuse_code_of_file(config, path, typed)
+
+
+def _refuse_code_of_file(config: RunConfig, path: Path, typed: Set[str]) -> None:
     for name in (name for name in _NAMES_CODE if name not in typed):
         option = f"--{name.replace('_', '-')}"
         for spec in named_code(getattr(config, name, None)):

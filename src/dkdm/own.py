@@ -196,6 +196,8 @@ def read_origin(config: Mapping[str, Any], folder: Path) -> Origin:
         for name in ("out_channels", "num_classes", "null_class"):
             if values.get(name) is not None:
                 [values[name]] = _sizes([values[name]])
+        if not str(values["network"]).isidentifier():
+            raise ValueError(f"network is {shown(values['network'])}: expected a class's name")
         if values.get("factory") is not None and not is_spec(values["factory"]):
             raise ValueError(f"factory is {shown(values['factory'])}: expected module:name")
         if values.get("arguments") is not None:

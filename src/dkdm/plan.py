@@ -125,6 +125,7 @@ def _student(teacher: Denoiser, spec: str, choices: Choices) -> Denoiser:
     with torch.device("meta"):
         student = untried_student_of(spec, teacher, choices.student_factory)
     network = student.network.to("meta")  # type: ignore[union-attr]
+    student.check()
     silence_label_dropout(network)
     if choices.gradient_checkpointing:
         enable_gradient_checkpointing(network)

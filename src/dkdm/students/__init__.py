@@ -28,6 +28,7 @@ from dkdm.own import (
 )
 from dkdm.plugins import distrust, import_object
 from dkdm.prediction import PredictionType
+from dkdm.prompts import Prompts
 from dkdm.reading import read_json
 from dkdm.sizes import make_network
 from dkdm.students.interface import Interface, Preset
@@ -78,7 +79,21 @@ def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = N
         teacher.network,
         teacher.bundle.autoencoder,
     )
-    return as_denoiser(spec, build_network(spec, interface, factory), teacher)
+    network = build_network(spec, interface, factory)
+    if isinstance(teacher.conditioning, Prompts) and not _takes_text(network):
+        raise UsageError(
+            f"{spec} reads no text, and its teacher is conditioned on text: choose a student that "
+            "does, such as text-unet-tiny (`dkdm students` lists those that fit)"
+        )
+    return as_denoiser(spec, network, teacher)
+
+
+def _takes_text(network: nn.Module) -> bool:
+    """Whether a network of diffusers or dkdm has an input for text; a user's own may."""
+    return is_own(network) or _TEXT in inspect.signature(network.forward).parameters
+
+
+_TEXT = "encoder_hidden_states"
 
 
 def given_student(student: Denoiser) -> Denoiser:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dkdm.allowed import component_class
 from dkdm.bundle import Bundle, Component
 from dkdm.conditioning import Condition
 from dkdm.effective import class_config
@@ -193,11 +194,10 @@ def token_width(folder: Path, bundle: Bundle) -> int:
 
 def encoder_width(part: Component) -> int:
     """Width of a text encoder's embeddings, by its config and its class's defaults."""
-    import transformers
-
     file = part.folder / "config.json"
     raw = read_json(file, "a text encoder's config")
-    kind = getattr(getattr(transformers, part.class_name, None), "config_class", None)
+    made = component_class(part.folder, part.library, part.class_name)
+    kind = getattr(made, "config_class", None)
     try:
         values = raw if kind is None else {"hidden_size": kind.from_dict(raw).hidden_size}
     except Exception as error:
