@@ -160,6 +160,32 @@ def test_hostile_names_are_text(run):
     assert "<script" not in page.source
 
 
+def renamed(value, word):
+    """The same JSON with a word in place of every text."""
+    if isinstance(value, dict):
+        return {key: renamed(inner, word) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [renamed(inner, word) for inner in value]
+    return word if isinstance(value, str) and "/" not in value else value
+
+
+@pytest.mark.parametrize("word", ['"><script>alert(1)</script>', "' onload=x", "</svg><img src=x>"])
+def test_no_text_of_a_run_becomes_a_tag(run, word):
+    evaluation = run / "evaluation.json"
+    measured = json.loads(evaluation.read_text())
+    texts = ("teacher", "student", "prompts", "negative_prompt", "hub_model_id", "feature_layers")
+    pages = []
+    for each in ("word", word):
+        evaluation.write_text(json.dumps(renamed(measured, each)))
+        config = replace(CONFIG, **dict.fromkeys(texts, each), teacher_lora=(each,))
+        (run / "config.json").write_text(to_json(config))
+        pages.append(Page(write_report(run)))
+    harmless, page = pages
+    assert page.tags == harmless.tags
+    assert [name for name, _ in page.attributes] == [name for name, _ in harmless.attributes]
+    assert word in page.text
+
+
 def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "config.json").write_text(to_json(CONFIG))
     page = Page(write_report(tmp_path))

@@ -153,21 +153,37 @@ def commands(model, out):
     """Every command with the folder in each of its roles; `out` is where it writes."""
     tiny = ["--max-train-steps", "1", "--train-batch-size", "2", "--evaluation-samples", "0"]
     tiny += ["--pool-size", "2", "--fill", "none", "--validation-steps", "0"]
-    words = ["--prompts", "a red cat"]
-    student = ["--student", "unet-tiny"]
+    words = ["--prompts", f"{out}.txt"]
+    student, text = ["--student", "unet-tiny"], ["--student", "text-unet-tiny"]
+    one = ["--num-samples", "1", "--steps", "1"]
     return {
         "inspect": ["inspect", model, "--num-samples", "2", "--steps", "1", *words],
         "inspect without prompts": ["inspect", model, "--num-samples", "2", "--steps", "1"],
-        "sample": ["sample", model, "--num-samples", "1", "--steps", "1", "--output", f"{out}.png"],
+        "sample": ["sample", model, *one, "--output", f"{out}.png"],
+        "sample prompts": ["sample", model, *one, "--output", f"{out}.png", *words],
         "distill": ["distill", "--teacher", model, *student, "--output-dir", out, *tiny],
+        "distill prompts": [
+            "distill",
+            "--teacher",
+            model,
+            *text,
+            "--output-dir",
+            out,
+            *tiny,
+            *words,
+        ],
         "distill into": ["distill", "--student", model, "--output-dir", out, *tiny],
         "distill from": ["distill", *student, "--student-init", model, "--dry-run"],
         "config": ["distill", "--config", f"{model}/config.json", "--dry-run"],
+        "samples": ["inspect", "builtin:fashion", "--samples", model, *one[:2]],
+        "lora": ["distill", "--teacher", model, *student, "--teacher-lora", model, "--dry-run"],
+        "network alone": ["inspect", f"{model}/unet", "--scheduler", f"{model}/scheduler"],
         "train": ["train", "--base", model, "--output-dir", out, *tiny[:6]],
         "train network": ["train", "--network", model, "--output-dir", out, *tiny[:6]],
         "students": ["students", "--teacher", model, "--no-measure"],
         "check-student": ["check-student", "--student", model, "--no-compile", "--no-export"],
         "plan": ["plan", model, "unet-tiny"],
+        "plan text": ["plan", model, "text-unet-tiny"],
         "plan student": ["plan", "builtin:fashion", model],
         "export": ["export", model, "--output", f"{out}.pt2", "--format", "torch-export"],
         "report": ["report", model],
@@ -176,7 +192,7 @@ def commands(model, out):
     }
 
 
-FAST = ("sample", "config", "report")
+FAST = ("sample", "sample prompts", "config", "report")
 
 
 @pytest.fixture
@@ -188,6 +204,7 @@ def stranger(request, tmp_path, monkeypatch):
     )
     (tmp_path / "out").mkdir()
     monkeypatch.setenv("DKDM_DATA_HOME", str(tmp_path / "no-records"))
+    monkeypatch.setenv("DKDM_CACHE", str(tmp_path / "no-embeddings"))
     return folder
 
 
@@ -198,6 +215,7 @@ def try_all(stranger, monkeypatch, capsys, names):
         for name, args in commands(model, str(stranger.parent / "out" / "x")).items():
             if name not in names:
                 continue
+            (stranger.parent / "out" / "x.txt").write_text("a red cat\n")
             try:
                 exit_code = main(args)
             except SystemExit as stop:  # how the parser of options ends

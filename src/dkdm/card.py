@@ -180,7 +180,6 @@ def _lead(
     return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
 
 
-
 def _shown_name(origin: Origin) -> str:
     from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
 
@@ -295,8 +294,6 @@ _MAY_BE_PATHS = (
     "scheduler",
     "base",
     "prompts",
-    "teacher_lora",
-    "teacher_scheduler",
 )
 
 

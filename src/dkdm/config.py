@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from dkdm.arguments import NamedArguments, described, is_array, scalar
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
-from dkdm.reading import is_name, read_json, shown
+from dkdm.reading import SHOWN, is_name, read_json, shown
 from dkdm.typed import made_of
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
@@ -157,8 +157,8 @@ class RunConfig(NamedArguments):
             object.__setattr__(self, name, _checked(name, hint, getattr(self, name)))
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise UsageError(
-                f"--license '{self.license}': expected the hub's name of a licence, in lower case, "
-                "such as apache-2.0, mit, cc-by-nc-4.0, openrail, or other"
+                f"--license {shown(self.license)}: expected the hub's name of a licence, in lower "
+                "case, such as apache-2.0, mit, cc-by-nc-4.0, openrail, or other"
             )
 
 
@@ -332,7 +332,8 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
             return _as(kind, name, value)
         except _WrongError as error:
             accepted.append(str(error))
-    shown = value if isinstance(value, (int, float, str)) else described(value)
+    as_typed = isinstance(value, str) and value.isprintable() and len(value) <= SHOWN
+    shown = value if as_typed or isinstance(value, (int, float)) else described(value)
     flag, way = name.replace("_", "-"), ", or ".join(accepted)
     raise UsageError(f"--{flag} {shown}: give {way} ({name})")
 

@@ -250,9 +250,14 @@ def understood(where: str) -> Iterator[None]:
         ) from error
 
 
+_UNSAFE = re.compile(r"\.? (?:In PyTorch 2\.6|If you trust the file|This file can still be loaded)")
+
+
 def in_a_line(error: BaseException, most: int = 300) -> str:
-    """An exception as part of a message: its kind and its text on one line, and not long."""
-    text = " ".join(str(error).split())
-    text = text.partition(" This file can still be loaded")[0]  # torch: how to run its code
+    """An exception as part of a message: its kind and its text on one line, and not long.
+
+    torch and numpy go on with how to run what a file holds; that is left out.
+    """
+    text = _UNSAFE.split(" ".join(str(error).split()))[0]
     text = text if len(text) <= most else f"{text[: most - 3]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

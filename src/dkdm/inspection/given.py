@@ -13,6 +13,7 @@ from dkdm.checkpoint import read_tensors
 from dkdm.datasets import load_image_folder
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.sizes import in_a_line
 
 MOST = 64
 
@@ -52,13 +53,8 @@ def _arrays(path: Path) -> list[Tensor]:
     try:
         found = reader(path)
     except Exception as error:  # whatever a reader raises of a damaged file
-        raise _unreadable(path, error) from error
+        raise UsageError(f"--samples {path} cannot be read: {in_a_line(error)}") from error
     return [array for array in found if array.ndim > 1 and not array.is_complex()]
-
-
-def _unreadable(path: Path, error: Exception) -> UsageError:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UsageError(f"--samples {path} cannot be read: {first}")
 
 
 def _numpy(path: Path) -> list[Tensor]:

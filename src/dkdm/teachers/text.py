@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from dkdm.effective import class_config
 from dkdm.errors import DkdmError, UsageError
 from dkdm.prompts import Prompts, TextEncoders, folder_fingerprint
 from dkdm.reading import Fields, read_json
+from dkdm.sizes import in_a_line
 
 EMBEDS, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
 
@@ -109,6 +111,7 @@ def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
     encoders = {name: part for name, part in bundle.components.items() if _is_text(name)}
     family = FAMILIES[bundle.pipeline]
     told = repr(family.all_arguments(bundle))
+    told += repr([part.class_name for part in encoders.values()])
     if family.asks_transformer:
         told += f" {token_width(folder, bundle)}"
     folders = [part.folder for part in encoders.values()]
@@ -141,7 +144,8 @@ class LazyEncoders:
         parts = {name: part for name, part in self.bundle.components.items() if _is_text(name)}
         loaded = {name: part.load(**_options(name)) for name, part in parts.items()}
         unused = dict.fromkeys(["scheduler", *self.family.absent(kind, list(parts))])
-        pipeline = getattr(diffusers, kind)(**loaded, **unused)
+        with self._fitting():
+            pipeline = getattr(diffusers, kind)(**loaded, **unused)
         pipeline = pipeline.to("cuda") if torch.cuda.is_available() else pipeline
         if self.family.asks_transformer and pipeline.text_encoder_3 is None:
             config = SimpleNamespace(joint_attention_dim=token_width(self.folder, self.bundle))
@@ -172,9 +176,25 @@ class LazyEncoders:
         device = next(
             part.device for name, part in pipeline.components.items() if _is_encoder(name, part)
         )
-        encoded = pipeline.encode_prompt(prompt=list(prompts), device=device, **arguments)
+        with self._fitting():
+            encoded = pipeline.encode_prompt(prompt=list(prompts), device=device, **arguments)
         found = zip(outputs, encoded[len(outputs) if negative else 0 :], strict=False)
         return {name: value.cpu() for name, value in found if name is not None}
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Raise DkdmError if the parts that a folder lists do not work together."""
+        try:
+            yield
+        except Exception as error:  # whatever classes raise that were not made for each other
+            listed = ", ".join(
+                f"{name}: {part.class_name}"
+                for name, part in self.bundle.components.items()
+                if _is_text(name)
+            )
+            raise DkdmError(
+                f"{self.folder}: prompts cannot be encoded by {listed}: {in_a_line(error)}"
+            ) from error
 
     def release(self) -> None:
         self.pipeline = None
@@ -201,12 +221,8 @@ def encoder_width(part: Component) -> int:
     try:
         values = raw if kind is None else {"hidden_size": kind.from_dict(raw).hidden_size}
     except Exception as error:
-        raise UsageError(f"{file} is not of a {part.class_name}: {_line(error)}") from error
+        raise UsageError(f"{file} is not of a {part.class_name}: {in_a_line(error)}") from error
     return Fields(values, str(file)).whole("hidden_size", low=1)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _options(name: str) -> dict[str, Any]:
