@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import pipelines
 from dkdm import DkdmError, UsageError, load_teacher
+from dkdm.conditioning import Unconditional
 from dkdm.denoiser import Batch
 from dkdm.effective import _CORRECTIONS, class_config, effective_config, pipeline_entries
 from dkdm.export import write_pipeline
@@ -378,3 +379,52 @@ def test_weights_in_files_of_torch(copied, code):
         expected = kept.encode_prompt("a cat", "cpu", 1, False)[0]
     found = teacher.conditioning.encoders.encode(["a cat"])["encoder_hidden_states"]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_components_whose_weights_are_not_whole(copied, part):
+    """diffusers and transformers go on with random ones."""
+    folder = copied("stable-diffusion")
+    file = next((folder / part).glob("*.safetensors"))
+    weights = load_file(file)
+    weights.popitem()
+    save_file(weights, file, {"format": "pt"})
+    teacher = load_teacher(str(folder))
+    with pytest.raises(DkdmError, match=rf"{part}: the weights of this .* not whole: 1 missing"):
+        if part == "vae":
+            teacher.to_pixels(torch.zeros(1, 4, 8, 8))
+        else:
+            teacher.conditioning.encoders.encode(["a cat"])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "lists tokenizer, but there is no such folder, or it is empty"),
+        ({"spiece.model": "abc"}, "needs the package sentencepiece: pip install"),
+        ({"vocab.json": "{}", "merges.txt": ""}, "its tokenizer and text encoder cannot encode"),
+    ],
+    ids=["empty", "pieces", "no words"],
+)
+def test_tokenizers_that_cannot_be_made(copied, monkeypatch, files, message):
+    monkeypatch.setattr("dkdm.bundle.find_spec", lambda _: None)
+    folder = copied("stable-diffusion")
+    edit(folder / "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    for name, text in files.items():
+        (folder / "tokenizer" / name).write_text(text)
+    with pytest.raises(DkdmError, match=message):
+        load_teacher(str(folder)).conditioning.encoders.encode(["a cat"])
+
+
+def test_entries_of_other_classes_mean_nothing(copied):
+    """They are kept, as diffusers does, and not read."""
+    folder = copied("dit")
+    edit(folder / "transformer" / "config.json", num_class_embeds=7, class_embed_type="timestep")
+    teacher = load_teacher(str(folder))
+    assert (teacher.conditioning.num_classes, teacher.conditioning.null_class) == (5, 5)
+    assert_same(folder, stock(folder))
+    other = copied("ddpm")
+    edit(other / "unet" / "config.json", encoder_hid_dim_type="image_proj", num_embeds_ada_norm=9)
+    assert isinstance(load_teacher(str(other)).conditioning, Unconditional)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,28 @@ class Component:
         options |= {"trust_remote_code": False} if self.library == "transformers" else {}
         file = check_folder(self.folder, self.root) / "config.json"
         config = read_json(file, "its config") if file.is_file() else {}  # tokenizers have none
+        if not config:
+            self._check_tokenizer()
         with building(config, str(file if config else self.folder), self.class_name, self.folder):
-            return cls.from_pretrained(self.folder, **options)
+            if not issubclass(cls, nn.Module):
+                return cls.from_pretrained(self.folder, **options)
+            part, info = cls.from_pretrained(self.folder, output_loading_info=True, **options)
+        absent = sorted(map(str, info["missing_keys"]))
+        if absent:
+            raise DkdmError(
+                f"{self.folder}: the weights of this {self.class_name} are not whole: "
+                f"{len(absent)} missing ({', '.join(absent[:3])}): download the folder again"
+            )
+        return part
+
+    def _check_tokenizer(self) -> None:
+        """Raise DkdmError for a tokenizer that needs a package which is not installed."""
+        pieces = next(iter(sorted(self.folder.glob("*.model"))), None)
+        lacks = find_spec("sentencepiece") is None
+        if pieces is not None and lacks and not (self.folder / "tokenizer.json").is_file():
+            raise DkdmError(
+                f"{pieces} needs the package sentencepiece: pip install sentencepiece protobuf"
+            )
 
 
 _IN_ROOT = re.compile(r"config\.json|diffusion_pytorch_model(?:[.-].+)?\.(?:safetensors|bin|json)")

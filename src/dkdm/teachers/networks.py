@@ -64,6 +64,11 @@ def _spatial(configured: Any, asked: Size, dimensions: int) -> tuple[int, ...]:
     return (configured,) * dimensions if isinstance(configured, int) else tuple(configured)
 
 
+_EMBED = {  # the classes that read these entries
+    "class_embed_type": ("UNet2DModel", "UNet2DConditionModel"),
+    "addition_embed_type": ("UNet2DConditionModel",),
+    "encoder_hid_dim_type": ("UNet2DConditionModel",),
+}
 _LABELS = "continuous labels, which are no class ids"
 _IMAGES = "embeddings of images"
 _ODD_EMBEDDINGS = {
@@ -92,11 +97,12 @@ def check_embeddings(config: Config, reads_text: bool, where: str) -> None:
     reads_text: whether the folder has a text encoder. where: the config, for messages.
     """
     way = "wrap the model in Python, --teacher module:factory"
+    network = config.get("_class_name")
     for name, odd in _ODD_EMBEDDINGS.items():
-        kind = config.get(name)
+        kind = config.get(name) if network in _EMBED.get(name, ()) else None
         if isinstance(kind, str) and kind in odd:
             raise UsageError(f"{where}: {name} '{kind}' takes {odd[kind]}; {way}")
-    if config.get("_class_name") != "UNet2DConditionModel":
+    if network != "UNet2DConditionModel":
         return
     if config.get("time_cond_proj_dim"):
         raise UsageError(

@@ -278,7 +278,8 @@ def _bundle(
     missing = [name for name, part in components.items() if not _lies_there(part, folder)]
     if missing:
         raise DkdmError(
-            f"{folder}: {INDEX} lists {', '.join(missing)}, but there is no such folder"
+            f"{folder}: {INDEX} lists {', '.join(missing)}, but there is no such folder, or it is "
+            "empty"
         )
     coder = next((components[name] for name in AUTOENCODERS if name in components), None)
     if coder is None and any(name in index for name in _needed_autoencoders(index)):
@@ -293,7 +294,7 @@ def _bundle(
 def _lies_there(part: Component, root: Path) -> bool:
     """Whether a component has a folder of its own, or its config lies in the root folder."""
     if part.folder != root:
-        return True
+        return any(part.folder.iterdir())
     file = root / "config.json"
     return file.is_file() and read_json(file, "a config").get("_class_name") == part.class_name
 
@@ -389,13 +390,14 @@ def _conditioning(
         return from_index(index["_conditions"], str(folder / INDEX)), {}
     if config.get("_class_name") == OWN_CLASS:
         return _own_conditioning(config, index), {}
-    embedded = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    is_dit = config.get("_class_name") == "DiTTransformer2DModel"
+    embedded = config.get("num_embeds_ada_norm" if is_dit else "num_class_embeds")
     if not embedded:
         return Unconditional(), {}
     if embedded == 1:
         return Unconditional(), {"class_labels": torch.tensor(0)}
     null = index.get("null_class")
-    if "null_class" not in index and config.get("norm_type") == "ada_norm_zero":
+    if "null_class" not in index and is_dit:
         null = embedded  # a DiT's table of labels has one row more, for no label
     classes = embedded - 1 if null == embedded - 1 else embedded
     return ClassLabels(classes, null, _taught(index), _class_names(index, classes)), {}
