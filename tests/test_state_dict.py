@@ -112,6 +112,10 @@ NESTED = {
     "network, ema": {"network": {"state_dict": PLAIN}, "network_ema": 3, "ema": AVERAGED},
     "shadow": {"model": PLAIN, "ema": {"shadow": AVERAGED, "mu": 0.99}},
     "shadow_params": {"model": PLAIN, "ema": {"shadow_params": list(AVERAGED.values())}},
+    "callback of lightning": {
+        "state_dict": PLAIN,
+        "callbacks": {"EMA{}": {"decay": 0.999, "ema_state_dict": AVERAGED}, "Timer": 3},
+    },
     "ema_params": {"state_dict": PLAIN, "ema_params": [list(AVERAGED.values())]},
     "tuple": {"state_dict": PLAIN, "ema_params": tuple(AVERAGED.values())},
 }

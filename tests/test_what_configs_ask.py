@@ -1,6 +1,8 @@
 """What a folder's configs ask for beyond a plain network: a null class, a package, embeddings."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from diffusers import (
 import dkdm
 import dkdm.conditioning
 import pipelines
+import test_api
 from dkdm.calls import CALLS
 from dkdm.denoiser import Batch
 from dkdm.errors import UsageError
@@ -323,3 +326,26 @@ def test_a_shipped_pipeline_of_flux_embeds_them_in_float32_too(tmp_path):
     torch.testing.assert_close(torch.cat(times), pipeline.scheduler.timesteps)
     assert [float(v) for v in guidance] == pytest.approx([4370.0] * 3, rel=1e-6)
     assert not pipeline.transformer.time_text_embed._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_run_in_mixed_precision_feeds_exact_times(tmp_path):
+    """Teacher and student: every time that reaches a network is one of the flow's, in float32."""
+    flow, seen = dkdm.rectified_flow(1000, shift=3.0), []
+
+    class Watched(UNet2DModel):
+        def forward(self, x, time, **options):
+            seen.append((self.training, time))
+            return super().forward(x, time, **options)
+
+    parameterization = dkdm.Parameterization("flow_prediction")
+    make = partial(dkdm.Denoiser, process=flow, parameterization=parameterization)
+    teacher = make(Watched(**SMALL).eval(), sample_shape=(1, 8, 8))
+    student = make(Watched(**SMALL), sample_shape=(1, 8, 8))
+    config = replace(test_api.SMALL, output_dir=tmp_path / "run", mixed_precision="bf16")
+    dkdm.distill(teacher, student, config)
+    assert {training for training, _ in seen} == {True, False}
+    exact = set(flow.network_time.float().tolist())
+    for _, time in seen:
+        assert time.dtype == torch.float32
+        assert set(time.tolist()) <= exact

@@ -159,7 +159,7 @@ def _split(
     where there are no weights.
     """
     plain = _find(loaded, _PLAIN, levels=4) or _tensors(loaded)
-    average = _find(loaded, _AVERAGED, levels=4) if ema else None
+    average = _average(loaded) if ema else None
     if isinstance(average, list):
         average = _named(path, average, plain)
     tensors = average or plain
@@ -171,6 +171,15 @@ def _split(
         k: v for k, v in loaded.items() if not isinstance(v, Tensor) and not _holds(v, tensors)
     }
     return tensors, beside
+
+
+def _average(loaded: Mapping[Any, Any]) -> dict[str, Tensor] | list[Tensor] | None:
+    """The averaged weights of a checkpoint, which a callback of Lightning may keep."""
+    callbacks = loaded.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    places = [loaded, *(state for state in states if isinstance(state, Mapping))]
+    found = (_find(place, _AVERAGED, levels=4) for place in places)
+    return next((average for average in found if average), None)
 
 
 def _holds(value: Any, tensors: Mapping[str, Tensor]) -> bool:
