@@ -207,8 +207,8 @@ class ClassLabels(NamedArguments):
         """The null class for every sample."""
         if self.null_class is None:
             raise UsageError(
-                f"guidance and condition dropout need a null class, and this model names none of "
-                f"its {self.num_classes} ids so: name it (--teacher-null-class "
+                f"guidance and condition dropout need a null class, and this model does not say "
+                f"which of its {self.num_classes} ids that is: name it (--teacher-null-class "
                 f"{self.num_classes - 1}, or --null-class if the model comes first), or leave "
                 "guidance and --condition-dropout out"
             )

@@ -322,8 +322,8 @@ class Denoiser(NamedArguments):
             row = int(output[0].isfinite().all())
             raise UsageError(
                 f"{self.name}: its output for noise at the {('first', 'last')[row]} level "
-                f"is not finite (it is fed t = {self.times[t[row]]:g}); expected sound weights, "
-                "and a network and precision that can take this time"
+                f"is not finite (it is fed t = {self.times[t[row]]:g}): check its weights, and "
+                "that its layers and its precision can take this time"
             )
 
     def _misfit(self, cond: Condition, error: Exception) -> str:

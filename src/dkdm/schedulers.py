@@ -325,7 +325,7 @@ def _flow_stand_in(config: Config, own: Fields) -> dict[str, Any]:
     if own.text("prediction_type") != "flow_prediction":
         raise UsageError(
             f"{own.where}: use_flow_sigmas with prediction_type {own.values['prediction_type']} is "
-            "not supported: expected flow_prediction"
+            "not supported: set prediction_type to flow_prediction"
         )
     clipping = _solver_clipping(own)
     flow = as_flow_euler(config)

@@ -52,8 +52,8 @@ def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
 
     if len(interface.sample_shape) != 2 or not isinstance(interface.conditioning, Unconditional):
         raise UsageError(
-            "UNet1DModel is for audio (channels, length) without classes or text; expected such a "
-            f"teacher, the samples have shape {interface.sample_shape}{interface.for_vectors}"
+            "UNet1DModel is for audio (channels, length) without classes or text, and this "
+            f"teacher's samples have shape {interface.sample_shape}{interface.for_vectors}"
         )
     channels = _deep_enough(interface, channels)
     check_halvings(interface, len(channels) + 1)

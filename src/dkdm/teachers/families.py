@@ -87,7 +87,7 @@ def family_of(index: Mapping[str, Any], network: str, where: Path) -> str | None
         listed = ", ".join(f"{part} {value}" for part, value in encoders.items())
         raise UsageError(
             f"{where}: how {name or 'this pipeline'} encodes prompts is not known ({network}, "
-            f"{listed}): expected the parts of {', '.join(kin.pipeline for kin in _KIN)}"
+            f"{listed}): dkdm reads the parts of {', '.join(kin.pipeline for kin in _KIN)}"
         )
     return found[0]
 

@@ -254,7 +254,7 @@ def _checked(fields: Fields, largest: int) -> dict[str, Any]:
         known = name in checked or name in _INERT or value in _HARMLESS.get(name, ())
         if value and not known:
             raise UsageError(
-                f"{fields.where}: {name} is {shown(value)}, which cannot be merged: expected a "
+                f"{fields.where}: {name} is {shown(value)}, which cannot be merged: give a "
                 "LoRA that changes weights alone, by rank and alpha"
             )
     return checked

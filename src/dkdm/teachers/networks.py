@@ -138,7 +138,8 @@ def _sdxl_sizes(config: Config, shape: tuple[int, ...], bundle: Bundle) -> Condi
     if bundle.pipeline != "StableDiffusionXLPipeline":
         raise UsageError(
             f"addition_embed_type text_time takes the pooled embedding of a second text encoder, "
-            f"which {bundle.pipeline} has not: give a folder with text_encoder_2 and tokenizer_2"
+            f"and {bundle.pipeline} has one alone: give a folder with text_encoder_2 and "
+            "tokenizer_2"
         )
     if bundle.entries.get("requires_aesthetics_score"):
         raise UsageError("the refiner of SDXL goes on from another model's pictures: distil SDXL")

@@ -248,8 +248,8 @@ def _loaded(path: Path, kind: SingleFile, config: Path, options: LoadOptions) ->
         arguments["original_config"] = str(config)
     else:
         raise UsageError(
-            f"{path}: {kind.what} without text encoders: expected --teacher-config with a folder "
-            f"of {kind.repository}, where they lie"
+            f"{path}: {kind.what} without text encoders: give --teacher-config with a folder "
+            f"of {kind.repository}, which has them"
         )
     if kind.whole:
         return load_pipeline_folder(_folder_of(path, kind, config, arguments), options)
