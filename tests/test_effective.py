@@ -402,7 +402,10 @@ def test_components_whose_weights_are_not_whole(copied, part):
     [
         ({}, "lists tokenizer, but there is no such folder, or it is empty"),
         ({"spiece.model": "abc"}, "needs the package sentencepiece: pip install"),
-        ({"vocab.json": "{}", "merges.txt": ""}, "its tokenizer and text encoder cannot encode"),
+        (
+            {"vocab.json": "{}", "merges.txt": ""},
+            "prompts cannot be encoded by text_encoder: CLIPTextModel",
+        ),
     ],
     ids=["empty", "pieces", "no words"],
 )
