@@ -18,6 +18,7 @@ from dkdm.networks import HOMES, network_class
 from dkdm.prompts import with_prompts
 from dkdm.schedulers import from_scheduler_config
 from dkdm.teachers import load_teacher
+from dkdm.teachers.text import encoder_width
 from factories import SCHEDULER
 
 HOSTILE = (
@@ -252,6 +253,8 @@ def test_networks_of_dkdm_are_known():
         ({"attn_implementation": "evil/kernel"}, "attn_implementation is 'evil/kernel'"),
         ({"inner": {"_attn_implementation": {"": "evil/kernel"}}}, "_attn_implementation is"),
         ({"experts_implementation": "a/b"}, "experts_implementation is"),
+        ({"text_config": {"auto_map": {"AutoModel": "m.Net"}}}, "auto_map names code"),
+        ({"parts": [{"auto_map": {"AutoModel": "m.Net"}}]}, "auto_map names code"),
     ],
 )
 def test_an_encoder_fetches_no_code(tmp_path, changed, said):
@@ -260,6 +263,24 @@ def test_an_encoder_fetches_no_code(tmp_path, changed, said):
     config.write_text(json.dumps(json.loads(config.read_text()) | changed))
     with pytest.raises(UsageError, match=said):
         Component(tmp_path, "transformers", "CLIPTextModel").load()
+
+
+def test_an_encoders_own_auto_map_is_ignored(tmp_path):
+    pipelines.clip().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    auto = {"auto_map": {"AutoModel": "m.Net", "AutoConfig": "a/b--m.Config"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | auto))
+    assert type(Component(tmp_path, "transformers", "CLIPTextModel").load()).__name__ == (
+        "CLIPTextModel"
+    )
+
+
+@pytest.mark.parametrize("named", [("transformers", "pipeline"), ("os", "system"), ("x.y", "Z")])
+def test_the_width_of_an_encoder_is_asked_of_a_known_class(tmp_path, named):
+    pipelines.clip().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="No other class is made"):
+        encoder_width(Component(tmp_path, *named))
+    assert encoder_width(Component(tmp_path, "transformers", "CLIPTextModel")) == 32
 
 
 def test_an_encoder_takes_no_adapter(tmp_path):

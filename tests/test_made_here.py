@@ -10,7 +10,7 @@ import pytest
 
 import dkdm
 import own_networks
-from dkdm import made_here
+from dkdm import made_here, own
 from dkdm.checkpoint import save_network
 from dkdm.cli import main
 from dkdm.errors import UsageError
@@ -221,6 +221,57 @@ def test_a_config_file_names_code_only_if_the_user_does_or_did(tmp_path, monkeyp
     assert main(args) == 2
     config.write_text(json.dumps({"student": "unet-tiny", "student_factory": "os:system"}))
     assert main(args) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "way"),
+    [
+        ({"output_dir": "/somewhere/else"}, "--output-dir"),
+        ({"output_dir": "../beside"}, "--output-dir"),
+        ({"push_to_hub": True, "hub_model_id": "a/b"}, "--push-to-hub"),
+    ],
+)
+def test_a_config_file_decides_no_place_and_no_upload(tmp_path, monkeypatch, capsys, said, way):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"student": "unet-tiny", **said}))
+    args = ["distill", "--config", "config.json", "--dry-run"]
+    assert main(args) == 2
+    assert f"say {way} on the command line too" in capsys.readouterr().err
+    given = [way] if way == "--push-to-hub" else [way, "out"]
+    assert main([*args, *given]) == 0
+
+
+def test_a_run_is_resumed_from_its_own_config_wherever_it_lies(tmp_path, monkeypatch):
+    config = tmp_path / "run" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({"student": "unet-tiny", "output_dir": str(config.parent)}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["distill", "--config", str(config), "--dry-run"]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owner here")
+def test_a_record_of_another_user_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv(made_here.HOME, str(tmp_path))
+    facts = {"spec": "factories:teacher"}
+    made_here.remember(facts, "factories")
+    assert made_here.was_made_here(facts, "factories")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert not made_here.was_made_here(facts, "factories")
+
+
+@pytest.mark.parametrize("other", [1, 1.0, "1", [1], None])
+def test_arguments_of_another_type_are_another_record(other):
+    facts = {"factory": "m:f", "arguments": {"bias": True}}
+    assert made_here._record(facts) != made_here._record({**facts, "arguments": {"bias": other}})
+
+
+@pytest.mark.parametrize("name", ["<b>", "a\nb", "", "x()", 7])
+def test_the_name_of_a_network_is_a_name(tmp_path, name):
+    config = {"network": name, "factory": "m:f", "sample_shape": [1, 8, 8], "out_channels": 1}
+    with pytest.raises(UsageError, match="expected a class's name"):
+        own.read_origin(config, tmp_path)
 
 
 # --- where code is found -------------------------------------------------------------------------

@@ -6,8 +6,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -301,23 +304,73 @@ def test_odd_words_beside_weights_are_words(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["o.npy", "o.npz", "o.pt", "o.pth", "plain.npy", "plain.pt"])
+def test_samples_are_no_programs(tmp_path, capsys, name):
+    path, harm = tmp_path / name, Harm(str(tmp_path / TRIPWIRE))
+    objects = np.array([harm], dtype=object)
+    if name.startswith("plain"):
+        path.write_bytes(pickle.dumps(harm))
+    elif name == "o.npy":
+        np.save(path, objects, allow_pickle=True)
+    elif name == "o.npz":
+        np.savez(path, samples=objects)
+    else:
+        torch.save({"samples": harm}, path)
+    assert main(["inspect", "builtin:fashion", "--samples", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be read" in said
+    assert "weights_only=" not in said and "set to" not in said and "pickle.load" not in said
+    assert not (tmp_path / TRIPWIRE).exists()
+
+
+def test_parts_that_do_not_work_together_are_told_in_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DKDM_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    text(model, text_encoder=["transformers", "Gemma2Model"])
+    (tmp_path / "words.txt").write_text("a red cat\n")
+    args = ["sample", str(model), "--num-samples", "1", "--steps", "1"]
+    assert main([*args, "--prompts", str(tmp_path / "words.txt")]) == 1
+    assert "prompts cannot be encoded by text_encoder: Gemma2Model" in capsys.readouterr().err
+
+
 # --- whole processes -----------------------------------------------------------------------------
 
 
+ENTRY = "import sys\nfrom {0} import {1}\nsys.exit({1}())\n"  # what an installer writes
+
+
 @pytest.mark.slow
-def test_a_process_takes_no_module_of_the_current_directory(tmp_path):
-    """What dkdm and its libraries import by themselves comes from what is installed."""
-    small(tmp_path / "stranger")
-    shutil.rmtree(tmp_path / "stranger" / TRIPWIRE, ignore_errors=True)
-    (tmp_path / "stranger" / "tyro.py").write_text(code(tmp_path / "stranger"))
-    source = os.path.dirname(os.path.dirname(sys.modules["dkdm"].__file__))
+@pytest.mark.parametrize("command", ["module", "script"])
+def test_a_process_takes_no_module_of_the_current_directory(tmp_path, command):
+    """What dkdm and its libraries import by themselves comes from what is installed.
+
+    The script is safe beside files named like any part of Python; of `python -m dkdm`, Python
+    itself looks for `runpy` and others first.
+    """
+    folder = tmp_path / "stranger"
+    small(folder)
+    names = ["tyro", "diffusers", "torch", "numpy", "dkdm_extra"]
+    names += [*sys.stdlib_module_names, "dkdm"] if command == "script" else []
+    for name in names:
+        (folder / f"{name}.py").write_text(code(folder))
+    source = Path(sys.modules["dkdm"].__file__).parent.parent
+    script = tmp_path / "bin" / "dkdm"
+    script.parent.mkdir()
+    script.write_text(ENTRY.format(*_entry_point()))
+    start = ["-m", "dkdm"] if command == "module" else [str(script)]
     run = subprocess.run(
-        [sys.executable, "-m", "dkdm", "sample", ".", "--num-samples", "1", "--steps", "1"],
-        cwd=tmp_path / "stranger",
-        env={**os.environ, "PYTHONPATH": source},
+        [sys.executable, *start, "sample", ".", "--num-samples", "1", "--steps", "1"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(source)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "Traceback" not in run.stderr, run.stderr
+    assert run.returncode == 0, run.stderr
     assert not (tmp_path / TRIPWIRE).exists(), run.stderr
+
+
+def _entry_point():
+    """(module, function) of the command in pyproject.toml."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    return project["project"]["scripts"]["dkdm"].split(":")

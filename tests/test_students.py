@@ -9,14 +9,16 @@ import pytest
 import torch
 from rich.console import Console
 
+import pipelines
 from dkdm.conditioning import ClassLabels, Unconditional
 from dkdm.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.cost import count_macs
 from dkdm.export import write_pipeline
 from dkdm.listing import Measuring, StudentRow, list_students, print_students
+from dkdm.plan import Choices, plan
 from dkdm.students import PRESETS, Interface, build_network, student_of, untried_student_of
-from dkdm.teachers import LoadOptions, sketch_teacher
+from dkdm.teachers import LoadOptions, sketch_teacher, with_texts
 from factories import denoiser, tiny_unet
 
 # Parameters of the reference network of arXiv 2105.05233 with the paper's settings: 3x32x32,
@@ -258,3 +260,13 @@ def test_config_of_an_unconditional_network_does_not_fit_a_teacher_with_classes(
 def test_config_that_is_no_network_is_refused(teacher, tmp_path, config, message):
     with pytest.raises(UsageError, match=message):
         student_of(config_file(tmp_path, config), teacher)
+
+
+def test_a_student_without_text_does_not_fit_a_teacher_with(tmp_path):
+    pipelines.stable_diffusion().save_pretrained(tmp_path)
+    teacher = sketch_teacher(str(tmp_path), LoadOptions())
+    rows = {row.name: row for row in list_students(with_texts(teacher, None))}
+    assert "reads no text" in rows["unet-tiny"].misfit
+    assert rows["text-unet-tiny"].parameters
+    with pytest.raises(UsageError, match="unet-tiny reads no text, and its teacher"):
+        plan(teacher, "unet-tiny", Choices(pool_size=8))

@@ -74,7 +74,10 @@ def _record(facts: Mapping[str, Any]) -> Path:
 
 
 def _read(path: Path) -> set[str]:
+    """The files of a record; none if it is missing, damaged or another user's."""
     try:
+        if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
+            return set()
         return set(map(str, json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError, RuntimeError):
         return set()
