@@ -404,7 +404,7 @@ def test_components_whose_weights_are_not_whole(copied, part):
         ({"spiece.model": "abc"}, "needs the package sentencepiece: pip install"),
         (
             {"vocab.json": "{}", "merges.txt": ""},
-            "prompts cannot be encoded by text_encoder: CLIPTextModel",
+            "prompts cannot be encoded by text_encoder",
         ),
     ],
     ids=["empty", "pieces", "no words"],
