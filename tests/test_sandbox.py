@@ -323,16 +323,6 @@ def test_samples_are_no_programs(tmp_path, capsys, name):
     assert not (tmp_path / TRIPWIRE).exists()
 
 
-def test_parts_that_do_not_work_together_are_told_in_a_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("DKDM_CACHE", str(tmp_path / "cache"))
-    model = tmp_path / "model"
-    text(model, text_encoder=["transformers", "Gemma2Model"])
-    (tmp_path / "words.txt").write_text("a red cat\n")
-    args = ["sample", str(model), "--num-samples", "1", "--steps", "1"]
-    assert main([*args, "--prompts", str(tmp_path / "words.txt")]) == 1
-    assert "prompts cannot be encoded by text_encoder: Gemma2Model" in capsys.readouterr().err
-
-
 # --- whole processes -----------------------------------------------------------------------------
 
 
