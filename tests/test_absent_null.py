@@ -135,10 +135,17 @@ def test_a_run_with_an_interval(tmp_path, on):
         guidance_scale="2:4",
         guidance_interval="0.3:0.7",
         guidance_on=on,
+        sampling_guidance_scale=1.0 if on == "target" else 3.0,
         evaluation_samples=2,
+        validation_steps=0,
         **QUICK,
     )
     dkdm.distill(plain, "unet-tiny", config)
+    said = {
+        "target": "Guidance of 2:4 (at shares of noise 0.3 to 0.7) is baked in: sample it without",
+        "chain": "evaluated with guidance of 3 (at shares of noise 0.3 to 0.7). `pipeline.py`",
+    }
+    assert said[on] in (tmp_path / "run" / "README.md").read_text()
     output = tmp_path / "x.png"
     arguments = ["sample", str(tmp_path / "run"), "--guidance-scale", "3", "--steps", "2"]
     assert main([*arguments, "--guidance-interval", "0.3:0.7", "--output", str(output)]) == 0
@@ -176,3 +183,19 @@ def test_a_decoder_that_returns_no_pictures_is_refused():
     plain, _ = twins(decode=lambda latents: latents[0])
     with pytest.raises(dkdm.UsageError, match=r"decode returned \(1, 8, 8\) for latents"):
         plain.to_pixels(torch.zeros(2, 1, 8, 8))
+    wrong = {
+        "raised ZeroDivisionError for latents": lambda latents: 1 / 0,
+        "returned list for latents": lambda latents: [latents],
+        r"channels last: add .permute\(0, 3, 1, 2\)": lambda latents: latents.permute(0, 2, 3, 1),
+    }
+    for message, decode in wrong.items():
+        with pytest.raises(dkdm.UsageError, match=f"decode .*{message}"):
+            twins(decode=decode)[0].check()
+
+
+def test_an_autoencoder_in_training_mode_keeps_its_statistics():
+    own = torch.nn.BatchNorm2d(1)
+    plain, _ = twins(decode=lambda latents: own(latents))
+    plain.check()
+    assert own.num_batches_tracked == 0
+    assert own.training

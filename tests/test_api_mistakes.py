@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dkdm
+from dkdm.api import with_conditions
 from dkdm.config import RANGES
 from dkdm.inspection import check_denoising
 from factories import denoiser
@@ -167,7 +168,7 @@ def test_tables_of_numpy_and_lists_are_a_process():
 def test_images_of_numpy_are_checked():
     images = np.random.default_rng(0).normal(size=(4, 1, 8, 8)).astype(np.float32)
     checks = [
-        check_denoising(denoiser(None), num_samples=2, num_steps=2, images=given)
+        check_denoising(denoiser(None), num_samples=2, num_steps=2, images=given, max_trials=0)
         for given in (images, torch.from_numpy(images))
     ]
     assert checks[0].levels == checks[1].levels
@@ -218,3 +219,40 @@ def test_an_unknown_name_names_the_public_one(name, instead):
 
 def test_dir_lists_what_is_public():
     assert dir(dkdm) == sorted(dkdm.__all__)
+
+
+MISTAKES = {
+    "missing 1 required .*conditioning=dkdm.ClassLabels": (lambda x, t, y: x, {}),
+    "returned NoneType; return a tensor": (nn.Identity(), {"call": lambda *_: None}),
+    "returned ndarray; return a tensor": (nn.Identity(), {"call": lambda n, x, t, c: x.numpy()}),
+    r"give a function call\(network, x, time, cond\)": (
+        nn.Identity(),
+        {"call": lambda x, t, cond: x},
+    ),
+    r"times are fed as floats: .*time.long\(\)": (
+        lambda x, t: x + nn.Embedding(2000, 1)(t).reshape(-1, 1, 1, 1),
+        {},
+    ),
+    "times are 0 to 999: check the number of levels": (
+        lambda x, t: x + nn.Embedding(10, 1)(t.long()).reshape(-1, 1, 1, 1),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", sorted(MISTAKES))
+def test_a_network_that_is_called_wrongly_is_told_the_remedy(message):
+    network, changed = MISTAKES[message]
+    with pytest.raises(dkdm.UsageError, match=message):
+        model(network=network, **changed).check()
+
+
+def test_a_null_class_without_a_row_is_found_before_a_guided_run():
+    table = nn.Embedding(3, 1)
+    labelled = model(
+        network=lambda x, t, class_labels: x + table(class_labels).reshape(-1, 1, 1, 1),
+        conditioning=dkdm.ClassLabels(3, null_class=3),
+    )
+    with_conditions(labelled, dkdm.DistillConfig())
+    with pytest.raises(dkdm.UsageError, match=r"class_labels \[3, 3\].*and null_class"):
+        with_conditions(labelled, dkdm.DistillConfig(guidance_scale="2"))

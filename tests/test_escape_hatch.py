@@ -330,9 +330,10 @@ def test_without_a_range_pixels_are_the_samples():
 
 
 def test_labels_may_have_another_name():
-    """The document's last example: labels as `y`, drawn, guided and counted as any."""
+    """The document's labelled example: labels as `y`, drawn, guided and counted as any."""
     code = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    names = {}
+    last = next(i for i, block in enumerate(code) if "class Labelled" in block)
+    code, names = code[: last + 1], {}
     for block in code:
         exec(compile(block, str(DOCUMENT), "exec"), names)
     teacher = names["teacher"]

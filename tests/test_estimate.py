@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 import dkdm
+import pipelines
 from dkdm import api
 from dkdm.checkpoint import read_tensors
 from dkdm.estimate import Speeds, advice, estimated, in_words, measured, minutes
 from dkdm.progress import read_metrics
+from dkdm.prompts import Prompts
 from dkdm.students import student_of
+from dkdm.teachers import with_texts
 from factories import denoiser
 
 CONFIG = dkdm.DistillConfig(
@@ -39,6 +42,7 @@ def test_a_resumed_run_has_its_rest_ahead_and_nothing_to_prepare():
 
 def test_words_say_both_parts():
     text = in_words(estimated((1_024_000, 128_000), 1000, 0, Speeds(0.001, 0.1)))
+    assert "21 minutes in total" in text
     assert "17 minutes to prepare (1,024,000 teacher evaluations)" in text
     assert "3.8 minutes to train (1,000 steps, 128,000 teacher evaluations)" in text
 
@@ -145,6 +149,19 @@ def test_a_teacher_that_denoises_is_passed_in_silence_and_a_crash_is_a_warning()
 
     broken = replace(teacher, network=crash, call=None)
     assert "could not be checked: ValueError: no" in api.teacher_warning(broken, 1e-4)
+
+
+@pytest.mark.teacher_check
+@pytest.mark.parametrize("make", [pipelines.ldm_vq, pipelines.stable_diffusion])
+def test_teachers_of_latents_and_text_are_looked_at(tmp_path, make):
+    """Untrained ones do not denoise, and nothing fails on the way."""
+    make().save_pretrained(tmp_path / "teacher")
+    teacher = dkdm.load_teacher(str(tmp_path / "teacher"))
+    if isinstance(teacher.conditioning, Prompts):
+        teacher = with_texts(teacher, "a shoe and a bag")
+    warning = api.teacher_warning(teacher, 0.015)
+    assert warning.startswith("warning: the teacher does not denoise as it is read")
+    assert teacher.evaluations == 0
 
 
 def test_dry_run_says_minutes():

@@ -8,8 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dkdm
+from dkdm.api import with_conditions
 from dkdm.cli import main
+from dkdm.denoiser import Batch
 from dkdm.inputs import GivenRows, from_index, rows_of, to_index, with_rows
+from dkdm.students import student_of
 
 PROCESS = dkdm.from_betas(torch.linspace(1e-4, 0.02, 50))
 QUICK = {
@@ -73,9 +76,11 @@ def rows(count=3):
     [
         ({"draw": lambda *_: [1]}, r"Robot.draw returned \[1\]: it must return a dict of tensors"),
         ({"draw": lambda *_: {"state": 3}}, "Robot.draw returned int for 'state'"),
-        ({"draw": lambda s, n, g: {"state": torch.randn(n, 4)}}, "draw from `generator` alone"),
-        ({"draw": lambda s, n: {}}, r"Robot.draw\(3\) raised TypeError"),
-        ({"draw": lambda s, n, g: {"a b": torch.zeros(n)}}, "the key 'a b': use another name"),
+        ({"draw": lambda s, n, g, d: {"state": torch.randn(n, 4)}}, "draw from `generator` alone"),
+        ({"draw": lambda s, n, g: {}}, r"Robot.draw\(3\) raised TypeError"),
+        ({"draw": lambda s, n, g, d: {"a b": torch.zeros(n)}}, "the key 'a b': use another name"),
+        ({"draw": lambda s, n, g, d: Robot.draw(s, n, g)}, "with probability `dropout`"),
+        ({"absent": lambda s, c: [True]}, r"Robot.absent returned \[True\]: return a bool tensor"),
         ({"null": lambda s, n: {"state": torch.zeros(n, 4)}}, "Robot.null returned .*same names"),
         ({"null": lambda s, n: 1 / 0}, "raise dkdm.UsageError if there is no null condition"),
         ({"in_turns": lambda s, n: s.null(n + 1)}, r"in_turns returned \(4, 4\) for 'state'"),
@@ -91,6 +96,46 @@ def test_wrong_methods_are_refused_at_the_start(tmp_path, methods, message):
         with pytest.raises(dkdm.UsageError, match=message):
             start()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_are_absent_are_evaluated_without_any_condition():
+    """`absent` is honoured: such a row is that of a network which is fed nothing."""
+
+    def network(x, t, state=None, task=None):
+        del t, task
+        return x if state is None else x + state.sum(1).reshape(-1, 1, 1, 1)
+
+    own = changed(absent=lambda self, cond: cond["task"] == 3)
+    model = dkdm.Denoiser(network, PROCESS, "epsilon", (1, 4, 4), conditioning=own)
+    x, t = torch.randn(3, 1, 4, 4), torch.tensor([1, 20, 40])
+    cond = {"state": torch.ones(3, 4), "task": torch.tensor([0, 3, 1])}
+    expected = x + torch.tensor([4.0, 0.0, 4.0]).reshape(-1, 1, 1, 1)
+    assert torch.equal(model.predict(Batch(x, t, cond, t)).output, expected)
+    model.check()
+
+
+def plain_factory(sample_shape, out_channels, conditioning):
+    del sample_shape, out_channels, conditioning
+    return Policy()
+
+
+def curious_factory(sample_shape, out_channels, conditioning):
+    assert conditioning.draw(1, torch.Generator())["task"] is not None
+    return plain_factory(sample_shape, out_channels, conditioning)
+
+
+def test_a_factory_that_asks_a_conditioning_of_ones_own_is_refused_at_the_start():
+    assert isinstance(student_of("test_inputs:plain_factory", teacher()).network, Policy)
+    with pytest.raises(dkdm.UsageError, match="does not hold Robot.*raised KeyError.*asking"):
+        student_of("test_inputs:curious_factory", teacher())
+
+
+def test_a_run_as_teacher_asks_for_its_conditioning():
+    rows = GivenRows(rows_of(Robot()))
+    with pytest.raises(dkdm.UsageError, match="--teacher module:function.*conditioning=") as caught:
+        with_conditions(teacher(rows), dkdm.DistillConfig())
+    assert "--cond" not in str(caught.value)
+    with_conditions(teacher(), dkdm.DistillConfig())
 
 
 def test_a_missing_method_is_named():
@@ -109,7 +154,8 @@ def test_a_preset_that_does_not_take_it_is_refused(tmp_path):
 
 def test_distilled_resumed_sampled_and_shipped(tmp_path, capsys):
     """The same weights with an interruption as without; the folder samples in plain diffusers."""
-    options = {"condition_dropout": 0.3, "checkpointing_steps": 2, **QUICK}
+    options = {"condition_dropout": 0.3, "checkpointing_steps": 2, "validation_steps": 0, **QUICK}
+    options["evaluation_samples"] = 0
 
     def run(name, steps, **further):
         folder = tmp_path / name

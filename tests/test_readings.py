@@ -1,22 +1,29 @@
 """What is told wrongly of a network is found, and the printed line denoises."""
 
+import json
+import shutil
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import dkdm
+from dkdm.bundle import Autoencoder, Bundle, Component
 from dkdm.checkpoint import write_tensors
 from dkdm.cli import main
+from dkdm.denoiser import Batch
 from dkdm.errors import UsageError
 from dkdm.inspection import check_denoising, read_samples
-from dkdm.inspection.readings import TIMES, applied, cure_of
+from dkdm.inspection.readings import TIMES, Change, applied, cure_of
 from dkdm.inspection.remedy import corrected
 from dkdm.prediction import Parameterization
 from dkdm.process import karras, network_times, rectified_flow
 from dkdm.schedulers import from_scheduler_config
+from dkdm.teachers import load_teacher
 from dkdm.toy import GaussianMixture, mixture_denoiser
 
 STEPS = 20
@@ -27,6 +34,7 @@ AS_FLOW = (
 FLOW = rectified_flow(1000)
 LINEAR = from_scheduler_config({"_class_name": "DDPMScheduler", "clip_sample": False})
 EDM = karras(1000)
+LEARNED = Parameterization("epsilon", variance="learned_range")
 
 
 def mixture():
@@ -200,7 +208,8 @@ def test_folders_get_entries_files_get_flags_and_the_rest_python(tmp_path):
     model = read(exact(LINEAR, "sample"), LINEAR, "epsilon")
     change = cure_of(model, own_chains, 0).change
     folder = replace(model, bundle=replace(model.bundle, pipeline="DDPMPipeline"), name="mine")
-    assert corrected(folder, change) == '"prediction_type": "sample" in scheduler_config.json'
+    expected = 'write "prediction_type": "sample" in the scheduler_config.json of mine'
+    assert corrected(folder, change) == expected
     (tmp_path / "a.pt").touch()
     file = replace(model, name=str(tmp_path / "a.pt"))
     assert '--flags "--predict_xstart True"' in corrected(file, change)
@@ -208,6 +217,70 @@ def test_folders_get_entries_files_get_flags_and_the_rest_python(tmp_path):
     assert "dkdm.load_teacher('mine')" in corrected(folder, turned)
     assert "-teacher.call(network, x, time, cond)" in corrected(folder, turned)
     assert applied(model, change).parameterization.prediction == "sample"
+
+
+class Both(nn.Module):
+    """The exact mean with a variance channel beside it, and the sign of the mean turned."""
+
+    def forward(self, x, time):
+        return torch.cat([-exact(LINEAR, "epsilon")(x, time), torch.full_like(x, 0.25)], 1)
+
+
+def test_the_printed_line_turns_the_sign_of_the_mean_alone():
+    model = replace(read(Both(), LINEAR, "epsilon"), parameterization=LEARNED)
+    line = corrected(model, Change(negated=True))
+    names = {"dkdm": dkdm, "torch": torch, "network": model.network, "process": model.process}
+    written, meant = eval(line, names), applied(model, Change(negated=True))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([100, 500])
+    pair = [each.predict(Batch(x, t, {}, t)) for each in (written, meant)]
+    assert torch.equal(pair[0].output, pair[1].output)
+    assert torch.equal(pair[0].variance_output, pair[1].variance_output)
+    assert (pair[0].variance_output == 0.25).all()
+
+
+def test_a_wrong_entry_of_a_folder_is_named_with_its_file(tmp_path):
+    folder = shutil.copytree(files("dkdm") / "assets" / "fashion", tmp_path / "mine")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
+    model = load_teacher(str(folder))
+    line = corrected(model, Change(prediction="v_prediction"))
+    assert line == f'write "prediction_type": "v_prediction" in {file}'
+    assert "dataclasses.replace" in corrected(model, Change(time=TIMES[1]))
+
+
+def test_clipping_that_cuts_the_data_is_found():
+    process = replace(LINEAR, clipping=dkdm.Clipping(range=0.3))
+    model = read(exact(LINEAR, "epsilon"), process, "epsilon")
+    found = check_denoising(model, num_samples=2, num_steps=10)
+    assert found.denoises is False
+    assert "process, clipping=dkdm.Clipping())" in found.cure
+
+
+class Deaf(nn.Module):
+    """Follows its label and ignores its input: it predicts its own samples perfectly."""
+
+    def forward(self, x, time, class_labels):
+        shade = (class_labels - 1.0).reshape(-1, 1, 1, 1)
+        return shade.expand_as(x) + 1e-3 * x + 0 * time.reshape(-1, 1, 1, 1)
+
+
+def test_a_network_that_ignores_its_input_is_not_cured():
+    deaf = replace(read(Deaf(), LINEAR, "epsilon"), conditioning=dkdm.ClassLabels(3))
+    assert check_denoising(deaf, num_samples=2, num_steps=10, max_trials=12).cure is None
+
+
+def test_images_are_samples_of_pixels_and_refused_for_latents(tmp_path):
+    for number in range(3):
+        shade = Image.fromarray(np.full((8, 8, 3), 127 * number, dtype=np.uint8))
+        shade.save(tmp_path / f"{number}.png")
+    model = read(FRACTION, FLOW, "flow_prediction")
+    found = read_samples(tmp_path, replace(model, value_range=(0.0, 1.0)))
+    shades = torch.tensor([0.0, 127 / 255, 254 / 255]).reshape(3, 1, 1, 1)
+    torch.testing.assert_close(found, shades.expand(3, 3, 8, 8), rtol=0, atol=1e-6)
+    coder = Autoencoder(Component(tmp_path, "diffusers", "AutoencoderKL"))
+    latent = replace(model, bundle=Bundle(autoencoder=coder))
+    with pytest.raises(UsageError, match="works on latents .* give an array of these as .npy"):
+        read_samples(tmp_path, latent)
 
 
 def own_chains(reading):

@@ -29,13 +29,14 @@ from dkdm.finish import (
 )
 from dkdm.given import config_given, student_given, teacher_given
 from dkdm.hub import publish, reserve
-from dkdm.inputs import try_conditioning
+from dkdm.inputs import refuse_without_rows, try_conditioning
 from dkdm.inspection import quick_check
 from dkdm.launch import claim_output, start_accelerator
 from dkdm.matching import covered, level_weights, on_levels_of, same_levels, with_process
 from dkdm.modes import evaluating, put_into_evaluation, say_if
 from dkdm.objective import Objective
 from dkdm.pool import Guidance, Pool, Stride, empty_pool, fill_ancestral, fill_few_step
+from dkdm.prompts import Prompts
 from dkdm.sources import Images, Synthetic, draw_set, empty_set
 from dkdm.students import as_denoiser, given_student, student_of
 from dkdm.students.space import check_same_samples
@@ -69,8 +70,9 @@ def distill(
     accelerator = start_accelerator(config)
     if not isinstance(teacher, Denoiser):
         return _distill(open_teacher(config), student, config, accelerator)
-    say_if(put_into_evaluation(teacher.network, teacher.call))
-    with evaluating(teacher.network, teacher.call, frozen=True):
+    called = teacher.network, teacher.call, teacher.decode
+    say_if(put_into_evaluation(*called))
+    with evaluating(*called, frozen=True):
         return _distill(with_conditions(teacher, config), student, config, accelerator)
 
 
@@ -143,7 +145,7 @@ def say_what_it_takes(teacher: Denoiser, trainer: Trainer, config: DistillConfig
     speeds = measured(teacher, trainer.student, config, trainer.accelerator.autocast)
     done, planned = trainer.step_number, planned_evaluations(teacher, config)
     needed = estimated(planned, config.max_train_steps, done, speeds)
-    lines = [in_words(needed), advice(needed, config)]
+    lines = [f"this run takes {in_words(needed)}", advice(needed, config)]
     if config.check and not done:
         lines.append(teacher_warning(teacher, speeds.evaluation))
     for line in lines:
@@ -166,7 +168,8 @@ def teacher_warning(teacher: Denoiser, seconds: float) -> str | None:
         return None
     start = "does not denoise as it is read" if found.denoises is False else "could not be judged"
     what = "".join(f"; {each.seen}; {each.remedy}" for each in found.concerns[-1:])
-    return f"warning: the teacher {start}{what}. dkdm inspect says more; --no-check leaves this out"
+    advice = "dkdm inspect says more; --no-check skips this check"
+    return f"warning: the teacher {start}{what}. {advice}"
 
 
 def _refuse_shared_network(teacher: Denoiser, student: str | Denoiser | nn.Module | None) -> None:
@@ -221,13 +224,16 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
             "--guidance-on chain: this teacher is fed the guidance scale, and one evaluation "
             "cannot be guided and unguided; expected --guidance-on target"
         )
+    refuse_without_rows(teacher.conditioning, teacher.name)
     try_conditioning(teacher.conditioning)
     given = (config.prompts, config.negative_prompt, config.max_prompts, config.seed)
     own = restrict_classes(teacher.conditioning, config.classes, config.class_weights)
     conditioning = with_texts(replace(teacher, conditioning=own), *given).conditioning
     guided = not guidance.is_off or config.sampling_guidance_scale != 1
     if config.condition_dropout or (guided and not teacher.embeds_guidance):
-        conditioning.null(1)
+        null = conditioning.null(2)
+        if guided and not isinstance(conditioning, Prompts):
+            teacher.check(null)
     if config.random_conditioning and isinstance(conditioning, Unconditional):
         raise UsageError("--random-conditioning was given, but the teacher is unconditional")
     decode = None if teacher.decode is no_decoder else teacher.decode
@@ -423,7 +429,7 @@ def describe(config: DistillConfig) -> str:
         f"start     {begin(student, teacher, config)}\n"
         f"source    {config.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
         f"cost      {filling:,} teacher evaluations to prepare, {training:,} to train, "
-        "and restarts\n"
+        "and restarts of chains\n"
         f"time      {in_words(needed)}\n"
         f"output    {config.output_dir}{odd}"
     )

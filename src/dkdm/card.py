@@ -10,7 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dkdm.conditioning import ClassLabels
+from dkdm.conditioning import ClassLabels, parse_interval
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.denoiser import Denoiser
 from dkdm.evaluation.classes import Metrics
@@ -240,13 +240,27 @@ def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
         guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
         if not (guidance.is_off or guidance.chain_only or denoiser.embeds_guidance):
             limits.append(
-                f"Guidance of {config.guidance_scale} is baked in: sample it without more."
+                f"Guidance of {config.guidance_scale}{_inside(config)} is baked in: sample it "
+                "without more."
+            )
+        elif config.guidance_interval is not None and config.sampling_guidance_scale != 1:
+            limits.append(
+                f"It was evaluated with guidance of {config.sampling_guidance_scale:g}"
+                f"{_inside(config)}. `pipeline.py` guides at every level; `dkdm sample "
+                f"--guidance-interval {config.guidance_interval}` guides as it was evaluated."
             )
         if config.classes is not None:
             limits.append(f"It learned the classes {', '.join(map(str, config.classes))} only.")
     if isinstance(denoiser.conditioning, Prompts):
         limits.append("Prompts unlike those it was trained with may come out worse.")
     return [*limits, "It draws samples of the shape above; other sizes were not trained."]
+
+
+def _inside(config: DistillConfig) -> str:
+    """Where guidance acts, in words; nothing if everywhere."""
+    interval = parse_interval(config.guidance_interval)
+    low, high = interval or (0, 1)
+    return f" (at shares of noise {low:g} to {high:g})" if interval else ""
 
 
 def _licence_text(

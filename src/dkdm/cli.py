@@ -75,10 +75,10 @@ class TeacherOptions:
     """The prompt that guidance leads away from."""
     student_factory: str | None = None
     """Code that makes the custom network of a run, module:factory. Not needed for runs that this
-    machine made: a folder's own word for it is not enough."""
+    machine made; the name that a folder gives is not trusted."""
     cond: Path | None = None
-    """Rows of conditions for a run of a conditioning of your own: .safetensors or .npz with a
-    tensor [N, ...] by each name, and null.NAME for guidance."""
+    """Conditions for a model with a custom conditioning: .safetensors or .npz with a tensor
+    [N, ...] for each name, and null.NAME [1, ...] for guidance."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class InspectOptions(TeacherOptions):
     steps: int = 50
     """Sampler steps of the check."""
     samples: Path | None = None
-    """Real samples to judge it by in place of its own, in the range it was trained on: an array
-    [N, C, ...] as .npy, .npz, .safetensors or .pt, or a folder of images."""
+    """Real samples to judge the model by, instead of its own: an array [N, C, ...] in the range it
+    was trained on (.npy, .npz, .safetensors, .pt), or a folder of images."""
     json: bool = False
     """Print JSON for machines."""
 

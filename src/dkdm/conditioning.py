@@ -9,7 +9,7 @@ unconditional.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -57,6 +57,8 @@ def check_conditioning(conditioning: Any) -> None:
         refuse(name, None, "leave it out, or give dkdm.Unconditional()")
     if isinstance(conditioning, type):
         refuse(name, conditioning, f"make one first: {conditioning.__name__}(...)")
+    if isinstance(conditioning, Mapping):
+        refuse(name, conditioning, "give constants=... if it is the same for every sample")
     missing = [m for m in METHODS if not callable(getattr(conditioning, m, None))]
     if len(missing) == len(METHODS):
         refuse(name, conditioning, "give dkdm.ClassLabels(...), or an object with draw, null, ...")

@@ -168,7 +168,7 @@ class FactoryChoice:
 
     student_factory: str | None = None
     """Code that makes the custom network of a run, module:factory; several with commas. Not needed
-    for runs that this machine made: a folder's own word for it is not enough."""
+    for runs that this machine made; the name that a folder gives is not trusted."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,8 @@ class TeacherChoice(FactoryChoice):
     """Height and width (frames, height, width; or length) of a sample as the network sees it,
     in latents where it works on these; None is what its config says."""
     teacher_null_class: int | Literal["none"] | None = None
-    """Class id that means "no class", for guidance; it is not learnt as a class. "none": the
-    teacher has no such id; None is what the teacher says."""
+    """Class id that means "no class", for guidance; it is not learnt as a class. "none": there is
+    no such id. None: as the teacher's config says."""
     teacher_scheduler: str | None = None
     """Scheduler of a teacher that is a network alone, such as a trainer's checkpoint-500/unet_ema:
     ddpm-linear, ddpm-cosine, flow, edm, or a scheduler_config.json or its folder."""
@@ -244,8 +244,8 @@ class DistillConfig(StudentChoice, TeacherChoice, RunConfig):
     """Distil a teacher into a student without images."""
 
     check: bool = True
-    """Check for a few seconds, before the start, that the teacher denoises as it is read, and warn
-    if it does not; --no-check leaves it out. It changes nothing of the run."""
+    """Check for about five seconds before the start that the teacher denoises, and warn if it does
+    not. The check does not change the run; --no-check skips it."""
     teacher_offload: Literal["none", "layers"] = "none"
     """Keep the teacher in host memory and move a layer at a time to the device: slow, but small."""
     student_init: str = "random"
@@ -284,8 +284,8 @@ class DistillConfig(StudentChoice, TeacherChoice, RunConfig):
     Costs double, except for a teacher that is fed the scale."""
     guidance_interval: str | None = None
     """LOW:HIGH, the shares of noise sigma / (alpha + sigma) between which guidance acts (arXiv
-    2404.07724), such as 0.3:0.7; outside the teacher is not guided, or is fed a scale of 1. None
-    is everywhere."""
+    2404.07724), such as 0.3:0.7. Outside, the teacher is not guided (or is fed a scale of 1). None:
+    everywhere."""
     guidance_on: Literal["target", "chain"] = "target"
     """What is guided: chain and target, so that it is baked into the student; or the chain alone,
     so that the student learns the unguided model where guided samples lie."""

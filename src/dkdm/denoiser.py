@@ -241,6 +241,11 @@ class Denoiser(NamedArguments):
         )
         time = self.times[t.cpu()].to(x.device, torch.float32)
         output = self._called(self._cast(shown), time, cond)
+        if not isinstance(output, Tensor):
+            raise UsageError(
+                f"{self.name}: the network returned {type(output).__name__}; return a tensor "
+                f"{(len(x), *self.sample_shape)}, if need be by Denoiser(..., call=...)"
+            )
         expected = self.sample_shape[0] * (2 if self.parameterization.learns_variance else 1)
         if output.shape[1] != expected or output.shape[2:] != x.shape[2:]:
             raise UsageError(
@@ -318,6 +323,8 @@ class Denoiser(NamedArguments):
         except Exception as error:
             raise UsageError(self._misfit(cond, error)) from error
         self.evaluations = before
+        if self.decode not in (None, no_decoder):
+            self.to_pixels(x.detach())
         if output.device.type != "meta" and not output.isfinite().all():
             row = int(output[0].isfinite().all())
             raise UsageError(
@@ -336,13 +343,29 @@ class Denoiser(NamedArguments):
                 f"Denoiser(..., call=lambda network, x, time, cond: network(x, time, "
                 f"YOUR_ARGUMENT=cond['{name}'])), or leave conditioning out"
             )
-        rest, hint = self.sample_shape[1:], ""
-        if len(rest) > 1 and "expected" in str(error).lower():
-            hint = f"; sample_shape is that of one sample: without the batch it would be {rest}"
         return (
             f"{self.name} does not fit samples of shape {self.sample_shape} with conditions "
-            f"{_shown(cond)}: {in_a_line(error)}{hint}"
+            f"{_shown(cond)}: {in_a_line(error)}{self._hint(str(error))}"
         )
+
+    def _hint(self, error: str) -> str:
+        """What to do about a usual mistake; nothing for any other."""
+        rest = self.sample_shape[1:]
+        if len(rest) > 1 and "batched" in error:
+            return f"; sample_shape is that of one sample: without the batch it would be {rest}"
+        if "'indices'" in error:
+            return "; times are fed as floats: call=lambda network, x, time, cond: ... time.long()"
+        if "index out of range" in error:
+            times = f"times are {self.times.min():g} to {self.times.max():g}"
+            return f"; {times}: check the number of levels, of classes, and null_class"
+        if "positional arguments but 4 were given" in error:
+            return f"; give a function {_FUNCTIONS['call']}"
+        if "missing 1 required positional argument" in error:
+            return (
+                "; give what else it is fed: conditioning=dkdm.ClassLabels(...) and, if it is not "
+                "named class_labels, call=..."
+            )
+        return ""
 
     @torch.no_grad()
     def sample(
@@ -443,13 +466,26 @@ def no_decoder(latents: Tensor) -> Tensor:
     )
 
 
+_DECODES = "give a function of latents [B, ...] that returns pictures [B, 1 or 3, height, width]"
+
+
 def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-    found = decode(latents)
+    try:
+        with evaluating(decode):
+            found = decode(latents)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"decode raised {type(error).__name__} for latents {tuple(latents.shape)}: "
+            f"{in_a_line(error)}; {_DECODES}"
+        ) from error
     if not isinstance(found, Tensor) or found.ndim < 3 or len(found) != len(latents):
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UsageError(f"decode returned {what} for latents {tuple(latents.shape)}; {_DECODES}")
+    if found.ndim == 4 and found.shape[1] not in (1, 3) and found.shape[3] in (1, 3):
         raise UsageError(
-            f"decode returned {what} for latents {tuple(latents.shape)}: it must return a tensor "
-            "[B, C, height, width] of pictures in [-1, 1]"
+            f"decode returned {tuple(found.shape)}, channels last: add .permute(0, 3, 1, 2)"
         )
     return found.detach().float()
 

@@ -52,12 +52,13 @@ def estimated(evaluations: tuple[int, int], steps: int, done: int, speeds: Speed
 
 
 def in_words(estimate: Estimate) -> str:
-    """One line: minutes to prepare and to train, and of what."""
+    """One line: minutes in total, to prepare and to train, and of what."""
     preparing, training = estimate.evaluations
+    total = minutes(estimate.preparing + estimate.training)
     first = f"{minutes(estimate.preparing)} to prepare ({preparing:,} teacher evaluations)"
     second = f"{minutes(estimate.training)} to train ({estimate.steps:,} steps"
     second += f", {training:,} teacher evaluations)" if training else ")"
-    return f"{first}, {second}, estimated from the speed of one batch"
+    return f"{total} in total, by the speed of one batch: {first}, {second}"
 
 
 def minutes(seconds: float) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dkdm.conditioning import Condition, Conditioning
+from dkdm.conditioning import METHODS, Condition, Conditioning
 from dkdm.errors import UsageError
 from dkdm.reading import Fields, is_name, shown
 
@@ -47,8 +47,8 @@ def try_conditioning(conditioning: Conditioning) -> None:
     if not is_own_conditioning(conditioning):
         return
     name = type(conditioning).__name__
-    drawn = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random()))
-    again = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random()))
+    drawn = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 0.0))
+    again = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 0.0))
     if any(not torch.equal(again[key], drawn[key]) for key in drawn):
         raise UsageError(
             f"{name}.draw gave other rows for the same generator: draw from `generator` alone, "
@@ -63,11 +63,32 @@ def try_conditioning(conditioning: Conditioning) -> None:
         return  # it has none
     except Exception as error:
         raise UsageError(
-            f"{name}.null raised {type(error).__name__}: {error}: raise dkdm.UsageError if there "
-            "is no null condition"
+            f"{name}.null raised {type(error).__name__}: raise dkdm.UsageError if there is no null "
+            "condition"
         ) from error
     _check_rows(f"{name}.null", null)
     _same_rows(f"{name}.null", null, drawn)
+    dropped = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 1.0))
+    if any(not torch.equal(dropped[key], value) for key, value in null.items()):
+        raise UsageError(
+            f"{name}.draw(count, generator, dropout=1.0) gave other rows than {name}.null(count): "
+            "replace each row by null's with probability `dropout`"
+        )
+    _try_absent(name, conditioning, drawn)
+
+
+def _try_absent(name: str, conditioning: Conditioning, drawn: Condition) -> None:
+    """Try the method that not all have: which rows are evaluated without any condition."""
+    absent = getattr(conditioning, "absent", None)
+    if absent is None:
+        return
+    found = absent(drawn)
+    legal = isinstance(found, Tensor) and found.dtype == torch.bool and found.shape == (TRIED,)
+    if not legal and found is not None:
+        raise UsageError(
+            f"{name}.absent returned {shown(found)}: return a bool tensor with one entry a row, "
+            f"here {TRIED}, or None"
+        )
 
 
 def _random() -> torch.Generator:
@@ -78,7 +99,9 @@ def _tried(what: str, call: Any) -> Condition:
     try:
         found = call()
     except Exception as error:
-        raise UsageError(f"{what}({TRIED}) raised {type(error).__name__}: {error}") from error
+        method = METHODS[what.rpartition(".")[2]]
+        hint = f"; define {method}" if isinstance(error, TypeError) else ""
+        raise UsageError(f"{what}({TRIED}) raised {type(error).__name__}: {error}{hint}") from error
     _check_rows(what, found)
     return dict(found)
 
@@ -197,6 +220,16 @@ class GivenRows:
             key: torch.zeros(count, *row.shape, dtype=DTYPES[row.dtype])
             for key, row in self.shapes.items()
         }
+
+
+def refuse_without_rows(conditioning: Conditioning, name: str) -> None:
+    """Raise UsageError for a teacher that needs rows: it draws conditions all through a run."""
+    if isinstance(conditioning, GivenRows) and conditioning.rows is None:
+        raise UsageError(
+            f"the teacher {name} was trained with a conditioning of your own, which its folder "
+            "does not hold: give a function, --teacher module:function, that returns "
+            f"dataclasses.replace(dkdm.load_teacher({name!r}), conditioning=...)"
+        )
 
 
 def with_rows(conditioning: Conditioning, path: Path | None) -> Conditioning:

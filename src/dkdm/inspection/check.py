@@ -81,7 +81,7 @@ class DenoisingCheck:
 NOT_FINITE = Concern(
     "its samples are not finite",
     "finite numbers",
-    "hold it in float32; if its samples still are not finite, the weights are damaged",
+    "load it in float32; if its samples still are not finite, the weights are damaged",
 )
 
 
@@ -220,9 +220,9 @@ def _failure(
     return Concern(
         _seen(levels),
         expected,
-        f"no reading works: with none of {max_trials} others (prediction types, times, signs, "
-        "usual schedules) does it denoise. Check that these are trained weights, and how the "
-        "network's input is scaled",
+        f"no reading works: it does not denoise with any of {max_trials} other combinations of "
+        "prediction type, time, sign and schedule. Check that these are trained weights, and how "
+        "the network's input is scaled",
     )
 
 

@@ -1,4 +1,4 @@
-"""Other ways to read a network that does not denoise: what is probably told wrongly of it."""
+"""Other ways to read a network that does not denoise: what is probably wrong."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from dkdm.calls import Call
 from dkdm.denoiser import Denoiser
 from dkdm.errors import UsageError
-from dkdm.inspection.denoising import Samples, cures, levels_until_bad, mean_ratio
+from dkdm.inspection.denoising import (
+    Samples,
+    cures,
+    follows_noise,
+    levels_until_bad,
+    mean_ratio,
+)
 from dkdm.modes import modules_behind
 from dkdm.prediction import PredictionType
-from dkdm.process import Process, TimeKind, karras, network_times, rectified_flow
+from dkdm.process import Clipping, Process, TimeKind, karras, network_times, rectified_flow
 from dkdm.progress import track
 from dkdm.schedulers import from_scheduler_config
 
@@ -100,7 +106,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Change:
-    """What is read otherwise; None and False leave a part as it was told."""
+    """What is read otherwise; None and False leave a part as it is."""
 
     schedule: Schedule | None = None
     prediction: PredictionType | None = None
@@ -198,9 +204,10 @@ def _ratio(
         if not samples.x_0.isfinite().all():
             return None
         levels = levels_until_bad(reading, samples, seed)
+        found = cures(levels) and follows_noise(reading, seed)
     except Exception:  # whatever a network raises that is read as it was not meant
         return None
-    return mean_ratio(levels) if cures(levels) else None
+    return mean_ratio(levels) if found else None
 
 
 def _fits_tables(reading: Denoiser) -> bool:
@@ -267,6 +274,8 @@ def _same(times: Tensor, others: Tensor) -> bool:
 
 def _schedules(denoiser: Denoiser) -> Iterator[Schedule]:
     own, total = denoiser.process, denoiser.process.num_levels
+    if own.clipping.range is not None:
+        yield _unclipped(own)
     for schedule in (*_beta_schedules(own), *_other_families(total)):
         process = schedule.process
         kind = process_kind(process)
@@ -275,6 +284,15 @@ def _schedules(denoiser: Denoiser) -> Iterator[Schedule]:
         if not schedule.same_family and kind == process_kind(own):
             continue
         yield schedule
+
+
+def _unclipped(own: Process) -> Schedule:
+    """The same process without clipping."""
+    off = {"clip_sample": False, "thresholding": False}
+    entries = {key: value for key, value in off.items() if own.scheduler.get(key, True)}
+    process = replace(own, clipping=Clipping(), scheduler={**own.scheduler, **entries})
+    code = "dataclasses.replace(process, clipping=dkdm.Clipping())"
+    return Schedule(process, code, {"clip_sample": False}, True)
 
 
 def _beta_schedules(own: Process) -> Iterator[Schedule]:

@@ -1,9 +1,11 @@
-"""The corrected line: what the user types in place of what was told wrongly."""
+"""The corrected line: what the user types in place of what is wrong."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +13,10 @@ from torch import nn
 from dkdm.calls import call_of
 from dkdm.conditioning import Unconditional
 from dkdm.denoiser import Denoiser
-from dkdm.inspection.readings import Change, Time
+from dkdm.errors import UsageError
+from dkdm.inspection.readings import Change, Schedule, Time
 from dkdm.process import rectified_flow
+from dkdm.schedulers import from_scheduler_config, prediction_type
 
 FLAGS = {  # of guided-diffusion's scripts
     "sample": "--predict_xstart True",
@@ -31,24 +35,55 @@ def corrected(denoiser: Denoiser, change: Change) -> str:
     """
     if Path(denoiser.name).is_file():
         return _flags(change) or _replaced(denoiser, change)
-    if denoiser.bundle.pipeline is not None:
-        return _entries(change) or _replaced(denoiser, change)
+    if _is_folder(denoiser):
+        return _entries(denoiser, change) or _replaced(denoiser, change)
     return python_line(denoiser, change)
 
 
-def _entries(change: Change) -> str | None:
-    """Of scheduler_config.json; None where it has none for this."""
+def _is_folder(denoiser: Denoiser) -> bool:
+    """Whether it was read from a pipeline's folder, here or on the hub."""
+    here = (Path(denoiser.name) / "model_index.json").is_file()
+    return denoiser.bundle.pipeline is not None or here or denoiser.name.startswith("builtin:")
+
+
+def _entries(denoiser: Denoiser, change: Change) -> str | None:
+    """Of scheduler_config.json; None if no entries say this."""
     if change.time is not None or change.negated:
         return None
     entries = {} if change.schedule is None else dict(change.schedule.config)
-    if change.prediction == "flow_prediction":
-        entries.setdefault("_class_name", "FlowMatchEulerDiscreteScheduler")
-    elif change.prediction == "edm":
+    kind = change.prediction or denoiser.parameterization.prediction
+    if kind in ("edm", "edm_v"):
         entries.setdefault("_class_name", "EDMEulerScheduler")
+        entries["prediction_type"] = "v_prediction" if kind == "edm_v" else "epsilon"
+    elif kind == "flow_prediction":
+        entries.setdefault("_class_name", "FlowMatchEulerDiscreteScheduler")
     elif change.prediction is not None:
         entries["prediction_type"] = change.prediction
+    if not _says(entries, denoiser, change):
+        return None
+    own = denoiser.process.scheduler
+    entries = {key: value for key, value in entries.items() if own.get(key) != value}
     shown = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in entries.items())
-    return f"{shown} in scheduler_config.json"
+    return f"write {shown} in {_scheduler_file(denoiser)}"
+
+
+def _says(entries: Mapping[str, Any], denoiser: Denoiser, change: Change) -> bool:
+    """Whether a scheduler's config with these entries is read as the change wants it."""
+    config = {**denoiser.process.scheduler, **entries}
+    wanted = change.schedule.process if change.schedule else denoiser.process
+    try:
+        found = from_scheduler_config(config)
+        kind = prediction_type(config)
+    except UsageError:
+        return False
+    same = found.num_levels == wanted.num_levels and torch.allclose(found.sigma, wanted.sigma)
+    return same and kind == (change.prediction or denoiser.parameterization.prediction)
+
+
+def _scheduler_file(denoiser: Denoiser) -> str:
+    """Where the entries belong."""
+    file = Path(denoiser.name) / "scheduler" / "scheduler_config.json"
+    return str(file) if file.is_file() else f"the scheduler_config.json of {denoiser.name}"
 
 
 def _flags(change: Change) -> str | None:
@@ -67,7 +102,7 @@ def _replaced(denoiser: Denoiser, change: Change) -> str:
     """The teacher loaded in Python, with other parts."""
     parts = [*_process(change), *_prediction(denoiser, change), *_time(denoiser, change)]
     if change.negated:
-        parts.append("call=lambda network, x, time, cond: -teacher.call(network, x, time, cond)")
+        parts.append(_turned("teacher.call(network, x, time, cond)", denoiser))
     loaded = f"teacher = dkdm.load_teacher({denoiser.name!r})"
     return f"{loaded}; teacher = dataclasses.replace(teacher, {', '.join(parts)})"
 
@@ -102,8 +137,7 @@ def python_line(denoiser: Denoiser, change: Change) -> str:
     elif denoiser.time is not None and (change.schedule is None or change.schedule.same_family):
         parts.append(f"time={_shown_time(denoiser.time)}")
     if change.negated:
-        call = _shown_call(denoiser)
-        parts.append(f"call=lambda network, x, time, cond: -{call}")
+        parts.append(_turned(_shown_call(denoiser), denoiser))
     elif denoiser.call is not call_of(denoiser.network):
         parts.append("call=call")
     return f"dkdm.Denoiser({', '.join(parts)})"
@@ -145,8 +179,18 @@ def _shown_time(time: object) -> str:
     return f'"{time}"' if isinstance(time, str) else "time"
 
 
+def _turned(call: str, denoiser: Denoiser) -> str:
+    """The argument that turns the sign of a call's output; variance channels keep theirs."""
+    channels = denoiser.sample_shape[0]
+    if denoiser.parameterization.learns_variance:
+        ones = f"[-1] * {channels} + [1] * {channels}"
+        sides = ", ".join(["-1", *["1"] * len(denoiser.sample_shape[1:])])
+        return f"call=lambda network, x, time, cond: {call} * x.new_tensor({ones}).reshape({sides})"
+    return f"call=lambda network, x, time, cond: -{call}"
+
+
 def _shown_call(denoiser: Denoiser) -> str:
-    """How the network was called so far; with a learned variance the sign is turned of half."""
+    """How the network was called so far."""
     network = denoiser.network
     if denoiser.call is not call_of(network):
         return "call(network, x, time, cond)"
@@ -156,25 +200,26 @@ def _shown_call(denoiser: Denoiser) -> str:
 
 
 def in_words(change: Change, reading: Denoiser) -> str:
-    """What is told wrongly, in words."""
+    """What is wrong, in words."""
     parts = []
     if change.schedule is not None:
-        parts.append(f"the noise schedule {_schedule_name(change)}")
+        parts.append(_schedule_in_words(change.schedule))
     if change.prediction is not None:
         parts.append(f'"prediction_type": "{change.prediction}"')
     if change.time is not None:
         parts.append(_time_in_words(change.time, reading))
     if change.negated:
-        parts.append("the sign of its output turned")
+        parts.append("the opposite sign of its output")
     return " and ".join(parts)
 
 
-def _schedule_name(change: Change) -> str:
-    assert change.schedule is not None
-    config = change.schedule.config
+def _schedule_in_words(schedule: Schedule) -> str:
+    config = schedule.config
     if "beta_schedule" in config:
-        return f'"beta_schedule": "{config["beta_schedule"]}"'
-    return str(config.get("_class_name"))
+        return f'the noise schedule "beta_schedule": "{config["beta_schedule"]}"'
+    if "clip_sample" in config:
+        return "samples that are not clipped"
+    return f"the noise schedule {config.get('_class_name')}"
 
 
 def _time_in_words(time: Time, reading: Denoiser) -> str:

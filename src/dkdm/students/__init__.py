@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkdm.conditioning import ClassLabels, Condition, for_student
+from dkdm.conditioning import ClassLabels, Condition, Unconditional, for_student
 from dkdm.config import ProcessName
 from dkdm.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.inputs import is_own_conditioning
 from dkdm.matching import check_is_sampled, with_process
 from dkdm.networks import network_class
 from dkdm.own import (
@@ -125,6 +126,7 @@ def _constants(network: nn.Module) -> Condition:
 def build_network(spec: str, interface: Interface, factory: Factory | None = None) -> nn.Module:
     """The network a spec names. Raises UsageError for one that names nothing."""
     if spec in PRESETS:
+        _refuse_own_conditions(spec, interface)
         return PRESETS[spec].build(interface)
     if spec.endswith(".json"):
         return _from_diffusers_config(Path(spec), interface, factory)
@@ -138,6 +140,23 @@ def build_network(spec: str, interface: Interface, factory: Factory | None = Non
         f"unknown student '{spec}': expected a preset ({', '.join(near)}; `dkdm students` lists "
         "those that fit), the path of a diffusers config.json or folder, or module:factory"
     )
+
+
+_KNOWN_CONDITIONS = ("class_labels", "encoder_hidden_states", "pooled_projections")
+
+
+def _refuse_own_conditions(preset: str, interface: Interface) -> None:
+    """Raise UsageError for a conditioning that no preset is fed."""
+    own = interface.conditioning
+    if not is_own_conditioning(own):
+        return
+    others = [name for name in own.embed(own.in_turns(1)) if name not in _KNOWN_CONDITIONS]
+    if others:
+        names = ", ".join(f"'{name}'" for name in others)
+        raise UsageError(
+            f"{preset} is fed class ids or text, and {type(own).__name__} feeds {names}: give a "
+            "network of your own as the student, a module in Python or module:factory"
+        )
 
 
 def _from_diffusers_config(path: Path, interface: Interface, factory: Factory | None) -> nn.Module:
@@ -178,7 +197,27 @@ def _from_factory(spec: str, interface: Interface) -> nn.Module:
         )
     if is_own(network):
         remember_factory(network, spec, *given)
+        if is_own_conditioning(interface.conditioning):
+            _check_made_again(spec, factory, interface, network)
     return network
+
+
+def _check_made_again(spec: str, factory: Any, interface: Interface, network: nn.Module) -> None:
+    """Raise UsageError for a factory that needs a conditioning that no folder can hold."""
+    name = type(interface.conditioning).__name__
+    with torch.random.fork_rng():
+        try:
+            twin = factory(interface.sample_shape, interface.out_channels, Unconditional())
+            pair = [{k: v.shape for k, v in each.state_dict().items()} for each in (network, twin)]
+            why = "" if pair[0] == pair[1] else "it made other weights"
+        except Exception as error:
+            why = f"it raised {type(error).__name__}: {error}"
+    if why:
+        raise UsageError(
+            f"student factory {spec}: a folder does not hold {name}, so that a finished run is "
+            f"loaded with dkdm.Unconditional() in its place, and then {why}. Make the network "
+            "without asking the conditioning"
+        )
 
 
 def _check_signature(spec: str, factory: Any, given: tuple[Any, ...]) -> None:

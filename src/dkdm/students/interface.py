@@ -114,9 +114,11 @@ def check_halvings(interface: Interface, levels: int) -> None:
     sides = interface.sample_shape[1:]
     if any(side % halvings for side in sides):
         what = "height and width" if len(sides) == 2 else "every side"
+        last = len(sides) == 2 and sides[1] in (1, 3)
+        hint = "; sample_shape is (channels, height, width), channels first" if last else ""
         raise UsageError(
             f"a UNet of {levels} levels needs {what} divisible by {halvings}; "
-            f"the samples are {'x'.join(map(str, sides))}"
+            f"the samples are {'x'.join(map(str, sides))}{hint}"
         )
 
 

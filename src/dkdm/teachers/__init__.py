@@ -141,16 +141,19 @@ def _from_path(path: Path, format: str | None, options: LoadOptions) -> Denoiser
 
 
 def _from_factory(spec: str) -> Denoiser:
-    factory = import_object(spec)
+    found = import_object(spec)
     try:
-        denoiser = factory()
+        denoiser = found if isinstance(found, Denoiser) else found()
+    except UsageError as error:
+        raise UsageError(f"teacher factory {spec}: {error}") from error
     except Exception as error:
         raise DkdmError(f"teacher factory {spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(denoiser, Denoiser):
         raise UsageError(
-            f"teacher factory {spec} returned {type(denoiser).__name__}: expected a dkdm.Denoiser"
+            f"teacher factory {spec} returned {type(denoiser).__name__}: return a "
+            "dkdm.Denoiser(network, process, parameterization, sample_shape)"
         )
     denoiser.name = spec
-    say_if(put_into_evaluation(denoiser.network, denoiser.call))
+    say_if(put_into_evaluation(denoiser.network, denoiser.call, denoiser.decode))
     denoiser.check()
     return denoiser
