@@ -138,8 +138,11 @@ def test_config_file_of_a_run_is_a_starting_point(tmp_path, capsys):
 
 def test_teacher_folder_and_inspect_as_json(tmp_path, capsys):
     write_pipeline(tmp_path, denoiser(3))
-    assert main(["inspect", str(tmp_path), "--json", "--num-samples", "2", "--steps", "3"]) == 1
-    assert json.loads(capsys.readouterr().out)
+    asked = ["inspect", str(tmp_path), "--json", "--num-samples", "2", "--steps"]
+    assert main([*asked, "3"]) == 0  # too few steps to say anything against it
+    assert json.loads(capsys.readouterr().out)["check"]["denoises"] is None
+    assert main([*asked, "10"]) == 1
+    assert json.loads(capsys.readouterr().out)["check"]["denoises"] is False
 
 
 def test_students_and_doctor_as_json(tmp_path, capsys, monkeypatch):

@@ -36,6 +36,8 @@ from dkdm.process import Process
 CLIPPED_SHARE = 0.04
 # Signal-to-noise ratio at T-1 beyond which pure noise is no state that the network was trained on.
 NOISY_END = 0.01
+# Samples of fewer steps are far from what even a good network was trained on.
+MIN_STEPS = 10
 TRIAL_STEPS = 10
 MAX_TRIALS = 300
 MIN_TRIALS = 24
@@ -67,7 +69,7 @@ class Concern:
 class DenoisingCheck:
     """The verdict, the errors by rising noise, the model's own samples, gravest concerns first.
 
-    denoises: None where it cannot be told without real samples. cure: what to type instead, where
+    denoises: None if it cannot be judged by these samples. cure: what to type instead, where
     another reading of the network denoises.
     """
 
@@ -100,8 +102,8 @@ def check_denoising(
     num_samples: at least 2; more are drawn where one has few values. num_steps: sampler steps.
     images: [N, ...] to be noised instead of the samples, in the model's own range and shape. Where
     it does not denoise, up to max_trials other readings of the same network are tried. Where the
-    schedule does not end in noise, chains that begin with it say nothing against the model, and
-    without images there is no verdict. What may pass: a schedule that is only a little off. Mode
+    schedule does not end in noise, or there are fewer than ten steps, the samples say nothing
+    against the model, and without images there is no verdict then. What may pass: a schedule that is only a little off. Mode
     and evaluation counter are restored.
     Raises UsageError for fewer than two samples or images, and for images of another shape.
     """
@@ -134,12 +136,22 @@ def check_denoising(
             concerns += _clipping_concerns(denoiser.process, own.clipped_share)
             concerns += _scale_concerns(denoiser.process, spread)
             return DenoisingCheck(True, levels, spread, concerns)
+        if real is None and num_steps < min(MIN_STEPS, denoiser.process.num_levels):
+            return DenoisingCheck(None, levels, spread, (*concerns, _few_steps(num_steps)))
         cure = cure_of(denoiser, samples_of, seed, max_trials)
     if real is None and _ends_in_signal(denoiser.process) and not _is_sure(denoiser, cure):
         return DenoisingCheck(None, levels, spread, concerns)
     line = None if cure is None else corrected(denoiser, cure.change)
     failure = _failure(denoiser, levels, cure, max_trials)
     return DenoisingCheck(False, levels, spread, (*concerns, failure), line)
+
+
+def _few_steps(num_steps: int) -> Concern:
+    return Concern(
+        f"its samples were drawn in {num_steps} steps, too few to judge it by",
+        f"at least {MIN_STEPS} steps",
+        f"--steps {MIN_STEPS} or more (in Python: num_steps=)",
+    )
 
 
 def _is_sure(denoiser: Denoiser, cure: Cure | None) -> bool:

@@ -126,7 +126,7 @@ def _print_verdict(check: DenoisingCheck, console: Console) -> None:
     if check.denoises:
         console.print("[green]It denoises.[/green]")
     elif check.denoises is None:
-        console.print("[yellow]Real samples are needed to judge it.[/yellow]")
+        console.print("[yellow]It cannot be judged by these samples.[/yellow]")
     else:
         console.print("[red]It does not denoise as it is read.[/red]")
     for concern in check.concerns:
