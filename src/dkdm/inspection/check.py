@@ -103,8 +103,8 @@ def check_denoising(
     images: [N, ...] to be noised instead of the samples, in the model's own range and shape. Where
     it does not denoise, up to max_trials other readings of the same network are tried. Where the
     schedule does not end in noise, or there are fewer than ten steps, the samples say nothing
-    against the model, and without images there is no verdict then. What may pass: a schedule that is only a little off. Mode
-    and evaluation counter are restored.
+    against the model, and without images there is no verdict then. What may pass: a schedule that
+    is only a little off. Mode and evaluation counter are restored.
     Raises UsageError for fewer than two samples or images, and for images of another shape.
     """
     denoiser = denoiser_given("check_denoising: denoiser", denoiser)
