@@ -23,20 +23,20 @@ from PIL import Image
 from torch import nn
 
 from dkdm import distill
-from dkdm.charts import Series, standalone_chart
-from dkdm.checkpoint import read_tensors, write_tensors
 from dkdm.config import DistillConfig
-from dkdm.denoiser import Denoiser
+from dkdm.core.checkpoint import read_tensors, write_tensors
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import PredictionType
 from dkdm.evaluation.classes import evaluate_images
 from dkdm.evaluation.cost import count_macs
 from dkdm.evaluation.same_noise import Plan, draw, pictures
-from dkdm.matching import with_process
-from dkdm.pictures import grid
-from dkdm.prediction import PredictionType
+from dkdm.models import load_teacher
+from dkdm.models.student_process import with_process
+from dkdm.report.charts import Series, standalone_chart
+from dkdm.report.pictures import grid
 from dkdm.students import Interface, as_denoiser
 from dkdm.students.transformers import dit
 from dkdm.students.unets import unet
-from dkdm.teachers import load_teacher
 
 BATCH, SHOWN, DATA_FREE_STEPS = 64, 10, 25
 WIDTHS = (8, 12, 16, 24, 32)

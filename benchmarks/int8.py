@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from dkdm.conditioning import ClassLabels
+from dkdm.core.conditioning import ClassLabels
 from dkdm.evaluation import evaluate_images
 from dkdm.evaluation.same_noise import Plan, draw, pictures
-from dkdm.export import component_name, write_pipeline
-from dkdm.quantized import write_int8_folder
-from dkdm.teachers import LoadOptions, load_teacher
+from dkdm.models import LoadOptions, load_teacher
+from dkdm.shipping.int8 import write_int8_folder
+from dkdm.shipping.pipeline_folder import component_name, write_pipeline
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 

@@ -10,11 +10,11 @@ import argparse
 
 import torch
 
-from dkdm.datasets import FASHION_TONES, FASHION_WORDS
+from dkdm.data.datasets import FASHION_TONES, FASHION_WORDS
 from dkdm.evaluation.classes import class_agreement
 from dkdm.evaluation.features import to_image_shape
 from dkdm.evaluation.same_noise import Plan, draw, pictures
-from dkdm.teachers import load_teacher, with_texts
+from dkdm.models import load_teacher, with_texts
 
 
 def main() -> None:

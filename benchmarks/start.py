@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from dkdm.api import distill
-from dkdm.charts import Series, bin_means, standalone_chart
 from dkdm.config import DistillConfig
-from dkdm.denoiser import Denoiser
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.progress import read_metrics
 from dkdm.evaluation.classes import evaluate_images
 from dkdm.evaluation.same_noise import Plan, draw, pictures
-from dkdm.progress import read_metrics
-from dkdm.recipes import fashion_small
+from dkdm.models import load_teacher
+from dkdm.report.charts import Series, bin_means, standalone_chart
+from dkdm.runs.api import distill
+from dkdm.runs.recipes import fashion_small
 from dkdm.students import student_of
 from dkdm.students.start import read_checkpoint
-from dkdm.teachers import load_teacher
 
 STUDENT = "thin-50"
 LOSS_AT, DISTANCE_AT = (10, 100, 300, 1000), (100, 300, 1000)

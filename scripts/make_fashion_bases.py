@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from dkdm.datasets import FASHION_TONES, FASHION_WORDS, fashion_captions, load_fashion_mnist
-from dkdm.progress import track
+from dkdm.core.progress import track
+from dkdm.data.datasets import FASHION_TONES, FASHION_WORDS, fashion_captions, load_fashion_mnist
 
 LENGTH = 8
 TEMPERATURE = 0.07

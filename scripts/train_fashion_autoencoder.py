@@ -16,10 +16,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from dkdm.datasets import load_fashion_mnist
+from dkdm.core.progress import track
+from dkdm.data.datasets import load_fashion_mnist
 from dkdm.evaluation import evaluate_images
-from dkdm.pictures import grid
-from dkdm.progress import track
+from dkdm.report.pictures import grid
 
 KL_WEIGHT = 1e-3
 LATENT_CHANNELS = 4

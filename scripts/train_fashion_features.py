@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from dkdm.datasets import load_fashion_mnist
+from dkdm.data.datasets import load_fashion_mnist
 from dkdm.evaluation.classes import within_class_variance
 from dkdm.evaluation.features import FeatureNetwork, FeatureStatistics, extract_features
 from dkdm.evaluation.frechet import frechet_distance
 
-ASSETS = Path(__file__).parents[1] / "src" / "dkdm" / "assets" / "fashion-features"
+ASSETS = Path(__file__).parents[1] / "src" / "dkdm" / "data" / "fashion" / "features"
 SUBSET_SIZES = (1000, 2000, 5000, 10000)
 NUM_DRAWS = 20
 

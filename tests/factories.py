@@ -4,10 +4,10 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from dkdm.conditioning import ClassLabels
-from dkdm.denoiser import Denoiser
-from dkdm.prediction import Parameterization
-from dkdm.schedulers import from_scheduler_config
+from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import Parameterization
+from dkdm.models.schedulers import from_scheduler_config
 
 SCHEDULER = {
     "_class_name": "DDPMScheduler",

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 import dkdm
 from dkdm.cli import main
-from dkdm.conditioning import ABSENT, parse_interval
-from dkdm.denoiser import Batch
-from dkdm.finish import sample_to_file
-from dkdm.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.conditioning import ABSENT, parse_interval
+from dkdm.core.denoiser import Batch
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.runs.outputs import sample_to_file
 
 PROCESS = dkdm.from_betas(torch.linspace(1e-4, 0.02, 100))
 LABELS = torch.tensor([0, 1, 2, 1, 2, 0])  # 2 is the null class of the twin

@@ -4,14 +4,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from dkdm.checkpoint import load_strict
-from dkdm.conditioning import ClassLabels, Unconditional
+from dkdm.core.checkpoint import load_strict
+from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.errors import DkdmError, UsageError
-from dkdm.export import write_pipeline
+from dkdm.models import load_teacher
 from dkdm.networks import network_class
 from dkdm.networks.adm import AdmUNet
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import Interface, as_denoiser, build_network
-from dkdm.teachers import load_teacher
 from factories import denoiser
 from formula_weights import few, filled, numbers
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 import dkdm
-from dkdm import checkpoint
+from dkdm.core import checkpoint
+from dkdm.core.modes import silence_label_dropout
+from dkdm.core.progress import read_metrics
 from dkdm.errors import DkdmError, UsageError
-from dkdm.modes import silence_label_dropout
-from dkdm.progress import read_metrics
 from dkdm.students import student_of
 from factories import denoiser, tiny_unet
 
@@ -157,7 +157,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     code = next(block for block in blocks if "dkdm.distill" in block)
     teacher, small = denoiser(), dkdm.DistillConfig
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dkdm.api.chosen_teacher", lambda _: teacher)
+    monkeypatch.setattr("dkdm.runs.api.chosen_teacher", lambda _: teacher)
     shrunk = {key: getattr(SMALL, key) for key in ("train_batch_size", "pool_size", "fill_steps")}
     rest = {"evaluation_samples": 8, "validation_sampling_steps": 2, "validation_steps": 0}
 

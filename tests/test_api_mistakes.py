@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm.api import with_conditions
+from dkdm.checks.inspection import check_denoising
 from dkdm.config import RANGES
-from dkdm.inspection import check_denoising
+from dkdm.runs.api import with_conditions
 from factories import denoiser
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)

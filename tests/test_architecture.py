@@ -1,4 +1,5 @@
-"""The order of the house: a module imports only from the rooms before its own."""
+"""The order of the house: a folder imports only from the ones before it, and a module of a folder
+never from one that imports it."""
 
 import ast
 from pathlib import Path
@@ -7,95 +8,38 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dkdm"
 
-# A room is a module, or a package with everything in it.
-ROOMS = [
-    "errors",
-    "names",
+# Each a folder with everything in it, or a module.
+ORDER = [
     "version",
+    "errors",
+    "moved",
+    "names",
     "reading",
-    "quantization",
-    "places",
-    "typed",
-    "sizes",
-    "arguments",
-    "arrays",
-    "randomness",
-    "plugins",
-    "made_here",
     "config",
-    "progress",
-    "checkpoint",
-    "process",
-    "prediction",
-    "schedulers",
-    "steps",
-    "conditioning",
-    "inputs",
-    "allowed",
     "networks",
-    "effective",
-    "prompts",
-    "calls",
-    "modes",
-    "bundle",
-    "denoiser",
-    "given",
-    "matching",
-    "own",
-    "toy",
-    "datasets",
-    "teachers",
+    "core",
+    "models",
     "students",
-    "pool",
-    "sources",
-    "objective",
-    "features",
-    "plots",
-    "pictures",
-    "charts",
+    "data",
     "evaluation",
-    "listing",
-    "inspection",
-    "doctor",
-    "generated",
-    "ship",
-    "export",
-    "markdown",
-    "licence",
-    "card",
-    "hub",
-    "graph",
-    "quantized",
+    "shipping",
     "report",
-    "finish",
-    "launch",
-    "trainer",
-    "estimate",
-    "plan",
-    "check_student",
-    "recipes",
-    "trainset",
-    "api",
+    "checks",
+    "runs",
     "cli",
 ]
+CORE_MAY_USE = {"errors", "names", "reading", "config", "core"}
 PUBLIC_FACE = "__init__"
-EXEMPT = {"__init__.py", "__main__.py"}
+MAY_USE_IT = {"cli", "runs"}
+ENTRIES = 20
 
 
-def allowed_rooms(room: str) -> set[str]:
-    """The rooms that a room may import from, its own included."""
-    if room == "api":
-        return {*ROOMS, PUBLIC_FACE}
-    if room == "toy":
-        return {"toy", *ROOMS[: ROOMS.index("denoiser") + 1]}
-    earlier = set(ROOMS[: ROOMS.index(room) + 1])
-    if room == "cli":
-        earlier.add(PUBLIC_FACE)
-    return earlier - {"toy"}
-
-
-def first_part(dotted: str) -> str:
-    return dotted.split(".")[0]
+def allowed(place: str) -> set[str]:
+    """The places that a place may import from, its own included."""
+    if place == "core":
+        return CORE_MAY_USE
+    earlier = set(ORDER[: ORDER.index(place) + 1])
+    return earlier | ({PUBLIC_FACE} if place in MAY_USE_IT else set())
 
 
 def absolute_name(node: ast.ImportFrom, package: str) -> str:
@@ -116,83 +60,114 @@ def imported_names(source: str, package: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = absolute_name(node, package)
             names.update(f"{base}.{alias.name}" for alias in node.names)
-    return names
+    return {name for name in names if name.split(".")[0] == "dkdm"}
 
 
-def imported_rooms(source: str, package: str) -> set[str]:
-    """The rooms that the source imports from; a name that is no room comes from `__init__`."""
-    names = imported_names(source, package)
-    inner = {name.removeprefix("dkdm").removeprefix(".") for name in names if is_inner(name)}
-    rooms = {first_part(name) for name in inner}
-    return {room if is_room(room) else PUBLIC_FACE for room in rooms}
+def imported_places(source: str, package: str) -> set[str]:
+    """The places that the source imports from; a name that is none comes from `__init__`."""
+    inner = {
+        name.removeprefix("dkdm").removeprefix(".") for name in imported_names(source, package)
+    }
+    places = {name.split(".")[0] for name in inner}
+    return {place if place in ORDER else PUBLIC_FACE for place in places}
 
 
-def is_inner(name: str) -> bool:
-    return first_part(name) == "dkdm"
+def modules() -> dict[str, Path]:
+    """Every module by its full name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        if "builtin" not in parts:  # models as shipped
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
 
 
-def is_room(name: str) -> bool:
-    exists = (PACKAGE / f"{name}.py").is_file() or (PACKAGE / name).is_dir()
-    return name in ROOMS or (exists and name != "")
+def place_of(module: str) -> str:
+    return module.split(".")[1]
 
 
-def modules() -> list[Path]:
-    every = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-    found = sorted(path for path in every if path.parts[0] != "assets")  # models as shipped
-    return [path for path in found if str(path) not in EXEMPT]
+def package_of(module: str, path: Path) -> str:
+    return module if path.name == "__init__.py" else module.rpartition(".")[0]
 
 
-def package_of(module: Path) -> str:
-    return ".".join(["dkdm", *module.parent.parts])
+def graph() -> dict[str, set[str]]:
+    """The modules that each module imports."""
+    every = modules()
+    found = {}
+    for module, path in every.items():
+        names = imported_names(path.read_text(encoding="utf-8"), package_of(module, path))
+        inner = {name if name in every else name.rpartition(".")[0] for name in names}
+        found[module] = (inner & set(every)) - {module}
+    return found
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
-def test_module_imports_only_from_earlier_rooms(module):
-    room = module.with_suffix("").parts[0]
-    assert room in ROOMS, f"{module} is in no room: enter {room!r} in ROOMS, in its place"
-    rooms = imported_rooms((PACKAGE / module).read_text(encoding="utf-8"), package_of(module))
-    wrong = sorted(rooms - allowed_rooms(room))
-    assert not wrong, f"{module} imports from {wrong}, which {room!r} may not"
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle of imports; none if there is none."""
+    left = {module: set(imports) for module, imports in edges.items()}
+    while True:
+        done = {module for module, imports in left.items() if not imports & set(left)}
+        if not done:
+            return sorted(left)
+        left = {module: imports for module, imports in left.items() if module not in done}
+
+
+def test_modules_import_only_from_earlier_places():
+    wrong = []
+    for module, path in modules().items():
+        if module in {"dkdm", "dkdm.__main__"}:
+            continue
+        place = place_of(module)
+        assert place in ORDER, f"enter {place!r} in ORDER, in its place"
+        places = imported_places(path.read_text(encoding="utf-8"), package_of(module, path))
+        wrong += [f"{module} imports from {other}" for other in sorted(places - allowed(place))]
+    assert not wrong
+
+
+def test_no_modules_import_each_other():
+    edges = graph()
+    inner = {m: {i for i in edges[m] if i != "dkdm"} for m in edges if m != "dkdm"}
+    assert circle(inner) == []
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["a", "b", "c"]
+
+
+def test_few_entries_lie_at_the_top():
+    entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= ENTRIES, sorted(entries)
 
 
 @pytest.mark.parametrize(
-    ("source", "package", "rooms"),
+    ("source", "package", "places"),
     [
         ("import dkdm", "dkdm", {PUBLIC_FACE}),
-        ("import dkdm.pool as p", "dkdm", {"pool"}),
-        ("import dkdm.teachers.adm", "dkdm", {"teachers"}),
-        ("from dkdm import pool, Denoiser", "dkdm", {"pool", PUBLIC_FACE}),
-        ("from dkdm.pool import Pool", "dkdm", {"pool"}),
-        ("from . import process", "dkdm", {"process"}),
-        ("from .process import NoiseProcess", "dkdm", {"process"}),
-        ("from .adm import load", "dkdm.teachers", {"teachers"}),
-        ("from . import adm", "dkdm.teachers", {"teachers"}),
-        ("from ..process import NoiseProcess", "dkdm.teachers", {"process"}),
-        ("from .. import process", "dkdm.teachers", {"process"}),
-        ("def f():\n    from dkdm.trainer import train", "dkdm", {"trainer"}),
+        ("import dkdm.core.pool as p", "dkdm", {"core"}),
+        ("import dkdm.models.formats.edm", "dkdm", {"models"}),
+        ("from dkdm import core, Denoiser", "dkdm", {"core", PUBLIC_FACE}),
+        ("from . import reading", "dkdm", {"reading"}),
+        ("from .process import Process", "dkdm.core", {"core"}),
+        ("from ..core import process", "dkdm.models", {"core"}),
+        ("def f():\n    from dkdm.core.trainer import Trainer", "dkdm", {"core"}),
         ("import torch, dkdm_other\nfrom torch import nn", "dkdm", set()),
     ],
 )
-def test_imported_rooms_are_found(source, package, rooms):
-    assert imported_rooms(source, package) == rooms
+def test_imported_places_are_found(source, package, places):
+    assert imported_places(source, package) == places
 
 
 @pytest.mark.parametrize(
-    ("room", "other", "allowed"),
+    ("place", "other", "may"),
     [
-        ("prediction", "process", True),
-        ("process", "prediction", False),
-        ("pool", "trainer", False),
-        ("trainer", "pool", True),
-        ("teachers", "teachers", True),
-        ("toy", "denoiser", True),
-        ("toy", "pool", False),
-        ("cli", "toy", False),
-        ("cli", "api", True),
+        ("models", "core", True),
+        ("core", "models", False),
+        ("core", "networks", False),
+        ("core", "reading", True),
+        ("runs", "checks", True),
+        ("evaluation", "report", False),
         ("cli", PUBLIC_FACE, True),
-        ("pool", PUBLIC_FACE, False),
-        ("api", "cli", True),
+        ("core", PUBLIC_FACE, False),
     ],
 )
-def test_allowed_rooms(room, other, allowed):
-    assert (other in allowed_rooms(room)) is allowed
+def test_allowed_places(place, other, may):
+    assert (other in allowed(place)) is may

@@ -12,14 +12,14 @@ from huggingface_hub import ModelCard
 import dkdm
 import pipelines
 from dkdm import load_teacher
-from dkdm.card import write_card
 from dkdm.config import DistillConfig, TrainConfig
 from dkdm.errors import UsageError
 from dkdm.evaluation.classes import Metrics
-from dkdm.export import write_pipeline
-from dkdm.licence import front_matter, licence_of_student, origin_of
+from dkdm.models import with_texts
+from dkdm.shipping.card import write_card
+from dkdm.shipping.licence import front_matter, licence_of_student, origin_of
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
-from dkdm.teachers import with_texts
 from factories import denoiser
 
 PAPER = "Xiang, Qianlong"

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from dkdm.charts import (
+from dkdm.report.charts import (
     Series,
     bin_means,
     line_chart,

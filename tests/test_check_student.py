@@ -12,16 +12,16 @@ from rich.console import Console
 from torch import nn
 
 import own_networks
-from dkdm.api import cautions
-from dkdm.check_student import check_student
+from dkdm.checks.doctor import print_findings
+from dkdm.checks.student import check_student
 from dkdm.cli import main
-from dkdm.conditioning import ClassLabels
-from dkdm.doctor import print_findings
+from dkdm.core.conditioning import ClassLabels
 from dkdm.errors import UsageError
-from dkdm.export import write_pipeline
-from dkdm.own import awakened
+from dkdm.models import load_teacher, with_texts
+from dkdm.models.own_network import awakened
+from dkdm.runs.api import cautions
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
-from dkdm.teachers import load_teacher, with_texts
 from factories import denoiser
 
 PLACE = r"tests/own_networks\.py:\d+"

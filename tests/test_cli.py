@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dkdm.cli import COMMANDS, main
-from dkdm.export import write_pipeline
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import PRESETS
 from factories import denoiser
 
@@ -148,7 +148,7 @@ def test_teacher_folder_and_inspect_as_json(tmp_path, capsys):
 def test_students_and_doctor_as_json(tmp_path, capsys, monkeypatch):
     write_pipeline(tmp_path, denoiser(3))
     few = {name: PRESETS[name] for name in ("dit-tiny", "dit-xs")}
-    monkeypatch.setattr("dkdm.listing.PRESETS", few)
+    monkeypatch.setattr("dkdm.checks.student_table.PRESETS", few)
     asked = ["students", "--teacher", str(tmp_path), "--json"]
     assert main([*asked, "--no-measure"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from dkdm.conditioning import ClassLabels
-from dkdm.denoiser import Denoiser
+from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import beta_schedule, from_betas, rectified_flow
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare, level_gaps
 from dkdm.evaluation.results import EVALUATION, SAMPLES, read_evaluation, read_samples
 from dkdm.evaluation.same_noise import Plan, draw
-from dkdm.prediction import Parameterization
-from dkdm.process import beta_schedule, from_betas, rectified_flow
-from dkdm.toy import GaussianMixture, mixture_denoiser
 
 PROCESS = from_betas(beta_schedule("squaredcos_cap_v2", 50))
 SHAPE = (1, 16, 16)

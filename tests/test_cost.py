@@ -5,15 +5,15 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from dkdm.denoiser import Denoiser
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import beta_schedule, from_betas
 from dkdm.evaluation.cost import (
     count_macs,
     evaluations_in_turns,
     evaluations_per_second,
     undisturbed,
 )
-from dkdm.prediction import Parameterization
-from dkdm.process import beta_schedule, from_betas
 
 TOKENS, WIDTH, HEADS = 16, 8, 2
 

@@ -17,11 +17,11 @@ from diffusers import (
 )
 from torch import nn
 
-from dkdm.conditioning import ClassLabels
+from dkdm.checks.student_table import list_students
+from dkdm.core.conditioning import ClassLabels
+from dkdm.core.positions import counterparts, evenly
 from dkdm.errors import UsageError
-from dkdm.listing import list_students
 from dkdm.students import PRESETS, Interface, build_network
-from dkdm.students.positions import counterparts, evenly
 from dkdm.students.start import inherit
 from factories import denoiser
 
@@ -436,7 +436,7 @@ def test_without_a_teacher_there_is_nothing_to_cut(name):
 
 def test_listing_shows_them_and_why_one_does_not_fit(monkeypatch):
     few = {name: PRESETS[name] for name in ("thin-50", "bk-small", "shallow-50")}
-    monkeypatch.setattr("dkdm.listing.PRESETS", few)
+    monkeypatch.setattr("dkdm.checks.student_table.PRESETS", few)
     rows = {row.name: row for row in list_students(denoiser())}
     assert "num_layers" in rows["shallow-50"].misfit
     assert rows["thin-50"].parameter_ratio < rows["bk-small"].parameter_ratio < 1

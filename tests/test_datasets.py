@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dkdm.datasets import (
+from dkdm.data.datasets import (
     FASHION_MNIST_ROOT,
     load_fashion_mnist,
     load_image_folder,

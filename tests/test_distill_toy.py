@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from dkdm.denoiser import Denoiser
-from dkdm.objective import Objective
-from dkdm.pool import Stride, empty_pool, fill_few_step
-from dkdm.prediction import Parameterization
-from dkdm.process import beta_schedule, from_betas, rectified_flow
-from dkdm.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.objective import Objective
+from dkdm.core.pool import Stride, empty_pool, fill_few_step
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import beta_schedule, from_betas, rectified_flow
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
 
 LEVELS, BATCH, STEPS = 100, 256, 700
 MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], weights=[0.4, 0.6])

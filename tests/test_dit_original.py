@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL
 
 import dkdm
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.denoiser import Batch
-from dkdm.steps import reverse_step
-from dkdm.teachers import LoadOptions
+from dkdm.core.denoiser import Batch
+from dkdm.core.steps import reverse_step
+from dkdm.models import LoadOptions
 from formula_weights import few, numbers, state_of
 from test_api import run
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dkdm
-from dkdm.check_student import check_student
-from dkdm.recipes import RECIPES
+from dkdm.checks.student import check_student
+from dkdm.runs.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 NAMED = sorted(
@@ -32,13 +32,14 @@ def test_symbol_of_the_algorithm_exists(name):
     assert callable(found)
 
 
-def test_rooms_of_the_readme_exist():
+def test_layout_of_the_readme_is_the_package():
     text = (ROOT / "README.md").read_text()
     tree = text[text.index("    src/dkdm/\n") :].split("\n\n")[0]
-    names = re.findall(r"^ {6}([\w./]+(?:, [\w.]+)?)", tree, re.MULTILINE)
-    assert len(names) > 15
-    for name in ", ".join(names).split(", "):
-        assert (ROOT / "src" / "dkdm" / name).exists(), name
+    named = set(re.findall(r"^ {6}([\w.]+/?)", tree, re.MULTILINE)) | {"names.py"}
+    package = ROOT / "src" / "dkdm"
+    ours = {path.name + "/" * path.is_dir() for path in package.iterdir()}
+    ours = {name for name in ours if not name.startswith("_")} - {"py.typed", "version.py"}
+    assert named == ours
 
 
 def test_recipes_of_the_readme_exist():

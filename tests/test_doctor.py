@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from dkdm import doctor
-from dkdm.doctor import Finding, examine, print_findings, usable_cores, usable_memory
+from dkdm.checks import doctor
+from dkdm.checks.doctor import Finding, examine, print_findings, usable_cores, usable_memory
 
 GIB = 2**30
 

@@ -6,13 +6,13 @@ from diffusers import AutoencoderKL
 
 import dkdm
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.denoiser import Batch
+from dkdm.core.denoiser import Batch
+from dkdm.core.process import per_sample
+from dkdm.core.steps import reverse_step
+from dkdm.models import LoadOptions
 from dkdm.networks.edm import DhariwalUNet, SongUNet
 from dkdm.networks.edm2 import EDM2UNet
-from dkdm.process import per_sample
-from dkdm.steps import reverse_step
 from dkdm.students import student_of
-from dkdm.teachers import LoadOptions
 from formula_weights import few, numbers, state_of
 from test_api import run
 

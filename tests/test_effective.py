@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import pipelines
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.conditioning import Unconditional
-from dkdm.denoiser import Batch
-from dkdm.effective import _CORRECTIONS, class_config, effective_config, pipeline_entries
-from dkdm.export import write_pipeline
-from dkdm.teachers import LoadOptions
-from dkdm.teachers.pipeline_folder import load_network_folder
+from dkdm.core.conditioning import Unconditional
+from dkdm.core.denoiser import Batch
+from dkdm.models import LoadOptions
+from dkdm.models.effective import _CORRECTIONS, class_config, effective_config, pipeline_entries
+from dkdm.models.pipeline_folder import load_network_folder
+from dkdm.shipping.pipeline_folder import write_pipeline
 from pipelines import PARTS, edit, plain, strip
 
 BUILDERS = {
@@ -410,7 +410,7 @@ def test_components_whose_weights_are_not_whole(copied, part):
     ids=["empty", "pieces", "no words"],
 )
 def test_tokenizers_that_cannot_be_made(copied, monkeypatch, files, message):
-    monkeypatch.setattr("dkdm.bundle.find_spec", lambda _: None)
+    monkeypatch.setattr("dkdm.core.bundle.find_spec", lambda _: None)
     folder = copied("stable-diffusion")
     edit(folder / "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
     for file in (folder / "tokenizer").iterdir():

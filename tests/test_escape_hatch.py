@@ -15,15 +15,15 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 
 import dkdm
 import pipelines
-from dkdm.denoiser import Batch
+from dkdm.core.denoiser import Batch
+from dkdm.core.objective import simple_loss
+from dkdm.core.prediction import Prediction, clip_x_0, scale_input
+from dkdm.core.process import network_times, per_sample, zero_terminal_snr
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from dkdm.export import shipping_notes, write_pipeline
-from dkdm.matching import with_process
-from dkdm.objective import simple_loss
-from dkdm.prediction import Prediction, clip_x_0, scale_input
-from dkdm.process import network_times, per_sample, zero_terminal_snr
+from dkdm.models.student_process import with_process
+from dkdm.shipping.pipeline_folder import shipping_notes, write_pipeline
 from dkdm.students import given_student, student_of
-from dkdm.toy import GaussianMixture, mixture_denoiser
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "teachers.md"
 SHAPE = (3, 32, 32)

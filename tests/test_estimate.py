@@ -8,13 +8,13 @@ from torch import nn
 
 import dkdm
 import pipelines
-from dkdm import api
-from dkdm.checkpoint import read_tensors
-from dkdm.estimate import Speeds, advice, estimated, in_words, measured, minutes
-from dkdm.progress import read_metrics
-from dkdm.prompts import Prompts
+from dkdm.core.checkpoint import read_tensors
+from dkdm.core.progress import read_metrics
+from dkdm.models import with_texts
+from dkdm.models.prompts import Prompts
+from dkdm.runs import api
+from dkdm.runs.cost import Speeds, advice, estimated, in_words, measured, minutes
 from dkdm.students import student_of
-from dkdm.teachers import with_texts
 from factories import denoiser
 
 CONFIG = dkdm.DistillConfig(

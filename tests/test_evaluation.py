@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dkdm.datasets import FASHION_MNIST_ROOT, load_fashion_mnist
+from dkdm.data.datasets import FASHION_MNIST_ROOT, load_fashion_mnist
 from dkdm.errors import DkdmError
 from dkdm.evaluation import (
     FeatureStatistics,
@@ -22,7 +22,7 @@ from dkdm.evaluation import (
     within_class_variance,
 )
 
-ASSETS = files("dkdm") / "assets" / "fashion-features"
+ASSETS = files("dkdm") / "data" / "fashion" / "features"
 
 needs_data = pytest.mark.skipif(
     not FASHION_MNIST_ROOT.is_dir(), reason="Fashion-MNIST is not installed"

@@ -11,9 +11,9 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 
 import pipelines
 from dkdm import export_graph, load_teacher
-from dkdm.conditioning import ClassLabels
+from dkdm.core.conditioning import ClassLabels
+from dkdm.models import with_texts
 from dkdm.students import PRESETS
-from dkdm.teachers import with_texts
 from test_networks_other import assert_same, distil, toy
 
 SHAPES = {"image": (1, 16, 16), "sound": (2, 64), "video": (4, 4, 8, 8), "vector": (6,)}

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dkdm import load_teacher
-from dkdm.conditioning import ClassLabels
-from dkdm.denoiser import Batch
-from dkdm.export import usage_snippet, write_pipeline
+from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoiser import Batch
+from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import student_of
 from factories import denoiser
 

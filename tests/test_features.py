@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm import checkpoint
-from dkdm.denoiser import Batch
+from dkdm.core import checkpoint
+from dkdm.core.denoiser import Batch
+from dkdm.core.feature_loss import feature_map, match_features, resized, stage_maps, stage_names
 from dkdm.errors import UsageError
-from dkdm.features import feature_map, match_features, resized, stage_maps, stage_names
 from dkdm.students import student_of
 from factories import denoiser
 

@@ -16,8 +16,8 @@ import test_guided_diffusion as guided
 import test_latent_diffusion as ldm
 import test_lucidrains as lucidrains
 from dkdm import load_teacher
-from dkdm.process import beta_schedule
-from dkdm.teachers import FORMATS, LoadOptions
+from dkdm.core.process import beta_schedule
+from dkdm.models import FORMATS, LoadOptions
 from formula_weights import filled
 
 

@@ -15,21 +15,22 @@ import pipelines
 import test_api
 import test_latent_diffusion as compvis
 import test_report as finished
-from dkdm import checkpoint, load_teacher
+from dkdm import load_teacher
 from dkdm.config import DistillConfig, read_config, to_json
+from dkdm.core import checkpoint
+from dkdm.core.trainer import Trainer
 from dkdm.errors import DkdmError
 from dkdm.evaluation.results import EVALUATION, SAMPLES
-from dkdm.licence import origin_of
-from dkdm.own import read_origin
-from dkdm.prompts import read_prompts
-from dkdm.reading import read_json
+from dkdm.models import LoadOptions, sketch_teacher
+from dkdm.models.own_network import read_origin
+from dkdm.models.prompts import read_prompts
+from dkdm.models.schedulers import named_config
+from dkdm.reading.fields import read_json
 from dkdm.report import write_report
-from dkdm.schedulers import named_config
+from dkdm.shipping.licence import origin_of
 from dkdm.students import load_student
 from dkdm.students.interface import Interface
 from dkdm.students.start import read_checkpoint
-from dkdm.teachers import LoadOptions, sketch_teacher
-from dkdm.trainer import Trainer
 from fuzzing import mutated
 
 QUICK, ALL = 500, 10_000

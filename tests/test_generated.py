@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import pipelines
-from dkdm.allowed import component_class, library_class
-from dkdm.bundle import Component
 from dkdm.errors import DkdmError, UsageError
-from dkdm.export import COMPONENTS, usage_snippet, write_pipeline
-from dkdm.generated import dotted, identifier, literal
-from dkdm.hub import _name_in_card
+from dkdm.models import load_teacher
+from dkdm.models.components import Component
+from dkdm.models.prompts import with_prompts
+from dkdm.models.schedulers import from_scheduler_config
+from dkdm.models.text import encoder_width
 from dkdm.networks import HOMES, network_class
-from dkdm.prompts import with_prompts
-from dkdm.schedulers import from_scheduler_config
-from dkdm.teachers import load_teacher
-from dkdm.teachers.text import encoder_width
+from dkdm.reading.allowed import component_class, library_class
+from dkdm.shipping.generated import dotted, identifier, literal
+from dkdm.shipping.hub import _name_in_card
+from dkdm.shipping.pipeline_folder import COMPONENTS, usage_snippet, write_pipeline
 from factories import SCHEDULER
 
 HOSTILE = (
@@ -302,8 +302,8 @@ def test_the_library_of_the_network_is_the_one_it_is_read_from(tmp_path, named):
 
 
 def test_a_user_networks_file_names_its_own_module_only():
-    from dkdm.own import Origin
-    from dkdm.ship import shipment
+    from dkdm.models.own_network import Origin
+    from dkdm.shipping.own_network import shipment
 
     good = Origin("Small", "own_networks:make", (1, 8, 8), 1)
     assert ast.parse(shipment(good).text)

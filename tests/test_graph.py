@@ -18,16 +18,16 @@ import dkdm
 import pipelines
 from dkdm import Denoiser, Parameterization, UsageError, export_graph, load_teacher, rectified_flow
 from dkdm.cli import main
-from dkdm.conditioning import ClassLabels, Unconditional, restrict_classes
+from dkdm.core.conditioning import ClassLabels, Unconditional, restrict_classes
+from dkdm.core.process import beta_schedule, from_betas
 from dkdm.errors import DkdmError
-from dkdm.graph import largest_difference
-from dkdm.graph.formats import opened
-from dkdm.graph.network import GraphNetwork, random_inputs
-from dkdm.graph.tracing import trace
+from dkdm.models import LoadOptions, with_texts
 from dkdm.networks.adm import AdmUNet
 from dkdm.networks.lucidrains import LucidrainsUNet
-from dkdm.process import beta_schedule, from_betas
-from dkdm.teachers import LoadOptions, with_texts
+from dkdm.shipping.graph import largest_difference
+from dkdm.shipping.graph.formats import opened
+from dkdm.shipping.graph.network import GraphNetwork, random_inputs
+from dkdm.shipping.graph.tracing import trace
 from factories import denoiser
 from test_edm import KINDS
 from test_lucidrains import PLAIN
@@ -186,7 +186,9 @@ def test_the_networks_own_numbers_of_time_are_the_input(folders):
 def test_a_wrong_file_is_found_out(tmp_path, monkeypatch):
     """The file stays, the description says that it failed, and the command fails."""
     model = written_by_a_user(torch.relu)
-    monkeypatch.setattr("dkdm.graph.opened", lambda *_: lambda inputs: inputs["sample"] * 0.5)
+    monkeypatch.setattr(
+        "dkdm.shipping.graph.opened", lambda *_: lambda inputs: inputs["sample"] * 0.5
+    )
     with pytest.raises(DkdmError, match="does not compute what the network does") as error:
         export_graph(model, tmp_path / "x.pt2", format="torch-export")
     assert error.value.exit_code == 1
@@ -299,7 +301,7 @@ def test_an_output_of_zeros_is_compared_too(tmp_path, monkeypatch):
     model = written_by_a_user(torch.zeros_like)
     facts = export_graph(model, tmp_path / "x.pt2", format="torch-export")
     assert facts["check"]["largest_difference"] == 0
-    monkeypatch.setattr("dkdm.graph.opened", lambda *_: lambda inputs: inputs["sample"])
+    monkeypatch.setattr("dkdm.shipping.graph.opened", lambda *_: lambda inputs: inputs["sample"])
     with pytest.raises(DkdmError, match="does not compute what the network does"):
         export_graph(model, tmp_path / "y.pt2", format="torch-export")
 
@@ -399,7 +401,7 @@ class Wide(nn.Module):
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
-    monkeypatch.setattr("dkdm.graph.formats.MAX_PROTOBUF", 2**20)
+    monkeypatch.setattr("dkdm.shipping.graph.formats.MAX_PROTOBUF", 2**20)
     model = Denoiser(Wide().eval(), process(), Parameterization("sample"), (1, 512))
     facts = export_graph(model, tmp_path / "x.onnx")
     assert facts["check"]["passed"]
@@ -466,7 +468,7 @@ def test_the_examples_rules(prediction):
     known = dkdm.karras(20, 0.1, 10.0) if edm else process()
     own = Parameterization(prediction)
     model = Denoiser(lambda x, time: 0.3 * x, known, own, (1, 2, 2))
-    from dkdm.graph.description import sampling_tables
+    from dkdm.shipping.graph.description import sampling_tables
 
     facts = {
         "prediction_type": prediction,

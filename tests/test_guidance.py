@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm.conditioning import ClassLabels, Unconditional, guide, restrict_classes
-from dkdm.denoiser import Batch, Denoiser
-from dkdm.errors import UsageError
-from dkdm.pool import (
+from dkdm.core.conditioning import ClassLabels, Unconditional, guide, restrict_classes
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.pool import (
     Guidance,
     Stride,
     empty_pool,
@@ -18,11 +17,12 @@ from dkdm.pool import (
     random_conditioning_odds,
     uniform_levels,
 )
-from dkdm.prediction import Parameterization, Prediction
-from dkdm.process import beta_schedule, from_betas, per_sample
-from dkdm.randomness import generator
-from dkdm.steps import reverse_step
-from dkdm.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.prediction import Parameterization, Prediction
+from dkdm.core.process import beta_schedule, from_betas, per_sample
+from dkdm.core.randomness import generator
+from dkdm.core.steps import reverse_step
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.errors import UsageError
 from factories import denoiser
 
 LEVELS = 100

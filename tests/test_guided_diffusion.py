@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dkdm import ClassLabels, DkdmError, Unconditional, UsageError, load_teacher
-from dkdm.denoiser import Batch
+from dkdm.core.denoiser import Batch
+from dkdm.core.steps import reverse_step
+from dkdm.models import LoadOptions
 from dkdm.networks.adm import AdmUNet
-from dkdm.steps import reverse_step
 from dkdm.students import as_denoiser
-from dkdm.teachers import LoadOptions
 from factories import tiny_unet
 from formula_weights import few, filled, numbers
 from test_api import run

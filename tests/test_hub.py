@@ -16,7 +16,7 @@ import dkdm
 from dkdm.cli import main
 from dkdm.config import read_config
 from dkdm.errors import DkdmError, UsageError
-from dkdm.hub import push
+from dkdm.shipping.hub import push
 from dkdm.students import student_of
 from factories import denoiser
 from hub_stand_in import READ, USER, WRITE, Hub

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dkdm
-from dkdm.api import with_conditions
 from dkdm.cli import main
-from dkdm.denoiser import Batch
-from dkdm.inputs import GivenRows, from_index, rows_of, to_index, with_rows
+from dkdm.core.denoiser import Batch
+from dkdm.core.inputs import GivenRows, from_index, rows_of, to_index, with_rows
+from dkdm.runs.api import with_conditions
 from dkdm.students import student_of
 
 PROCESS = dkdm.from_betas(torch.linspace(1e-4, 0.02, 50))

@@ -10,16 +10,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dkdm.denoiser import Denoiser
+from dkdm.checks.inspection import check_denoising, inspect_denoiser, print_inspection
+from dkdm.checks.inspection.memory import evaluation_mib, weights_mib
+from dkdm.checks.inspection.tables import readable
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import Clipping, karras, rectified_flow
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from dkdm.inspection import check_denoising, inspect_denoiser, print_inspection
-from dkdm.inspection.memory import evaluation_mib, weights_mib
-from dkdm.inspection.tables import readable
-from dkdm.prediction import Parameterization
-from dkdm.process import Clipping, karras, rectified_flow
-from dkdm.schedulers import from_scheduler_config
-from dkdm.teachers import load_teacher
-from dkdm.toy import GaussianMixture, mixture_denoiser
+from dkdm.models import load_teacher
+from dkdm.models.schedulers import from_scheduler_config
 from factories import denoiser as untrained
 
 STEPS = 20

@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from dkdm import ClassLabels, DkdmError, Unconditional, UsageError, load_teacher
-from dkdm.denoiser import Batch
+from dkdm.core.denoiser import Batch
+from dkdm.core.steps import reverse_step
+from dkdm.models import LoadOptions
 from dkdm.networks.adm import AdmUNet
-from dkdm.steps import reverse_step
 from dkdm.students import as_denoiser
-from dkdm.teachers import LoadOptions
 from formula_weights import few, numbers, state_of
 from test_api import run
 

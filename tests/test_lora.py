@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import pipelines
 from dkdm.config import DistillConfig, from_mapping, to_json
 from dkdm.errors import DkdmError, UsageError
-from dkdm.teachers.lora import Lora, merge_loras, read_choice, read_choices
+from dkdm.models.lora import Lora, merge_loras, read_choice, read_choices
 
 pytest.importorskip("peft")
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.denoiser import Batch
+from dkdm.core.denoiser import Batch
+from dkdm.core.process import beta_schedule
+from dkdm.core.steps import reverse_step
+from dkdm.models import LoadOptions
 from dkdm.networks.lucidrains import LucidrainsUNet
-from dkdm.process import beta_schedule
-from dkdm.steps import reverse_step
 from dkdm.students import student_of
-from dkdm.teachers import LoadOptions
 from formula_weights import few, numbers, state_of
 from test_api import run
 

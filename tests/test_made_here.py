@@ -10,15 +10,16 @@ import pytest
 
 import dkdm
 import own_networks
-from dkdm import made_here, own
-from dkdm.checkpoint import save_network
 from dkdm.cli import main
+from dkdm.core.checkpoint import save_network
 from dkdm.errors import UsageError
-from dkdm.export import write_pipeline
-from dkdm.own import make, origin_of
-from dkdm.plugins import import_object, is_spec, places_of
+from dkdm.models import LoadOptions, load_teacher, sketch_teacher
+from dkdm.models import own_network as own
+from dkdm.models.own_network import make, origin_of
+from dkdm.reading.fields import made_here
+from dkdm.reading.plugins import import_object, is_spec, places_of
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
-from dkdm.teachers import LoadOptions, load_teacher, sketch_teacher
 from factories import denoiser
 
 MADE_BY = "own_networks:make"

@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm.denoiser import Batch, Denoiser
-from dkdm.errors import UsageError
-from dkdm.export import scheduler_config, write_pipeline
-from dkdm.matching import (
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.matching import (
     covered,
     level_weights,
     matched_process,
     on_levels_of,
     ratio_range,
-    with_process,
 )
-from dkdm.objective import Objective
-from dkdm.prediction import Parameterization, from_x_0_eps, scale_input
-from dkdm.process import beta_schedule, from_betas, karras, per_sample, rectified_flow
-from dkdm.schedulers import NAMED, SIGMA_RANGE, from_scheduler_config
+from dkdm.core.objective import Objective
+from dkdm.core.prediction import Parameterization, from_x_0_eps, scale_input
+from dkdm.core.process import beta_schedule, from_betas, karras, per_sample, rectified_flow
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.errors import UsageError
+from dkdm.models.schedulers import NAMED, SIGMA_RANGE, from_scheduler_config
+from dkdm.models.student_process import with_process
+from dkdm.shipping.pipeline_folder import scheduler_config, write_pipeline
 from dkdm.students import student_of
-from dkdm.toy import GaussianMixture, mixture_denoiser
 from factories import denoiser
 
 MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], weights=[0.4, 0.6])

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm.finish import sample_to_file
-from dkdm.inspection import check_denoising
-from dkdm.modes import WAS_TRAINING, evaluating, modules_behind, put_into_evaluation
+from dkdm.checks.inspection import check_denoising
+from dkdm.core.modes import WAS_TRAINING, evaluating, modules_behind, put_into_evaluation
+from dkdm.runs.outputs import sample_to_file
 
 VP = dkdm.from_betas(torch.linspace(1e-4, 0.02, 50))
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import pipelines
 from dkdm import ClassLabels, DkdmError, UsageError, load_teacher
 from dkdm.cli import main
-from dkdm.denoiser import Batch
-from dkdm.teachers import LoadOptions
+from dkdm.core.denoiser import Batch
+from dkdm.models import LoadOptions
 
 SCHEDULER = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2"}
 

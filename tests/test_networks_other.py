@@ -14,13 +14,14 @@ from diffusers import DiffusionPipeline
 import dkdm
 import pipelines
 from dkdm import DistillConfig, UsageError, load_teacher
-from dkdm.conditioning import ClassLabels, Unconditional
-from dkdm.denoiser import Batch, Denoiser
-from dkdm.export import write_pipeline
+from dkdm.core.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.prediction import Parameterization
+from dkdm.models import with_texts
+from dkdm.models.schedulers import from_scheduler_config
 from dkdm.networks import network_class
 from dkdm.networks.linear import linear_attention
-from dkdm.prediction import Parameterization
-from dkdm.schedulers import from_scheduler_config
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import (
     Interface,
     other,
@@ -30,7 +31,6 @@ from dkdm.students import (
     untried_student_of,
 )
 from dkdm.students.interface import patch_sides
-from dkdm.teachers import with_texts
 from factories import SCHEDULER
 
 SHAPES = {"sound": (2, 64), "image": (4, 16, 8), "video": (4, 4, 8, 8), "vector": (6,)}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import distributions, nn
 
-from dkdm.denoiser import Batch
+from dkdm.core.denoiser import Batch
+from dkdm.core.objective import Objective, gaussian_kl, simple_loss, variational_loss
+from dkdm.core.prediction import Parameterization, Prediction, PredictionType, from_x_0_eps
+from dkdm.core.process import beta_schedule, from_betas, karras, per_sample, rectified_flow
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from dkdm.objective import Objective, gaussian_kl, simple_loss, variational_loss
-from dkdm.prediction import Parameterization, Prediction, PredictionType, from_x_0_eps
-from dkdm.process import beta_schedule, from_betas, karras, per_sample, rectified_flow
-from dkdm.toy import GaussianMixture, mixture_denoiser
 
 KINDS = get_args(PredictionType)
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", 100))

@@ -11,10 +11,10 @@ import test_guided_diffusion
 import test_latent_diffusion
 import test_lucidrains
 from dkdm import UsageError, load_teacher
+from dkdm.models import FORMATS, LoadOptions
+from dkdm.models.formats.originals import _format_of
+from dkdm.models.formats.state_dict import Weights, read_weights
 from dkdm.networks.adm import AdmUNet
-from dkdm.teachers import FORMATS, LoadOptions
-from dkdm.teachers.originals import _format_of
-from dkdm.teachers.state_dict import Weights, read_weights
 from formula_weights import filled
 
 FILES = {

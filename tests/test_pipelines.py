@@ -34,15 +34,15 @@ from safetensors.torch import load_file, save_file
 import dkdm
 import pipelines
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.denoiser import Batch
-from dkdm.export import usage_snippet, write_pipeline
-from dkdm.matching import with_process
-from dkdm.process import Process, rectified_flow
-from dkdm.prompts import Prompts
-from dkdm.schedulers import MULTISTEP, from_scheduler_config
-from dkdm.steps import reverse_step
+from dkdm.core.denoiser import Batch
+from dkdm.core.process import Process, rectified_flow
+from dkdm.core.steps import reverse_step
+from dkdm.models import LoadOptions, with_texts
+from dkdm.models.prompts import Prompts
+from dkdm.models.schedulers import MULTISTEP, from_scheduler_config
+from dkdm.models.student_process import with_process
+from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import as_denoiser
-from dkdm.teachers import LoadOptions, with_texts
 from pipelines import edit
 
 STEPS = 4
@@ -316,7 +316,7 @@ def test_prompts_are_embedded_as_by_the_pipeline(name, opened):
 def test_a_prompt_is_encoded_once(name, opened, monkeypatch):
     """Loaded again from the same folder, with the same prompts: the text encoders stay on disk."""
     found = opened(name)
-    monkeypatch.setattr("dkdm.teachers.text.LazyEncoders.load", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr("dkdm.models.text.LazyEncoders.load", lambda self: pytest.fail("loaded"))
     again = load_teacher(str(found.folder), options=LoadOptions(sample_size=found.case.size))
     negative = found.case.call.get("negative_prompt", [""])[0]
     again = with_texts(again, str(found.folder.parent / "prompts.txt"), negative)
@@ -582,7 +582,7 @@ def test_other_students_sample_without_dkdm(tmp_path, opened, distilled):
 
 def test_students_that_are_fed_sizes_sample_on_another_process(tmp_path, opened, monkeypatch):
     """SDXL and PixArt of 1024 pixels: the sizes are written out in the shipped pipeline."""
-    monkeypatch.setattr("dkdm.bundle.TILED_FROM", 1000)  # tiles differ at their seams
+    monkeypatch.setattr("dkdm.models.components.TILED_FROM", 1000)  # tiles differ at their seams
     prompts = str(opened("sdxl").folder.parent / "prompts.txt")
     teachers = {
         "sdxl": opened("sdxl").denoiser,

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dkdm.bundle import Bundle
-from dkdm.denoiser import Batch
+from dkdm.core.bundle import Bundle
+from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError
-from dkdm.teachers import LoadOptions, load_teacher, place
-from dkdm.teachers.place import quantize_int8
-from dkdm.teachers.text import text_conditioning
+from dkdm.models import LoadOptions, load_teacher, place
+from dkdm.models.place import quantize_int8
+from dkdm.models.text import text_conditioning
 from factories import denoiser
 
 
@@ -52,6 +52,6 @@ def test_int8_teacher_predicts_nearly_the_same():
 
 
 def test_missing_transformers_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("dkdm.teachers.text.find_spec", lambda name: None)
+    monkeypatch.setattr("dkdm.models.text.find_spec", lambda name: None)
     with pytest.raises(DkdmError, match=r"pip install 'dkdm\[text\]'"):
         text_conditioning(tmp_path, Bundle("StableDiffusionPipeline"))

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 import pipelines
-from dkdm import checkpoint, load_teacher
-from dkdm.bundle import Component
+from dkdm import load_teacher
+from dkdm.core import checkpoint
 from dkdm.errors import DkdmError, UsageError
-from dkdm.export import write_pipeline
-from dkdm.places import check_folder, copy_folder, inside
+from dkdm.models import LoadOptions, sketch_teacher
+from dkdm.models.components import Component
+from dkdm.reading.places import check_folder, copy_folder, inside
 from dkdm.report import write_report
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import load_student
 from dkdm.students.start import read_checkpoint
-from dkdm.teachers import LoadOptions, sketch_teacher
 
 
 @pytest.fixture(scope="module")

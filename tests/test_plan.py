@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from dkdm.checks.inspection.memory import MIB, LiveStorages, fused_attention
+from dkdm.checks.memory_plan import Choices, changes, plan, training_mib
 from dkdm.cli import main
-from dkdm.denoiser import Batch
+from dkdm.core.denoiser import Batch
 from dkdm.errors import UsageError
-from dkdm.inspection.memory import MIB, LiveStorages, fused_attention
-from dkdm.plan import Choices, changes, plan, training_mib
 from factories import denoiser
 
 SMALL = Choices(train_batch_size=8, pool_size=100)

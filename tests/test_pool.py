@@ -11,13 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dkdm.api import fill, make_pool, pool_entries
-from dkdm.checkpoint import read_tensors, write_tensors
-from dkdm.conditioning import ClassLabels, Unconditional
 from dkdm.config import DistillConfig
-from dkdm.denoiser import Denoiser
-from dkdm.errors import UsageError
-from dkdm.pool import (
+from dkdm.core.checkpoint import read_tensors, write_tensors
+from dkdm.core.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.pool import (
     Guidance,
     Pool,
     Stride,
@@ -27,9 +25,11 @@ from dkdm.pool import (
     fill_few_step,
     uniform_levels,
 )
-from dkdm.prediction import Parameterization
-from dkdm.process import beta_schedule, from_betas, karras, per_sample
-from dkdm.randomness import generator
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import beta_schedule, from_betas, karras, per_sample
+from dkdm.core.randomness import generator
+from dkdm.errors import UsageError
+from dkdm.runs.api import fill, make_pool, pool_entries
 
 LEVELS, TOP = 100, 99
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", LEVELS))

@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dkdm.denoiser import Denoiser
-from dkdm.pool import Pool, Stride, empty_pool, fill_ancestral, fill_few_step, uniform_levels
-from dkdm.prediction import Parameterization
-from dkdm.process import beta_schedule, from_betas, zero_terminal_snr
-from dkdm.randomness import generator
-from dkdm.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.pool import Pool, Stride, empty_pool, fill_ancestral, fill_few_step, uniform_levels
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import beta_schedule, from_betas, zero_terminal_snr
+from dkdm.core.randomness import generator
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
 
 CPU = torch.device("cpu")
 LINE = GaussianMixture.of([[-1.0], [0.5], [2.0]], std=[0.3, 0.2, 0.5], weights=[1, 2, 3])

@@ -8,8 +8,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dkdm.errors import UsageError
-from dkdm.prediction import (
+from dkdm.core.prediction import (
     Parameterization,
     Prediction,
     PredictionType,
@@ -25,7 +24,7 @@ from dkdm.prediction import (
     transition_var,
     x_0_slope,
 )
-from dkdm.process import (
+from dkdm.core.process import (
     Clipping,
     beta_schedule,
     from_betas,
@@ -34,6 +33,7 @@ from dkdm.process import (
     rectified_flow,
     zero_terminal_snr,
 )
+from dkdm.errors import UsageError
 
 KINDS = get_args(PredictionType)
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", 100))

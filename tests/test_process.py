@@ -6,8 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import scheduling_ddpm
 
-from dkdm.errors import UsageError
-from dkdm.process import (
+from dkdm.core.process import (
     BETA_SCHEDULES,
     Process,
     beta_schedule,
@@ -16,7 +15,8 @@ from dkdm.process import (
     rectified_flow,
     zero_terminal_snr,
 )
-from dkdm.schedulers import from_scheduler_config
+from dkdm.errors import UsageError
+from dkdm.models.schedulers import from_scheduler_config
 
 DDPM = {"_class_name": "DDPMScheduler"}
 DDIM = {"_class_name": "DDIMScheduler"}

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dkdm import prompts as prompts_module
-from dkdm.denoiser import Denoiser
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import beta_schedule, from_betas, per_sample
+from dkdm.core.randomness import generator
 from dkdm.errors import DkdmError, UsageError
-from dkdm.prediction import Parameterization
-from dkdm.process import beta_schedule, from_betas, per_sample
-from dkdm.prompts import (
+from dkdm.models import prompts as prompts_module
+from dkdm.models import with_texts
+from dkdm.models.prompts import (
     EmbeddingCache,
     Prompts,
     TextEncoders,
@@ -22,8 +24,6 @@ from dkdm.prompts import (
     read_prompts,
     with_prompts,
 )
-from dkdm.randomness import generator
-from dkdm.teachers import with_texts
 
 TEXTS = tuple(f"number {i}" for i in range(10))
 WIDTH = 3

@@ -16,8 +16,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler
 import dkdm
 import pipelines
 from dkdm import load_teacher
-from dkdm.steps import reverse_step
-from dkdm.teachers import LoadOptions, with_texts
+from dkdm.core.steps import reverse_step
+from dkdm.models import LoadOptions, with_texts
 from test_pipelines import (
     CAPTIONS,
     PROMPTS,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dkdm import Denoiser, DkdmError, Parameterization, UsageError, load_teacher, rectified_flow
-from dkdm.quantized import write_int8_folder
-from dkdm.teachers import LoadOptions
+from dkdm.models import LoadOptions
+from dkdm.shipping.int8 import write_int8_folder
 from factories import denoiser
 
 LOADS = """

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dkdm import UsageError
-from dkdm.reading import Fields, depth, is_name, read_json
+from dkdm.reading.fields import Fields, depth, is_name, read_json
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,20 @@ from PIL import Image
 from torch import nn
 
 import dkdm
-from dkdm.bundle import Autoencoder, Bundle, Component
-from dkdm.checkpoint import write_tensors
+from dkdm.checks.inspection import check_denoising, read_samples
+from dkdm.checks.inspection.readings import TIMES, Change, applied, cure_of
+from dkdm.checks.inspection.remedy import corrected
 from dkdm.cli import main
-from dkdm.denoiser import Batch
+from dkdm.core.bundle import Bundle
+from dkdm.core.checkpoint import write_tensors
+from dkdm.core.denoiser import Batch
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import karras, network_times, rectified_flow
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from dkdm.inspection import check_denoising, read_samples
-from dkdm.inspection.readings import TIMES, Change, applied, cure_of
-from dkdm.inspection.remedy import corrected
-from dkdm.prediction import Parameterization
-from dkdm.process import karras, network_times, rectified_flow
-from dkdm.schedulers import from_scheduler_config
-from dkdm.teachers import load_teacher
-from dkdm.toy import GaussianMixture, mixture_denoiser
+from dkdm.models import load_teacher
+from dkdm.models.components import Autoencoder, Component
+from dkdm.models.schedulers import from_scheduler_config
 
 STEPS = 20
 AS_FLOW = (
@@ -239,7 +240,7 @@ def test_the_printed_line_turns_the_sign_of_the_mean_alone():
 
 
 def test_a_wrong_entry_of_a_folder_is_named_with_its_file(tmp_path):
-    folder = shutil.copytree(files("dkdm") / "assets" / "fashion", tmp_path / "mine")
+    folder = shutil.copytree(files("dkdm") / "models" / "builtin" / "fashion", tmp_path / "mine")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
     model = load_teacher(str(folder))
@@ -284,7 +285,7 @@ def test_images_are_samples_of_pixels_and_refused_for_latents(tmp_path):
 
 
 def own_chains(reading):
-    from dkdm.inspection.denoising import own_samples
+    from dkdm.checks.inspection.denoising import own_samples
 
     return own_samples(reading, 2, 10, 0)
 

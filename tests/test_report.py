@@ -16,10 +16,10 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.classes import Metrics
 from dkdm.evaluation.results import EVALUATION, SAMPLES, Comparison, LevelGap, ModelResult
 from dkdm.evaluation.results import Measurement as How
-from dkdm.pictures import grid
 from dkdm.report import write_report
 from dkdm.report.numbers import compared, count, duration, number
 from dkdm.report.page import command_line
+from dkdm.report.pictures import grid
 
 HOSTILE = "\"><script>alert('x')</script>"
 VOID = {"meta", "link", "img", "br"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dkdm import checkpoint
+from dkdm.core import checkpoint
 from dkdm.errors import DkdmError
 
 STEPS = 14

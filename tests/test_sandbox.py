@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import pipelines
-from dkdm.checkpoint import write_tensors
 from dkdm.cli import main
 from dkdm.config import DistillConfig, to_json
-from dkdm.export import write_pipeline
+from dkdm.core.checkpoint import write_tensors
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
 from factories import denoiser
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from diffusers import schedulers as stock
 
+from dkdm.core.prediction import Parameterization, Prediction, scale_input, to_x_0_eps
+from dkdm.core.steps import reverse_step
 from dkdm.errors import UsageError
-from dkdm.prediction import Parameterization, Prediction, scale_input, to_x_0_eps
-from dkdm.schedulers import (
+from dkdm.models.schedulers import (
     BETA_PREDICTIONS,
     from_scheduler_config,
     named_config,
@@ -21,7 +22,6 @@ from dkdm.schedulers import (
     saved_config,
     stand_in,
 )
-from dkdm.steps import reverse_step
 
 pytestmark = [  # numpy's, of diffusers' `np.array(tensor)`; and diffusers' own
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),

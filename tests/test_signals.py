@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 
 import dkdm
 from dkdm import DistillConfig, UsageError, load_teacher
-from dkdm.features import match_features
-from dkdm.finish import sample_to_file
-from dkdm.plots import HEIGHT, WIDTH
-from dkdm.prediction import Parameterization
-from dkdm.schedulers import from_scheduler_config
+from dkdm.core.feature_loss import match_features
+from dkdm.core.prediction import Parameterization
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.models.schedulers import from_scheduler_config
+from dkdm.report.plots import HEIGHT, WIDTH
+from dkdm.runs.outputs import sample_to_file
 from dkdm.students import student_of
-from dkdm.toy import GaussianMixture, mixture_denoiser
 from factories import SCHEDULER
 
 SHAPES = {"vector": (5,), "signal": (2, 24)}

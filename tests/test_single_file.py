@@ -14,8 +14,8 @@ import pipelines
 import test_latent_diffusion as ldm
 from dkdm import UsageError, load_teacher
 from dkdm.cli import main
+from dkdm.models import LoadOptions
 from dkdm.networks.adm import AdmUNet
-from dkdm.teachers import LoadOptions
 from formula_weights import state_of
 
 UNET = "model.diffusion_model"

@@ -10,8 +10,8 @@ from torch import nn
 import pipelines
 from dkdm import load_teacher
 from dkdm.errors import DkdmError, UsageError
-from dkdm.sizes import bounded, building, check_numbers, check_sample, make_network
-from dkdm.teachers import LoadOptions, sketch_teacher
+from dkdm.models import LoadOptions, sketch_teacher
+from dkdm.reading.sizes import bounded, building, check_numbers, check_sample, make_network
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_the_memory_of_what_is_refused_is_not_touched():
 
 
 def test_many_small_layers_are_stopped(monkeypatch):
-    monkeypatch.setattr("dkdm.sizes.MAX_TENSORS", 500)
-    monkeypatch.setattr("dkdm.sizes.MAX_MODULES", 2000)
+    monkeypatch.setattr("dkdm.reading.sizes.MAX_TENSORS", 500)
+    monkeypatch.setattr("dkdm.reading.sizes.MAX_MODULES", 2000)
     for layer in (nn.LayerNorm, lambda _: nn.ModuleList([nn.ModuleList()])):
         refused = pytest.raises(UsageError, match="more than 500 weight tensors or 2,000 layers")
         with refused, bounded("config", 1e12, "none"):

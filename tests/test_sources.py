@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from dkdm import train
-from dkdm.conditioning import ClassLabels, Unconditional
 from dkdm.config import TrainConfig
-from dkdm.datasets import fashion_captions, load_captions
+from dkdm.core.conditioning import ClassLabels, Unconditional
+from dkdm.core.prediction import Parameterization, to_x_0_eps
+from dkdm.core.process import beta_schedule, from_betas
+from dkdm.core.sources import Images
+from dkdm.data.datasets import fashion_captions, load_captions
 from dkdm.errors import DkdmError, UsageError
-from dkdm.prediction import Parameterization, to_x_0_eps
-from dkdm.process import beta_schedule, from_betas
-from dkdm.sources import Images
-from dkdm.trainset import training_data
+from dkdm.runs.training_set import training_data
 
 LEVELS = 50
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", LEVELS))

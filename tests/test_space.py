@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import dkdm
-from dkdm.bundle import Autoencoder, Bundle, Component
-from dkdm.conditioning import restrict_classes
+from dkdm.core.bundle import Bundle
+from dkdm.core.conditioning import restrict_classes
 from dkdm.errors import UsageError
-from dkdm.export import write_pipeline
+from dkdm.models.components import Autoencoder, Component
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
 from factories import denoiser, tiny_unet
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dkdm
-from dkdm import checkpoint
+from dkdm.core import checkpoint
 from dkdm.errors import DkdmError, UsageError
 from dkdm.students import student_of
 from dkdm.students.lora import add_lora, inherited_names, merge_lora, merged_weights
@@ -200,7 +200,7 @@ def test_resumed_run_does_not_read_its_start_again(run, tmp_path):
 
 def test_dry_run_says_where_the_student_starts():
     config = replace(CONFIG, teacher="factories:teacher", lora_rank=3)
-    text = dkdm.api.describe(config)
+    text = dkdm.runs.api.describe(config)
     assert "start     teacher: " in text
     assert "LoRA of rank 3 on them" in text
 

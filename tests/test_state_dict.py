@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from dkdm.errors import DkdmError, UsageError
-from dkdm.teachers.state_dict import read_weights, without_prefix
+from dkdm.models.formats.state_dict import read_weights, without_prefix
 
 PLAIN = {"conv.weight": torch.arange(6.0).reshape(2, 3), "steps": torch.tensor(7)}
 AVERAGED = {key: value + 1 for key, value in PLAIN.items()}

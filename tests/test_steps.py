@@ -14,17 +14,17 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import scheduling_ddpm
 
-from dkdm.errors import UsageError
-from dkdm.prediction import Parameterization, Prediction, to_x_0_eps
-from dkdm.process import (
+from dkdm.core.prediction import Parameterization, Prediction, to_x_0_eps
+from dkdm.core.process import (
     beta_schedule,
     from_betas,
     karras,
     per_sample,
     rectified_flow,
 )
-from dkdm.schedulers import from_scheduler_config
-from dkdm.steps import reverse_step, sample
+from dkdm.core.steps import reverse_step, sample
+from dkdm.errors import UsageError
+from dkdm.models.schedulers import from_scheduler_config
 
 TOLERANCE = 1e-6
 TOTAL = 40

@@ -10,15 +10,15 @@ import torch
 from rich.console import Console
 
 import pipelines
-from dkdm.conditioning import ClassLabels, Unconditional
-from dkdm.denoiser import Batch
+from dkdm.checks.memory_plan import Choices, plan
+from dkdm.checks.student_table import Measuring, StudentRow, list_students, print_students
+from dkdm.core.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.cost import count_macs
-from dkdm.export import write_pipeline
-from dkdm.listing import Measuring, StudentRow, list_students, print_students
-from dkdm.plan import Choices, plan
+from dkdm.models import LoadOptions, sketch_teacher, with_texts
+from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import PRESETS, Interface, build_network, student_of, untried_student_of
-from dkdm.teachers import LoadOptions, sketch_teacher, with_texts
 from factories import denoiser, tiny_unet
 
 # Parameters of the reference network of arXiv 2105.05233 with the paper's settings: 3x32x32,
@@ -43,7 +43,7 @@ def rows(teacher):
     """The listing of some presets: all of them take ten seconds."""
     few = {name: PRESETS[name] for name in PRESETS if name in (*SMALL, "unet-14m", "dit-s")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dkdm.listing.PRESETS", few)
+        patch.setattr("dkdm.checks.student_table.PRESETS", few)
         return {row.name: row for row in list_students(teacher)}
 
 
@@ -85,7 +85,7 @@ def test_listing_says_why_a_preset_does_not_fit(rows, teacher, monkeypatch):
     assert all(row.parameters for row in rows.values())
     assert teacher.evaluations == 7
     odd = replace(teacher, sample_shape=(1, 6, 6))
-    monkeypatch.setattr("dkdm.listing.PRESETS", {"unet-tiny": PRESETS["unet-tiny"]})
+    monkeypatch.setattr("dkdm.checks.student_table.PRESETS", {"unet-tiny": PRESETS["unet-tiny"]})
     [row] = list_students(odd)
     assert row.parameters is None
     assert "divisible by 4; the samples are 6x6" in row.misfit
@@ -108,7 +108,9 @@ def test_printed_listing(rows, teacher):
 
 
 def only(monkeypatch, *names):
-    monkeypatch.setattr("dkdm.listing.PRESETS", {name: PRESETS[name] for name in names})
+    monkeypatch.setattr(
+        "dkdm.checks.student_table.PRESETS", {name: PRESETS[name] for name in names}
+    )
 
 
 def test_listing_measures_small_networks_beside_the_teacher(teacher, monkeypatch):
@@ -121,7 +123,7 @@ def test_listing_measures_small_networks_beside_the_teacher(teacher, monkeypatch
         assert (batch_size, seconds) == (2, 0.0)
         return [300.0, 100.0]
 
-    monkeypatch.setattr("dkdm.listing.evaluations_in_turns", speeds)
+    monkeypatch.setattr("dkdm.checks.student_table.evaluations_in_turns", speeds)
     small, large = list_students(teacher, measuring)
     assert seen == [[small.parameters, teacher.num_parameters]]
     assert (small.samples_per_second, small.speed_ratio) == (30.0, 3.0)

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm import checkpoint
-from dkdm.api import open_student, planned_evaluations, set_size
+from dkdm.core import checkpoint
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import rectified_flow
+from dkdm.core.sources import draw_set, empty_set
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from dkdm.prediction import Parameterization
-from dkdm.process import rectified_flow
-from dkdm.sources import draw_set, empty_set
-from dkdm.toy import GaussianMixture, mixture_denoiser
+from dkdm.runs.api import open_student, planned_evaluations, set_size
 from factories import denoiser
 
 MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], classes=[0, 1])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.export import write_pipeline
-from dkdm.teachers import LoadOptions
-from dkdm.teachers.locate import locate
+from dkdm.models import LoadOptions
+from dkdm.models.locate import locate
+from dkdm.shipping.pipeline_folder import write_pipeline
 from factories import denoiser
 
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import distributions
 
-from dkdm.conditioning import ClassLabels, Unconditional
-from dkdm.denoiser import Batch
-from dkdm.errors import UsageError
-from dkdm.prediction import Parameterization, Prediction, PredictionType
-from dkdm.process import (
+from dkdm.core.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoiser import Batch
+from dkdm.core.prediction import Parameterization, Prediction, PredictionType
+from dkdm.core.process import (
     beta_schedule,
     from_betas,
     karras,
@@ -19,8 +18,9 @@ from dkdm.process import (
     rectified_flow,
     zero_terminal_snr,
 )
-from dkdm.steps import sample
-from dkdm.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.steps import sample
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.errors import UsageError
 
 KINDS = get_args(PredictionType)
 LEVELS = 200

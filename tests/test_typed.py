@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from dkdm.config import DistillConfig, TrainConfig, from_mapping
-from dkdm.datasets import load_image_folder, open_picture
+from dkdm.core.progress import read_metrics
+from dkdm.data.datasets import load_image_folder, open_picture
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.results import EVALUATION, read_evaluation
-from dkdm.licence import front_matter
-from dkdm.progress import read_metrics
-from dkdm.prompts import read_prompts
-from dkdm.reading import read_yaml
-from dkdm.teachers.state_dict import read_weights
+from dkdm.models.formats.state_dict import read_weights
+from dkdm.models.prompts import read_prompts
+from dkdm.reading.fields import read_yaml
+from dkdm.shipping.licence import front_matter
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_an_evaluation_of_other_types_names_the_entry(tmp_path):
 
 
 def test_a_picture_that_would_fill_the_memory_is_not_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("dkdm.datasets.MAX_PIXELS", 100)
+    monkeypatch.setattr("dkdm.data.datasets.MAX_PIXELS", 100)
     Image.new("L", (20, 20)).save(tmp_path / "large.png")
     with pytest.raises(DkdmError, match="20x20 pixels are more than 100"):
         open_picture(tmp_path / "large.png")

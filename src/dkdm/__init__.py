@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from dkdm.moved import Moved
 from dkdm.version import __version__
 
 if TYPE_CHECKING:
-    from dkdm.api import distill, train
-    from dkdm.conditioning import ClassLabels, Unconditional
     from dkdm.config import DistillConfig, TrainConfig
-    from dkdm.denoiser import Batch, Denoiser
+    from dkdm.core.conditioning import ClassLabels, Unconditional
+    from dkdm.core.denoiser import Batch, Denoiser
+    from dkdm.core.prediction import Parameterization, Prediction
+    from dkdm.core.process import Clipping, Process, from_betas, karras, rectified_flow
     from dkdm.errors import DkdmError, UsageError
-    from dkdm.graph import export_graph
-    from dkdm.prediction import Parameterization, Prediction
-    from dkdm.process import Clipping, Process, from_betas, karras, rectified_flow
-    from dkdm.schedulers import from_scheduler_config
+    from dkdm.models import load_teacher
+    from dkdm.models.schedulers import from_scheduler_config
+    from dkdm.runs.api import distill, train
+    from dkdm.shipping.graph import export_graph
     from dkdm.students import load_student
-    from dkdm.teachers import load_teacher
+
+sys.meta_path.insert(0, Moved())
 
 __all__ = [
     "Batch",
@@ -46,17 +50,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("distill", "train"),
-    "conditioning": ("ClassLabels", "Unconditional"),
     "config": ("DistillConfig", "TrainConfig"),
-    "denoiser": ("Batch", "Denoiser"),
+    "core.conditioning": ("ClassLabels", "Unconditional"),
+    "core.denoiser": ("Batch", "Denoiser"),
+    "core.prediction": ("Parameterization", "Prediction"),
+    "core.process": ("Clipping", "Process", "from_betas", "karras", "rectified_flow"),
     "errors": ("DkdmError", "UsageError"),
-    "graph": ("export_graph",),
-    "prediction": ("Parameterization", "Prediction"),
-    "process": ("Clipping", "Process", "from_betas", "karras", "rectified_flow"),
-    "schedulers": ("from_scheduler_config",),
+    "models": ("load_teacher",),
+    "models.schedulers": ("from_scheduler_config",),
+    "runs.api": ("distill", "train"),
+    "shipping.graph": ("export_graph",),
     "students": ("load_student",),
-    "teachers": ("load_teacher",),
 }
 
 
@@ -74,7 +78,7 @@ def __dir__() -> list[str]:
 
 
 _INSTEAD = {
-    "inspect": "dkdm.inspection.inspect_denoiser(denoiser), or the command `dkdm inspect`",
+    "inspect": "dkdm.checks.inspection.inspect_denoiser(denoiser), or the command `dkdm inspect`",
     "check": "Denoiser.check(), or the command `dkdm check-student`",
     "sample": "Denoiser.sample(...), or the command `dkdm sample`",
     "flow": "dkdm.rectified_flow(...)",

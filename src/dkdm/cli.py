@@ -25,14 +25,14 @@ from dkdm.config import (
     from_mapping,
 )
 from dkdm.errors import DkdmError, UsageError
-from dkdm.made_here import was_made_here
-from dkdm.plugins import named_code, split
-from dkdm.reading import read_json
-from dkdm.recipes import RECIPES, recipe
+from dkdm.reading.fields import read_json
+from dkdm.reading.made_here import was_made_here
+from dkdm.reading.plugins import named_code, split
+from dkdm.runs.recipes import RECIPES, recipe
 from dkdm.version import __version__
 
 if TYPE_CHECKING:
-    from dkdm.denoiser import Denoiser
+    from dkdm.core.denoiser import Denoiser
 
 Config = TypeVar("Config", bound=RunConfig)
 INSPECTED_PROMPT = "a photograph of a house"
@@ -352,9 +352,9 @@ def _config_file(kind: type[Config], path: Path) -> Config:
 
 def _distill(args: list[str]) -> int:
     config, dry_run = _run_config(DistillConfig, "distill", args)
-    from dkdm.api import describe, distill
     from dkdm.evaluation.results import read_evaluation
-    from dkdm.finish import result_rows
+    from dkdm.runs.api import describe, distill
+    from dkdm.runs.outputs import result_rows
 
     if dry_run:
         print(describe(config))
@@ -370,7 +370,7 @@ def _distill(args: list[str]) -> int:
 
 def _train(args: list[str]) -> int:
     config, dry_run = _run_config(TrainConfig, "train", args)
-    from dkdm.api import train
+    from dkdm.runs.api import train
 
     if dry_run:
         print(json.dumps(dataclasses.asdict(config), indent=2, default=str))
@@ -383,14 +383,14 @@ def _train(args: list[str]) -> int:
 
 def _print_url(config: RunConfig, folder: Path) -> None:
     if config.push_to_hub:
-        from dkdm.hub import url_of
+        from dkdm.shipping.hub import url_of
 
         print(url_of(folder))
 
 
 def _sample(args: list[str]) -> int:
     options = tyro.cli(SampleOptions, args=args, prog="dkdm sample")
-    from dkdm.finish import sample_to_file
+    from dkdm.runs.outputs import sample_to_file
 
     sample_to_file(
         _load(options),
@@ -409,8 +409,8 @@ def _sample(args: list[str]) -> int:
 
 
 def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoiser:
-    from dkdm.inputs import with_rows
-    from dkdm.teachers import LoadOptions, load_teacher
+    from dkdm.core.inputs import with_rows
+    from dkdm.models import LoadOptions, load_teacher
 
     denoiser = load_teacher(
         options.model,
@@ -438,8 +438,8 @@ def _told(
     denoiser: Denoiser, prompts: str | None, negative: str = "", default: str | None = None
 ) -> Denoiser:
     """A text model with the prompts, or with one that will do; any other as it is."""
-    from dkdm.prompts import Prompts
-    from dkdm.teachers import with_texts
+    from dkdm.models import with_texts
+    from dkdm.models.prompts import Prompts
 
     if prompts is None and isinstance(denoiser.conditioning, Prompts):
         prompts = default
@@ -448,8 +448,8 @@ def _told(
 
 def _export(args: list[str]) -> int:
     options = tyro.cli(ExportOptions, args=args, prog="dkdm export")
-    from dkdm.graph import export_graph
-    from dkdm.quantized import write_int8_folder
+    from dkdm.shipping.graph import export_graph
+    from dkdm.shipping.int8 import write_int8_folder
 
     if options.dtype == "int8":
         raise UsageError("--dtype int8: expected --format int8, which quantizes by itself")
@@ -471,8 +471,8 @@ def _export(args: list[str]) -> int:
 
 def _inspect(args: list[str]) -> int:
     options = tyro.cli(InspectOptions, args=args, prog="dkdm inspect")
-    from dkdm.finish import sample_to_file
-    from dkdm.inspection import inspect_denoiser, print_inspection, read_samples
+    from dkdm.checks.inspection import inspect_denoiser, print_inspection, read_samples
+    from dkdm.runs.outputs import sample_to_file
 
     denoiser = _load(options, default_prompt=INSPECTED_PROMPT)
     found = inspect_denoiser(
@@ -494,8 +494,8 @@ def _inspect(args: list[str]) -> int:
 
 def _students(args: list[str]) -> int:
     options = tyro.cli(StudentsOptions, args=args, prog="dkdm students")
-    from dkdm.listing import Measuring, list_students, print_students
-    from dkdm.teachers import chosen_teacher
+    from dkdm.checks.student_table import Measuring, list_students, print_students
+    from dkdm.models import chosen_teacher
 
     teacher = chosen_teacher(options, sketched=True)
     size, below = options.measure_batch_size, options.measure_below * 1e6
@@ -510,9 +510,9 @@ def _students(args: list[str]) -> int:
 
 def _check_student(args: list[str]) -> int:
     options = tyro.cli(CheckOptions, args=args, prog="dkdm check-student")
-    from dkdm.check_student import check_student
-    from dkdm.doctor import print_findings
-    from dkdm.teachers import chosen_teacher
+    from dkdm.checks.doctor import print_findings
+    from dkdm.checks.student import check_student
+    from dkdm.models import chosen_teacher
 
     teacher = _told(chosen_teacher(options), options.prompts, default=INSPECTED_PROMPT)
     checkup = check_student(
@@ -537,8 +537,8 @@ def _check_student(args: list[str]) -> int:
 
 def _plan(args: list[str]) -> int:
     options = tyro.cli(PlanOptions, args=args, prog="dkdm plan")
-    from dkdm.plan import GIB, Choices, changes, device_memory_mib, plan, print_plan
-    from dkdm.teachers import LoadOptions, load_teacher, sketch_teacher
+    from dkdm.checks.memory_plan import GIB, Choices, changes, device_memory_mib, plan, print_plan
+    from dkdm.models import LoadOptions, load_teacher, sketch_teacher
 
     factory = options.student_factory
     how = LoadOptions(
@@ -573,7 +573,7 @@ def _plan(args: list[str]) -> int:
 
 def _doctor(args: list[str]) -> int:
     options = tyro.cli(DoctorOptions, args=args, prog="dkdm doctor")
-    from dkdm.doctor import examine, print_findings
+    from dkdm.checks.doctor import examine, print_findings
 
     findings = examine()
     if options.json:
@@ -593,7 +593,7 @@ def _report(args: list[str]) -> int:
 
 def _push(args: list[str]) -> int:
     options = tyro.cli(PushOptions, args=args, prog="dkdm push")
-    from dkdm.hub import push
+    from dkdm.shipping.hub import push
 
     print(push(options.run, options.hub_model_id, options.private))
     return 0

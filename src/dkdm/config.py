@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from dkdm.arguments import NamedArguments, described, is_array, scalar
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
-from dkdm.reading import SHOWN, is_name, read_json, shown
-from dkdm.typed import made_of
+from dkdm.reading.arguments import NamedArguments, described, is_array, scalar
+from dkdm.reading.fields import SHOWN, is_name, read_json, shown
+from dkdm.reading.typed import made_of
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
 FillKind = Literal["few-step", "ancestral", "none"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dkdm.conditioning import ClassLabels, Condition, Conditioning
-from dkdm.denoiser import Batch, Denoiser
+from dkdm.core.conditioning import ClassLabels, Condition, Conditioning
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.matching import on_levels_of
+from dkdm.core.objective import simple_loss
+from dkdm.core.progress import track
+from dkdm.core.randomness import generator
 from dkdm.errors import UsageError
 from dkdm.evaluation.classes import evaluate_images
 from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
@@ -14,11 +18,7 @@ from dkdm.evaluation.features import MEASURABLE_SHAPES, NUM_FEATURES, ReferenceN
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.results import Comparison, LevelGap, Measurement, ModelResult
 from dkdm.evaluation.same_noise import Plan, draw, pictures
-from dkdm.matching import on_levels_of
-from dkdm.objective import simple_loss
-from dkdm.progress import track
-from dkdm.prompts import Prompts
-from dkdm.randomness import generator
+from dkdm.models.prompts import Prompts
 
 GAP_LEVELS = 16
 GAP_SAMPLES = 64

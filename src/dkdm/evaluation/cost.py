@@ -11,8 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dkdm.denoiser import Batch, Denoiser
-from dkdm.modes import evaluating
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.modes import evaluating
 
 
 @contextmanager

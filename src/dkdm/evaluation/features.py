@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from dkdm.datasets import halve
+from dkdm.data.datasets import halve
 from dkdm.errors import DkdmError
 
 IMAGE_SHAPE = (1, 16, 16)
@@ -143,4 +143,4 @@ def _convolution(channels_in: int, channels: int, stride: int = 1) -> tuple[nn.M
 
 
 def _load_asset(name: str) -> dict[str, Tensor]:
-    return load((files("dkdm") / "assets" / "fashion-features" / name).read_bytes())
+    return load((files("dkdm") / "data" / "fashion" / "features" / name).read_bytes())

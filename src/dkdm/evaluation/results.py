@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.classes import Metrics
-from dkdm.reading import read_json
-from dkdm.sizes import in_a_line
-from dkdm.typed import made_of
+from dkdm.reading.fields import read_json
+from dkdm.reading.sizes import in_a_line
+from dkdm.reading.typed import made_of
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples/comparison.safetensors"

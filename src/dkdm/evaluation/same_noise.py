@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dkdm.conditioning import Condition
-from dkdm.denoiser import Denoiser
+from dkdm.core.conditioning import Condition
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.randomness import generator
 from dkdm.errors import UsageError
-from dkdm.randomness import generator
 
 
 @dataclass(frozen=True)

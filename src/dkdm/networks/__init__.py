@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dkdm.allowed import library_class
+from dkdm.reading.allowed import library_class
 
 HOMES: dict[str, str] = {
     "AdmUNet": "adm",

@@ -8,8 +8,8 @@ from typing import Any, TypeGuard
 
 from markupsafe import Markup
 
-from dkdm.charts import Point, Series, bin_means, line_chart
-from dkdm.reading import is_number
+from dkdm.reading.fields import is_number
+from dkdm.report.charts import Point, Series, bin_means, line_chart
 from dkdm.report.run import Run
 
 MAX_RANGES = 1000

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig, to_json
 from dkdm.evaluation.results import ModelResult
-from dkdm.places import replaced
+from dkdm.reading.places import replaced
 from dkdm.report.curves import charts
 from dkdm.report.numbers import count, number, percent
 from dkdm.report.run import Run, read_run
@@ -35,7 +35,7 @@ def write_report(run_dir: Path) -> Path:
 def render(run: Run) -> str:
     """The page as HTML; every text in it is escaped."""
     environment = Environment(
-        loader=PackageLoader("dkdm"),
+        loader=PackageLoader("dkdm.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

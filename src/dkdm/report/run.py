@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, cast
 from torch import Tensor
 
 from dkdm.config import DistillConfig, TrainConfig, read_config
-from dkdm.datasets import open_picture
+from dkdm.core.progress import read_metrics
+from dkdm.data.datasets import open_picture
 from dkdm.errors import DkdmError
 from dkdm.evaluation.results import (
     EVALUATION,
@@ -21,9 +22,8 @@ from dkdm.evaluation.results import (
     read_evaluation,
     read_samples,
 )
-from dkdm.pictures import png_data_uri
-from dkdm.places import check_place
-from dkdm.progress import read_metrics
+from dkdm.reading.places import check_place
+from dkdm.report.pictures import png_data_uri
 
 STAGES = 6  # sample grids shown of the training
 Read = TypeVar("Read")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from dkdm.pictures import as_images, comparison_strip, png_data_uri
-from dkdm.plots import is_plotted
+from dkdm.report.pictures import as_images, comparison_strip, png_data_uri
+from dkdm.report.plots import is_plotted
 from dkdm.report.run import Run
 
 FIRST = 10  # samples in the picture at the top

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dkdm.evaluation.results import Comparison
-from dkdm.reading import is_number
+from dkdm.reading.fields import is_number
 from dkdm.report.numbers import compared, count, duration, in_units, number, percent
 from dkdm.report.run import Run
 

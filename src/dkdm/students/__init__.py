@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkdm.conditioning import ClassLabels, Condition, Unconditional, for_student
 from dkdm.config import ProcessName
-from dkdm.denoiser import Denoiser
+from dkdm.core.conditioning import ClassLabels, Condition, Unconditional, for_student
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.inputs import is_own_conditioning
+from dkdm.core.prediction import PredictionType
 from dkdm.errors import DkdmError, UsageError
-from dkdm.inputs import is_own_conditioning
-from dkdm.matching import check_is_sampled, with_process
-from dkdm.networks import network_class
-from dkdm.own import (
+from dkdm.models.own_network import (
     OWN_CLASS,
     Factory,
     is_own,
@@ -27,11 +26,12 @@ from dkdm.own import (
     remember_factory,
     remember_object,
 )
-from dkdm.plugins import distrust, import_object
-from dkdm.prediction import PredictionType
-from dkdm.prompts import Prompts
-from dkdm.reading import read_json
-from dkdm.sizes import make_network
+from dkdm.models.prompts import Prompts
+from dkdm.models.student_process import check_is_sampled, with_process
+from dkdm.networks import network_class
+from dkdm.reading.fields import read_json
+from dkdm.reading.plugins import distrust, import_object
+from dkdm.reading.sizes import make_network
 from dkdm.students.interface import Interface, Preset
 from dkdm.students.loading import load_student
 from dkdm.students.presets import PRESETS

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from dkdm.core.positions import evenly
 from dkdm.errors import UsageError
 from dkdm.students.interface import Interface, Preset
-from dkdm.students.positions import evenly
 
 Config = Mapping[str, Any]
 

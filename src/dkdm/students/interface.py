@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from dkdm.bundle import Autoencoder
-from dkdm.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.bundle import Coder
+from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.errors import UsageError
-from dkdm.prompts import Prompts
+from dkdm.models.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Interface:
     out_channels: int
     conditioning: Conditioning = Unconditional()
     teacher: nn.Module | Callable[..., Any] | None = None
-    autoencoder: Autoencoder | None = None
+    autoencoder: Coder | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

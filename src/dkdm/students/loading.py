@@ -6,17 +6,17 @@ from pathlib import Path
 
 from torch import nn
 
-from dkdm.arguments import refuse
-from dkdm.checkpoint import WEIGHTS, load_network_weights
+from dkdm.core.checkpoint import WEIGHTS, load_network_weights
+from dkdm.core.given import path_given
 from dkdm.errors import UsageError
-from dkdm.given import path_given
+from dkdm.models.options import LoadOptions
+from dkdm.models.own_network import OWN_CLASS, Factory
+from dkdm.models.pipeline_folder import DENOISERS, load_network
 from dkdm.networks import network_class
-from dkdm.own import OWN_CLASS, Factory
-from dkdm.places import check_folder
-from dkdm.plugins import distrust
-from dkdm.reading import read_json
-from dkdm.teachers.options import LoadOptions
-from dkdm.teachers.pipeline_folder import DENOISERS, load_network
+from dkdm.reading.arguments import refuse
+from dkdm.reading.fields import read_json
+from dkdm.reading.places import check_folder
+from dkdm.reading.plugins import distrust
 
 
 def load_student(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dkdm.students import cut, other, transformers, unets
+from dkdm.students import any_rank as other
+from dkdm.students import cut, transformers, unets
 from dkdm.students.interface import Preset
 
 PRESETS: dict[str, Preset] = {

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dkdm.bundle import Autoencoder
-from dkdm.effective import class_config, network_name
+from dkdm.core.bundle import Coder
 from dkdm.errors import UsageError
-from dkdm.places import check_place
-from dkdm.reading import read_json
+from dkdm.models.effective import class_config, network_name
+from dkdm.models.networks import FACTS
+from dkdm.models.pipeline_folder import AUTOENCODERS, DENOISERS
+from dkdm.reading.fields import read_json
+from dkdm.reading.places import check_place
 from dkdm.students.interface import Interface
-from dkdm.teachers.networks import FACTS
-from dkdm.teachers.pipeline_folder import AUTOENCODERS, DENOISERS
 
 _WHY = "the student learns from the teacher's own states, which nothing can bring to another size"
 
@@ -36,7 +36,7 @@ def config_in(folder: Path, interface: Interface) -> Path:
     )
 
 
-def check_latents(folder: Path, teacher: Autoencoder | None) -> None:
+def check_latents(folder: Path, teacher: Coder | None) -> None:
     """Raise UsageError where an autoencoder's latents are not those that the teacher works on."""
     file = check_place(folder / "config.json", folder.parent)
     raw = read_json(file, "an autoencoder's config")
@@ -104,7 +104,7 @@ def _of_latents(interface: Interface) -> str:
 
 
 def check_same_samples(
-    student: tuple[int, ...], teacher: tuple[int, ...], autoencoders: tuple[Autoencoder | None, ...]
+    student: tuple[int, ...], teacher: tuple[int, ...], autoencoders: tuple[Coder | None, ...]
 ) -> None:
     """Raise UsageError where a student given as an object is of another space than its teacher."""
     if tuple(student) != tuple(teacher):

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dkdm import checkpoint
 from dkdm.config import DistillConfig
-from dkdm.denoiser import Denoiser
+from dkdm.core import checkpoint
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.positions import counterparts
 from dkdm.errors import UsageError
-from dkdm.places import check_folder
-from dkdm.reading import read_json
+from dkdm.models.formats.state_dict import read_weights
+from dkdm.models.locate import INDEX, locate
+from dkdm.models.pipeline_folder import DENOISERS
+from dkdm.reading.fields import read_json
+from dkdm.reading.places import check_folder
 from dkdm.students.loading import averages
 from dkdm.students.lora import add_lora, inherited_names, merged_weights
-from dkdm.students.positions import counterparts
 from dkdm.students.slices import LAYOUTS, Pair, taken, unknown
-from dkdm.teachers.locate import INDEX, locate
-from dkdm.teachers.pipeline_folder import DENOISERS
-from dkdm.teachers.state_dict import read_weights
 
 
 @dataclass(frozen=True)

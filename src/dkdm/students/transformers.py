@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dkdm.conditioning import ClassLabels
+from dkdm.core.conditioning import ClassLabels
 from dkdm.errors import UsageError
 from dkdm.students.interface import Interface, Preset, patch_size
 

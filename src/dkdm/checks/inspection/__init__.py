@@ -1,0 +1,33 @@
+"""What a model is, and whether it denoises as it is read."""
+
+from dkdm.checks.inspection.check import (
+    Concern,
+    DenoisingCheck,
+    Spread,
+    check_denoising,
+    quick_check,
+)
+from dkdm.checks.inspection.denoising import LevelError
+from dkdm.checks.inspection.facts import (
+    ConditioningFacts,
+    Inspection,
+    ProcessFacts,
+    inspect_denoiser,
+)
+from dkdm.checks.inspection.given import read_samples
+from dkdm.checks.inspection.tables import print_inspection
+
+__all__ = [
+    "Concern",
+    "ConditioningFacts",
+    "DenoisingCheck",
+    "Inspection",
+    "LevelError",
+    "ProcessFacts",
+    "Spread",
+    "check_denoising",
+    "inspect_denoiser",
+    "print_inspection",
+    "quick_check",
+    "read_samples",
+]

@@ -1,0 +1,184 @@
+"""What a model is, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dkdm.checks.inspection.check import (
+    TRIAL_SECONDS,
+    DenoisingCheck,
+    affordable_trials,
+    check_denoising,
+)
+from dkdm.checks.inspection.memory import evaluation_mib, weights_mib
+from dkdm.checks.inspection.readings import ProcessKind, process_kind
+from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import PredictionType, VarianceType
+from dkdm.core.process import Process
+from dkdm.evaluation.cost import count_macs, evaluations_per_second
+from dkdm.models.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class ProcessFacts:
+    """The noise process: T, SNR and network times from t = 0 to T-1, and where it came from.
+
+    clip_range, clip_quantile: as in `Clipping`; None where off.
+    """
+
+    kind: ProcessKind
+    num_levels: int
+    snr: tuple[float, float]
+    network_times: tuple[float, float]
+    scheduler: str | None
+    beta_schedule: str | None
+    clip_range: float | None
+    clip_quantile: float | None
+
+
+@dataclass(frozen=True)
+class ConditioningFacts:
+    """What the model is fed beside (x_t, t): "none", "class labels", "prompts" or the name of its
+    class."""
+
+    kind: str
+    num_classes: int | None = None
+    null_class: int | str | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's facts, costs and denoising check.
+
+    embeds_guidance: whether the network is fed the guidance scale. pipeline, autoencoder: class
+    names; None where there is none, or pixels. parameters, macs: a number; macs are
+    multiply-accumulates of one evaluation of one sample. weights_mib, evaluation_mib: memory of the
+    weights, and beside them of one evaluation of `batch_size` samples without gradients.
+    evaluations_per_second: samples a second, on `device`.
+    """
+
+    name: str
+    network: str
+    parameters: int
+    dtype: str | None
+    device: str
+    sample_shape: tuple[int, ...]
+    process: ProcessFacts
+    prediction: PredictionType
+    variance: VarianceType
+    conditioning: ConditioningFacts
+    embeds_guidance: bool
+    pipeline: str | None
+    autoencoder: str | None
+    weights_mib: float
+    evaluation_mib: float
+    batch_size: int
+    macs: int
+    evaluations_per_second: float
+    check: DenoisingCheck
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values; a number that is not finite is None."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def inspect_denoiser(
+    denoiser: Denoiser,
+    *,
+    num_samples: int = 8,
+    num_steps: int = 50,
+    seed: int = 0,
+    images: Tensor | None = None,
+    max_trials: int | None = None,
+) -> Inspection:
+    """Measure a model and check that it denoises; takes num_steps evaluations and a few seconds.
+
+    The options are those of `check_denoising`; num_samples is also the batch the costs are measured
+    with. max_trials: None is as many as take about half a minute. Raises UsageError as that does.
+    """
+    speed = evaluations_per_second(denoiser, num_samples, seconds=0.5)
+    if max_trials is None:
+        max_trials = affordable_trials(denoiser, speed, TRIAL_SECONDS)
+    check = check_denoising(
+        denoiser,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        seed=seed,
+        images=images,
+        max_trials=max_trials,
+    )
+    network = denoiser.network
+    kind = type(network) if isinstance(network, nn.Module) else network
+    return Inspection(
+        name=denoiser.name,
+        network=getattr(kind, "__name__", type(network).__name__),
+        parameters=denoiser.num_parameters,
+        dtype=None if denoiser.dtype is None else str(denoiser.dtype).removeprefix("torch."),
+        device=str(denoiser.device),
+        sample_shape=tuple(denoiser.sample_shape),
+        process=_process_facts(denoiser.process, denoiser.times),
+        prediction=denoiser.parameterization.prediction,
+        variance=denoiser.parameterization.variance,
+        conditioning=_conditioning_facts(denoiser.conditioning),
+        embeds_guidance=denoiser.embeds_guidance,
+        pipeline=denoiser.bundle.pipeline,
+        autoencoder=_autoencoder(denoiser),
+        weights_mib=weights_mib(denoiser),
+        evaluation_mib=evaluation_mib(denoiser, num_samples),
+        batch_size=num_samples,
+        macs=count_macs(denoiser),
+        evaluations_per_second=speed,
+        check=check,
+    )
+
+
+def _autoencoder(denoiser: Denoiser) -> str | None:
+    coder = denoiser.bundle.autoencoder
+    return None if coder is None else coder.component.class_name
+
+
+def _process_facts(process: Process, times: Tensor) -> ProcessFacts:
+    snr = process.snr()
+    return ProcessFacts(
+        kind=process_kind(process),
+        num_levels=process.num_levels,
+        snr=(snr[0].item(), snr[-1].item()),
+        network_times=(times[0].item(), times[-1].item()),
+        scheduler=process.scheduler.get("_class_name"),
+        beta_schedule=process.scheduler.get("beta_schedule"),
+        clip_range=process.clipping.range,
+        clip_quantile=process.clipping.quantile,
+    )
+
+
+def _conditioning_facts(conditioning: Conditioning) -> ConditioningFacts:
+    if isinstance(conditioning, Unconditional):
+        return ConditioningFacts("none")
+    if isinstance(conditioning, ClassLabels):
+        return ConditioningFacts(
+            "class labels",
+            conditioning.num_classes,
+            conditioning.null_class,
+            conditioning.names,
+        )
+    if isinstance(conditioning, Prompts):
+        return ConditioningFacts("prompts")
+    return ConditioningFacts(type(conditioning).__name__)

@@ -1,0 +1,95 @@
+"""Real samples that a user gives to judge a model by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dkdm.core.checkpoint import read_tensors
+from dkdm.core.denoiser import Denoiser
+from dkdm.data.datasets import load_image_folder
+from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.sizes import in_a_line
+
+MOST = 64
+
+
+def read_samples(path: Path, denoiser: Denoiser) -> Tensor:
+    """Samples [N, C, ...] of a file, or of a folder of images, at most 64 of them.
+
+    Arrays are taken as they are, in the model's own range (latents of a latent model); images are
+    brought to it. Of several arrays the first is taken that has the model's shape. Raises
+    UsageError where there are none of that shape.
+    """
+    if path.is_dir():
+        return _images(path, denoiser)
+    if not path.is_file():
+        raise UsageError(f"--samples {path}: there is no such file or folder")
+    arrays = _arrays(path)
+    shape = tuple(denoiser.sample_shape)
+    fitting = [array for array in arrays if tuple(array.shape[1:]) == shape and len(array) > 1]
+    if not fitting:
+        found = ", ".join(str(tuple(array.shape)) for array in arrays[:4]) or "no arrays"
+        raise UsageError(
+            f"--samples {path}: the model takes samples of shape {shape}, found {found}; give an "
+            f"array of shape (N, {', '.join(map(str, shape))}) with at least 2 samples"
+        )
+    samples = fitting[0][:MOST].float()
+    if not samples.isfinite().all():
+        raise UsageError(f"--samples {path}: some values are not finite; give finite samples")
+    return samples
+
+
+def _arrays(path: Path) -> list[Tensor]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(
+            f"--samples {path}: give a {', '.join(_READERS)} file, or a folder of images"
+        )
+    try:
+        found = reader(path)
+    except Exception as error:  # whatever a reader raises of a damaged file
+        raise UsageError(f"--samples {path} cannot be read: {in_a_line(error)}") from error
+    return [array for array in found if array.ndim > 1 and not array.is_complex()]
+
+
+def _numpy(path: Path) -> list[Tensor]:
+    loaded = np.load(path, allow_pickle=False)
+    arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[key] for key in loaded]
+    return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+
+
+def _torch(path: Path) -> list[Tensor]:
+    loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    values = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+_READERS = {
+    ".npy": _numpy,
+    ".npz": _numpy,
+    ".safetensors": lambda path: list(read_tensors(path).values()),
+    ".pt": _torch,
+    ".pth": _torch,
+}
+
+
+def _images(path: Path, denoiser: Denoiser) -> Tensor:
+    if denoiser.bundle.autoencoder is not None or len(denoiser.sample_shape) != 3:
+        raise UsageError(
+            f"--samples {path}: the model works on latents or signals of shape "
+            f"{tuple(denoiser.sample_shape)}; give an array of these as .npy or .safetensors"
+        )
+    channels, height, width = denoiser.sample_shape
+    try:
+        images, _ = load_image_folder(path, (channels, height, width))
+    except DkdmError as error:
+        raise UsageError(f"--samples: {error}") from error
+    if len(images) < 2:
+        raise UsageError(f"--samples {path}: give at least 2 images")
+    low, high = denoiser.value_range
+    return low + (images[:MOST] + 1) / 2 * (high - low)

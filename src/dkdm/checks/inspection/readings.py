@@ -1,0 +1,342 @@
+"""Other ways to read a network that does not denoise: what is probably wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dkdm.checks.inspection.denoising import (
+    Samples,
+    cures,
+    follows_noise,
+    levels_until_bad,
+    mean_ratio,
+)
+from dkdm.core.calls import Call
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.modes import modules_behind
+from dkdm.core.prediction import PredictionType
+from dkdm.core.process import Clipping, Process, TimeKind, karras, network_times, rectified_flow
+from dkdm.core.progress import track
+from dkdm.errors import UsageError
+from dkdm.models.schedulers import from_scheduler_config
+
+ProcessKind = Literal["variance preserving", "variance exploding", "flow", "other"]
+BETAS: tuple[Mapping[str, Any], ...] = (
+    {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    {"beta_schedule": "squaredcos_cap_v2"},
+)
+
+
+@dataclass(frozen=True)
+class Time:
+    """What a network may be fed for t. code: the same as an argument `time=` in Python."""
+
+    code: str
+    of: TimeKind | Callable[[Process], Tensor]
+
+
+TIMES = (
+    Time('"index"', "index"),
+    Time('"fraction"', "fraction"),
+    Time('"data_fraction"', "data_fraction"),
+    Time('"sigma"', "sigma"),
+    Time('"log_snr"', "log_snr"),
+    Time('"c_noise"', "c_noise"),
+    Time(
+        "lambda process: 1000 * process.sigma / (process.alpha + process.sigma)",
+        lambda process: 1000 * process.sigma / (process.alpha + process.sigma),
+    ),
+    Time(
+        "lambda process: 1000 * process.alpha / (process.alpha + process.sigma)",
+        lambda process: 1000 * process.alpha / (process.alpha + process.sigma),
+    ),
+    Time(
+        "lambda process: process.network_time * process.num_levels",
+        lambda process: process.network_time * process.num_levels,
+    ),
+    Time(
+        "lambda process: process.network_time / process.num_levels",
+        lambda process: process.network_time / process.num_levels,
+    ),
+    Time(
+        "lambda process: process.network_time.flip(0)",
+        lambda process: process.network_time.flip(0),
+    ),
+    Time(
+        "lambda process: 1 - process.network_time / process.num_levels",
+        lambda process: 1 - process.network_time / process.num_levels,
+    ),
+    Time(
+        "lambda process: torch.arange(1, process.num_levels + 1)",
+        lambda process: torch.arange(1, process.num_levels + 1),
+    ),
+    Time(
+        "lambda process: torch.arange(process.num_levels).flip(0)",
+        lambda process: torch.arange(process.num_levels).flip(0),
+    ),
+    Time(
+        "lambda process: (process.sigma / process.alpha).log()",
+        lambda process: (process.sigma / process.alpha).log(),
+    ),
+    Time(
+        "lambda process: 2 * (process.sigma / process.alpha).log()",
+        lambda process: 2 * (process.sigma / process.alpha).log(),
+    ),
+    Time("lambda process: process.alpha", lambda process: process.alpha),
+    Time("lambda process: process.alpha**2", lambda process: process.alpha**2),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Another noise process. code: in Python; config: of scheduler_config.json."""
+
+    process: Process
+    code: str
+    config: Mapping[str, Any]
+    same_family: bool
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is read otherwise; None and False leave a part as it is."""
+
+    schedule: Schedule | None = None
+    prediction: PredictionType | None = None
+    time: Time | None = None
+    negated: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many parts are read otherwise."""
+        parts = (self.schedule, self.prediction, self.time)
+        return sum(part is not None for part in parts) + self.negated
+
+
+@dataclass(frozen=True)
+class Cure:
+    """A change under which the network denoises, and how well (see `mean_ratio`)."""
+
+    change: Change
+    ratio: float
+
+
+def applied(denoiser: Denoiser, change: Change) -> Denoiser:
+    """The same network, read as the change says. Raises UsageError where the parts do not fit."""
+    own, call = denoiser.parameterization, denoiser.call
+    assert call is not None
+    changes: dict[str, Any] = {}
+    if change.schedule is not None:
+        changes["process"] = change.schedule.process
+    if change.prediction is not None:
+        changes["parameterization"] = replace(own, prediction=change.prediction)
+    if change.time is not None:
+        changes["time"] = change.time.of
+    elif change.schedule is not None and not change.schedule.same_family:
+        changes["time"] = None
+    if change.negated:
+        changes["call"] = negated(call, denoiser.sample_shape[0])
+    return replace(denoiser, **changes)
+
+
+def negated(call: Call, channels: int) -> Call:
+    """The same call with the sign of what is predicted turned; variance channels keep theirs."""
+
+    def turned(network: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        output = call(network, x, time, cond)
+        return torch.cat([-output[:, :channels], output[:, channels:]], dim=1)
+
+    return turned
+
+
+def cure_of(
+    denoiser: Denoiser,
+    samples_of: Callable[[Denoiser], Samples],
+    seed: int,
+    max_trials: int | None = None,
+) -> Cure | None:
+    """The change under which the same network denoises, or None.
+
+    Single changes are tried first, then two at once, then three; of as many changes the one that
+    denoises best is taken. samples_of: reading -> samples to noise. They should be the reading's
+    own, or real ones: samples of a wrong reading are states the network was never trained on, and
+    no reading denoises those. A reading that the network cannot take is none.
+    """
+    left = max_trials
+    for changes in _by_number(denoiser):
+        changes = changes if left is None else changes[:left]
+        found = list(_cures(denoiser, changes, samples_of, seed))
+        if found:
+            return min(found, key=lambda cure: cure.ratio)
+        left = None if left is None else left - len(changes)
+    return None
+
+
+def _cures(
+    denoiser: Denoiser,
+    changes: list[Change],
+    samples_of: Callable[[Denoiser], Samples],
+    seed: int,
+) -> Iterator[Cure]:
+    with track(len(changes), 0, "trying other readings") as show:
+        for number, change in enumerate(changes, 1):
+            ratio = _ratio(denoiser, change, samples_of, seed)
+            show(number)
+            if ratio is not None:
+                yield Cure(change, ratio)
+
+
+def _ratio(
+    denoiser: Denoiser, change: Change, samples_of: Callable[[Denoiser], Samples], seed: int
+) -> float | None:
+    try:
+        reading = applied(denoiser, change)
+        if not _fits_tables(reading):
+            return None
+        samples = samples_of(reading)
+        if not samples.x_0.isfinite().all():
+            return None
+        levels = levels_until_bad(reading, samples, seed)
+        found = cures(levels) and follows_noise(reading, seed)
+    except Exception:  # whatever a network raises that is read as it was not meant
+        return None
+    return mean_ratio(levels) if found else None
+
+
+def _fits_tables(reading: Denoiser) -> bool:
+    """Whether times stay inside tables of T rows: outside, a GPU would fail for good."""
+    total, times = reading.process.num_levels, reading.times
+    tables = [
+        module.num_embeddings
+        for module in modules_behind(reading.network, reading.call)
+        if isinstance(module, nn.Embedding) and module.num_embeddings in (total, total + 1)
+    ]
+    return all(float(times.min()) >= 0 and float(times.max()) < rows for rows in tables)
+
+
+def _by_number(denoiser: Denoiser) -> Iterator[list[Change]]:
+    """The changes to try, in lists of one, two and three at once."""
+    every = list(_combinations(denoiser))
+    for count in (1, 2, 3):
+        yield [change for change in every if _tier(change) == count]
+
+
+def _tier(change: Change) -> int:
+    """How many mistakes a change amends: another family brings its own prediction and time."""
+    if change.schedule is None or change.schedule.same_family:
+        return change.count
+    return 1 + max(1, change.count - 1) if change.time or change.negated else 2
+
+
+def _combinations(denoiser: Denoiser) -> Iterator[Change]:
+    process = denoiser.process
+    for schedule in (None, *_schedules(denoiser)):
+        kinds = prediction_types(schedule.process if schedule else process)
+        own = denoiser.parameterization.prediction
+        predictions = [None if kind == own else kind for kind in kinds]
+        if own not in kinds and (schedule is None or schedule.same_family):
+            predictions.append(None)
+        times = _other_times(denoiser, schedule)
+        signs = (False, True)
+        for prediction, time, sign in product(predictions, (None, *times), signs):
+            change = Change(schedule, prediction, time, sign)
+            if 0 < change.count <= 3:
+                yield change
+
+
+def _other_times(denoiser: Denoiser, schedule: Schedule | None) -> list[Time]:
+    """The kinds of time that differ from what is fed already, and from one another."""
+    process = schedule.process if schedule else denoiser.process
+    same = schedule is None or schedule.same_family
+    seen = [denoiser.times if same else process.network_time]
+    found = []
+    for time in TIMES:
+        try:
+            times = network_times(process, time.of)
+        except UsageError:  # infinite where a flow ends in pure noise
+            continue
+        if times.isfinite().all() and not any(_same(times, other) for other in seen):
+            seen.append(times)
+            found.append(time)
+    return found
+
+
+def _same(times: Tensor, others: Tensor) -> bool:
+    return times.shape == others.shape and torch.allclose(times, others, rtol=1e-6, atol=1e-9)
+
+
+def _schedules(denoiser: Denoiser) -> Iterator[Schedule]:
+    own, total = denoiser.process, denoiser.process.num_levels
+    if own.clipping.range is not None:
+        yield _unclipped(own)
+    for schedule in (*_beta_schedules(own), *_other_families(total)):
+        process = schedule.process
+        kind = process_kind(process)
+        if _same(process.alpha, own.alpha) and _same(process.sigma, own.sigma):
+            continue
+        if not schedule.same_family and kind == process_kind(own):
+            continue
+        yield schedule
+
+
+def _unclipped(own: Process) -> Schedule:
+    """The same process without clipping."""
+    off = {"clip_sample": False, "thresholding": False}
+    entries = {key: value for key, value in off.items() if own.scheduler.get(key, True)}
+    process = replace(own, clipping=Clipping(), scheduler={**own.scheduler, **entries})
+    code = "dataclasses.replace(process, clipping=dkdm.Clipping())"
+    return Schedule(process, code, {"clip_sample": False}, True)
+
+
+def _beta_schedules(own: Process) -> Iterator[Schedule]:
+    same = process_kind(own) == "variance preserving"
+    named = own.scheduler.get("_class_name") in ("DDPMScheduler", "DDIMScheduler")
+    base = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": own.num_levels,
+        "clip_sample": False,
+    }
+    kept = dict(own.scheduler) if same and named else base
+    for betas in BETAS:
+        config = {**kept, "trained_betas": None, "rescale_betas_zero_snr": False, **betas}
+        process = from_scheduler_config(config)
+        shown = {**base, **betas, "clip_sample": config.get("clip_sample", True)}
+        yield Schedule(process, f"dkdm.from_scheduler_config({shown})", betas, same)
+
+
+def _other_families(total: int) -> Iterator[Schedule]:
+    for process, code in (
+        (rectified_flow(total), f"dkdm.rectified_flow({total})"),
+        (karras(total), f"dkdm.karras({total})"),
+    ):
+        yield Schedule(process, code, process.scheduler, False)
+
+
+def process_kind(process: Process) -> ProcessKind:
+    """What the tables alpha and sigma amount to."""
+    alpha, sigma = process.alpha, process.sigma
+    if (alpha == 1).all():
+        return "variance exploding"
+    if (alpha + sigma - 1).abs().max() < 1e-6:
+        return "flow"
+    if (alpha**2 + sigma**2 - 1).abs().max() < 1e-6:
+        return "variance preserving"
+    return "other"
+
+
+def prediction_types(process: Process) -> Iterable[PredictionType]:
+    """Those in use with such a process; epsilon is refused where alpha = 0."""
+    if process_kind(process) == "variance exploding":
+        return ("edm", "edm_v", "epsilon", "sample")
+    if process_kind(process) == "flow":
+        return ("flow_prediction", "sample")
+    if (process.alpha == 0).any():
+        return ("sample", "v_prediction")
+    return ("epsilon", "sample", "v_prediction")

@@ -1,0 +1,228 @@
+"""The corrected line: what the user types in place of what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dkdm.checks.inspection.readings import Change, Schedule, Time
+from dkdm.core.calls import call_of
+from dkdm.core.conditioning import Unconditional
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.process import rectified_flow
+from dkdm.errors import UsageError
+from dkdm.models.schedulers import from_scheduler_config, prediction_type
+
+FLAGS = {  # of guided-diffusion's scripts
+    "sample": "--predict_xstart True",
+    "epsilon": "--predict_xstart False",
+    "linear": "--noise_schedule linear",
+    "squaredcos_cap_v2": "--noise_schedule cosine",
+}
+
+
+def corrected(denoiser: Denoiser, change: Change) -> str:
+    """What to type instead, as a user of this kind of teacher types it.
+
+    A Python teacher gets the whole `dkdm.Denoiser(...)`, in the names `network`, `process` and
+    `conditioning` of its first argument, its process and its conditions; a folder the entries of
+    its scheduler_config.json; a checkpoint file the flags. What these cannot say is Python too.
+    """
+    if Path(denoiser.name).is_file():
+        return _flags(change) or _replaced(denoiser, change)
+    if _is_folder(denoiser):
+        return _entries(denoiser, change) or _replaced(denoiser, change)
+    return python_line(denoiser, change)
+
+
+def _is_folder(denoiser: Denoiser) -> bool:
+    """Whether it was read from a pipeline's folder, here or on the hub."""
+    here = (Path(denoiser.name) / "model_index.json").is_file()
+    return denoiser.bundle.pipeline is not None or here or denoiser.name.startswith("builtin:")
+
+
+def _entries(denoiser: Denoiser, change: Change) -> str | None:
+    """Of scheduler_config.json; None if no entries say this."""
+    if change.time is not None or change.negated:
+        return None
+    entries = {} if change.schedule is None else dict(change.schedule.config)
+    kind = change.prediction or denoiser.parameterization.prediction
+    if kind in ("edm", "edm_v"):
+        entries.setdefault("_class_name", "EDMEulerScheduler")
+        entries["prediction_type"] = "v_prediction" if kind == "edm_v" else "epsilon"
+    elif kind == "flow_prediction":
+        entries.setdefault("_class_name", "FlowMatchEulerDiscreteScheduler")
+    elif change.prediction is not None:
+        entries["prediction_type"] = change.prediction
+    if not _says(entries, denoiser, change):
+        return None
+    own = denoiser.process.scheduler
+    entries = {key: value for key, value in entries.items() if own.get(key) != value}
+    shown = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in entries.items())
+    return f"write {shown} in {_scheduler_file(denoiser)}"
+
+
+def _says(entries: Mapping[str, Any], denoiser: Denoiser, change: Change) -> bool:
+    """Whether a scheduler's config with these entries is read as the change wants it."""
+    config = {**denoiser.process.scheduler, **entries}
+    wanted = change.schedule.process if change.schedule else denoiser.process
+    try:
+        found = from_scheduler_config(config)
+        kind = prediction_type(config)
+    except UsageError:
+        return False
+    same = found.num_levels == wanted.num_levels and torch.allclose(found.sigma, wanted.sigma)
+    return same and kind == (change.prediction or denoiser.parameterization.prediction)
+
+
+def _scheduler_file(denoiser: Denoiser) -> str:
+    """Where the entries belong."""
+    file = Path(denoiser.name) / "scheduler" / "scheduler_config.json"
+    return str(file) if file.is_file() else f"the scheduler_config.json of {denoiser.name}"
+
+
+def _flags(change: Change) -> str | None:
+    """Of the original repository's scripts; None where there are none for this."""
+    if change.time is not None or change.negated:
+        return None
+    names: list[object] = [change.prediction] if change.prediction else []
+    if change.schedule is not None:
+        names.append(change.schedule.config.get("beta_schedule"))
+    if not all(name in FLAGS for name in names):
+        return None
+    return f'--flags "{" ".join(FLAGS[str(name)] for name in names)}" (distill: --teacher-flags)'
+
+
+def _replaced(denoiser: Denoiser, change: Change) -> str:
+    """The teacher loaded in Python, with other parts."""
+    parts = [*_process(change), *_prediction(denoiser, change), *_time(denoiser, change)]
+    if change.negated:
+        parts.append(_turned("teacher.call(network, x, time, cond)", denoiser))
+    loaded = f"teacher = dkdm.load_teacher({denoiser.name!r})"
+    return f"{loaded}; teacher = dataclasses.replace(teacher, {', '.join(parts)})"
+
+
+def _process(change: Change) -> list[str]:
+    return [] if change.schedule is None else [f"process={change.schedule.code}"]
+
+
+def _prediction(denoiser: Denoiser, change: Change) -> list[str]:
+    return [] if change.prediction is None else [f"parameterization={_read_as(denoiser, change)}"]
+
+
+def _time(denoiser: Denoiser, change: Change) -> list[str]:
+    if change.time is not None:
+        return [f"time={change.time.code}"]
+    if change.schedule is not None and not change.schedule.same_family:
+        return ["time=None"] if denoiser.time is not None else []
+    return []
+
+
+def python_line(denoiser: Denoiser, change: Change) -> str:
+    """The whole `dkdm.Denoiser(...)` that denoises."""
+    parts = [
+        "network",
+        change.schedule.code if change.schedule else _shown_process(denoiser),
+        _read_as(denoiser, change),
+        repr(tuple(denoiser.sample_shape)),
+        *_beside(denoiser),
+    ]
+    if change.time is not None:
+        parts.append(f"time={change.time.code}")
+    elif denoiser.time is not None and (change.schedule is None or change.schedule.same_family):
+        parts.append(f"time={_shown_time(denoiser.time)}")
+    if change.negated:
+        parts.append(_turned(_shown_call(denoiser), denoiser))
+    elif denoiser.call is not call_of(denoiser.network):
+        parts.append("call=call")
+    return f"dkdm.Denoiser({', '.join(parts)})"
+
+
+def _shown_process(denoiser: Denoiser) -> str:
+    """A straight flow in full; any other process as the variable it is."""
+    total = denoiser.process.num_levels
+    flow = rectified_flow(total)
+    same = torch.equal(flow.sigma, denoiser.process.sigma)
+    own = denoiser.process.clipping.range is None
+    same = same and own and torch.equal(flow.alpha, denoiser.process.alpha)
+    return f"dkdm.rectified_flow({total})" if same else "process"
+
+
+def _read_as(denoiser: Denoiser, change: Change) -> str:
+    own = denoiser.parameterization
+    parts = [f'"{change.prediction or own.prediction}"']
+    if own.variance != "fixed_small":
+        parts.append(f'variance="{own.variance}"')
+    if own.sigma_data != 0.5:
+        parts.append(f"sigma_data={own.sigma_data}")
+    return f"dkdm.Parameterization({', '.join(parts)})"
+
+
+def _beside(denoiser: Denoiser) -> list[str]:
+    """Arguments that stay as they were, by their own names."""
+    parts = []
+    if not isinstance(denoiser.conditioning, Unconditional):
+        parts.append("conditioning=conditioning")
+    if denoiser.constants:
+        parts.append("constants=constants")
+    if denoiser.value_range != (-1.0, 1.0):
+        parts.append(f"value_range={denoiser.value_range}")
+    return parts
+
+
+def _shown_time(time: object) -> str:
+    return f'"{time}"' if isinstance(time, str) else "time"
+
+
+def _turned(call: str, denoiser: Denoiser) -> str:
+    """The argument that turns the sign of a call's output; variance channels keep theirs."""
+    channels = denoiser.sample_shape[0]
+    if denoiser.parameterization.learns_variance:
+        ones = f"[-1] * {channels} + [1] * {channels}"
+        sides = ", ".join(["-1", *["1"] * len(denoiser.sample_shape[1:])])
+        return f"call=lambda network, x, time, cond: {call} * x.new_tensor({ones}).reshape({sides})"
+    return f"call=lambda network, x, time, cond: -{call}"
+
+
+def _shown_call(denoiser: Denoiser) -> str:
+    """How the network was called so far."""
+    network = denoiser.network
+    if denoiser.call is not call_of(network):
+        return "call(network, x, time, cond)"
+    if isinstance(network, nn.Module) and type(network).__module__.startswith("diffusers."):
+        return "dkdm.core.calls.call_of(network)(network, x, time, cond)"
+    return "network(x, time, **cond)"
+
+
+def in_words(change: Change, reading: Denoiser) -> str:
+    """What is wrong, in words."""
+    parts = []
+    if change.schedule is not None:
+        parts.append(_schedule_in_words(change.schedule))
+    if change.prediction is not None:
+        parts.append(f'"prediction_type": "{change.prediction}"')
+    if change.time is not None:
+        parts.append(_time_in_words(change.time, reading))
+    if change.negated:
+        parts.append("the opposite sign of its output")
+    return " and ".join(parts)
+
+
+def _schedule_in_words(schedule: Schedule) -> str:
+    config = schedule.config
+    if "beta_schedule" in config:
+        return f'the noise schedule "beta_schedule": "{config["beta_schedule"]}"'
+    if "clip_sample" in config:
+        return "samples that are not clipped"
+    return f"the noise schedule {config.get('_class_name')}"
+
+
+def _time_in_words(time: Time, reading: Denoiser) -> str:
+    first, last = (float(reading.times[i]) for i in (0, -1))
+    kind = f" ({time.of})" if isinstance(time.of, str) else ""
+    return f"times {first:.4g} to {last:.4g} fed to the network{kind}"

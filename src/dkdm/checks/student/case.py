@@ -1,0 +1,165 @@
+"""What is examined: a student, a copy of it in general position, and inputs for both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dkdm.core.calls import Network
+from dkdm.core.conditioning import Condition
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.modes import silence_label_dropout
+from dkdm.models.own_network import awakened
+
+# Two outputs are the same up to this, of the largest value; a network that depends on something
+# changes by hundreds of times as much when it is replaced by something else.
+TOLERANCE = 1e-5
+
+
+class Probe(NamedTuple):
+    """What a network is fed: x [B, ...], time float [B], cond as embedded."""
+
+    x: Tensor
+    time: Tensor
+    cond: Condition
+
+    def with_rows_of(self, other: Probe, what: str, rows: Iterable[int]) -> Probe:
+        """The same with some rows of one input, "x", "t" or a condition's name, of another."""
+        index = list(rows)
+        mine = self.cond[what] if what in self.cond else {"x": self.x, "t": self.time}[what]
+        yours = other.cond[what] if what in other.cond else {"x": other.x, "t": other.time}[what]
+        mixed = mine.clone()
+        mixed[index] = yours[index]
+        if what == "x":
+            return self._replace(x=mixed)
+        return (
+            self._replace(time=mixed)
+            if what == "t"
+            else self._replace(cond={**self.cond, what: mixed})
+        )
+
+    def copied(self) -> Probe:
+        """Tensors of their own."""
+        return Probe(
+            self.x.clone(), self.time.clone(), {k: v.clone() for k, v in self.cond.items()}
+        )
+
+    def to(self, dtype: torch.dtype) -> Probe:
+        """States and conditions in another precision; times stay float32, as dkdm feeds them."""
+        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.cond.items()}
+        return Probe(self.x.to(dtype), self.time, cond)
+
+
+@dataclass(eq=False)
+class Case:
+    """A student to be examined. rebuilt: makes its network once more, None where nobody can.
+
+    awake: a copy of its network with noise on every weight and in evaluation mode. A layer that
+    starts at zero would hide all that lies before it: what is zero here is zero for good.
+    """
+
+    student: Denoiser
+    teacher: Denoiser
+    rebuilt: Callable[[], nn.Module] | None
+    awake: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.awake = awakened(self.network).eval()
+
+    @property
+    def network(self) -> nn.Module:
+        """The student's network as it was made; never changed here."""
+        network: nn.Module = self.student.network  # type: ignore[assignment]
+        return network
+
+    @property
+    def channels(self) -> int:
+        """How many it has to give."""
+        learned = self.student.parameterization.learns_variance
+        return self.student.sample_shape[0] * (2 if learned else 1)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of all that it is fed."""
+        constant = set(self.student.constants) | {"guidance"}
+        return ["x", "t", *(name for name in self.probe(2).cond if name not in constant)]
+
+    def copied(self) -> nn.Module:
+        """A copy of the network to do things with."""
+        copied = copy.deepcopy(self.network)
+        silence_label_dropout(copied)
+        return copied
+
+    def probe(self, count: int, seed: int = 0, null: bool = False, reach: float = 0.8) -> Probe:
+        """Random states at levels from low to high, a condition for each.
+
+        null: the empty one. reach: which share of the levels they lie in; 1 is from first to last.
+        """
+        student = self.student
+        random = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, *student.sample_shape, generator=random).to(student.device)
+        last = student.process.num_levels - 1
+        low, high = (1 - reach) / 2, (1 + reach) / 2
+        t = (torch.linspace(low, high, count) * last).round().long().roll(seed)
+        drawn = student.conditioning.in_turns(count + seed)
+        drawn = student.conditioning.null(count) if null else _rows(drawn, seed)
+        cond = {k: v.expand(count, *v.shape) for k, v in student.constants.items()}
+        cond |= student.conditioning.embed(drawn)
+        if student.embeds_guidance:
+            cond["guidance"] = torch.full((count,), 2.0)
+        on_device = {key: value.to(x.device) for key, value in cond.items()}
+        return Probe(x, student.times[t].to(x.device, torch.float32), on_device)
+
+    def other_probe(self, probe: Probe) -> Probe:
+        """Inputs of the same number of samples, unlike the given ones in every row.
+
+        Where there is but one prompt or class, its embedding or id is replaced by a made-up one.
+        """
+        other = self.probe(len(probe.x), seed=1)
+        for name, value in other.cond.items():
+            if torch.equal(value, probe.cond[name]):
+                other.cond[name] = self._unlike(name, value)
+        return other
+
+    def _unlike(self, name: str, value: Tensor) -> Tensor:
+        if "mask" in name:  # only the first token counts
+            return value * (torch.arange(value.shape[-1], device=value.device) == 0).to(value)
+        if value.is_floating_point():
+            random = torch.Generator().manual_seed(2)
+            return value + torch.randn(value.shape, generator=random).to(value)
+        null = getattr(self.student.conditioning, "null_class", None)
+        return value if null is None else torch.full_like(value, null)
+
+    def answer(self, network: Network, probe: Probe) -> Tensor:
+        """One evaluation, as training calls it; what it is fed is a copy."""
+        assert self.student.call is not None
+        fed = probe.copied()
+        return self.student.call(network, fed.x, fed.time, fed.cond)
+
+    def answer_alike(self, network: nn.Module, probe: Probe) -> Tensor:
+        """The same as another time: with the same random numbers, and no buffer is changed by it.
+
+        Dropout draws, and some layers (spectral_norm) go on with each evaluation in training.
+        """
+        kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            output = self.answer(network, probe)
+        for buffer, value in kept:
+            buffer.copy_(value)
+        return output
+
+
+def _rows(cond: Condition, first: int) -> Condition:
+    return {key: value[first:] for key, value in cond.items()}
+
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are not the same."""
+    largest = one.abs().max().clamp(min=1e-12)
+    return bool((one - other).abs().max() > TOLERANCE * largest)

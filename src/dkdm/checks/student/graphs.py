@@ -1,0 +1,153 @@
+"""Whether torch.compile and torch.export can follow it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from dkdm.checks.doctor import Finding
+from dkdm.checks.student.blame import at_line, in_brackets, place, told
+from dkdm.checks.student.case import Case, Probe, differ
+from dkdm.core.conditioning import Condition
+from dkdm.shipping.graph.tracing import batch_range
+
+
+class Called(nn.Module):
+    """A network as training calls it, with positional arguments."""
+
+    def __init__(self, case: Case, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.call = case.student.call
+
+    def forward(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        """The output."""
+        assert self.call is not None
+        return self.call(self.network, x, time, cond)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Tracing tells its troubles by warnings and logs; here they are findings."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        torch._dynamo.reset()
+
+
+def compiles(case: Case, backend: str) -> Iterator[Finding]:
+    """torch.compile, forwards and backwards; graph breaks are counted and placed."""
+    called, probe = Called(case, case.copied().eval().requires_grad_(True)), case.probe(3)
+    with torch.no_grad():
+        expected = called(*probe)
+    with _silent():
+        try:
+            output = torch.compile(called, backend=backend)(*probe)
+            output.sum().backward()
+        except Exception as error:
+            what = f"fails ({backend}): {told(error, case.network)}"
+            yield Finding("torch.compile", "warning", what, "train it without torch.compile")
+            return
+        broken = bool(counters["graph_break"])
+        places = _breaks(called, probe, case.network) if broken else []
+    if broken:
+        where = f", {len(places)}: {', '.join(places)}" if places else ""
+        what = f"works ({backend}), with graph breaks{where}"
+        remedy = "avoid .item(), print and python control flow on values of tensors there"
+        yield Finding("torch.compile", "warning", what, remedy)
+    elif (output - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1e-6):
+        what, remedy = f"({backend}) answers differently", "do not compile it"
+        yield Finding("torch.compile", "warning", what, remedy)
+    else:
+        yield Finding("torch.compile", "ok", f"works ({backend}), without graph breaks")
+
+
+def _breaks(called: Called, probe: Probe, network: nn.Module) -> list[str]:
+    explained: Any = torch._dynamo.explain(called)(*probe)
+    found = []
+    for reason in explained.break_reasons:
+        stack = [frame for frame in reason.user_stack if "/dkdm/" not in frame.filename]
+        if stack:
+            found.append(at_line(stack[-1].filename, stack[-1].lineno or 0, network))
+    return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def devices(case: Case) -> Iterator[Finding]:
+    """Whether it makes tensors on the CPU where all others are on another device, the meta one.
+
+    What depends on the values of tensors cannot be told so, and is left to a real GPU.
+    """
+    called, probe = Called(case, case.copied().eval()), case.probe(3)
+    with _silent(), FakeTensorMode(allow_non_fake_inputs=True):
+        state = [*called.named_parameters(), *called.named_buffers()]
+        moved = {name: torch.empty_like(value, device="meta") for name, value in state}
+        x, time, cond = (_elsewhere(value) for value in probe)
+        try:
+            functional_call(called, moved, (x, time, cond))
+        except Exception as error:
+            if " different devices" not in str(error) and "two devices" not in str(error):
+                yield Finding("device", "ok", f"cannot be told here: {told(error, called.network)}")
+                return
+            where = in_brackets(place(error, called.network))
+            what = f"fails on a GPU: a tensor is on the CPU{where}"
+            remedy = "make it on x.device, as in torch.arange(n, device=x.device), or as a buffer"
+            yield Finding("device", "warning", what, remedy)
+        else:
+            yield Finding("device", "ok", "works on whichever it is moved to")
+
+
+def _elsewhere(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    return {name: _elsewhere(each) for name, each in value.items()}
+
+
+@torch.no_grad()
+def exports(case: Case) -> Iterator[Finding]:
+    """torch.export with any number of samples."""
+    called, probe = Called(case, case.copied().eval()), case.probe(3)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    shapes = (batch, batch, dict.fromkeys(probe.cond, batch))
+    with _silent():
+        try:
+            program = torch.export.export(called, tuple(probe), dynamic_shapes=shapes)
+            two = case.probe(2)
+            found = program.module()(*two)
+        except Exception as error:
+            what = f"fails: {_reason(error)}{in_brackets(place(error, case.network))}"
+            remedy = "it cannot be exported as a graph; training and sampling are not affected"
+            yield Finding("torch.export", "warning", what, remedy)
+            return
+    if differ(case.answer(called.network, two), found):
+        what = "the graph answers differently"
+        yield Finding("torch.export", "warning", what, "do not export it")
+        return
+    _, limit = batch_range(program)
+    what = "any number of" if limit is None else f"up to {limit}"
+    yield Finding("torch.export", "ok", f"works for {what} samples")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "data-dependent" in text:
+        return "python control flow on the values of a tensor"
+    if "specialized" in text:
+        return "the number of samples is fixed in its code"
+    return f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:200]}"

@@ -1,0 +1,106 @@
+"""Whether it learns: gradients, a few steps, gradient checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dkdm.checks.doctor import Finding
+from dkdm.checks.student.behaviour import listed
+from dkdm.checks.student.case import Case
+from dkdm.core.denoiser import Batch
+from dkdm.core.matching import on_levels_of
+from dkdm.core.objective import Objective
+from dkdm.core.trainer import enable_gradient_checkpointing
+from dkdm.errors import UsageError
+
+STEPS = 10
+LEARNING_RATES = (1e-3, 1e-4)
+
+
+def gradients(case: Case) -> Iterator[Finding]:
+    """Whether every parameter takes part; in general position, so that no zero hides another."""
+    network = case.copied().train().requires_grad_(True)
+    network.load_state_dict(case.awake.state_dict())
+    backward(case, network)
+    named = list(network.named_parameters())
+    absent = [name for name, weight in named if weight.grad is None]
+    idle = [n for n, weight in named if weight.grad is not None and not weight.grad.any()]
+    if absent:
+        what = f"unused: {listed(absent)}"
+        remedy = "remove them; under DDP they need find_unused_parameters"
+        yield Finding("gradients", "warning", what, remedy)
+    if idle:
+        what = f"have no effect on the output: {listed(idle)}"
+        yield Finding("gradients", "warning", what, "remove them, or look for what cuts them off")
+    if not absent and not idle:
+        yield Finding("gradients", "ok", f"reach all {len(named)} parameter tensors")
+    fixed = [name for name, weight in case.network.named_parameters() if not weight.requires_grad]
+    if fixed:
+        yield Finding("fixed weights", "ok", f"do not require gradients, stay: {listed(fixed)}")
+
+
+def backward(case: Case, network: nn.Module) -> Tensor:
+    """Gradients of a random weighting of the output; returns the output."""
+    output = case.answer(network, case.probe(3))
+    random = torch.Generator().manual_seed(1)
+    weights = torch.randn(output.shape, generator=random).to(output)
+    (output * weights).sum().backward()
+    return output.detach()
+
+
+def learning(case: Case) -> Iterator[Finding]:
+    """Whether the loss of one batch falls within a few steps."""
+    for rate in LEARNING_RATES:
+        losses = _losses(case, rate)
+        if min(losses) < 0.99 * losses[0]:
+            what = f"{losses[0]:.4g} -> {min(losses):.4g} in {STEPS} steps of {rate:g}, one batch"
+            yield Finding("learns", "ok", what)
+            return
+    yield Finding(
+        "learns",
+        "problem",
+        f"the loss of one batch stays at {losses[0]:.4g} for {STEPS} steps",
+        "look for a detach(), a no_grad, or an output that is bounded away from the target",
+    )
+
+
+def _losses(case: Case, learning_rate: float) -> list[float]:
+    teacher, network = case.teacher, case.copied()
+    student = replace(on_levels_of(case.student, teacher.process), network=network)
+    optimizer = torch.optim.AdamW(network.train().requires_grad_(True).parameters(), learning_rate)
+    objective, batch, before = Objective(student, teacher), _batch(case), teacher.evaluations
+    with torch.no_grad():
+        target = teacher.predict(batch)
+    teacher.evaluations, losses = before, []
+    for _ in range(STEPS + 1):
+        loss = objective(student.predict(batch), target, batch.x, batch.t).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _batch(case: Case) -> Batch:
+    """States of the teacher."""
+    process, probe = case.teacher.process, case.probe(4)
+    t = torch.linspace(0.1, 0.9, 4).mul(process.num_levels - 1).round().long()
+    scale = process.at(t)[1].clamp(min=1).reshape(-1, *[1] * (probe.x.ndim - 1)).to(probe.x)
+    return Batch(probe.x * scale, t, case.student.conditioning.in_turns(4), t)
+
+
+def checkpointing(case: Case) -> Iterator[Finding]:
+    """Whether activations can be recomputed in the backward pass."""
+    network = case.copied().train().requires_grad_(True)
+    try:
+        enable_gradient_checkpointing(network)
+    except UsageError:
+        what = "not supported: no enable_gradient_checkpointing(); --gradient-checkpointing fails"
+        yield Finding("checkpointing", "ok", what)
+        return
+    backward(case, network)
+    yield Finding("checkpointing", "ok", "--gradient-checkpointing works")

@@ -1,0 +1,382 @@
+"""What a network is fed per sample beside (x_t, t), and guidance.
+
+A condition is a dict of tensors with one row a sample. What a source stores and draws is small (a
+class id, the number of a prompt); `embed` turns it into what the network is fed, whose keys are
+named as in diffusers (`class_labels`, `encoder_hidden_states`, ...). The empty dict is
+unconditional.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dkdm.core.process import per_sample
+from dkdm.errors import UsageError
+from dkdm.reading.arguments import NamedArguments, refuse, scalar, whole
+
+Condition = dict[str, Tensor]
+
+
+class Conditioning(Protocol):
+    """Where the conditions of a model come from."""
+
+    def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
+        """Random conditions for `count` samples, each replaced by the null one with probability
+        `dropout` (classifier-free guidance, arXiv 2207.12598, algorithm 1)."""
+
+    def null(self, count: int) -> Condition:
+        """The condition that means "nothing asked". Raises UsageError where the model has none."""
+
+    def in_turns(self, count: int) -> Condition:
+        """Conditions for `count` samples that take every possibility in turns."""
+
+    def embed(self, cond: Condition) -> Condition:
+        """What the network is fed for drawn conditions."""
+
+
+METHODS = {
+    "draw": "draw(count, generator, dropout=0.0)",
+    "null": "null(count)",
+    "in_turns": "in_turns(count)",
+    "embed": "embed(cond)",
+}
+
+
+def check_conditioning(conditioning: Any) -> None:
+    """Raise UsageError for what has not the four methods of a `Conditioning`."""
+    name = "Denoiser: conditioning"
+    if type(scalar(conditioning)) is int:
+        refuse(name, conditioning, f"give dkdm.ClassLabels({conditioning})")
+    if conditioning is None:
+        refuse(name, None, "leave it out, or give dkdm.Unconditional()")
+    if isinstance(conditioning, type):
+        refuse(name, conditioning, f"make one first: {conditioning.__name__}(...)")
+    if isinstance(conditioning, Mapping):
+        refuse(name, conditioning, "give constants=... if it is the same for every sample")
+    missing = [m for m in METHODS if not callable(getattr(conditioning, m, None))]
+    if len(missing) == len(METHODS):
+        refuse(name, conditioning, "give dkdm.ClassLabels(...), or an object with draw, null, ...")
+    if missing:
+        lacks = ", ".join(METHODS[m] for m in missing)
+        raise UsageError(f"{name}: {type(conditioning).__name__} has no {lacks}: add it")
+
+
+@dataclass(frozen=True)
+class Unconditional(NamedArguments):
+    """No condition at all."""
+
+    def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
+        """The empty condition."""
+        del count, generator, dropout
+        return {}
+
+    def null(self, count: int) -> Condition:
+        """Raises UsageError: there is nothing to guide."""
+        del count
+        raise UsageError(
+            "guidance and condition dropout need a conditional model, and this one is "
+            "unconditional: leave guidance and --condition-dropout out"
+        )
+
+    def in_turns(self, count: int) -> Condition:
+        """The empty condition."""
+        del count
+        return {}
+
+    def embed(self, cond: Condition) -> Condition:
+        """The same."""
+        return cond
+
+
+ABSENT = -1  # in place of an id: the network is called without the argument
+
+
+@dataclass(frozen=True, init=False)
+class ClassLabels(NamedArguments):
+    """Class ids 0..num_classes-1, fed as `class_labels`.
+
+    null_class: the id that means "no class", num_classes or one of the others, which then is no
+        class and is not drawn; "absent" calls the network without class_labels; None where the
+        model has none. `null` is another name of it.
+    classes: the ids to draw from, which a student learnt; None is all.
+    weights: how often each of those is drawn, relative to the others; None draws them equally.
+    names: what the ids mean, for pictures; None shows numbers.
+    """
+
+    num_classes: int
+    null_class: int | Literal["absent"] | None
+    classes: tuple[int, ...] | None
+    names: tuple[str, ...] | None
+    weights: tuple[float, ...] | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        null_class: int | Literal["absent"] | None = None,
+        classes: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        *,
+        null: int | Literal["absent"] | None = None,
+    ) -> None:
+        if null is not None and null_class is not None:
+            raise UsageError(f"ClassLabels: null is {null!r} and null_class too: give one of them")
+        given = {
+            "num_classes": num_classes,
+            "null_class": null_class if null is None else null,
+            "classes": classes,
+            "names": names,
+            "weights": weights,
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        self._check_numbers()
+        self.check(self.drawn)
+        if not self.drawn:
+            raise UsageError("classes: expected at least one class id, found none")
+        if self.weights is None:
+            return
+        legal = all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)
+        if len(self.weights) != len(self.drawn) or not legal:
+            raise UsageError(
+                f"class weights: expected {len(self.drawn)} numbers >= 0 that are not all 0, one "
+                f"for each class, found {', '.join(map(str, self.weights))}"
+            )
+
+    def _check_numbers(self) -> None:
+        """Take whole numbers of any kind; raise UsageError for anything else."""
+        count = whole("ClassLabels: num_classes", self.num_classes, 1)
+        object.__setattr__(self, "num_classes", count)
+        if self.null_class is not None and not self.null_is_absent:
+            null = scalar(self.null_class)
+            if type(null) is not int or not 0 <= null <= count:
+                accepted = f"give {count}, one of 0..{count - 1} that is no class, 'absent' or None"
+                refuse("ClassLabels: null_class", self.null_class, accepted)
+            object.__setattr__(self, "null_class", null)
+        for name, each in (("classes", int), ("names", str), ("weights", float)):
+            if getattr(self, name) is not None:
+                object.__setattr__(
+                    self, name, _row(f"ClassLabels: {name}", getattr(self, name), each)
+                )
+        if self.names is not None and len(self.names) != count:
+            refuse("ClassLabels: names", self.names, f"give {count} names, one a class")
+
+    @property
+    def null_is_absent(self) -> bool:
+        """Whether "no class" is a call without class_labels."""
+        return isinstance(self.null_class, str) and self.null_class == "absent"
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """The ids that are drawn."""
+        if self.classes is not None:
+            return self.classes
+        return tuple(i for i in range(self.num_classes) if i != self.null_class)
+
+    def check(self, labels: Sequence[int]) -> None:
+        """Raise UsageError for an id that is neither a class nor the null class."""
+        wrong = sorted(
+            {i for i in labels if not 0 <= i < self.num_classes and i != self.null_class}
+        )
+        if wrong:
+            raise UsageError(
+                f"class id {', '.join(map(str, wrong))} out of range: "
+                f"expected 0..{self.num_classes - 1}"
+            )
+
+    def of(self, labels: Sequence[int]) -> Condition:
+        """The condition for given class ids."""
+        self.check(labels)
+        return {"class_labels": torch.tensor(labels, dtype=torch.int64)}
+
+    def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
+        """Class ids by their weights, int64 [count]."""
+        ids = torch.tensor(self.drawn)
+        if self.weights is None:
+            chosen = torch.randint(len(ids), (count,), generator=generator)
+        else:
+            odds = torch.tensor(self.weights, dtype=torch.float64)
+            chosen = torch.multinomial(odds, count, replacement=True, generator=generator)
+        return dropped(self, {"class_labels": ids[chosen]}, generator, dropout)
+
+    def null(self, count: int) -> Condition:
+        """The null class for every sample."""
+        if self.null_class is None:
+            raise UsageError(
+                f"guidance and condition dropout need a null class, and this model does not say "
+                f"which of its {self.num_classes} ids that is: name it (--teacher-null-class "
+                f"{self.num_classes - 1}, or --null-class if the model comes first), or leave "
+                "guidance and --condition-dropout out"
+            )
+        null = ABSENT if isinstance(self.null_class, str) else self.null_class
+        return {"class_labels": torch.full((count,), null)}
+
+    def in_turns(self, count: int) -> Condition:
+        """The classes one after the other."""
+        return self.of([self.drawn[i % len(self.drawn)] for i in range(count)])
+
+    def embed(self, cond: Condition) -> Condition:
+        """The same: the network embeds the ids itself."""
+        return cond
+
+    def absent(self, cond: Condition) -> Tensor | None:
+        """Which rows are evaluated without class_labels, bool [B]; None if there can be none."""
+        return cond["class_labels"] == ABSENT if self.null_is_absent else None
+
+    def in_a_table(self) -> ClassLabels:
+        """The same with a row of a table for "no class", as students have it."""
+        if not self.null_is_absent:
+            return self
+        count = self.num_classes
+        return TableOfLabels(count, count, self.classes, self.names, self.weights)
+
+
+def _row(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """A tuple of ids, names or weights from any sequence of them."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    accepted = {int: "whole numbers", str: "strings", float: "numbers"}[kind]
+    if not isinstance(value, (tuple, list)):
+        refuse(name, value, f"give a tuple of {accepted}")
+    found = tuple(scalar(each) for each in value)
+    kinds = (int, float) if kind is float else (kind,)
+    if any(type(each) not in kinds for each in found):
+        refuse(name, value, f"give a tuple of {accepted}")
+    return found
+
+
+class TableOfLabels(ClassLabels):
+    """Labels of a student whose teacher has no row for "no class": absent ids are the last row."""
+
+    def embed(self, cond: Condition) -> Condition:
+        """The ids, absent ones as the null class."""
+        labels, null = cond.get("class_labels"), self.null_class
+        if labels is None or not isinstance(null, int):
+            return cond
+        return {**cond, "class_labels": labels.where(labels != ABSENT, null)}
+
+
+def dropped(
+    conditioning: Conditioning, cond: Condition, generator: torch.Generator, dropout: float
+) -> Condition:
+    """Replace each row by the null condition with probability `dropout`."""
+    if not dropout:
+        return cond
+    count = len(next(iter(cond.values())))
+    gone = torch.rand(count, generator=generator) < dropout
+    null = conditioning.null(count)
+    return {
+        key: torch.where(gone, null[key], value) if key in null else value
+        for key, value in cond.items()
+    }
+
+
+def restrict_classes(
+    conditioning: Conditioning,
+    classes: tuple[int, ...] | None,
+    weights: tuple[float, ...] | None = None,
+) -> Conditioning:
+    """The same conditioning, drawing from the given class ids only; None changes nothing.
+
+    weights: how often each is drawn; None is equally. Raises UsageError for a model without
+    classes, for an id out of range and for weights that do not fit.
+    """
+    if classes is None and weights is None:
+        return conditioning
+    if not isinstance(conditioning, ClassLabels):
+        raise UsageError("--classes or --class-weights was given, but the model has no classes")
+    taught = conditioning.classes
+    strangers = sorted(set(classes or ()) - set(taught or conditioning.drawn))
+    if taught is not None and strangers:
+        raise UsageError(
+            f"class {', '.join(map(str, strangers))} was not taught to this model: expected "
+            f"{', '.join(map(str, taught))}"
+        )
+    ids = taught if classes is None else classes
+    return replace(conditioning, classes=ids, weights=weights)
+
+
+def with_null_class(conditioning: Conditioning, null: int | Literal["none"]) -> Conditioning:
+    """Class labels whose id `null` means "no class" and is not drawn; "none": no id means that.
+
+    Raises UsageError for a model without classes and for an id that the network does not embed.
+    """
+    if not isinstance(conditioning, ClassLabels):
+        raise UsageError(
+            "a null class was given (--teacher-null-class), but the model has no classes: leave "
+            "this option out"
+        )
+    if null == "none":
+        return replace(conditioning, null_class=None)
+    classes = conditioning.num_classes
+    if null == conditioning.null_class:
+        return conditioning
+    if not 0 <= null < classes or classes == 1:
+        extra = "" if conditioning.null_class is None else f", {conditioning.null_class}"
+        raise UsageError(
+            f"--teacher-null-class {null}: expected an id that the network embeds, "
+            f"0..{classes - 1}{extra}, or none"
+        )
+    drawn = tuple(i for i in conditioning.drawn if i != null)
+    if null < classes - 1:
+        return replace(conditioning, null_class=null, classes=drawn)
+    names, taught = conditioning.names, conditioning.classes
+    return replace(
+        conditioning,
+        num_classes=classes - 1,
+        null_class=null,
+        names=names[: classes - 1] if names else None,
+        classes=None if taught is None else drawn,
+    )
+
+
+def for_student(conditioning: Conditioning) -> Conditioning:
+    """What a student is fed for a teacher's conditions: the same, "no class" as an id."""
+    return conditioning.in_a_table() if isinstance(conditioning, ClassLabels) else conditioning
+
+
+def absent_rows(conditioning: Conditioning, cond: Condition) -> Tensor | None:
+    """Rows that are evaluated without any condition, bool [B]; None if there are none."""
+    said = getattr(conditioning, "absent", None)
+    if said is None or not cond:
+        return None
+    rows: Tensor | None = said(cond)
+    return None if rows is None or not bool(rows.any()) else rows
+
+
+Interval = tuple[float, float]
+
+
+def parse_interval(text: str | None) -> Interval | None:
+    """Read 'LOW:HIGH', shares of noise in 0..1; None is everywhere. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not 0 <= low < high <= 1:
+        raise UsageError(
+            f"--guidance-interval {text}: give LOW:HIGH, shares of noise sigma / (alpha + sigma) "
+            "from 0 (clean) to 1 (noise), such as 0.3:0.7"
+        )
+    return low, high
+
+
+def guide(
+    conditional: Tensor, unconditional: Tensor, scale: float | Tensor, channels: int
+) -> Tensor:
+    """Classifier-free guidance, `u + scale * (c - u)`, on the first `channels` channels only.
+
+    conditional, unconditional: network outputs [B, C or 2C, ...]; scale: one number, or one a
+    sample [B]; 1 is no guidance. The variance half stays the conditional one. Source: arXiv
+    2207.12598, Eq. 6 (w = scale - 1).
+    """
+    mean, free = conditional[:, :channels], unconditional[:, :channels]
+    factor = per_sample(scale, mean) if isinstance(scale, Tensor) else scale
+    return torch.cat([free + factor * (mean - free), conditional[:, channels:]], dim=1)

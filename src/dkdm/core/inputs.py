@@ -1,0 +1,291 @@
+"""Conditions of a user's own: tried at the start, and given as a file where a model is sampled.
+
+A run whose conditioning is an object of the user's ships what its network is fed, `embed`'s
+tensors, as the argument `cond` of its pipeline. Loaded again, such a model asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dkdm.core.conditioning import METHODS, Condition, Conditioning
+from dkdm.errors import UsageError
+from dkdm.reading.fields import Fields, is_name, shown
+
+DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+NULL = "null."  # before the names of what guidance leads away from
+TRIED = 3  # rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one sample is fed under a name: shape without the batch, and a dtype of DTYPES."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def is_own_conditioning(conditioning: object) -> bool:
+    """Whether a conditioning is neither dkdm's nor given as a file."""
+    return not type(conditioning).__module__.startswith("dkdm.")
+
+
+def try_conditioning(conditioning: Conditioning) -> None:
+    """Call the four methods of a conditioning of a user's own on a few rows.
+
+    Raises UsageError naming the method, what it returned and what it must return.
+    """
+    if not is_own_conditioning(conditioning):
+        return
+    name = type(conditioning).__name__
+    drawn = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 0.0))
+    again = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 0.0))
+    if any(not torch.equal(again[key], drawn[key]) for key in drawn):
+        raise UsageError(
+            f"{name}.draw gave other rows for the same generator: draw from `generator` alone, "
+            "so that a run can be repeated and resumed"
+        )
+    turns = _tried(f"{name}.in_turns", lambda: conditioning.in_turns(TRIED))
+    _same_rows(f"{name}.in_turns", turns, drawn)
+    _tried(f"{name}.embed", lambda: conditioning.embed(drawn))
+    try:
+        null = conditioning.null(TRIED)
+    except UsageError:
+        return  # it has none
+    except Exception as error:
+        raise UsageError(
+            f"{name}.null raised {type(error).__name__}: raise dkdm.UsageError if there is no null "
+            "condition"
+        ) from error
+    _check_rows(f"{name}.null", null)
+    _same_rows(f"{name}.null", null, drawn)
+    dropped = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 1.0))
+    if any(not torch.equal(dropped[key], value) for key, value in null.items()):
+        raise UsageError(
+            f"{name}.draw(count, generator, dropout=1.0) gave other rows than {name}.null(count): "
+            "replace each row by null's with probability `dropout`"
+        )
+    _try_absent(name, conditioning, drawn)
+
+
+def _try_absent(name: str, conditioning: Conditioning, drawn: Condition) -> None:
+    """Try the method that not all have: which rows are evaluated without any condition."""
+    absent = getattr(conditioning, "absent", None)
+    if absent is None:
+        return
+    found = absent(drawn)
+    legal = isinstance(found, Tensor) and found.dtype == torch.bool and found.shape == (TRIED,)
+    if not legal and found is not None:
+        raise UsageError(
+            f"{name}.absent returned {shown(found)}: return a bool tensor with one entry a row, "
+            f"here {TRIED}, or None"
+        )
+
+
+def _random() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _tried(what: str, call: Any) -> Condition:
+    try:
+        found = call()
+    except Exception as error:
+        method = METHODS[what.rpartition(".")[2]]
+        hint = f"; define {method}" if isinstance(error, TypeError) else ""
+        raise UsageError(f"{what}({TRIED}) raised {type(error).__name__}: {error}{hint}") from error
+    _check_rows(what, found)
+    return dict(found)
+
+
+def _check_rows(what: str, found: Any) -> None:
+    must = f"it must return a dict of tensors with one row a sample, here {TRIED}"
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{what} returned {shown(found)}: {must}")
+    for key, value in found.items():
+        if not is_name(key) or key == "guidance":
+            raise UsageError(f"{what} returned the key {key!r}: use another name, letters and _")
+        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != TRIED:
+            has = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(f"{what} returned {has} for '{key}': {must}")
+
+
+def _same_rows(what: str, found: Condition, drawn: Condition) -> None:
+    """The same names, shapes and dtypes as those that are drawn."""
+    ours = {key: (tuple(v.shape), v.dtype) for key, v in found.items()}
+    theirs = {key: (tuple(v.shape), v.dtype) for key, v in drawn.items()}
+    if ours != theirs:
+        raise UsageError(f"{what} returned {ours}, draw {theirs}: return the same names and shapes")
+
+
+def rows_of(conditioning: Conditioning) -> dict[str, Row]:
+    """What a network is fed for one sample of a conditioning.
+
+    Raises UsageError for a dtype that cannot be shipped.
+    """
+    if isinstance(conditioning, GivenRows):
+        return dict(conditioning.shapes)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    found = {}
+    for key, value in conditioning.embed(conditioning.in_turns(1)).items():
+        if value.dtype not in names:
+            raise UsageError(
+                f"{type(conditioning).__name__}.embed gives '{key}' as {value.dtype}, which cannot "
+                f"be shipped: return {', '.join(DTYPES)}"
+            )
+        found[key] = Row(tuple(value.shape[1:]), names[value.dtype])
+    return found
+
+
+def to_index(shapes: Mapping[str, Row]) -> dict[str, Any]:
+    """The entry of model_index.json."""
+    return {key: {"shape": list(row.shape), "dtype": row.dtype} for key, row in shapes.items()}
+
+
+def from_index(entry: Any, where: str) -> GivenRows:
+    """The conditioning that an entry of model_index.json describes, without rows.
+
+    Raises UsageError for what is no such entry.
+    """
+    if not isinstance(entry, Mapping) or not entry or not all(map(is_name, entry)):
+        raise UsageError(f"{where}: _conditions is {shown(entry)}: expected shapes by name")
+    shapes = {}
+    for key in entry:
+        fields = Fields(entry, f"{where}: _conditions").inner(key)
+        sides = fields.numbers("shape", low=1, high=1e6, count=(0, 4))
+        dtype = fields.text("dtype", among=tuple(DTYPES))
+        shapes[key] = Row(tuple(int(side) for side in sides), dtype)
+    return GivenRows(shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class GivenRows:
+    """Conditions that whoever samples the model gives, as the network is fed them.
+
+    shapes: of one row, by name. rows: N of them; None as long as none are given. nulls: one row of
+    each, for guidance; None without.
+    """
+
+    shapes: Mapping[str, Row]
+    rows: Condition | None = None
+    nulls: Condition | None = None
+
+    def _given(self) -> Condition:
+        if self.rows is None:
+            fed = ", ".join(f"{key} {row.shape} {row.dtype}" for key, row in self.shapes.items())
+            raise UsageError(
+                f"this model is fed {fed}: give rows of them, --cond FILE.safetensors or FILE.npz"
+            )
+        return self.rows
+
+    def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
+        """Some of the given rows."""
+        from dkdm.core.conditioning import dropped
+
+        rows = self._given()
+        chosen = torch.randint(len(next(iter(rows.values()))), (count,), generator=generator)
+        return dropped(self, {k: v[chosen] for k, v in rows.items()}, generator, dropout)
+
+    def null(self, count: int) -> Condition:
+        """The given null row for every sample."""
+        if self.nulls is None:
+            names = ", ".join(f"{NULL}{key}" for key in self.shapes)
+            raise UsageError(
+                f"guidance needs the null condition: add {names} of one row to the file of --cond, "
+                "or remove --guidance-scale"
+            )
+        return {k: v.expand(count, *v.shape[1:]) for k, v in self.nulls.items()}
+
+    def in_turns(self, count: int) -> Condition:
+        """The given rows one after the other."""
+        rows = self._given()
+        order = torch.arange(count) % len(next(iter(rows.values())))
+        return {key: value[order] for key, value in rows.items()}
+
+    def embed(self, cond: Condition) -> Condition:
+        """The same: they are given as the network is fed them."""
+        return cond
+
+    def blank(self, count: int) -> Condition:
+        """Zeros, to try a network with."""
+        return {
+            key: torch.zeros(count, *row.shape, dtype=DTYPES[row.dtype])
+            for key, row in self.shapes.items()
+        }
+
+
+def refuse_without_rows(conditioning: Conditioning, name: str) -> None:
+    """Raise UsageError for a teacher that needs rows: it draws conditions all through a run."""
+    if isinstance(conditioning, GivenRows) and conditioning.rows is None:
+        raise UsageError(
+            f"the teacher {name} was trained with a conditioning of your own, which its folder "
+            "does not hold: give a function, --teacher module:function, that returns "
+            f"dataclasses.replace(dkdm.load_teacher({name!r}), conditioning=...)"
+        )
+
+
+def with_rows(conditioning: Conditioning, path: Path | None) -> Conditioning:
+    """A model's conditioning with the rows of a file; None changes nothing.
+
+    path: .safetensors or .npz with a tensor [N, ...] by each name; `null.NAME`, one row, is what
+    guidance leads away from. Raises UsageError for a model without such conditions, and for rows
+    that are not of its names and shapes.
+    """
+    if path is None:
+        return conditioning
+    if not isinstance(conditioning, GivenRows):
+        raise UsageError(
+            f"--cond {path}: this model has no conditions of its user's own: leave this option out"
+        )
+    found = {key: _as_row(conditioning, key, v, path) for key, v in _read(path).items()}
+    rows = {key: value for key, value in found.items() if not key.startswith(NULL)}
+    nulls = {key.removeprefix(NULL): v for key, v in found.items() if key.startswith(NULL)}
+    _complete(conditioning, rows, path, "")
+    if nulls:
+        _complete(conditioning, nulls, path, NULL)
+    if len({len(value) for value in rows.values()}) != 1 or not len(next(iter(rows.values()))):
+        raise UsageError(f"--cond {path}: give as many rows under each name, one at least")
+    if any(len(value) != 1 for value in nulls.values()):
+        raise UsageError(f"--cond {path}: give one row under each {NULL}NAME")
+    return replace(conditioning, rows=rows, nulls=nulls or None)
+
+
+def _complete(conditioning: GivenRows, rows: Condition, path: Path, prefix: str) -> None:
+    missing = [f"{prefix}{key}" for key in conditioning.shapes if key not in rows]
+    if missing:
+        raise UsageError(f"--cond {path} has no {', '.join(missing)}: add it")
+
+
+def _as_row(conditioning: GivenRows, key: str, value: Tensor, path: Path) -> Tensor:
+    """Rows in the dtype that the network was fed."""
+    row = conditioning.shapes.get(key.removeprefix(NULL))
+    if row is None:
+        names = ", ".join(conditioning.shapes)
+        raise UsageError(f"--cond {path}: the model is not fed '{key}': give {names}")
+    if tuple(value.shape[1:]) != row.shape or value.ndim != len(row.shape) + 1:
+        raise UsageError(
+            f"--cond {path}: {key} has shape {tuple(value.shape)}: give (N, "
+            f"{', '.join(map(str, row.shape))})"
+        )
+    return value.to(DTYPES[row.dtype])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Tensors by name. Raises UsageError for a file that holds none; nothing is unpickled."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        if path.suffix == ".safetensors":
+            return load_file(path)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UsageError(f"--cond {path} cannot be read: {error}") from error
+    raise UsageError(f"--cond {path}: give a .safetensors or .npz file")

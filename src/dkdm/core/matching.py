@@ -1,0 +1,120 @@
+"""A student of another noise process or parameterization than its teacher's.
+
+All processes are linear and Gaussian, so a state of one is a state of the other at the same
+signal-to-noise ratio, times a number: `x' = (sigma' / sigma) x` has x_0 and eps in common with x.
+The student is fed the time of its own process at that ratio, which lies between two of its levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dkdm.config import LossWeighting
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.process import Process, network_times
+
+AMPLIFICATION = 100.0
+
+
+def ratio_range(process: Process) -> tuple[float, float]:
+    """Smallest and largest sigma / alpha of a process's levels; the largest may be infinite."""
+    ratio = process.sigma / process.alpha
+    return float(ratio[0]), float(ratio[-1])
+
+
+def same_levels(a: Process, b: Process) -> bool:
+    """Whether two processes have the same levels."""
+    return torch.equal(a.alpha, b.alpha) and torch.equal(a.sigma, b.sigma)
+
+
+def on_levels_of(student: Denoiser, process: Process) -> Denoiser:
+    """The student as it looks from another process: its own network on that one's states and t.
+
+    The same denoiser where both have the same levels.
+    """
+    if same_levels(student.process, process):
+        return student
+    matched = matched_process(student.process, process)
+    times = matched.network_time
+    if student.time is not None:
+        exact = isinstance(student.time, str) and student.time != "index"
+        times = (
+            network_times(matched, student.time)
+            if exact
+            else _between(student.process, process, student.times)
+        )
+        matched = replace(matched, network_time=times)
+    return replace(
+        student, process=matched, time=None, rescale=matched.sigma / process.sigma, evaluations=0
+    )
+
+
+def matched_process(own: Process, other: Process) -> Process:
+    """`own` at the signal-to-noise ratios of `other`: as many levels, and the times between.
+
+    Levels of `other` outside of `own`'s become its outermost ones, see `covered`.
+    """
+    gauge = own.gauge
+    alpha, sigma = gauge.pair(_clamped(own, other))
+    times = _between(own, other, own.network_time)
+    return _Matched(alpha, sigma, times, own.final, scheduler=own.scheduler)
+
+
+class _Matched(Process):
+    """Levels that touch where the outermost ones of a process stand for several of another's."""
+
+    def __post_init__(self) -> None:
+        """Nothing is strictly monotone here."""
+
+
+def _clamped(own: Process, other: Process) -> Tensor:
+    """The levels of `other` in the coordinate of `own`'s gauge, kept within `own`'s, [T]."""
+    inside = own.gauge.coordinate(own.alpha, own.sigma)
+    return own.gauge.coordinate(other.alpha, other.sigma).clamp(inside[0], inside[-1])
+
+
+def _between(own: Process, other: Process, values: Tensor) -> Tensor:
+    """What `own` has at its levels, [T'], interpolated at the ratios of `other`, [T]."""
+    inside = own.gauge.coordinate(own.alpha, own.sigma)
+    return torch.from_numpy(np.interp(_clamped(own, other).numpy(), inside.numpy(), values.numpy()))
+
+
+def covered(own: Process, other: Process) -> Tensor:
+    """Which levels of `other` have a signal-to-noise ratio within `own`'s, bool [T]."""
+    low, high = ratio_range(own)
+    ratio = other.sigma / other.alpha
+    return (ratio >= low * (1 - 1e-9)) & (ratio <= high * (1 + 1e-9))
+
+
+def level_weights(
+    student: Denoiser, teacher: Denoiser, weighting: LossWeighting = "uniform"
+) -> Tensor | None:
+    """A weight of each of the teacher's levels for its student, float64 [T]; None is 1 everywhere.
+
+    0 where the student's process has no such signal-to-noise ratio. min(1, 100 SNR) where the
+    teacher predicts eps and the student something else: x_0 = (x - sigma eps) / alpha amplifies
+    the teacher's error by sigma / alpha, which then counts no more than 10 times; and min(1, 100 /
+    SNR) where the teacher predicts x_0 and the student something else, for eps. With "student"
+    levels weigh as densely as the student's own process has them, mean 1.
+    """
+    own, other = student.process, teacher.process
+    weights = covered(own, other).double()
+    if amplifies(student, teacher):
+        weights *= (AMPLIFICATION * other.snr()).clamp(max=1)
+    if teacher.parameterization.prediction == "sample" != student.parameterization.prediction:
+        weights *= (AMPLIFICATION / other.snr()).clamp(max=1)
+    if weighting == "student" and not same_levels(own, other):
+        position = torch.arange(own.num_levels, dtype=torch.float64)
+        density = torch.gradient(_between(own, other, position))[0]
+        weights *= density / density.mean()
+    return None if bool((weights == 1).all()) else weights
+
+
+def amplifies(student: Denoiser, teacher: Denoiser) -> bool:
+    """Whether an error of the teacher's eps becomes a larger one of the student's target."""
+    kinds = teacher.parameterization.prediction, student.parameterization.prediction
+    return kinds[0] == "epsilon" and kinds[1] != "epsilon"

@@ -1,0 +1,85 @@
+"""One reverse step from t to any s < t for a vector of t, and the sampling loop made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dkdm.core.prediction import (
+    Parameterization,
+    Prediction,
+    clip_x_0,
+    posterior_var,
+    step_log_var,
+    transition_var,
+)
+from dkdm.core.process import Process, per_sample
+from dkdm.errors import UsageError
+
+
+def reverse_step(
+    process: Process,
+    parameterization: Parameterization,
+    x: Tensor,
+    prediction: Prediction,
+    t: Tensor,
+    s: Tensor,
+    z: Tensor,
+    eta: float = 1.0,
+) -> Tensor:
+    """Move each state from its level t to its level s.
+
+    x, z: [B, ...], z standard normal noise; t, s: int64 [B] with -1 <= s < t, where -1 is the
+    clean end and adds no noise. eta: 1 is DDPM (arXiv 2006.11239, Eq. 7), 0 is DDIM (arXiv
+    2010.02502, Eq. 12) and Euler on a flow. Fixed-large and learned variances need eta = 1 and act
+    on the noise alone, never on the mean. Returns x_prev [B, ...].
+    """
+    _check_move(parameterization, t, s, eta)
+    alpha_t, sigma_t = process.at(t)
+    alpha_s, sigma_s = process.at(s)
+    prediction = clip_x_0(prediction, x, alpha_t, sigma_t, process.clipping)
+    beta = transition_var(alpha_t, sigma_t, alpha_s, sigma_s)
+    post = eta**2 * posterior_var(alpha_t, sigma_t, alpha_s, sigma_s)
+    direction = (sigma_s**2 - post).clamp(min=0).sqrt()
+    mean = per_sample(alpha_s, x) * prediction.x_0 + per_sample(direction, x) * prediction.eps
+    if eta == 0:
+        return mean
+    if parameterization.variance.startswith("fixed_small"):
+        return mean + per_sample(post.sqrt(), x) * z
+    log_var = step_log_var(parameterization.variance, post, beta, prediction.variance_output, x)
+    return mean + per_sample((s >= 0).double(), x) * (0.5 * log_var).exp() * z
+
+
+def _check_move(parameterization: Parameterization, t: Tensor, s: Tensor, eta: float) -> None:
+    if not (s < t).all():
+        raise UsageError("reverse step: every s must be smaller than its t")
+    if eta not in (0, 1) and not parameterization.variance.startswith("fixed_small"):
+        raise UsageError(
+            f"eta = {eta} cannot be combined with variance '{parameterization.variance}': "
+            "expected 1 (that variance) or 0 (no noise)"
+        )
+
+
+def sample(
+    predict: Callable[[Tensor, Tensor], Prediction],
+    process: Process,
+    parameterization: Parameterization,
+    x: Tensor,
+    timesteps: list[int],
+    noise: Callable[[int], Tensor],
+    eta: float = 0.0,
+    stop: int = -1,
+) -> Tensor:
+    """Run the reverse chain over `timesteps` (descending), ending at level `stop`.
+
+    predict: (x, t) -> Prediction, t an int64 [B]; x: [B, ...] at level timesteps[0]; noise: step
+    index -> [B, ...] standard normal, asked for only where eta > 0. Returns [B, ...] at `stop`.
+    """
+    for i, (level, following) in enumerate(zip(timesteps, [*timesteps[1:], stop], strict=True)):
+        t = torch.full((len(x),), level)
+        z = noise(i) if eta else torch.zeros_like(x)
+        s = torch.full_like(t, following)
+        x = reverse_step(process, parameterization, x, predict(x, t), t, s, z, eta)
+    return x

@@ -1,0 +1,298 @@
+"""The config of a component as the stock pipeline object of diffusers holds it after loading.
+
+A config on disk leaves keys out that its class has defaults for, may name a class that diffusers
+has renamed, and is corrected by the constructors of some pipelines. All who ask what a folder says
+ask here, and never the JSON. Nothing is built: defaults come from signatures.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from dkdm.errors import UsageError
+from dkdm.models.schedulers import LACKS, SAME_ARGUMENTS, argument_defaults
+from dkdm.networks import HOMES, network_class
+from dkdm.reading.fields import Fields, read_json, shown
+
+Config = dict[str, Any]
+
+SCHEDULER = "scheduler"
+_OWN_DEFAULTS = "_use_default_values"  # keys that diffusers saw no value for
+
+
+def effective_config(root: Path, index: Mapping[str, Any], name: str) -> Config:
+    """The config that a stock pipeline's component holds after `from_pretrained(root)`.
+
+    index: of model_index.json. name: of the component in it; its class is the one that the index
+    lists, whatever its own config says; of one that is not listed, what its config says. Keys that
+    the class does not know are kept, as diffusers does. Raises UsageError if the config is missing
+    or an entry has a value that cannot be.
+    """
+    file = config_file(root, name)
+    raw = read_json(file, f"the config of its {name}")
+    kind = network_name(listed_class(index, name) or str(raw.get("_class_name")), raw)
+    config = class_config(raw, kind, str(file))
+    if name == SCHEDULER:
+        converted = _CONVERTING.get(str(index.get("_class_name")))
+        if converted and converted != kind:
+            config = class_config(raw, converted, str(file))
+    return _corrected(config, index, name, str(file))
+
+
+def config_file(root: Path, name: str) -> Path:
+    """Where the config of a component lies."""
+    file = "scheduler_config.json" if name == SCHEDULER else "config.json"
+    return place_of(root, name) / file
+
+
+def place_of(root: Path, name: str) -> Path:
+    """Where a component lies: in a folder of its name or, without one, in the root folder."""
+    return root / name if (root / name).is_dir() else root
+
+
+def listed_class(index: Mapping[str, Any], name: str) -> str:
+    """The class that model_index.json lists for a component; empty if it lists none.
+
+    A component is [library, class]; [null, null] is one that is not there.
+    """
+    value = index.get(name)
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or name in _LISTS:
+        return ""
+    return str(value[1]) if all(isinstance(v, str) for v in value) else ""
+
+
+_LISTS = ("_class_name", "class_names")  # of two names, and no component
+
+
+def network_name(listed: str, config: Mapping[str, Any]) -> str:
+    """The class that diffusers makes where this one is listed."""
+    return ALIASES.get(listed, {}).get(str(config.get("norm_type")), listed)
+
+
+def class_config(config: Mapping[str, Any], name: str, where: str) -> Config:
+    """The config that an object of the class `name` holds when it is made from a config.
+
+    where: the file, for messages. A class that is none of diffusers' or dkdm's adds nothing. Raises
+    UsageError if an entry without a default is missing, or has a value that cannot be.
+    """
+    skipped = config.get(_OWN_DEFAULTS)
+    skipped = skipped if isinstance(skipped, list) else []
+    given = {k: v for k, v in config.items() if k not in skipped and k != _OWN_DEFAULTS}
+    arguments = _arguments(name)
+    missing = [k for k, v in arguments.items() if v is inspect.Parameter.empty and k not in given]
+    if missing:
+        raise UsageError(f"{where}: {', '.join(missing)} is missing, and {name} has no default")
+    made = {**arguments, **given, "_class_name": name or config.get("_class_name")}
+    made |= _written_by_constructor(name, made)
+    _check(Fields(made, where))
+    return made
+
+
+@lru_cache
+def _arguments(name: str) -> Config:
+    """The arguments that a class takes from its config, with their defaults."""
+    if name in SAME_ARGUMENTS:
+        found = argument_defaults(name).items()
+        return {key: _as_json(value) for key, value in found if key not in LACKS.get(name, ())}
+    kind = _class(name)
+    if kind is None:
+        return {}
+    left_out = {"self", "kwargs", *getattr(kind, "ignore_for_config", [])}
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {p.name: _as_json(p.default) for p in parameters if p.name not in left_out}
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _class(name: str) -> Any:
+    """A configurable class of diffusers or dkdm; None if neither has it."""
+    import diffusers
+    from diffusers.configuration_utils import ConfigMixin
+
+    if name in HOMES:
+        return network_class(name)
+    found = getattr(diffusers, name, None) if name.isidentifier() else None
+    return found if isinstance(found, type) and issubclass(found, ConfigMixin) else None
+
+
+ALIASES = {
+    "Transformer2DModel": {
+        "ada_norm_zero": "DiTTransformer2DModel",
+        "ada_norm_single": "PixArtTransformer2DModel",
+    }
+}
+_CONVERTING = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
+
+
+def _written_by_constructor(name: str, config: Config) -> Config:
+    """What the constructor of a class writes over its own arguments."""
+    levels = _LEVELS.get(name)
+    if levels:
+        return {"block_out_channels": config[levels], "force_upcast": False}
+    if name == "UNet2DConditionModel" and config["encoder_hid_dim"] is not None:
+        return {"encoder_hid_dim_type": config["encoder_hid_dim_type"] or "text_proj"}
+    rules = _SOLVERS.get(name, {})
+    return {key: rule.get(str(config[key]), config[key]) for key, rule in rules.items()}
+
+
+_LEVELS = {
+    "AutoencoderTiny": "decoder_block_out_channels",
+    "AsymmetricAutoencoderKL": "up_block_out_channels",
+    "ConsistencyDecoderVAE": "encoder_block_out_channels",
+}
+_DPM = {
+    "algorithm_type": {"deis": "dpmsolver++"},
+    "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+}
+_SOLVERS = {
+    "DPMSolverMultistepScheduler": _DPM,
+    "DPMSolverSinglestepScheduler": _DPM,
+    "EDMDPMSolverMultistepScheduler": _DPM,
+    "DEISMultistepScheduler": {
+        "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
+        "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
+    },
+    "UniPCMultistepScheduler": {
+        "solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")
+    },
+}
+
+
+def _corrected(config: Config, index: Mapping[str, Any], name: str, where: str) -> Config:
+    """What the constructor of Stable Diffusion's pipelines makes of old configs."""
+    rules = _CORRECTIONS.get(str(index.get("_class_name")), ())
+    changes: Config = {}
+    if name == SCHEDULER:
+        if "steps_offset" in rules and config.get("steps_offset", 1) != 1:
+            changes["steps_offset"] = 1
+        if "clip_sample" in rules and config.get("clip_sample") is True:
+            changes["clip_sample"] = False
+        if "skip_prk_steps" in rules and config.get("skip_prk_steps", True) is False:
+            changes["skip_prk_steps"] = True
+    elif name == "unet" and "sample_size" in rules and _is_old(config, where):
+        size = config.get("sample_size")
+        changes |= {"sample_size": 64} if isinstance(size, int) and size < 64 else {}
+    return config | changes
+
+
+def _is_old(config: Config, where: str) -> bool:
+    """Whether a config was written before diffusers 0.9.0."""
+    version = config.get("_diffusers_version")
+    if version is None:
+        return False
+    try:
+        return Version(Version(str(version)).base_version) < Version("0.9.0.dev0")
+    except InvalidVersion as error:
+        raise UsageError(
+            f"{where}: _diffusers_version is {shown(version)}: expected a version such as 0.42.1"
+        ) from error
+
+
+_ALL = ("steps_offset", "clip_sample", "sample_size")
+_CORRECTIONS = {
+    "StableDiffusionPipeline": _ALL,
+    "StableDiffusionImg2ImgPipeline": _ALL,
+    "StableDiffusionPAGPipeline": _ALL,
+    "StableDiffusionPAGImg2ImgPipeline": _ALL,
+    "StableDiffusionPAGInpaintPipeline": _ALL,
+    "StableDiffusionPipelineSafe": _ALL,
+    "StableDiffusionInpaintPipelineLegacy": _ALL,
+    "LEditsPPPipelineStableDiffusion": _ALL,
+    "CycleDiffusionPipeline": ("steps_offset", "sample_size"),
+    "StableDiffusionInpaintPipeline": ("steps_offset", "skip_prk_steps", "sample_size"),
+    "StableDiffusionDiffEditPipeline": ("steps_offset", "skip_prk_steps", "sample_size"),
+    "StableDiffusionDepth2ImgPipeline": ("sample_size",),
+    "StableDiffusionImageVariationPipeline": ("sample_size",),
+}
+
+
+def pipeline_entries(index: Mapping[str, Any]) -> Config:
+    """The entries of model_index.json that are no components, with the pipeline's own defaults."""
+    import diffusers
+
+    found = {
+        name: value
+        for name, value in index.items()
+        if not listed_class(index, name) and not name.startswith("_")
+    }
+    kind = index.get("_class_name")
+    cls = getattr(diffusers, kind, None) if isinstance(kind, str) and kind.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+        return found
+    parameters = inspect.signature(cls).parameters.values()
+    defaults = {p.name: p.default for p in parameters if _is_setting(p)}
+    return {**defaults, **found}
+
+
+def _is_setting(parameter: inspect.Parameter) -> bool:
+    """Whether a pipeline's parameter is a setting with a default, and no component."""
+    kinds = (bool, int, float, str)
+    return isinstance(parameter.default, kinds) or parameter.name in ("boundary_ratio",)
+
+
+def _check(fields: Fields) -> None:
+    """Raise UsageError for an entry whose value no component can have."""
+    for name, check in _CHECKS.items():
+        if fields.values.get(name) is not None:
+            check(fields, name)
+    channels = fields.values.get("latent_channels") or fields.values.get("z_dim")
+    for name in ("latents_mean", "latents_std"):
+        if fields.values.get(name) is not None:
+            low = 1e-12 if name == "latents_std" else -1e300
+            length = len(fields.numbers(name, low=low))
+            if isinstance(channels, int) and length != channels:
+                raise UsageError(
+                    f"{fields.where}: {name} has {length} numbers: expected {channels}, one for "
+                    "each channel of the latents"
+                )
+    if "scaling_factor" in fields.values:
+        fields.number("scaling_factor", low=1e-12)
+
+
+def _positive(fields: Fields, name: str) -> None:
+    fields.whole(name, low=1)
+
+
+_OF_VECTORS = ("sample_size", "ResidualMLP")
+
+
+def _sides(fields: Fields, name: str) -> None:
+    """One whole number from 1, or a list of them; a network of vectors has none."""
+    value = fields.values[name]
+    if value in ([], ()) and (name, fields.values.get("_class_name")) == _OF_VECTORS:
+        return
+    each = value if isinstance(value, (list, tuple)) and value else [value]
+    if any(type(v) is not int or not 1 <= v < 2**31 for v in each):
+        raise fields.wrong(name, value, "a whole number, 1 or more, or a list of them")
+
+
+def _finite(fields: Fields, name: str) -> None:
+    fields.number(name)
+
+
+_CHECKS: dict[str, Callable[[Fields, str], None]] = {
+    "in_channels": _positive,
+    "out_channels": _positive,
+    "latent_channels": _positive,
+    "z_dim": _positive,
+    "num_class_embeds": _positive,
+    "num_embeds_ada_norm": _positive,
+    "sample_size": _sides,
+    "patch_size": _sides,
+    "block_out_channels": _sides,
+    "encoder_block_out_channels": _sides,
+    "scale_factor_spatial": _positive,
+    "scale_factor_temporal": _positive,
+    "cross_attention_dim": _sides,
+    "joint_attention_dim": _positive,
+    "pooled_projection_dim": _positive,
+    "shift_factor": _finite,
+}

@@ -1,0 +1,319 @@
+"""Reading the weights of foreign checkpoints, as data and never as code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dkdm.core.checkpoint import (
+    load_strict,
+    more_than_weights,
+    read_tensors,
+    refuse_other_content,
+    unknown_names,
+)
+from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.fields import shown
+
+__all__ = ["Weights", "load_strict", "read_weights"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint: its state dict, and the plain values that lay beside it.
+
+    tensors: the weights, averaged ones where asked for and there. extra: everything else at the
+    top of the file (configs, steps), as it was.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_weights(path: Path, ema: bool = True) -> Weights:
+    """Read a .safetensors, .pt, .pth or .ckpt file without running anything in it.
+
+    ema: take averaged weights where the file has them beside the plain ones. Names are those of the
+    network itself: what DDP, FSDP and torch.compile put before them is taken off. Raises UsageError
+    for a file that is missing or holds no weights at all, for a .pkl and for a file with code in
+    it, DkdmError for one that cannot be read.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    if path.suffix == ".pkl":
+        raise UsageError(
+            f"{path}: a .pkl is a program that runs when it is read, and is never opened here. "
+            f"Where you trust it, save its weights in two lines, with its repository at hand:\n"
+            f'    net = pickle.load(open("{path.name}", "rb"))["ema"]\n'
+            f'    torch.save(net.state_dict(), "{path.stem}.pt")'
+        )
+    refuse_other_content(path)
+    if path.suffix == ".safetensors":
+        return Weights(path, unwrapped(read_tensors(path)))
+    loaded = _unpickle(path)
+    if not isinstance(loaded, Mapping):
+        raise DkdmError(f"{path}: expected a state dict, found {type(loaded).__name__}")
+    tensors, extra = _split(path, dict(loaded), ema)
+    _check_claims(path, tensors)
+    return Weights(path, unwrapped(tensors), extra)
+
+
+def _check_claims(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise DkdmError for tensors that are larger than what is stored of them: they would take
+    memory that no byte of the file stands for."""
+    for name, tensor in tensors.items():
+        claimed = tensor.numel() * tensor.element_size()
+        if tensor.layout == torch.strided and claimed > tensor.untyped_storage().nbytes():
+            raise DkdmError(
+                f"{path}: {shown(name)} claims shape {shown(tuple(tensor.shape))}, more than is "
+                "stored of it: save it again with .contiguous()"
+            )
+    stored = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
+    }
+    if sum(stored.values()) > 2 * path.stat().st_size + 2**20:
+        raise DkdmError(f"{path}: its weights are compressed: save them again with torch.save")
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, without its values. Raises as `read_weights`."""
+    refuse_other_content(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The texts in a safetensors header. Raises DkdmError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def _unpickle(path: Path) -> Any:
+    """torch.load restricted to tensors and plain values; classes of trainers become inert."""
+    try:
+        unknown = unknown_names(path)
+        foreign = [name for name in unknown if not name.startswith((*_INERT, *_HARMLESS))]
+        if foreign:
+            raise more_than_weights(path, sorted(foreign))
+        stubs: list[Any] = [(_HARMLESS.get(name) or _stub(name), name) for name in unknown]
+        with torch.serialization.safe_globals(stubs):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        if refused := re.findall(r"GLOBAL (\S+)", str(error)):
+            raise more_than_weights(path, refused) from error
+        # torch's own text goes on with how to run whatever code the file holds.
+        what = re.sub(r"\.? In PyTorch 2\.6.*", "", str(error).strip().partition("\n")[0])
+        raise DkdmError(
+            f"{path}: cannot be read as a torch checkpoint, or is cut short "
+            f"({type(error).__name__}: {what})"
+        ) from error
+
+
+_INERT = ("pytorch_lightning.", "lightning.", "omegaconf.", "argparse.Namespace", "typing.")
+_HARMLESS: dict[str, Any] = {
+    "collections.defaultdict": lambda *_: {},
+    **{f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, str, tuple)},
+}
+
+
+def _stub(name: str) -> type:
+    """A class without behaviour, in place of one that only describes a training run."""
+    module, _, plain = name.rpartition(".")
+    nothing = {"__init__": lambda *_: None, "__setstate__": lambda *_: None}
+    return type(plain, (), {"__module__": module, **nothing})
+
+
+_AVERAGED = (
+    "ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_model_state_dict",
+    "model_ema_state_dict", "params_ema", "ema_params", "ema_weights", "shadow_params", "shadow",
+)  # fmt: skip
+_PLAIN = (
+    "state_dict", "model_state_dict", "network_state_dict", "model", "net", "network", "params",
+    "module", "weights", "unet", "denoiser", "score_model", "generator",
+)  # fmt: skip
+
+
+def _split(
+    path: Path, loaded: Mapping[Any, Any], ema: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a checkpoint, averaged ones where they lie beside them, and the rest.
+
+    Averages that are a list without names, as of torch_ema and improved-diffusion, get those of the
+    plain weights, in their order. Raises UsageError where the two do not correspond, DkdmError
+    where there are no weights.
+    """
+    plain = _find(loaded, _PLAIN, levels=4) or _tensors(loaded)
+    average = _average(loaded) if ema else None
+    if isinstance(average, list):
+        average = _named(path, average, plain)
+    tensors = average or plain
+    if not isinstance(tensors, dict) or not tensors:
+        raise DkdmError(
+            f"{path}: no weights in it (found {', '.join(map(str, loaded)) or 'nothing'})"
+        )
+    beside = {
+        k: v for k, v in loaded.items() if not isinstance(v, Tensor) and not _holds(v, tensors)
+    }
+    return tensors, beside
+
+
+def _average(loaded: Mapping[Any, Any]) -> dict[str, Tensor] | list[Tensor] | None:
+    """The averaged weights of a checkpoint, which a callback of Lightning may keep."""
+    callbacks = loaded.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    places = [loaded, *(state for state in states if isinstance(state, Mapping))]
+    found = (_find(place, _AVERAGED, levels=4) for place in places)
+    return next((average for average in found if average), None)
+
+
+def _holds(value: Any, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the weights were found here."""
+    if not isinstance(value, Mapping):
+        return False
+    inner = {key: entry for key, entry in value.items() if isinstance(entry, Tensor)}
+    return any(entry is tensors.get(key) for key, entry in inner.items()) or any(
+        _holds(entry, tensors) for entry in value.values() if isinstance(entry, Mapping)
+    )
+
+
+def _tensors(values: Any) -> dict[str, Tensor]:
+    if not isinstance(values, Mapping):
+        return {}
+    return {key: v for key, v in values.items() if isinstance(v, Tensor) and isinstance(key, str)}
+
+
+def _find(
+    loaded: Mapping[Any, Any], names: tuple[str, ...], levels: int
+) -> dict[str, Tensor] | list[Tensor] | None:
+    """The first of these entries that holds weights, at the top or some levels inside."""
+    for name in names:
+        value = loaded.get(name)
+        if isinstance(value, (list, tuple)) and (listed := _listed(value)):
+            return listed
+        if isinstance(value, Mapping) and levels:
+            inside = _find(value, tuple(dict.fromkeys((*names, *_PLAIN))), levels - 1)
+            if found := inside or _tensors(value):
+                return found
+    return None
+
+
+def _listed(value: Sequence[Any]) -> list[Tensor]:
+    """The tensors of a list, or of the first list in it where it has one for each decay rate."""
+    first = value[0] if value else None
+    if isinstance(first, (list, tuple)):
+        return _listed(first)
+    return list(value) if all(isinstance(item, Tensor) for item in value) else []
+
+
+def _named(path: Path, average: list[Tensor], plain: Any) -> dict[str, Tensor]:
+    """A list of averages by the names of the plain weights, whose buffers stay as they are."""
+    own = plain if isinstance(plain, dict) else {}
+    learned = {k: v for k, v in own.items() if not _is_buffer(k, v)}
+    for names in (list(own), list(learned)):
+        shapes = [own[name].shape for name in names]
+        if shapes == [value.shape for value in average]:
+            return own | dict(zip(names, average, strict=True))
+    raise UsageError(
+        f"{path}: its averaged weights are a list of {len(average)} tensors without names, which "
+        f"do not correspond to its {len(own)} weights with names. Save them with names first: "
+        "ema.copy_to(network.parameters()); torch.save(network.state_dict(), FILE)"
+    )
+
+
+def _is_buffer(name: str, value: Tensor) -> bool:
+    return not value.is_floating_point() or name.rpartition(".")[2].startswith("running_")
+
+
+_WRAPPERS = r"(^|\.)(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_COUNTS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names that they have without DDP, FSDP, AveragedModel or torch.compile."""
+    named = {k: v for k, v in tensors.items() if k not in _COUNTS} or dict(tensors)
+    while any(re.search(_WRAPPERS, key) for key in named):
+        named = {re.sub(_WRAPPERS, r"\1", key): value for key, value in named.items()}
+    while named and all(key.startswith("module.") for key in named):
+        named = without_prefix(named, "module.")
+    return named
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with `prefix`, with it removed."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+# What training code puts before a network's names, averages first.
+_HOLDERS = (
+    "ema_model.", "model_ema.", "ema.", "module.", "model.", "online_model.", "net.", "network.",
+    "diffusion_model.", "denoiser.", "unet.", "state_dict.",
+)  # fmt: skip
+
+
+def views(weights: Weights, ema: bool = True, levels: int = 3) -> Iterator[Weights]:
+    """The same weights, and what lies in them behind the names of what held the network.
+
+    ema: averages come before plain weights. levels: of names inside each other.
+    """
+    yield weights
+    if levels == 0:
+        return
+    if ema and (average := _flat_average(weights.tensors)):
+        yield from views(replace(weights, tensors=average), ema, levels - 1)
+    for holder in _HOLDERS if ema else _HOLDERS[3:]:
+        inner = unwrapped(without_prefix(weights.tensors, holder))
+        if inner:
+            yield from views(replace(weights, tensors=inner), ema, levels - 1)
+
+
+def _flat_average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights behind `model.` with the averages of CompVis's LitEma in their places.
+
+    These have the names without their dots. Empty if there are none or they are others'.
+    """
+    plain = without_prefix(tensors, "model.")
+    average = without_prefix(tensors, "model_ema.")
+    for count in ("decay", "num_updates"):
+        average.pop(count, None)
+    names = {key.replace(".", ""): key for key in plain}
+    if not average or not average.keys() <= names.keys():
+        return {}
+    return plain | {names[name]: value for name, value in average.items()}
+
+
+def expect_keys(weights: Weights, what: str, *keys: str) -> None:
+    """Raise DkdmError unless all these weights are there; `what` says whose they are."""
+    missing = [key for key in keys if key not in weights.tensors]
+    if missing:
+        raise DkdmError(
+            f"{weights.path}: not the weights of {what}: {', '.join(missing)} missing. "
+            f"Found {', '.join(list(weights.tensors)[:3])}, ..."
+        )
+
+
+def frozen(
+    network: nn.Module, tensors: Mapping[str, Tensor], path: Path, dtype: str = "float32"
+) -> nn.Module:
+    """The network with exactly these weights, in a precision named as in torch, ready to teach.
+
+    Raises DkdmError where keys or shapes are not the network's.
+    """
+    load_strict(network, tensors, str(path))
+    nn.Module.to(network, getattr(torch, dtype))  # diffusers' own warns of nothing
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,130 @@
+"""A folder that is no pipeline: a network alone, as trainers save it, and its scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dkdm.core.denoiser import Denoiser
+from dkdm.errors import UsageError
+from dkdm.models.locate import INDEX
+from dkdm.models.lora import IN_FOLDER
+from dkdm.models.options import LoadOptions
+from dkdm.models.pipeline_folder import facts_of_lone, load_network_folder
+from dkdm.models.schedulers import NAMED, named_config
+from dkdm.reading.fields import Fields, as_named, read_json
+
+PARTS = ("unet_ema", "transformer_ema", "unet", "transformer")
+_PARTS_ALONE = (
+    ("scheduler_config.json", "a scheduler"),
+    ("tokenizer_config.json", "a tokenizer"),
+    ("preprocessor_config.json", "a feature extractor"),
+)
+ADAPTER = "adapter_config.json"
+STATES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+
+
+def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
+    """Load a network from a folder with its config and weights, on the noise of options.scheduler.
+
+    Raises UsageError, with what to give instead, for a folder of another kind and without a
+    scheduler; otherwise as `load_network_folder`.
+    """
+    lora = next((name for name in (ADAPTER, *IN_FOLDER) if (folder / name).is_file()), None)
+    if not (folder / "config.json").is_file():
+        raise UsageError(_no_network(folder) if lora is None else _an_adapter(folder, lora))
+    config = read_json(folder / "config.json", "a network's config")
+    kind = Fields(config, str(folder / "config.json")).text("_class_name", "")
+    if refusal := _no_denoiser(kind, config):
+        raise UsageError(f"{folder}: {refusal}: {_whole(folder)}")
+    if options.scheduler is None and (folder.parent / INDEX).is_file():
+        raise UsageError(f"{folder}: one part of a pipeline: {_whole(folder)}")
+    facts_of_lone(folder, config)
+    if options.scheduler is None:
+        raise UsageError(_no_scheduler(folder, kind))
+    if options.lora:
+        raise UsageError(
+            f"--teacher-lora: {folder} is a network without its pipeline, which knows the formats "
+            "of LoRA files: leave this option out"
+        )
+    scheduler = scheduler_config(str(options.scheduler), clips=config.get("in_channels") in (1, 3))
+    return load_network_folder(folder, scheduler, options)
+
+
+def scheduler_config(spec: str, clips: bool) -> Mapping[str, Any]:
+    """The config of a scheduler by name, by its JSON file, or by a folder that has one.
+
+    clips: whether one given by name clips x_0 to [-1, 1], as for pixels. Raises UsageError.
+    """
+    path = Path(spec).expanduser()
+    if spec not in NAMED and path.is_dir():
+        places = (path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise UsageError(f"--teacher-scheduler {spec}: no scheduler_config.json in this folder")
+        path = found
+    return named_config(spec if spec in NAMED else str(path), 1.0 if clips else None)
+
+
+def _no_denoiser(kind: str, config: Mapping[str, Any]) -> str | None:
+    """What else the config of a folder is of; None if it may be a denoiser's."""
+    if not kind and ("model_type" in config or "architectures" in config):
+        return "a model of transformers, such as a text encoder, and no denoiser"
+    if kind.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")):
+        return f"an autoencoder ({as_named(kind)}) and no denoiser"
+    if kind.startswith(("ControlNet", "T2IAdapter", "MotionAdapter")) or "ControlNet" in kind:
+        return f"a part that steers another model ({as_named(kind)}) and no denoiser of its own"
+    return None
+
+
+def _whole(folder: Path) -> str:
+    """What to give in place of one part of a pipeline."""
+    if (folder.parent / INDEX).is_file():
+        return f"give the pipeline's folder, {folder.parent}"
+    return f"give the folder that has {INDEX}, where a model's parts lie together"
+
+
+def _an_adapter(folder: Path, name: str) -> str:
+    if name == ADAPTER:
+        return (
+            f"{folder}: an adapter of peft ({name}), which changes another model: merge the two, "
+            "PeftModel.from_pretrained(network, FOLDER).merge_and_unload(), and give the pipeline "
+            "that you save with the result"
+        )
+    return (
+        f"{folder}: a LoRA ({name}), which changes a model: give the model as --teacher (or as "
+        "MODEL) and this folder as --teacher-lora (or --lora)"
+    )
+
+
+def _no_scheduler(folder: Path, kind: str) -> str:
+    return (
+        f"{folder}: a network alone ({kind or 'of no class'}), which does not say how noise is "
+        "added: give --teacher-scheduler (or --scheduler) with the scheduler that it was trained "
+        f"with: {', '.join(NAMED)}, or a scheduler_config.json or its folder"
+    )
+
+
+def _no_network(folder: Path) -> str:
+    parts = [name for name in PARTS if (folder / name / "config.json").is_file()]
+    if parts:
+        others = f" (there is {', '.join(parts[1:])} too)" if parts[1:] else ""
+        return (
+            f"{folder}: a checkpoint of a trainer: give one network of it, {folder / parts[0]}"
+            f"{others}, and --teacher-scheduler (or --scheduler)"
+        )
+    states = [name for name in STATES if (folder / name).is_file()]
+    if states:
+        return (
+            f"{folder}: {states[0]} without a config.json, as accelerate saves a run: load it into "
+            "your network and save that, network.load_state_dict(...); "
+            "network.save_pretrained(FOLDER), or give the file itself"
+        )
+    alone = next((what for name, what in _PARTS_ALONE if (folder / name).is_file()), None)
+    if alone is not None:
+        return f"{folder}: {alone} alone, and no denoiser: {_whole(folder)}"
+    return (
+        f"{folder}: expected a diffusers pipeline folder (with {INDEX}), a network's folder (with "
+        "config.json) or a checkpoint file"
+    )

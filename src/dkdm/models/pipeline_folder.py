@@ -1,0 +1,429 @@
+"""A diffusers pipeline folder: its denoiser, its noise process, and all that comes with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dkdm.core.bundle import Bundle
+from dkdm.core.checkpoint import refuse_other_contents
+from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.denoiser import Denoiser, no_decoder
+from dkdm.core.inputs import from_index
+from dkdm.core.prediction import Parameterization, VarianceType
+from dkdm.errors import DkdmError, UsageError
+from dkdm.models.components import Autoencoder, Component, weight_variant
+from dkdm.models.effective import (
+    ALIASES,
+    class_config,
+    config_file,
+    effective_config,
+    listed_class,
+    network_name,
+    pipeline_entries,
+    place_of,
+)
+from dkdm.models.families import LEFT_OUT, check_parts, check_times, family_of
+from dkdm.models.locate import INDEX
+from dkdm.models.lora import merge_loras, read_choices
+from dkdm.models.networks import FACTS, Facts, check_embeddings
+from dkdm.models.options import LoadOptions
+from dkdm.models.own_network import OWN_CLASS, load_own, read_origin
+from dkdm.models.prompts import Prompts
+from dkdm.models.schedulers import from_scheduler_config, prediction_type, saved_config
+from dkdm.models.text import text_conditioning
+from dkdm.networks import HOMES, network_class
+from dkdm.reading.fields import as_named, is_name, read_json, shown
+from dkdm.reading.places import check_folder, check_place
+from dkdm.reading.plugins import distrust
+from dkdm.reading.sizes import building, check_numbers, check_sample
+
+DENOISERS = ("unet", "transformer")
+AUTOENCODERS = ("vae", "vqvae")
+
+
+def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
+    """Load the denoiser of a pipeline folder.
+
+    Raises UsageError where the folder is no pipeline or one of another kind, DkdmError where its
+    weights are missing or do not match.
+    """
+    loras = read_choices(options.lora)
+    distrust(folder)
+    denoiser = describe_pipeline_folder(folder, options)
+    component, facts = network_of(read_index(folder), folder)
+    place = place_of(folder, component)
+    for part in {place, *(one.folder for one in denoiser.bundle.components.values())}:
+        refuse_other_contents(part)
+    network = load_network(place, facts.class_name, options, folder)
+    merge_loras(network, denoiser.bundle.pipeline, component, loras)
+    return replace(denoiser, network=network, call=None)
+
+
+def load_network_folder(
+    folder: Path, scheduler: Mapping[str, Any], options: LoadOptions
+) -> Denoiser:
+    """Load a network that lies alone, with its config.json, as the denoiser of a scheduler.
+
+    scheduler: the config of the scheduler it was trained with, with its `_class_name`. Raises
+    UsageError for a network that dkdm does not know or that reads text, DkdmError if its weights
+    are missing or do not match.
+    """
+    config = read_json(folder / "config.json", "a network's config")
+    facts = facts_of_lone(folder, config)
+    name = facts.class_name
+    refuse_other_contents(folder)
+    config = class_config(config, name, str(folder / "config.json"))
+    check_numbers(config, str(folder / "config.json"))
+    noise = class_config(scheduler, str(scheduler.get("_class_name")), "the scheduler's config")
+    denoiser = _denoiser(folder, facts, config, noise, {}, Bundle(), options)
+    return replace(denoiser, network=load_network(folder, name, options), call=None)
+
+
+def facts_of_lone(folder: Path, config: Mapping[str, Any]) -> Facts:
+    """What is known of a network without a pipeline. Raises UsageError for one that dkdm does not
+    know or that reads text."""
+    name = network_name(str(config.get("_class_name")), config)
+    if name not in FACTS:
+        raise UsageError(
+            f"{folder}: its network is {as_named(name)}: expected one of {', '.join(FACTS)}"
+        )
+    if FACTS[name].reads_text:
+        raise UsageError(
+            f"{folder}: {name} is conditioned on text: give the pipeline folder that has its text "
+            "encoders, with this network in the place of its own"
+        )
+    return FACTS[name]
+
+
+def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
+    """Everything of a pipeline folder but its network's weights: the network is a placeholder."""
+    index = read_index(folder)
+    component, facts = network_of(index, folder)
+    config = effective_config(folder, index, component)
+    check_numbers(config, str(config_file(folder, component)))
+    if facts.class_name == OWN_CLASS:
+        read_origin(config, place_of(folder, component))
+    scheduler = effective_config(folder, index, "scheduler")
+    bundle = _bundle(folder, index, component, options.variant)
+    by_classes = facts.class_name == "UNet2DConditionModel"  # see check_embeddings
+    if facts.reads_text and not by_classes and not _reads_text(bundle):
+        raise UsageError(
+            f"{folder}: {facts.class_name} is conditioned on text, but {INDEX} lists no text "
+            "encoder: give a folder with text_encoder and tokenizer"
+        )
+    return _denoiser(folder, facts, config, scheduler, index, bundle, options)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json; the pipeline of a folder whose class diffusers does not have is its
+    family's.
+
+    Raises UsageError if the file is missing.
+    """
+    import diffusers
+
+    index = read_json(folder / INDEX, "a diffusers pipeline folder")
+    check_places(folder, index)
+    kind = index.get("_class_name")
+    if isinstance(kind, str) and kind.isidentifier() and hasattr(diffusers, kind):
+        return index
+    return index if "_came_from" in index else {**index, "_class_name": _family(index, folder)}
+
+
+def _family(index: Mapping[str, Any], folder: Path) -> str | None:
+    listed = next((name for name in DENOISERS if listed_class(index, name)), "")
+    return family_of(index, _class_of(index, listed, folder), folder)
+
+
+def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> str:
+    """The class of a network as diffusers makes it; empty for a component that is not listed."""
+    listed = listed_class(index, component)
+    aliased = config_file(folder, component) if listed in ALIASES else None
+    return network_name(listed, read_json(aliased, "its config") if aliased else {})
+
+
+def _denoiser(
+    folder: Path,
+    facts: Facts,
+    config: dict[str, Any],
+    scheduler: dict[str, Any],
+    index: dict[str, Any],
+    bundle: Bundle,
+    options: LoadOptions,
+) -> Denoiser:
+    """What configs, index and the other components say; its network is a placeholder."""
+    shape = facts.shape(config, options.sample_size or _saved_size(index))
+    patch = facts.patch(config)
+    check_sample(shape, f"{folder}: by its config.json", patch if patch > 1 else None)
+    tokens = math.prod(shape[1:]) // patch**2
+    process = from_scheduler_config(scheduler, tokens)
+    process = replace(process, scheduler=saved_config(scheduler, tokens))
+    _check_channels(folder, config, shape, bundle)
+    check_embeddings({**config, "_class_name": facts.class_name}, _reads_text(bundle), str(folder))
+    conditioning, constants = _conditioning(folder, config, index, bundle)
+    constants |= facts.constants(config, shape, bundle)
+    return Denoiser(
+        _placeholder,
+        process,
+        Parameterization(
+            prediction_type(scheduler),
+            _variance(config, process.scheduler, shape),
+            process.scheduler.get("sigma_data", 0.5),
+        ),
+        shape,
+        conditioning,
+        constants,
+        value_range=_saved_range(index),
+        decode=no_decoder if index.get("_latents") else None,
+        bundle=bundle,
+    )
+
+
+def check_places(folder: Path, index: dict[str, Any]) -> None:
+    """Raise UsageError unless the components have plain names and lie in the folder, as files."""
+    for name in (INDEX, "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"):
+        check_place(folder / name, folder)
+    for name in (name for name in index if listed_class(index, name)):
+        if not is_name(name):
+            raise UsageError(
+                f"{folder / INDEX}: {shown(name)} cannot name a component: rename it to letters, "
+                "digits and underscores"
+            )
+        if (folder / name).exists() or (folder / name).is_symlink():
+            check_folder(folder / name, folder)
+
+
+def _saved_size(index: dict[str, Any]) -> tuple[int, ...] | None:
+    """The size of a sample that dkdm writes beside the components."""
+    size = index.get("_sample_size")
+    return None if size is None else tuple(map(int, size.split("x")))
+
+
+def _saved_range(index: dict[str, Any]) -> tuple[float, float]:
+    """The smallest and largest value of a sample, where dkdm wrote them."""
+    low, high = map(float, index.get("_value_range", "-1..1").split(".."))
+    return low, high
+
+
+def read_base(folder: Path) -> tuple[dict[str, Any] | None, Bundle, Prompts | None]:
+    """Scheduler config, other components and prompts of a pipeline folder without a denoiser."""
+    index = read_index(folder)
+    bundle = _bundle(folder, index, "")
+    bundle = replace(
+        bundle, components={k: v for k, v in bundle.components.items() if k not in DENOISERS}
+    )
+    text = text_conditioning(folder, bundle) if _reads_text(bundle) else None
+    scheduler = config_file(folder, "scheduler").is_file()
+    return effective_config(folder, index, "scheduler") if scheduler else None, bundle, text
+
+
+def _reads_text(bundle: Bundle) -> bool:
+    return any(name.startswith("text_encoder") for name in bundle.components)
+
+
+def _placeholder(*_: Any, **__: Any) -> Any:
+    raise DkdmError("this model was described, not loaded")
+
+
+def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
+    """Name and class of the denoiser. Raises UsageError if it is none that dkdm knows."""
+    kind = as_named(index.get("_class_name"))
+    if "Consistency" in kind:
+        raise UsageError(
+            f"{folder}: a consistency model ({kind}) maps noise to data in one jump and has no "
+            "reverse transition to learn from; distil the diffusion model it came from"
+        )
+    check_parts(index, folder)
+    check_times(index, folder)
+    found = {name: _class_of(index, name, folder) for name in DENOISERS}
+    for component, name in found.items():
+        if name in FACTS:
+            _check_library(folder, component, index[component])
+            return component, FACTS[name]
+    named = ", ".join(as_named(name) for name in found.values() if name) or "no network"
+    raise UsageError(
+        f"{folder}: a {kind} with {named}; expected one of {', '.join(FACTS)}. A network that dkdm "
+        "was given as an object is loaded by dkdm.load_student(folder, network=...)"
+    )
+
+
+def _check_library(folder: Path, component: str, named: list[Any]) -> None:
+    """Raise UsageError for a network of another library than its class is read from."""
+    library, kind = named
+    own = [HOMES[kind], f"dkdm.networks.{HOMES[kind]}"] if kind in HOMES else ["diffusers"]
+    if library not in own and not (kind == OWN_CLASS and is_name(library)):
+        raise UsageError(
+            f"{folder / INDEX}: {component} is {shown(named)}: expected [{own[0]}, {kind}]. No "
+            "class of another library is made because a file names it"
+        )
+
+
+def _bundle(
+    folder: Path, index: dict[str, Any], denoiser: str, variant: str | None = None
+) -> Bundle:
+    """The other components that lie in the folder, and what else its index says."""
+    components = {
+        name: Component(place_of(folder, name), value[0], value[1], variant)
+        for name, value in index.items()
+        if listed_class(index, name)
+        and name not in (denoiser, "scheduler", *LEFT_OUT)
+        and not name.startswith("_")
+    }
+    missing = [name for name, part in components.items() if not _lies_there(part, folder)]
+    if missing:
+        raise DkdmError(
+            f"{folder}: {INDEX} lists {', '.join(missing)}, but there is no such folder, or it is "
+            "empty"
+        )
+    coder = next((components[name] for name in AUTOENCODERS if name in components), None)
+    if coder is None and any(name in index for name in _needed_autoencoders(index)):
+        raise DkdmError(f"{folder}: {INDEX} has no autoencoder for its latents")
+    if coder is not None and not (coder.folder / "config.json").is_file():
+        raise DkdmError(f"{coder.folder}: the autoencoder's config.json is missing")
+    pipeline, entries = _pipeline_of(folder, index)
+    autoencoder = Autoencoder(coder, pipeline=pipeline) if coder else None
+    return Bundle(pipeline, components, autoencoder, entries)
+
+
+def _lies_there(part: Component, root: Path) -> bool:
+    """Whether a component has a folder of its own, or its config lies in the root folder."""
+    if part.folder != root:
+        return any(part.folder.iterdir())
+    file = root / "config.json"
+    return file.is_file() and read_json(file, "a config").get("_class_name") == part.class_name
+
+
+def _needed_autoencoders(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The autoencoders that a pipeline cannot be without; a UNet2DModel may be one of pixels."""
+    import diffusers
+
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
+    if not known and listed_class(index, "unet") == "UNet2DModel":
+        return ()
+    optional = getattr(kind, "_optional_components", ()) if known else ()
+    return tuple(name for name in AUTOENCODERS if name not in optional)
+
+
+def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The pipeline that the components belong to, and its settings."""
+    if "_came_from" not in index:
+        family = _family(index, folder)
+        return family, pipeline_entries({**index, "_class_name": family})
+    came_from = index["_came_from"] or {}
+    return came_from.get("pipeline"), {**pipeline_entries(index), **came_from.get("entries", {})}
+
+
+def _check_channels(
+    folder: Path, config: dict[str, Any], shape: tuple[int, ...], bundle: Bundle
+) -> None:
+    taken = config.get("in_channels", shape[0])
+    produced = config.get("out_channels") or taken
+    if produced != taken and (taken != shape[0] or produced != 2 * taken):
+        raise UsageError(
+            f"{folder}: the network takes {taken} channels and gives {produced}: a "
+            "model for inpainting, depth or super-resolution is fed a picture too, and cannot "
+            "be distilled without one"
+        )
+    channels = bundle.autoencoder.latent_channels if bundle.autoencoder else None
+    if channels is not None and channels != shape[0]:
+        raise UsageError(
+            f"{folder}: the autoencoder's latents have {channels} channels, the network's samples "
+            f"{shape[0]}: they do not belong together"
+        )
+
+
+def _variance(
+    config: dict[str, Any], scheduler: Mapping[str, Any], shape: tuple[int, ...]
+) -> VarianceType:
+    """Twice the channels mean a learned range; only DDPM schedulers say what else it is."""
+    known = scheduler["_class_name"] == "DDPMScheduler" and scheduler.get("variance_type")
+    own: VarianceType = known or "fixed_small"
+    learns = config.get("out_channels") == 2 * shape[0]
+    return "learned_range" if learns and not own.startswith("learned") else own
+
+
+def load_network(
+    folder: Path, name: str, options: LoadOptions, root: Path | None = None
+) -> nn.Module:
+    """Load a network strictly. Raises DkdmError if its weights are not its own.
+
+    name: its class, of diffusers, dkdm or, `OwnNetwork`, whatever the folder's config names. root:
+    the folder of the whole model; None is `folder`.
+    """
+    if name == OWN_CLASS:
+        config = read_json(folder / "config.json", "its config")
+        network = load_own(folder, config, options.factory)
+        return network.to(getattr(torch, options.dtype)).requires_grad_(False)
+    cls = network_class(name)
+    config = read_json(check_folder(folder, root) / "config.json", "its config")
+    with building(config, str(folder / "config.json"), name, folder):
+        network, info = cls.from_pretrained(
+            folder,
+            variant=weight_variant(folder, options.variant),
+            torch_dtype=getattr(torch, options.dtype),
+            output_loading_info=True,
+        )
+    wrong = [
+        f"{len(info[key])} {key.replace('_', ' ')} ({', '.join(map(str, info[key][:3]))})"
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[key]
+    ]
+    if wrong:
+        raise DkdmError(f"{folder}: the weights do not belong to this {name}: {'; '.join(wrong)}")
+    return network.eval().requires_grad_(False)
+
+
+def _conditioning(
+    folder: Path, config: dict[str, Any], index: dict[str, Any], bundle: Bundle
+) -> tuple[Conditioning, dict[str, torch.Tensor]]:
+    """Text where there is an encoder for it; else classes as the network embeds them."""
+    if _reads_text(bundle):
+        return text_conditioning(folder, bundle), {}
+    if "_conditions" in index:
+        return from_index(index["_conditions"], str(folder / INDEX)), {}
+    if config.get("_class_name") == OWN_CLASS:
+        return _own_conditioning(config, index), {}
+    is_dit = config.get("_class_name") == "DiTTransformer2DModel"
+    embedded = config.get("num_embeds_ada_norm" if is_dit else "num_class_embeds")
+    if not embedded:
+        return Unconditional(), {}
+    if embedded == 1:
+        return Unconditional(), {"class_labels": torch.tensor(0)}
+    null = index.get("null_class")
+    if "null_class" not in index and is_dit:
+        null = embedded  # a DiT's table of labels has one row more, for no label
+    classes = embedded - 1 if null == embedded - 1 else embedded
+    return ClassLabels(classes, null, _taught(index), _class_names(index, classes)), {}
+
+
+def _own_conditioning(config: dict[str, Any], index: dict[str, Any]) -> Conditioning:
+    classes = config.get("num_classes")
+    if classes is None:
+        return Unconditional()
+    names = _class_names(index, classes)
+    return ClassLabels(classes, config.get("null_class"), _taught(index), names)
+
+
+def _taught(index: dict[str, Any]) -> tuple[int, ...] | None:
+    """The classes that a student learnt, where these are not all."""
+    taught = index.get("classes")
+    return None if taught is None else tuple(map(int, taught))
+
+
+def _class_names(index: dict[str, Any], classes: int) -> tuple[str, ...] | None:
+    """Names by dkdm's list, or by the `id2label` of diffusers' DiTPipeline."""
+    names = index.get("class_names")
+    if names:
+        return tuple(names.values() if isinstance(names, dict) else names)
+    labels = index.get("id2label") or {}
+    if any(str(i) not in labels for i in range(classes)):
+        return None
+    return tuple(labels[str(i)] for i in range(classes))

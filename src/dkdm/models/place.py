@@ -1,0 +1,38 @@
+"""Where a teacher's weights are, and how small: int8 linear layers, layers moved in one by one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from dkdm.core.denoiser import Denoiser
+from dkdm.errors import DkdmError
+
+Offload = Literal["none", "layers"]
+
+
+def quantize_int8(network: nn.Module) -> None:
+    """Keep the weights of linear layers in int8, one scale a row; the arithmetic stays as it is.
+
+    Raises DkdmError where torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise DkdmError("--teacher-dtype int8 needs torchao: pip install 'dkdm[quant]'") from error
+    quantize_(network, Int8WeightOnlyConfig())
+
+
+def place(denoiser: Denoiser, device: torch.device, offload: Offload = "none") -> None:
+    """Bring a model to the device, whole or a layer at a time, when its turn comes."""
+    network = denoiser.network
+    if not isinstance(network, nn.Module):
+        return
+    if offload == "none":
+        network.to(device)
+        return
+    from accelerate import cpu_offload
+
+    cpu_offload(network, execution_device=device, offload_buffers=True)

@@ -1,0 +1,240 @@
+"""How each text pipeline of diffusers encodes prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dkdm.core.bundle import Bundle
+from dkdm.core.conditioning import Condition
+from dkdm.errors import DkdmError, UsageError
+from dkdm.models.components import Component
+from dkdm.models.effective import class_config
+from dkdm.models.prompts import Prompts, TextEncoders, folder_fingerprint
+from dkdm.reading.allowed import component_class
+from dkdm.reading.fields import Fields, read_json
+from dkdm.reading.sizes import in_a_line
+
+EMBEDS, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a pipeline's `encode_prompt` returns and is told.
+
+    outputs: names of what it returns, None for what is not needed. arguments: given to it.
+    defaults: arguments of `encode_prompt` that are taken from the pipeline's own `__call__`.
+    zero_empty: the entry of model_index.json that says that an empty prompt is all zeros.
+    bare_empty: whether an empty prompt goes without the instruction that stands before the others;
+        the pipeline encodes it as its negative prompt, and returns that after the prompts' own.
+    asks_transformer: whether it asks the denoiser's config for the width of a missing encoder.
+    """
+
+    outputs: tuple[str | None, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    defaults: tuple[str, ...] = ()
+    zero_empty: str | None = None
+    bare_empty: bool = False
+    asks_transformer: bool = False
+
+    def all_arguments(self, bundle: Bundle) -> dict[str, Any]:
+        """What `encode_prompt` is told beside prompts; the bundle's entries come first."""
+        import diffusers
+
+        call = inspect.signature(getattr(diffusers, str(bundle.pipeline)).__call__).parameters
+        defaults = {name: call[name].default for name in self.defaults}
+        own = {name: bundle.entries[name] for name in self.defaults if name in bundle.entries}
+        return self.arguments | defaults | own
+
+    def absent(self, pipeline: str, encoders: Sequence[str]) -> list[str]:
+        """Parameters of the pipeline that are neither its scheduler nor one of its encoders."""
+        import diffusers
+
+        init = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
+        present = {"self", "scheduler", *encoders}
+        return [
+            name
+            for name, parameter in init.items()
+            if name not in present and (parameter.default is parameter.empty or name in _NOT_TEXT)
+        ]
+
+
+_UNGUIDED = {"do_classifier_free_guidance": False}
+_SEVERAL = {"prompt_2": None}
+FAMILIES = {
+    "StableDiffusionPipeline": Family((EMBEDS,), {**_UNGUIDED, "num_images_per_prompt": 1}),
+    "StableDiffusionXLPipeline": Family(
+        (EMBEDS, None, POOLED), {**_UNGUIDED, **_SEVERAL}, (), "force_zeros_for_empty_prompt"
+    ),
+    "PixArtAlphaPipeline": Family((EMBEDS, MASK), _UNGUIDED, ("max_sequence_length",)),
+    "PixArtSigmaPipeline": Family((EMBEDS, MASK), _UNGUIDED, ("max_sequence_length",)),
+    "StableDiffusion3Pipeline": Family(
+        (EMBEDS, None, POOLED),
+        {**_UNGUIDED, **_SEVERAL, "prompt_3": None},
+        ("max_sequence_length",),
+        asks_transformer=True,
+    ),
+    "FluxPipeline": Family((EMBEDS, POOLED), _SEVERAL, ("max_sequence_length",)),
+    "SanaPipeline": Family(
+        (EMBEDS, MASK),
+        _UNGUIDED,
+        ("max_sequence_length", "complex_human_instruction"),
+        bare_empty=True,
+    ),
+    "Lumina2Pipeline": Family(
+        (EMBEDS, MASK), _UNGUIDED, ("max_sequence_length", "system_prompt"), bare_empty=True
+    ),
+    "WanPipeline": Family((EMBEDS,), _UNGUIDED, ("max_sequence_length",)),
+}
+
+
+def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
+    """Prompts for a text pipeline, none given yet; its encoders are loaded when first needed.
+
+    Raises UsageError for a pipeline whose prompts dkdm does not know how to encode, DkdmError where
+    transformers is not installed.
+    """
+    if bundle.pipeline not in FAMILIES:
+        raise UsageError(
+            f"{folder}: how {bundle.pipeline} encodes prompts is not known: expected one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    if find_spec("transformers") is None:
+        raise DkdmError(f"{folder}: prompts need transformers: pip install 'dkdm[text]'")
+    encoders = {name: part for name, part in bundle.components.items() if _is_text(name)}
+    family = FAMILIES[bundle.pipeline]
+    told = repr(family.all_arguments(bundle))
+    told += repr([part.class_name for part in encoders.values()])
+    if family.asks_transformer:
+        told += f" {token_width(folder, bundle)}"
+    folders = [part.folder for part in encoders.values()]
+    fingerprint = folder_fingerprint(folders, bundle.pipeline, told)
+    loaded = LazyEncoders(folder, bundle)
+    return Prompts(TextEncoders(loaded.encode, loaded.release, fingerprint))
+
+
+def _is_text(name: str) -> bool:
+    return name.startswith(("text_encoder", "tokenizer"))
+
+
+class LazyEncoders:
+    """A pipeline without denoiser and autoencoder, loaded when the first prompt is encoded."""
+
+    def __init__(self, folder: Path, bundle: Bundle) -> None:
+        self.folder, self.bundle = folder, bundle
+        self.family = FAMILIES[str(bundle.pipeline)]
+        self.pipeline: Any = None
+
+    def load(self) -> Any:
+        if self.pipeline is None:
+            self.pipeline = self._load()
+        return self.pipeline
+
+    def _load(self) -> Any:
+        import diffusers
+
+        kind = str(self.bundle.pipeline)
+        parts = {name: part for name, part in self.bundle.components.items() if _is_text(name)}
+        loaded = {name: part.load(**_options(name)) for name, part in parts.items()}
+        unused = dict.fromkeys(["scheduler", *self.family.absent(kind, list(parts))])
+        with self._fitting():
+            pipeline = getattr(diffusers, kind)(**loaded, **unused)
+        pipeline = pipeline.to("cuda") if torch.cuda.is_available() else pipeline
+        if self.family.asks_transformer and pipeline.text_encoder_3 is None:
+            config = SimpleNamespace(joint_attention_dim=token_width(self.folder, self.bundle))
+            object.__setattr__(pipeline, "transformer", SimpleNamespace(config=config))
+        return pipeline
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Embeddings of prompts, one row each."""
+        rows, empty = self._encode(prompts), [i for i, prompt in enumerate(prompts) if not prompt]
+        if not empty:
+            return rows
+        if self.bundle.entries.get(self.family.zero_empty or "", False):
+            for value in rows.values():
+                value[empty] = 0
+        elif self.family.bare_empty:
+            bare = self._encode([""], negative=True)
+            for name, value in rows.items():
+                value[empty] = bare[name]
+        return rows
+
+    def _encode(self, prompts: Sequence[str], negative: bool = False) -> Condition:
+        """What the pipeline makes of prompts, or of negative prompts."""
+        pipeline, outputs = self.load(), self.family.outputs
+        arguments = self.family.all_arguments(self.bundle)
+        if negative:
+            arguments |= {"do_classifier_free_guidance": True, "negative_prompt": list(prompts)}
+        device = next(
+            part.device for name, part in pipeline.components.items() if _is_encoder(name, part)
+        )
+        with self._fitting():
+            encoded = pipeline.encode_prompt(prompt=list(prompts), device=device, **arguments)
+        found = zip(outputs, encoded[len(outputs) if negative else 0 :], strict=False)
+        return {name: value.cpu() for name, value in found if name is not None}
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Raise DkdmError if the parts that a folder lists do not work together."""
+        try:
+            yield
+        except Exception as error:  # whatever classes raise that were not made for each other
+            listed = ", ".join(
+                f"{name}: {part.class_name}"
+                for name, part in self.bundle.components.items()
+                if _is_text(name)
+            )
+            raise DkdmError(
+                f"{self.folder}: prompts cannot be encoded by {listed}: {in_a_line(error)}"
+            ) from error
+
+    def release(self) -> None:
+        self.pipeline = None
+
+
+def token_width(folder: Path, bundle: Bundle) -> int:
+    """Width of a text token: the denoiser's, or all encoders' together where there is none."""
+    file = folder / "transformer" / "config.json"
+    raw = read_json(file, "the config of its transformer") if file.is_file() else {}
+    own = class_config(raw, str(raw.get("_class_name")), str(file)) if raw else {}
+    saved = Fields({**bundle.entries, **own}, str(file))
+    if "joint_attention_dim" in saved.values:
+        return saved.whole("joint_attention_dim", low=1)
+    encoders = [part for name, part in bundle.components.items() if name.startswith("text_encoder")]
+    return sum(encoder_width(part) for part in encoders)
+
+
+def encoder_width(part: Component) -> int:
+    """Width of a text encoder's embeddings, by its config and its class's defaults."""
+    file = part.folder / "config.json"
+    raw = read_json(file, "a text encoder's config")
+    made = component_class(part.folder, part.library, part.class_name)
+    kind = getattr(made, "config_class", None)
+    try:
+        values = raw if kind is None else {"hidden_size": kind.from_dict(raw).hidden_size}
+    except Exception as error:
+        raise UsageError(f"{file} is not of a {part.class_name}: {in_a_line(error)}") from error
+    return Fields(values, str(file)).whole("hidden_size", low=1)
+
+
+def _options(name: str) -> dict[str, Any]:
+    return {"dtype": torch.float32} if name.startswith("text_encoder") else {}
+
+
+_NOT_TEXT = (
+    "unet", "transformer", "transformer_2", "vae", "safety_checker", "feature_extractor",
+    "image_encoder",
+)  # fmt: skip
+
+
+def _is_encoder(name: str, part: Any) -> bool:
+    return name.startswith("text_encoder") and part is not None

@@ -1,0 +1,137 @@
+"""What a Python user hands over, checked by type and range when it comes in.
+
+Numbers of numpy and torch are taken where a number is meant. Every refusal is one line with the
+argument's name, the value, what is accepted and, if it is known, what was probably meant. Arrays
+are in `arrays`, which needs torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, ClassVar, NoReturn, Self
+
+from dkdm.errors import UsageError
+from dkdm.reading.fields import is_number, shown
+
+
+class NamedArguments:
+    """A class whose constructor names the nearest argument for one that it does not have.
+
+    meant: arguments by the names that people give them elsewhere.
+    """
+
+    meant: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *_: Any, **named: Any) -> Self:
+        """An object that is still to be initialized. Raises UsageError for an unknown argument."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        check_names(f"{cls.__name__}(...)", named, known, cls.meant)
+        return super().__new__(cls)
+
+
+def check_names(
+    where: str, given: Mapping[str, Any], known: Iterable[str], meant: Mapping[str, str]
+) -> None:
+    """Raise UsageError for the first name that is not known, with the nearest ones that are."""
+    known = list(known)
+    for name, value in given.items():
+        if name not in known:
+            use = f"use {meant[name]}" if meant.get(name) in known else nearest(name, known)
+            raise UsageError(f"{where}: there is no '{name}' (given as {described(value)}): {use}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to use instead of an unknown name: the closest ones, or all."""
+    known = list(known)
+    words = set(name.split("_"))
+    sharing = [k for k in known if len(words & set(k.split("_"))) > 1]
+    near = [*get_close_matches(name, known, 3, 0.6), *sharing]
+    near = list(dict.fromkeys(near)) or get_close_matches(name, known, 3, 0.4)
+    return f"use {' or '.join(near[:3])}" if near else f"use one of {', '.join(known)}"
+
+
+def refuse(name: str, value: Any, accepted: str) -> NoReturn:
+    """Raise the UsageError that says which value of an argument is not accepted."""
+    raise UsageError(f"{name} is {described(value)}: {accepted}")
+
+
+def described(value: Any) -> str:
+    """A value as a message shows it: short, tensors by their shape, objects by their kind."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if is_array(value):
+        return f"an array of shape {tuple(value.shape)}"
+    if hasattr(value, "state_dict"):
+        return f"a network, {type(value).__name__}"
+    if callable(value):
+        return f"the function {getattr(value, '__name__', type(value).__name__)}"
+    plain = (str, int, float, bool, tuple, list, dict, type(None))
+    return shown(value) if isinstance(value, plain) else f"an object of {type(value).__name__}"
+
+
+def scalar(value: Any) -> Any:
+    """A number of numpy or torch as Python's; anything else as it is."""
+    return value.item() if is_array(value) and value.ndim == 0 else value
+
+
+def is_array(value: Any) -> bool:
+    """Whether this is a tensor, or an array or number of numpy; neither is imported for it."""
+    return all(hasattr(value, name) for name in ("item", "ndim", "shape")) and not isinstance(
+        value, type
+    )
+
+
+def number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
+    """A finite number in low..high; open_low: low itself is left out."""
+    found = scalar(value)
+    legal = is_number(found) and (low < found if open_low else low <= found) and found <= high
+    return float(found) if legal else refuse(name, value, f"give {_range(low, high, open_low)}")
+
+
+def whole(name: str, value: Any, low: int = 0, high: int = 2**31) -> int:
+    """A whole number in low..high."""
+    found = scalar(value)
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    legal = type(found) is int and low <= found <= high
+    return found if legal else refuse(name, value, f"give a whole number from {low} to {high}")
+
+
+def _range(low: float, high: float, open_low: bool) -> str:
+    if math.isinf(low) and math.isinf(high):
+        return "a finite number"
+    least = f"above {low:g}" if open_low else f"of {low:g} or more"
+    if math.isinf(high):
+        return f"a finite number {least}"
+    return f"a number from {low:g} to {high:g}"
+
+
+def chosen(name: str, value: Any, allowed: Iterable[str], others: Mapping[str, str]) -> str:
+    """One of the allowed words; others: what people call them elsewhere, for the message."""
+    allowed = tuple(allowed)
+    if isinstance(value, str) and value in allowed:
+        return value
+    key = value.lower().replace("-", "_") if isinstance(value, str) else ""
+    meant = others.get(key) or next(iter(get_close_matches(key, allowed, 1)), None)
+    hint = f"did you mean '{meant}'? It is" if meant else "give"
+    refuse(name, value, f"{hint} one of {', '.join(allowed)}")
+
+
+def shape(name: str, value: Any) -> tuple[int, ...]:
+    """The shape (C, ...) of one sample; a number is that of a vector of so many values."""
+    accepted = "give the shape of one sample without the batch, such as (3, 32, 32)"
+    if type(scalar(value)) is int:
+        value = (value,)
+    if is_array(value):
+        value = value.tolist()
+    if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 5:
+        refuse(name, value, accepted)
+    sizes = tuple(scalar(size) for size in value)
+    if not all(type(size) is int and size >= 1 for size in sizes):
+        refuse(name, value, accepted)
+    return sizes

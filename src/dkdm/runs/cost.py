@@ -1,0 +1,159 @@
+"""What a run takes in minutes, from the speed of one batch; nothing of the run is touched."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dkdm.config import DistillConfig
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.evaluation.cost import undisturbed
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """evaluation: seconds of the teacher for one sample. step: of the student for one optimizer
+    step, forward and backward."""
+
+    evaluation: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds to prepare the source and to train, and the teacher evaluations of each."""
+
+    preparing: float
+    training: float
+    evaluations: tuple[int, int]
+    steps: int
+
+
+def estimated(evaluations: tuple[int, int], steps: int, done: int, speeds: Speeds) -> Estimate:
+    """What is left of a run: evaluations to prepare it and to train it whole, of `steps` steps.
+
+    done: steps that a resumed run has behind it; then nothing is to be prepared.
+    """
+    left = max(0, steps - done)
+    preparing = 0 if done else evaluations[0]
+    training = round(evaluations[1] * left / max(1, steps))
+    return Estimate(
+        preparing * speeds.evaluation,
+        training * speeds.evaluation + left * speeds.step,
+        (preparing, training),
+        left,
+    )
+
+
+def in_words(estimate: Estimate) -> str:
+    """One line: minutes in total, to prepare and to train, and of what."""
+    preparing, training = estimate.evaluations
+    total = minutes(estimate.preparing + estimate.training)
+    first = f"{minutes(estimate.preparing)} to prepare ({preparing:,} teacher evaluations)"
+    second = f"{minutes(estimate.training)} to train ({estimate.steps:,} steps"
+    second += f", {training:,} teacher evaluations)" if training else ")"
+    return f"{total} in total, by the speed of one batch: {first}, {second}"
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as minutes, hours or days with two digits."""
+    if seconds < 6:
+        return "less than 0.1 minutes"
+    units = ((60, "minutes", 7200), (3600, "hours", 172800), (86400, "days", math.inf))
+    size, name = next((size, name) for size, name, below in units if seconds < below)
+    value = seconds / size
+    return f"{value:.1f} {name}" if value < 10 else f"{value:,.0f} {name}"
+
+
+def advice(estimate: Estimate, config: DistillConfig) -> str | None:
+    """What to change where preparing takes longer than training; None where it does not."""
+    if estimate.preparing <= estimate.training or estimate.preparing < 1:
+        return None
+    if config.source == "synthetic":
+        help_ = "--synthetic-samples or --synthetic-steps makes it shorter"
+    elif config.fill == "ancestral":
+        help_ = "--fill few-step, or a smaller --pool-size or --rho, makes it shorter"
+    else:
+        help_ = "a smaller --fill-steps, --pool-size or --rho makes it shorter"
+    return (
+        f"warning: preparing takes longer than training: {help_}; more --max-train-steps make more "
+        "use of it"
+    )
+
+
+def measured(
+    teacher: Denoiser,
+    student: Denoiser,
+    config: DistillConfig,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Speeds:
+    """The speeds of both models in one batch, after a warm-up of two samples.
+
+    Weights, buffers, gradients, modes, counters and the global random state are as before.
+    """
+    size = config.train_batch_size
+    with undisturbed(teacher), torch.no_grad(), _same_random_state():
+        evaluation = _seconds(lambda count: teacher.predict(_batch(teacher, count)), size) / size
+
+    def step(count: int) -> None:
+        with autocast():
+            output = student.predict(_batch(student, count)).output
+        output.float().square().mean().backward()
+
+    with _as_before(student), _same_random_state():
+        step_seconds = _seconds(step, size)
+    return Speeds(evaluation, step_seconds * config.gradient_accumulation_steps)
+
+
+def _seconds(work: Callable[[int], object], size: int) -> float:
+    work(2)
+    _wait()
+    started = time.perf_counter()
+    work(size)
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _batch(denoiser: Denoiser, count: int) -> Batch:
+    random = torch.Generator().manual_seed(0)
+    cond = denoiser.conditioning.draw(count, random)
+    x = torch.randn(count, *denoiser.sample_shape, generator=random).to(denoiser.device)
+    t = torch.randint(denoiser.process.num_levels, (count,), generator=random)
+    return Batch(x, t, cond, t)
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
+
+
+@contextmanager
+def _as_before(student: Denoiser) -> Iterator[None]:
+    """Train without a trace: buffers, gradients and counter as they were."""
+    network, evaluations = student.network, student.evaluations
+    assert isinstance(network, nn.Module)
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    gradients = [(weight, weight.grad) for weight in network.parameters()]
+    for weight, _ in gradients:
+        weight.grad = None
+    try:
+        yield
+    finally:
+        student.evaluations = evaluations
+        for weight, gradient in gradients:
+            weight.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

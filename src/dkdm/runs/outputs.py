@@ -1,0 +1,267 @@
+"""What a run shows: grids on the way, and at its end distances, a model card and the page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dkdm.config import DistillConfig, RunConfig, TrainConfig
+from dkdm.core import checkpoint
+from dkdm.core.conditioning import parse_interval, restrict_classes
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.modes import evaluating, say_if
+from dkdm.core.pool import Guidance
+from dkdm.core.progress import track
+from dkdm.errors import UsageError
+from dkdm.evaluation.classes import Metrics, evaluate_images
+from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare
+from dkdm.evaluation.features import ReferenceName
+from dkdm.evaluation.results import Comparison
+from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.report import write_report
+from dkdm.report.pictures import sample_grid
+from dkdm.shipping.card import NO_LICENCE, write_card
+from dkdm.shipping.pipeline_folder import shipping_notes
+
+GRID_COLUMNS = 10
+GRID_SAMPLES = 40
+
+
+def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[int, Denoiser], None]:
+    """Writes samples/step-N.png: a row of the teacher's samples, one of the student's."""
+    plan = Plan(GRID_COLUMNS, config.validation_sampling_steps, config.seed)
+    drawn: list[torch.Tensor] = []
+
+    def write(step: int, student: Denoiser) -> None:
+        before = teacher.evaluations
+        for_teacher, for_student = sampling_guidance(config, student)
+        cond = student.conditioning.in_turns(GRID_COLUMNS)
+        if not drawn:
+            drawn.append(pictures(teacher, draw(teacher, cond, plan, for_teacher)))
+        teacher.evaluations = before
+        both = torch.cat([drawn[0], pictures(student, draw(student, cond, plan, for_student))])
+        _save_grid(config.output_dir, f"step-{step:06d}", both)
+
+    return write
+
+
+def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
+    """Writes samples/step-N.png: samples of every class."""
+    plan = Plan(GRID_SAMPLES, config.validation_sampling_steps, config.seed)
+
+    def write(step: int, model: Denoiser) -> None:
+        cond = model.conditioning.in_turns(GRID_SAMPLES)
+        samples = pictures(model, draw(model, cond, plan, config.sampling_guidance_scale))
+        _save_grid(config.output_dir, f"step-{step:06d}", samples)
+
+    return write
+
+
+def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
+    picture = sample_grid(samples, GRID_COLUMNS)
+    if picture is None:
+        return
+    folder = output_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / f"{name}.png")
+
+
+def sampling_guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
+    """Sampling guidance of teacher and student: baked into the student, or applied to both.
+
+    A student that embeds the scale was told it, and is told it again.
+    """
+    guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
+    if guidance.is_off or guidance.chain_only:
+        return config.sampling_guidance_scale, config.sampling_guidance_scale
+    middle = (guidance.low + guidance.high) / 2
+    return middle, middle if student.embeds_guidance else 1.0
+
+
+def compare_models(
+    teacher: Denoiser, student: Denoiser, config: DistillConfig
+) -> Comparison | None:
+    if config.evaluation_samples == 0:
+        return None
+    for_teacher, for_student = sampling_guidance(config, student)
+    comparison = compare(
+        teacher,
+        student,
+        num_samples=config.evaluation_samples,
+        num_steps=config.validation_sampling_steps,
+        seed=config.seed,
+        guidance_teacher=for_teacher,
+        guidance_student=for_student,
+        reference=reference_of(config, teacher),
+    )
+    comparison.save(config.output_dir)
+    return comparison
+
+
+def reference_of(config: RunConfig, model: Denoiser) -> ReferenceName | None:
+    """What distances are measured against: as asked, or by the model's class names."""
+    if config.evaluation_reference == "none":
+        return None
+    if config.evaluation_reference != "auto":
+        return config.evaluation_reference
+    fashion = getattr(model.conditioning, "names", None) == FASHION_CLASS_NAMES
+    return "fashion-test" if fashion else None
+
+
+def finish_distillation(
+    config: DistillConfig,
+    teacher: Denoiser,
+    student: Denoiser,
+    comparison: Comparison | None,
+    seconds: float,
+) -> None:
+    """Write grids, card and page of a finished run."""
+    rows: list[tuple[str, list[str]]] = []
+    metrics = None
+    if comparison is not None:
+        rows, metrics = result_rows(comparison), comparison.student.metrics
+        samples = comparison.samples
+        _save_grid(config.output_dir, "grid", samples["student"][:GRID_SAMPLES])
+        rows_of_both = [samples[name][:GRID_COLUMNS] for name in ("teacher", "student")]
+        _save_grid(config.output_dir, "comparison", torch.cat(rows_of_both))
+    how = (
+        f"{config.evaluation_samples} samples of each from the same noise, "
+        f"{config.validation_sampling_steps} DDIM steps."
+    )
+    licensed = write_card(
+        config.output_dir,
+        student,
+        config,
+        teacher=teacher,
+        minutes=seconds / 60,
+        rows=rows,
+        metrics=metrics,
+        measured_how=how,
+        guidance_scale=sampling_guidance(config, student)[1],
+    )
+    write_report(config.output_dir)
+    _ask_for_licence(config, licensed)
+    say_what_ships(student)
+
+
+def _ask_for_licence(config: RunConfig, licensed: bool) -> None:
+    if not licensed:
+        print(f"note: {NO_LICENCE} {config.output_dir}/README.md", file=sys.stderr)
+
+
+def result_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """What was measured of teacher and student, as rows of text; the first is the header."""
+    both = (comparison.teacher, comparison.student)
+    return [
+        ("", ["teacher", "student"]),
+        ("parameters", [f"{model.parameters:,}" for model in both]),
+        ("MACs an evaluation", [f"{model.macs:,}" for model in both]),
+        ("evaluations a second", [f"{model.evaluations_per_second:,.0f}" for model in both]),
+        *_metric_rows([model.metrics for model in both if model.metrics]),
+    ]
+
+
+def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> None:
+    rows: list[tuple[str, list[str]]] = []
+    metrics = None
+    if config.evaluation_samples:
+        plan = Plan(config.evaluation_samples, config.validation_sampling_steps, config.seed)
+        cond = model.conditioning.in_turns(plan.num_samples)
+        samples = draw(model, cond, plan, config.sampling_guidance_scale)
+        samples = pictures(model, samples)
+        _save_grid(config.output_dir, "grid", samples[:GRID_SAMPLES])
+        reference = reference_of(config, model)
+        if reference is not None:
+            metrics = evaluate_images(samples.clamp(-1, 1), cond.get("class_labels"), reference)
+            rows = [("", ["value"]), *_metric_rows([metrics])]
+    how = (
+        f"{config.evaluation_samples} samples, {config.validation_sampling_steps} DDIM steps, "
+        f"guidance {config.sampling_guidance_scale}."
+    )
+    licensed = write_card(
+        config.output_dir,
+        model,
+        config,
+        minutes=seconds / 60,
+        rows=rows,
+        metrics=metrics,
+        measured_how=how,
+        guidance_scale=config.sampling_guidance_scale,
+    )
+    _ask_for_licence(config, licensed)
+    say_what_ships(model)
+
+
+def say_what_ships(model: Denoiser) -> None:
+    """Say what must be known or there where the folder is loaded, if anything."""
+    for note in shipping_notes(model):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _metric_rows(measured: list[Metrics]) -> list[tuple[str, list[str]]]:
+    if not measured:
+        return []
+    fields = {
+        "Frechet distance": "fd",
+        "asked class recognised": "class_agreement",
+        "variance within a class, of the real one": "variance_ratio_mean",
+        "the same, least diverse class": "variance_ratio_min",
+    }
+    return [
+        (name, [f"{getattr(m, key):.3f}" for m in measured])
+        for name, key in fields.items()
+        if all(getattr(m, key) is not None for m in measured)
+    ]
+
+
+def sample_to_file(
+    denoiser: Denoiser,
+    output: Path,
+    *,
+    num_samples: int,
+    num_steps: int,
+    sampler: str = "ddim",
+    seed: int = 0,
+    classes: tuple[int, ...] | None = None,
+    guidance_scale: float = 1.0,
+    guidance_interval: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Draw samples and write them as a picture, or as a tensor where output ends .safetensors.
+
+    A picture of videos shows their middle frames, one of vectors and signals plots them; a tensor
+    holds latents where the model works on these. Raises UsageError for a file that exists, a
+    picture of samples of more dimensions than a video's, an unknown sampler and a class out of
+    range.
+    """
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists: expected another --output, or --overwrite")
+    if output.suffix != ".safetensors" and not 1 <= len(denoiser.sample_shape) <= 4:
+        raise UsageError(
+            f"{output}: samples of shape {denoiser.sample_shape} cannot be drawn: use --output "
+            "x.safetensors"
+        )
+    if sampler not in ("ddim", "ddpm"):
+        raise UsageError(f"unknown sampler '{sampler}': expected ddim or ddpm")
+    conditioning = restrict_classes(denoiser.conditioning, classes)
+    interval = parse_interval(guidance_interval)
+    denoiser = replace(denoiser, conditioning=conditioning, guidance_interval=interval)
+    cond = conditioning.in_turns(num_samples)
+    plan = Plan(num_samples, num_steps, seed, eta=float(sampler == "ddpm"))
+    with (
+        evaluating(denoiser.network, denoiser.call) as changed,
+        track(num_samples, 0, "sampling") as progress,
+    ):
+        say_if(changed)
+        samples = draw(denoiser, cond, plan, guidance_scale, progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".safetensors":
+        checkpoint.write_tensors(output, {"samples": samples, **cond})
+    else:
+        picture = sample_grid(pictures(denoiser, samples), GRID_COLUMNS)
+        assert picture is not None  # their rank was looked at above
+        picture.save(output)

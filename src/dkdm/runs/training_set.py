@@ -1,0 +1,96 @@
+"""What `dkdm train` learns from: images or their latents, and their conditions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dkdm.config import TrainConfig
+from dkdm.core.bundle import Bundle, Coder
+from dkdm.core.conditioning import ClassLabels, Condition, Conditioning, Unconditional
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import Parameterization
+from dkdm.core.progress import track
+from dkdm.data.datasets import load_captions, load_images
+from dkdm.evaluation.comparison import FASHION_CLASS_NAMES
+from dkdm.models.pipeline_folder import read_base
+from dkdm.models.prompts import Prompts, with_prompts
+from dkdm.models.schedulers import from_scheduler_config, named_config, prediction_type
+from dkdm.reading.sizes import understood
+
+COSINE_V: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+}
+ENCODED_AT_ONCE = 200
+
+
+class TrainingData(NamedTuple):
+    """images: [N, ...] clean samples, latents where the base has an autoencoder; conditions: N rows
+    each."""
+
+    images: Tensor
+    conditions: Condition
+
+
+def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
+    """Read, encode and caption the images; beside them a model without a network yet.
+
+    Raises UsageError for options that do not fit together, DkdmError for images, captions or a
+    base that cannot be read.
+    """
+    images, labels = load_images(config.images, config.sample_shape)
+    scheduler, bundle, text = COSINE_V, Bundle(), None
+    if config.base is not None:
+        with understood(f"--base {config.base}"):
+            own_scheduler, bundle, text = read_base(Path(config.base))
+        scheduler = own_scheduler or scheduler
+    if config.scheduler:
+        scheduler = dict(named_config(config.scheduler, 1.0 if not bundle.autoencoder else None))
+    conditioning, conditions = _conditions(config, images, labels, text)
+    if bundle.autoencoder is not None:
+        images = encoded(bundle.autoencoder, images, config.seed)
+    like = Denoiser(
+        lambda x, *_, **__: x,
+        from_scheduler_config(scheduler),
+        Parameterization(prediction_type(scheduler)),
+        tuple(images.shape[1:]),
+        conditioning,
+        bundle=bundle,
+    )
+    return TrainingData(images, conditions), like
+
+
+def _conditions(
+    config: TrainConfig, images: Tensor, labels: Tensor | None, text: Prompts | None
+) -> tuple[Conditioning, Condition]:
+    """Captions where the base encodes text; else the labels, where there are any."""
+    if text is not None:
+        captions = load_captions(config.images, images, labels)
+        prompts = with_prompts(text, sorted(set(captions)), config.negative_prompt)
+        return prompts, prompts.of(captions)
+    if labels is None or not config.class_conditional:
+        return Unconditional(), {}
+    classes = int(labels.max()) + 1
+    names = FASHION_CLASS_NAMES if config.images == "fashion-mnist" else None
+    return ClassLabels(classes, null_class=classes, names=names), {"class_labels": labels}
+
+
+def encoded(autoencoder: Coder, images: Tensor, seed: int) -> Tensor:
+    """Latents of all images, drawn once each."""
+    random = torch.Generator().manual_seed(seed)
+    parts = []
+    with track(len(images), 0, "encoding images") as progress:
+        for part in images.split(ENCODED_AT_ONCE):
+            parts.append(autoencoder.encode(part, random))
+            progress(sum(map(len, parts)))
+    autoencoder.idle()
+    return torch.cat(parts)

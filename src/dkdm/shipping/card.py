@@ -1,0 +1,328 @@
+"""The model card: what a model is, what it came from, how to use it, what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dkdm.config import DistillConfig, RunConfig, TrainConfig
+from dkdm.core.conditioning import ClassLabels, parse_interval
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.pool import Guidance
+from dkdm.evaluation.classes import Metrics
+from dkdm.models.prompts import Prompts
+from dkdm.shipping.licence import CARD, Origin, licence_of_student, origin_of
+from dkdm.shipping.markdown import code, link, plain
+from dkdm.shipping.pipeline_folder import shipping_notes, usage_snippet
+from dkdm.version import __version__
+
+_TEMPLATES = Environment(  # nosec: writes Markdown, not HTML
+    loader=PackageLoader("dkdm.shipping"), undefined=StrictUndefined, keep_trailing_newline=True
+)
+NO_LICENCE = "the model card names no licence: give --license, or write 'license:' at the head of"
+DATA = {  # by --source; where dkdm knows no more, it does not say "no image was read"
+    "dynamic": "No image was read to train it.",
+    "shuffled": "No image was read to train it.",
+    "iterative": "No image was read to train it.",
+    "synthetic": "It was trained on samples of the teacher, noised afresh; no image was read.",
+    "real": "It was trained on images, as a baseline for data-free distillation.",
+    "mixed": "It was trained on images and on samples of the teacher together, as a baseline for "
+    "data-free distillation.",
+}
+DATA_FREE = ("dynamic", "shuffled", "iterative", "synthetic")
+
+
+def write_card(
+    folder: Path,
+    denoiser: Denoiser,
+    config: RunConfig,
+    *,
+    teacher: Denoiser | None = None,
+    minutes: float | None = None,
+    rows: Sequence[tuple[str, Sequence[str]]] = (),
+    metrics: Metrics | None = None,
+    measured_how: str = "",
+    guidance_scale: float = 1.0,
+) -> bool:
+    """Write `README.md`, the model card; returns whether it names a licence.
+
+    teacher: of a distillation. minutes: that the training took. rows: of the table of measurements,
+    the first one its header. metrics: the same for the hub's index. measured_how: how these numbers
+    came about. guidance_scale: that it is to be sampled with.
+    """
+    origin = origin_of(config)
+    inherited = origin.licence if origin else {}
+    licence = licence_of_student(config.license, inherited)
+    text = _TEMPLATES.get_template("card.md.j2").render(
+        front_matter=_yaml(_front_matter(denoiser, config, origin, licence, metrics)),
+        title=plain(config.output_dir.absolute().name),
+        lead=_lead(denoiser, config, origin, teacher),
+        pictures=_pictures(folder),
+        usage=usage_snippet(config.output_dir.absolute().name, denoiser, guidance_scale),
+        notes=shipping_notes(denoiser),
+        details=_details(denoiser, config, teacher, minutes),
+        metrics=list(rows),
+        measured_how=measured_how,
+        measured=metrics is not None,
+        limits=_limits(denoiser, config),
+        licence=_licence_text(licence, inherited, origin),
+        hyperparameters=_hyperparameters(config),
+        distilled=isinstance(config, DistillConfig),
+        version=__version__,
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
+    return bool(licence)
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    known = {key: value for key, value in values.items() if value is not None}
+    return str(yaml.safe_dump(known, sort_keys=False, allow_unicode=True)).strip()
+
+
+def _front_matter(
+    denoiser: Denoiser,
+    config: RunConfig,
+    origin: Origin | None,
+    licence: Mapping[str, Any],
+    metrics: Metrics | None,
+) -> dict[str, Any]:
+    """What the hub reads.
+
+    There is no `base_model_relation`: the hub has none for a distillation (adapter, merge,
+    quantized, finetune).
+    """
+    task = _task(denoiser)
+    return {
+        "library_name": "diffusers",
+        "pipeline_tag": task,
+        **licence,
+        "base_model": origin.base_model if origin else None,
+        "tags": _tags(denoiser, config),
+        "model-index": _model_index(config.output_dir.absolute().name, task, metrics),
+    }
+
+
+_DIMENSIONS = {3: "image", 4: "video"}  # of a sample; a sound has 2
+
+
+def _task(denoiser: Denoiser) -> str | None:
+    """The hub's name of what the model does, where it has one."""
+    kind = _DIMENSIONS.get(len(denoiser.sample_shape), "audio")
+    if isinstance(denoiser.conditioning, Prompts):
+        return f"text-to-{kind}"
+    return "unconditional-image-generation" if kind == "image" else None
+
+
+def _tags(denoiser: Denoiser, config: RunConfig) -> list[str]:
+    tags = ["diffusers", "diffusion", "dkdm"]
+    if isinstance(config, DistillConfig):
+        tags.append("distillation")
+        tags += ["data-free"] if config.source in DATA_FREE else []
+    return tags + (["class-conditional"] if isinstance(denoiser.conditioning, ClassLabels) else [])
+
+
+_MEASURES = {  # of Metrics: type and name in the hub's index
+    "fd": ("frechet-distance", "Frechet distance (64 features of a Fashion-MNIST classifier)"),
+    "class_agreement": ("accuracy", "Asked class recognised by that classifier"),
+    "variance_ratio_mean": ("variance-ratio", "Variance within a class, of the real one"),
+}
+_DATASET = {"type": "zalando-datasets/fashion_mnist", "name": "Fashion-MNIST at 16x16"}
+_SPLITS = {"fashion-test": "test", "fashion-train": "train"}
+
+
+def _model_index(name: str, task: str | None, metrics: Metrics | None) -> list[Any] | None:
+    """The measurements as the hub's model-index."""
+    if metrics is None or task is None:
+        return None
+    values = metrics.as_dict()
+    measures = [
+        {
+            "type": kind,
+            "name": title,
+            "value": values[key],
+            "args": {"samples": metrics.num_samples},
+        }
+        for key, (kind, title) in _MEASURES.items()
+        if values[key] is not None
+    ]
+    dataset = {**_DATASET, "split": _SPLITS[metrics.reference]}
+    return [
+        {
+            "name": name,
+            "results": [{"task": {"type": task}, "dataset": dataset, "metrics": measures}],
+        }
+    ]
+
+
+def _sized(denoiser: Denoiser) -> str:
+    return f"{type(denoiser.network).__name__}, {denoiser.num_parameters / 1e6:.2f} M parameters"
+
+
+_PAPER = "DKDM ([arXiv 2409.03550](https://arxiv.org/abs/2409.03550))"
+
+
+def _lead(
+    denoiser: Denoiser, config: RunConfig, origin: Origin | None, teacher: Denoiser | None
+) -> str:
+    """What it is, from what, and whether images were read."""
+    network = type(denoiser.network).__name__
+    if not isinstance(config, DistillConfig) or origin is None:
+        images = config.images if isinstance(config, TrainConfig) else ""
+        return f"{network} trained on {plain(Path(images).name)}."
+    size = f" ({_sized(teacher)})" if teacher else ""
+    student = f"{network} ({denoiser.num_parameters / 1e6:.2f} M parameters)"
+    data = DATA.get(config.source, f"Its source of noisy samples was {code(config.source)}.")
+    return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
+
+
+def _shown_name(origin: Origin) -> str:
+    from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
+
+    if origin.hub_id is None:
+        return code(origin.name)
+    return link(origin.hub_id, f"{HUGGINGFACE_CO_URL_HOME}{origin.hub_id}")
+
+
+def _pictures(folder: Path) -> list[tuple[str, str]]:
+    """(caption, path) of the pictures there are."""
+    known = {
+        "samples": "samples/grid.png",
+        "upper row the teacher, lower row the student, from the same noise": (
+            "samples/comparison.png"
+        ),
+    }
+    return [(caption, path) for caption, path in known.items() if (folder / path).is_file()]
+
+
+def _details(
+    denoiser: Denoiser, config: RunConfig, teacher: Denoiser | None, minutes: float | None
+) -> list[tuple[str, str]]:
+    scheduler = denoiser.process.scheduler.get("_class_name", "no scheduler of diffusers")
+    steps = f"{config.max_train_steps} steps of {config.train_batch_size}"
+    time = "" if minutes is None else f", {minutes:.1f} minutes in its last process"
+    details = [
+        ("network", _sized(denoiser)),
+        ("teacher", _sized(teacher) if teacher else ""),
+        ("sample shape", " x ".join(map(str, denoiser.sample_shape))),
+        ("conditioning", _conditioned(denoiser)),
+        ("process", f"{scheduler}, T = {denoiser.process.num_levels}"),
+        ("prediction", denoiser.parameterization.prediction),
+        ("training", f"{steps}{time}"),
+        ("made with", f"dkdm {__version__}"),
+    ]
+    return [(name, plain(value)) for name, value in details if value]
+
+
+def _conditioned(denoiser: Denoiser) -> str:
+    conditioning = denoiser.conditioning
+    if isinstance(conditioning, Prompts):
+        return f"text; trained with {len(conditioning.texts):,} prompts"
+    if isinstance(conditioning, ClassLabels):
+        some = conditioning.classes is not None
+        known = f"{len(conditioning.drawn)} of " if some else ""
+        return f"{known}{conditioning.num_classes} classes"
+    return "none"
+
+
+def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
+    """What a user should not expect."""
+    limits = []
+    if isinstance(config, DistillConfig):
+        limits.append(
+            "It imitates its teacher: what that cannot draw, or draws with a bias, this model "
+            "inherits, and no filter was added. Read the teacher's own card."
+        )
+        guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
+        if not (guidance.is_off or guidance.chain_only or denoiser.embeds_guidance):
+            limits.append(
+                f"Guidance of {config.guidance_scale}{_inside(config)} is baked in: sample it "
+                "without more."
+            )
+        elif config.guidance_interval is not None and config.sampling_guidance_scale != 1:
+            limits.append(
+                f"It was evaluated with guidance of {config.sampling_guidance_scale:g}"
+                f"{_inside(config)}. `pipeline.py` guides at every level; `dkdm sample "
+                f"--guidance-interval {config.guidance_interval}` guides as it was evaluated."
+            )
+        if config.classes is not None:
+            limits.append(f"It learned the classes {', '.join(map(str, config.classes))} only.")
+    if isinstance(denoiser.conditioning, Prompts):
+        limits.append("Prompts unlike those it was trained with may come out worse.")
+    return [*limits, "It draws samples of the shape above; other sizes were not trained."]
+
+
+def _inside(config: DistillConfig) -> str:
+    """Where guidance acts, in words; nothing if everywhere."""
+    interval = parse_interval(config.guidance_interval)
+    low, high = interval or (0, 1)
+    return f" (at shares of noise {low:g} to {high:g})" if interval else ""
+
+
+def _licence_text(
+    licence: Mapping[str, Any], inherited: Mapping[str, Any], origin: Origin | None
+) -> str:
+    """Whose licence it is, and where it differs from the teacher's, that one too."""
+    if not licence:
+        unknown = "Unknown: none was given"
+        theirs = f", and no card of the teacher, {_shown_name(origin)}, names one" if origin else ""
+        rule = " The teacher's licence applies to what was learned from it." if origin else ""
+        return f"{unknown}{theirs}.{rule}"
+    name = _licence_name(licence)
+    if not inherited:
+        return f"{name}." if origin is None else f"{name}. No card of the teacher names a licence."
+    if licence == inherited:
+        return f"{name}, which is the teacher's."
+    return (
+        f"{name}. The teacher's is another, {_licence_name(inherited)}: see what it asks of models "
+        "made from it."
+    )
+
+
+def _licence_name(licence: Mapping[str, Any]) -> str:
+    name = licence.get("license_name") or licence.get("license") or "unnamed"
+    names = ", ".join(map(str, name)) if isinstance(name, list) else str(name)
+    return link(names, str(licence.get("license_link", "")))
+
+
+_ELSEWHERE = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "teacher",
+    "teacher_flags",  # may hold paths
+    "images",
+    "license",
+)
+_HUB = ("push_to_hub", "hub_model_id", "hub_private")
+_MAY_BE_PATHS = (
+    "student",
+    "student_init",
+    "student_process",
+    "teacher_lora",
+    "teacher_scheduler",
+    "network",
+    "scheduler",
+    "base",
+    "prompts",
+)
+
+
+def _hyperparameters(config: RunConfig) -> list[tuple[str, str]]:
+    """The options of the run, without the paths of this machine."""
+    names = [field.name for field in dataclasses.fields(config)]
+    return [
+        (name, plain(_without_path(getattr(config, name), name in _MAY_BE_PATHS)))
+        for name in names
+        if name not in (*_ELSEWHERE, *_HUB)
+    ]
+
+
+def _without_path(value: Any, may_be_path: bool) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_without_path(item, may_be_path) for item in value)
+    is_path = isinstance(value, Path) or (may_be_path and isinstance(value, str))
+    return Path(value).name if is_path else value

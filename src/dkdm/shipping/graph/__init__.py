@@ -1,0 +1,128 @@
+"""A denoiser's network as one file: ONNX, or PyTorch's exported program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.given import denoiser_given, path_given
+from dkdm.errors import DkdmError, UsageError
+from dkdm.shipping.graph.description import describe_graph, sampling_tables
+from dkdm.shipping.graph.formats import Evaluate, Format, opened, require_onnx, runtime, write
+from dkdm.shipping.graph.network import GraphNetwork, random_inputs
+from dkdm.shipping.graph.tracing import batch_range, trace
+
+__all__ = ["export_graph", "largest_difference"]
+
+TRACED_ROWS = 3
+CHECKED_BATCHES = (1, 2, 5)
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+_PRECISIONS = "float32, float16 or bfloat16"
+
+
+def export_graph(
+    denoiser: Denoiser,
+    output: str | Path,
+    *,
+    format: Format = "onnx",
+    opset: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a denoiser's network as a graph, a description beside it, and check the file.
+
+    output: the file; its description is the same with .json appended. format: "onnx" or
+    "torch-export" (a .pt2 file). opset: of ONNX, 18 or newer; None is the exporter's own choice.
+    The network is brought into evaluation mode. Precision is the network's; inputs and output are
+    float32. Returns the description. Raises UsageError for files that exist, and for a network that
+    is no graph, naming the module; DkdmError where packages are missing, and where the file
+    computes something else than the network (it stays where it is).
+    """
+    denoiser = denoiser_given("export_graph: denoiser", denoiser)
+    output = path_given("export_graph: output", output, "give the file to write")
+    beside = output.with_name(f"{output.name}.json")
+    _check(denoiser, output, format, opset)
+    weights = output.with_name(f"{output.name}.data")
+    for path in (output, beside, weights):
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists: expected another --output, or --overwrite")
+    inputs = random_inputs(denoiser, TRACED_ROWS)
+    network = GraphNetwork(denoiser, inputs)
+    _say(f"tracing {type(denoiser.network).__name__}, {denoiser.num_parameters / 1e6:.2f} M")
+    program = trace(network, inputs, denoiser.name)
+    low, high = batch_range(program)
+    facts = describe_graph(denoiser, inputs, (low, high))
+    batches = [n for n in CHECKED_BATCHES if low <= n and (high is None or n <= high)] or [low]
+    _say(f"writing {output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    weights.unlink(missing_ok=True)
+    write(program, output, format, opset, facts)
+    _say(f"comparing it with PyTorch, batches of {', '.join(map(str, batches))}")
+    difference = largest_difference(denoiser, network, opened(output, format), batches)
+    tolerance = TOLERANCES[denoiser.dtype or torch.float32]
+    check = {
+        "with": runtime(format),
+        "batches": batches,
+        "largest_difference": difference,
+        "tolerance": tolerance,
+        "passed": difference <= tolerance,
+    }
+    facts |= {"format": format, "check": check, "process": sampling_tables(denoiser)}
+    beside.write_text(json.dumps(facts, indent=1) + "\n")
+    if not check["passed"]:
+        raise DkdmError(
+            f"{output} does not compute what the network does: its output differs by "
+            f"{difference:.2g} of the largest value, expected at most {tolerance:g} "
+            f"({check['with']}); try another --opset, or --format torch-export"
+        )
+    return facts
+
+
+@torch.no_grad()
+def largest_difference(
+    denoiser: Denoiser, network: GraphNetwork, evaluate: Evaluate, batches: Sequence[int]
+) -> float:
+    """Largest |difference| between file and network over batches, by the largest |output|.
+
+    Not a number where either output is not finite; of an output of zeros, what the other has.
+    """
+    worst = 0.0
+    for count in batches:
+        inputs = random_inputs(denoiser, count, seed=1)
+        expected = network(**inputs)
+        found = evaluate(inputs)
+        both = torch.stack([found, expected]) if found.shape == expected.shape else None
+        if both is None or not both.isfinite().all():
+            return float("nan")
+        largest = expected.abs().max().item() or 1.0
+        worst = max(worst, (found - expected).abs().max().item() / largest)
+    return worst
+
+
+def _check(denoiser: Denoiser, output: Path, format: Format, opset: int | None) -> None:
+    if denoiser.dtype not in (*TOLERANCES, None):
+        raise UsageError(f"{denoiser.name} is in {denoiser.dtype}: expected {_PRECISIONS}")
+    if denoiser.device.type != "cpu":
+        raise UsageError(f"{denoiser.name} is on {denoiser.device}: expected it on the CPU")
+    if output.is_dir() or output.suffix in ("", ".json"):
+        raise UsageError(f"--output {output}: expected a file such as student.onnx or student.pt2")
+    if format == "torch-export":
+        if opset is not None:
+            raise UsageError(f"--opset {opset}: torch-export has no opsets; leave it out")
+        return
+    require_onnx(opset)
+    if denoiser.dtype == torch.bfloat16:
+        raise UsageError(
+            "onnxruntime does not compute in bfloat16 on a CPU, so the file could not be checked: "
+            "expected --dtype float32 or float16, or --format torch-export"
+        )
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,87 @@
+"""What a graph file is, for whoever samples from it: everything but the network, as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dkdm.core.conditioning import ClassLabels, Condition
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import EDM
+from dkdm.core.process import Clipping
+from dkdm.shipping.pipeline_folder import scheduler_config
+from dkdm.version import __version__
+
+
+def describe_graph(
+    denoiser: Denoiser, inputs: Condition, batch: tuple[int, int | None]
+) -> dict[str, Any]:
+    """Inputs, output and meaning of a graph, small enough to lie inside the file.
+
+    inputs: examples, of which shapes and types are taken. batch: smallest and largest.
+    """
+    own, coder = denoiser.parameterization, denoiser.bundle.autoencoder
+    channels = denoiser.sample_shape[0] * (2 if own.learns_variance else 1)
+    output = {"name": "output", "shape": ["batch", channels, *denoiser.sample_shape[1:]]}
+    return {
+        "made_with": f"dkdm {__version__}",
+        "network": type(denoiser.network).__name__,
+        "parameters": denoiser.num_parameters,
+        "precision": _name(denoiser.dtype),
+        "batch": {"min": batch[0], "max": batch[1]},
+        "inputs": [_input(name, value) for name, value in inputs.items()],
+        "outputs": [{**output, "dtype": "float32"}],
+        "prediction_type": own.prediction,
+        "variance_type": own.variance,
+        "sigma_data": own.sigma_data if own.prediction in EDM else None,
+        "value_range": list(denoiser.value_range),
+        "classes": _classes(denoiser),
+        "latents": dict(zip(("shift", "scale"), coder.standard(), strict=True)) if coder else None,
+        "scheduler": scheduler_config(denoiser),
+    }
+
+
+def sampling_tables(denoiser: Denoiser) -> dict[str, Any]:
+    """The noise process in numbers, for samplers without a scheduler; see `Process`."""
+    process = denoiser.process
+    return {
+        "alpha": process.alpha.tolist(),
+        "sigma": process.sigma.tolist(),
+        "timestep": denoiser.times.tolist(),
+        "final": list(process.final),
+        "start_std": process.start_std,
+        "spacing": process.spacing,
+        "steps_offset": process.steps_offset,
+        "clipping": _clipping(process.clipping),
+    }
+
+
+def _input(name: str, value: Tensor) -> dict[str, Any]:
+    return {"name": name, "shape": ["batch", *value.shape[1:]], "dtype": _name(value.dtype)}
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _classes(denoiser: Denoiser) -> dict[str, Any] | None:
+    classes = denoiser.conditioning
+    if not isinstance(classes, ClassLabels):
+        return None
+    names = list(classes.names) if classes.names else None
+    learnt = None if classes.classes is None else list(classes.classes)
+    return {
+        "count": classes.num_classes,
+        "null": classes.null_class,
+        "names": names,
+        "learnt": learnt,
+    }
+
+
+def _clipping(clipping: Clipping) -> dict[str, Any] | None:
+    if clipping.range is None:
+        return None
+    low, high = clipping.center - clipping.range, clipping.center + clipping.range
+    eps = clipping.rederive_eps
+    return {"low": low, "high": high, "quantile": clipping.quantile, "rederive_eps": eps}

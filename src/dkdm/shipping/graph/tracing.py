@@ -1,0 +1,143 @@
+"""From a network to a program: one trace with a batch of any size."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from dkdm.core.conditioning import Condition
+from dkdm.errors import UsageError
+from dkdm.shipping.graph.network import GraphNetwork
+from dkdm.shipping.graph.trail import HINT, Trail, reason
+
+LOGGERS = ("torch.export", "torch.onnx", "torch.fx", "onnxscript", "onnx_ir")
+
+
+def trace(network: GraphNetwork, inputs: Condition, name: str) -> ExportedProgram:
+    """The network as a program, the leading dimension of every input being the same `batch`.
+
+    inputs: examples of 3 rows. Raises UsageError naming the module that cannot be traced.
+    """
+    network.eval()
+    try:
+        return _traced(network, inputs, name, Dim("batch"))
+    except _BoundedError as error:
+        return _traced(network, inputs, name, Dim("batch", **error.bounds))
+
+
+class _BoundedError(UsageError):
+    """The network takes batches within these bounds only."""
+
+    bounds: dict[str, int]
+
+
+def _traced(network: GraphNetwork, inputs: Condition, name: str, batch: Any) -> ExportedProgram:
+    trail = Trail(network)
+    shapes: Any = {key: {0: batch} for key in inputs}
+    try:
+        with torch.no_grad(), quiet(), plain_upsampling():
+            program = torch.export.export(
+                network, (), kwargs=inputs, dynamic_shapes=shapes, strict=False
+            )
+    except Exception as error:
+        raise _refusal(name, error, trail) from error
+    finally:
+        trail.remove()
+    drop_idle_squeezes(program)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines and paths of this machine
+    return program
+
+
+def _refusal(name: str, error: Exception, trail: Trail) -> UsageError:
+    message = f"{name} cannot be exported as a graph: {reason(error, trail)}; {HINT}"
+    bounds = _bounds(str(error)) if trail.fixed_in is None else {}
+    if not bounds:
+        return UsageError(message)
+    refusal = _BoundedError(message)
+    refusal.bounds = bounds
+    return refusal
+
+
+def _bounds(message: str) -> dict[str, int]:
+    """The range that torch.export proposes: `batch = Dim('batch', min=2, max=63)`."""
+    found = re.search(r"Dim\('batch', ([^)]*)\)", message)
+    return {k: int(v) for k, v in re.findall(r"(min|max)=(\d+)", found[1])} if found else {}
+
+
+def batch_range(program: ExportedProgram) -> tuple[int, int | None]:
+    """Smallest and largest batch of a program; None is any. One row always fits where two do."""
+    inputs = program.graph_signature.user_inputs
+    for node in program.graph.nodes:
+        size = node.meta["val"].shape[0] if node.name in inputs else None
+        bounds = program.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
+        if bounds is not None:
+            low, high = int(bounds.lower), bounds.upper
+            return low if low > 2 else 1, int(high) if high.is_Integer else None
+    return 1, None
+
+
+def drop_idle_squeezes(program: ExportedProgram) -> None:
+    """Remove `squeeze` of a dimension larger than 1: nothing in PyTorch, an error in ONNX."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.squeeze.dim:
+            before = node.args[0]
+            if node.meta["val"].ndim == before.meta["val"].ndim:
+                node.replace_all_uses_with(before)
+                program.graph.erase_node(node)
+
+
+@contextmanager
+def plain_upsampling() -> Iterator[None]:
+    """Let diffusers upsample alike whatever the batch, so that one trace holds for all.
+
+    Its layer copies the memory of batches of 64 and more (and of very large ones) first, which
+    does not change the numbers but makes torch.export bound the batch.
+    """
+    from diffusers.models.upsampling import Upsample2D
+
+    own = Upsample2D.forward
+    Upsample2D.forward = _upsample
+    try:
+        yield
+    finally:
+        Upsample2D.forward = own
+
+
+def _upsample(layer: Any, x: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
+    if layer.norm is not None:
+        x = layer.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    if layer.use_conv_transpose:
+        return layer.conv(x)
+    if layer.interpolate:
+        factor = 2.0 if output_size is None else None
+        x = torch.nn.functional.interpolate(x, output_size, factor, mode="nearest")
+    if not layer.use_conv:
+        return x
+    return layer.conv(x) if layer.name == "conv" else layer.Conv2d_0(x)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing printed, logged or warned by the exporters, which speak of their own affairs."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

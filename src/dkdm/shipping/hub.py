@@ -1,0 +1,163 @@
+"""A finished run on the Hugging Face hub.
+
+The token is the one of `hf auth login` or HF_TOKEN: dkdm never holds it, so it is in no file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+from dkdm.config import DistillConfig, RunConfig, TrainConfig, read_config
+from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.places import check_folder
+from dkdm.shipping.licence import CARD, origin_of
+from dkdm.version import __version__
+
+Config = TypeVar("Config", bound=RunConfig)
+STAYS_HERE = ["checkpoint-*", "logs/*", ".*"]  # what is hidden is half written, or somebody else's
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+def reserve(config: Config) -> Config:
+    """Before a run: make sure that its repository can be written to; made where there is none.
+
+    Returns the config with the repository's full name; as it is where nothing is to be uploaded.
+    Raises UsageError where one is not logged in or may not write, DkdmError where the hub cannot
+    be reached.
+    """
+    if not config.push_to_hub or not PartialState().is_main_process:
+        return config
+    wanted = config.hub_model_id or _name_of(config.output_dir)
+    return replace(config, hub_model_id=_repository(wanted, config.hub_private))
+
+
+def publish(config: RunConfig) -> None:
+    """After a run: upload its folder, where that was asked for.
+
+    Raises DkdmError with the command to repeat it; the run itself is whole then.
+    """
+    if not config.push_to_hub or not PartialState().is_main_process:
+        return
+    repo_id = str(config.hub_model_id)
+    try:
+        check_folder(config.output_dir)
+        _upload(config, config.output_dir, repo_id)
+    except DkdmError as error:
+        again = ["dkdm", "push", str(config.output_dir), "--hub-model-id", repo_id]
+        raise DkdmError(
+            f"the run is whole in {config.output_dir}, but was not uploaded: {error}. Repeat the "
+            f"upload with: {shlex.join(again)}"
+        ) from error
+
+
+def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> str:
+    """Upload a finished run; returns its address.
+
+    hub_model_id: USER/NAME; None is the run's own, else the folder's name under the token's user.
+    private: whether a repository that is made now is. Raises UsageError for a folder that is no
+    finished run, and as `reserve` does.
+    """
+    if not all((run / name).is_file() for name in ("config.json", CARD)):
+        raise UsageError(
+            f"{run} is no finished run: expected the output folder of `dkdm distill` or `dkdm "
+            f"train`, with config.json and {CARD}, which is written at the run's end"
+        )
+    config = read_config(check_folder(run) / "config.json")
+    wanted = hub_model_id or config.hub_model_id or _name_of(run)
+    repo_id = _repository(wanted, private or config.hub_private)
+    _upload(config, run, repo_id)
+    return _url(repo_id)
+
+
+def url_of(run: Path) -> str:
+    """The address of a run that was uploaded."""
+    return _url(str(read_config(run / "config.json").hub_model_id))
+
+
+def _url(repo_id: str) -> str:
+    return f"{HfApi().endpoint}/{repo_id}"
+
+
+def _name_of(run: Path) -> str:
+    return run.absolute().name
+
+
+def _repository(wanted: str, private: bool) -> str:
+    """The full name of the repository, which exists from now on."""
+    api = HfApi()
+    try:
+        user = api.whoami()
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise UsageError(f"the token of {user['name']} may only read the hub: {LOG_IN}")
+        repo_id = wanted if "/" in wanted else f"{user['name']}/{wanted}"
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+    except DkdmError:
+        raise
+    except Exception as error:  # of three HTTP libraries, by the version of huggingface_hub
+        raise _explained(error, wanted) from error
+    return repo_id
+
+
+def _upload(config: RunConfig, run: Path, repo_id: str) -> None:
+    _name_in_card(run / CARD, repo_id)
+    try:
+        HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=run,
+            ignore_patterns=list(STAYS_HERE),
+            commit_message=_message(config),
+        )
+    except Exception as error:
+        raise _explained(error, repo_id) from error
+
+
+def _name_in_card(card: Path, repo_id: str) -> None:
+    """Let the card's lines load the model from the hub, whatever they loaded it from before."""
+    text = card.read_text(encoding="utf-8")
+    quoted = json.dumps(repo_id)
+    named = re.sub(r'(\.from_pretrained\()"[^"]*"', lambda match: match[1] + quoted, text)
+    card.write_text(named, encoding="utf-8")
+
+
+def _message(config: RunConfig) -> str:
+    """What was made, in a line."""
+    origin = origin_of(config)
+    steps = f"{config.max_train_steps} steps, dkdm {__version__}"
+    if isinstance(config, DistillConfig) and origin is not None:
+        return f"{Path(config.student).name} distilled from {origin.name}: {steps}"
+    images = Path(config.images).name if isinstance(config, TrainConfig) else "images"
+    return f"Trained on {images}: {steps}"
+
+
+def _explained(error: Exception, repo_id: str) -> DkdmError:
+    """The same failure in dkdm's words."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, HFValidationError):
+        return UsageError(f"--hub-model-id {repo_id}: no name for the hub: {error}")
+    if isinstance(error, LocalTokenNotFoundError):
+        return UsageError(f"not logged in to the hub: {LOG_IN}")
+    if status == 401:
+        return UsageError(f"the hub does not know this token: {LOG_IN}")
+    if status == 403:
+        return UsageError(
+            f"{repo_id}: this account or token may not write there: give another --hub-model-id, "
+            f"or {LOG_IN}"
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return DkdmError("HF_HUB_OFFLINE is set, and nothing can be uploaded: unset it")
+    causes = [error, error.__cause__] if error.__cause__ else [error]
+    what = ": ".join(" ".join(str(e).split()).rstrip(".") or type(e).__name__ for e in causes)
+    return DkdmError(f"the hub at {HfApi().endpoint} did not take {repo_id}: {what}")

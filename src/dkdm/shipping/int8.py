@@ -1,0 +1,54 @@
+"""A model to ship in int8: a diffusers folder whose network's linear layers are quantized."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dkdm.core.denoiser import Denoiser
+from dkdm.errors import DkdmError, UsageError
+from dkdm.shipping.pipeline_folder import component_name, write_pipeline
+
+NEEDED = "--format int8 needs torchao 0.16 or newer: pip install 'dkdm[quant]'"
+
+
+def write_int8_folder(denoiser: Denoiser, folder: Path, overwrite: bool = False) -> None:
+    """Write the pipeline folder with the weights of linear layers in int8, the rest in bfloat16.
+
+    Stock diffusers loads it where torchao is installed, by the config that lies with the weights.
+    Raises UsageError for a folder that exists and for a network that is none of diffusers' models,
+    DkdmError where torchao is not installed.
+    """
+    if folder.exists() and not overwrite:
+        raise UsageError(f"{folder} exists: expected another --output, or --overwrite")
+    network: Any = denoiser.network
+    if not hasattr(network, "save_pretrained"):
+        raise UsageError(
+            f"--format int8: {type(network).__name__} is no diffusers ModelMixin, which reads and "
+            "writes quantized weights"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao's own, about its kernels
+        config = _int8_config()
+        write_pipeline(folder, denoiser)
+        part = folder / component_name(network)
+        quantized = type(network).from_pretrained(
+            part, quantization_config=config, torch_dtype=torch.bfloat16
+        )
+        for file in part.glob("*.safetensors"):
+            file.unlink()
+        quantized.save_pretrained(part)
+
+
+def _int8_config() -> Any:
+    try:
+        from torchao.prototype.safetensors import safetensors_support  # noqa: F401
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError as error:
+        raise DkdmError(NEEDED) from error
+    from diffusers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())

@@ -1,0 +1,123 @@
+"""Where a teacher comes from and under which licence, as far as its own model card says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dkdm.config import DistillConfig, RunConfig
+from dkdm.errors import UsageError
+from dkdm.models.locate import builtin_names, is_hub_id, locate
+from dkdm.reading.fields import read_text, read_yaml
+
+CARD = "README.md"
+LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What may be said of a teacher elsewhere: no path of this machine is in it.
+
+    - `name`: hub id, `builtin:NAME`, `module:factory`, or the last part of a path.
+    - `hub_id`: of the teacher itself; None where it is not known to be on the hub.
+    - `base_model`: hub id, or several, that the front matter of the student's card names.
+    - `licence`: `license`, `license_name` and `license_link` of the teacher's card; empty where
+      there is none (a checkpoint file has none).
+    """
+
+    name: str
+    hub_id: str | None = None
+    base_model: str | list[str] | None = None
+    licence: Mapping[str, Any] = field(default_factory=dict)
+
+
+def origin_of(config: RunConfig) -> Origin | None:
+    """The origin of a run's teacher; None for a run without one. Nothing is downloaded."""
+    if not isinstance(config, DistillConfig):
+        return None
+    spec = config.teacher
+    found = _hub_id(spec)
+    card = _card_of(spec, config.teacher_subfolder, config.teacher_revision)
+    matter = front_matter(card) if card else {}
+    licence = {key: matter[key] for key in LICENCE_KEYS if _is_word(matter.get(key))}
+    name = found or (spec if ":" in spec else Path(spec).name)
+    return Origin(name, found, found or _named(matter.get("base_model")), _linked(licence, found))
+
+
+def licence_of_student(given: str | None, inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """The licence keys of a student's card: as given, else the teacher's; empty where unknown."""
+    if given in (None, inherited.get("license"), inherited.get("license_name")):
+        return dict(inherited)
+    return {"license": given}
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 500 and value.isprintable()
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """The YAML at the start of a model card; empty where there is none that can be read."""
+    try:
+        text = read_text(card, "a model card").removeprefix("\ufeff")
+        found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s", f"{text}\n", re.DOTALL)
+        values = read_yaml(found[1], str(card)) if found else {}
+    except UsageError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _hub_id(spec: str) -> str | None:
+    """The hub id that was downloaded, or whose snapshot in the hub's cache a path points into."""
+    if is_hub_id(spec) and _cache_of(spec).is_dir():
+        return spec
+    parts = Path(spec).expanduser().absolute().parts
+    snapshots = [a for a, b in zip(parts, parts[1:], strict=False) if b == "snapshots"]
+    found = next((name for name in snapshots if name.startswith("models--")), "")
+    return found.removeprefix("models--").replace("--", "/", 1) or None
+
+
+def _cache_of(repo_id: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+
+
+def _card_of(spec: str, subfolder: str | None, revision: str | None) -> Path | None:
+    """The teacher's own card on this machine."""
+    if is_hub_id(spec):
+        return _cached_card(spec, revision)
+    builtin = spec in [f"builtin:{name}" for name in builtin_names()]
+    if ":" in spec and not builtin:
+        return None
+    folder = locate(spec) if builtin else Path(spec).expanduser()
+    places = (folder / (subfolder or "") / CARD, folder / CARD)
+    return next((path for path in places if path.is_file()), None)
+
+
+def _cached_card(repo_id: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo_id, CARD, revision=revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _named(base_model: Any) -> str | list[str] | None:
+    """The hub ids that a local teacher's card names as its own base."""
+    if isinstance(base_model, list):
+        return [name for name in base_model if is_hub_id(str(name))] or None
+    return base_model if is_hub_id(str(base_model)) else None
+
+
+def _linked(licence: dict[str, Any], repo_id: str | None) -> dict[str, Any]:
+    """A link to a file beside the teacher's card, made whole; dropped where it leads nowhere."""
+    from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
+
+    link = str(licence.get("license_link", ""))
+    if not link or "://" in link:
+        return licence
+    rest = {key: value for key, value in licence.items() if key != "license_link"}
+    whole = f"{HUGGINGFACE_CO_URL_HOME}{repo_id}/blob/main/{link}"
+    return {**rest, "license_link": whole} if repo_id else rest

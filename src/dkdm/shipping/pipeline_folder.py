@@ -1,0 +1,465 @@
+"""The result: a diffusers pipeline folder, and the lines that load it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dkdm.core.checkpoint import save_network
+from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.inputs import GivenRows, Row, is_own_conditioning, rows_of, to_index
+from dkdm.core.process import Process
+from dkdm.models.components import Component
+from dkdm.models.networks import pixels
+from dkdm.models.own_network import OWN_CLASS, origin_of
+from dkdm.models.prompts import Prompts
+from dkdm.models.schedulers import (
+    EDM_SCHEDULERS,
+    FIRST_ORDER,
+    ON_BETAS,
+    SIGMA_RANGE,
+    beta_fields,
+    clips_as,
+    flow_grid,
+)
+from dkdm.models.text import FAMILIES
+from dkdm.reading.places import copy_folder
+from dkdm.shipping.generated import identifier, literal, templates
+from dkdm.shipping.own_network import shipment, shipping_note
+
+# Components that a pipeline of dkdm's own has a parameter for, beside denoiser and scheduler.
+COMPONENTS = (
+    *("vae", "vqvae", "image_encoder", "feature_extractor", "safety_checker", "movq"),
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+)
+
+
+def component_name(network: nn.Module) -> str:
+    """The folder a network is saved in, as diffusers names it: unet or transformer."""
+    return "transformer" if "Transformer" in type(network).__name__ else "unet"
+
+
+def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
+    """Write network, scheduler, index and all that came with the teacher, as diffusers does.
+
+    The folder samples with a stock pipeline where one can feed the network; else it holds a short
+    `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm; a network made by a user's
+    factory brings its source. A process that no scheduler of diffusers stands for is left out, and
+    the network is written alone.
+    """
+    network: Any = denoiser.network
+    component = component_name(network)
+    save_network(network, folder / component)
+    home = _write_source(network, folder / component)
+    stock = _stock_pipeline(denoiser) if denoiser.process.scheduler else None
+    scheduler = scheduler_config(denoiser)
+    if not scheduler:
+        return
+    if stock is None and scheduler.get("use_dynamic_shifting"):
+        scheduler["use_dynamic_shifting"] = False  # one size, and its shift is known
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    components = _named_for(stock, denoiser.bundle.components)
+    if stock is None:
+        components = {key: part for key, part in components.items() if key in COMPONENTS}
+    for name, part in components.items():
+        if part.folder.resolve() != (folder / name).resolve():
+            copy_folder(part.folder, folder / name, part.root, part.owns)
+    index: dict[str, Any] = {
+        "_class_name": stock or ["pipeline", "DenoiserPipeline"],
+        "_diffusers_version": _diffusers_version(),
+        component: home,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        **{name: [part.library, part.class_name] for name, part in components.items()},
+    }
+    if sides := denoiser.sample_shape[1:]:  # vectors have none
+        index["_sample_size"] = "x".join(map(str, sides))
+    if stock is None:
+        index |= _class_index(denoiser) | _origin(denoiser) | _samples_index(denoiser)
+        (folder / "pipeline.py").write_text(_pipeline_source(denoiser, component, components))
+    else:
+        index = {**denoiser.bundle.entries, **index}
+    _write_json(folder / "model_index.json", index)
+
+
+def _origin(denoiser: Denoiser) -> dict[str, Any]:
+    """The pipeline whose components these are, for dkdm's eyes; diffusers skips such names."""
+    if denoiser.bundle.pipeline is None:
+        return {}
+    entries, width = dict(denoiser.bundle.entries), _token_width(denoiser.conditioning)
+    entries |= {} if width is None else {"joint_attention_dim": width}
+    return {"_came_from": {"pipeline": denoiser.bundle.pipeline, "entries": entries}}
+
+
+def shipping_notes(denoiser: Denoiser) -> list[str]:
+    """What whoever loads the folder must know or have, if anything."""
+    network, clipping = denoiser.network, denoiser.process.clipping
+    own = shipping_note(network) if isinstance(network, nn.Module) else None
+    notes = [] if own is None else [own]
+    if denoiser.decode is not None:
+        notes.append(
+            "it works on latents of an autoencoder of your own, which is not in the folder: its "
+            "pipeline returns latents, and `dkdm sample` writes .safetensors"
+        )
+    if clipping.range is not None and not clips_as(scheduler_config(denoiser), denoiser.process):
+        low, high = clipping.center - clipping.range, clipping.center + clipping.range
+        notes.append(
+            f"its chain was clipped to {low:g}..{high:g}; of diffusers' schedulers only DDPM and "
+            "DDIM clip, around 0, and the folder's does not do the same"
+        )
+    return notes
+
+
+def _samples_index(denoiser: Denoiser) -> dict[str, Any]:
+    """What samples are and what they are drawn for, for dkdm's eyes."""
+    own = own_rows(denoiser)
+    return (
+        _value_range(denoiser)
+        | ({"_conditions": to_index(own)} if own else {})
+        | ({} if denoiser.decode is None else {"_latents": "true"})
+    )
+
+
+def own_rows(denoiser: Denoiser) -> dict[str, Row]:
+    """What a network is fed by a conditioning of its user's own; nothing for all others."""
+    conditioning = denoiser.conditioning
+    own = is_own_conditioning(conditioning) or isinstance(conditioning, GivenRows)
+    return rows_of(conditioning) if own else {}
+
+
+def _value_range(denoiser: Denoiser) -> dict[str, str]:
+    """The values of clean samples, for dkdm's eyes, where pictures are not their -1 to 1."""
+    if denoiser.bundle.autoencoder is not None or tuple(denoiser.value_range) == (-1.0, 1.0):
+        return {}
+    return {"_value_range": "{}..{}".format(*denoiser.value_range)}
+
+
+def _write_source(network: nn.Module, folder: Path) -> list[str]:
+    """[library, class] for model_index.json: diffusers, or the file that is written to `folder`."""
+    kind, origin = type(network), origin_of(network)
+    if origin is not None and origin.factory is not None:
+        shipped = shipment(origin)
+        for old in folder.glob("*.py"):
+            old.unlink()
+        (folder / shipped.file).write_text(shipped.text, encoding="utf-8")
+        return [shipped.file.removesuffix(".py"), OWN_CLASS]
+    if kind.__module__.startswith("dkdm.networks."):
+        shutil.copy(str(inspect.getsourcefile(kind)), folder)
+        return [kind.__module__.rpartition(".")[2], kind.__name__]
+    return [kind.__module__.partition(".")[0], kind.__name__]
+
+
+def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
+    """The config of the scheduler that samples this model; empty where diffusers has none."""
+    config = dict(denoiser.process.scheduler)
+    own, name = denoiser.parameterization, config.get("_class_name", "")
+    if name in ON_BETAS and not config.get("use_flow_sigmas"):
+        config |= beta_fields(denoiser.process)
+        config["prediction_type"] = own.prediction
+    if name == "DDPMScheduler":
+        config["variance_type"] = own.variance
+    if name in EDM_SCHEDULERS:
+        config["sigma_data"] = own.sigma_data
+        config["prediction_type"] = "v_prediction" if own.prediction == "edm_v" else "epsilon"
+    return config
+
+
+STOCK_NETWORKS = {
+    "LDMPipeline": "UNet2DModel",
+    "DiTPipeline": "DiTTransformer2DModel",
+    "DanceDiffusionPipeline": "UNet1DModel",
+    "StableDiffusionPipeline": "UNet2DConditionModel",
+    "StableDiffusionXLPipeline": "UNet2DConditionModel",
+    "PixArtAlphaPipeline": "PixArtTransformer2DModel",
+    "PixArtSigmaPipeline": "PixArtTransformer2DModel",
+    "StableDiffusion3Pipeline": "SD3Transformer2DModel",
+    "FluxPipeline": "FluxTransformer2DModel",
+    "SanaPipeline": "SanaTransformer2DModel",
+    "Lumina2Pipeline": "Lumina2Transformer2DModel",
+    "WanPipeline": "WanTransformer3DModel",
+}
+_NULL_CLASS_OF_DIT = 1000  # DiTPipeline guides with this one, whatever the network
+
+
+def _stock_pipeline(denoiser: Denoiser) -> str | None:
+    """The diffusers pipeline that feeds this network and decodes its samples, if there is one."""
+    kind, autoencoder = _feeding_pipeline(denoiser), denoiser.bundle.autoencoder
+    if kind is None or autoencoder is None:
+        return kind
+    return kind if autoencoder.standard(kind) == autoencoder.standard() else None
+
+
+def _feeding_pipeline(denoiser: Denoiser) -> str | None:
+    network, kind = type(denoiser.network).__name__, denoiser.bundle.pipeline
+    scheduler = denoiser.process.scheduler["_class_name"]
+    if _value_range(denoiser) or denoiser.decode is not None or own_rows(denoiser):
+        return None
+    if network == "UNet2DModel":
+        return _stock_of_unet(denoiser, scheduler)
+    if STOCK_NETWORKS.get(str(kind)) != network or not _stock_process(str(kind), denoiser.process):
+        return None
+    names = getattr(denoiser.conditioning, "names", None)
+    imagenet = ClassLabels(_NULL_CLASS_OF_DIT, _NULL_CLASS_OF_DIT, None, names)
+    if kind == "DiTPipeline" and denoiser.conditioning != imagenet:
+        return None
+    added = getattr(getattr(denoiser.network, "config", None), "addition_embed_type", None)
+    if kind == "StableDiffusionXLPipeline" and added is None:
+        return None
+    return kind
+
+
+def _stock_process(pipeline: str, process: Process) -> bool:
+    """Whether a pipeline can sample a process: each knows flows or the others, and starts a flow at
+    pure noise."""
+    scheduler = process.scheduler["_class_name"]
+    odd = process.scheduler.get("use_flow_sigmas", False)  # pipelines pass sigmas of their own
+    if scheduler not in _ONLY_WITH.get(pipeline, (scheduler,)) or odd:
+        return False
+    is_flow = scheduler.startswith("FlowMatch")
+    return is_flow == (pipeline in _FLOW_PIPELINES) and SIGMA_RANGE not in process.scheduler
+
+
+_ONLY_WITH = {  # pipelines that do not scale what the network is shown, or the first noise
+    "DiTPipeline": ("DDPMScheduler", "DDIMScheduler"),
+    "DanceDiffusionPipeline": ("IPNDMScheduler",),
+}
+_FLOW_PIPELINES = (
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "SanaPipeline",
+    "Lumina2Pipeline",
+    "WanPipeline",
+)
+
+
+def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
+    """Of an unconditional UNet2DModel; only a DDPM scheduler reads a learned variance."""
+    learned = denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler"
+    if learned or isinstance(denoiser.conditioning, ClassLabels) or denoiser.constants:
+        return None
+    pixels = {
+        "DDPMScheduler": "DDPMPipeline",
+        "DDIMScheduler": "DDIMPipeline",
+        FIRST_ORDER: "DDPMPipeline",
+    }.get(scheduler)
+    if denoiser.bundle.autoencoder is None:
+        return pixels
+    return "LDMPipeline" if pixels or scheduler.startswith("EDM") else None
+
+
+def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dict[str, Component]:
+    """The components by the names that the pipeline has for them."""
+    coder = "vqvae" if pipeline == "LDMPipeline" else "vae"
+    names = (
+        {"vae": coder, "vqvae": coder} if pipeline in ("LDMPipeline", "DiTPipeline", None) else {}
+    )
+    return {identifier(names.get(key, key)): part for key, part in components.items()}
+
+
+def _pipeline_source(
+    denoiser: Denoiser, component: str, components: Mapping[str, Component]
+) -> str:
+    """The text of `pipeline.py`."""
+    text = isinstance(denoiser.conditioning, Prompts)
+    bundle, scheduler = denoiser.bundle, denoiser.process.scheduler["_class_name"]
+    first_sigma, last_sigma = flow_grid(denoiser.process.scheduler)
+    family = FAMILIES[str(bundle.pipeline)] if text else None
+    latent = bundle.autoencoder is not None and "vae" in components
+    return (
+        templates()
+        .get_template("pipeline.py.j2")
+        .render(
+            component=component,
+            labelled=isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants),
+            components=list(components),
+            latent_standard=bundle.autoencoder.standard()
+            if bundle.autoencoder and latent
+            else None,
+            text_pipeline=bundle.pipeline,
+            encoders=[
+                name for name in components if name.startswith(("text_encoder", "tokenizer"))
+            ],
+            family=family,
+            zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
+            arguments=family.all_arguments(bundle) if family else {},
+            call=_call_with_text(denoiser),
+            packs=type(denoiser.network).__name__ == "FluxTransformer2DModel",
+            embeds_guidance=denoiser.embeds_guidance,
+            flow=scheduler.startswith("FlowMatch"),
+            first_sigma=first_sigma,
+            last_sigma=last_sigma,
+            start_std=denoiser.process.start_std,
+            random_step=scheduler != "IPNDMScheduler",
+            drops_variance=denoiser.parameterization.learns_variance
+            and scheduler != "DDPMScheduler",
+            sample_shape=tuple(denoiser.sample_shape),
+            value_range=denoiser.value_range if _value_range(denoiser) else None,
+            own_rows={key: (row.shape, row.dtype) for key, row in own_rows(denoiser).items()},
+            latents_only=denoiser.decode is not None,
+            token_width=_token_width(denoiser.conditioning),
+        )
+    )
+
+
+def _token_width(conditioning: Conditioning) -> int | None:
+    shape = (
+        conditioning.shape_of("encoder_hidden_states")
+        if isinstance(conditioning, Prompts)
+        else None
+    )
+    return None if shape is None else shape[-1]
+
+
+_TOKENS = 'encoder_hidden_states=embeds["encoder_hidden_states"]'
+_MASK = 'encoder_attention_mask=embeds.get("encoder_attention_mask")'
+_POOLED = 'pooled_projections=embeds["pooled_projections"]'
+_CALLS_WITH_TEXT = {  # as in calls.py
+    "UNet2DConditionModel": f"network(x, time, {_TOKENS}, {_MASK})",
+    "UNet2DConditionModel with sizes": (
+        f"network(x, time, {_TOKENS}, {_MASK}, added_cond_kwargs="
+        '{"text_embeds": embeds["pooled_projections"], "time_ids": CONSTANTS["time_ids"]})'
+    ),
+    "SD3Transformer2DModel": f"network(hidden_states=x, timestep=time, {_TOKENS}, {_POOLED})",
+    "PixArtTransformer2DModel": (
+        f'network(x, timestep=time, {_TOKENS}, {_MASK}, added_cond_kwargs={{"resolution": '
+        'CONSTANTS["resolution"], "aspect_ratio": CONSTANTS["aspect_ratio"]})'
+    ),
+    "FluxTransformer2DModel": "self._packed(x, time, embeds)",
+    "SanaTransformer2DModel": (
+        f"network(x, timestep=time * network.config.timestep_scale, {_TOKENS}, {_MASK}, "
+        'guidance=embeds.get("guidance"))'
+    ),
+    "Lumina2Transformer2DModel": (
+        f"-network(x, timestep=1 - time / 1000, {_TOKENS}, {_MASK}, return_dict=False)[0]"
+    ),
+    "WanTransformer3DModel": f"network(hidden_states=x, timestep=time, {_TOKENS})",
+}
+
+
+def _call_with_text(denoiser: Denoiser) -> str:
+    """The line that evaluates the network; what it is always fed is written out in it."""
+    name = type(denoiser.network).__name__
+    name += " with sizes" if "time_ids" in denoiser.constants else ""
+
+    def written(match: re.Match[str]) -> str:
+        value = denoiser.constants.get(match[1])
+        return (
+            "None"
+            if value is None
+            else f"x.new_tensor({literal(value.tolist())}).expand(len(x), -1)"
+        )
+
+    call = _CALLS_WITH_TEXT.get(name, "network(x, time, **embeds)")
+    return re.sub(r'CONSTANTS\["(\w+)"\]', written, call)
+
+
+def _class_index(denoiser: Denoiser) -> dict[str, Any]:
+    classes = denoiser.conditioning
+    if not isinstance(classes, ClassLabels):
+        return dict.fromkeys(("num_classes", "null_class", "class_names", "classes"))
+    return {
+        "num_classes": classes.num_classes,
+        "null_class": classes.null_class,
+        "class_names": _named(classes, range(len(classes.names))) if classes.names else None,
+        "classes": None if classes.classes is None else _named(classes, classes.classes),
+    }
+
+
+def _named(classes: ClassLabels, ids: Sequence[int]) -> dict[int, str]:
+    """Ids with their names; diffusers takes a list of two for a component."""
+    return {i: classes.names[i] if classes.names else str(i) for i in ids}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def _diffusers_version() -> str:
+    import diffusers
+
+    return str(diffusers.__version__)
+
+
+def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) -> str:
+    """The Python lines that load and sample the folder with diffusers, guided by this scale.
+
+    Without a scheduler of diffusers there is no pipeline: they load the network alone.
+    """
+    if not denoiser.process.scheduler:
+        return _network_alone(folder, denoiser)
+    stock = _stock_pipeline(denoiser)
+    given = [json.dumps(folder, ensure_ascii=False)]
+    given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
+    result = _RESULTS.get(str(stock), "images")
+    imports = "import torch\n" if own_rows(denoiser) else ""
+    return (
+        f"{imports}from diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({', '.join(given)})\n"
+        f"{result} = pipeline({_usage_call(denoiser, stock)}num_inference_steps=50"
+        f"{_usage_guidance(denoiser, stock, guidance_scale)}).{result}"
+    )
+
+
+def _usage_guidance(denoiser: Denoiser, stock: str | None, scale: float) -> str:
+    """The scale, where it is not what the pipeline takes by itself; each stock one has its own."""
+    if isinstance(denoiser.conditioning, Unconditional) or (stock is None and scale == 1.0):
+        return ""
+    return f", guidance_scale={scale}"
+
+
+def _network_alone(folder: str, denoiser: Denoiser) -> str:
+    network: Any = denoiser.network
+    kind, component = type(network), component_name(network)
+    quoted = json.dumps(folder, ensure_ascii=False)
+    if kind.__module__.partition(".")[0] != "diffusers":
+        return f"import dkdm\n\nnetwork = dkdm.load_student({quoted})"
+    return (
+        f"from diffusers import {kind.__name__}\n\n"
+        f'network = {kind.__name__}.from_pretrained({quoted}, subfolder="{component}")'
+    )
+
+
+_RESULTS = {"DanceDiffusionPipeline": "audios", "WanPipeline": "frames"}
+_ASKED_FOR_SIZES = ("FluxPipeline", "Lumina2Pipeline", "WanPipeline")
+
+
+def _absent(stock: str, denoiser: Denoiser) -> list[str]:
+    """Arguments that say that a component is not there, where diffusers wants to be told so."""
+    import diffusers
+
+    pipeline = getattr(diffusers, stock)
+    wanted = inspect.signature(pipeline.__init__).parameters.keys() - pipeline._optional_components
+    entries = denoiser.bundle.entries.items()
+    return [f"{k}=None" for k, value in entries if value == [None, None] and k in wanted]
+
+
+def _usage_call(denoiser: Denoiser, stock: str | None) -> str:
+    conditioning = denoiser.conditioning
+    if isinstance(conditioning, Prompts):
+        return f"{conditioning.text_of(1)!r}, {_usage_size(denoiser, stock)}"
+    if isinstance(conditioning, ClassLabels):
+        return f"class_labels={list(conditioning.drawn[:4])}, "
+    if rows := own_rows(denoiser):
+        fed = (f'"{k}": torch.zeros(4, *{r.shape}, dtype=torch.{r.dtype})' for k, r in rows.items())
+        return f"cond={{{', '.join(fed)}}}, "
+    return "batch_size=4, "
+
+
+def _usage_size(denoiser: Denoiser, stock: str | None) -> str:
+    """The size in pixels, for pipelines that do not find it in the network's config."""
+    if stock not in _ASKED_FOR_SIZES:
+        return ""
+    height, width = pixels(denoiser.sample_shape, denoiser.bundle)
+    size = f"height={height}, width={width}, "
+    if len(denoiser.sample_shape) < 4 or denoiser.bundle.autoencoder is None:
+        return size
+    factor = denoiser.bundle.autoencoder.config.get("scale_factor_temporal", 4)
+    return f"{size}num_frames={(denoiser.sample_shape[1] - 1) * factor + 1}, "

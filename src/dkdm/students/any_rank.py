@@ -1,0 +1,134 @@
+"""Students of other families: for vectors, audio, images and videos."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from dkdm.core.conditioning import Unconditional
+from dkdm.errors import UsageError
+from dkdm.students.interface import Interface, Preset, check_halvings, patch_sides
+
+ATTENDED_PLACES = 1024
+
+
+def uvit(interface: Interface, width: int, depth: int, heads: int) -> nn.Module:
+    """dkdm's UVit; the patch is by `patch_sides`."""
+    from dkdm.networks.uvit import UVit
+
+    patch = patch_sides(interface)
+    return UVit(patch_size=patch, width=width, depth=depth, heads=heads, **_fitted(interface))
+
+
+def linear(interface: Interface, width: int, depth: int, heads: int) -> nn.Module:
+    """dkdm's LinearTransformer; the patch is by `patch_sides`."""
+    from dkdm.networks.linear import LinearTransformer
+
+    patch, fitted = patch_sides(interface), _fitted(interface)
+    return LinearTransformer(patch_size=patch, width=width, depth=depth, heads=heads, **fitted)
+
+
+def mobile(interface: Interface, channels: tuple[int, ...], blocks: int) -> nn.Module:
+    """dkdm's MobileUNet, with more levels where attention would be over too many places.
+
+    Raises UsageError where a side cannot be halved as often as there are levels.
+    """
+    from dkdm.networks.mobile import MobileUNet
+
+    fitted, channels = _fitted(interface), _deep_enough(interface, channels)
+    check_halvings(interface, len(channels))
+    return MobileUNet(block_out_channels=channels, layers_per_block=blocks, **fitted)
+
+
+def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
+    """diffusers' UNet1DModel, for audio without conditions; attention is in its middle only.
+
+    Raises UsageError for other samples, for conditions, and for a length that cannot be halved as
+    often as there are levels, the middle included.
+    """
+    from diffusers import UNet1DModel
+
+    if len(interface.sample_shape) != 2 or not isinstance(interface.conditioning, Unconditional):
+        raise UsageError(
+            "UNet1DModel is for audio (channels, length) without classes or text, and this "
+            f"teacher's samples have shape {interface.sample_shape}{interface.for_vectors}"
+        )
+    channels = _deep_enough(interface, channels)
+    check_halvings(interface, len(channels) + 1)
+    inner = len(channels) - 1
+    return UNet1DModel(
+        sample_size=interface.sides[0],
+        in_channels=interface.sample_shape[0],
+        out_channels=interface.out_channels,
+        extra_in_channels=channels[0],  # the sinusoids of the time
+        time_embedding_type="positional",
+        block_out_channels=channels,
+        down_block_types=("DownBlock1DNoSkip", *["DownBlock1D"] * inner),
+        up_block_types=(*["UpBlock1D"] * inner, "UpBlock1DNoSkip"),
+    )
+
+
+def mlp(interface: Interface, width: int, depth: int) -> nn.Module:
+    """dkdm's ResidualMLP, for vectors and signals, which it flattens.
+
+    Raises UsageError for images and videos.
+    """
+    from dkdm.networks.mlp import ResidualMLP
+
+    sides = interface.sample_shape[1:]
+    if len(sides) > 1:
+        raise UsageError(
+            "an MLP is for vectors (channels,) and audio (channels, length), since it sees no "
+            f"neighbours; the samples have shape {interface.sample_shape}"
+        )
+    return ResidualMLP(sample_size=sides, width=width, depth=depth, **_channels(interface))
+
+
+def _fitted(interface: Interface) -> dict[str, Any]:
+    """What the networks of this file have in common."""
+    return {"sample_size": interface.sides, **_channels(interface)}
+
+
+def _channels(interface: Interface) -> dict[str, Any]:
+    """What a network takes and gives, but for the sides of its samples."""
+    return {
+        "in_channels": interface.sample_shape[0],
+        "out_channels": interface.out_channels,
+        "num_class_embeds": interface.num_class_embeds,
+        "cross_attention_dim": interface.text_width,
+        "pooled_projection_dim": interface.pooled_width,
+    }
+
+
+def _deep_enough(interface: Interface, channels: tuple[int, ...]) -> tuple[int, ...]:
+    """Levels of the last width are added while the lowest has many places and can be halved."""
+    sides = [side >> (len(channels) - 1) for side in interface.sides]
+    while math.prod(sides) > ATTENDED_PLACES and not any(side % 2 for side in sides):
+        channels, sides = (*channels, channels[-1]), [side // 2 for side in sides]
+    return channels
+
+
+PRESETS = [
+    Preset("uvit-tiny", "a small U-ViT, for minutes on a CPU",
+           lambda interface: uvit(interface, width=96, depth=5, heads=3)),
+    Preset("uvit-s", "U-ViT-S (arXiv 2209.12152)",
+           lambda interface: uvit(interface, width=512, depth=13, heads=8)),
+    Preset("uvit-m", "U-ViT-M (arXiv 2209.12152)",
+           lambda interface: uvit(interface, width=768, depth=17, heads=12)),
+    Preset("linear-tiny", "a small transformer of linear attention, for minutes on a CPU",
+           lambda interface: linear(interface, width=96, depth=4, heads=3)),
+    Preset("linear-s", "linear attention in the size of DiT-S, for many tokens",
+           lambda interface: linear(interface, width=384, depth=12, heads=12)),
+    Preset("mobile-tiny", "depthwise-separable convolutions, for minutes on a CPU",
+           lambda interface: mobile(interface, (32, 64, 96), blocks=1)),
+    Preset("mobile-s", "depthwise-separable convolutions",
+           lambda interface: mobile(interface, (64, 128, 256), blocks=2)),
+    Preset("unet-1d-tiny", "a small UNet of audio, unconditional",
+           lambda interface: unet_1d(interface, (32, 32, 64))),
+    Preset("mlp-tiny", "a residual MLP for vectors and short signals, for minutes on a CPU",
+           lambda interface: mlp(interface, width=128, depth=4)),
+    Preset("mlp-s", "a residual MLP for vectors and short signals",
+           lambda interface: mlp(interface, width=512, depth=6)),
+]  # fmt: skip
