@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from dkdm.checks import doctor
-from dkdm.checks.doctor import Finding, examine, print_findings, usable_cores, usable_memory
+from dkdm.checks.doctor import Finding, examine, print_findings
+from dkdm.reading.machine import usable_cores, usable_memory
 
 GIB = 2**30
 
@@ -184,19 +185,26 @@ def test_quota_of_a_container_limits_the_cores(tmp_path, files, cores):
     assert usable_cores(tmp_path) == (cores or unlimited)
 
 
-def test_limit_of_a_container_limits_the_memory(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text(f"MemTotal: 9 kB\nMemAvailable:   {8 * 2**20} kB\n")
-    assert usable_memory(meminfo, tmp_path) == 8 * GIB
-    (tmp_path / "memory.max").write_text(f"{3 * GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{GIB}\n")
-    assert usable_memory(meminfo, tmp_path) == 2 * GIB
-    (tmp_path / "memory.max").write_text("max\n")
-    assert usable_memory(meminfo, tmp_path) == 8 * GIB
-    assert usable_memory(tmp_path / "absent", tmp_path) is None
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ],
+)
+def test_limit_of_a_container_limits_the_memory(tmp_path, monkeypatch, limit, used):
+    system = types.SimpleNamespace(available=8 * GIB)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: system)
+    (tmp_path / "memory").mkdir()
+    assert usable_memory(tmp_path) == 8 * GIB
+    (tmp_path / limit).write_text(f"{3 * GIB}\n")
+    (tmp_path / used).write_text(f"{GIB}\n")
+    assert usable_memory(tmp_path) == 2 * GIB
+    (tmp_path / limit).write_text("max\n")
+    assert usable_memory(tmp_path) == 8 * GIB
 
 
-@pytest.mark.parametrize(("bytes_", "status"), [(GIB, "warning"), (8 * GIB, "ok"), (None, "ok")])
+@pytest.mark.parametrize(("bytes_", "status"), [(GIB, "warning"), (8 * GIB, "ok")])
 def test_little_memory_is_a_warning(monkeypatch, bytes_, status):
     monkeypatch.setattr(doctor, "usable_memory", lambda: bytes_)
     assert doctor._memory().status == status

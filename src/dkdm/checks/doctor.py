@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dkdm.reading.machine import usable_cores, usable_memory
+
 Status = Literal["ok", "warning", "problem"]
 
 GIB = 2**30
-CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -213,32 +213,8 @@ def _threads() -> Finding:
     return Finding("threads", "ok", what)
 
 
-def usable_cores(cgroup: Path = CGROUP) -> float:
-    """Cores this process may use: its CPU set, and the quota of its container (cgroup v2 or v1)."""
-    if hasattr(os, "sched_getaffinity"):
-        cores: float = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    limit = _words(cgroup / "cpu.max") or [
-        *_words(cgroup / "cpu" / "cpu.cfs_quota_us"),
-        *_words(cgroup / "cpu" / "cpu.cfs_period_us"),
-    ]
-    if len(limit) == 2 and limit[0] not in ("max", "-1"):
-        cores = min(cores, int(limit[0]) / int(limit[1]))
-    return cores
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
-
-
 def _memory() -> Finding:
     available = usable_memory()
-    if available is None:
-        return Finding("memory", "ok", "cannot be told on this system")
     what = f"{available / GIB:.1f} GiB available"
     if available < 2 * GIB:
         return Finding(
@@ -248,19 +224,6 @@ def _memory() -> Finding:
             "stop other programs, or lower --train-batch-size and --pool-size",
         )
     return Finding("memory", "ok", what)
-
-
-def usable_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
-    """Bytes free for this process: the system's, and its container's (cgroup v2); None elsewhere
-    than on Linux."""
-    words = _words(meminfo)
-    if "MemAvailable:" not in words:
-        return None
-    available = 1024 * int(words[words.index("MemAvailable:") + 1])
-    limit, used = _words(cgroup / "memory.max"), _words(cgroup / "memory.current")
-    if limit and used and limit[0] != "max":
-        available = min(available, int(limit[0]) - int(used[0]))
-    return available
 
 
 def _disk(folder: Path) -> Finding:

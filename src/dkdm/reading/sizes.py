@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import shown
+from dkdm.reading.machine import usable_memory
 from dkdm.reading.quantization import check_quantized
 
 LIMIT = "DKDM_MAX_GIB"
@@ -56,8 +56,8 @@ def max_gib(otherwise: float) -> float:
 
 
 def machine_gib() -> float:
-    """Memory of this machine that is free."""
-    return float(psutil.virtual_memory().available) / GIB
+    """GiB of memory that this process may still use."""
+    return usable_memory() / GIB
 
 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
