@@ -16,7 +16,7 @@ from dkdm.models.schedulers import from_scheduler_config
 from dkdm.models.text import encoder_width
 from dkdm.networks import HOMES, network_class
 from dkdm.reading.allowed import component_class, library_class
-from dkdm.shipping.generated import dotted, identifier, literal
+from dkdm.reading.files import dotted, identifier, literal
 from dkdm.shipping.hub import _name_in_card
 from dkdm.shipping.pipeline_folder import COMPONENTS, usage_snippet, write_pipeline
 from factories import SCHEDULER
@@ -86,7 +86,7 @@ def test_a_component_that_is_no_name_is_refused(tmp_path, name):
     model = latent(tmp_path)
     parts = {**model.bundle.components, name: model.bundle.autoencoder.component}
     model = replace(model, bundle=replace(model.bundle, components=parts))
-    with pytest.raises(UsageError, match="is no name"):
+    with pytest.raises(UsageError, match="is not a name"):
         write_pipeline(tmp_path / "out", model)
     assert not (tmp_path / "out" / "pipeline.py").exists()
 
@@ -145,7 +145,7 @@ def test_literals_read_back(value):
     "value", [float("nan"), float("inf"), object(), {1, 2}, b"x", torch.ones(1), [open], 1j]
 )
 def test_what_has_no_literal_is_refused(value):
-    with pytest.raises(UsageError, match="expected plain values"):
+    with pytest.raises(UsageError, match="give plain values"):
         literal(value)
 
 
@@ -307,5 +307,5 @@ def test_a_user_networks_file_names_its_own_module_only():
 
     good = Origin("Small", "own_networks:make", (1, 8, 8), 1)
     assert ast.parse(shipment(good).text)
-    with pytest.raises(UsageError, match="is no module"):
+    with pytest.raises(UsageError, match="is not a module"):
         shipment(replace(good, factory='own_networks:make"""\nimport os'))

@@ -29,7 +29,7 @@ MOVED = {
     "export": "shipping.pipeline_folder",
     "features": "core.feature_loss",
     "finish": "runs.outputs",
-    "generated": "shipping.generated",
+    "generated": "reading.files",
     "given": "core.given",
     "graph": "shipping.graph",
     "hub": "shipping.hub",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import read_json
+from dkdm.reading.files import atomic
 from dkdm.reading.places import check_folder, inside
 from dkdm.reading.sizes import in_a_line
 
@@ -115,8 +116,9 @@ def rotate(output_dir: Path, limit: int | None) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors makes it readable by its owner only
+    data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with atomic(path) as partial:
+        save_file(data, partial)
 
 
 def refuse_other_content(path: Path) -> None:

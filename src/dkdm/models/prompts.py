@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dkdm.core.checkpoint import write_tensors
 from dkdm.core.conditioning import Condition, dropped
 from dkdm.core.progress import track
 from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.files import cache_dir
 
 ENCODED_AT_ONCE = 32
 ROWS_A_FILE = 1024
@@ -120,8 +121,8 @@ def with_prompts(
 
     root: folder of all caches; None is $DKDM_CACHE or ~/.cache/dkdm.
     """
-    root = root or Path(os.environ.get("DKDM_CACHE", "~/.cache/dkdm")).expanduser()
-    cache = EmbeddingCache.open(root / "prompts" / prompts.encoders.fingerprint)
+    folder = root / "prompts" if root else cache_dir("prompts")
+    cache = EmbeddingCache.open(folder / prompts.encoders.fingerprint)
     cache.encode([negative, *texts], prompts.encoders)
     found = cache.of([negative, *texts])
     return replace(prompts, texts=tuple(texts), negative=negative, cache=found)
@@ -231,9 +232,7 @@ class EmbeddingCache:
         number = len({place[0] for place in self.places.values()})
         tensors = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
         file, hashes = self._file(number), [_hash(text) for text in texts]
-        beside = file.with_suffix(".partial")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, beside)
-        beside.rename(file)
+        write_tensors(file, tensors)
         with open(self.folder / "index.jsonl", "a") as index:
             index.write(json.dumps(hashes) + "\n")
         self.places |= {key: (number, row) for row, key in enumerate(hashes)}

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dkdm.reading.files import atomic
 from dkdm.reading.plugins import is_installed, places_of
 
 HOME = "DKDM_DATA_HOME"
@@ -45,9 +46,8 @@ def remember(facts: Mapping[str, Any], module: str) -> None:
         if files <= known:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(sorted(known | files)) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with atomic(path) as partial:
+            partial.write_text(json.dumps(sorted(known | files)) + "\n", encoding="utf-8")
     except (OSError, RuntimeError) as error:  # a home that is missing or read-only
         _say_once(
             f"warning: no record of this run can be kept ({error}). Name its code when you open it "

@@ -7,11 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dkdm.config import DistillConfig, RunConfig, TrainConfig, to_json
 from dkdm.evaluation.results import ModelResult
-from dkdm.reading.places import replaced
+from dkdm.reading.files import atomic
+from dkdm.reading.files import render as render_template
 from dkdm.report.curves import charts
 from dkdm.report.numbers import count, number, percent
 from dkdm.report.run import Run, read_run
@@ -27,23 +26,18 @@ def write_report(run_dir: Path) -> Path:
     Raises UsageError where the folder holds no `config.json` of a run.
     """
     page = render(read_run(run_dir))
-    partial_path = replaced(run_dir / f".{REPORT}.partial")
-    partial_path.write_text(page, encoding="utf-8")
-    return partial_path.replace(run_dir / REPORT)
+    with atomic(run_dir / REPORT) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return run_dir / REPORT
 
 
 def render(run: Run) -> str:
     """The page as HTML; every text in it is escaped."""
-    environment = Environment(
-        loader=PackageLoader("dkdm.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": count, "number": number, "percent": percent}
     hero, more = strips(run)
-    return environment.get_template("report.html.j2").render(
+    return render_template(
+        "dkdm.report",
+        "report.html.j2",
+        {"count": count, "number": number, "percent": percent},
         run=run,
         headline=headline(run),
         claim=claim(run),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.core.conditioning import ClassLabels, parse_interval
@@ -16,14 +15,12 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.pool import Guidance
 from dkdm.evaluation.classes import Metrics
 from dkdm.models.prompts import Prompts
+from dkdm.reading.files import render
 from dkdm.shipping.licence import CARD, Origin, licence_of_student, origin_of
 from dkdm.shipping.markdown import code, link, plain
 from dkdm.shipping.pipeline_folder import shipping_notes, usage_snippet
 from dkdm.version import __version__
 
-_TEMPLATES = Environment(  # nosec: writes Markdown, not HTML
-    loader=PackageLoader("dkdm.shipping"), undefined=StrictUndefined, keep_trailing_newline=True
-)
 NO_LICENCE = "the model card names no licence: give --license, or write 'license:' at the head of"
 DATA = {  # by --source; where dkdm knows no more, it does not say "no image was read"
     "dynamic": "No image was read to train it.",
@@ -58,7 +55,9 @@ def write_card(
     origin = origin_of(config)
     inherited = origin.licence if origin else {}
     licence = licence_of_student(config.license, inherited)
-    text = _TEMPLATES.get_template("card.md.j2").render(
+    text = render(
+        "dkdm.shipping",
+        "card.md.j2",
         front_matter=_yaml(_front_matter(denoiser, config, origin, licence, metrics)),
         title=plain(config.output_dir.absolute().name),
         lead=_lead(denoiser, config, origin, teacher),

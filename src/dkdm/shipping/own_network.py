@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import nn
 
 from dkdm.models.own_network import OWN_CLASS, Origin, origin_of
+from dkdm.reading.files import render
 from dkdm.reading.plugins import installed_folders, places_of
-from dkdm.shipping.generated import templates
 
 # What is there wherever the folder is loaded, since diffusers asks for it or is asked for.
 _ALWAYS_THERE = {"torch", "diffusers", "numpy", "safetensors", "huggingface_hub", "packaging"}
@@ -46,12 +46,14 @@ def shipment(origin: Origin) -> Shipment:
         source, package = None, module.partition(".")[0]
         imported = {package}
     others = imported - _ALWAYS_THERE - set(sys.stdlib_module_names) - {package}
-    text = (
-        templates()
-        .get_template("own_network.py.j2")
-        .render(
-            source=source, module=module, factory=name, own_class=OWN_CLASS, dkdm="dkdm" in imported
-        )
+    text = render(
+        "dkdm.shipping",
+        "own_network.py.j2",
+        source=source,
+        module=module,
+        factory=name,
+        own_class=OWN_CLASS,
+        dkdm="dkdm" in imported,
     )
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]  # one process may load several of them
     file = f"{module.rpartition('.')[2]}_{digest}.py"

@@ -31,8 +31,8 @@ from dkdm.models.schedulers import (
     flow_grid,
 )
 from dkdm.models.text import FAMILIES
+from dkdm.reading.files import identifier, literal, render
 from dkdm.reading.places import copy_folder
-from dkdm.shipping.generated import identifier, literal, templates
 from dkdm.shipping.own_network import shipment, shipping_note
 
 # Components that a pipeline of dkdm's own has a parameter for, beside denoiser and scheduler.
@@ -272,39 +272,32 @@ def _pipeline_source(
     first_sigma, last_sigma = flow_grid(denoiser.process.scheduler)
     family = FAMILIES[str(bundle.pipeline)] if text else None
     latent = bundle.autoencoder is not None and "vae" in components
-    return (
-        templates()
-        .get_template("pipeline.py.j2")
-        .render(
-            component=component,
-            labelled=isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants),
-            components=list(components),
-            latent_standard=bundle.autoencoder.standard()
-            if bundle.autoencoder and latent
-            else None,
-            text_pipeline=bundle.pipeline,
-            encoders=[
-                name for name in components if name.startswith(("text_encoder", "tokenizer"))
-            ],
-            family=family,
-            zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
-            arguments=family.all_arguments(bundle) if family else {},
-            call=_call_with_text(denoiser),
-            packs=type(denoiser.network).__name__ == "FluxTransformer2DModel",
-            embeds_guidance=denoiser.embeds_guidance,
-            flow=scheduler.startswith("FlowMatch"),
-            first_sigma=first_sigma,
-            last_sigma=last_sigma,
-            start_std=denoiser.process.start_std,
-            random_step=scheduler != "IPNDMScheduler",
-            drops_variance=denoiser.parameterization.learns_variance
-            and scheduler != "DDPMScheduler",
-            sample_shape=tuple(denoiser.sample_shape),
-            value_range=denoiser.value_range if _value_range(denoiser) else None,
-            own_rows={key: (row.shape, row.dtype) for key, row in own_rows(denoiser).items()},
-            latents_only=denoiser.decode is not None,
-            token_width=_token_width(denoiser.conditioning),
-        )
+    return render(
+        "dkdm.shipping",
+        "pipeline.py.j2",
+        component=component,
+        labelled=isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants),
+        components=list(components),
+        latent_standard=bundle.autoencoder.standard() if bundle.autoencoder and latent else None,
+        text_pipeline=bundle.pipeline,
+        encoders=[name for name in components if name.startswith(("text_encoder", "tokenizer"))],
+        family=family,
+        zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
+        arguments=family.all_arguments(bundle) if family else {},
+        call=_call_with_text(denoiser),
+        packs=type(denoiser.network).__name__ == "FluxTransformer2DModel",
+        embeds_guidance=denoiser.embeds_guidance,
+        flow=scheduler.startswith("FlowMatch"),
+        first_sigma=first_sigma,
+        last_sigma=last_sigma,
+        start_std=denoiser.process.start_std,
+        random_step=scheduler != "IPNDMScheduler",
+        drops_variance=denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler",
+        sample_shape=tuple(denoiser.sample_shape),
+        value_range=denoiser.value_range if _value_range(denoiser) else None,
+        own_rows={key: (row.shape, row.dtype) for key, row in own_rows(denoiser).items()},
+        latents_only=denoiser.decode is not None,
+        token_width=_token_width(denoiser.conditioning),
     )
 
 

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dkdm.core.bundle import Bundle
 from dkdm.core.checkpoint import save_network
 from dkdm.errors import UsageError
 from dkdm.models.components import Autoencoder, Component
 from dkdm.models.formats.state_dict import frozen
+from dkdm.reading.files import cache_dir, cached_folder
 
 Config = Mapping[str, Any]
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
@@ -47,7 +45,9 @@ def autoencoder_bundle(
     network = getattr(diffusers, _CLASSES[kind])(**_config(kind, params, scale))
     own = {key: value for key, value in tensors.items() if key.startswith(_PARTS)}
     frozen(network, converted(own, len(params["ddconfig"]["ch_mult"])), path)
-    component = Component(_cached(network), "diffusers", _CLASSES[kind])
+    folder = cache_dir("autoencoders") / _fingerprint(network)
+    folder = cached_folder(folder, lambda to: save_network(network, to))
+    component = Component(folder, "diffusers", _CLASSES[kind])
     return Bundle(None, {"vae": component}, Autoencoder(component, network))
 
 
@@ -110,26 +110,6 @@ _RENAMED = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"\.norm_out\.", ".conv_norm_out."),
 )
-
-
-def cache_root() -> Path:
-    """Where parts of single files are kept as folders."""
-    return Path(os.environ.get("DKDM_CACHE", "~/.cache/dkdm")).expanduser()
-
-
-def _cached(network: nn.Module) -> Path:
-    """The folder that holds this autoencoder, written where there is none yet."""
-    home = cache_root() / "autoencoders"
-    folder = home / _fingerprint(network)
-    if not folder.is_dir():
-        home.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=home))
-        save_network(network, partial)
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
-    return folder
 
 
 def _fingerprint(network: Any) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +13,12 @@ import torch
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
-from dkdm.models.formats.first_stage import cache_root
 from dkdm.models.locate import INDEX
 from dkdm.models.lora import merge_loras, read_choices
 from dkdm.models.options import LoadOptions
 from dkdm.models.pipeline_folder import describe_pipeline_folder, load_pipeline_folder
 from dkdm.reading.fields import read_json, shown
+from dkdm.reading.files import cache_dir, cached_folder
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET = "model.diffusion_model."
@@ -289,14 +287,6 @@ def _folder_of(path: Path, kind: SingleFile, config: Path, arguments: dict[str, 
     sources = [path, config / INDEX if config.is_dir() else config]
     stats = [(str(one.resolve()), one.stat().st_size, one.stat().st_mtime_ns) for one in sources]
     made_of = repr((stats, str(arguments["torch_dtype"]), kind.pipeline))
-    folder = cache_root() / "single-files" / hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    if not folder.is_dir():
-        pipeline = getattr(diffusers, kind.pipeline).from_single_file(str(path), **arguments)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        pipeline.save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
-    return folder
+    folder = cache_dir("single-files") / hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    read = getattr(diffusers, kind.pipeline).from_single_file
+    return cached_folder(folder, lambda to: read(str(path), **arguments).save_pretrained(to))

@@ -1,0 +1,123 @@
+"""Writing files: whole or not at all, from templates, and into the cache folder."""
+
+from __future__ import annotations
+
+import keyword
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dkdm.errors import UsageError
+from dkdm.reading.fields import is_name, shown
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it becomes `path` when the block ends without an error.
+
+    Readers see the old file or the whole new one. The suffix stays, a link at `path` is replaced
+    rather than followed, and the mode is what the umask gives, whatever the writer of the file did.
+    """
+    partial = _beside(path)
+    partial.touch()
+    mode = partial.stat().st_mode & 0o777
+    try:
+        yield partial
+        partial.chmod(mode)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder, with the same suffix."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+
+
+def cache_dir(name: str) -> Path:
+    """A folder of files that can be made again, in $DKDM_CACHE or ~/.cache/dkdm."""
+    return Path(os.environ.get("DKDM_CACHE", "~/.cache/dkdm")).expanduser() / name
+
+
+def cached_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """The folder, with what `fill` writes into it unless it is there already."""
+    if not folder.is_dir():
+        partial = _beside(folder)
+        partial.mkdir(parents=True)
+        try:
+            fill(partial)
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been faster
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def render(
+    package: str,
+    template: str,
+    filters: Mapping[str, Callable[..., Any]] | None = None,
+    /,
+    **values: Any,
+) -> str:
+    """The text of a template in the `templates` folder of a package.
+
+    Values are escaped in templates of HTML. Templates of Python files pass each value through one
+    of the filters `literal`, `name` and `dotted`, which refuse what could become code.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    html = template.endswith(".html.j2")
+    environment = Environment(  # nosec: Markdown and Python files are not HTML
+        loader=PackageLoader(package),
+        undefined=StrictUndefined,
+        autoescape=html,
+        trim_blocks=html,
+        lstrip_blocks=html,
+        keep_trailing_newline=not html,
+    )
+    environment.filters |= {"literal": literal, "name": identifier, "dotted": dotted}
+    environment.filters |= filters or {}
+    return environment.get_template(template).render(values)
+
+
+def literal(value: Any) -> str:
+    """A value as a Python literal: None, a truth value, a finite number, a string, or lists, tuples
+    and dicts of these. Raises UsageError for anything else."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(int(value))
+    if isinstance(value, float) and math.isfinite(value):
+        return repr(float(value))
+    if isinstance(value, str):
+        return repr(str(value))
+    if isinstance(value, (list, tuple)):
+        inside = ", ".join(map(literal, value))
+        comma = "," if len(value) == 1 else ""
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{comma})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{literal(k)}: {literal(v)}" for k, v in value.items()) + "}"
+    raise UsageError(f"{shown(value)} cannot be written into a Python file: give plain values")
+
+
+def identifier(value: Any) -> str:
+    """An ASCII name. Raises UsageError for anything else."""
+    if not is_name(value):
+        raise UsageError(f"{shown(value)} cannot be written into a Python file: it is not a name")
+    return str(value)
+
+
+def dotted(value: Any) -> str:
+    """Names of Python with dots between them. Raises UsageError for anything else."""
+    parts = value.split(".") if isinstance(value, str) else [""]
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
+        raise UsageError(f"{shown(value)} cannot be written into a Python file: it is not a module")
+    return str(value)
