@@ -21,7 +21,7 @@ from dkdm.evaluation.classes import evaluate_images
 from dkdm.evaluation.same_noise import Plan, draw, pictures
 from dkdm.models import load_teacher
 from dkdm.report.charts import Series, bin_means, standalone_chart
-from dkdm.runs.api import distill
+from dkdm.runs.distill import distill
 from dkdm.runs.recipes import fashion_small
 from dkdm.students import student_of
 from dkdm.students.start import read_checkpoint

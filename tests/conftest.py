@@ -54,7 +54,7 @@ def pytest_fixture_setup(fixturedef, request):
 def unchecked_teachers(request, monkeypatch):
     """Untrained teachers teach in most tests; looking for their cure would take seconds in each."""
     if request.node.get_closest_marker("teacher_check") is None:
-        monkeypatch.setattr("dkdm.runs.api.teacher_warning", lambda *_: None)
+        monkeypatch.setattr("dkdm.runs.distill.teacher_warning", lambda *_: None)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,7 +10,7 @@ from torch import nn
 import dkdm
 from dkdm.checks.inspection import check_denoising
 from dkdm.config import RANGES
-from dkdm.runs.api import with_conditions
+from dkdm.runs.models import with_conditions
 from factories import denoiser
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)

@@ -19,7 +19,7 @@ from dkdm.core.conditioning import ClassLabels
 from dkdm.errors import UsageError
 from dkdm.models import load_teacher, with_texts
 from dkdm.models.own_network import awakened
-from dkdm.runs.api import cautions
+from dkdm.runs.models import cautions
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
 from factories import denoiser

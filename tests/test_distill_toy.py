@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from dkdm.core.chains import Stride
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.fill import empty_pool, fill_few_step
 from dkdm.core.objective import Objective
-from dkdm.core.pool import Stride, empty_pool, fill_few_step
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import beta_schedule, from_betas, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser

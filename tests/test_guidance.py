@@ -7,16 +7,10 @@ import torch
 from torch import nn
 
 import dkdm
+from dkdm.core.chains import Guidance, Stride, random_conditioning_odds
 from dkdm.core.conditioning import ClassLabels, Unconditional, guide, restrict_classes
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.pool import (
-    Guidance,
-    Stride,
-    empty_pool,
-    fill_few_step,
-    random_conditioning_odds,
-    uniform_levels,
-)
+from dkdm.core.fill import empty_pool, fill_few_step, uniform_levels
 from dkdm.core.prediction import Parameterization, Prediction
 from dkdm.core.process import beta_schedule, from_betas, per_sample
 from dkdm.core.randomness import generator

@@ -11,7 +11,7 @@ import dkdm
 from dkdm.cli import main
 from dkdm.core.denoiser import Batch
 from dkdm.core.inputs import GivenRows, from_index, rows_of, to_index, with_rows
-from dkdm.runs.api import with_conditions
+from dkdm.runs.models import with_conditions
 from dkdm.students import student_of
 
 PROCESS = dkdm.from_betas(torch.linspace(1e-4, 0.02, 50))

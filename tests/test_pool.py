@@ -12,24 +12,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkdm.config import DistillConfig
+from dkdm.core.chains import Guidance, Stride
 from dkdm.core.checkpoint import read_tensors, write_tensors
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.pool import (
-    Guidance,
-    Pool,
-    Stride,
+from dkdm.core.fill import (
     check_memory,
     empty_pool,
     fill_ancestral,
     fill_few_step,
     uniform_levels,
 )
+from dkdm.core.pool import Pool
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import beta_schedule, from_betas, karras, per_sample
 from dkdm.core.randomness import generator
 from dkdm.errors import UsageError
-from dkdm.runs.api import fill, make_pool, pool_entries
+from dkdm.runs.source import fill, make_pool, pool_entries
 
 LEVELS, TOP = 100, 99
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", LEVELS))

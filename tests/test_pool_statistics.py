@@ -19,8 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dkdm.core.chains import Stride
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.pool import Pool, Stride, empty_pool, fill_ancestral, fill_few_step, uniform_levels
+from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step, uniform_levels
+from dkdm.core.pool import Pool
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import beta_schedule, from_betas, zero_terminal_snr
 from dkdm.core.randomness import generator

@@ -200,7 +200,7 @@ def test_resumed_run_does_not_read_its_start_again(run, tmp_path):
 
 def test_dry_run_says_where_the_student_starts():
     config = replace(CONFIG, teacher="factories:teacher", lora_rank=3)
-    text = dkdm.runs.api.describe(config)
+    text = dkdm.runs.dry_run.describe(config)
     assert "start     teacher: " in text
     assert "LoRA of rank 3 on them" in text
 

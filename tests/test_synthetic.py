@@ -14,7 +14,8 @@ from dkdm.core.process import rectified_flow
 from dkdm.core.sources import draw_set, empty_set
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from dkdm.runs.api import open_student, planned_evaluations, set_size
+from dkdm.runs.models import open_student
+from dkdm.runs.source import planned_evaluations, set_size
 from factories import denoiser
 
 MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], classes=[0, 1])

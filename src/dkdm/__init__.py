@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dkdm.errors import DkdmError, UsageError
     from dkdm.models import load_teacher
     from dkdm.models.schedulers import from_scheduler_config
-    from dkdm.runs.api import distill, train
+    from dkdm.runs.distill import distill
+    from dkdm.runs.train import train
     from dkdm.shipping.graph import export_graph
     from dkdm.students import load_student
 
@@ -58,7 +59,8 @@ _HOMES = {
     "errors": ("DkdmError", "UsageError"),
     "models": ("load_teacher",),
     "models.schedulers": ("from_scheduler_config",),
-    "runs.api": ("distill", "train"),
+    "runs.distill": ("distill",),
+    "runs.train": ("train",),
     "shipping.graph": ("export_graph",),
     "students": ("load_student",),
 }

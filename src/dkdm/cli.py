@@ -353,7 +353,8 @@ def _config_file(kind: type[Config], path: Path) -> Config:
 def _distill(args: list[str]) -> int:
     config, dry_run = _run_config(DistillConfig, "distill", args)
     from dkdm.evaluation.results import read_evaluation
-    from dkdm.runs.api import describe, distill
+    from dkdm.runs.distill import distill
+    from dkdm.runs.dry_run import describe
     from dkdm.runs.outputs import result_rows
 
     if dry_run:
@@ -370,7 +371,7 @@ def _distill(args: list[str]) -> int:
 
 def _train(args: list[str]) -> int:
     config, dry_run = _run_config(TrainConfig, "train", args)
-    from dkdm.runs.api import train
+    from dkdm.runs.train import train
 
     if dry_run:
         print(json.dumps(dataclasses.asdict(config), indent=2, default=str))

@@ -11,7 +11,7 @@ from typing import Any
 
 MOVED = {
     "allowed": "reading.allowed",
-    "api": "runs.api",
+    "api": "",
     "arguments": "reading.arguments",
     "arrays": "reading.arrays",
     "bundle": "core.bundle",
@@ -111,4 +111,5 @@ class Moved:
     def exec_module(self, module: Any) -> None:
         """The module of today takes the place of the empty one."""
         name = module.__name__
-        sys.modules[name] = importlib.import_module(f"dkdm.{present_name(name.partition('.')[2])}")
+        path = f"dkdm.{present_name(name.partition('.')[2])}"
+        sys.modules[name] = importlib.import_module(path.rstrip("."))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dkdm.config import RunConfig
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.ema import Ema
 from dkdm.core.feature_loss import Features
 from dkdm.core.modes import silence_label_dropout
 from dkdm.core.objective import Objective
@@ -26,28 +27,6 @@ from dkdm.core.progress import LossPerLevel, MetricsFile, track
 from dkdm.core.sources import Source
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import Fields, read_json
-
-
-class Ema:
-    """Exponential moving average of a network's weights, warmed up as (1 + n) / (10 + n)."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self.weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Move every floating-point weight towards the network's; copy the others."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        new = network.state_dict()
-        floating = [k for k, v in self.weights.items() if v.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.weights[k] for k in floating], [new[k].detach() for k in floating], 1 - decay
-        )
-        for key in self.weights.keys() - set(floating):
-            self.weights[key].copy_(new[key])
 
 
 @dataclass(eq=False)

@@ -11,10 +11,10 @@ import torch
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.core import checkpoint
+from dkdm.core.chains import Guidance
 from dkdm.core.conditioning import parse_interval, restrict_classes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import evaluating, say_if
-from dkdm.core.pool import Guidance
 from dkdm.core.progress import track
 from dkdm.errors import UsageError
 from dkdm.evaluation.classes import Metrics, evaluate_images

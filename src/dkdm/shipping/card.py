@@ -10,9 +10,9 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
+from dkdm.core.chains import Guidance
 from dkdm.core.conditioning import ClassLabels, parse_interval
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.pool import Guidance
 from dkdm.evaluation.classes import Metrics
 from dkdm.models.prompts import Prompts
 from dkdm.reading.files import render

@@ -1,0 +1,28 @@
+"""The average of a network's weights over the steps of its training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Exponential moving average of a network's weights, warmed up as (1 + n) / (10 + n)."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Move every floating-point weight towards the network's; copy the others."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        new = network.state_dict()
+        floating = [k for k, v in self.weights.items() if v.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.weights[k] for k in floating], [new[k].detach() for k in floating], 1 - decay
+        )
+        for key in self.weights.keys() - set(floating):
+            self.weights[key].copy_(new[key])

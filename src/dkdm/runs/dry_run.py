@@ -1,0 +1,70 @@
+"""What a distillation would do and cost, in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dkdm.config import DistillConfig
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.matching import covered, same_levels
+from dkdm.core.trainer import make_trainable
+from dkdm.models import place
+from dkdm.runs.cost import advice, estimated, in_words, measured
+from dkdm.runs.models import cautions, open_student, open_teacher
+from dkdm.runs.source import planned_evaluations, pool_entries, set_size
+from dkdm.students.start import begin
+
+
+def describe(config: DistillConfig) -> str:
+    """What a distillation would do and cost, in words; nothing is written."""
+    teacher = open_teacher(config)
+    student = open_student(teacher, config)
+    odd = "".join(f"\n{caution}" for caution in cautions(student, teacher))
+    filling, training = planned_evaluations(teacher, config)
+    if config.source == "synthetic":
+        what, entries, width = "samples", set_size(teacher, config), 4
+    else:
+        what, entries = "entries", pool_entries(config, teacher.process.num_levels)
+        width = getattr(torch, config.pool_dtype).itemsize
+    place_for_dry_run(teacher, student, config)
+    speeds = measured(teacher, student, config)
+    needed = estimated((filling, training), config.max_train_steps, 0, speeds)
+    caution = advice(needed, config)
+    odd += f"\n{caution}" if caution else ""
+    mebibytes = entries * torch.Size(teacher.sample_shape).numel() * width / 2**20
+    return (
+        f"teacher   {teacher.name}: {teacher.num_parameters:,} parameters\n"
+        f"student   {student.name}: {student.num_parameters:,} parameters "
+        f"({student.num_parameters / teacher.num_parameters:.1%})\n"
+        f"{_kind_of(student, teacher)}"
+        f"start     {begin(student, teacher, config)}\n"
+        f"source    {config.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
+        f"cost      {filling:,} teacher evaluations to prepare, {training:,} to train, "
+        "and restarts of chains\n"
+        f"time      {in_words(needed)}\n"
+        f"output    {config.output_dir}{odd}"
+    )
+
+
+def place_for_dry_run(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> None:
+    """Bring both models to where they would compute."""
+    network: nn.Module = student.network  # type: ignore[assignment]
+    make_trainable(network.train())
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        place(teacher, device, config.teacher_offload)
+        network.to(device)
+
+
+def _kind_of(student: Denoiser, teacher: Denoiser) -> str:
+    """A line on the student's process and parameterization, where they are not the teacher's."""
+    own, other = student.parameterization.prediction, teacher.parameterization.prediction
+    if own == other and same_levels(student.process, teacher.process):
+        return ""
+    unseen = int((~covered(student.process, teacher.process)).sum())
+    return (
+        f"          {own} on the {student.process.num_levels} levels of "
+        f"{student.process.scheduler.get('_class_name', 'its process')} that the teacher "
+        f"({other}) has; {unseen} of the teacher's levels weigh nothing\n"
+    )
