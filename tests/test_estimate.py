@@ -12,8 +12,9 @@ from dkdm.core.checkpoint import read_tensors
 from dkdm.core.progress import read_metrics
 from dkdm.models import with_texts
 from dkdm.models.prompts import Prompts
-from dkdm.runs import api
 from dkdm.runs.cost import Speeds, advice, estimated, in_words, measured, minutes
+from dkdm.runs.dry_run import describe
+from dkdm.runs.models import teacher_warning
 from dkdm.students import student_of
 from factories import denoiser
 
@@ -140,15 +141,15 @@ def test_check_and_estimate_change_no_result(tmp_path, monkeypatch, capsys):
 @pytest.mark.teacher_check
 def test_a_teacher_that_denoises_is_passed_in_silence_and_a_crash_is_a_warning():
     teacher = dkdm.load_teacher("builtin:fashion")
-    assert api.teacher_warning(teacher, 1e-4) is None
-    assert "too slow" in api.teacher_warning(teacher, 100.0)
+    assert teacher_warning(teacher, 1e-4) is None
+    assert "too slow" in teacher_warning(teacher, 100.0)
 
     def crash(x, time, class_labels):
         del x, time, class_labels
         raise ValueError("no")
 
     broken = replace(teacher, network=crash, call=None)
-    assert "could not be checked: ValueError: no" in api.teacher_warning(broken, 1e-4)
+    assert "could not be checked: ValueError: no" in teacher_warning(broken, 1e-4)
 
 
 @pytest.mark.teacher_check
@@ -159,11 +160,11 @@ def test_teachers_of_latents_and_text_are_looked_at(tmp_path, make):
     teacher = dkdm.load_teacher(str(tmp_path / "teacher"))
     if isinstance(teacher.conditioning, Prompts):
         teacher = with_texts(teacher, "a shoe and a bag")
-    warning = api.teacher_warning(teacher, 0.015)
+    warning = teacher_warning(teacher, 0.015)
     assert warning.startswith("warning: the teacher does not denoise as it is read")
     assert teacher.evaluations == 0
 
 
 def test_dry_run_says_minutes():
-    text = api.describe(replace(CONFIG, teacher="builtin:fashion", student="dit-tiny"))
+    text = describe(replace(CONFIG, teacher="builtin:fashion", student="dit-tiny"))
     assert "to prepare (32 teacher evaluations)" in text

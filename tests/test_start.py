@@ -14,6 +14,7 @@ from torch import nn
 import dkdm
 from dkdm.core import checkpoint
 from dkdm.errors import DkdmError, UsageError
+from dkdm.runs.dry_run import describe
 from dkdm.students import student_of
 from dkdm.students.lora import add_lora, inherited_names, merge_lora, merged_weights
 from dkdm.students.start import begin, inherit, read_checkpoint
@@ -200,7 +201,7 @@ def test_resumed_run_does_not_read_its_start_again(run, tmp_path):
 
 def test_dry_run_says_where_the_student_starts():
     config = replace(CONFIG, teacher="factories:teacher", lora_rank=3)
-    text = dkdm.runs.dry_run.describe(config)
+    text = describe(config)
     assert "start     teacher: " in text
     assert "LoRA of rank 3 on them" in text
 
