@@ -122,7 +122,8 @@ def distilled(folder, **changes):
 def test_check_and_estimate_change_no_result(tmp_path, monkeypatch, capsys):
     speeds = []
     monkeypatch.setattr(
-        api, "measured", lambda *args: speeds.append(measured(*args)) or Speeds(2e-3, 1e-2)
+        "dkdm.runs.distill.measured",
+        lambda *args: speeds.append(measured(*args)) or Speeds(2e-3, 1e-2),
     )
     with_both = distilled(tmp_path / "a")
     text = capsys.readouterr().err
@@ -130,7 +131,7 @@ def test_check_and_estimate_change_no_result(tmp_path, monkeypatch, capsys):
     assert "the teacher does not denoise as it is read" in text
     plain = distilled(tmp_path / "b", check=False)
     assert "does not denoise" not in capsys.readouterr().err
-    monkeypatch.setattr(api, "say_what_it_takes", lambda *_: None)
+    monkeypatch.setattr("dkdm.runs.distill.say_what_it_takes", lambda *_: None)
     neither = distilled(tmp_path / "c")
     assert len(speeds) == 2
     for found in (plain, neither):
