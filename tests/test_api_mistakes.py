@@ -162,7 +162,7 @@ def test_tables_of_numpy_and_lists_are_a_process():
     tables = [PROCESS.alpha.numpy(), PROCESS.sigma.tolist(), PROCESS.network_time]
     process = dkdm.Process(*tables)
     assert torch.equal(process.sigma, PROCESS.sigma)
-    assert torch.equal(model(time=lambda p: p.sigma.numpy()).times, PROCESS.sigma)
+    assert torch.equal(model(time=lambda p: p.sigma.numpy()).network_time, PROCESS.sigma)
 
 
 def test_images_of_numpy_are_checked():

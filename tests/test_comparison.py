@@ -10,7 +10,7 @@ from torch import nn
 from dkdm.core.conditioning import ClassLabels
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import beta_schedule, from_betas, rectified_flow
+from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare, level_gaps

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import beta_schedule, from_betas
+from dkdm.core.schedules import beta_schedule, from_betas
 from dkdm.evaluation.cost import (
     count_macs,
     evaluations_in_turns,

@@ -9,7 +9,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_few_step
 from dkdm.core.objective import Objective
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import beta_schedule, from_betas, rectified_flow
+from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 
 LEVELS, BATCH, STEPS = 100, 256, 700

@@ -99,7 +99,7 @@ def test_sit_gives_the_numbers_of_the_original(tmp_path):
 def test_untrained_variance_channels_tell_a_sit(tmp_path):
     found = load_teacher(saved(tmp_path, sit_checkpoint()), options=HEADS)
     assert found.parameterization.prediction == "flow_prediction"
-    assert found.times[-1] == 0
+    assert found.network_time[-1] == 0
     found = load_teacher(saved(tmp_path, checkpoint()), options=HEADS)
     assert found.parameterization.variance == "learned_range"
 

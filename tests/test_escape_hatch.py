@@ -18,7 +18,9 @@ import pipelines
 from dkdm.core.denoiser import Batch
 from dkdm.core.objective import simple_loss
 from dkdm.core.prediction import Prediction, clip_x_0, scale_input
-from dkdm.core.process import network_times, per_sample, zero_terminal_snr
+from dkdm.core.process import per_sample
+from dkdm.core.schedules import zero_terminal_snr
+from dkdm.core.time import network_time
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
 from dkdm.models.student_process import with_process
@@ -135,13 +137,14 @@ def test_a_student_is_fed_and_called_in_the_usual_way(title, network):
     kinds = {"EDM's D(x, sigma)": "edm", "A flow that predicts the clean sample": "flow_prediction"}
     own = teacher.parameterization
     assert student.parameterization == replace(own, prediction=kinds.get(title, own.prediction))
-    assert torch.equal(student.times, teacher.process.network_time)
+    assert torch.equal(student.network_time, teacher.process.network_time)
     batch = states(teacher.process, 2)
     batch = batch._replace(x=batch.x.float())
     kind, sigma = student.parameterization.prediction, teacher.process.at(batch.t)[1]
     shown = scale_input(kind, batch.x, sigma)
     assert torch.equal(
-        student.predict(batch).output, student.network(shown, student.times[batch.t].float()).sample
+        student.predict(batch).output,
+        student.network(shown, student.network_time[batch.t].float()).sample,
     )
 
 
@@ -177,11 +180,11 @@ def test_times_of_a_variance_preserving_process_are_those_of_its_ratio():
     """Fraction and sigma are of sigma / alpha, so that a flow's network may be used on betas."""
     process = dkdm.from_betas(BETAS)
     alpha, sigma = process.alpha, process.sigma
-    fraction = network_times(process, "fraction")
+    fraction = network_time(process, "fraction")
     torch.testing.assert_close(fraction / (1 - fraction), sigma / alpha)
-    torch.testing.assert_close(network_times(process, "data_fraction"), 1 - fraction)
-    torch.testing.assert_close(network_times(process, "sigma"), sigma / alpha)
-    assert torch.equal(network_times(process, "index"), torch.arange(1000).double())
+    torch.testing.assert_close(network_time(process, "data_fraction"), 1 - fraction)
+    torch.testing.assert_close(network_time(process, "sigma"), sigma / alpha)
+    assert torch.equal(network_time(process, "index"), torch.arange(1000).double())
 
 
 def test_an_unknown_time_is_refused_with_those_there_are():

@@ -16,7 +16,7 @@ import test_guided_diffusion as guided
 import test_latent_diffusion as ldm
 import test_lucidrains as lucidrains
 from dkdm import load_teacher
-from dkdm.core.process import beta_schedule
+from dkdm.core.schedules import beta_schedule
 from dkdm.models import FORMATS, LoadOptions
 from formula_weights import filled
 
@@ -159,7 +159,7 @@ def assert_says(teacher, says):
         process = teacher.process
         assert float(process.sigma[t] / process.alpha[t]) == pytest.approx(expected, rel=1e-5)
     for t, expected in says.time.items():
-        assert float(teacher.times[t]) == pytest.approx(expected, abs=1e-5)
+        assert float(teacher.network_time[t]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_every_format_is_in_the_table():

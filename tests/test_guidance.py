@@ -12,8 +12,9 @@ from dkdm.core.conditioning import ClassLabels, Unconditional, guide, restrict_c
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.fill import empty_pool, fill_few_step, uniform_levels
 from dkdm.core.prediction import Parameterization, Prediction
-from dkdm.core.process import beta_schedule, from_betas, per_sample
+from dkdm.core.process import per_sample
 from dkdm.core.randomness import generator
+from dkdm.core.schedules import beta_schedule, from_betas
 from dkdm.core.steps import reverse_step
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError

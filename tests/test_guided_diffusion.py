@@ -92,7 +92,7 @@ def test_flags_say_what_the_weights_do_not(tmp_path):
     assert teacher.sample_shape == (3, 8, 8)
     assert teacher.conditioning == ClassLabels(3)
     assert teacher.parameterization.variance == "learned_range"
-    assert teacher.times[:3].tolist() == [0, 50, 100]
+    assert teacher.network_time[:3].tolist() == [0, 50, 100]
     assert teacher.process.clipping.range == 1
     assert load(checkpoint(tmp_path), GUIDED_FLAGS + " --clip_denoised False").process.clipping == (
         type(teacher.process.clipping)()
@@ -109,7 +109,7 @@ def test_flags_of_training_and_of_sampling_are_read_over(tmp_path):
     teacher = load(checkpoint(tmp_path, PERTURBED), PERTURBED_FLAGS + extra, dtype="bfloat16")
     assert isinstance(teacher.conditioning, Unconditional)
     assert teacher.dtype == torch.bfloat16
-    assert teacher.times[:3].tolist() == [0, 1, 2]
+    assert teacher.network_time[:3].tolist() == [0, 1, 2]
 
 
 def test_distilled_student_knows_its_process(tmp_path):
@@ -121,7 +121,7 @@ def test_distilled_student_knows_its_process(tmp_path):
     assert len(metrics) == 10
     again = load_teacher(str(folder))
     assert again.conditioning == ClassLabels(3)
-    assert again.times[:3].tolist() == [0, 1, 2]
+    assert again.network_time[:3].tolist() == [0, 1, 2]
     assert again.parameterization == teacher.parameterization
     torch.testing.assert_close(again.process.alpha, teacher.process.alpha)
     assert again.process.clipping == teacher.process.clipping
@@ -157,9 +157,9 @@ def test_rescaling_of_time_must_be_said_where_the_repositories_differ(tmp_path):
     path = checkpoint(tmp_path, IMPROVED)
     with pytest.raises(UsageError, match="--rescale_timesteps too"):
         load(path, flags)
-    assert load(path, flags + " --rescale_timesteps True").times[1] == 25
-    assert load(path, IMPROVED_FLAGS).times[1] == 25
-    assert load(path, flags + " --diffusion_steps 1000").times[1] == 1
+    assert load(path, flags + " --rescale_timesteps True").network_time[1] == 25
+    assert load(path, IMPROVED_FLAGS).network_time[1] == 25
+    assert load(path, flags + " --diffusion_steps 1000").network_time[1] == 1
 
 
 def test_weights_that_are_not_whole_are_refused(tmp_path):

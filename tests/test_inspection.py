@@ -13,9 +13,10 @@ from torch import nn
 from dkdm.checks.inspection import check_denoising, inspect_denoiser, print_inspection
 from dkdm.checks.inspection.memory import evaluation_mib, weights_mib
 from dkdm.checks.inspection.tables import readable
+from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import Clipping, karras, rectified_flow
+from dkdm.core.schedules import karras, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
 from dkdm.models import load_teacher

@@ -5,7 +5,7 @@ import torch
 
 from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.core.denoiser import Batch
-from dkdm.core.process import beta_schedule
+from dkdm.core.schedules import beta_schedule
 from dkdm.core.steps import reverse_step
 from dkdm.models import LoadOptions
 from dkdm.networks.lucidrains import LucidrainsUNet

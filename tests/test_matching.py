@@ -15,6 +15,7 @@ import dkdm
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.matching import (
     covered,
+    gauge_of,
     level_weights,
     matched_process,
     on_levels_of,
@@ -22,7 +23,8 @@ from dkdm.core.matching import (
 )
 from dkdm.core.objective import Objective
 from dkdm.core.prediction import Parameterization, from_x_0_eps, scale_input
-from dkdm.core.process import beta_schedule, from_betas, karras, per_sample, rectified_flow
+from dkdm.core.process import per_sample
+from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import NAMED, SIGMA_RANGE, from_scheduler_config
@@ -152,7 +154,7 @@ def test_states_keep_their_ratio_and_have_x_0_and_eps_in_common(name, process):
     matched = matched_process(own, other)
     inside = covered(own, other)
     ones = torch.ones_like(matched.alpha)
-    torch.testing.assert_close(own.gauge.norm(matched.alpha, matched.sigma), ones)
+    torch.testing.assert_close(gauge_of(own).norm(matched.alpha, matched.sigma), ones)
     torch.testing.assert_close(
         (matched.alpha * other.sigma)[inside], (other.alpha * matched.sigma)[inside]
     )
@@ -250,9 +252,9 @@ def test_a_students_own_time_is_exact_between_its_levels():
     few = replace(teacher_of("edm"), process=karras(18), time="sigma")
     seen = on_levels_of(few, karras(1000))
     ratio = seen.process.sigma / seen.process.alpha
-    torch.testing.assert_close(seen.times, ratio, rtol=1e-12, atol=0)
+    torch.testing.assert_close(seen.network_time, ratio, rtol=1e-12, atol=0)
     index = on_levels_of(replace(few, time="index"), karras(1000))
-    assert index.times.min() >= 0 and index.times.max() <= 17
+    assert index.network_time.min() >= 0 and index.network_time.max() <= 17
 
 
 def test_an_error_of_x_0_that_becomes_one_of_eps_is_bounded():

@@ -12,7 +12,8 @@ from torch import distributions, nn
 from dkdm.core.denoiser import Batch
 from dkdm.core.objective import Objective, gaussian_kl, simple_loss, variational_loss
 from dkdm.core.prediction import Parameterization, Prediction, PredictionType, from_x_0_eps
-from dkdm.core.process import beta_schedule, from_betas, karras, per_sample, rectified_flow
+from dkdm.core.process import per_sample
+from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
 

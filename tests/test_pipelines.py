@@ -35,7 +35,8 @@ import dkdm
 import pipelines
 from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.core.denoiser import Batch
-from dkdm.core.process import Process, rectified_flow
+from dkdm.core.process import Process
+from dkdm.core.schedules import rectified_flow
 from dkdm.core.steps import reverse_step
 from dkdm.models import LoadOptions, with_texts
 from dkdm.models.prompts import Prompts
@@ -259,7 +260,9 @@ def test_the_network_is_evaluated_as_in_the_pipeline(name, opened):
     found = opened(name)
     batch, _, times, outputs, _ = found.together()
     prediction = found.denoiser.predict(batch, found.case.guidance)
-    torch.testing.assert_close(found.denoiser.times[batch.t].float(), times, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found.denoiser.network_time[batch.t].float(), times, rtol=1e-5, atol=0
+    )
     assert_close(prediction.output, outputs)
 
 

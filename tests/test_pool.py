@@ -25,8 +25,9 @@ from dkdm.core.fill import (
 )
 from dkdm.core.pool import Pool
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import beta_schedule, from_betas, karras, per_sample
+from dkdm.core.process import per_sample
 from dkdm.core.randomness import generator
+from dkdm.core.schedules import beta_schedule, from_betas, karras
 from dkdm.errors import UsageError
 from dkdm.runs.source import fill, make_pool, pool_entries
 

@@ -24,8 +24,8 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step, uniform_levels
 from dkdm.core.pool import Pool
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import beta_schedule, from_betas, zero_terminal_snr
 from dkdm.core.randomness import generator
+from dkdm.core.schedules import beta_schedule, from_betas, zero_terminal_snr
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 
 CPU = torch.device("cpu")

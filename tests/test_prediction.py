@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dkdm.core.clipping import Clipping
 from dkdm.core.prediction import (
     Parameterization,
     Prediction,
@@ -24,12 +25,11 @@ from dkdm.core.prediction import (
     transition_var,
     x_0_slope,
 )
-from dkdm.core.process import (
-    Clipping,
+from dkdm.core.process import per_sample
+from dkdm.core.schedules import (
     beta_schedule,
     from_betas,
     karras,
-    per_sample,
     rectified_flow,
     zero_terminal_snr,
 )

@@ -6,9 +6,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import scheduling_ddpm
 
-from dkdm.core.process import (
+from dkdm.core.process import Process
+from dkdm.core.schedules import (
     BETA_SCHEDULES,
-    Process,
     beta_schedule,
     from_betas,
     karras,
@@ -201,3 +201,12 @@ def test_schedulers_that_cannot_teach_are_refused(config, message):
 def test_tables_are_checked(alpha, sigma, message):
     with pytest.raises(UsageError, match=message):
         Process(torch.tensor(alpha), torch.tensor(sigma), torch.arange(2.0))
+
+
+def test_names_that_moved_out_of_a_module_are_found_under_its_former_name():
+    import dkdm.process
+
+    assert dkdm.process.Process is Process
+    assert dkdm.process.from_betas is from_betas
+    with pytest.raises(AttributeError, match="'dkdm.core.process' has no attribute 'nothing'"):
+        _ = dkdm.process.nothing

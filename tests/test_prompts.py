@@ -11,8 +11,9 @@ import torch
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import beta_schedule, from_betas, per_sample
+from dkdm.core.process import per_sample
 from dkdm.core.randomness import generator
+from dkdm.core.schedules import beta_schedule, from_betas
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import prompts as prompts_module
 from dkdm.models import with_texts

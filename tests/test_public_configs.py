@@ -415,7 +415,9 @@ def test_a_step_is_that_of_the_stock_pipeline(name, opened):
     found = opened(name)
     batch, s, times, outputs, following = found.together()
     prediction = found.denoiser.predict(batch, found.case.guidance)
-    torch.testing.assert_close(found.denoiser.times[batch.t].float(), times, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found.denoiser.network_time[batch.t].float(), times, rtol=1e-5, atol=0
+    )
     assert_close(prediction.output, outputs)
     random = torch.Generator().manual_seed(1)
     z = torch.cat([torch.randn(2, *batch.x.shape[1:], generator=random) for _ in range(STEPS + 1)])

@@ -20,7 +20,8 @@ from dkdm.core.bundle import Bundle
 from dkdm.core.checkpoint import write_tensors
 from dkdm.core.denoiser import Batch
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import karras, network_times, rectified_flow
+from dkdm.core.schedules import karras, rectified_flow
+from dkdm.core.time import network_time
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
 from dkdm.models import load_teacher
@@ -46,7 +47,7 @@ def mixture():
 def exact(process, kind, time=None):
     """The exact network, which is fed what `time` says."""
     if time is not None:
-        process = replace(process, network_time=network_times(process, time))
+        process = replace(process, network_time=network_time(process, time))
     return mixture_denoiser(mixture(), process, Parameterization(kind)).network
 
 
@@ -124,7 +125,7 @@ def test_right_flow_needs_no_cure():
 def test_code_of_a_time_is_what_it_says(time):
     written = eval(time.code, {"torch": torch})
     for process in (LINEAR, EDM):
-        assert torch.equal(network_times(process, written), network_times(process, time.of))
+        assert torch.equal(network_time(process, written), network_time(process, time.of))
 
 
 class Table(nn.Module):

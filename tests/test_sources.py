@@ -11,7 +11,7 @@ from dkdm import train
 from dkdm.config import TrainConfig
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.prediction import Parameterization, to_x_0_eps
-from dkdm.core.process import beta_schedule, from_betas
+from dkdm.core.schedules import beta_schedule, from_betas
 from dkdm.core.sources import Images
 from dkdm.data.datasets import fashion_captions, load_captions
 from dkdm.errors import DkdmError, UsageError

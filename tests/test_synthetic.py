@@ -10,7 +10,7 @@ from torch import nn
 import dkdm
 from dkdm.core import checkpoint
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import rectified_flow
+from dkdm.core.schedules import rectified_flow
 from dkdm.core.sources import draw_set, empty_set
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError

@@ -10,11 +10,11 @@ from torch import distributions
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Batch
 from dkdm.core.prediction import Parameterization, Prediction, PredictionType
-from dkdm.core.process import (
+from dkdm.core.process import per_sample
+from dkdm.core.schedules import (
     beta_schedule,
     from_betas,
     karras,
-    per_sample,
     rectified_flow,
     zero_terminal_snr,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -84,6 +85,13 @@ MOVED = {
     "typed": "reading.typed",
 }
 
+# Where names are now that a module had under its former name.
+SPLIT = {
+    "pool": ("core.chains", "core.fill"),
+    "process": ("core.schedules", "core.clipping", "core.time", "core.matching"),
+    "trainer": ("core.ema",),
+}
+
 
 def present_name(module: str) -> str:
     """Where a module lies today, both without `dkdm.`."""
@@ -109,7 +117,21 @@ class Moved:
         """No module of its own."""
 
     def exec_module(self, module: Any) -> None:
-        """The module of today takes the place of the empty one."""
-        name = module.__name__
-        path = f"dkdm.{present_name(name.partition('.')[2])}"
-        sys.modules[name] = importlib.import_module(path.rstrip("."))
+        """The module of today takes the place of the empty one, unless it was split."""
+        name = module.__name__.partition(".")[2]
+        if name in SPLIT:
+            module.__getattr__ = partial(_found_in, (present_name(name), *SPLIT[name]))
+        else:
+            sys.modules[module.__name__] = _module(present_name(name))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"dkdm.{name}".rstrip("."))
+
+
+def _found_in(modules: tuple[str, ...], name: str) -> Any:
+    """A name from the first of these modules that has it. Raises AttributeError for any other."""
+    for module in modules:
+        if hasattr(_module(module), name):
+            return getattr(_module(module), name)
+    raise AttributeError(f"module 'dkdm.{modules[0]}' has no attribute '{name}'")

@@ -31,8 +31,9 @@ from dkdm.core.prediction import (
     scale_input,
     to_x_0_eps,
 )
-from dkdm.core.process import Process, Spacing, TimeKind, network_times, per_sample
+from dkdm.core.process import Process, Spacing, per_sample
 from dkdm.core.steps import sample
+from dkdm.core.time import Time, network_time
 from dkdm.errors import UsageError
 from dkdm.reading.arguments import NamedArguments, is_array, number, refuse, shape, whole
 from dkdm.reading.arrays import table, tensor
@@ -43,13 +44,15 @@ class Batch(NamedTuple):
     """Noisy samples to be denoised.
 
     x: [B, ...] on the device; t: int64 [B] on the CPU; cond: rows per sample; rows: where in its
-    source each sample came from (opaque to everyone else).
+    source each sample came from, which only the source reads; s: int64 [B] on the CPU, the level
+    that each sample moves to, None if it stays.
     """
 
     x: Tensor
     t: Tensor
     cond: Condition
-    rows: Tensor
+    rows: Any = None
+    s: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -61,7 +64,7 @@ class Denoiser(NamedArguments):
     sample_shape: (C, ...) of one sample, without the batch dimension.
     constants: what the network is fed the same for every sample (class 0 for a class-conditional
         network used without classes, the picture size for SDXL), tensors without batch dimension.
-    time: what the network is fed for t, see `network_times`; None is what the process says.
+    time: what the network is fed for t, see `network_time`; None is what the process says.
     value_range: the smallest and largest value of the network's clean samples, which chains and
         training are left in; pictures are made from it. (The process's `Clipping` bounds chains.)
     call: how the network is called; None finds it by the network's class.
@@ -93,7 +96,7 @@ class Denoiser(NamedArguments):
     conditioning: Conditioning = field(default_factory=Unconditional)
     constants: Condition = field(default_factory=dict)
     name: str = "model"
-    time: TimeKind | Callable[[Process], Tensor] | None = None
+    time: Time | None = None
     value_range: tuple[float, float] = (-1.0, 1.0)
     call: Call | None = None
     bundle: Bundle = field(default_factory=Bundle)
@@ -105,8 +108,8 @@ class Denoiser(NamedArguments):
     def __post_init__(self) -> None:
         self._check_arguments()
         check_compatible(self.parameterization, self.process)
-        times = self.process.network_time
-        self.times = times if self.time is None else network_times(self.process, self.time)
+        fed = self.process.network_time
+        self.network_time = fed if self.time is None else network_time(self.process, self.time)
         self.call = self.call or call_of(self.network)
         self.embeds_guidance = embeds_guidance(self.network)
 
@@ -239,7 +242,7 @@ class Denoiser(NamedArguments):
         shown = scale_input(
             self.parameterization.prediction, x, sigma, self.parameterization.sigma_data
         )
-        time = self.times[t.cpu()].to(x.device, torch.float32)
+        time = self.network_time[t.cpu()].to(x.device, torch.float32)
         output = self._called(self._cast(shown), time, cond)
         if not isinstance(output, Tensor):
             raise UsageError(
@@ -328,8 +331,8 @@ class Denoiser(NamedArguments):
         if output.device.type != "meta" and not output.isfinite().all():
             row = int(output[0].isfinite().all())
             raise UsageError(
-                f"{self.name}: its output for noise at the {('first', 'last')[row]} level "
-                f"is not finite (it is fed t = {self.times[t[row]]:g}): check its weights, and "
+                f"{self.name}: its output for noise at the {('first', 'last')[row]} level is not "
+                f"finite (it is fed t = {self.network_time[t[row]]:g}): check its weights, and "
                 "that its layers and its precision can take this time"
             )
 
@@ -356,7 +359,7 @@ class Denoiser(NamedArguments):
         if "'indices'" in error:
             return "; times are fed as floats: call=lambda network, x, time, cond: ... time.long()"
         if "index out of range" in error:
-            times = f"times are {self.times.min():g} to {self.times.max():g}"
+            times = f"times are {self.network_time.min():g} to {self.network_time.max():g}"
             return f"; {times}: check the number of levels, of classes, and null_class"
         if "positional arguments but 4 were given" in error:
             return f"; give a function {_FUNCTIONS['call']}"

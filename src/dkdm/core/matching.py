@@ -7,7 +7,9 @@ The student is fed the time of its own process at that ratio, which lies between
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +17,54 @@ from torch import Tensor
 
 from dkdm.config import LossWeighting
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.process import Process, network_times
+from dkdm.core.process import Process
+from dkdm.core.time import network_time
+from dkdm.errors import UsageError
 
 AMPLIFICATION = 100.0
+
+
+class Gauge(NamedTuple):
+    """A family of processes whose alpha and sigma follow from their ratio.
+
+    norm: (alpha, sigma) -> what is 1 at every level. coordinate: (alpha, sigma) -> a finite number
+    that grows with the noise; pair: its inverse. All float64 of any shape.
+    """
+
+    norm: Callable[[Tensor, Tensor], Tensor]
+    coordinate: Callable[[Tensor, Tensor], Tensor]
+    pair: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+GAUGES = {
+    "vp": Gauge(
+        norm=torch.hypot,
+        coordinate=lambda alpha, sigma: torch.atan2(sigma, alpha),
+        pair=lambda angle: (angle.cos(), angle.sin()),
+    ),
+    "flow": Gauge(
+        norm=lambda alpha, sigma: alpha + sigma,
+        coordinate=lambda alpha, sigma: sigma / (alpha + sigma),
+        pair=lambda share: (1 - share, share),
+    ),
+    "ve": Gauge(
+        norm=lambda alpha, _: alpha,
+        coordinate=lambda alpha, sigma: (sigma / alpha).log(),
+        pair=lambda log_ratio: (torch.ones_like(log_ratio), log_ratio.exp()),
+    ),
+}
+
+
+def gauge_of(process: Process) -> Gauge:
+    """Which family a process is of. Raises UsageError for any other process."""
+    for gauge in GAUGES.values():
+        norm = gauge.norm(process.alpha, process.sigma)
+        if torch.allclose(norm, torch.ones_like(norm), rtol=0, atol=1e-9):
+            return gauge
+    raise UsageError(
+        "the process has neither alpha^2 + sigma^2 = 1, alpha + sigma = 1 nor alpha = 1: it "
+        "cannot be matched with another one's"
+    )
 
 
 def ratio_range(process: Process) -> tuple[float, float]:
@@ -43,9 +90,9 @@ def on_levels_of(student: Denoiser, process: Process) -> Denoiser:
     if student.time is not None:
         exact = isinstance(student.time, str) and student.time != "index"
         times = (
-            network_times(matched, student.time)
+            network_time(matched, student.time)
             if exact
-            else _between(student.process, process, student.times)
+            else _between(student.process, process, student.network_time)
         )
         matched = replace(matched, network_time=times)
     return replace(
@@ -58,7 +105,7 @@ def matched_process(own: Process, other: Process) -> Process:
 
     Levels of `other` outside of `own`'s become its outermost ones, see `covered`.
     """
-    gauge = own.gauge
+    gauge = gauge_of(own)
     alpha, sigma = gauge.pair(_clamped(own, other))
     times = _between(own, other, own.network_time)
     return _Matched(alpha, sigma, times, own.final, scheduler=own.scheduler)
@@ -73,13 +120,13 @@ class _Matched(Process):
 
 def _clamped(own: Process, other: Process) -> Tensor:
     """The levels of `other` in the coordinate of `own`'s gauge, kept within `own`'s, [T]."""
-    inside = own.gauge.coordinate(own.alpha, own.sigma)
-    return own.gauge.coordinate(other.alpha, other.sigma).clamp(inside[0], inside[-1])
+    inside = gauge_of(own).coordinate(own.alpha, own.sigma)
+    return gauge_of(own).coordinate(other.alpha, other.sigma).clamp(inside[0], inside[-1])
 
 
 def _between(own: Process, other: Process, values: Tensor) -> Tensor:
     """What `own` has at its levels, [T'], interpolated at the ratios of `other`, [T]."""
-    inside = own.gauge.coordinate(own.alpha, own.sigma)
+    inside = gauge_of(own).coordinate(own.alpha, own.sigma)
     return torch.from_numpy(np.interp(_clamped(own, other).numpy(), inside.numpy(), values.numpy()))
 
 

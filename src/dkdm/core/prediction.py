@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dkdm.core.process import Clipping, Process, per_sample
+from dkdm.core.clipping import Clipping
+from dkdm.core.process import Process, per_sample
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType as PredictionType
 from dkdm.reading.arguments import NamedArguments, chosen, number

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dkdm.core.clipping import Clipping
 from dkdm.core.prediction import PredictionType
-from dkdm.core.process import (
+from dkdm.core.process import Process
+from dkdm.core.schedules import (
     BETA_SCHEDULES,
-    Clipping,
-    Process,
     beta_schedule,
     from_betas,
     karras,

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 
 from dkdm.config import ProcessName
+from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.matching import ratio_range
 from dkdm.core.prediction import EDM, Parameterization, PredictionType
-from dkdm.core.process import Clipping
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import (
     BETA_PREDICTIONS,
@@ -105,7 +105,7 @@ def check_is_sampled(student: Denoiser) -> None:
         return
     own = student.parameterization.prediction
     reads = own in _predictions(config)
-    times = student.times, student.process.network_time  # fed in float32
+    times = student.network_time, student.process.network_time  # fed in float32
     if reads and torch.allclose(*times, rtol=1e-5, atol=1e-5):
         return
     what = f"a network is fed other times than its `time`, {student.time!r}"

@@ -135,3 +135,9 @@ def shape(name: str, value: Any) -> tuple[int, ...]:
     if not all(type(size) is int and size >= 1 for size in sizes):
         refuse(name, value, accepted)
     return sizes
+
+
+def set_fields(value: Any, **fields: Any) -> None:
+    """Set fields of a frozen dataclass while it is made."""
+    for name, found in fields.items():
+        object.__setattr__(value, name, found)

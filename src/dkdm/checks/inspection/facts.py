@@ -134,7 +134,7 @@ def inspect_denoiser(
         dtype=None if denoiser.dtype is None else str(denoiser.dtype).removeprefix("torch."),
         device=str(denoiser.device),
         sample_shape=tuple(denoiser.sample_shape),
-        process=_process_facts(denoiser.process, denoiser.times),
+        process=_process_facts(denoiser.process, denoiser.network_time),
         prediction=denoiser.parameterization.prediction,
         variance=denoiser.parameterization.variance,
         conditioning=_conditioning_facts(denoiser.conditioning),

@@ -18,11 +18,14 @@ from dkdm.checks.inspection.denoising import (
     mean_ratio,
 )
 from dkdm.core.calls import Call
+from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import modules_behind
 from dkdm.core.prediction import PredictionType
-from dkdm.core.process import Clipping, Process, TimeKind, karras, network_times, rectified_flow
+from dkdm.core.process import Process
 from dkdm.core.progress import track
+from dkdm.core.schedules import karras, rectified_flow
+from dkdm.core.time import TimeKind, network_time
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config
 
@@ -212,7 +215,7 @@ def _ratio(
 
 def _fits_tables(reading: Denoiser) -> bool:
     """Whether times stay inside tables of T rows: outside, a GPU would fail for good."""
-    total, times = reading.process.num_levels, reading.times
+    total, times = reading.process.num_levels, reading.network_time
     tables = [
         module.num_embeddings
         for module in modules_behind(reading.network, reading.call)
@@ -255,11 +258,11 @@ def _other_times(denoiser: Denoiser, schedule: Schedule | None) -> list[Time]:
     """The kinds of time that differ from what is fed already, and from one another."""
     process = schedule.process if schedule else denoiser.process
     same = schedule is None or schedule.same_family
-    seen = [denoiser.times if same else process.network_time]
+    seen = [denoiser.network_time if same else process.network_time]
     found = []
     for time in TIMES:
         try:
-            times = network_times(process, time.of)
+            times = network_time(process, time.of)
         except UsageError:  # infinite where a flow ends in pure noise
             continue
         if times.isfinite().all() and not any(_same(times, other) for other in seen):

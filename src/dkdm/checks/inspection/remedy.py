@@ -14,7 +14,7 @@ from dkdm.checks.inspection.readings import Change, Schedule, Time
 from dkdm.core.calls import call_of
 from dkdm.core.conditioning import Unconditional
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.process import rectified_flow
+from dkdm.core.schedules import rectified_flow
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config, prediction_type
 
@@ -223,6 +223,6 @@ def _schedule_in_words(schedule: Schedule) -> str:
 
 
 def _time_in_words(time: Time, reading: Denoiser) -> str:
-    first, last = (float(reading.times[i]) for i in (0, -1))
+    first, last = (float(reading.network_time[i]) for i in (0, -1))
     kind = f" ({time.of})" if isinstance(time.of, str) else ""
     return f"times {first:.4g} to {last:.4g} fed to the network{kind}"

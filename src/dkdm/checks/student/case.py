@@ -113,7 +113,7 @@ class Case:
         if student.embeds_guidance:
             cond["guidance"] = torch.full((count,), 2.0)
         on_device = {key: value.to(x.device) for key, value in cond.items()}
-        return Probe(x, student.times[t].to(x.device, torch.float32), on_device)
+        return Probe(x, student.network_time[t].to(x.device, torch.float32), on_device)
 
     def other_probe(self, probe: Probe) -> Probe:
         """Inputs of the same number of samples, unlike the given ones in every row.

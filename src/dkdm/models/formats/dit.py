@@ -15,7 +15,7 @@ from dkdm.core.calls import Network, plain
 from dkdm.core.conditioning import ClassLabels
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization, VarianceType
-from dkdm.core.process import rectified_flow
+from dkdm.core.schedules import rectified_flow
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.formats.flags import read_flags
 from dkdm.models.formats.latents import latent_bundle

@@ -10,7 +10,7 @@ from torch import Tensor
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
-from dkdm.core.process import karras
+from dkdm.core.schedules import karras
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.formats.flags import one_of, read_flags
 from dkdm.models.formats.state_dict import Weights, frozen, without_prefix

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dkdm.core.clipping import Clipping
 from dkdm.core.conditioning import ClassLabels, Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import EDM
-from dkdm.core.process import Clipping
 from dkdm.shipping.pipeline_folder import scheduler_config
 from dkdm.version import __version__
 
@@ -48,7 +48,7 @@ def sampling_tables(denoiser: Denoiser) -> dict[str, Any]:
     return {
         "alpha": process.alpha.tolist(),
         "sigma": process.sigma.tolist(),
-        "timestep": denoiser.times.tolist(),
+        "timestep": denoiser.network_time.tolist(),
         "final": list(process.final),
         "start_std": process.start_std,
         "spacing": process.spacing,

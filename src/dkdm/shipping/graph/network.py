@@ -66,7 +66,7 @@ def random_inputs(denoiser: Denoiser, count: int, seed: int = 0) -> Condition:
     random = generator("cpu", seed, "graph", count)
     t = torch.randint(denoiser.process.num_levels, (count,), generator=random)
     states = torch.randn(count, *denoiser.sample_shape, generator=random)
-    fed = {"sample": states, "timestep": denoiser.times[t].float()}
+    fed = {"sample": states, "timestep": denoiser.network_time[t].float()}
     if denoiser.embeds_guidance:
         fed["guidance"] = 1 + 7 * torch.rand(count, generator=random)
     embedded = denoiser.conditioning.embed(_conditions(denoiser, count, random))
