@@ -12,14 +12,14 @@ from rich.console import Console
 from torch import nn
 
 import own_networks
-from dkdm.checks.doctor import print_findings
+from dkdm.checks.findings import print_findings
 from dkdm.checks.student import check_student
 from dkdm.cli import main
 from dkdm.core.conditioning import ClassLabels
 from dkdm.errors import UsageError
 from dkdm.models import load_teacher, with_texts
 from dkdm.models.own_network import awakened
-from dkdm.runs.models import cautions
+from dkdm.runs.models import student_warnings
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
 from factories import denoiser
@@ -114,7 +114,7 @@ def test_a_run_warns_of_what_is_odd_and_is_not_changed_by_looking(name, said):
     teacher = denoiser()
     student, state = student_of(f"own_networks:{name}", teacher), torch.get_rng_state()
     weights = {key: value.clone() for key, value in student.network.state_dict().items()}
-    assert any(line.startswith(said) for line in cautions(student, teacher))
+    assert any(line.startswith(said) for line in student_warnings(student, teacher))
     assert torch.equal(torch.get_rng_state(), state)
     for key, value in student.network.state_dict().items():
         assert torch.equal(value, weights[key])
@@ -124,7 +124,7 @@ def test_nothing_is_said_of_sound_networks_and_of_those_that_are_no_users_own():
     teacher = denoiser()
     own = [f"own_networks:{name}" for name in ("make", "DropsOut", "SpectrallyNormed")]
     for name in (*own, "dit-tiny"):
-        assert cautions(student_of(name, teacher), teacher) == []
+        assert student_warnings(student_of(name, teacher), teacher) == []
 
 
 @pytest.mark.parametrize("name", ["SpectrallyNormed", "DropsOut"])
@@ -291,4 +291,4 @@ def test_the_command(capsys):
 def test_findings_are_printed(sound):
     stream = io.StringIO()
     print_findings(sound.findings, Console(file=stream, width=120))
-    assert "Nothing stands in the way" in stream.getvalue()
+    assert "No problems found" in stream.getvalue()

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from dkdm.checks import doctor
-from dkdm.checks.doctor import Finding, examine, print_findings
+from dkdm.checks.doctor import examine
+from dkdm.checks.findings import Finding, print_findings
 from dkdm.reading.machine import usable_cores, usable_memory
 
 GIB = 2**30
@@ -245,4 +246,4 @@ def test_remedies_follow_the_table():
     text = printed([well, ill])
     assert "broken [badly]" in text
     assert text.rstrip().endswith("[text]: pip install 'dkdm[text]'")
-    assert "Nothing stands in the way" in printed([well])
+    assert "No problems found" in printed([well])

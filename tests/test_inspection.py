@@ -67,10 +67,10 @@ class FedTimes(nn.Module):
 
 
 @pytest.mark.parametrize(("process", "kind"), READABLE)
-def test_exact_model_denoises_and_raises_no_concern(process, kind):
+def test_exact_model_denoises_and_gives_no_warning(process, kind):
     found = check_denoising(exact(PROCESSES[process], kind), num_steps=STEPS)
     assert found.denoises
-    assert found.concerns == ()
+    assert found.warnings == ()
     decisive = [level.blind_ratio for level in found.levels if level.decisive]
     assert len(decisive) >= 8
     assert max(decisive) < 1.05
@@ -88,7 +88,7 @@ def test_wrong_prediction_type_is_noticed_and_the_right_one_named(process, kind,
     model = misread(exact(PROCESSES[process], kind), other)
     found = check_denoising(model, num_steps=STEPS)
     assert not found.denoises
-    assert f'"prediction_type": "{kind}"' in found.concerns[0].remedy
+    assert f'"prediction_type": "{kind}"' in found.warnings[0].remedy
 
 
 @pytest.mark.parametrize("kind", VP_TYPES)
@@ -100,7 +100,7 @@ def test_right_type_is_named_from_images_too(kind):
     for other in set(VP_TYPES) - {kind}:
         found = check_denoising(misread(model, other), num_steps=STEPS, images=images)
         assert not found.denoises
-        assert f'"{kind}"' in found.concerns[-1].remedy
+        assert f'"{kind}"' in found.warnings[-1].remedy
 
 
 def test_nothing_beats_the_blind_guess_on_one_gaussian():
@@ -131,7 +131,7 @@ def test_wrong_schedule_is_named(kind, trained, read, name):
     model = replace(exact(trained, kind), process=read)
     found = check_denoising(model, num_steps=STEPS)
     assert not found.denoises
-    assert f'"beta_schedule": "{name}"' in found.concerns[0].remedy
+    assert f'"beta_schedule": "{name}"' in found.warnings[0].remedy
 
 
 def test_wrong_unit_of_time_is_named():
@@ -140,7 +140,7 @@ def test_wrong_unit_of_time_is_named():
         replace(model, network=FedTimes(model.network, 1 / 1000)), num_steps=STEPS
     )
     assert not found.denoises
-    assert "times 0 to 9.99e+05 fed to the network" in found.concerns[0].remedy
+    assert "times 0 to 9.99e+05 fed to the network" in found.warnings[0].remedy
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -148,7 +148,7 @@ def test_random_weights_do_not_denoise_under_any_reading(kind):
     model = untrained(classes=None, scheduler={"prediction_type": kind})
     found = check_denoising(model, num_steps=10, max_trials=30)
     assert found.denoises is False
-    assert "trained weights" in found.concerns[0].remedy
+    assert "trained weights" in found.warnings[0].remedy
     assert found.cure is None
 
 
@@ -156,35 +156,35 @@ def test_samples_of_few_steps_say_nothing_against_a_model():
     model = untrained(classes=None, scheduler={})
     found = check_denoising(model, num_steps=9, max_trials=1)
     assert found.denoises is None and found.cure is None
-    assert "drawn in 9 steps" in found.concerns[-1].seen
+    assert "9 steps are too few" in found.warnings[-1].what
     assert "It cannot be judged" in shown(inspect_denoiser(model, num_steps=2, max_trials=1))
     assert check_denoising(exact(mixture=ten_points()), num_steps=9).denoises is True
 
 
 def test_clipping_that_cuts_the_samples_is_noticed():
     found = check_denoising(exact(mixture=ten_points(scale=2)), num_steps=STEPS)
-    assert [concern.seen[:18] for concern in found.concerns] == ["clipping to -1..1 "]
-    assert '"clip_sample": false' in found.concerns[0].remedy
+    assert [each.what[:18] for each in found.warnings] == ["clipping to -1..1 "]
+    assert '"clip_sample": false' in found.warnings[0].remedy
 
 
 def test_data_in_0_to_1_is_noticed():
     found = check_denoising(exact(mixture=ten_points(0.45, 0.5, std=0.1)), num_steps=STEPS)
     assert found.denoises
-    assert found.concerns[0].expected.startswith("-1..1")
+    assert found.warnings[0].usual.startswith("-1..1")
 
 
 def test_unscaled_latents_are_noticed():
     model = exact(PROCESSES["latent"], mixture=ten_points(scale=10))
     found = check_denoising(model, num_steps=STEPS)
     assert found.denoises
-    assert "scaling factor" in found.concerns[0].remedy
+    assert "scaling factor" in found.warnings[0].remedy
 
 
 def test_images_in_another_range_are_noticed():
     mixture = ten_points()
     pixels = 127.5 * (mixture.sample(32, torch.Generator().manual_seed(0)).float() + 1)
     found = check_denoising(exact(mixture=mixture), num_steps=STEPS, images=pixels, max_trials=2)
-    assert found.concerns[0].seen.startswith("the images have mean")
+    assert found.warnings[0].what.startswith("those given have mean")
 
 
 def test_samples_that_are_not_finite_end_the_check():
@@ -203,7 +203,7 @@ def test_samples_that_are_all_alike_do_not_pass():
     constant = replace(model, network=lambda x, time: 0 * x + 0.5 + 0 * time[0])
     found = check_denoising(constant, num_steps=STEPS)
     assert not found.denoises
-    assert "all alike" in found.concerns[0].seen
+    assert "all alike" in found.warnings[0].what
 
 
 def test_same_seed_same_check_and_the_model_is_left_as_it_was():
@@ -328,7 +328,7 @@ def test_trained_teacher_passes_as_it_was_trained_only():
     teacher = load_teacher("builtin:fashion")
     found = check_denoising(teacher, num_steps=10)
     assert found.denoises
-    assert found.concerns == ()
+    assert found.warnings == ()
     wrong = check_denoising(misread(teacher, "epsilon"), num_steps=10)
     assert not wrong.denoises
-    assert f'"{teacher.parameterization.prediction}"' in wrong.concerns[0].remedy
+    assert f'"{teacher.parameterization.prediction}"' in wrong.warnings[0].remedy

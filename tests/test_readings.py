@@ -145,7 +145,7 @@ class Table(nn.Module):
 def test_a_table_of_times_is_no_crash(rows):
     found = check_denoising(read(Table(rows), LINEAR, "epsilon"), num_steps=10, max_trials=30)
     assert found.denoises is False
-    assert "no reading works" in found.concerns[0].remedy
+    assert "other combinations of prediction type" in found.warnings[0].remedy
 
 
 class Random(nn.Module):
@@ -191,7 +191,7 @@ def test_a_schedule_that_does_not_end_in_noise_is_judged_by_real_samples():
     real = own.sample(32, torch.Generator().manual_seed(1)).float()
     found = check_denoising(model, num_steps=STEPS, images=real)
     assert found.denoises
-    assert "does not end in noise: SNR 0.571" in found.concerns[0].seen
+    assert "does not end in noise: SNR 0.571" in found.warnings[0].what
     wrong = replace(model, parameterization=Parameterization("v_prediction"))
     found = check_denoising(wrong, num_steps=STEPS, images=real)
     assert found.denoises is False
@@ -203,7 +203,7 @@ def test_without_real_samples_there_is_no_verdict_against_it():
     wrong = replace(model, network=lambda x, time: 3 * x + 0 * time[0])
     found = check_denoising(wrong, num_steps=STEPS, max_trials=3)
     assert found.denoises is None
-    assert "--samples FILE" in found.concerns[0].remedy
+    assert "--samples FILE" in found.warnings[0].remedy
 
 
 def test_folders_get_entries_files_get_flags_and_the_rest_python(tmp_path):
@@ -286,9 +286,9 @@ def test_images_are_samples_of_pixels_and_refused_for_latents(tmp_path):
 
 
 def own_chains(reading):
-    from dkdm.checks.inspection.denoising import own_samples
+    from dkdm.checks.inspection.denoising import drawn_samples
 
-    return own_samples(reading, 2, 10, 0)
+    return drawn_samples(reading, 2, 10, 0)
 
 
 def test_samples_are_read_from_every_kind_of_file(tmp_path):

@@ -511,7 +511,7 @@ def _students(args: list[str]) -> int:
 
 def _check_student(args: list[str]) -> int:
     options = tyro.cli(CheckOptions, args=args, prog="dkdm check-student")
-    from dkdm.checks.doctor import print_findings
+    from dkdm.checks.findings import print_findings
     from dkdm.checks.student import check_student
     from dkdm.models import chosen_teacher
 
@@ -526,7 +526,7 @@ def _check_student(args: list[str]) -> int:
         factory=options.student_factory,
     )
     if options.json:
-        print(json.dumps([dataclasses.asdict(each) for each in checkup.findings], indent=2))
+        print(json.dumps([each.as_dict() for each in checkup.findings], indent=2))
     else:
         print_findings(checkup.findings, Console())
     if checkup.failure is not None:
@@ -574,14 +574,15 @@ def _plan(args: list[str]) -> int:
 
 def _doctor(args: list[str]) -> int:
     options = tyro.cli(DoctorOptions, args=args, prog="dkdm doctor")
-    from dkdm.checks.doctor import examine, print_findings
+    from dkdm.checks.doctor import examine
+    from dkdm.checks.findings import print_findings
 
     findings = examine()
     if options.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        print(json.dumps([each.as_dict() for each in findings], indent=2))
     else:
         print_findings(findings, Console())
-    return int(any(finding.status == "problem" for finding in findings))
+    return int(any(each.status == "problem" for each in findings))
 
 
 def _report(args: list[str]) -> int:

@@ -9,34 +9,15 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from dkdm.checks.findings import Finding
 from dkdm.reading.machine import usable_cores, usable_memory
 
-Status = Literal["ok", "warning", "problem"]
-
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    name: what it is, in a word. what: what was found. remedy: what to do; None where all is well.
-    """
-
-    name: str
-    status: Status
-    what: str
-    remedy: str | None = None
 
 
 def examine() -> list[Finding]:
@@ -243,25 +224,3 @@ def _hub() -> Finding:
         what = "HF_HUB_OFFLINE is set: only models already downloaded are found"
         return Finding("hub", "ok", what, "unset HF_HUB_OFFLINE to download")
     return Finding("hub", "ok", "models are downloaded where asked for")
-
-
-COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
-
-
-def print_findings(findings: list[Finding], console: Console) -> None:
-    """Print what was found, then what to do about warnings and problems."""
-    table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        colour = COLOURS[finding.status]
-        status = f"[{colour}]{finding.status}[/{colour}]"
-        table.add_row(status, escape(finding.name), escape(finding.what))
-    console.print(table)
-    troubles = [finding for finding in findings if finding.status != "ok"]
-    for finding in troubles:
-        remedy = f"{finding.name}: {finding.remedy}"
-        console.print(escape(remedy), soft_wrap=True, highlight=False)
-    if not troubles:
-        console.print("[green]Nothing stands in the way.[/green]")

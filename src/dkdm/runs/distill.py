@@ -22,9 +22,9 @@ from dkdm.runs.models import (
     _is_told_nothing,
     _name_of,
     _refuse_shared_network,
-    cautions,
     open_student,
     open_teacher,
+    student_warnings,
     teacher_warning,
     with_conditions,
 )
@@ -95,8 +95,8 @@ def _distill(
         learner = open_student(taught_by, config, student)
     if _is_told_nothing(learner, config):
         learner.check(learner.conditioning.null(2))
-    for caution in cautions(learner, taught_by):
-        print(caution, file=sys.stderr)
+    for warning in student_warnings(learner, taught_by):
+        print(warning, file=sys.stderr)
     start = begin(learner, taught_by, config)
     print(f"student starts from {start}", file=sys.stderr)
     source, objective = lesson(taught_by, learner, config, accelerator.device)

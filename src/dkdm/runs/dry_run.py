@@ -11,7 +11,7 @@ from dkdm.core.matching import covered, same_levels
 from dkdm.core.trainer import make_trainable
 from dkdm.models import place
 from dkdm.runs.cost import advice, estimated, in_words, measured
-from dkdm.runs.models import cautions, open_student, open_teacher
+from dkdm.runs.models import open_student, open_teacher, student_warnings
 from dkdm.runs.source import planned_evaluations, pool_entries, set_size
 from dkdm.students.start import begin
 
@@ -20,7 +20,7 @@ def describe(config: DistillConfig) -> str:
     """What a distillation would do and cost, in words; nothing is written."""
     teacher = open_teacher(config)
     student = open_student(teacher, config)
-    odd = "".join(f"\n{caution}" for caution in cautions(student, teacher))
+    odd = "".join(f"\n{warning}" for warning in student_warnings(student, teacher))
     filling, training = planned_evaluations(teacher, config)
     if config.source == "synthetic":
         what, entries, width = "samples", set_size(teacher, config), 4
@@ -30,8 +30,8 @@ def describe(config: DistillConfig) -> str:
     place_for_dry_run(teacher, student, config)
     speeds = measured(teacher, student, config)
     needed = estimated((filling, training), config.max_train_steps, 0, speeds)
-    caution = advice(needed, config)
-    odd += f"\n{caution}" if caution else ""
+    warning = advice(needed, config)
+    odd += f"\n{warning}" if warning else ""
     mebibytes = entries * torch.Size(teacher.sample_shape).numel() * width / 2**20
     return (
         f"teacher   {teacher.name}: {teacher.num_parameters:,} parameters\n"

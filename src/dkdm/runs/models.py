@@ -33,11 +33,11 @@ def teacher_warning(teacher: Denoiser, seconds: float) -> str | None:
     except Exception as error:
         return f"warning: the teacher could not be checked: {type(error).__name__}: {error}"
     if found is None:
-        return "note: the teacher is too slow for a quick check; dkdm inspect checks it"
+        return "warning: the teacher is too slow for a quick check; dkdm inspect checks it"
     if found.denoises:
         return None
     start = "does not denoise as it is read" if found.denoises is False else "could not be judged"
-    what = "".join(f"; {each.seen}; {each.remedy}" for each in found.concerns[-1:])
+    what = "".join(f"; {each.what}; {each.remedy}" for each in found.warnings[-1:])
     advice = "dkdm inspect says more; --no-check skips this check"
     return f"warning: the teacher {start}{what}. {advice}"
 
@@ -76,10 +76,9 @@ def open_student(
     return student_of(config.student, teacher, *reading, config.student_factory)
 
 
-def cautions(student: Denoiser, teacher: Denoiser) -> list[str]:
+def student_warnings(student: Denoiser, teacher: Denoiser) -> list[str]:
     """A line for each thing that is odd about a user's own network; `check-student` says more."""
-    found = first_look(student, teacher)
-    return [f"warning: {each.name}: {each.what}; {each.remedy}" for each in found]
+    return [f"warning: {each}" for each in first_look(student, teacher)]
 
 
 def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:

@@ -1,7 +1,6 @@
 """What a model is, and whether it denoises as it is read."""
 
 from dkdm.checks.inspection.check import (
-    Concern,
     DenoisingCheck,
     Spread,
     check_denoising,
@@ -18,7 +17,6 @@ from dkdm.checks.inspection.given import read_samples
 from dkdm.checks.inspection.tables import print_inspection
 
 __all__ = [
-    "Concern",
     "ConditioningFacts",
     "DenoisingCheck",
     "Inspection",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dkdm.checks.findings import Finding
 from dkdm.checks.inspection.denoising import (
     BEST_RATIO,
     INNER_LEVELS,
@@ -17,9 +19,9 @@ from dkdm.checks.inspection.denoising import (
     LevelError,
     Samples,
     denoises,
+    drawn_samples,
     given_samples,
     level_errors,
-    own_samples,
     samples_needed,
 )
 from dkdm.checks.inspection.readings import Cure, applied, cure_of
@@ -57,34 +59,18 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Concern:
-    """Something that looks wrong: what was seen, what was expected, what to try."""
-
-    seen: str
-    expected: str
-    remedy: str
-
-
-@dataclass(frozen=True)
 class DenoisingCheck:
-    """The verdict, the errors by rising noise, the model's own samples, gravest concerns first.
+    """The verdict, the errors by rising noise, the model's samples, and what is wrong, worst last.
 
-    denoises: None if it cannot be judged by these samples. cure: what to type instead, where
-    another reading of the network denoises.
+    denoises: None if these samples cannot decide it. cure: what to type instead, if another
+    reading of the network denoises.
     """
 
     denoises: bool | None
     levels: tuple[LevelError, ...]
     samples: Spread
-    concerns: tuple[Concern, ...]
+    warnings: tuple[Finding, ...]
     cure: str | None = None
-
-
-NOT_FINITE = Concern(
-    "its samples are not finite",
-    "finite numbers",
-    "load it in float32; if its samples still are not finite, the weights are damaged",
-)
 
 
 @torch.no_grad()
@@ -99,12 +85,12 @@ def check_denoising(
 ) -> DenoisingCheck:
     """Sample from a model, noise the samples to about 12 levels and predict them.
 
-    num_samples: at least 2; more are drawn where one has few values. num_steps: sampler steps.
-    images: [N, ...] to be noised instead of the samples, in the model's own range and shape. Where
-    it does not denoise, up to max_trials other readings of the same network are tried. Where the
-    schedule does not end in noise, or there are fewer than ten steps, the samples say nothing
-    against the model, and without images there is no verdict then. What may pass: a schedule that
-    is only a little off. Mode and evaluation counter are restored.
+    num_samples: at least 2; more are drawn if a sample has few values. num_steps: sampler steps.
+    images: [N, ...] to noise instead of the samples, in the model's range and shape. max_trials:
+    how many other readings of the same network are tried if it does not denoise. If the schedule
+    does not end in noise, or with fewer than ten steps, samples say nothing against the model, and
+    without images there is no verdict. A schedule that is only a little off may pass. The mode and
+    the evaluation counter are restored.
     Raises UsageError for fewer than two samples or images, and for images of another shape.
     """
     denoiser = denoiser_given("check_denoising: denoiser", denoiser)
@@ -114,43 +100,36 @@ def check_denoising(
     def samples_of(reading: Denoiser) -> Samples:
         if real is not None:
             return given_samples(reading, real)
-        return own_samples(reading, num_samples, min(TRIAL_STEPS, max(1, num_steps // 2)), seed)
+        return drawn_samples(reading, num_samples, min(TRIAL_STEPS, max(1, num_steps // 2)), seed)
 
     with undisturbed(denoiser) as changed:
         say_if(changed)
-        own = own_samples(denoiser, num_samples, num_steps, seed, "denoising check")
-        spread = _spread(own.x_0)
-        if real is None and not own.x_0.isfinite().all():
-            cure = cure_of(denoiser, samples_of, seed, max_trials)
-            line = None if cure is None else corrected(denoiser, cure.change)
-            concern = (
-                NOT_FINITE if cure is None else replace(NOT_FINITE, remedy=_with(denoiser, cure))
-            )
-            return DenoisingCheck(False, (), spread, (concern,), line)
-        used = own if real is None else given_samples(denoiser, real)
-        levels = level_errors(denoiser, used, seed)
-        concerns = _noisy_end_concerns(denoiser.process, real)
-        if real is not None and not concerns:
-            concerns = _image_concerns(spread, _spread(real))
+        drawn = drawn_samples(denoiser, num_samples, num_steps, seed, "denoising check")
+        used = drawn if real is None else given_samples(denoiser, real)
+        diverged = real is None and not bool(drawn.x_0.isfinite().all())
+        levels = () if diverged else level_errors(denoiser, used, seed)
+        warnings = () if diverged else (*_about_samples(denoiser.process, drawn.x_0, real),)
+        result = partial(DenoisingCheck, levels=levels, samples=_spread(drawn.x_0))
         if denoises(levels):
-            concerns += _clipping_concerns(denoiser.process, own.clipped_share)
-            concerns += _scale_concerns(denoiser.process, spread)
-            return DenoisingCheck(True, levels, spread, concerns)
-        if real is None and num_steps < min(MIN_STEPS, denoiser.process.num_levels):
-            return DenoisingCheck(None, levels, spread, (*concerns, _few_steps(num_steps)))
+            return result(True, warnings=(*warnings, *_about_values(denoiser.process, drawn)))
+        may_mislead = real is None and not diverged
+        if may_mislead and num_steps < min(MIN_STEPS, denoiser.process.num_levels):
+            return result(None, warnings=(*warnings, _few_steps(num_steps)))
         cure = cure_of(denoiser, samples_of, seed, max_trials)
-    if real is None and _ends_in_signal(denoiser.process) and not _is_sure(denoiser, cure):
-        return DenoisingCheck(None, levels, spread, concerns)
+    if may_mislead and _ends_in_signal(denoiser.process) and not _is_sure(denoiser, cure):
+        return result(None, warnings=warnings)
     line = None if cure is None else corrected(denoiser, cure.change)
     failure = _failure(denoiser, levels, cure, max_trials)
-    return DenoisingCheck(False, levels, spread, (*concerns, failure), line)
+    return result(False, warnings=(*warnings, failure), cure=line)
 
 
-def _few_steps(num_steps: int) -> Concern:
-    return Concern(
-        f"its samples were drawn in {num_steps} steps, too few to judge it by",
+def _few_steps(num_steps: int) -> Finding:
+    return Finding(
+        "steps",
+        "warning",
+        f"{num_steps} steps are too few to judge a model by its samples",
+        f"use --steps {MIN_STEPS} or more (in Python: num_steps=)",
         f"at least {MIN_STEPS} steps",
-        f"--steps {MIN_STEPS} or more (in Python: num_steps=)",
     )
 
 
@@ -163,20 +142,6 @@ def _ends_in_signal(process: Process) -> bool:
     return process.snr()[-1].item() > NOISY_END
 
 
-def _noisy_end_concerns(process: Process, images: Tensor | None) -> tuple[Concern, ...]:
-    if not _ends_in_signal(process):
-        return ()
-    remedy = "sampling and distillation begin with pure noise, which it was not trained on"
-    if images is None:
-        remedy += ": give real samples to judge it by, with --samples FILE (in Python: images=)"
-    concern = Concern(
-        f"its noise schedule does not end in noise: SNR {process.snr()[-1].item():.3g} at t = T-1",
-        f"at most {NOISY_END}",
-        remedy,
-    )
-    return (concern,)
-
-
 def affordable_trials(denoiser: Denoiser, speed: float, seconds: float) -> int:
     """How many other readings can be tried in a time. speed: evaluations a second."""
     a_trial = samples_needed(denoiser, 2) * (TRIAL_STEPS + 2)
@@ -186,8 +151,8 @@ def affordable_trials(denoiser: Denoiser, speed: float, seconds: float) -> int:
 def quick_check(denoiser: Denoiser, speed: float, seed: int = 0) -> DenoisingCheck | None:
     """The check in about five seconds by a measured speed (evaluations a second).
 
-    None where even its smallest form takes longer. Where time is short, few other readings are
-    tried.
+    None if even its smallest form takes longer. The less time is left, the fewer other readings
+    are tried.
     """
     count = samples_needed(denoiser, 2)
     steps = min(QUICK_STEPS, denoiser.process.num_levels)
@@ -204,14 +169,14 @@ def _check_request(
 ) -> None:
     if num_samples < 2 or num_steps < 1:
         raise UsageError(
-            f"denoising check: expected at least 2 samples and 1 step, "
-            f"found {num_samples} and {num_steps}"
+            f"the denoising check needs at least 2 samples and 1 step, not {num_samples} and "
+            f"{num_steps}"
         )
     shape = tuple(denoiser.sample_shape)
     if images is not None and (tuple(images.shape[1:]) != shape or len(images) < 2):
         raise UsageError(
-            f"denoising check: expected at least 2 images of shape {shape}, "
-            f"found {tuple(images.shape)}"
+            f"the denoising check needs at least 2 images of shape {shape}, not "
+            f"{tuple(images.shape)}"
         )
 
 
@@ -221,26 +186,22 @@ def _spread(values: Tensor) -> Spread:
 
 
 def _failure(
-    denoiser: Denoiser,
-    levels: tuple[LevelError, ...],
-    cure: Cure | None,
-    max_trials: int,
-) -> Concern:
-    expected = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
+    denoiser: Denoiser, levels: tuple[LevelError, ...], cure: Cure | None, max_trials: int
+) -> Finding:
+    if levels:
+        what = _seen(levels)
+        usual = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
+        remedy = (
+            f"none of {max_trials} other combinations of prediction type, time, sign and schedule "
+            "denoises: check that these are trained weights, and how the network's input is scaled"
+        )
+    else:
+        what, usual = "its samples are not finite", "finite numbers"
+        remedy = "load it in float32; if they still are not finite, the weights are damaged"
     if cure is not None:
-        return Concern(_seen(levels), expected, _with(denoiser, cure))
-    return Concern(
-        _seen(levels),
-        expected,
-        f"no reading works: it does not denoise with any of {max_trials} other combinations of "
-        "prediction type, time, sign and schedule. Check that these are trained weights, and how "
-        "the network's input is scaled",
-    )
-
-
-def _with(denoiser: Denoiser, cure: Cure) -> str:
-    words = in_words(cure.change, applied(denoiser, cure.change))
-    return f"with {words} it denoises: {corrected(denoiser, cure.change)}"
+        words = in_words(cure.change, applied(denoiser, cure.change))
+        remedy = f"with {words} it denoises: {corrected(denoiser, cure.change)}"
+    return Finding("denoising", "problem", what, remedy, usual)
 
 
 def _seen(levels: tuple[LevelError, ...]) -> str:
@@ -255,46 +216,47 @@ def _seen(levels: tuple[LevelError, ...]) -> str:
     )
 
 
-def _clipping_concerns(process: Process, share: float) -> tuple[Concern, ...]:
-    if share <= CLIPPED_SHARE:
-        return ()
-    limit = process.clipping.range
-    concern = Concern(
-        f"clipping to -{limit:g}..{limit:g} cuts {share:.0%} of the predicted values by more than "
-        "a tenth",
-        f"at most {CLIPPED_SHARE:.0%}",
-        'if it was trained on latents or on another range, set "clip_sample": false in '
-        "scheduler_config.json; if on pictures in -1..1, check its beta schedule",
-    )
-    return (concern,)
+def _about_samples(process: Process, drawn: Tensor, real: Tensor | None) -> Iterator[Finding]:
+    """Whether the samples that are noised are those that the network was trained on."""
+    if _ends_in_signal(process):
+        remedy = "sampling and distillation start from pure noise, which it was not trained on"
+        if real is None:
+            remedy += ": give real samples to judge it by, with --samples FILE (in Python: images=)"
+        snr = f"SNR {process.snr()[-1].item():.3g} at t = T-1"
+        what = f"its noise schedule does not end in noise: {snr}"
+        yield Finding("schedule", "warning", what, remedy, f"at most {NOISY_END}")
+    elif real is not None:
+        mine, given = _spread(drawn), _spread(real)
+        alike = 2 / 3 < given.std / max(mine.std, 1e-12) < 3 / 2
+        if not alike or abs(given.mean - mine.mean) >= mine.std:
+            yield Finding(
+                "samples",
+                "warning",
+                f"those given have mean {given.mean:.2f} and standard deviation {given.std:.2f}",
+                "bring them to the range it was trained on (-1..1, or scaled latents)",
+                f"about those of the model's samples, {mine.mean:.2f} and {mine.std:.2f}",
+            )
 
 
-def _scale_concerns(process: Process, own: Spread) -> tuple[Concern, ...]:
-    seen = f"its samples lie in {own.low:.2f}..{own.high:.2f}, standard deviation {own.std:.2f}"
-    if process.clipping.range is not None and own.low > -0.05 and own.high < 1.05:
-        concern = Concern(
-            seen,
-            "-1..1, the range of pictures",
-            "it was trained on data in 0..1: it can be distilled, but pictures will look pale",
+def _about_values(process: Process, drawn: Samples) -> Iterator[Finding]:
+    """Whether the values that a working model gives lie where they should."""
+    spread, limit = _spread(drawn.x_0), process.clipping.range
+    if drawn.clipped_share > CLIPPED_SHARE:
+        yield Finding(
+            "clipping",
+            "warning",
+            f"clipping to -{limit:g}..{limit:g} cuts {drawn.clipped_share:.0%} of the predicted "
+            "values by more than a tenth",
+            'if it was trained on latents or another range, set "clip_sample": false in '
+            "scheduler_config.json; if on images in -1..1, check its beta schedule",
+            f"at most {CLIPPED_SHARE:.0%}",
         )
-        return (concern,)
-    if (process.alpha < 1).any() and not 0.05 < own.std < 3:
-        concern = Concern(
-            seen,
-            "a standard deviation near 1 for latents, near 0.5 for pictures",
-            "check the scaling factor its latents were trained with",
-        )
-        return (concern,)
-    return ()
-
-
-def _image_concerns(own: Spread, given: Spread) -> tuple[Concern, ...]:
-    ratio = given.std / max(own.std, 1e-12)
-    if 2 / 3 < ratio < 3 / 2 and abs(given.mean - own.mean) < own.std:
-        return ()
-    concern = Concern(
-        f"the images have mean {given.mean:.2f} and standard deviation {given.std:.2f}",
-        f"about those of the model's own samples, {own.mean:.2f} and {own.std:.2f}",
-        "bring the images to the range it was trained on (-1..1, or scaled latents)",
-    )
-    return (concern,)
+    lie = f"its samples lie in {spread.low:.2f}..{spread.high:.2f}"
+    what = f"{lie}, standard deviation {spread.std:.2f}"
+    if limit is not None and spread.low > -0.05 and spread.high < 1.05:
+        remedy = "it was trained on data in 0..1: it can be distilled, but images will look pale"
+        yield Finding("range", "warning", what, remedy, "-1..1, the range of images")
+    elif (process.alpha < 1).any() and not 0.05 < spread.std < 3:
+        remedy = "check the scaling factor its latents were trained with"
+        usual = "a standard deviation near 1 for latents, near 0.5 for images"
+        yield Finding("range", "warning", what, remedy, usual)

@@ -78,7 +78,7 @@ class LevelError:
     decisive: bool
 
 
-def own_samples(
+def drawn_samples(
     denoiser: Denoiser,
     num_samples: int,
     num_steps: int,
@@ -118,7 +118,7 @@ def follows_noise(denoiser: Denoiser, seed: int) -> bool:
 
     A network that ignores its input predicts its own samples perfectly, and is no denoiser.
     """
-    x_0 = own_samples(denoiser, 4, FEW_STEPS, seed, one_condition=True).x_0.double()
+    x_0 = drawn_samples(denoiser, 4, FEW_STEPS, seed, one_condition=True).x_0.double()
     return bool(x_0.var(dim=0).mean() > LEAST_SPREAD * x_0.var())
 
 

@@ -87,6 +87,10 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values; a number that is not finite is None."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain["check"]["concerns"] = [
+            {"seen": each["what"], "expected": each["usual"], "remedy": each["remedy"]}
+            for each in plain["check"].pop("warnings")
+        ]
         return plain
 
 

@@ -6,13 +6,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dkdm.checks.findings import print_findings
 from dkdm.checks.inspection.check import DenoisingCheck
 from dkdm.checks.inspection.denoising import LevelError
 from dkdm.checks.inspection.facts import Inspection, ProcessFacts
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Print the facts, the errors at each noise level, and the verdict with its concerns."""
+    """Print the facts, the errors at each noise level, and the verdict with its warnings."""
     console.print(_facts(inspection))
     if inspection.check.levels:
         console.print(_levels(inspection.check.levels))
@@ -129,7 +130,5 @@ def _print_verdict(check: DenoisingCheck, console: Console) -> None:
         console.print("[yellow]It cannot be judged by these samples.[/yellow]")
     else:
         console.print("[red]It does not denoise as it is read.[/red]")
-    for concern in check.concerns:
-        console.print(f"[yellow]warning[/yellow]: {escape(concern.seen)}", soft_wrap=True)
-        console.print(f"  expected {escape(concern.expected)}", soft_wrap=True)
-        console.print(f"  try: {escape(concern.remedy)}", soft_wrap=True)
+    if check.warnings:
+        print_findings(check.warnings, console)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from dkdm.checks.doctor import Finding
+from dkdm.checks.findings import Finding, not_ok
 from dkdm.checks.student import behaviour, graphs, saving, training
 from dkdm.checks.student.blame import in_brackets, place, told
 from dkdm.checks.student.case import Case
@@ -39,7 +39,7 @@ class Checkup:
     @property
     def passed(self) -> bool:
         """Whether nothing that was found keeps the student from being trained."""
-        return all(finding.status != "problem" for finding in self.findings)
+        return all(each.status != "problem" for each in self.findings)
 
 
 def check_student(
@@ -107,8 +107,7 @@ def first_look(student: Denoiser, teacher: Denoiser) -> list[Finding]:
         "gradients": training.gradients,
     }
     with torch.random.fork_rng():
-        found = [finding for name, look in looks.items() for finding in _looked(name, look, case)]
-    return [finding for finding in found if finding.status != "ok"]
+        return not_ok([each for name, look in looks.items() for each in _looked(name, look, case)])
 
 
 def _looks(compile_backend: str | None, export: bool) -> dict[str, Look]:

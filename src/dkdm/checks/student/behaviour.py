@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dkdm.checks.doctor import Finding, Status
+from dkdm.checks.findings import Finding, Status
 from dkdm.checks.student.blame import told
 from dkdm.checks.student.case import Case, Probe, differ
 from dkdm.errors import UsageError

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from dkdm.checks.doctor import Finding
+from dkdm.checks.findings import Finding
 from dkdm.checks.student.blame import at_line, in_brackets, place, told
 from dkdm.checks.student.case import Case, Probe, differ
 from dkdm.core.conditioning import Condition

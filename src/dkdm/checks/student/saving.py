@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.checks.doctor import Finding
+from dkdm.checks.findings import Finding
 from dkdm.checks.student.behaviour import listed
 from dkdm.checks.student.blame import told
 from dkdm.checks.student.case import Case, differ

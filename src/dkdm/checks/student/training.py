@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dkdm.checks.doctor import Finding
+from dkdm.checks.findings import Finding
 from dkdm.checks.student.behaviour import listed
 from dkdm.checks.student.case import Case
 from dkdm.core.denoiser import Batch
