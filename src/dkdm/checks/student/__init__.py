@@ -11,7 +11,6 @@ from torch import nn
 
 from dkdm.checks.findings import Finding, not_ok
 from dkdm.checks.student import behaviour, graphs, saving, training
-from dkdm.checks.student.blame import in_brackets, place, told
 from dkdm.checks.student.case import Case
 from dkdm.config import ProcessName
 from dkdm.core.denoiser import Denoiser
@@ -21,6 +20,7 @@ from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
 from dkdm.models.own_network import Factory, is_own
 from dkdm.models.student_process import with_process
+from dkdm.shipping.graph.fault_line import fault_line, in_a_line, in_brackets
 from dkdm.students import as_denoiser, given_student, untried_student_of
 
 __all__ = ["Checkup", "check_student", "first_look"]
@@ -68,13 +68,13 @@ def check_student(
     try:
         case = Case(learner, teacher, rebuilt)
     except Exception as error:
-        failure = DkdmError(f"{learner.name}: the network cannot be copied: {told(error)}")
+        failure = DkdmError(f"{learner.name}: the network cannot be copied: {in_a_line(error)}")
         failure.__cause__ = error
         return Checkup([_not_copied(error)], failure)
     try:
         first = list(behaviour.shapes(case))
     except Exception as error:
-        failure = DkdmError(f"{learner.name}: the network fails: {told(error, case.network)}")
+        failure = DkdmError(f"{learner.name}: the network fails: {in_a_line(error, case.network)}")
         failure.__cause__ = error
         return Checkup([*_facts(case), _not_called(case, error)], failure)
     findings = [*_facts(case), *first]
@@ -138,7 +138,7 @@ def _looked(name: str, look: Look, case: Case) -> Iterator[Finding]:
         yield from look(case)
     except Exception as error:
         remedy = "the network fails here: mend that line"
-        yield Finding(name, "problem", told(error, case.network), remedy)
+        yield Finding(name, "problem", in_a_line(error, case.network), remedy)
 
 
 def _made(
@@ -159,7 +159,7 @@ def _remade(student: str, teacher: Denoiser, factory: Factory | None) -> nn.Modu
 
 def _not_made(error: DkdmError) -> Finding:
     cause = error.__cause__
-    what = str(error) if cause is None else f"{error}{in_brackets(place(error))}"
+    what = str(error) if cause is None else f"{error}{in_brackets(fault_line(error))}"
     remedy = (
         "the module must be importable where dkdm runs: in the current folder or installed, with "
         "all that it imports"
@@ -173,7 +173,7 @@ def _not_made(error: DkdmError) -> Finding:
 def _not_called(case: Case, error: Exception) -> Finding:
     names = "".join(f", {name}=..." for name in case.probe(1).cond)
     remedy = f"it is called as network(x_t, t{names}), t a float for each sample"
-    return Finding("forward", "problem", told(error, case.network), remedy)
+    return Finding("forward", "problem", in_a_line(error, case.network), remedy)
 
 
 def _not_copied(error: Exception) -> Finding:
@@ -181,7 +181,7 @@ def _not_copied(error: Exception) -> Finding:
         "weights are averaged in a copy.deepcopy(network), which must work; for weight_norm take "
         "that of torch.nn.utils.parametrizations"
     )
-    return Finding("copy", "problem", told(error), remedy)
+    return Finding("copy", "problem", in_a_line(error), remedy)
 
 
 def _facts(case: Case) -> Iterator[Finding]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.checks.findings import Finding, Status
-from dkdm.checks.student.blame import told
 from dkdm.checks.student.case import Case, Probe, differ
 from dkdm.errors import UsageError
+from dkdm.shipping.graph.fault_line import in_a_line
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def null_class(case: Case) -> Iterator[Finding]:
         case.answer(case.awake, probe)
     except Exception as error:
         remedy = "with null_class, a table of classes needs max(num_classes, null_class + 1) rows"
-        yield Finding("null condition", "problem", told(error, case.awake), remedy)
+        yield Finding("null condition", "problem", in_a_line(error, case.awake), remedy)
     else:
         yield Finding("null condition", "ok", "can be told that nothing is asked")
 
@@ -93,7 +93,7 @@ def precision(case: Case) -> Iterator[Finding]:
         try:
             output = try_it()
         except Exception as error:
-            yield Finding(name, "warning", told(error, case.network), remedy)
+            yield Finding(name, "warning", in_a_line(error, case.network), remedy)
             continue
         finite = bool(output.isfinite().all())
         what = f"works, gives {str(output.dtype).removeprefix('torch.')}" if finite else "overflows"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from dkdm.checks.findings import Finding
-from dkdm.checks.student.blame import at_line, in_brackets, place, told
-from dkdm.checks.student.case import Case, Probe, differ
+from dkdm.checks.student.case import Case, Probe
 from dkdm.core.conditioning import Condition
-from dkdm.shipping.graph.tracing import batch_range
+from dkdm.shipping.graph import TOLERANCES, largest_difference
+from dkdm.shipping.graph.fault_line import at_line, fault_line, in_a_line, in_brackets
+from dkdm.shipping.graph.network import GraphNetwork, random_inputs
+from dkdm.shipping.graph.tracing import NotAGraphError, batch_range, quiet, trace
 
 
 class Called(nn.Module):
@@ -36,18 +37,14 @@ class Called(nn.Module):
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Tracing tells its troubles by warnings and logs; here they are findings."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+def _anew() -> Iterator[None]:
+    """Quiet, with a compiler that remembers nothing."""
     torch._dynamo.reset()
     counters.clear()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
-        logging.disable(disabled)
         torch._dynamo.reset()
 
 
@@ -56,12 +53,12 @@ def compiles(case: Case, backend: str) -> Iterator[Finding]:
     called, probe = Called(case, case.copied().eval().requires_grad_(True)), case.probe(3)
     with torch.no_grad():
         expected = called(*probe)
-    with _silent():
+    with _anew():
         try:
             output = torch.compile(called, backend=backend)(*probe)
             output.sum().backward()
         except Exception as error:
-            what = f"fails ({backend}): {told(error, case.network)}"
+            what = f"fails ({backend}): {in_a_line(error, case.network)}"
             yield Finding("torch.compile", "warning", what, "train it without torch.compile")
             return
         broken = bool(counters["graph_break"])
@@ -95,7 +92,7 @@ def devices(case: Case) -> Iterator[Finding]:
     What depends on the values of tensors cannot be told so, and is left to a real GPU.
     """
     called, probe = Called(case, case.copied().eval()), case.probe(3)
-    with _silent(), FakeTensorMode(allow_non_fake_inputs=True):
+    with _anew(), FakeTensorMode(allow_non_fake_inputs=True):
         state = [*called.named_parameters(), *called.named_buffers()]
         moved = {name: torch.empty_like(value, device="meta") for name, value in state}
         x, time, cond = (_elsewhere(value) for value in probe)
@@ -103,9 +100,11 @@ def devices(case: Case) -> Iterator[Finding]:
             functional_call(called, moved, (x, time, cond))
         except Exception as error:
             if " different devices" not in str(error) and "two devices" not in str(error):
-                yield Finding("device", "ok", f"cannot be told here: {told(error, called.network)}")
+                yield Finding(
+                    "device", "ok", f"could not be checked: {in_a_line(error, called.network)}"
+                )
                 return
-            where = in_brackets(place(error, called.network))
+            where = in_brackets(fault_line(error, called.network))
             what = f"fails on a GPU: a tensor is on the CPU{where}"
             remedy = "make it on x.device, as in torch.arange(n, device=x.device), or as a buffer"
             yield Finding("device", "warning", what, remedy)
@@ -119,35 +118,23 @@ def _elsewhere(value: Any) -> Any:
     return {name: _elsewhere(each) for name, each in value.items()}
 
 
-@torch.no_grad()
 def exports(case: Case) -> Iterator[Finding]:
     """torch.export with any number of samples."""
-    called, probe = Called(case, case.copied().eval()), case.probe(3)
-    batch = {0: torch.export.Dim.DYNAMIC}
-    shapes = (batch, batch, dict.fromkeys(probe.cond, batch))
-    with _silent():
-        try:
-            program = torch.export.export(called, tuple(probe), dynamic_shapes=shapes)
-            two = case.probe(2)
-            found = program.module()(*two)
-        except Exception as error:
-            what = f"fails: {_reason(error)}{in_brackets(place(error, case.network))}"
-            remedy = "it cannot be exported as a graph; training and sampling are not affected"
-            yield Finding("torch.export", "warning", what, remedy)
-            return
-    if differ(case.answer(called.network, two), found):
+    denoiser = replace(case.student, network=nn.Module.to(case.copied(), "cpu"))
+    inputs = random_inputs(denoiser, 3)
+    network = GraphNetwork(denoiser, inputs)
+    try:
+        program = trace(network, inputs, denoiser.name)
+    except NotAGraphError as error:
+        remedy = "it cannot be exported as a graph; training and sampling are not affected"
+        yield Finding("torch.export", "warning", f"fails: {error.reason}", remedy)
+        return
+    module = program.module()
+    difference = largest_difference(denoiser, network, lambda fed: module(**fed), (2,))
+    if not difference <= TOLERANCES[torch.float32]:
         what = "the graph answers differently"
         yield Finding("torch.export", "warning", what, "do not export it")
         return
     _, limit = batch_range(program)
     what = "any number of" if limit is None else f"up to {limit}"
     yield Finding("torch.export", "ok", f"works for {what} samples")
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "data-dependent" in text:
-        return "python control flow on the values of a tensor"
-    if "specialized" in text:
-        return "the number of samples is fixed in its code"
-    return f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:200]}"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dkdm.checks.findings import Finding
 from dkdm.checks.student.behaviour import listed
-from dkdm.checks.student.blame import told
 from dkdm.checks.student.case import Case, differ
 from dkdm.core.checkpoint import load_network_weights, load_strict, save_network
 from dkdm.errors import DkdmError
 from dkdm.models.own_network import OWN_CLASS, origin_of
+from dkdm.shipping.graph.fault_line import in_a_line
 from dkdm.shipping.own_network import shipment, shipping_note
 
 
@@ -152,7 +152,9 @@ def shipping(case: Case) -> Iterator[Finding]:
         remedy = (
             "let the factory's module run by itself, and look at conditioning's attributes only"
         )
-        yield Finding("shipping", "warning", f"its file does not work alone: {told(error)}", remedy)
+        yield Finding(
+            "shipping", "warning", f"its file does not work alone: {in_a_line(error)}", remedy
+        )
         return
     if not same:
         what, remedy = "the shipped file answers differently", "see 'reload'"

@@ -19,25 +19,31 @@ from dkdm.errors import UsageError
 from dkdm.shipping.graph.network import GraphNetwork
 from dkdm.shipping.graph.trail import HINT, Trail, reason
 
-LOGGERS = ("torch.export", "torch.onnx", "torch.fx", "onnxscript", "onnx_ir")
+
+class NotAGraphError(UsageError):
+    """A network that cannot be traced.
+
+    reason: what failed, in which module, at which line. bounds: of the batches it takes, if other
+    ones are all that fails.
+    """
+
+    def __init__(self, name: str, reason: str, bounds: dict[str, int]) -> None:
+        super().__init__(f"{name} cannot be exported as a graph: {reason}; {HINT}")
+        self.reason, self.bounds = reason, bounds
 
 
 def trace(network: GraphNetwork, inputs: Condition, name: str) -> ExportedProgram:
     """The network as a program, the leading dimension of every input being the same `batch`.
 
-    inputs: examples of 3 rows. Raises UsageError naming the module that cannot be traced.
+    inputs: examples of 3 rows. Raises NotAGraphError naming the module that cannot be traced.
     """
     network.eval()
     try:
         return _traced(network, inputs, name, Dim("batch"))
-    except _BoundedError as error:
+    except NotAGraphError as error:
+        if not error.bounds:
+            raise
         return _traced(network, inputs, name, Dim("batch", **error.bounds))
-
-
-class _BoundedError(UsageError):
-    """The network takes batches within these bounds only."""
-
-    bounds: dict[str, int]
 
 
 def _traced(network: GraphNetwork, inputs: Condition, name: str, batch: Any) -> ExportedProgram:
@@ -49,23 +55,14 @@ def _traced(network: GraphNetwork, inputs: Condition, name: str, batch: Any) -> 
                 network, (), kwargs=inputs, dynamic_shapes=shapes, strict=False
             )
     except Exception as error:
-        raise _refusal(name, error, trail) from error
+        bounds = _bounds(str(error)) if trail.fixed_in is None else {}
+        raise NotAGraphError(name, reason(error, trail), bounds) from error
     finally:
         trail.remove()
     drop_idle_squeezes(program)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines and paths of this machine
     return program
-
-
-def _refusal(name: str, error: Exception, trail: Trail) -> UsageError:
-    message = f"{name} cannot be exported as a graph: {reason(error, trail)}; {HINT}"
-    bounds = _bounds(str(error)) if trail.fixed_in is None else {}
-    if not bounds:
-        return UsageError(message)
-    refusal = _BoundedError(message)
-    refusal.bounds = bounds
-    return refusal
 
 
 def _bounds(message: str) -> dict[str, int]:
@@ -129,15 +126,11 @@ def _upsample(layer: Any, x: Tensor, output_size: Any = None, *_: Any, **__: Any
 @contextmanager
 def quiet() -> Iterator[None]:
     """Nothing printed, logged or warned by the exporters, which speak of their own affairs."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
+    disabled, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.CRITICAL)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        nowhere = io.StringIO()
         with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)

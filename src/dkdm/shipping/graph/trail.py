@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import traceback
 from functools import partial
-from pathlib import Path
+from linecache import getline
 from typing import Any
 
 import torch
 from torch import nn
 
-TORCH = Path(torch.__file__).parent
-HERE = Path(__file__).parent
+from dkdm.shipping.graph.fault_line import at_line, fault_frame, what_of
+
 HINT = (
-    "expected a network in which shapes and Python's `if`, `for` and `int` do not depend on values "
-    "of tensors: use torch.where and masks, or leave the network to diffusers and PyTorch"
+    "use torch.where and masks instead of Python's `if`, `for` and `int` on values of tensors, or "
+    "leave the network to diffusers and PyTorch"
 )
 
 
@@ -72,24 +71,16 @@ def _is_variable(size: Any) -> bool:
 
 def reason(error: BaseException, trail: Trail) -> str:
     """What failed, in which module, and at which line of whose code."""
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    if trail.fixed_in is not None and "Constraints violated" in text[0]:
+    if trail.fixed_in is not None and "Constraints violated" in str(error):
         return (
             f"{trail.place(trail.fixed_in)} works for one batch size only: in it the batch becomes "
             "a plain number (len(x), int(x.shape[0]) or x.tolist())"
         )
     name = trail.running[-1] if trail.running else "network"
-    what = f"{type(error).__name__}: {text[0]}"
-    if "data-dependent" in text[0]:
-        what = "its Python code decides by the value of a tensor"
-    return f"{trail.place(name)}: {what}{_line_of(error)}"
+    return f"{trail.place(name)}: {what_of(error)}{_line_of(error)}"
 
 
 def _line_of(error: BaseException) -> str:
-    """The last line of code outside torch and this package, which is the network's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        file = Path(frame.filename)
-        if TORCH not in file.parents and HERE not in file.parents and file.is_file():
-            return f", at {file.name}:{frame.lineno} `{frame.line}`"
-    return ""
+    """The line of code at fault, as it is written."""
+    frame = fault_frame(error)
+    return "" if frame is None else f", at {at_line(*frame)} `{getline(*frame).strip()}`"
