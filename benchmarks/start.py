@@ -22,7 +22,7 @@ from dkdm.evaluation.same_noise import Plan, draw, pictures
 from dkdm.models import load_teacher
 from dkdm.report.charts import Series, bin_means, standalone_chart
 from dkdm.runs.distill import distill
-from dkdm.runs.recipes import fashion_small
+from dkdm.runs.recipes import recipe
 from dkdm.students import student_of
 from dkdm.students.start import read_checkpoint
 
@@ -34,7 +34,7 @@ COLOURS = {"random": "#888", "teacher": "#06c", "checkpoint": "#c60", "lora": "#
 def starts(args: argparse.Namespace) -> dict[str, DistillConfig]:
     """The config of each run, by its name."""
     shared = replace(
-        fashion_small(),
+        recipe("fashion-small", DistillConfig),
         student=STUDENT,
         max_train_steps=args.steps,
         pool_size=args.pool_size,
@@ -124,7 +124,9 @@ def main() -> None:
         "--checkpoint", help="a run, folder or file that the student may start from"
     )
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--pool-size", type=int, default=fashion_small().pool_size)
+    parser.add_argument(
+        "--pool-size", type=int, default=recipe("fashion-small", DistillConfig).pool_size
+    )
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--num-samples", type=int, default=2000, help="of each distance")
     args = parser.parse_args()

@@ -9,7 +9,6 @@ from torch import nn
 
 import dkdm
 from dkdm.checks.inspection import check_denoising
-from dkdm.config import RANGES
 from dkdm.runs.models import with_conditions
 from factories import denoiser
 
@@ -98,9 +97,12 @@ REFUSED = {
     "train": (lambda: dkdm.train(dkdm.DistillConfig()), r"give a dkdm.TrainConfig\("),
     "typo": (lambda: dkdm.DistillConfig(max_steps=3), "no 'max_steps'.*use max_train_steps"),
     "lr": (lambda: dkdm.DistillConfig(lr=3), "no 'lr'.*use learning_rate"),
-    "union": (lambda: dkdm.DistillConfig(teacher_null_class="no"), "a whole number, or none, or N"),
+    "union": (
+        lambda: dkdm.DistillConfig(teacher_null_class="no"),
+        "number of 0 or more, or none",
+    ),
     "yes": (lambda: dkdm.DistillConfig(use_ema="yes"), "--use-ema yes: give True or False"),
-    "word": (lambda: dkdm.DistillConfig(fill="fast"), "--fill fast: give few-step, ancestral, non"),
+    "word": (lambda: dkdm.DistillConfig(fill="fast"), "--fill fast: give one of few-step, ancestr"),
     "export": (lambda: dkdm.export_graph("runs/x", "x.onnx"), "load it first: dkdm.load_teacher"),
     "scheduler": (lambda: dkdm.from_scheduler_config("a.json"), "give what it holds: json.load"),
     "teacher": (lambda: dkdm.load_teacher(None), "load_teacher: model is None: give a folder"),
@@ -188,17 +190,6 @@ def test_a_network_without_the_argument_is_said_to_need_a_call():
 def test_a_shape_with_the_batch_is_told():
     with pytest.raises(dkdm.UsageError, match=r"without the batch it would be \(3, 8, 8\)"):
         model(network=lambda x, t: nn.Conv2d(3, 3, 1)(x), sample_shape=(1, 3, 8, 8)).check()
-
-
-@pytest.mark.parametrize("kind", [dkdm.DistillConfig, dkdm.TrainConfig])
-def test_numbers_out_of_their_range_are_refused(kind):
-    for name in set(RANGES) & set(kind.__dataclass_fields__):
-        low, high = RANGES[name]
-        for value in [low - 1, float("nan"), *([] if high is None else [high + 1])]:
-            many = {"sample_shape": 3, "teacher_size": 2}.get(name)
-            flag = name.replace("_", "-")
-            with pytest.raises(dkdm.UsageError, match=f"^--{flag} "):
-                kind(**{name: (value,) * many if many else value})
 
 
 @pytest.mark.parametrize(

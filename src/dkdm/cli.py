@@ -9,26 +9,33 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import tyro
 from rich.console import Console
 
 from dkdm.config import (
+    CheckStudentCommand,
     DistillConfig,
+    DoctorCommand,
+    ExportCommand,
+    InspectCommand,
+    PlanCommand,
+    PushCommand,
+    ReportCommand,
     RunConfig,
-    StudentChoice,
-    TeacherChoice,
+    SampleCommand,
+    StudentsCommand,
     TrainConfig,
     from_mapping,
 )
 from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.command_line import parse, summary
 from dkdm.reading.fields import read_json
 from dkdm.reading.made_here import was_made_here
+from dkdm.reading.options import Grouped
 from dkdm.reading.plugins import named_code, split
-from dkdm.runs.recipes import RECIPES, recipe
+from dkdm.runs.recipes import recipe, recipes
 from dkdm.version import __version__
 
 if TYPE_CHECKING:
@@ -36,207 +43,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=RunConfig)
 INSPECTED_PROMPT = "a photograph of a house"
-Labels = tuple[int, ...] | None
 EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
-
-
-@dataclass(frozen=True)
-class TeacherOptions:
-    """Which pretrained model."""
-
-    model: Annotated[str, tyro.conf.Positional] = "builtin:fashion"
-    """A run, a diffusers folder, a hub id, builtin:NAME, or module:factory."""
-    subfolder: str | None = None
-    """Subfolder of the pipeline inside the folder or repository."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    variant: str | None = None
-    """Weight variant such as fp16."""
-    dtype: str = "float32"
-    """Precision of the weights: float32, float16, bfloat16 or int8 (linear layers, by torchao)."""
-    format: str | None = None
-    """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
-    config: Path | None = None
-    """Config file of the original repository, for formats that have one."""
-    flags: str = ""
-    """Flags of the original repository's scripts, as one string."""
-    size: Labels = None
-    """Height and width (frames, height, width; or length) as the network sees a sample."""
-    scheduler: str | None = None
-    """Scheduler of a network alone, such as a trainer's checkpoint-500/unet_ema: ddpm-linear,
-    ddpm-cosine, flow, edm, or a scheduler_config.json or its folder."""
-    lora: tuple[str, ...] = ()
-    """LoRA files merged into the network: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
-    null_class: int | Literal["none"] | None = None
-    """Class id that means "no class", for guidance; "none" if there is no such id."""
-    prompts: str | None = None
-    """Text file of one prompt a line, or a pattern, for text models; or the prompt itself."""
-    negative_prompt: str = ""
-    """The prompt that guidance leads away from."""
-    student_factory: str | None = None
-    """Code that makes the custom network of a run, module:factory. Not needed for runs that this
-    machine made; the name that a folder gives is not trusted."""
-    cond: Path | None = None
-    """Conditions for a model with a custom conditioning: .safetensors or .npz with a tensor
-    [N, ...] for each name, and null.NAME [1, ...] for guidance."""
-
-
-@dataclass(frozen=True)
-class SampleOptions(TeacherOptions):
-    """Draw samples and save them as a grid."""
-
-    output: Path = Path("samples.png")
-    """Picture to write; .safetensors writes the tensor [N, C, ...] as it was drawn instead."""
-    num_samples: int = 40
-    """How many."""
-    steps: int = 25
-    """Sampler steps, each one network evaluation a sample."""
-    sampler: str = "ddim"
-    """ddim (deterministic) or ddpm (ancestral)."""
-    seed: int = 0
-    """Sample i depends on (seed, i)."""
-    classes: Labels = None
-    """Class ids, repeated in turns; None takes all classes in turns."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
-    guidance_interval: str | None = None
-    """LOW:HIGH, the shares of noise (0 clean, 1 noise) between which guidance acts; None is
-    everywhere."""
-    overwrite: bool = False
-    """Replace a file that exists."""
-
-
-@dataclass(frozen=True)
-class ExportOptions(TeacherOptions):
-    """Write the network as one file, or the model in int8, and check what was written."""
-
-    output: Path | None = None
-    """File to write (a description goes beside it, as FILE.json), or the folder for int8; None is
-    student.onnx, student.pt2 or student-int8."""
-    to: Annotated[Literal["onnx", "torch-export", "int8"], tyro.conf.arg(name="format")] = "onnx"
-    """onnx; torch-export, a .pt2 file; or int8, a diffusers folder with linear layers in int8."""
-    format: Annotated[str | None, tyro.conf.arg(name="teacher-format")] = None
-    """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
-    opset: int | None = None
-    """ONNX operator set, 18 or newer; None is the exporter's own choice."""
-    overwrite: bool = False
-    """Replace what exists."""
-
-
-@dataclass(frozen=True)
-class InspectOptions(TeacherOptions):
-    """Show what a model is and check that it denoises."""
-
-    output: Path | None = None
-    """Picture to write with a grid of its samples."""
-    num_samples: int = 8
-    """Samples of the check."""
-    steps: int = 50
-    """Sampler steps of the check."""
-    samples: Path | None = None
-    """Real samples to judge the model by, instead of its own: an array [N, C, ...] in the range it
-    was trained on (.npy, .npz, .safetensors, .pt), or a folder of images."""
-    json: bool = False
-    """Print JSON for machines."""
-
-
-@dataclass(frozen=True)
-class StudentsOptions(TeacherChoice):
-    """List the named students at a teacher's sample shape; of a pipeline only configs are read."""
-
-    measure: bool = True
-    """Time the students, with random weights, in turns with the teacher."""
-    measure_batch_size: int = 8
-    """Samples at once when they are timed."""
-    measure_below: float = 60.0
-    """Networks with more parameters, in millions, are not timed; nor, on a CPU, very slow ones."""
-    steps: int = 50
-    """Sampler steps of one sample, each one network evaluation."""
-    json: bool = False
-    """Print JSON for machines."""
-
-
-@dataclass(frozen=True)
-class CheckOptions(StudentChoice, TeacherChoice):
-    """Try all that a student will go through, before its first step."""
-
-    prompts: str | None = None
-    """Text file of one prompt a line, or a pattern, for text models; or the prompt itself."""
-    compile: bool = True
-    """Try torch.compile; --no-compile leaves it out."""
-    compile_backend: str = "aot_eager"
-    """aot_eager traces only, which is quick; inductor is the one that makes networks faster."""
-    export: bool = True
-    """Try torch.export; --no-export leaves it out."""
-    json: bool = False
-    """Print JSON for machines."""
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """Say what a distillation takes in memory, whether it fits, and what to change."""
-
-    teacher: Annotated[str, tyro.conf.Positional]
-    """A diffusers folder, a hub id (only its configs are read), builtin:NAME, a checkpoint file, or
-    module:factory."""
-    student: Annotated[str, tyro.conf.Positional]
-    """A preset, a diffusers config.json, or module:factory."""
-    gpus: int = 1
-    """Devices the batch is divided among."""
-    train_batch_size: int = 128
-    """Samples a step sees, over all devices."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the student's arithmetic."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
-    guidance: bool = False
-    """Whether the teacher is guided, which doubles its batch."""
-    pool_size: int | None = None
-    """Pool entries; None is 0.4 T batches."""
-    pool_dtype: Literal["float32", "float16"] = "float32"
-    """Precision of the pool."""
-    pool_device: Literal["device", "cpu"] = "device"
-    """Where the pool is stored."""
-    teacher_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    """Precision of the teacher's weights."""
-    teacher_offload: Literal["none", "layers"] = "none"
-    """Keep the teacher in host memory and move a layer at a time."""
-    teacher_size: Labels = None
-    """Height and width (frames, height, width; or length) as the teacher sees a sample."""
-    memory: float | None = None
-    """Memory of a device in GiB; None is that of this machine's GPU, or 24."""
-    student_factory: str | None = None
-    """Code that makes the custom network of a run, module:factory; several with commas."""
-    json: bool = False
-    """Print JSON for machines."""
-
-
-@dataclass(frozen=True)
-class DoctorOptions:
-    """Check the environment."""
-
-    json: bool = False
-    """Print JSON for machines."""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Write a run's report.html anew."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run's output folder."""
-
-
-@dataclass(frozen=True)
-class PushOptions:
-    """Upload a finished run to the Hugging Face hub; log in with `hf auth login` or HF_TOKEN."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run's output folder. Checkpoints and logs stay here."""
-    hub_model_id: str | None = None
-    """Repository, USER/NAME; None is the run's own, else the folder's name under your account."""
-    private: bool = False
-    """Make a new repository private."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -275,35 +82,32 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:13s} {summary}" for name, (summary, _) in COMMANDS.items())
+    commands = "\n".join(f"  {name:13s} {summary(kind)}" for name, (kind, _) in COMMANDS.items())
     return (
         "usage: dkdm COMMAND [options]      dkdm COMMAND --help\n\n"
         f"{commands}\n\n  --debug shows the traceback of a failure, --version the version"
     )
 
 
-def _run_config(kind: type[Config], command: str, args: list[str]) -> tuple[Config, bool]:
+def _run_config(kind: type[Config], args: list[str]) -> tuple[Config, bool]:
     """Parse a run's options on top of a recipe or a config file."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config", type=Path)
     first.add_argument("--dry-run", "--dry_run", action="store_true")
     known, rest = first.parse_known_args(args)
-    default: RunConfig = kind()
+    start: type[Config] | Config = kind
     if known.recipe:
-        default = recipe(known.recipe, kind)
+        start = recipe(known.recipe, kind)
     if known.config:
-        default = _config_file(kind, known.config)
-        _refuse_words_of_file(default, known.config, rest)
-    recipes = [name for name, make in RECIPES.items() if isinstance(make(), kind)]
-    description = (
-        f"{COMMANDS[command][0]}\n\n--recipe NAME starts from one of: {', '.join(recipes)}. "
-        "--config FILE starts from a config.json. --dry-run only says what would be done."
-    )
-    config = tyro.cli(
-        kind, default=default, args=rest, prog=f"dkdm {command}", description=description
-    )
-    return config, known.dry_run  # type: ignore[return-value]
+        start = _config_file(kind, known.config)
+        _refuse_words_of_file(start, known.config, rest)
+    first_of_all = {
+        "recipe": f"Start from the options of one of: {', '.join(recipes(kind))}.",
+        "config": "Start from the options of a config.json.",
+        "dry_run": "Only say what would be done.",
+    }
+    return parse(start, rest, also=first_of_all), known.dry_run
 
 
 _NAMES_CODE = ("teacher", "student", "network", "student_factory")
@@ -351,7 +155,7 @@ def _config_file(kind: type[Config], path: Path) -> Config:
 
 
 def _distill(args: list[str]) -> int:
-    config, dry_run = _run_config(DistillConfig, "distill", args)
+    config, dry_run = _run_config(DistillConfig, args)
     from dkdm.evaluation.results import read_evaluation
     from dkdm.runs.distill import distill
     from dkdm.runs.dry_run import describe
@@ -370,11 +174,11 @@ def _distill(args: list[str]) -> int:
 
 
 def _train(args: list[str]) -> int:
-    config, dry_run = _run_config(TrainConfig, "train", args)
+    config, dry_run = _run_config(TrainConfig, args)
     from dkdm.runs.train import train
 
     if dry_run:
-        print(json.dumps(dataclasses.asdict(config), indent=2, default=str))
+        print(json.dumps(config.flat(), indent=2, default=str))
         return 0
     folder = train(config)
     print(f"{folder}/README.md")
@@ -390,52 +194,40 @@ def _print_url(config: RunConfig, folder: Path) -> None:
 
 
 def _sample(args: list[str]) -> int:
-    options = tyro.cli(SampleOptions, args=args, prog="dkdm sample")
+    options = parse(SampleCommand, args)
     from dkdm.runs.outputs import sample_to_file
 
+    how = options.sampling
     sample_to_file(
         _load(options),
-        options.output,
-        num_samples=options.num_samples,
-        num_steps=options.steps,
-        sampler=options.sampler,
-        seed=options.seed,
-        classes=options.classes,
-        guidance_scale=options.guidance_scale,
-        guidance_interval=options.guidance_interval,
-        overwrite=options.overwrite,
+        how.output,
+        num_samples=how.num_samples,
+        num_steps=how.steps,
+        sampler=how.sampler,
+        seed=how.seed,
+        classes=how.classes,
+        guidance_scale=how.guidance_scale,
+        guidance_interval=how.guidance_interval,
+        overwrite=how.overwrite,
     )
-    print(options.output)
+    print(how.output)
     return 0
 
 
-def _load(options: TeacherOptions, default_prompt: str | None = None) -> Denoiser:
+def _load(
+    options: SampleCommand | ExportCommand | InspectCommand, prompt: str | None = None
+) -> Denoiser:
+    """The model that was named, with the conditions that were given; prompt: if none was."""
     from dkdm.core.inputs import with_rows
-    from dkdm.models import LoadOptions, load_teacher
+    from dkdm.models import chosen_teacher
 
-    denoiser = load_teacher(
-        options.model,
-        format=options.format,
-        subfolder=options.subfolder,
-        revision=options.revision,
-        options=LoadOptions(
-            variant=options.variant,
-            dtype=options.dtype,
-            sample_size=options.size,
-            config=options.config,
-            flags=options.flags,
-            scheduler=options.scheduler,
-            lora=options.lora,
-            factory=options.student_factory,
-            null_class=options.null_class,
-        ),
-    )
-    conditioning = with_rows(denoiser.conditioning, options.cond)
+    denoiser, given = chosen_teacher(options.model_choice), options.conditions
+    conditioning = with_rows(denoiser.conditioning, given.cond)
     denoiser = dataclasses.replace(denoiser, conditioning=conditioning)
-    return _told(denoiser, options.prompts, options.negative_prompt, default_prompt)
+    return _with_prompts(denoiser, given.prompts, given.negative_prompt, prompt)
 
 
-def _told(
+def _with_prompts(
     denoiser: Denoiser, prompts: str | None, negative: str = "", default: str | None = None
 ) -> Denoiser:
     """A text model with the prompts, or with one that will do; any other as it is."""
@@ -448,22 +240,19 @@ def _told(
 
 
 def _export(args: list[str]) -> int:
-    options = tyro.cli(ExportOptions, args=args, prog="dkdm export")
+    options = parse(ExportCommand, args)
     from dkdm.shipping.graph import export_graph
     from dkdm.shipping.int8 import write_int8_folder
 
-    if options.dtype == "int8":
-        raise UsageError("--dtype int8: expected --format int8, which quantizes by itself")
-    if options.to == "int8" and options.opset is not None:
-        raise UsageError(f"--opset {options.opset}: only --format onnx has opsets; leave it out")
-    output = options.output or Path(EXPORTED[options.to])
-    denoiser = _load(options, default_prompt=INSPECTED_PROMPT)
-    if options.to == "int8":
-        write_int8_folder(denoiser, output, options.overwrite)
+    what = options.export
+    output = what.output or Path(EXPORTED[what.to])
+    denoiser = _load(options, INSPECTED_PROMPT)
+    if what.to == "int8":
+        write_int8_folder(denoiser, output, what.overwrite)
         print(output)
         return 0
     facts = export_graph(
-        denoiser, output, format=options.to, opset=options.opset, overwrite=options.overwrite
+        denoiser, output, format=what.to, opset=what.opset, overwrite=what.overwrite
     )
     difference, size = facts["check"]["largest_difference"], output.stat().st_size / 1e6
     print(f"{output}  {size:.2f} MB, differs from PyTorch by {difference:.1e} of the largest value")
@@ -471,59 +260,64 @@ def _export(args: list[str]) -> int:
 
 
 def _inspect(args: list[str]) -> int:
-    options = tyro.cli(InspectOptions, args=args, prog="dkdm inspect")
+    options = parse(InspectCommand, args)
     from dkdm.checks.inspection import inspect_denoiser, print_inspection, read_samples
     from dkdm.runs.outputs import sample_to_file
 
-    denoiser = _load(options, default_prompt=INSPECTED_PROMPT)
+    how = options.check
+    denoiser = _load(options, INSPECTED_PROMPT)
     found = inspect_denoiser(
         denoiser,
-        num_samples=options.num_samples,
-        num_steps=options.steps,
-        images=None if options.samples is None else read_samples(options.samples, denoiser),
+        num_samples=how.num_samples,
+        num_steps=how.steps,
+        images=None if how.samples is None else read_samples(how.samples, denoiser),
     )
     if options.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
         print_inspection(found, Console())
-    if options.output:
-        sample_to_file(
-            denoiser, options.output, num_samples=options.num_samples, num_steps=options.steps
-        )
+    if how.output:
+        sample_to_file(denoiser, how.output, num_samples=how.num_samples, num_steps=how.steps)
     return int(found.check.denoises is False)
 
 
 def _students(args: list[str]) -> int:
-    options = tyro.cli(StudentsOptions, args=args, prog="dkdm students")
+    options = parse(StudentsCommand, args)
     from dkdm.checks.student_table import Measuring, list_students, print_students
     from dkdm.models import chosen_teacher
 
-    teacher = chosen_teacher(options, sketched=True)
-    size, below = options.measure_batch_size, options.measure_below * 1e6
-    measuring = Measuring(size, below, options.steps) if options.measure else None
+    how = options.measuring
+    teacher = chosen_teacher(options.teacher_choice, sketched=True)
+    timed = Measuring(how.measure_batch_size, how.measure_below * 1e6, how.steps)
+    measuring = timed if how.measure else None
     rows = list_students(teacher, measuring)
     if options.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        _print_json(rows)
     else:
         print_students(rows, teacher, Console(), measuring)
     return 0
 
 
+def _print_json(rows: Sequence[Any]) -> None:
+    print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+
+
 def _check_student(args: list[str]) -> int:
-    options = tyro.cli(CheckOptions, args=args, prog="dkdm check-student")
+    options = parse(CheckStudentCommand, args)
     from dkdm.checks.findings import print_findings
     from dkdm.checks.student import check_student
     from dkdm.models import chosen_teacher
 
-    teacher = _told(chosen_teacher(options), options.prompts, default=INSPECTED_PROMPT)
+    student, how = options.student_choice, options.check
+    teacher = chosen_teacher(options.teacher_choice)
     checkup = check_student(
-        options.student,
-        teacher,
-        prediction=options.student_prediction,
-        process=options.student_process,
-        compile_backend=options.compile_backend if options.compile else None,
-        export=options.export,
-        factory=options.student_factory,
+        student.student,
+        _with_prompts(teacher, how.prompts, default=INSPECTED_PROMPT),
+        prediction=student.student_prediction,
+        process=student.student_process,
+        compile_backend=how.compile_backend if how.compile else None,
+        export=how.export,
+        factory=options.teacher_choice.factory,
     )
     if options.json:
         print(json.dumps([each.as_dict() for each in checkup.findings], indent=2))
@@ -537,15 +331,12 @@ def _check_student(args: list[str]) -> int:
 
 
 def _plan(args: list[str]) -> int:
-    options = tyro.cli(PlanOptions, args=args, prog="dkdm plan")
+    options = parse(PlanCommand, args)
     from dkdm.checks.memory_plan import GIB, Choices, changes, device_memory_mib, plan, print_plan
-    from dkdm.models import LoadOptions, load_teacher, sketch_teacher
+    from dkdm.models import chosen_teacher
 
-    factory = options.student_factory
-    how = LoadOptions(
-        dtype=options.teacher_dtype, sample_size=options.teacher_size, factory=factory
-    )
-    teacher = sketch_teacher(options.teacher, how) or load_teacher(options.teacher, options=how)
+    choice, student = options.teacher_choice, options.student
+    teacher = chosen_teacher(choice, sketched=True)
     entries = round(0.4 * teacher.process.num_levels * options.train_batch_size)
     choices = Choices(
         gpus=options.gpus,
@@ -553,16 +344,16 @@ def _plan(args: list[str]) -> int:
         mixed_precision=options.mixed_precision,
         gradient_checkpointing=options.gradient_checkpointing,
         guided=options.guidance,
-        teacher_dtype=options.teacher_dtype,
-        teacher_offload=options.teacher_offload,
+        teacher_dtype=choice.dtype,
+        teacher_offload=choice.offload,
         pool_size=options.pool_size or entries,
         pool_dtype=options.pool_dtype,
         pool_device=options.pool_device,
-        student_factory=factory,
+        student_factory=choice.factory,
     )
-    found = plan(teacher, options.student, choices)
+    found = plan(teacher, student, choices)
     limit = device_memory_mib() if options.memory is None else options.memory * GIB
-    advice = changes(teacher, options.student, found, limit)
+    advice = changes(teacher, student, found, limit)
     if options.json:
         values = dataclasses.asdict(found) | {"device_total": found.device_total, "limit": limit}
         values["changes"] = [dataclasses.asdict(change) for change in advice]
@@ -573,7 +364,7 @@ def _plan(args: list[str]) -> int:
 
 
 def _doctor(args: list[str]) -> int:
-    options = tyro.cli(DoctorOptions, args=args, prog="dkdm doctor")
+    options = parse(DoctorCommand, args)
     from dkdm.checks.doctor import examine
     from dkdm.checks.findings import print_findings
 
@@ -586,7 +377,7 @@ def _doctor(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
-    options = tyro.cli(ReportOptions, args=args, prog="dkdm report")
+    options = parse(ReportCommand, args)
     from dkdm.report import write_report
 
     print(write_report(options.run))
@@ -594,26 +385,23 @@ def _report(args: list[str]) -> int:
 
 
 def _push(args: list[str]) -> int:
-    options = tyro.cli(PushOptions, args=args, prog="dkdm push")
+    options = parse(PushCommand, args)
     from dkdm.shipping.hub import push
 
     print(push(options.run, options.hub_model_id, options.private))
     return 0
 
 
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "distill": ("Distil a teacher into a student of any architecture, without images.", _distill),
-    "train": ("Train a model on images: a teacher, or a baseline.", _train),
-    "inspect": ("Show what a model is, and check that it really denoises.", _inspect),
-    "students": ("List the named students at a teacher's sample shape.", _students),
-    "check-student": (
-        "Try all that a student will go through, before its first step.",
-        _check_student,
-    ),
-    "plan": ("Say what a distillation takes in memory, and what to change.", _plan),
-    "sample": ("Draw samples from a model.", _sample),
-    "export": ("Write a model as ONNX, as an exported program, or in int8.", _export),
-    "report": ("Write a run's report.html anew.", _report),
-    "push": ("Upload a finished run to the Hugging Face hub.", _push),
-    "doctor": ("Check the environment.", _doctor),
+COMMANDS: dict[str, tuple[type[Grouped], Callable[[list[str]], int]]] = {
+    "distill": (DistillConfig, _distill),
+    "train": (TrainConfig, _train),
+    "inspect": (InspectCommand, _inspect),
+    "students": (StudentsCommand, _students),
+    "check-student": (CheckStudentCommand, _check_student),
+    "plan": (PlanCommand, _plan),
+    "sample": (SampleCommand, _sample),
+    "export": (ExportCommand, _export),
+    "report": (ReportCommand, _report),
+    "push": (PushCommand, _push),
+    "doctor": (DoctorCommand, _doctor),
 }

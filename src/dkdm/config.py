@@ -1,398 +1,582 @@
-"""Every option of a run: one a line, typed, with its unit and what None means.
+"""Every option of a run, in groups: one a line, typed, with its range and unit.
 
-The dataclasses are the command line: a field `train_batch_size` is `--train-batch-size`.
+Each group is a panel of `dkdm distill --help`; a field `train_batch_size` is `--train-batch-size`.
+Groups parse and refuse by themselves, before a model is loaded.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-import math
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
-from dkdm.reading.arguments import NamedArguments, described, is_array, scalar
-from dkdm.reading.fields import SHOWN, is_name, read_json, shown
-from dkdm.reading.typed import made_of
+from dkdm.reading.fields import is_name, read_json, shown
+from dkdm.reading.options import Grouped, Options, Range, places
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
 FillKind = Literal["few-step", "ancestral", "none"]
 LossWeighting = Literal["uniform", "snr", "min-snr", "student"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ProcessName = str
 
+Count = Annotated[int, Range(1)]
+CountOrNone = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Share = Annotated[float, Range(0, 1)]
+Scale = Annotated[float, Range(-1000, 1000)]
+ClassId = Annotated[int, Range(0)]
 
-# Smallest and largest value of each number; None is no bound.
-RANGES: dict[str, tuple[float, float | None]] = {
-    "checkpointing_steps": (1, None),
-    "checkpoints_total_limit": (1, None),
-    "condition_dropout": (0, 1),
-    "ema_decay": (0, 1),
-    "eta": (0, 1),
-    "evaluation_samples": (0, None),
-    "feature_weight": (0, None),
-    "fill_steps": (1, None),
-    "gradient_accumulation_steps": (1, None),
-    "learning_rate": (0, None),
-    "logging_steps": (1, None),
-    "lora_rank": (1, None),
-    "lr_warmup_steps": (0, None),
-    "max_grad_norm": (0, None),
-    "max_prompts": (1, None),
-    "max_train_steps": (1, None),
-    "pool_size": (1, None),
-    "random_conditioning": (0, 1),
-    "rho": (0, None),
-    "sample_shape": (1, None),
-    "shards": (1, None),
-    "snr_gamma": (0, None),
-    "synthetic_samples": (1, None),
-    "synthetic_steps": (1, None),
-    "teacher_size": (1, None),
-    "train_batch_size": (1, None),
-    "validation_sampling_steps": (1, None),
-    "validation_steps": (0, None),
-    "vlb_weight": (0, None),
-    "weight_decay": (0, None),
-}
+
+def parse_stride(text: str) -> tuple[int, int]:
+    """Smallest and largest of the strides '20' (always 20) or 'random:20' (1 to 39, mean 20).
+
+    Raises UsageError for anything else.
+    """
+    read = re.fullmatch("(random:)?([0-9]{1,9})", text)
+    if read is None or int(read[2]) < 1:
+        raise UsageError(f"--stride {shown(text)}: give a number of levels or random:MEAN")
+    mean = int(read[2])
+    return (1, 2 * mean - 1) if read[1] else (mean, mean)
+
+
+def parse_scale(text: str) -> tuple[float, float]:
+    """Lowest and highest of the guidance scales '4' or '2:8'. Raises UsageError for others."""
+    numbers = _numbers(text)
+    legal = len(numbers) in (1, 2) and all(-1000 <= number <= 1000 for number in numbers)
+    if not legal or numbers[0] > numbers[-1]:
+        raise UsageError(
+            f"--guidance-scale {shown(text)}: give a number from -1000 to 1000, or LOW:HIGH"
+        )
+    return numbers[0], numbers[-1]
+
+
+def parse_interval(text: str | None) -> tuple[float, float] | None:
+    """Read 'LOW:HIGH', shares of noise in 0..1; None is everywhere. Raises UsageError."""
+    if text is None:
+        return None
+    numbers = _numbers(text)
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1] <= 1:
+        raise UsageError(
+            f"--guidance-interval {shown(text)}: give LOW:HIGH, shares of noise sigma / (alpha + "
+            "sigma) from 0 (clean) to 1 (noise), such as 0.3:0.7"
+        )
+    return numbers[0], numbers[1]
+
+
+def _numbers(text: str) -> list[float]:
+    """The numbers between colons; none if one of them is no number."""
+    try:
+        return [float(part) for part in text.split(":")]
+    except ValueError:
+        return []
 
 
 @dataclass(frozen=True)
-class RunConfig(NamedArguments):
-    """What every training run has."""
+class ModelChoice(Options):
+    """Which pretrained model, and how it is read."""
+
+    title: ClassVar[str] = "Model"
+    renamed: ClassVar[Mapping[str, str]] = {"factory": "student_factory"}
+
+    model: str = "builtin:fashion"
+    """A run, a diffusers folder, a hub id, a checkpoint file, builtin:NAME, or module:factory."""
+    subfolder: str | None = None
+    """Subfolder of the pipeline inside the folder or repository."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. Default: the repository's default branch."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16. Default: the plain files."""
+    dtype: Precision = "float32"
+    """Precision of the weights. int8 quantizes linear layers with torchao and keeps the rest in
+    bfloat16."""
+    format: str | None = None
+    """Format of a checkpoint file, such as guided-diffusion. Default: recognized by its keys."""
+    config: Path | None = None
+    """Config file of the original repository, for checkpoint formats that need one."""
+    flags: str = ""
+    """Flags of the original repository's scripts, as one string, for checkpoint formats that need
+    them."""
+    size: tuple[Count, ...] | None = None
+    """Size of a sample as the network sees it (in latents, for a latent model): height width;
+    frames height width; or length. Default: as the model's config says."""
+    null_class: ClassId | Literal["none"] | None = None
+    """Class id that means "no class", for guidance; "none" if there is no such id. Default: as the
+    model's config says."""
+    scheduler: str | None = None
+    """Noise schedule of a network without its pipeline, such as a trainer's
+    checkpoint-500/unet_ema: ddpm-linear, ddpm-cosine, flow, edm, or a scheduler_config.json or its
+    folder."""
+    lora: tuple[str, ...] | None = None
+    """LoRA files to merge into the network: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
+    factory: str | None = None
+    """Code that makes the custom network of a run, module:factory; separate several with commas.
+    Not needed for runs made on this machine. The name that a folder gives is never trusted."""
+
+
+@dataclass(frozen=True)
+class TeacherChoice(ModelChoice):
+    """The pretrained model to distil, and how it is read."""
+
+    title: ClassVar[str] = "Teacher"
+    prefix: ClassVar[str] = "teacher"
+
+
+@dataclass(frozen=True)
+class TeacherOptions(TeacherChoice):
+    """The pretrained model to distil, and how it is read."""
+
+    renamed: ClassVar[Mapping[str, str]] = {**ModelChoice.renamed, "check": "check"}
+
+    offload: Literal["none", "layers"] = "none"
+    """layers: keep the teacher in host memory and move one layer at a time to the device; slow, but
+    small."""
+    check: bool = True
+    """Before the start, check for about five seconds that the teacher denoises, and warn if it does
+    not. The check does not change the run."""
+
+
+@dataclass(frozen=True)
+class StudentChoice(Options):
+    """The model to train, and how it relates to its teacher."""
+
+    title: ClassVar[str] = "Student"
+
+    student: str = "dit-xs"
+    """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
+    student_prediction: PredictionType | None = None
+    """What the student predicts. Default: what the teacher predicts, or what the scheduler given as
+    --student-process says."""
+    student_process: ProcessName = "teacher"
+    """Noise process of the student: teacher, ddpm-linear, ddpm-cosine, flow, edm, or the path of a
+    scheduler_config.json. Matched with the teacher's by the signal-to-noise ratio."""
+
+
+@dataclass(frozen=True)
+class StudentOptions(StudentChoice):
+    """The model to train, and how it relates to its teacher."""
+
+    student_init: str = "random"
+    """Weights to start from: random; teacher, as far as names and shapes allow; or a run, one of
+    its checkpoints, a diffusers folder, or a file of weights."""
+    lora_rank: Count | None = None
+    """Train adapters of this rank; the weights they adapt stay fixed, and the adapters are merged
+    in the end. Default: train all weights."""
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """What comes out."""
+
+    title: ClassVar[str] = "Run"
 
     output_dir: Path = Path("runs/run")
-    """Folder of the run: checkpoints, metrics and, at the end, the model."""
-    seed: int = 0
-    """Every random choice of the run follows from it."""
-    max_train_steps: int = 1000
-    """Optimizer steps."""
-    train_batch_size: int = 128
-    """Samples an optimizer step sees, before accumulation, over all processes together."""
-    gradient_accumulation_steps: int = 1
-    """Batches whose gradients are averaged into one optimizer step."""
+    """Folder of the run: checkpoints, metrics, samples and, at the end, the model."""
+    seed: Seed = 0
+    """Determines every random choice of the run."""
+
+
+@dataclass(frozen=True)
+class BatchOptions(Options):
+    """How much at once, and in which precision."""
+
+    title: ClassVar[str] = "Training"
+
+    train_batch_size: Count = 128
+    """Samples per optimizer step, before accumulation, over all processes together."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the networks' arithmetic; weights stay float32."""
+
+
+@dataclass(frozen=True)
+class StepOptions(Options):
+    """How long."""
+
+    max_train_steps: Count = 1000
+    """Optimizer steps."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions(BatchOptions, StepOptions):
+    """How long, how much at once, and in which precision."""
+
+    gradient_accumulation_steps: Count = 1
+    """Batches whose gradients are averaged into one optimizer step."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions(Options):
+    """AdamW, its learning rate, and the average of the weights."""
+
+    title: ClassVar[str] = "Optimizer"
+
+    learning_rate: Annotated[float, Range(0, 1000)] = 1e-4
+    """Peak learning rate."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (
         "constant_with_warmup"
     )
-    """Course of the learning rate over the run."""
-    lr_warmup_steps: int = 0
+    """How the learning rate changes over the run."""
+    lr_warmup_steps: CountOrNone = 0
     """Optimizer steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """AdamW weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this L2 norm."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the networks' arithmetic; weights stay float32."""
+    weight_decay: Annotated[float, Range(0, 10)] = 0.0
+    """Weight decay."""
+    max_grad_norm: Annotated[float, Range(0, above=True)] = 1.0
+    """Scale gradients down to this L2 norm."""
     use_ema: bool = True
     """Keep an exponential moving average of the weights, and ship it."""
-    ema_decay: float = 0.9999
-    """Decay of that average a step; it starts lower and warms up, (1 + n) / (10 + n)."""
-    condition_dropout: float = 0.0
-    """Probability that a condition is replaced by the null one (needed for guided sampling)."""
+    ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.9999
+    """Decay of that average per step. It starts lower and warms up: (1 + n) / (10 + n) at step
+    n."""
+
+
+@dataclass(frozen=True)
+class WeightingOptions(Options):
+    """What is minimized."""
+
+    title: ClassVar[str] = "Loss"
+
     loss_weighting: LossWeighting = "uniform"
-    """Weight of each noise level: 1 on the network's output; SNR / clipped SNR on x_0; or, for a
-    student of another process, as densely as its own levels lie."""
-    snr_gamma: float = 5.0
-    """Largest SNR that min-snr weighs with."""
-    checkpointing_steps: int = 1000
+    """How noise levels are weighted. uniform: equally, on the student's output. snr, min-snr: by
+    the signal-to-noise ratio (capped at --snr-gamma), on the error of x_0. student: by how densely
+    the student's own process places its levels."""
+    snr_gamma: Annotated[float, Range(0, above=True)] = 5.0
+    """Largest signal-to-noise ratio that min-snr uses as a weight."""
+
+
+@dataclass(frozen=True)
+class LossOptions(WeightingOptions):
+    """What is minimized."""
+
+    vlb_weight: Annotated[float, Range(0)] = 1.0
+    """Weight of the variational term (DKDM Eq. 21), if both models learn their variance."""
+    feature_weight: Annotated[float, Range(0)] = 0.0
+    """Weight of the distance between hidden features of student and teacher; 0 leaves it out."""
+    feature_layers: str = "auto"
+    """Which features to compare. name: those of modules with the same name. resolution: of the same
+    resolution. auto: by name, or by resolution if no names agree. Or pairs of module names,
+    TEACHER=STUDENT, such as 'mid_block=transformer_blocks.2,...'."""
+
+
+@dataclass(frozen=True)
+class ConditionOptions(Options):
+    """What the model is conditioned on."""
+
+    title: ClassVar[str] = "Condition"
+
+    condition_dropout: Share = 0.0
+    """Probability of replacing a condition by the null condition; needed for guided sampling of a
+    student whose teacher is not guided."""
+    negative_prompt: str = ""
+    """Prompt that guidance leads away from, for text models."""
+
+
+@dataclass(frozen=True)
+class LearntConditions(Options):
+    """The classes or prompts that the student learns."""
+
+    classes: tuple[ClassId, ...] | None = None
+    """Class ids the student learns. Default: all of the teacher's."""
+    class_weights: tuple[Annotated[float, Range(0)], ...] | None = None
+    """Relative frequency of each class in --classes. Default: all equally often."""
+    prompts: str | None = None
+    """Text file with one prompt a line, or a pattern such as 'prompts/*.txt'. Text models need
+    it."""
+    max_prompts: Count = 50_000
+    """Use at most this many prompts; a random subset of longer files."""
+
+
+@dataclass(frozen=True)
+class TeacherConditions(ConditionOptions, LearntConditions):
+    """The classes or prompts that the student learns."""
+
+    random_conditioning: Share = 0.0
+    """Largest probability, at the highest noise level, of showing a noisy state under another
+    condition than its own; it falls to e^-5 of that at the lowest (arXiv 2504.02011)."""
+
+
+@dataclass(frozen=True)
+class GuidanceOptions(Options):
+    """How the teacher is guided."""
+
+    title: ClassVar[str] = "Guidance"
+
+    guidance_scale: str = "1"
+    """Guidance scale of the teacher: a number, or LOW:HIGH to draw a scale for each chain. 1 turns
+    guidance off. Guidance doubles the teacher's cost, unless the teacher takes the scale as an
+    input."""
+    guidance_interval: str | None = None
+    """LOW:HIGH, the shares of noise sigma / (alpha + sigma) between which guidance acts (arXiv
+    2404.07724), such as 0.3:0.7. Default: everywhere."""
+    guidance_on: Literal["target", "chain"] = "target"
+    """target: guide the pool and the target, which bakes guidance into the student. chain: guide
+    only how states move; the student learns the unguided model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_scale(self.guidance_scale)
+        parse_interval(self.guidance_interval)
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Lowest and highest guidance scale."""
+        return parse_scale(self.guidance_scale)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The shares of noise between which guidance acts; None is everywhere."""
+        return parse_interval(self.guidance_interval)
+
+    @property
+    def chain_only(self) -> bool:
+        """Whether the target stays unguided."""
+        return self.guidance_on == "chain"
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is guided."""
+        return self.scales == (1, 1)
+
+
+@dataclass(frozen=True)
+class StorageOptions(Options):
+    """How large the pool is, and where it lies."""
+
+    title: ClassVar[str] = "Pool"
+
+    pool_size: Count | None = None
+    """States in the dynamic pool. Default: follows from --rho."""
+    pool_dtype: Literal["float32", "float16"] = "float32"
+    """Precision the pool is stored in."""
+    pool_device: Literal["device", "cpu"] = "device"
+    """Where the pool is stored: beside the models, or in host memory."""
+
+
+@dataclass(frozen=True)
+class SourceOptions(Options):
+    """Where noisy samples come from."""
+
+    source: SourceKind = "dynamic"
+    """The paper's three sources, iterative, shuffled, dynamic; or, as a baseline, synthetic:
+    finished samples of the teacher with fresh noise (data-free training)."""
+    rho: Annotated[float, Range(0, 1000, above=True)] = 0.4
+    """Size of the dynamic pool as a share of T * batch, at most what the run can draw."""
+
+
+@dataclass(frozen=True)
+class PoolOptions(StorageOptions, SourceOptions):
+    """Where noisy samples come from: a pool of states that the teacher keeps denoising."""
+
+    shards: Annotated[int, Range(1, 2**20)] = 8
+    """Logical parts of the pool, each with its own random numbers. Do not change it when resuming a
+    run."""
+    fill: FillKind = "few-step"
+    """How the pool is filled. few-step: samples in a few steps, with fresh noise. ancestral: exact
+    chains. none: pure noise."""
+    fill_steps: Count = 20
+    """Teacher evaluations per state of the few-step fill."""
+    stride: str = "1"
+    """Noise levels that a state moves at once: a number, or random:M to draw it uniformly with mean
+    M."""
+    eta: Share = 1.0
+    """Noise added when a state moves: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_stride(self.stride)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Smallest and largest stride."""
+        return parse_stride(self.stride)
+
+
+@dataclass(frozen=True)
+class SyntheticOptions(Options):
+    """The set of finished samples that --source synthetic learns from."""
+
+    title: ClassVar[str] = "Synthetic set"
+
+    synthetic_samples: Count | None = None
+    """Samples in the set. Default: as many as cost what the dynamic pool would."""
+    synthetic_steps: Count = 50
+    """Sampler steps per sample, each one teacher evaluation."""
+
+
+@dataclass(frozen=True)
+class CheckpointOptions(Options):
+    """Checkpoints and logs."""
+
+    title: ClassVar[str] = "Checkpoint"
+
+    checkpointing_steps: Count = 1000
     """Optimizer steps between checkpoints; one more is written at the end."""
-    checkpoints_total_limit: int | None = 2
-    """Checkpoints kept; None keeps all."""
+    checkpoints_total_limit: Count | None = 2
+    """Keep this many checkpoints; None keeps all."""
     resume_from_checkpoint: str | None = None
-    """'latest' or the path of a checkpoint of this run; None starts anew."""
-    validation_steps: int = 1000
-    """Optimizer steps between sample grids; 0 draws none."""
-    validation_sampling_steps: int = 25
-    """Sampler steps of the grids and of the final evaluation."""
-    logging_steps: int = 10
+    """'latest', or the path of a checkpoint of this run. Default: start anew."""
+    logging_steps: Count = 10
     """Optimizer steps between lines in metrics.jsonl."""
     report_to: str = "auto"
-    """Trackers beside metrics.jsonl, comma-separated: tensorboard, trackio, wandb; none; or auto,
-    which is TensorBoard where it is installed."""
-    evaluation_samples: int = 1000
+    """Trackers beside metrics.jsonl, separated by commas: tensorboard, trackio, wandb; none; or
+    auto, which is TensorBoard if it is installed."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(Options):
+    """Sample grids during the run, and the comparison at its end."""
+
+    title: ClassVar[str] = "Evaluation"
+
+    validation_steps: CountOrNone = 1000
+    """Optimizer steps between sample grids; 0 draws no grids."""
+    validation_sampling_steps: Count = 25
+    """Sampler steps of the grids and of the final evaluation."""
+    evaluation_samples: CountOrNone = 1000
     """Samples drawn from each model for the final distances; 0 skips them."""
-    sampling_guidance_scale: float = 1.0
-    """Guidance of the sample grids and the final distances; 1 is none, and costs half."""
+    sampling_guidance_scale: Scale = 1.0
+    """Guidance scale of the grids and of the final evaluation; 1 turns guidance off and costs
+    half."""
     evaluation_reference: Literal["auto", "none", "fashion-test", "fashion-train"] = "auto"
-    """Real images the final distances are measured against; auto knows Fashion-MNIST by its class
-    names."""
-    negative_prompt: str = ""
-    """The prompt that guidance leads away from."""
+    """Real images for the final distances; auto recognizes Fashion-MNIST by its class names."""
+
+
+@dataclass(frozen=True)
+class HubOptions(Options):
+    """The model card's licence, and upload to the Hugging Face hub."""
+
+    title: ClassVar[str] = "Hub"
+
     license: str | None = None
-    """Licence of the model, by the hub's name for it (apache-2.0, mit, openrail, other ...), for
-    its card; None is the teacher's, where the teacher's own card names one."""
+    """Licence of the model, by the hub's name for it (apache-2.0, mit, openrail, other, ...).
+    Default: the teacher's, if the teacher's card names one."""
     push_to_hub: bool = False
-    """Upload the finished run to the Hugging Face hub. Log in with `hf auth login` or HF_TOKEN."""
+    """Upload the finished run. Log in with `hf auth login` or HF_TOKEN first."""
     hub_model_id: str | None = None
-    """Repository to upload to, USER/NAME; None is the output folder's name under your account."""
+    """Repository to upload to, USER/NAME. Default: the output folder's name under your account."""
     hub_private: bool = False
     """Make a new repository private."""
 
-    meant: ClassVar[Mapping[str, str]] = {
-        "batch_size": "train_batch_size",
-        "epochs": "max_train_steps",
-        "iterations": "max_train_steps",
-        "lr": "learning_rate",
-        "max_steps": "max_train_steps",
-        "num_steps": "max_train_steps",
-        "output": "output_dir",
-        "prediction": "student_prediction",
-        "resume": "resume_from_checkpoint",
-        "steps": "max_train_steps",
-    }
-
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
-            object.__setattr__(self, name, _checked(name, hint, getattr(self, name)))
+        super().__post_init__()
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise UsageError(
-                f"--license {shown(self.license)}: expected the hub's name of a licence, in lower "
+                f"--license {shown(self.license)}: give the hub's name of a licence, in lower "
                 "case, such as apache-2.0, mit, cc-by-nc-4.0, openrail, or other"
             )
 
 
 @dataclass(frozen=True)
-class FactoryChoice:
-    """Which code may make the custom networks of runs that are given as folders."""
+class DataOptions(Options):
+    """The images to learn from."""
 
-    student_factory: str | None = None
-    """Code that makes the custom network of a run, module:factory; several with commas. Not needed
-    for runs that this machine made; the name that a folder gives is not trusted."""
-
-
-@dataclass(frozen=True)
-class TrainConfig(FactoryChoice, RunConfig):
-    """Train a model on images (a teacher, or a baseline)."""
+    title: ClassVar[str] = "Data"
 
     images: str = "fashion-mnist"
     """'fashion-mnist' or a folder of images; class subfolders become labels, a text file beside
     each image (cat.txt for cat.png) its caption."""
-    base: str | None = None
-    """A pipeline folder whose autoencoder, text encoders and scheduler the new model uses (it needs
-    no denoiser); None trains on pixels and class labels."""
+    sample_shape: tuple[Count, Count, Count] = (1, 16, 16)
+    """Channels, height and width the images are brought to."""
     class_conditional: bool = True
-    """Whether the images' class labels are learnt, where there are any."""
+    """Learn the images' class labels, if there are any."""
+
+
+@dataclass(frozen=True)
+class NetworkOptions(Options):
+    """The model to train."""
+
+    title: ClassVar[str] = "Network"
+
     network: str = "unet-tiny"
     """A preset, a diffusers config.json, or module:factory."""
-    sample_shape: tuple[int, int, int] = (1, 16, 16)
-    """Channels, height, width the images are brought to."""
+    base: str | None = None
+    """Pipeline folder whose autoencoder, text encoders and scheduler the new model uses; its
+    denoiser is not read. Default: train on pixels and class labels."""
     scheduler: str | None = None
-    """Noise process: ddpm-linear, ddpm-cosine, flow, edm, or a diffusers scheduler_config.json;
-    None is the base's own, or else ddpm-cosine (v_prediction, fixed_small)."""
+    """Noise process: ddpm-linear, ddpm-cosine, flow, edm, or a diffusers scheduler_config.json.
+    Default: the base's, or ddpm-cosine (v_prediction, fixed_small) without a base."""
+    student_factory: str | None = None
+    """Code that makes the custom network of a run, module:factory; separate several with commas.
+    Not needed for runs made on this machine. The name that a folder gives is never trusted."""
 
 
-@dataclass(frozen=True)
-class TeacherChoice(FactoryChoice):
-    """Which teacher, and how it is read."""
-
-    teacher: str = "builtin:fashion"
-    """A diffusers folder, a hub id, builtin:NAME, a run, or module:factory."""
-    teacher_subfolder: str | None = None
-    """Subfolder of the pipeline inside the folder or repository."""
-    teacher_revision: str | None = None
-    """Branch, tag or commit on the hub; None is the default branch."""
-    teacher_variant: str | None = None
-    """Weight variant such as fp16; None is the plain files."""
-    teacher_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    """Precision the teacher's weights are held in; int8 is that of its linear layers, by torchao,
-    beside bfloat16."""
-    teacher_format: str | None = None
-    """Format of a checkpoint file (guided-diffusion, ...); None tells it from its keys."""
-    teacher_config: Path | None = None
-    """Config file of the original repository, for formats that have one."""
-    teacher_flags: str = ""
-    """Flags of the original repository's scripts, as one string, for formats that have them."""
-    teacher_size: tuple[int, ...] | None = None
-    """Height and width (frames, height, width; or length) of a sample as the network sees it,
-    in latents where it works on these; None is what its config says."""
-    teacher_null_class: int | Literal["none"] | None = None
-    """Class id that means "no class", for guidance; it is not learnt as a class. "none": there is
-    no such id. None: as the teacher's config says."""
-    teacher_scheduler: str | None = None
-    """Scheduler of a teacher that is a network alone, such as a trainer's checkpoint-500/unet_ema:
-    ddpm-linear, ddpm-cosine, flow, edm, or a scheduler_config.json or its folder."""
-    teacher_lora: tuple[str, ...] | None = None
-    """LoRA files merged into the teacher: FILE, or FILE:WEIGHT such as style.safetensors:0.8."""
+MEANT = {
+    "batch_size": "train_batch_size",
+    "epochs": "max_train_steps",
+    "iterations": "max_train_steps",
+    "lr": "learning_rate",
+    "max_steps": "max_train_steps",
+    "num_steps": "max_train_steps",
+    "output": "output_dir",
+    "prediction": "student_prediction",
+    "resume": "resume_from_checkpoint",
+    "steps": "max_train_steps",
+}
 
 
-@dataclass(frozen=True)
-class StudentChoice:
-    """Which student, and what it is to its teacher."""
+class RunConfig(Grouped):
+    """What every training run has."""
 
-    student: str = "dit-xs"
-    """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
-    student_prediction: PredictionType | None = None
-    """What the student predicts; None is what the teacher does, or its own process's scheduler."""
-    student_process: ProcessName = "teacher"
-    """Noise process of the student: teacher, ddpm-linear, ddpm-cosine, flow, edm, or the path of a
-    scheduler_config.json; matched with the teacher's by the signal-to-noise ratio."""
+    meant: ClassVar[Mapping[str, str]] = MEANT
+
+    if TYPE_CHECKING:
+        run: RunOptions
+        training: TrainingOptions
+        conditions: ConditionOptions
+        loss: WeightingOptions
+        optimizer: OptimizerOptions
+        checkpoints: CheckpointOptions
+        evaluation: EvaluationOptions
+        hub: HubOptions
 
 
-@dataclass(frozen=True)
-class DistillConfig(StudentChoice, TeacherChoice, RunConfig):
+class TrainConfig(RunConfig):
+    """Train a model on images (a teacher, or a baseline)."""
+
+    command: ClassVar[str] = "train"
+
+    data: DataOptions = DataOptions()
+    model: NetworkOptions = NetworkOptions()
+    run: RunOptions = RunOptions()
+    training: TrainingOptions = TrainingOptions()
+    conditions: ConditionOptions = ConditionOptions()
+    loss: WeightingOptions = WeightingOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    checkpoints: CheckpointOptions = CheckpointOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    hub: HubOptions = HubOptions()
+
+
+class DistillConfig(RunConfig):
     """Distil a teacher into a student without images."""
 
-    check: bool = True
-    """Check for about five seconds before the start that the teacher denoises, and warn if it does
-    not. The check does not change the run; --no-check skips it."""
-    teacher_offload: Literal["none", "layers"] = "none"
-    """Keep the teacher in host memory and move a layer at a time to the device: slow, but small."""
-    student_init: str = "random"
-    """What the student's weights start from: random; teacher, as far as names and shapes allow; or
-    a run, a checkpoint of one, a diffusers folder or a file of weights."""
-    lora_rank: int | None = None
-    """Rank of adapters on the weights that the student starts from, which then stay as they are
-    and are merged with them in the end; None trains all weights."""
-    source: SourceKind = "dynamic"
-    """Where noisy samples come from: the paper's ladder iterative, shuffled, dynamic; or, as a
-    baseline, synthetic: finished samples of the teacher, noised afresh (data-free training)."""
-    synthetic_samples: int | None = None
-    """Size of the synthetic set; None is as many as cost what the dynamic source would."""
-    synthetic_steps: int = 50
-    """Sampler steps, each a teacher evaluation, of a sample of the synthetic set."""
-    rho: float = 0.4
-    """Pool entries as a share of T * batch (dynamic); never more than the run can draw."""
-    pool_size: int | None = None
-    """Pool entries; None derives them from rho."""
-    pool_dtype: Literal["float32", "float16"] = "float32"
-    """Precision the pool is stored in."""
-    pool_device: Literal["device", "cpu"] = "device"
-    """Where the pool is stored: beside the models, or in host memory."""
-    shards: int = 8
-    """Logical parts of the pool, each with its own random numbers; keep it over a run's life."""
-    fill: FillKind = "few-step"
-    """How the pool is prepared: few-step samples noised again, exact ancestral, or pure noise."""
-    fill_steps: int = 20
-    """Teacher evaluations an entry of the few-step fill."""
-    stride: str = "1"
-    """Levels a state moves a step: a number, or random:M for a uniform law of mean M."""
-    eta: float = 1.0
-    """Noise of a move: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
-    guidance_scale: str = "1"
-    """Guidance of the teacher: a number, or LOW:HIGH for a scale drawn for each chain; 1 is none.
-    Costs double, except for a teacher that is fed the scale."""
-    guidance_interval: str | None = None
-    """LOW:HIGH, the shares of noise sigma / (alpha + sigma) between which guidance acts (arXiv
-    2404.07724), such as 0.3:0.7. Outside, the teacher is not guided (or is fed a scale of 1). None:
-    everywhere."""
-    guidance_on: Literal["target", "chain"] = "target"
-    """What is guided: chain and target, so that it is baked into the student; or the chain alone,
-    so that the student learns the unguided model where guided samples lie."""
-    classes: tuple[int, ...] | None = None
-    """Class ids the student is to learn; None is all of the teacher's."""
-    prompts: str | None = None
-    """Text file with one prompt a line, or a pattern of several ('prompts/*.txt'), for text
-    models."""
-    max_prompts: int = 50_000
-    """Of longer files, so many prompts are drawn at random."""
-    class_weights: tuple[float, ...] | None = None
-    """How often each of these is drawn; None is equally."""
-    random_conditioning: float = 0.0
-    """Largest probability, at the highest noise, that a noisy state is shown under another
-    condition than its own; it falls to e^-5 of that at the lowest (arXiv 2504.02011)."""
-    feature_weight: float = 0.0
-    """Weight of the distance between hidden features of student and teacher; 0 is none."""
-    feature_layers: str = "auto"
-    """Which: those of the same name, or else of the same resolution (auto, name, resolution); or
-    pairs teacher's=student's of module names, 'mid_block=transformer_blocks.2,...'."""
-    vlb_weight: float = 1.0
-    """Weight of the variational term (DKDM Eq. 21) where both models learn their variance."""
+    command: ClassVar[str] = "distill"
 
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    """The type of every option."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _checked(name: str, hint: Any, value: Any) -> Any:
-    """An option's value in the type that it has. Raises UsageError for any other."""
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    kinds = typing.get_args(hint) if union else (hint,)
-    accepted = []
-    for kind in kinds:
-        if kind is type(None):
-            if value is None:
-                return None
-            accepted.append("None")
-            continue
-        try:
-            return _as(kind, name, value)
-        except _WrongError as error:
-            accepted.append(str(error))
-    as_typed = isinstance(value, str) and value.isprintable() and len(value) <= SHOWN
-    shown = value if as_typed or isinstance(value, (int, float)) else described(value)
-    flag, way = name.replace("_", "-"), ", or ".join(accepted)
-    raise UsageError(f"--{flag} {shown}: give {way} ({name})")
-
-
-class _WrongError(Exception):
-    """What is accepted in place of a value."""
-
-
-def _as(kind: Any, name: str, value: Any) -> Any:
-    """A value as one of the types that options have."""
-    if typing.get_origin(kind) is tuple:
-        return _as_tuple(kind, name, value)
-    if typing.get_origin(kind) is Literal:
-        words = typing.get_args(kind)
-        return _accept(value, type(value) is str and value in words, ", ".join(words))
-    if kind is Path:
-        return Path(_accept(value, isinstance(value, (str, Path)), "a path"))
-    value = scalar(value)
-    if kind is bool:
-        return _accept(value, type(value) is bool, "True or False")
-    if kind is str:
-        plain = isinstance(value, (str, Path, int, float)) and not isinstance(value, bool)
-        return str(_accept(value, plain, "a string"))
-    return _as_number(kind, name, value)
-
-
-def _as_number(kind: type, name: str, value: Any) -> Any:
-    low, high = RANGES.get(name, (-math.inf, None))
-    what = "a whole number" if kind is int else "a number"
-    if low != -math.inf:
-        what += f" from {low:g} to {high:g}" if high is not None else f", {low:g} or more"
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)
-    legal = type(value) in ((int,) if kind is int else (int, float)) and math.isfinite(value)
-    legal = legal and low <= value <= (math.inf if high is None else high)
-    return kind(_accept(value, legal, what))
-
-
-def _as_tuple(kind: Any, name: str, value: Any) -> tuple[Any, ...]:
-    kinds = typing.get_args(kind)
-    value = value.tolist() if is_array(value) and value.ndim else value
-    value = _accept(value, isinstance(value, (tuple, list)), "a tuple")
-    if kinds[-1] is ...:
-        return tuple(_as(kinds[0], name, each) for each in value)
-    _accept(value, len(value) == len(kinds), f"{len(kinds)} of them")
-    return tuple(_as(each, name, v) for each, v in zip(kinds, value, strict=True))
-
-
-def _accept(value: Any, legal: bool, otherwise: str) -> Any:
-    """The value, if it is legal."""
-    if not legal:
-        raise _WrongError(otherwise)
-    return value
+    teacher_choice: TeacherOptions = TeacherOptions()
+    student_choice: StudentOptions = StudentOptions()
+    run: RunOptions = RunOptions()
+    training: TrainingOptions = TrainingOptions()
+    conditions: TeacherConditions = TeacherConditions()
+    guidance: GuidanceOptions = GuidanceOptions()
+    pool: PoolOptions = PoolOptions()
+    synthetic: SyntheticOptions = SyntheticOptions()
+    loss: LossOptions = LossOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    checkpoints: CheckpointOptions = CheckpointOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    hub: HubOptions = HubOptions()
 
 
 def to_json(config: RunConfig) -> str:
-    """The config as JSON with its kind, as written to `config.json`."""
-    values = dataclasses.asdict(config)
-    return json.dumps({"kind": type(config).__name__, **values}, indent=2, default=str) + "\n"
+    """The config as JSON with its kind, as written to `config.json`: every option by its name."""
+    return (
+        json.dumps({"kind": type(config).__name__, **config.flat()}, indent=2, default=str) + "\n"
+    )
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -404,16 +588,15 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any]) -> Config:
     Raises UsageError naming options that are unknown, or have a value of another type.
     """
     values = {key: value for key, value in values.items() if key != "kind"}
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(set(values) - set(places(cls)))
     if unknown:
         names = ", ".join(name if is_name(name) else shown(name) for name in unknown[:5])
-        raise UsageError(f"config: unknown option {names} for {cls.__name__}")
-    return made_of(cls, values, "config")
+        raise UsageError(f"unknown option {names} of {cls.__name__}: remove it")
+    return cls(**values)
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read a `config.json`. Raises UsageError where it is missing or not a config."""
+    """Read a `config.json`. Raises UsageError if it is missing or not a config."""
     kinds = {cls.__name__: cls for cls in (TrainConfig, DistillConfig)}
     values = read_json(path, "the config.json of a run")
     if not isinstance(values.get("kind"), str) or values["kind"] not in kinds:
@@ -422,3 +605,288 @@ def read_config(path: Path) -> RunConfig:
         return from_mapping(kinds[values["kind"]], values)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class GivenModel(ModelChoice):
+    """Which pretrained model, and how it is read."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
+
+@dataclass(frozen=True)
+class ExportedModel(GivenModel):
+    """Which pretrained model, and how it is read."""
+
+    renamed: ClassVar[Mapping[str, str]] = {**ModelChoice.renamed, "format": "teacher_format"}
+
+
+@dataclass(frozen=True)
+class GivenConditions(Options):
+    """What the model is given beside noise."""
+
+    title: ClassVar[str] = "Condition"
+
+    prompts: str | None = None
+    """For text models: a text file with one prompt a line, a pattern such as 'prompts/*.txt', or
+    the prompt itself."""
+    negative_prompt: str = ""
+    """Prompt that guidance leads away from, for text models."""
+    cond: Path | None = None
+    """For models with a custom conditioning: .safetensors or .npz with a tensor [N, ...] for each
+    name, and null.NAME [1, ...] for guidance."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Options):
+    """What to draw, and how."""
+
+    title: ClassVar[str] = "Sampling"
+
+    output: Path = Path("samples.png")
+    """Image to write. A name that ends in .safetensors writes the tensor [N, C, ...] instead."""
+    num_samples: Annotated[int, Range(1, 10**6)] = 40
+    """Number of samples."""
+    steps: Count = 25
+    """Sampler steps, each one network evaluation per sample."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """ddim (deterministic) or ddpm (ancestral)."""
+    seed: Seed = 0
+    """Sample i depends on (seed, i)."""
+    classes: tuple[ClassId, ...] | None = None
+    """Class ids, repeated in turn. Default: all classes in turn."""
+    guidance_scale: Scale = 1.0
+    """Scale of classifier-free guidance; 1 turns it off."""
+    guidance_interval: str | None = None
+    """LOW:HIGH, the shares of noise (0 clean, 1 noise) between which guidance acts. Default:
+    everywhere."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_interval(self.guidance_interval)
+
+
+@dataclass(frozen=True)
+class ExportOptions(Options):
+    """What to write."""
+
+    title: ClassVar[str] = "Export"
+    renamed: ClassVar[Mapping[str, str]] = {"to": "format"}
+
+    output: Path | None = None
+    """File to write (its description goes beside it, as FILE.json), or the folder for int8.
+    Default: student.onnx, student.pt2 or student-int8."""
+    to: Literal["onnx", "torch-export", "int8"] = "onnx"
+    """onnx; torch-export, a .pt2 file; or int8, a diffusers folder with linear layers in int8."""
+    opset: Annotated[int, Range(18, 99)] | None = None
+    """ONNX operator set. Default: the exporter's own choice."""
+    overwrite: bool = False
+    """Replace what exists."""
+
+
+@dataclass(frozen=True)
+class PrintOptions(Options):
+    """What is printed."""
+
+    title: ClassVar[str] = "Print"
+
+    json: bool = False
+    """Print JSON for machines."""
+
+
+@dataclass(frozen=True)
+class InspectOptions(Options):
+    """How the model is checked, and what is shown."""
+
+    title: ClassVar[str] = "Check"
+
+    output: Path | None = None
+    """Image to write with a grid of the model's samples. Default: no image."""
+    num_samples: Annotated[int, Range(1, 10**6)] = 8
+    """Samples for the check."""
+    steps: Count = 50
+    """Sampler steps of the check."""
+    samples: Path | None = None
+    """Real samples to judge the model by, instead of its own: an array [N, C, ...] in the range it
+    was trained on (.npy, .npz, .safetensors, .pt), or a folder of images."""
+
+
+@dataclass(frozen=True)
+class MeasureOptions(Options):
+    """How the students are timed."""
+
+    title: ClassVar[str] = "Measurement"
+
+    measure: bool = True
+    """Time the students, with random weights, alternating with the teacher."""
+    measure_batch_size: Count = 8
+    """Samples in a batch when students are timed."""
+    measure_below: Annotated[float, Range(0)] = 60.0
+    """Do not time networks with more parameters than this, in millions. On a CPU, very slow
+    networks are not timed either."""
+    steps: Count = 50
+    """Sampler steps per sample, each one network evaluation."""
+
+
+@dataclass(frozen=True)
+class CheckOptions(Options):
+    """What is tried."""
+
+    title: ClassVar[str] = "Check"
+
+    prompts: str | None = None
+    """For text models: a text file with one prompt a line, a pattern such as 'prompts/*.txt', or
+    the prompt itself."""
+    compile: bool = True
+    """Try torch.compile."""
+    compile_backend: str = "aot_eager"
+    """aot_eager only traces, which is quick; inductor is the backend that makes networks faster."""
+    export: bool = True
+    """Try torch.export."""
+
+
+@dataclass(frozen=True)
+class PlannedTeacher(TeacherChoice):
+    """The pretrained model to distil. Of a pipeline, only its configs are read."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
+    offload: Literal["none", "layers"] = "none"
+    """layers: keep the teacher in host memory and move one layer at a time to the device."""
+
+
+@dataclass(frozen=True)
+class PlannedStudent(Options):
+    """The model to train."""
+
+    title: ClassVar[str] = "Student"
+    positional: ClassVar[tuple[str, ...]] = ("student",)
+
+    student: str = "dit-xs"
+    """A preset, a diffusers config.json, or module:factory."""
+
+
+@dataclass(frozen=True)
+class PlanOptions(Options):
+    """The devices, and what is done on them."""
+
+    title: ClassVar[str] = "Plan"
+
+    gpus: Annotated[int, Range(1, 10**6)] = 1
+    """Devices the batch is divided among."""
+    memory: Annotated[float, Range(0, 10**6, above=True)] | None = None
+    """Memory of a device in GiB. Default: that of this machine's GPU, or 24."""
+    guidance: bool = False
+    """Plan for a guided teacher, which doubles its batch."""
+
+
+@dataclass(frozen=True)
+class GivenRun(Options):
+    """Which run."""
+
+    title: ClassVar[str] = "Run"
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path
+    """The run's output folder."""
+
+
+@dataclass(frozen=True)
+class PushOptions(GivenRun):
+    """Which run, and where it goes."""
+
+    hub_model_id: str | None = None
+    """Repository, USER/NAME. Default: the run's own, or the folder's name under your account."""
+    private: bool = False
+    """Make a new repository private."""
+
+
+class SampleCommand(Grouped):
+    """Draw samples from a model."""
+
+    command: ClassVar[str] = "sample"
+
+    model_choice: GivenModel = GivenModel()
+    conditions: GivenConditions = GivenConditions()
+    sampling: SamplingOptions = SamplingOptions()
+
+
+class ExportCommand(Grouped):
+    """Write a model as one file, or in int8, and check what was written."""
+
+    command: ClassVar[str] = "export"
+
+    model_choice: ExportedModel = ExportedModel()
+    conditions: GivenConditions = GivenConditions()
+    export: ExportOptions = ExportOptions()
+
+
+class InspectCommand(Grouped):
+    """Show what a model is, and check that it denoises."""
+
+    command: ClassVar[str] = "inspect"
+
+    model_choice: GivenModel = GivenModel()
+    conditions: GivenConditions = GivenConditions()
+    check: InspectOptions = InspectOptions()
+    printing: PrintOptions = PrintOptions()
+
+
+class StudentsCommand(Grouped):
+    """List the named students at a teacher's sample shape."""
+
+    command: ClassVar[str] = "students"
+
+    teacher_choice: TeacherChoice = TeacherChoice()
+    measuring: MeasureOptions = MeasureOptions()
+    printing: PrintOptions = PrintOptions()
+
+
+class CheckStudentCommand(Grouped):
+    """Try everything a student goes through before its first step."""
+
+    command: ClassVar[str] = "check-student"
+
+    teacher_choice: TeacherChoice = TeacherChoice()
+    student_choice: StudentChoice = StudentChoice()
+    check: CheckOptions = CheckOptions()
+    printing: PrintOptions = PrintOptions()
+
+
+class PlanCommand(Grouped):
+    """Say how much memory a distillation takes, whether it fits, and what to change."""
+
+    command: ClassVar[str] = "plan"
+
+    teacher_choice: PlannedTeacher = PlannedTeacher()
+    student_choice: PlannedStudent = PlannedStudent()
+    training: BatchOptions = BatchOptions()
+    pool: StorageOptions = StorageOptions()
+    plan: PlanOptions = PlanOptions()
+    printing: PrintOptions = PrintOptions()
+
+
+class DoctorCommand(Grouped):
+    """Check the environment."""
+
+    command: ClassVar[str] = "doctor"
+
+    printing: PrintOptions = PrintOptions()
+
+
+class ReportCommand(Grouped):
+    """Write a run's report.html again."""
+
+    command: ClassVar[str] = "report"
+
+    given: GivenRun
+
+
+class PushCommand(Grouped):
+    """Upload a finished run to the Hugging Face hub; log in with `hf auth login` or HF_TOKEN."""
+
+    command: ClassVar[str] = "push"
+
+    given: PushOptions

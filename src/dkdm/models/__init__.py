@@ -7,7 +7,7 @@ from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
-from dkdm.config import TeacherChoice
+from dkdm.config import ModelChoice
 from dkdm.core.conditioning import with_null_class
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import path_given
@@ -22,6 +22,7 @@ from dkdm.models.pipeline_folder import load_pipeline_folder
 from dkdm.models.place import place, quantize_int8
 from dkdm.models.prompts import NO_PROMPTS, Prompts, read_prompts, with_prompts
 from dkdm.models.sketch import sketch_teacher
+from dkdm.reading.options import as_typed
 from dkdm.reading.plugins import import_object
 from dkdm.reading.sizes import understood
 
@@ -82,24 +83,25 @@ def _with_null_class(denoiser: Denoiser, options: LoadOptions) -> Denoiser:
     return replace(denoiser, conditioning=conditioning)
 
 
-def chosen_teacher(choice: TeacherChoice, sketched: bool = False) -> Denoiser:
-    """The teacher that options choose; sketched: without weights, where `sketch_teacher` can."""
-    where = {"subfolder": choice.teacher_subfolder, "revision": choice.teacher_revision}
+def chosen_teacher(choice: ModelChoice, sketched: bool = False) -> Denoiser:
+    """The model that options choose; sketched: without weights, if `sketch_teacher` can."""
+    where = {"subfolder": choice.subfolder, "revision": choice.revision}
     options = LoadOptions(
-        variant=choice.teacher_variant,
-        dtype=choice.teacher_dtype,
-        sample_size=choice.teacher_size,
-        config=choice.teacher_config,
-        flags=choice.teacher_flags,
-        scheduler=choice.teacher_scheduler,
-        lora=choice.teacher_lora or (),
-        factory=choice.student_factory,
-        null_class=choice.teacher_null_class,
+        variant=choice.variant,
+        dtype=choice.dtype,
+        sample_size=choice.size,
+        config=choice.config,
+        flags=choice.flags,
+        scheduler=choice.scheduler,
+        lora=choice.lora or (),
+        factory=choice.factory,
+        null_class=choice.null_class,
     )
-    sketch = sketch_teacher(choice.teacher, options, **where) if sketched else None
-    if sketch:
-        return _with_null_class(sketch, options)
-    return load_teacher(choice.teacher, format=choice.teacher_format, options=options, **where)
+    with as_typed(choice):
+        sketch = sketch_teacher(choice.model, options, **where) if sketched else None
+        if sketch:
+            return _with_null_class(sketch, options)
+        return load_teacher(choice.model, format=choice.format, options=options, **where)
 
 
 def with_texts(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dkdm.config import DistillConfig, RunConfig, TrainConfig, to_json
+from dkdm.config import RunConfig, TrainConfig, to_json
 from dkdm.evaluation.results import ModelResult
 from dkdm.reading.files import atomic
 from dkdm.reading.files import render as render_template
@@ -92,13 +91,12 @@ def _relative_size(teacher: ModelResult, student: ModelResult) -> str:
 
 def command_line(config: RunConfig) -> str:
     """The command that repeats the run: every option that differs from its default, one a line."""
-    verb = "distill" if isinstance(config, DistillConfig) else "train"
     options = [["--output-dir", "runs/again"]]
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name not in ("output_dir", "resume_from_checkpoint") and value != item.default:
-            options.append(_option(item.name.replace("_", "-"), value))
-    return " \\\n  ".join([f"dkdm {verb}", *map(shlex.join, options)])
+    default = type(config)().flat()
+    for name, value in config.flat().items():
+        if name not in ("output_dir", "resume_from_checkpoint") and value != default[name]:
+            options.append(_option(name.replace("_", "-"), value))
+    return " \\\n  ".join([f"dkdm {config.command}", *map(shlex.join, options)])
 
 
 def _option(name: str, value: Any) -> list[str]:

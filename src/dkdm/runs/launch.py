@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -73,5 +72,5 @@ def claim_output(config: RunConfig, accelerator: Accelerator) -> Path | None:
     for name in ("teacher", "student", "network", "student_factory"):
         for spec in named_code(getattr(config, name, None)):
             remember({"spec": spec}, split(spec)[0])
-    accelerator.init_trackers("dkdm", {key: str(value) for key, value in asdict(config).items()})
+    accelerator.init_trackers("dkdm", {key: str(value) for key, value in config.flat().items()})
     return found

@@ -59,7 +59,7 @@ def _name_of(model: str | Denoiser | nn.Module | None) -> str | None:
 
 def open_teacher(config: DistillConfig) -> Denoiser:
     """Load the teacher a config names."""
-    return with_conditions(chosen_teacher(config), config)
+    return with_conditions(chosen_teacher(config.teacher_choice), config)
 
 
 def open_student(

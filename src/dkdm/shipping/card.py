@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -312,10 +311,9 @@ _MAY_BE_PATHS = (
 
 def _hyperparameters(config: RunConfig) -> list[tuple[str, str]]:
     """The options of the run, without the paths of this machine."""
-    names = [field.name for field in dataclasses.fields(config)]
     return [
-        (name, plain(_without_path(getattr(config, name), name in _MAY_BE_PATHS)))
-        for name in names
+        (name, plain(_without_path(value, name in _MAY_BE_PATHS)))
+        for name, value in config.flat().items()
         if name not in (*_ELSEWHERE, *_HUB)
     ]
 

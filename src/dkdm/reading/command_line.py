@@ -1,0 +1,111 @@
+"""Groups of options as the arguments of a command, with a titled panel each in its help."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from dkdm.reading.options import Grouped, Options, flag, helps, hints
+
+Parsed = TypeVar("Parsed", bound=Grouped)
+_PLACES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+
+
+def parse(
+    start: type[Parsed] | Parsed, args: Sequence[str], also: Mapping[str, str] | None = None
+) -> Parsed:
+    """The groups with the options that a command line gives, on top of those of `start`.
+
+    also: options that are read before, and their help. Prints the help or what is wrong with the
+    words of the command line, and exits, as argparse does. Raises UsageError for a value that an
+    option cannot have.
+    """
+    cls = start if isinstance(start, type) else type(start)
+    values = {} if isinstance(start, type) else start.flat()
+    kinds = hints(cls)
+    panels = {name: _panel(kind, values) for name, kind in kinds.items()}
+    fields: list[Any] = [
+        (name, Annotated[bool, tyro.conf.arg(help=text, help_behavior_hint="")], False)
+        if name == "dry_run"
+        else (name, Annotated[str | None, _words(text, None, "TEXT")], None)
+        for name, text in (also or {}).items()
+    ]
+    fields += [
+        (name, Annotated[panel, tyro.conf.arg(name=kinds[name].title)], dataclasses.field())
+        for name, panel in panels.items()
+    ]
+    form: Any = dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+    found: Any = tyro.cli(
+        form, args=list(args), prog=f"dkdm {cls.command}", description=summary(cls)
+    )
+    given = {
+        kind.option(field): getattr(getattr(found, name), field)
+        for name, kind in kinds.items()
+        for field in hints(kind)
+    }
+    return cls(**given)
+
+
+def _panel(kind: type[Options], values: Mapping[str, Any]) -> type:
+    """A group as tyro takes it: its options by the names they have on the command line."""
+    fields: list[Any] = []
+    positional: Any = tyro.conf.Positional
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        option, hint = kind.option(field.name), hints(kind)[field.name]
+        default = values.get(option, field.default)
+        place = _place(hint)
+        if field.name in kind.positional:
+            needed = default is dataclasses.MISSING
+            hint, place = positional[hint], option.upper() if needed else f"[{option.upper()}]"
+        words = _words(helps(kind)[field.name], default, place, flag(option)[2:])
+        fields.append((field.name, Annotated[hint, words], default))
+    return dataclasses.make_dataclass(
+        kind.__name__, fields, namespace={"__doc__": summary(kind)}, kw_only=True
+    )
+
+
+def _words(text: str, default: Any, place: str | None, name: str | None = None) -> Any:
+    """How tyro shows an option: under its name, and what it is if it is not given."""
+    shown = "" if default is None or default == "" else f"(default: {_text(default)})"
+    return tyro.conf.arg(
+        name=name, help=text, metavar=place, help_behavior_hint=shown, prefix_name=False
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _place(hint: Any) -> str | None:
+    """What stands for an option's value in the help; None for one without a value."""
+    kinds = [kind for kind in _members(hint) if kind is not type(None)]
+    return "|".join(_one(kind) for kind in kinds) if kinds != [bool] else None
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _one(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _one(inner[0])
+    if origin is Literal:
+        return "{" + ",".join(inner) + "}" if len(inner) > 1 else inner[0]
+    if origin is tuple:
+        return f"{_one(inner[0])} ..." if inner[-1] is ... else " ".join(map(_one, inner))
+    return _PLACES[kind]
+
+
+def summary(cls: type) -> str:
+    """The first line of a class's docstring."""
+    return (cls.__doc__ or "").partition("\n")[0]

@@ -1,0 +1,266 @@
+"""Groups of options, each a frozen dataclass that checks its own values when it is made.
+
+A field `pool_size: Annotated[int, Range(1)]` is `--pool-size` on the command line, `pool_size` in
+`config.json`, and a keyword of the constructors; the string below it is its help.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.arguments import check_names, described, is_array, scalar
+from dkdm.reading.fields import SHOWN
+
+MAX_TEXT = 100_000  # characters of a value
+MAX_ITEMS = 100_000  # of a list
+LARGEST = 10**15  # a whole number without a bound of its own
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers an option may have; above, below: the bound itself is left out."""
+
+    low: float = -LARGEST
+    high: float = LARGEST
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is finite and in the range."""
+        least = self.low < value if self.above else self.low <= value
+        return least and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,}" for end in (self.low, self.high))
+        if self.low == -LARGEST:
+            return "" if self.high == LARGEST else f" of {high} or less"
+        if self.high == LARGEST:
+            return f" above {low}" if self.above else f" of {low} or more"
+        if self.above or self.below:
+            least = f"above {low}" if self.above else f"of {low} or more"
+            return f" {least} and {'below' if self.below else 'at most'} {high}"
+        return f" from {low} to {high}"
+
+
+class Options:
+    """Base of a group: its values are brought to their types, or refused with their option's name.
+
+    title: of its panel in --help; the docstring's first line is its description there.
+    prefix: what comes before the names of its options; the option of the field `model` is the
+    prefix alone. renamed: fields whose option has a name of its own. positional: fields that are
+    given by their place on the command line.
+    """
+
+    title: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    positional: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name, hint in hints(type(self)).items():
+            value = _checked(self.flag(name), hint, getattr(self, name))
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def option(cls, name: str) -> str:
+        """The name of a field's option, such as teacher_size."""
+        if name in cls.renamed:
+            return cls.renamed[name]
+        if not cls.prefix:
+            return name
+        return cls.prefix if name == "model" else f"{cls.prefix}_{name}"
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """The field's option as it is typed, such as --teacher-size."""
+        return flag(cls.option(name))
+
+
+@contextmanager
+def as_typed(choice: Options) -> Iterator[None]:
+    """Errors about a teacher's options name the ones of this choice: --size for --teacher-size."""
+
+    def typed(found: re.Match[str]) -> str:
+        field = found[1].replace("-", "_")
+        return choice.flag(field) if field in hints(type(choice)) else found[0]
+
+    try:
+        yield
+    except DkdmError as error:
+        said = re.sub(r"--teacher-([a-z-]*[a-z])", typed, str(error))
+        bare = "" if "model" in choice.positional else f"{choice.flag('model')} "
+        error.args = (re.sub(r"--teacher (?=\S)", bare, said),)
+        raise
+
+
+def flag(option: str) -> str:
+    """An option as it is typed."""
+    return f"--{option.replace('_', '-')}"
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, with its Range."""
+    found = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(cls)}
+
+
+def _helps(cls: type) -> dict[str, str]:
+    """The help of each field, on one line: the string below it."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = ast.parse(inspect.cleandoc(f"\n{inspect.getsource(base)}")).body[0].body  # type: ignore[attr-defined]
+        for field, below in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                text = ast.literal_eval(below.value)
+                found[field.target.id] = " ".join(text.split())  # type: ignore[union-attr]
+    return found
+
+
+class Grouped:
+    """Base of a set of groups, one a field, made and read by the names of the options too.
+
+    `DistillConfig(seed=1)`, `dataclasses.replace(config, seed=1)` and `config.seed` reach into the
+    group that has this option. command: the one whose options these are. meant: options by the
+    names that people give them elsewhere.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    command: ClassVar[str] = ""
+    meant: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, init=False)(cls)
+
+    def __init__(self, **given: Any) -> None:
+        groups, options = hints(type(self)), places(type(self))
+        asked = {name: value for name, value in given.items() if name not in groups}
+        check_names(f"{type(self).__name__}(...)", asked, options, self.meant)
+        for name, kind in groups.items():
+            inner = {options[key][1]: v for key, v in asked.items() if options[key][0] == name}
+            group = given.get(name, getattr(type(self), name, None))
+            if group is None:
+                group = kind(**inner)
+            elif not isinstance(group, kind):
+                raise UsageError(f"{name}: give a {kind.__name__}(...)")
+            object.__setattr__(self, name, dataclasses.replace(group, **inner))
+
+    def __getattr__(self, name: str) -> Any:
+        place = places(type(self)).get(name)
+        if place is None or place[0] not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}")
+        return getattr(self.__dict__[place[0]], place[1])
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *places(type(self))]
+
+    def flat(self) -> dict[str, Any]:
+        """Every option's value by its name."""
+        return {name: getattr(self, name) for name in places(type(self))}
+
+
+def _places(cls: type) -> dict[str, tuple[str, str]]:
+    """Where each option is: its group, and its field there."""
+    return {
+        kind.option(field): (group, field)
+        for group, kind in hints(cls).items()
+        for field in hints(kind)
+    }
+
+
+hints: Callable[[type], dict[str, Any]] = functools.cache(_hints)
+helps: Callable[[type], dict[str, str]] = functools.cache(_helps)
+places: Callable[[type], dict[str, tuple[str, str]]] = functools.cache(_places)
+
+
+class _WrongError(Exception):
+    """What is accepted in place of a value."""
+
+
+def _checked(flag: str, hint: Any, value: Any) -> Any:
+    """An option's value in the type that it has. Raises UsageError for any other."""
+    accepted = []
+    for kind in _kinds(hint):
+        if kind is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return _as(kind, value)
+        except _WrongError as error:
+            accepted.append(str(error))
+    as_typed = isinstance(value, str) and value.isprintable() and len(value) <= SHOWN
+    shown = value if as_typed or isinstance(value, (int, float)) else described(value)
+    raise UsageError(f"{flag} {shown}: give {', or '.join(accepted)}")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """A value as one of the types that options have."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _as_number(inner[0], value, inner[1])
+    if origin is tuple:
+        return _as_tuple(inner, value)
+    if origin is Literal:
+        return _accept(
+            value,
+            type(value) is str and value in inner,
+            f"{'one of ' * (len(inner) > 1)}{', '.join(inner)}",
+        )
+    if kind is Path:
+        return Path(_accept(value, isinstance(value, Path) or _is_text(value), "a path"))
+    value = scalar(value)
+    if kind is bool:
+        return _accept(value, type(value) is bool, "True or False")
+    if kind is str:
+        plain = type(value) in (int, float) or isinstance(value, Path) or _is_text(value)
+        return str(_accept(value, plain, "a text"))
+    return _as_number(kind, value, Range())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT and "\0" not in value
+
+
+def _as_number(kind: type, value: Any, range: Range) -> Any:
+    value = scalar(value)
+    what = "a whole number" if kind is int else "a number"
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)
+    legal = type(value) in ((int,) if kind is int else (int, float)) and range.holds(value)
+    return kind(_accept(value, legal, f"{what}{range}"))
+
+
+def _as_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    value = value.tolist() if is_array(value) and value.ndim else value
+    listed = isinstance(value, (tuple, list)) and len(value) <= MAX_ITEMS
+    if kinds[-1] is ...:
+        kinds = kinds[:1] * len(_accept(value, listed, "a list"))
+    value = _accept(value, listed and len(value) == len(kinds), f"a list of {len(kinds)}")
+    try:
+        return tuple(_as(each, v) for each, v in zip(kinds, value, strict=True))
+    except _WrongError as error:
+        raise _WrongError(f"a list, each {error}") from error
+
+
+def _accept(value: Any, legal: bool, otherwise: str) -> Any:
+    """The value, if it is legal."""
+    if not legal:
+        raise _WrongError(otherwise)
+    return value
