@@ -93,7 +93,7 @@ def test_underscores_are_accepted(tmp_path, capsys):
         (("--student", "factories:not_a_model"), "expected an nn.Module"),
         (("--classes", "7"), "class id 7 out of range: expected 0..2"),
         (("--stride", "fast"), "--stride 'fast'"),
-        (("--recipe", "no-such-recipe"), "unknown recipe"),
+        (("--recipe", "no-such-recipe"), "--recipe 'no-such-recipe': give one of demo"),
         (("--pool-size", "2"), "--pool-size 2 is smaller than a batch of 8"),
         (("--pool-size", "1000000000000"), "GiB"),
         (("--resume-from-checkpoint", "checkpoint-7"), "no checkpoint there"),

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
 from dkdm.config import DistillConfig, TrainConfig, to_json
 from dkdm.errors import UsageError
 from dkdm.evaluation.classes import Metrics
 from dkdm.evaluation.results import EVALUATION, SAMPLES, Comparison, LevelGap, ModelResult
 from dkdm.evaluation.results import Measurement as How
+from dkdm.reading.command_line import parse
 from dkdm.report import write_report
 from dkdm.report.numbers import compared, count, duration, number
 from dkdm.report.page import command_line
@@ -297,7 +297,7 @@ def test_the_command_repeats_the_run():
     text = command_line(CONFIG)
     words = shlex.split(text.replace("\\\n", ""))
     assert words[:2] == ["dkdm", "distill"]
-    again = tyro.cli(DistillConfig, args=words[2:])
+    again = parse(DistillConfig, words[2:])
     assert again == replace(CONFIG, output_dir=Path("runs/again"))
 
 
