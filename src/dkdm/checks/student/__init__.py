@@ -1,8 +1,8 @@
-"""A student before its first step: what does not work, what to know, and what to do about it."""
+"""Check a student before its first step: what fails, what to know, and what to do about it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from dkdm.models.student_process import with_process
 from dkdm.shipping.graph.fault_line import fault_line, in_a_line, in_brackets
 from dkdm.students import as_denoiser, given_student, untried_student_of
 
-__all__ = ["Checkup", "check_student", "first_look"]
+__all__ = ["LOOKS", "Checkup", "check_student", "first_look"]
 
 Look = Callable[[Case], Iterable[Finding]]
 TIMED_BATCH = 8
@@ -31,14 +31,14 @@ TIMED_BATCH = 8
 
 @dataclass(frozen=True)
 class Checkup:
-    """What was found. failure: the error that ended it before the last check; None else."""
+    """The findings. failure: the error that ended the check early, if one did."""
 
     findings: list[Finding]
     failure: DkdmError | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether nothing that was found keeps the student from being trained."""
+        """Whether no finding keeps the student from being trained."""
         return all(each.status != "problem" for each in self.findings)
 
 
@@ -51,44 +51,45 @@ def check_student(
     compile_backend: str | None = "aot_eager",
     export: bool = True,
     factory: Factory | None = None,
+    only: Collection[str] | None = None,
 ) -> Checkup:
-    """Try all that a student will go through, on small batches; takes seconds to a minute.
+    """Try all that a student goes through, on small batches; takes seconds to a minute.
 
-    student: a preset, a config.json, `module:factory`, or an object. prediction, process: its own,
-    where they are not the teacher's, see `matching.with_process`. compile_backend: of
-    torch.compile; None leaves it out. export: whether torch.export is tried. factory: see
-    `students.student_of`. Nothing is changed but torch's compiler cache, which is emptied.
+    student: a preset, a config.json, `module:factory`, or an object. prediction, process: the
+    student's, if they are not the teacher's; see `with_process`. compile_backend: for
+    torch.compile; None skips it. export: whether to try torch.export. factory: see
+    `students.student_of`. only: names of the looks to take (see `LOOKS`); None takes all. Changes
+    nothing but torch's compiler cache, which is emptied.
     """
     like = with_process(teacher, prediction, process)
     try:
-        learner = _made(student, like, factory)
+        made = _made(student, like, factory)
     except DkdmError as error:
         return Checkup([_not_made(error)], error)
-    rebuilt = partial(_remade, student, like, factory) if isinstance(student, str) else None
+    remake = partial(_remade, student, like, factory) if isinstance(student, str) else None
     try:
-        case = Case(learner, teacher, rebuilt)
+        case = Case(made, teacher, remake)
     except Exception as error:
-        failure = DkdmError(f"{learner.name}: the network cannot be copied: {in_a_line(error)}")
-        failure.__cause__ = error
-        return Checkup([_not_copied(error)], failure)
+        return _ended([], _not_copied(error), f"{made.name}: the network cannot be copied", error)
+    findings = [_size(case)]
     try:
-        first = list(behaviour.shapes(case))
+        findings += behaviour.shapes(case)
     except Exception as error:
-        failure = DkdmError(f"{learner.name}: the network fails: {in_a_line(error, case.network)}")
-        failure.__cause__ = error
-        return Checkup([*_facts(case), _not_called(case, error)], failure)
-    findings = [*_facts(case), *first]
-    if first[-1].status == "ok":
-        looks = _looks(compile_backend, export)
-        with track(len(looks), 0, "checking") as show:
-            for done, (name, look) in enumerate(looks.items(), start=1):
-                findings += _looked(name, look, case)
+        last = _not_called(case, error)
+        return _ended(findings, last, f"{made.name}: the network fails", error)
+    if findings[-1].status == "ok":
+        looks = LOOKS | {"torch.compile": partial(graphs.compiles, backend=compile_backend or "")}
+        skipped = {"torch.compile": compile_backend is None, "torch.export": not export}
+        names = [n for n in looks if (only is None or n in only) and not skipped.get(n)]
+        with track(len(names), 0, "checking") as show:
+            for done, name in enumerate(names, start=1):
+                findings += _looked(name, looks[name], case)
                 show(done)
     return Checkup(findings)
 
 
 def first_look(student: Denoiser, teacher: Denoiser) -> list[Finding]:
-    """Of a user's own network, inputs that it ignores or mixes and parameters that it does not use.
+    """Inputs that a custom network ignores or mixes, and parameters that it does not use.
 
     A dozen evaluations of three samples and one backward pass; no random state is touched. Networks
     of diffusers and dkdm are not looked at.
@@ -100,45 +101,23 @@ def first_look(student: Denoiser, teacher: Denoiser) -> list[Finding]:
         case = Case(student, teacher, None)
     except Exception as error:
         return [_not_copied(error)]
-    looks: dict[str, Look] = {
-        "inputs": behaviour.untouched,
-        "depends": behaviour.dependence,
-        "samples": behaviour.batch_statistics,
-        "gradients": training.gradients,
-    }
     with torch.random.fork_rng():
-        return not_ok([each for name, look in looks.items() for each in _looked(name, look, case)])
-
-
-def _looks(compile_backend: str | None, export: bool) -> dict[str, Look]:
-    looks: dict[str, Look] = {
-        "null condition": behaviour.null_class,
-        "inputs": behaviour.untouched,
-        "depends": behaviour.dependence,
-        "samples": behaviour.batch_statistics,
-        "gradients": training.gradients,
-        "learns": training.learning,
-        "bfloat16": behaviour.precision,
-        "device": graphs.devices,
-        "checkpointing": training.checkpointing,
-        "shared weights": saving.shared,
-        "plain tensors": saving.plain_tensors,
-        "plain modules": saving.plain_modules,
-        "reload": saving.reload,
-        "shipping": saving.shipping,
-    }
-    if compile_backend is not None:
-        looks["torch.compile"] = partial(graphs.compiles, backend=compile_backend)
-    return looks | ({"torch.export": graphs.exports} if export else {}) | {"speed": _speed}
+        return not_ok([each for name in FIRST for each in _looked(name, LOOKS[name], case)])
 
 
 def _looked(name: str, look: Look, case: Case) -> Iterator[Finding]:
-    """The findings of one check; one that fails is a finding too."""
+    """The findings of one look; an error is a finding too."""
     try:
         yield from look(case)
     except Exception as error:
-        remedy = "the network fails here: mend that line"
+        remedy = "the network fails here: correct that line"
         yield Finding(name, "problem", in_a_line(error, case.network), remedy)
+
+
+def _ended(before: list[Finding], last: Finding, what: str, error: Exception) -> Checkup:
+    failure = DkdmError(f"{what}: {last.what}")
+    failure.__cause__ = error
+    return Checkup([*before, last], failure)
 
 
 def _made(
@@ -152,8 +131,7 @@ def _made(
 
 
 def _remade(student: str, teacher: Denoiser, factory: Factory | None) -> nn.Module:
-    model = untried_student_of(student, teacher, factory)
-    network: nn.Module = model.network  # type: ignore[assignment]
+    network: nn.Module = untried_student_of(student, teacher, factory).network  # type: ignore[assignment]
     return network
 
 
@@ -161,8 +139,8 @@ def _not_made(error: DkdmError) -> Finding:
     cause = error.__cause__
     what = str(error) if cause is None else f"{error}{in_brackets(fault_line(error))}"
     remedy = (
-        "the module must be importable where dkdm runs: in the current folder or installed, with "
-        "all that it imports"
+        "make the module importable where dkdm runs: in the current folder or installed, with all "
+        "that it imports"
         if isinstance(cause, ImportError)
         else "a factory is called as make(sample_shape, out_channels, conditioning) and returns an "
         "nn.Module"
@@ -172,34 +150,54 @@ def _not_made(error: DkdmError) -> Finding:
 
 def _not_called(case: Case, error: Exception) -> Finding:
     names = "".join(f", {name}=..." for name in case.probe(1).cond)
-    remedy = f"it is called as network(x_t, t{names}), t a float for each sample"
+    remedy = f"it is called as network(x_t, t{names}), with t as one float for each sample"
     return Finding("forward", "problem", in_a_line(error, case.network), remedy)
 
 
 def _not_copied(error: Exception) -> Finding:
     remedy = (
-        "weights are averaged in a copy.deepcopy(network), which must work; for weight_norm take "
-        "that of torch.nn.utils.parametrizations"
+        "make copy.deepcopy(network) work: its weights are averaged in a copy; for weight_norm use "
+        "torch.nn.utils.parametrizations"
     )
     return Finding("copy", "problem", in_a_line(error), remedy)
 
 
-def _facts(case: Case) -> Iterator[Finding]:
+def _size(case: Case) -> Finding:
     mine, theirs = case.student.num_parameters, case.teacher.num_parameters
     share = f", {mine / theirs:.1%} of the teacher's" if theirs else ""
-    yield Finding("network", "ok", f"{type(case.network).__name__}, {mine:,} parameters{share}")
+    return Finding("network", "ok", f"{type(case.network).__name__}, {mine:,} parameters{share}")
 
 
 def _speed(case: Case) -> Iterator[Finding]:
     """Multiply-accumulates and evaluations a second, beside the teacher's."""
-    macs = [count_macs(model) for model in (case.student, case.teacher)]
-    rates = [
-        evaluations_per_second(model, TIMED_BATCH, 0.5) for model in (case.student, case.teacher)
-    ]
+    models = case.student, case.teacher
+    macs = [count_macs(model) for model in models]
+    rates = [evaluations_per_second(model, TIMED_BATCH, 0.5) for model in models]
     share = f" ({macs[0] / macs[1]:.1%} of the teacher's)" if macs[1] else ""
-    yield Finding(
-        "speed",
-        "ok",
+    what = (
         f"{macs[0]:,} MACs an evaluation{share}; {rates[0]:,.0f} evaluations a second in batches "
-        f"of {TIMED_BATCH}, the teacher {rates[1]:,.0f}",
+        f"of {TIMED_BATCH}, the teacher {rates[1]:,.0f}"
     )
+    yield Finding("speed", "ok", what)
+
+
+LOOKS: dict[str, Look] = {
+    "null condition": behaviour.null_class,
+    "inputs": behaviour.untouched,
+    "depends": behaviour.dependence,
+    "samples": behaviour.batch_statistics,
+    "gradients": training.gradients,
+    "learns": training.learning,
+    "bfloat16": behaviour.precision,
+    "device": graphs.devices,
+    "checkpointing": training.checkpointing,
+    "shared weights": saving.shared,
+    "plain tensors": saving.plain_tensors,
+    "plain modules": saving.plain_modules,
+    "reload": saving.reload,
+    "shipping": saving.shipping,
+    "torch.compile": graphs.compiles,
+    "torch.export": graphs.exports,
+    "speed": _speed,
+}
+FIRST = ("inputs", "depends", "samples", "gradients")

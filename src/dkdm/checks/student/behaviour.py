@@ -1,4 +1,4 @@
-"""What goes in and comes out: shapes, precision, and what the output depends on."""
+"""Inputs and output: shapes, precision, and what the output depends on."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from dkdm.shipping.graph.fault_line import in_a_line
 
 @torch.no_grad()
 def shapes(case: Case) -> Iterator[Finding]:
-    """The output's shape, for several batches, in both modes, and at the outermost levels."""
+    """The output's shape for several batches, in both modes, and at the first and last level."""
     network = case.copied()
     for count, training, reach in ((3, False, 0.8), (1, False, 0.8), (3, True, 0.8), (2, False, 1)):
         probe = case.probe(count, reach=reach)
         output = case.answer(network.train(training), probe)
-        expected = (count, case.channels, *probe.x.shape[2:])
-        if tuple(output.shape) != expected:
+        wanted = (count, case.channels, *probe.x.shape[2:])
+        if tuple(output.shape) != wanted:
             mode = "training" if training else "evaluation"
-            what = f"{tuple(output.shape)} for {count} samples of {tuple(probe.x.shape[1:])} in "
-            remedy = "the factory's second argument is the number of channels to give back"
-            said = f"got {what}{mode} mode, expected {expected}"
-            yield Finding("shapes", "problem", said, remedy)
-            return
-        if not output.isfinite().all():
-            remedy = "look for a division by zero, a log or a root of the times, or empty weights"
-            times = ", ".join(f"{time:g}" for time in probe.time.tolist())
-            what = f"not finite for {count} fresh samples at t = {times}"
+            given = f"{count} samples of {tuple(probe.x.shape[1:])}"
+            what = f"gives {tuple(output.shape)} for {given} in {mode} mode, instead of {wanted}"
+            remedy = "return as many channels as the factory's second argument says"
             yield Finding("shapes", "problem", what, remedy)
             return
-    yield Finding("shapes", "ok", f"gives {expected[1:]}, finite, for 1 and 3 samples")
+        if not output.isfinite().all():
+            times = ", ".join(f"{time:g}" for time in probe.time.tolist())
+            what = f"not finite for {count} random samples at t = {times}"
+            remedy = "look for a division by zero, a log or a root of the times, or empty weights"
+            yield Finding("shapes", "problem", what, remedy)
+            return
+    yield Finding("shapes", "ok", f"{wanted[1:]}, finite, for 1 and 3 samples")
 
 
 @torch.no_grad()
 def null_class(case: Case) -> Iterator[Finding]:
-    """Whether it can be told "nothing asked", which guidance and condition dropout need."""
+    """Whether it takes the null condition, which guidance and condition dropout need."""
     try:
         probe = case.probe(2, null=True)
     except UsageError:  # this teacher has no such condition
@@ -47,26 +47,26 @@ def null_class(case: Case) -> Iterator[Finding]:
     if not probe.cond:
         return
     try:
-        case.answer(case.awake, probe)
+        case.answer(case.perturbed, probe)
     except Exception as error:
         remedy = "with null_class, a table of classes needs max(num_classes, null_class + 1) rows"
-        yield Finding("null condition", "problem", in_a_line(error, case.awake), remedy)
+        yield Finding("null condition", "problem", in_a_line(error, case.perturbed), remedy)
     else:
-        yield Finding("null condition", "ok", "can be told that nothing is asked")
+        yield Finding("null condition", "ok", "works")
 
 
 @torch.no_grad()
 def untouched(case: Case) -> Iterator[Finding]:
-    """Whether it leaves what it is fed as it is: the loss and the teacher's step read it again."""
+    """Whether it leaves its inputs unchanged: the loss and the teacher's step read them again."""
     call, probe = case.student.call, case.probe(3)
     assert call is not None
     fed = probe.copied()
-    call(case.awake, fed.x, fed.time, fed.cond)
-    before, after = ({"x": p.x, "t": p.time, **p.cond} for p in (probe, fed))
-    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    call(case.perturbed, fed.x, fed.time, fed.cond)
+    after = fed.inputs()
+    changed = [n for n, value in probe.inputs().items() if not torch.equal(value, after[n])]
     if changed:
         what = f"the network changes its {' and '.join(changed)} in place"
-        remedy = "write x = x + ... for x += ..., and no .mul_() and the like on an argument"
+        remedy = "write x = x + ... instead of x += ..., and call no .mul_() on an argument"
         yield Finding("inputs", "problem", what, remedy)
 
 
@@ -84,8 +84,8 @@ def precision(case: Case) -> Iterator[Finding]:
         with torch.autocast(case.student.device.type, torch.bfloat16):
             return case.answer(case.copied().eval(), probe)
 
-    cast = "cast what is computed from t to x.dtype before the first layer (t stays float32)"
-    without = "--mixed-precision bf16 fails: expected to go without, or mend this line"
+    cast = "cast what you compute from t to x.dtype before the first layer (t stays float32)"
+    without = "--mixed-precision bf16 fails: leave it out, or correct this line"
     for name, try_it, remedy in (
         ("bfloat16 weights", as_weights, cast),
         ("autocast", by_autocast, without),
@@ -102,41 +102,42 @@ def precision(case: Case) -> Iterator[Finding]:
 
 @torch.no_grad()
 def dependence(case: Case) -> Iterator[Finding]:
-    """Whether the output depends on each input, on its own sample's alone, and on nothing else."""
+    """Whether each sample's output depends on each of its inputs, and on nothing else."""
     one = case.probe(3)
     other = case.other_probe(one)
-    output = case.answer(case.awake, one)
-    if differ(output, case.answer(case.awake, one)):
+    output = case.answer(case.perturbed, one)
+    if differ(output, case.answer(case.perturbed, one)):
         what = "two evaluations of the same input differ in evaluation mode"
-        remedy = "draw random numbers in training mode only: nothing below could be told apart"
+        remedy = "draw random numbers in training mode only; what it depends on was not checked"
         yield Finding("deterministic", "warning", what, remedy)
         return
     for name in case.inputs:
         if name in one.cond and torch.equal(one.cond[name], other.cond[name]):
-            yield Finding(f"uses {name}", "ok", "cannot be told: it has one value only")
+            what = f"could not be checked: {name} has a single value"
+            yield Finding(f"uses {name}", "ok", what)
             continue
-        changed = case.answer(case.awake, one.with_rows_of(other, name, range(3)))
+        changed = case.answer(case.perturbed, one.with_rows_of(other, name, range(3)))
         if not differ(output, changed):
             status: Status = "problem" if name in ("x", "t") else "warning"
             what = f"the output does not depend on {name}"
             yield Finding(f"uses {name}", status, what, _UNUSED.get(name, _UNUSED_CONDITION))
-        elif mixes(case, case.awake, one, other, name):
-            what = f"a sample's output depends on the {name} of the others in its batch"
-            remedy = f"every sample has its own: look for {name}[0], a mean or a reshape over them"
+        elif mixes(case, case.perturbed, one, other, name):
+            what = f"a sample's output depends on the {name} of other samples in its batch"
+            remedy = f"look for {name}[0], or a mean or a reshape over the batch"
             yield Finding(f"uses {name}", "problem", what, remedy)
         else:
-            yield Finding(f"uses {name}", "ok", "each sample's own")
+            yield Finding(f"uses {name}", "ok", "each sample by itself")
 
 
 _UNUSED = {
     "x": "feed x through the network",
-    "t": "embed t and add it: without it no network can tell how much noise there is",
+    "t": "embed t and add it: otherwise the network cannot tell how much noise there is",
 }
-_UNUSED_CONDITION = "embed it, or take a teacher without it: else samples will not follow it"
+_UNUSED_CONDITION = "embed it, or use a teacher without it: otherwise samples do not follow it"
 
 
 def mixes(case: Case, network: nn.Module, one: Probe, other: Probe, name: str) -> bool:
-    """Whether some sample's output changes with another sample's input."""
+    """Whether a sample's output changes with another sample's input."""
     before = case.answer_alike(network, one)
     for rows, rest in (([0], [1, 2]), ([1, 2], [0])):
         after = case.answer_alike(network, one.with_rows_of(other, name, rows))
@@ -147,12 +148,12 @@ def mixes(case: Case, network: nn.Module, one: Probe, other: Probe, name: str) -
 
 @torch.no_grad()
 def batch_statistics(case: Case) -> Iterator[Finding]:
-    """Whether samples influence one another in training mode: BatchNorm does that."""
+    """Whether samples influence one another in training mode, as with BatchNorm."""
     network = case.copied().train()
-    network.load_state_dict(case.awake.state_dict())
+    network.load_state_dict(case.perturbed.state_dict())
     probe = case.probe(3)
     if not mixes(case, network, probe, case.other_probe(probe), "x"):
-        yield Finding("samples", "ok", "do not influence one another in training")
+        yield Finding("samples", "ok", "are independent in training")
         return
     norms = [
         n for n, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
@@ -162,8 +163,7 @@ def batch_statistics(case: Case) -> Iterator[Finding]:
         "samples",
         "warning",
         f"influence one another in training{names}",
-        "a batch holds all noise levels at once, sampling one at a time: GroupNorm does not mix "
-        "them",
+        "use GroupNorm: a batch of training holds all noise levels, one of sampling a single one",
     )
 
 

@@ -1,4 +1,4 @@
-"""What is examined: a student, a copy of it in general position, and inputs for both."""
+"""What is checked: a student, a copy of it with noise on its weights, and inputs for both."""
 
 from __future__ import annotations
 
@@ -29,76 +29,75 @@ class Probe(NamedTuple):
     cond: Condition
 
     def with_rows_of(self, other: Probe, what: str, rows: Iterable[int]) -> Probe:
-        """The same with some rows of one input, "x", "t" or a condition's name, of another."""
+        """This probe with some rows of one input ("x", "t" or a condition) from another."""
         index = list(rows)
-        mine = self.cond[what] if what in self.cond else {"x": self.x, "t": self.time}[what]
-        yours = other.cond[what] if what in other.cond else {"x": other.x, "t": other.time}[what]
-        mixed = mine.clone()
-        mixed[index] = yours[index]
-        if what == "x":
-            return self._replace(x=mixed)
-        return (
-            self._replace(time=mixed)
-            if what == "t"
-            else self._replace(cond={**self.cond, what: mixed})
-        )
+        mixed = self.inputs()[what].clone()
+        mixed[index] = other.inputs()[what][index]
+        if what in self.cond:
+            return self._replace(cond={**self.cond, what: mixed})
+        return self._replace(x=mixed) if what == "x" else self._replace(time=mixed)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """All inputs by name."""
+        return {"x": self.x, "t": self.time, **self.cond}
 
     def copied(self) -> Probe:
-        """Tensors of their own."""
+        """A copy of all tensors."""
         return Probe(
             self.x.clone(), self.time.clone(), {k: v.clone() for k, v in self.cond.items()}
         )
 
     def to(self, dtype: torch.dtype) -> Probe:
-        """States and conditions in another precision; times stay float32, as dkdm feeds them."""
+        """States and conditions in another precision; times stay float32, as in training."""
         cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.cond.items()}
         return Probe(self.x.to(dtype), self.time, cond)
 
 
 @dataclass(eq=False)
 class Case:
-    """A student to be examined. rebuilt: makes its network once more, None where nobody can.
+    """A student to check.
 
-    awake: a copy of its network with noise on every weight and in evaluation mode. A layer that
-    starts at zero would hide all that lies before it: what is zero here is zero for good.
+    remake: makes its network once more; None if it was given as an object. perturbed: a copy of its
+    network with noise on every weight, in evaluation mode. A layer that starts at zero would hide
+    all layers before it; what is zero in the copy stays zero.
     """
 
     student: Denoiser
     teacher: Denoiser
-    rebuilt: Callable[[], nn.Module] | None
-    awake: nn.Module = field(init=False)
+    remake: Callable[[], nn.Module] | None
+    perturbed: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self.awake = awakened(self.network).eval()
+        self.perturbed = awakened(self.network).eval()
 
     @property
     def network(self) -> nn.Module:
-        """The student's network as it was made; never changed here."""
+        """The student's network as it was made; the check never changes it."""
         network: nn.Module = self.student.network  # type: ignore[assignment]
         return network
 
     @property
     def channels(self) -> int:
-        """How many it has to give."""
+        """How many channels it has to give."""
         learned = self.student.parameterization.learns_variance
         return self.student.sample_shape[0] * (2 if learned else 1)
 
     @property
     def inputs(self) -> list[str]:
-        """Names of all that it is fed."""
+        """Names of all its inputs."""
         constant = set(self.student.constants) | {"guidance"}
         return ["x", "t", *(name for name in self.probe(2).cond if name not in constant)]
 
     def copied(self) -> nn.Module:
-        """A copy of the network to do things with."""
+        """A copy of the network, to be changed."""
         copied = copy.deepcopy(self.network)
         silence_label_dropout(copied)
         return copied
 
     def probe(self, count: int, seed: int = 0, null: bool = False, reach: float = 0.8) -> Probe:
-        """Random states at levels from low to high, a condition for each.
+        """Random states at noise levels from low to high, and a condition for each.
 
-        null: the empty one. reach: which share of the levels they lie in; 1 is from first to last.
+        null: feed the null condition. reach: share of the levels that they span; 1 is all of them.
         """
         student = self.student
         random = torch.Generator().manual_seed(seed)
@@ -116,9 +115,9 @@ class Case:
         return Probe(x, student.network_time[t].to(x.device, torch.float32), on_device)
 
     def other_probe(self, probe: Probe) -> Probe:
-        """Inputs of the same number of samples, unlike the given ones in every row.
+        """Inputs for as many samples that differ from the given ones in every row.
 
-        Where there is but one prompt or class, its embedding or id is replaced by a made-up one.
+        If there is a single prompt or class, its embedding or id is replaced by an invented one.
         """
         other = self.probe(len(probe.x), seed=1)
         for name, value in other.cond.items():
@@ -136,15 +135,15 @@ class Case:
         return value if null is None else torch.full_like(value, null)
 
     def answer(self, network: Network, probe: Probe) -> Tensor:
-        """One evaluation, as training calls it; what it is fed is a copy."""
+        """One evaluation, as training calls it, on a copy of the inputs."""
         assert self.student.call is not None
         fed = probe.copied()
         return self.student.call(network, fed.x, fed.time, fed.cond)
 
     def answer_alike(self, network: nn.Module, probe: Probe) -> Tensor:
-        """The same as another time: with the same random numbers, and no buffer is changed by it.
+        """One evaluation that can be repeated: random numbers and buffers are restored.
 
-        Dropout draws, and some layers (spectral_norm) go on with each evaluation in training.
+        Dropout draws numbers, and some layers (spectral_norm) update buffers in training mode.
         """
         kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
         with torch.random.fork_rng():
@@ -160,6 +159,6 @@ def _rows(cond: Condition, first: int) -> Condition:
 
 
 def differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs are not the same."""
+    """Whether two outputs differ by more than rounding."""
     largest = one.abs().max().clamp(min=1e-12)
     return bool((one - other).abs().max() > TOLERANCE * largest)

@@ -1,4 +1,4 @@
-"""Whether torch.compile and torch.export can follow it."""
+"""Whether torch.compile, torch.export and other devices can follow a network."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _anew() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def compiles(case: Case, backend: str) -> Iterator[Finding]:
-    """torch.compile, forwards and backwards; graph breaks are counted and placed."""
+def compiles(case: Case, backend: str = "aot_eager") -> Iterator[Finding]:
+    """torch.compile, forward and backward; graph breaks are counted and located."""
     called, probe = Called(case, case.copied().eval().requires_grad_(True)), case.probe(3)
     with torch.no_grad():
         expected = called(*probe)
@@ -66,7 +66,7 @@ def compiles(case: Case, backend: str) -> Iterator[Finding]:
     if broken:
         where = f", {len(places)}: {', '.join(places)}" if places else ""
         what = f"works ({backend}), with graph breaks{where}"
-        remedy = "avoid .item(), print and python control flow on values of tensors there"
+        remedy = "avoid .item(), print and Python control flow on values of tensors there"
         yield Finding("torch.compile", "warning", what, remedy)
     elif (output - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1e-6):
         what, remedy = f"({backend}) answers differently", "do not compile it"
@@ -87,9 +87,9 @@ def _breaks(called: Called, probe: Probe, network: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def devices(case: Case) -> Iterator[Finding]:
-    """Whether it makes tensors on the CPU where all others are on another device, the meta one.
+    """Whether it makes tensors on the CPU when all others are on another device, the meta one.
 
-    What depends on the values of tensors cannot be told so, and is left to a real GPU.
+    What depends on the values of tensors cannot be checked there; only a real GPU can.
     """
     called, probe = Called(case, case.copied().eval()), case.probe(3)
     with _anew(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -105,11 +105,11 @@ def devices(case: Case) -> Iterator[Finding]:
                 )
                 return
             where = in_brackets(fault_line(error, called.network))
-            what = f"fails on a GPU: a tensor is on the CPU{where}"
+            what = f"fails on a GPU: it makes a tensor on the CPU{where}"
             remedy = "make it on x.device, as in torch.arange(n, device=x.device), or as a buffer"
             yield Finding("device", "warning", what, remedy)
         else:
-            yield Finding("device", "ok", "works on whichever it is moved to")
+            yield Finding("device", "ok", "works on any device")
 
 
 def _elsewhere(value: Any) -> Any:
@@ -126,7 +126,9 @@ def exports(case: Case) -> Iterator[Finding]:
     try:
         program = trace(network, inputs, denoiser.name)
     except NotAGraphError as error:
-        remedy = "it cannot be exported as a graph; training and sampling are not affected"
+        remedy = (
+            "correct it to export the student as a graph; training and sampling are not affected"
+        )
         yield Finding("torch.export", "warning", f"fails: {error.reason}", remedy)
         return
     module = program.module()

@@ -1,4 +1,4 @@
-"""Whether it is the same after it was saved, made anew and loaded, here and where it is shipped."""
+"""Whether a network that is saved and loaded again is the same, here and as the shipped file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dkdm.shipping.own_network import shipment, shipping_note
 
 
 def shared(case: Case) -> Iterator[Finding]:
-    """Weights of several names."""
+    """Weights that have several names."""
     names: dict[int, list[str]] = {}
     for name, tensor in case.network.state_dict(keep_vars=True).items():
         if tensor.numel():
@@ -34,16 +34,16 @@ def shared(case: Case) -> Iterator[Finding]:
             "shared weights",
             "warning",
             listed(groups),
-            "safetensors knows no shared tensors: they are saved under each name. Samples are the "
-            "same, but loaded by diffusers they are weights apart from one another",
+            "safetensors saves shared tensors once under each name: samples are the same, but "
+            "diffusers loads them as separate weights",
         )
 
 
 def plain_tensors(case: Case) -> Iterator[Finding]:
-    """Tensors that are attributes and no more: they are not saved and do not change device."""
+    """Tensors that are plain attributes: they are not saved and do not change device."""
     names = [name for name, _ in _plain(case.network)]
     if names:
-        remedy = 'self.register_buffer("name", tensor), so that they are saved and moved'
+        remedy = 'use self.register_buffer("name", tensor), so that they are saved and moved'
         yield Finding(
             "plain tensors", "warning", f"neither saved nor moved: {listed(names)}", remedy
         )
@@ -57,7 +57,7 @@ def _plain(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def plain_modules(case: Case) -> Iterator[Finding]:
-    """Layers in a plain list, tuple or dict, of which PyTorch knows nothing."""
+    """Layers in a plain list, tuple or dict, which PyTorch does not know of."""
     known = set(case.network.modules())
     names = [
         f"{prefix}.{name}".lstrip(".")
@@ -74,7 +74,7 @@ def plain_modules(case: Case) -> Iterator[Finding]:
 
 
 def _modules(value: Any) -> Iterator[nn.Module]:
-    """Those in a list, tuple or dict, however deep."""
+    """The modules in a list, tuple or dict, however deep."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, (list, tuple, dict)):
@@ -84,34 +84,37 @@ def _modules(value: Any) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def reload(case: Case) -> Iterator[Finding]:
-    """The weights in another network of the same factory."""
-    if case.rebuilt is None:
+    """The weights in another network from the same factory."""
+    if case.remake is None:
         yield Finding("reload", "ok", "not tried: the network was given as an object")
         return
-    fresh = case.rebuilt().to(case.student.device)
+    remade = case.remake().to(case.student.device)
     with tempfile.TemporaryDirectory() as folder:
-        save_network(case.awake, Path(folder))
+        save_network(case.perturbed, Path(folder))
         try:
-            load_network_weights(fresh, Path(folder))
+            load_network_weights(remade, Path(folder))
         except DkdmError as error:
             what = f"the factory makes another network each time: {str(error).partition(': ')[2]}"
-            yield Finding("reload", "problem", what, "let it depend on its arguments alone")
+            yield Finding("reload", "problem", what, "let it depend on its arguments only")
             return
     probe = case.probe(3)
-    if not differ(case.answer_alike(case.awake, probe), case.answer_alike(fresh.eval(), probe)):
-        yield Finding("reload", "ok", "gives the same output in a network made anew")
+    if not differ(
+        case.answer_alike(case.perturbed, probe), case.answer_alike(remade.eval(), probe)
+    ):
+        yield Finding("reload", "ok", "gives the same output in another network from the factory")
         return
-    hidden = listed(_hidden_state(case.network, fresh)) or "not found: look for random numbers"
+    hidden = listed(_hidden_state(case.network, remade)) or "not found: look for random numbers"
     yield Finding(
         "reload",
         "problem",
-        f"made anew with the same weights, it answers differently; not in state_dict: {hidden}",
-        "register what is random or learned as a buffer or parameter: a saved student is lost else",
+        f"with the same weights, another network answers differently; not in state_dict: {hidden}",
+        "register what is random or learned as a buffer or parameter: otherwise a saved student "
+        "cannot be restored",
     )
 
 
 def _hidden_state(one: nn.Module, other: nn.Module) -> list[str]:
-    """Names of tensors and numbers outside of the state that two networks differ in."""
+    """Names of tensors and numbers that differ between two networks but are not saved."""
     saved = one.state_dict().keys()
     mine, yours = ({**dict(n.named_buffers()), **dict(_plain(n))} for n in (one, other))
     names = [k for k in mine.keys() & yours.keys() if k not in saved and _unlike(mine[k], yours[k])]
@@ -132,11 +135,11 @@ def _unlike(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def shipping(case: Case) -> Iterator[Finding]:
-    """The file that a finished run holds, run as diffusers would run it."""
+    """The file that a finished run holds, loaded as diffusers loads it."""
     origin = origin_of(case.network)
     if origin is None:
         name = type(case.network).__name__
-        yield Finding("shipping", "ok", f"{name} is loaded by diffusers, with what dkdm writes")
+        yield Finding("shipping", "ok", f"diffusers loads {name} from the folder that dkdm writes")
         return
     note = shipping_note(case.network)
     if origin.factory is None:
@@ -144,23 +147,21 @@ def shipping(case: Case) -> Iterator[Finding]:
         return
     try:
         shipped = _made_by_file(shipment(origin).text, origin.save_config)
-        load_strict(shipped, case.awake.state_dict(), "the shipped file")
+        load_strict(shipped, case.perturbed.state_dict(), "the shipped file")
         probe = case.probe(3)
         found = case.answer_alike(shipped.eval(), probe)
-        same = not differ(case.answer_alike(case.awake, probe), found)
+        same = not differ(case.answer_alike(case.perturbed, probe), found)
     except Exception as error:
-        remedy = (
-            "let the factory's module run by itself, and look at conditioning's attributes only"
-        )
+        remedy = "let the factory's module run by itself, and read only attributes of conditioning"
         yield Finding(
             "shipping", "warning", f"its file does not work alone: {in_a_line(error)}", remedy
         )
         return
     if not same:
-        what, remedy = "the shipped file answers differently", "see 'reload'"
+        what, remedy = "the shipped file answers differently", "see reload"
         yield Finding("shipping", "warning", what, remedy)
     elif note:
-        yield Finding("shipping", "warning", note, "put all of it into one file to ship it")
+        yield Finding("shipping", "warning", note, "put all of its code into one file")
     else:
         yield Finding("shipping", "ok", "as one file; diffusers loads it without dkdm")
 

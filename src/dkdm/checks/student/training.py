@@ -1,4 +1,4 @@
-"""Whether it learns: gradients, a few steps, gradient checkpointing."""
+"""Training: gradients, a few steps, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -22,29 +22,33 @@ LEARNING_RATES = (1e-3, 1e-4)
 
 
 def gradients(case: Case) -> Iterator[Finding]:
-    """Whether every parameter takes part; in general position, so that no zero hides another."""
+    """Whether every parameter has an effect, on weights where no zero hides another."""
     network = case.copied().train().requires_grad_(True)
-    network.load_state_dict(case.awake.state_dict())
+    network.load_state_dict(case.perturbed.state_dict())
     backward(case, network)
     named = list(network.named_parameters())
     absent = [name for name, weight in named if weight.grad is None]
     idle = [n for n, weight in named if weight.grad is not None and not weight.grad.any()]
     if absent:
         what = f"unused: {listed(absent)}"
-        remedy = "remove them; under DDP they need find_unused_parameters"
+        remedy = "remove them (DDP needs find_unused_parameters with them)"
         yield Finding("gradients", "warning", what, remedy)
     if idle:
-        what = f"have no effect on the output: {listed(idle)}"
-        yield Finding("gradients", "warning", what, "remove them, or look for what cuts them off")
+        what = f"without effect on the output: {listed(idle)}"
+        yield Finding("gradients", "warning", what, "remove them, or find what cuts them off")
     if not absent and not idle:
         yield Finding("gradients", "ok", f"reach all {len(named)} parameter tensors")
     fixed = [name for name, weight in case.network.named_parameters() if not weight.requires_grad]
     if fixed:
-        yield Finding("fixed weights", "ok", f"do not require gradients, stay: {listed(fixed)}")
+        yield Finding(
+            "fixed weights",
+            "ok",
+            f"not trained, since they do not require gradients: {listed(fixed)}",
+        )
 
 
 def backward(case: Case, network: nn.Module) -> Tensor:
-    """Gradients of a random weighting of the output; returns the output."""
+    """Compute gradients of a random weighting of the output; returns the output."""
     output = case.answer(network, case.probe(3))
     random = torch.Generator().manual_seed(1)
     weights = torch.randn(output.shape, generator=random).to(output)
@@ -53,18 +57,18 @@ def backward(case: Case, network: nn.Module) -> Tensor:
 
 
 def learning(case: Case) -> Iterator[Finding]:
-    """Whether the loss of one batch falls within a few steps."""
+    """Whether the loss on one batch falls within a few steps."""
     for rate in LEARNING_RATES:
         losses = _losses(case, rate)
         if min(losses) < 0.99 * losses[0]:
-            what = f"{losses[0]:.4g} -> {min(losses):.4g} in {STEPS} steps of {rate:g}, one batch"
+            what = f"{losses[0]:.4g} -> {min(losses):.4g} in {STEPS} steps on one batch"
             yield Finding("learns", "ok", what)
             return
     yield Finding(
         "learns",
         "problem",
-        f"the loss of one batch stays at {losses[0]:.4g} for {STEPS} steps",
-        "look for a detach(), a no_grad, or an output that is bounded away from the target",
+        f"the loss on one batch stays at {losses[0]:.4g} for {STEPS} steps",
+        "look for a detach(), a no_grad, or an output whose range excludes the target",
     )
 
 
@@ -86,7 +90,7 @@ def _losses(case: Case, learning_rate: float) -> list[float]:
 
 
 def _batch(case: Case) -> Batch:
-    """States of the teacher."""
+    """States as the teacher reaches them."""
     process, probe = case.teacher.process, case.probe(4)
     t = torch.linspace(0.1, 0.9, 4).mul(process.num_levels - 1).round().long()
     scale = process.at(t)[1].clamp(min=1).reshape(-1, *[1] * (probe.x.ndim - 1)).to(probe.x)
@@ -94,12 +98,12 @@ def _batch(case: Case) -> Batch:
 
 
 def checkpointing(case: Case) -> Iterator[Finding]:
-    """Whether activations can be recomputed in the backward pass."""
+    """Whether the backward pass can recompute activations."""
     network = case.copied().train().requires_grad_(True)
     try:
         enable_gradient_checkpointing(network)
     except UsageError:
-        what = "not supported: no enable_gradient_checkpointing(); --gradient-checkpointing fails"
+        what = "not supported: it has no enable_gradient_checkpointing()"
         yield Finding("checkpointing", "ok", what)
         return
     backward(case, network)
