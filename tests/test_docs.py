@@ -34,7 +34,7 @@ def test_symbol_of_the_algorithm_exists(name):
 
 def test_layout_of_the_readme_is_the_package():
     text = (ROOT / "README.md").read_text()
-    tree = text[text.index("    src/dkdm/\n") :].split("\n\n")[0]
+    tree = text[text.index("    src/dkdm/ ") :].split("\n\n")[0]
     named = set(re.findall(r"^ {6}([\w.]+/?)", tree, re.MULTILINE)) | {"names.py"}
     package = ROOT / "src" / "dkdm"
     ours = {path.name + "/" * path.is_dir() for path in package.iterdir()}

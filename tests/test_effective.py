@@ -410,7 +410,7 @@ def test_components_whose_weights_are_not_whole(copied, part):
     ids=["empty", "pieces", "no words"],
 )
 def test_tokenizers_that_cannot_be_made(copied, monkeypatch, files, message):
-    monkeypatch.setattr("dkdm.core.bundle.find_spec", lambda _: None)
+    monkeypatch.setattr("dkdm.models.components.find_spec", lambda _: None)
     folder = copied("stable-diffusion")
     edit(folder / "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
     for file in (folder / "tokenizer").iterdir():
