@@ -110,7 +110,7 @@ def test_quantized_components_say_what_they_need(tmp_path, asks, message):
         (lambda: UNet2DModel(**SMALL, class_embed_type="identity"), "'identity' takes continuous"),
         (
             lambda: UNet2DConditionModel(**SMALL, num_class_embeds=5, cross_attention_dim=16),
-            "with cross-attention is conditioned on text, but",
+            "UNet2DConditionModel is conditioned on text, but",
         ),
     ],
     ids=["timestep", "identity", "cross-attention"],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dkdm.core.process import per_sample
 from dkdm.errors import DkdmError
 from dkdm.models.effective import class_config
+from dkdm.models.pipelines import PIPELINES
 from dkdm.reading.allowed import component_class
 from dkdm.reading.fields import Fields, read_json
 from dkdm.reading.places import check_folder
@@ -153,8 +154,9 @@ class Autoencoder:
         Raises UsageError for values of the config that are no numbers.
         """
         config = self.config
-        read = FACTORS.get(str(pipeline or self.pipeline), tuple(config))
-        config = {key: value for key, value in config.items() if key in read}
+        known = PIPELINES.get(str(pipeline or self.pipeline))
+        if known and known.factors is not None:
+            config = {key: value for key, value in config.items() if key in known.factors}
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             config |= {"latents_mean": None, "latents_std": None}
         fields = Fields(config, str(self.component.folder / "config.json"))
@@ -195,25 +197,6 @@ class Autoencoder:
         """Make room on the device."""
         if self.network is not None:
             self.network.to("cpu")
-
-
-_SCALE, _SHIFT, _EACH = ("scaling_factor",), ("shift_factor",), ("latents_mean", "latents_std")
-
-
-FACTORS: dict[str, tuple[str, ...]] = {  # what the pipelines of diffusers read of these
-    "LDMPipeline": _SCALE,
-    "AudioDiffusionPipeline": _SCALE,
-    "DiTPipeline": _SCALE,
-    "StableDiffusionPipeline": _SCALE,
-    "StableDiffusionXLPipeline": _SCALE + _EACH,
-    "PixArtAlphaPipeline": _SCALE,
-    "PixArtSigmaPipeline": _SCALE,
-    "StableDiffusion3Pipeline": _SCALE + _SHIFT,
-    "FluxPipeline": _SCALE + _SHIFT,
-    "SanaPipeline": _SCALE,
-    "Lumina2Pipeline": _SCALE + _SHIFT,
-    "WanPipeline": _EACH,
-}
 
 
 def _latents_of(encoded: Any, generator: torch.Generator | None) -> Tensor:

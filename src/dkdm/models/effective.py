@@ -16,6 +16,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from dkdm.errors import UsageError
+from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.schedulers import LACKS, SAME_ARGUMENTS, argument_defaults
 from dkdm.networks import HOMES, network_class
 from dkdm.reading.fields import Fields, read_json, shown
@@ -72,7 +73,14 @@ _LISTS = ("_class_name", "class_names")  # of two names, and no component
 
 def network_name(listed: str, config: Mapping[str, Any]) -> str:
     """The class that diffusers makes where this one is listed."""
-    return ALIASES.get(listed, {}).get(str(config.get("norm_type")), listed)
+    older = (listed, str(config.get("norm_type")))
+    found = (name for name, known in ARCHITECTURES.items() if known.older == older)
+    return next(found, listed)
+
+
+def is_older_name(listed: str) -> bool:
+    """Whether the class that diffusers makes under this name depends on the config."""
+    return any(known.older and known.older[0] == listed for known in ARCHITECTURES.values())
 
 
 def class_config(config: Mapping[str, Any], name: str, where: str) -> Config:
@@ -123,12 +131,6 @@ def _class(name: str) -> Any:
     return found if isinstance(found, type) and issubclass(found, ConfigMixin) else None
 
 
-ALIASES = {
-    "Transformer2DModel": {
-        "ada_norm_zero": "DiTTransformer2DModel",
-        "ada_norm_single": "PixArtTransformer2DModel",
-    }
-}
 _CONVERTING = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 
 

@@ -3,66 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dkdm.errors import UsageError
 from dkdm.models.effective import listed_class
+from dkdm.models.pipelines import PIPELINES, text_pipelines
 from dkdm.reading.fields import as_named
 
 LEFT_OUT = (
     "safety_checker", "feature_extractor", "image_encoder", "movq", "mel", "watermark",
 )  # fmt: skip
 KNOWN_PARTS = ("scheduler", "unet", "transformer", "vae", "vqvae", *LEFT_OUT)
-
-_CLIP, _PROJECTED, _T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
-_GEMMA = ("Gemma2Model", "Gemma2PreTrainedModel", "Gemma2ForCausalLM", "AutoModel")
-
-
-@dataclass(frozen=True)
-class Kin:
-    """A pipeline that dkdm reads, by the components that its siblings share with it.
-
-    network: class of the denoiser. encoders: classes that each text encoder may be of. named: what
-    the class of a sibling has in its name, if components alone do not tell.
-    """
-
-    pipeline: str
-    network: str
-    encoders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    named: str = ""
-
-    def is_of(self, kind: str, network: str, encoders: Mapping[str, str]) -> bool:
-        """Whether a pipeline of the class `kind` has the same components."""
-        legal = all(value in self.encoders.get(name, ()) for name, value in encoders.items())
-        return network == self.network and bool(encoders) and legal and self.named in kind
-
-
-_KIN = (
-    Kin("StableDiffusionPipeline", "UNet2DConditionModel", {"text_encoder": (_CLIP,)}),
-    Kin(
-        "StableDiffusionXLPipeline",
-        "UNet2DConditionModel",
-        {"text_encoder": (_CLIP,), "text_encoder_2": (_PROJECTED,)},
-    ),
-    Kin("PixArtAlphaPipeline", "PixArtTransformer2DModel", {"text_encoder": (_T5,)}, "Alpha"),
-    Kin("PixArtSigmaPipeline", "PixArtTransformer2DModel", {"text_encoder": (_T5,)}, "Sigma"),
-    Kin(
-        "StableDiffusion3Pipeline",
-        "SD3Transformer2DModel",
-        {"text_encoder": (_PROJECTED,), "text_encoder_2": (_PROJECTED,), "text_encoder_3": (_T5,)},
-    ),
-    Kin(
-        "FluxPipeline",
-        "FluxTransformer2DModel",
-        {"text_encoder": (_CLIP,), "text_encoder_2": (_T5,)},
-    ),
-    Kin("SanaPipeline", "SanaTransformer2DModel", {"text_encoder": _GEMMA}),
-    Kin("Lumina2Pipeline", "Lumina2Transformer2DModel", {"text_encoder": _GEMMA}),
-    Kin("WanPipeline", "WanTransformer3DModel", {"text_encoder": ("UMT5EncoderModel",)}),
-)
-READ = (*(kin.pipeline for kin in _KIN), "DiTPipeline", "LDMPipeline", "DDPMPipeline")
 
 
 def family_of(index: Mapping[str, Any], network: str, where: Path) -> str | None:
@@ -73,7 +25,7 @@ def family_of(index: Mapping[str, Any], network: str, where: Path) -> str | None
     """
     kind = index.get("_class_name")
     name = kind if isinstance(kind, str) else ""
-    if name in READ:
+    if name in PIPELINES:
         return name
     encoders = {
         part: listed_class(index, part)
@@ -82,12 +34,12 @@ def family_of(index: Mapping[str, Any], network: str, where: Path) -> str | None
     }
     if not encoders:
         return name or None
-    found = [kin.pipeline for kin in _KIN if kin.is_of(name, network, encoders)]
+    found = [known.name for known in PIPELINES.values() if known.is_like(name, network, encoders)]
     if not found:
         listed = ", ".join(f"{part} {value}" for part, value in encoders.items())
         raise UsageError(
             f"{where}: how {name or 'this pipeline'} encodes prompts is not known ({network}, "
-            f"{listed}): dkdm reads the parts of {', '.join(kin.pipeline for kin in _KIN)}"
+            f"{listed}): dkdm reads the parts of {', '.join(text_pipelines())}"
         )
     return found[0]
 

@@ -11,7 +11,7 @@ from dkdm.errors import UsageError
 from dkdm.models.locate import INDEX
 from dkdm.models.lora import IN_FOLDER
 from dkdm.models.options import LoadOptions
-from dkdm.models.pipeline_folder import facts_of_lone, load_network_folder
+from dkdm.models.pipeline_folder import load_network_folder, lone_architecture
 from dkdm.models.schedulers import NAMED, named_config
 from dkdm.reading.fields import Fields, as_named, read_json
 
@@ -40,7 +40,7 @@ def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
         raise UsageError(f"{folder}: {refusal}: {_whole(folder)}")
     if options.scheduler is None and (folder.parent / INDEX).is_file():
         raise UsageError(f"{folder}: one part of a pipeline: {_whole(folder)}")
-    facts_of_lone(folder, config)
+    lone_architecture(folder, config)
     if options.scheduler is None:
         raise UsageError(_no_scheduler(folder, kind))
     if options.lora:

@@ -18,12 +18,13 @@ from dkdm.core.denoiser import Denoiser, no_decoder
 from dkdm.core.inputs import from_index
 from dkdm.core.prediction import Parameterization, VarianceType
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models.architectures import ARCHITECTURES, Architecture, check_embeddings
 from dkdm.models.components import Autoencoder, Component, weight_variant
 from dkdm.models.effective import (
-    ALIASES,
     class_config,
     config_file,
     effective_config,
+    is_older_name,
     listed_class,
     network_name,
     pipeline_entries,
@@ -32,7 +33,6 @@ from dkdm.models.effective import (
 from dkdm.models.families import LEFT_OUT, check_parts, check_times, family_of
 from dkdm.models.locate import INDEX
 from dkdm.models.lora import merge_loras, read_choices
-from dkdm.models.networks import FACTS, Facts, check_embeddings
 from dkdm.models.options import LoadOptions
 from dkdm.models.own_network import OWN_CLASS, load_own, read_origin
 from dkdm.models.prompts import Prompts
@@ -57,11 +57,11 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     loras = read_choices(options.lora)
     distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
-    component, facts = network_of(read_index(folder), folder)
+    component, known = network_of(read_index(folder), folder)
     place = place_of(folder, component)
     for part in {place, *(one.folder for one in denoiser.bundle.components.values())}:
         refuse_other_contents(part)
-    network = load_network(place, facts.class_name, options, folder)
+    network = load_network(place, known.name, options, folder)
     merge_loras(network, denoiser.bundle.pipeline, component, loras)
     return replace(denoiser, network=network, call=None)
 
@@ -76,49 +76,43 @@ def load_network_folder(
     are missing or do not match.
     """
     config = read_json(folder / "config.json", "a network's config")
-    facts = facts_of_lone(folder, config)
-    name = facts.class_name
+    known = lone_architecture(folder, config)
     refuse_other_contents(folder)
-    config = class_config(config, name, str(folder / "config.json"))
+    config = class_config(config, known.name, str(folder / "config.json"))
     check_numbers(config, str(folder / "config.json"))
     noise = class_config(scheduler, str(scheduler.get("_class_name")), "the scheduler's config")
-    denoiser = _denoiser(folder, facts, config, noise, {}, Bundle(), options)
-    return replace(denoiser, network=load_network(folder, name, options), call=None)
+    denoiser = _denoiser(folder, known, config, noise, {}, Bundle(), options)
+    return replace(denoiser, network=load_network(folder, known.name, options), call=None)
 
 
-def facts_of_lone(folder: Path, config: Mapping[str, Any]) -> Facts:
+def lone_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
     """What is known of a network without a pipeline. Raises UsageError for one that dkdm does not
     know or that reads text."""
     name = network_name(str(config.get("_class_name")), config)
-    if name not in FACTS:
+    known = ARCHITECTURES.get(name)
+    if known is None:
         raise UsageError(
-            f"{folder}: its network is {as_named(name)}: expected one of {', '.join(FACTS)}"
+            f"{folder}: its network is {as_named(name)}: expected one of {', '.join(ARCHITECTURES)}"
         )
-    if FACTS[name].reads_text:
+    if known.needs_text(config):
         raise UsageError(
             f"{folder}: {name} is conditioned on text: give the pipeline folder that has its text "
             "encoders, with this network in the place of its own"
         )
-    return FACTS[name]
+    return known
 
 
 def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     """Everything of a pipeline folder but its network's weights: the network is a placeholder."""
     index = read_index(folder)
-    component, facts = network_of(index, folder)
+    component, known = network_of(index, folder)
     config = effective_config(folder, index, component)
     check_numbers(config, str(config_file(folder, component)))
-    if facts.class_name == OWN_CLASS:
+    if known.name == OWN_CLASS:
         read_origin(config, place_of(folder, component))
     scheduler = effective_config(folder, index, "scheduler")
     bundle = _bundle(folder, index, component, options.variant)
-    by_classes = facts.class_name == "UNet2DConditionModel"  # see check_embeddings
-    if facts.reads_text and not by_classes and not _reads_text(bundle):
-        raise UsageError(
-            f"{folder}: {facts.class_name} is conditioned on text, but {INDEX} lists no text "
-            "encoder: give a folder with text_encoder and tokenizer"
-        )
-    return _denoiser(folder, facts, config, scheduler, index, bundle, options)
+    return _denoiser(folder, known, config, scheduler, index, bundle, options)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -145,13 +139,13 @@ def _family(index: Mapping[str, Any], folder: Path) -> str | None:
 def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> str:
     """The class of a network as diffusers makes it; empty for a component that is not listed."""
     listed = listed_class(index, component)
-    aliased = config_file(folder, component) if listed in ALIASES else None
+    aliased = config_file(folder, component) if is_older_name(listed) else None
     return network_name(listed, read_json(aliased, "its config") if aliased else {})
 
 
 def _denoiser(
     folder: Path,
-    facts: Facts,
+    known: Architecture,
     config: dict[str, Any],
     scheduler: dict[str, Any],
     index: dict[str, Any],
@@ -159,16 +153,16 @@ def _denoiser(
     options: LoadOptions,
 ) -> Denoiser:
     """What configs, index and the other components say; its network is a placeholder."""
-    shape = facts.shape(config, options.sample_size or _saved_size(index))
-    patch = facts.patch(config)
+    check_embeddings(known.name, config, _reads_text(bundle), str(folder))
+    shape = known.shape(config, options.sample_size or _saved_size(index))
+    patch = known.patch(config)
     check_sample(shape, f"{folder}: by its config.json", patch if patch > 1 else None)
     tokens = math.prod(shape[1:]) // patch**2
     process = from_scheduler_config(scheduler, tokens)
     process = replace(process, scheduler=saved_config(scheduler, tokens))
     _check_channels(folder, config, shape, bundle)
-    check_embeddings({**config, "_class_name": facts.class_name}, _reads_text(bundle), str(folder))
-    conditioning, constants = _conditioning(folder, config, index, bundle)
-    constants |= facts.constants(config, shape, bundle)
+    conditioning, constants = _conditioning(folder, known, config, index, bundle)
+    constants |= known.constants(config, shape, bundle)
     return Denoiser(
         _placeholder,
         process,
@@ -232,7 +226,7 @@ def _placeholder(*_: Any, **__: Any) -> Any:
     raise DkdmError("this model was described, not loaded")
 
 
-def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
+def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Architecture]:
     """Name and class of the denoiser. Raises UsageError if it is none that dkdm knows."""
     kind = as_named(index.get("_class_name"))
     if "Consistency" in kind:
@@ -244,13 +238,14 @@ def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Facts]:
     check_times(index, folder)
     found = {name: _class_of(index, name, folder) for name in DENOISERS}
     for component, name in found.items():
-        if name in FACTS:
+        if name in ARCHITECTURES:
             _check_library(folder, component, index[component])
-            return component, FACTS[name]
+            return component, ARCHITECTURES[name]
     named = ", ".join(as_named(name) for name in found.values() if name) or "no network"
     raise UsageError(
-        f"{folder}: a {kind} with {named}; expected one of {', '.join(FACTS)}. A network that dkdm "
-        "was given as an object is loaded by dkdm.load_student(folder, network=...)"
+        f"{folder}: a {kind} with {named}, which dkdm does not know. It knows "
+        f"{', '.join(ARCHITECTURES)}. A network that dkdm was given as an object is loaded by "
+        "dkdm.load_student(folder, network=...)"
     )
 
 
@@ -382,24 +377,27 @@ def load_network(
 
 
 def _conditioning(
-    folder: Path, config: dict[str, Any], index: dict[str, Any], bundle: Bundle
+    folder: Path,
+    known: Architecture,
+    config: dict[str, Any],
+    index: dict[str, Any],
+    bundle: Bundle,
 ) -> tuple[Conditioning, dict[str, torch.Tensor]]:
     """Text where there is an encoder for it; else classes as the network embeds them."""
     if _reads_text(bundle):
         return text_conditioning(folder, bundle), {}
     if "_conditions" in index:
         return from_index(index["_conditions"], str(folder / INDEX)), {}
-    if config.get("_class_name") == OWN_CLASS:
+    if known.name == OWN_CLASS:
         return _own_conditioning(config, index), {}
-    is_dit = config.get("_class_name") == "DiTTransformer2DModel"
-    embedded = config.get("num_embeds_ada_norm" if is_dit else "num_class_embeds")
+    embedded = config.get(known.classes)
     if not embedded:
         return Unconditional(), {}
     if embedded == 1:
         return Unconditional(), {"class_labels": torch.tensor(0)}
     null = index.get("null_class")
-    if "null_class" not in index and is_dit:
-        null = embedded  # a DiT's table of labels has one row more, for no label
+    if "null_class" not in index and known.extra_row:
+        null = embedded
     classes = embedded - 1 if null == embedded - 1 else embedded
     return ClassLabels(classes, null, _taught(index), _class_names(index, classes)), {}
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from dkdm.core.denoiser import Denoiser
+from dkdm.models.architectures import Architecture
 from dkdm.models.effective import config_file, effective_config, place_of
 from dkdm.models.locate import INDEX, locate
 from dkdm.models.options import LoadOptions
 from dkdm.models.own_network import OWN_CLASS, BlankEmbeddings, make, read_origin
 from dkdm.models.pipeline_folder import describe_pipeline_folder, network_of, read_index
+from dkdm.models.pipelines import EMBEDS, MASK, POOLED, encoding_of
 from dkdm.models.prompts import Prompts
-from dkdm.models.text import EMBEDS, FAMILIES, MASK, POOLED
 from dkdm.networks import network_class
 from dkdm.reading.plugins import distrust
 from dkdm.reading.sizes import check_sample, make_network, understood
@@ -45,19 +46,19 @@ def _sketch(folder: Path, options: LoadOptions, name: str) -> Denoiser:
     distrust(folder)
     denoiser = describe_pipeline_folder(folder, options)
     index = read_index(folder)
-    component, facts = network_of(index, folder)
+    component, known = network_of(index, folder)
     config = effective_config(folder, index, component)
     with torch.device("meta"):
         if config.get("_class_name") == OWN_CLASS:
             origin = read_origin(config, place_of(folder, component))
             network = make(origin, folder, options.factory)
         else:
-            kind, file = network_class(facts.class_name), config_file(folder, component)
+            kind, file = network_class(known.name), config_file(folder, component)
             network = make_network(kind, config, str(file))
     network = torch.nn.Module.to(network, "meta", getattr(torch, _precision(options.dtype)))
     conditioning = denoiser.conditioning
     if isinstance(conditioning, Prompts):
-        shapes = _shapes(config, denoiser)
+        shapes = _shapes(config, known, denoiser)
         for embedding, shape in shapes.items():
             check_sample(shape, f"{folder}: {embedding}")
         conditioning = replace(
@@ -72,28 +73,21 @@ def _precision(dtype: str) -> str:
     return "bfloat16" if dtype == "int8" else dtype
 
 
-def _shapes(config: dict[str, Any], denoiser: Denoiser) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    config: dict[str, Any], known: Architecture, denoiser: Denoiser
+) -> dict[str, tuple[int, ...]]:
     """The embeddings a text network expects, by its config."""
-    family = FAMILIES[str(denoiser.bundle.pipeline)]
-    tokens = int(family.all_arguments(denoiser.bundle).get("max_sequence_length", PROMPT_TOKENS))
-    shapes: dict[str, tuple[int, ...]] = {EMBEDS: (tokens, _first(config, _WIDTHS))}
-    if MASK in family.outputs:
+    encoding = encoding_of(denoiser.bundle.pipeline)
+    if encoding is None:
+        return {}
+    tokens = int(encoding.all_arguments(denoiser.bundle).get("max_sequence_length", PROMPT_TOKENS))
+    shapes: dict[str, tuple[int, ...]] = {EMBEDS: (tokens, _first(config, known.text_widths))}
+    if MASK in encoding.outputs:
         shapes[MASK] = (tokens,)
-    if POOLED in family.outputs:
+    if POOLED in encoding.outputs:
         sizes = 6 * int(config.get("addition_time_embed_dim") or 0)
-        shapes[POOLED] = (_first(config, _POOLED_WIDTHS) - sizes,)
+        shapes[POOLED] = (_first(config, known.pooled_widths) - sizes,)
     return shapes
-
-
-_WIDTHS = (
-    "encoder_hid_dim",
-    "joint_attention_dim",
-    "caption_channels",
-    "cap_feat_dim",
-    "text_dim",
-    "cross_attention_dim",
-)
-_POOLED_WIDTHS = ("pooled_projection_dim", "projection_class_embeddings_input_dim")
 
 
 def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:

@@ -1,11 +1,9 @@
-"""How each text pipeline of diffusers encodes prompts."""
+"""Prompts encoded by a pipeline of diffusers without its denoiser and autoencoder."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,82 +16,11 @@ from dkdm.core.conditioning import Condition
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.components import Component
 from dkdm.models.effective import class_config
+from dkdm.models.pipelines import Encoding, encoding_of, text_pipelines
 from dkdm.models.prompts import Prompts, TextEncoders, folder_fingerprint
 from dkdm.reading.allowed import component_class
 from dkdm.reading.fields import Fields, read_json
 from dkdm.reading.sizes import in_a_line
-
-EMBEDS, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a pipeline's `encode_prompt` returns and is told.
-
-    outputs: names of what it returns, None for what is not needed. arguments: given to it.
-    defaults: arguments of `encode_prompt` that are taken from the pipeline's own `__call__`.
-    zero_empty: the entry of model_index.json that says that an empty prompt is all zeros.
-    bare_empty: whether an empty prompt goes without the instruction that stands before the others;
-        the pipeline encodes it as its negative prompt, and returns that after the prompts' own.
-    asks_transformer: whether it asks the denoiser's config for the width of a missing encoder.
-    """
-
-    outputs: tuple[str | None, ...]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    defaults: tuple[str, ...] = ()
-    zero_empty: str | None = None
-    bare_empty: bool = False
-    asks_transformer: bool = False
-
-    def all_arguments(self, bundle: Bundle) -> dict[str, Any]:
-        """What `encode_prompt` is told beside prompts; the bundle's entries come first."""
-        import diffusers
-
-        call = inspect.signature(getattr(diffusers, str(bundle.pipeline)).__call__).parameters
-        defaults = {name: call[name].default for name in self.defaults}
-        own = {name: bundle.entries[name] for name in self.defaults if name in bundle.entries}
-        return self.arguments | defaults | own
-
-    def absent(self, pipeline: str, encoders: Sequence[str]) -> list[str]:
-        """Parameters of the pipeline that are neither its scheduler nor one of its encoders."""
-        import diffusers
-
-        init = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
-        present = {"self", "scheduler", *encoders}
-        return [
-            name
-            for name, parameter in init.items()
-            if name not in present and (parameter.default is parameter.empty or name in _NOT_TEXT)
-        ]
-
-
-_UNGUIDED = {"do_classifier_free_guidance": False}
-_SEVERAL = {"prompt_2": None}
-FAMILIES = {
-    "StableDiffusionPipeline": Family((EMBEDS,), {**_UNGUIDED, "num_images_per_prompt": 1}),
-    "StableDiffusionXLPipeline": Family(
-        (EMBEDS, None, POOLED), {**_UNGUIDED, **_SEVERAL}, (), "force_zeros_for_empty_prompt"
-    ),
-    "PixArtAlphaPipeline": Family((EMBEDS, MASK), _UNGUIDED, ("max_sequence_length",)),
-    "PixArtSigmaPipeline": Family((EMBEDS, MASK), _UNGUIDED, ("max_sequence_length",)),
-    "StableDiffusion3Pipeline": Family(
-        (EMBEDS, None, POOLED),
-        {**_UNGUIDED, **_SEVERAL, "prompt_3": None},
-        ("max_sequence_length",),
-        asks_transformer=True,
-    ),
-    "FluxPipeline": Family((EMBEDS, POOLED), _SEVERAL, ("max_sequence_length",)),
-    "SanaPipeline": Family(
-        (EMBEDS, MASK),
-        _UNGUIDED,
-        ("max_sequence_length", "complex_human_instruction"),
-        bare_empty=True,
-    ),
-    "Lumina2Pipeline": Family(
-        (EMBEDS, MASK), _UNGUIDED, ("max_sequence_length", "system_prompt"), bare_empty=True
-    ),
-    "WanPipeline": Family((EMBEDS,), _UNGUIDED, ("max_sequence_length",)),
-}
 
 
 def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
@@ -102,22 +29,22 @@ def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
     Raises UsageError for a pipeline whose prompts dkdm does not know how to encode, DkdmError where
     transformers is not installed.
     """
-    if bundle.pipeline not in FAMILIES:
+    encoding = encoding_of(bundle.pipeline)
+    if encoding is None:
         raise UsageError(
             f"{folder}: how {bundle.pipeline} encodes prompts is not known: expected one of "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(text_pipelines())}"
         )
     if find_spec("transformers") is None:
         raise DkdmError(f"{folder}: prompts need transformers: pip install 'dkdm[text]'")
     encoders = {name: part for name, part in bundle.components.items() if _is_text(name)}
-    family = FAMILIES[bundle.pipeline]
-    told = repr(family.all_arguments(bundle))
+    told = repr(encoding.all_arguments(bundle))
     told += repr([part.class_name for part in encoders.values()])
-    if family.asks_transformer:
+    if encoding.asks_transformer:
         told += f" {token_width(folder, bundle)}"
     folders = [part.folder for part in encoders.values()]
-    fingerprint = folder_fingerprint(folders, bundle.pipeline, told)
-    loaded = LazyEncoders(folder, bundle)
+    fingerprint = folder_fingerprint(folders, str(bundle.pipeline), told)
+    loaded = LazyEncoders(folder, bundle, encoding)
     return Prompts(TextEncoders(loaded.encode, loaded.release, fingerprint))
 
 
@@ -128,9 +55,8 @@ def _is_text(name: str) -> bool:
 class LazyEncoders:
     """A pipeline without denoiser and autoencoder, loaded when the first prompt is encoded."""
 
-    def __init__(self, folder: Path, bundle: Bundle) -> None:
-        self.folder, self.bundle = folder, bundle
-        self.family = FAMILIES[str(bundle.pipeline)]
+    def __init__(self, folder: Path, bundle: Bundle, encoding: Encoding) -> None:
+        self.folder, self.bundle, self.encoding = folder, bundle, encoding
         self.pipeline: Any = None
 
     def load(self) -> Any:
@@ -144,11 +70,11 @@ class LazyEncoders:
         kind = str(self.bundle.pipeline)
         parts = {name: part for name, part in self.bundle.components.items() if _is_text(name)}
         loaded = {name: part.load(**_options(name)) for name, part in parts.items()}
-        unused = dict.fromkeys(["scheduler", *self.family.absent(kind, list(parts))])
+        unused = dict.fromkeys(["scheduler", *self.encoding.absent(kind, list(parts))])
         with self._fitting():
             pipeline = getattr(diffusers, kind)(**loaded, **unused)
         pipeline = pipeline.to("cuda") if torch.cuda.is_available() else pipeline
-        if self.family.asks_transformer and pipeline.text_encoder_3 is None:
+        if self.encoding.asks_transformer and pipeline.text_encoder_3 is None:
             config = SimpleNamespace(joint_attention_dim=token_width(self.folder, self.bundle))
             object.__setattr__(pipeline, "transformer", SimpleNamespace(config=config))
         return pipeline
@@ -159,10 +85,10 @@ class LazyEncoders:
         rows, empty = self._encode(prompts), [i for i, prompt in enumerate(prompts) if not prompt]
         if not empty:
             return rows
-        if self.bundle.entries.get(self.family.zero_empty or "", False):
+        if self.bundle.entries.get(self.encoding.zero_empty or "", False):
             for value in rows.values():
                 value[empty] = 0
-        elif self.family.bare_empty:
+        elif self.encoding.bare_empty:
             bare = self._encode([""], negative=True)
             for name, value in rows.items():
                 value[empty] = bare[name]
@@ -170,8 +96,8 @@ class LazyEncoders:
 
     def _encode(self, prompts: Sequence[str], negative: bool = False) -> Condition:
         """What the pipeline makes of prompts, or of negative prompts."""
-        pipeline, outputs = self.load(), self.family.outputs
-        arguments = self.family.all_arguments(self.bundle)
+        pipeline, outputs = self.load(), self.encoding.outputs
+        arguments = self.encoding.all_arguments(self.bundle)
         if negative:
             arguments |= {"do_classifier_free_guidance": True, "negative_prompt": list(prompts)}
         device = next(
@@ -228,12 +154,6 @@ def encoder_width(part: Component) -> int:
 
 def _options(name: str) -> dict[str, Any]:
     return {"dtype": torch.float32} if name.startswith("text_encoder") else {}
-
-
-_NOT_TEXT = (
-    "unet", "transformer", "transformer_2", "vae", "safety_checker", "feature_extractor",
-    "image_encoder",
-)  # fmt: skip
 
 
 def _is_encoder(name: str, part: Any) -> bool:

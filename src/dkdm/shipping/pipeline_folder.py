@@ -17,9 +17,10 @@ from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.inputs import GivenRows, Row, is_own_conditioning, rows_of, to_index
 from dkdm.core.process import Process
+from dkdm.models.architectures import component_of, pixels
 from dkdm.models.components import Component
-from dkdm.models.networks import pixels
 from dkdm.models.own_network import OWN_CLASS, origin_of
+from dkdm.models.pipelines import PIPELINES, Pipeline, encoding_of
 from dkdm.models.prompts import Prompts
 from dkdm.models.schedulers import (
     EDM_SCHEDULERS,
@@ -30,7 +31,6 @@ from dkdm.models.schedulers import (
     clips_as,
     flow_grid,
 )
-from dkdm.models.text import FAMILIES
 from dkdm.reading.files import identifier, literal, render
 from dkdm.reading.places import copy_folder
 from dkdm.shipping.own_network import shipment, shipping_note
@@ -44,7 +44,7 @@ COMPONENTS = (
 
 def component_name(network: nn.Module) -> str:
     """The folder a network is saved in, as diffusers names it: unet or transformer."""
-    return "transformer" if "Transformer" in type(network).__name__ else "unet"
+    return component_of(type(network).__name__)
 
 
 def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
@@ -171,20 +171,6 @@ def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
     return config
 
 
-STOCK_NETWORKS = {
-    "LDMPipeline": "UNet2DModel",
-    "DiTPipeline": "DiTTransformer2DModel",
-    "DanceDiffusionPipeline": "UNet1DModel",
-    "StableDiffusionPipeline": "UNet2DConditionModel",
-    "StableDiffusionXLPipeline": "UNet2DConditionModel",
-    "PixArtAlphaPipeline": "PixArtTransformer2DModel",
-    "PixArtSigmaPipeline": "PixArtTransformer2DModel",
-    "StableDiffusion3Pipeline": "SD3Transformer2DModel",
-    "FluxPipeline": "FluxTransformer2DModel",
-    "SanaPipeline": "SanaTransformer2DModel",
-    "Lumina2Pipeline": "Lumina2Transformer2DModel",
-    "WanPipeline": "WanTransformer3DModel",
-}
 _NULL_CLASS_OF_DIT = 1000  # DiTPipeline guides with this one, whatever the network
 
 
@@ -203,7 +189,8 @@ def _feeding_pipeline(denoiser: Denoiser) -> str | None:
         return None
     if network == "UNet2DModel":
         return _stock_of_unet(denoiser, scheduler)
-    if STOCK_NETWORKS.get(str(kind)) != network or not _stock_process(str(kind), denoiser.process):
+    known = PIPELINES.get(str(kind))
+    if not known or known.network != network or not _stock_process(known, denoiser.process):
         return None
     names = getattr(denoiser.conditioning, "names", None)
     imagenet = ClassLabels(_NULL_CLASS_OF_DIT, _NULL_CLASS_OF_DIT, None, names)
@@ -215,28 +202,15 @@ def _feeding_pipeline(denoiser: Denoiser) -> str | None:
     return kind
 
 
-def _stock_process(pipeline: str, process: Process) -> bool:
+def _stock_process(pipeline: Pipeline, process: Process) -> bool:
     """Whether a pipeline can sample a process: each knows flows or the others, and starts a flow at
     pure noise."""
     scheduler = process.scheduler["_class_name"]
     odd = process.scheduler.get("use_flow_sigmas", False)  # pipelines pass sigmas of their own
-    if scheduler not in _ONLY_WITH.get(pipeline, (scheduler,)) or odd:
+    if scheduler not in (pipeline.schedulers or (scheduler,)) or odd:
         return False
     is_flow = scheduler.startswith("FlowMatch")
-    return is_flow == (pipeline in _FLOW_PIPELINES) and SIGMA_RANGE not in process.scheduler
-
-
-_ONLY_WITH = {  # pipelines that do not scale what the network is shown, or the first noise
-    "DiTPipeline": ("DDPMScheduler", "DDIMScheduler"),
-    "DanceDiffusionPipeline": ("IPNDMScheduler",),
-}
-_FLOW_PIPELINES = (
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "SanaPipeline",
-    "Lumina2Pipeline",
-    "WanPipeline",
-)
+    return is_flow == pipeline.flow and SIGMA_RANGE not in process.scheduler
 
 
 def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
@@ -270,7 +244,7 @@ def _pipeline_source(
     text = isinstance(denoiser.conditioning, Prompts)
     bundle, scheduler = denoiser.bundle, denoiser.process.scheduler["_class_name"]
     first_sigma, last_sigma = flow_grid(denoiser.process.scheduler)
-    family = FAMILIES[str(bundle.pipeline)] if text else None
+    family = encoding_of(bundle.pipeline) if text else None
     latent = bundle.autoencoder is not None and "vae" in components
     return render(
         "dkdm.shipping",
@@ -391,7 +365,7 @@ def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) 
     stock = _stock_pipeline(denoiser)
     given = [json.dumps(folder, ensure_ascii=False)]
     given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
-    result = _RESULTS.get(str(stock), "images")
+    result = PIPELINES[stock].output if stock in PIPELINES else "images"
     imports = "import torch\n" if own_rows(denoiser) else ""
     return (
         f"{imports}from diffusers import DiffusionPipeline\n\n"
@@ -420,10 +394,6 @@ def _network_alone(folder: str, denoiser: Denoiser) -> str:
     )
 
 
-_RESULTS = {"DanceDiffusionPipeline": "audios", "WanPipeline": "frames"}
-_ASKED_FOR_SIZES = ("FluxPipeline", "Lumina2Pipeline", "WanPipeline")
-
-
 def _absent(stock: str, denoiser: Denoiser) -> list[str]:
     """Arguments that say that a component is not there, where diffusers wants to be told so."""
     import diffusers
@@ -448,7 +418,7 @@ def _usage_call(denoiser: Denoiser, stock: str | None) -> str:
 
 def _usage_size(denoiser: Denoiser, stock: str | None) -> str:
     """The size in pixels, for pipelines that do not find it in the network's config."""
-    if stock not in _ASKED_FOR_SIZES:
+    if stock not in PIPELINES or not PIPELINES[stock].asks_size:
         return ""
     height, width = pixels(denoiser.sample_shape, denoiser.bundle)
     size = f"height={height}, width={width}, "

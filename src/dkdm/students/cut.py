@@ -15,12 +15,11 @@ from torch import nn
 
 from dkdm.core.positions import evenly
 from dkdm.errors import UsageError
+from dkdm.models.architectures import architecture_of, with_layout
 from dkdm.students.interface import Interface, Preset
 
 Config = Mapping[str, Any]
 
-UNETS = ("UNet2DModel", "UNet2DConditionModel")
-THIN_TRANSFORMERS = ("DiTTransformer2DModel", "SD3Transformer2DModel")
 _PER_STAGE = (
     "block_out_channels",
     "down_block_types",
@@ -37,7 +36,7 @@ def fewer_blocks(interface: Interface, name: str, mid_block: bool, innermost: bo
     mid_block, innermost: whether these stages are kept. Source: BK-SDM (arXiv 2305.15798,
     sec. 3.1). Raises UsageError for other networks, and where there is nothing to remove.
     """
-    network = _teacher(interface, name, UNETS)
+    network = _teacher(interface, name, with_layout("unet"))
     config: Config = network.config  # type: ignore[assignment]
     changes: dict[str, Any] = {"layers_per_block": 1}
     if not mid_block:
@@ -70,9 +69,9 @@ def narrower(interface: Interface, name: str, share: float) -> nn.Module:
     Heads keep their width; the number of groups of a normalization shrinks with the widths. Raises
     UsageError for other networks, and where no width can shrink.
     """
-    network = _teacher(interface, name, (*UNETS, *THIN_TRANSFORMERS))
+    network = _teacher(interface, name, with_layout("unet", "transformer"))
     config: Config = network.config  # type: ignore[assignment]
-    is_unet = type(network).__name__ in UNETS
+    is_unet = architecture_of(network).layout == "unet"
     changes = _thin_unet(network, share) if is_unet else _fewer_heads(config, share)
     if all(config[key] == value for key, value in changes.items()):
         raise UsageError(f"{name}: the teacher's widths are one head or one group each already")
@@ -94,7 +93,7 @@ def _thin_unet(network: nn.Module, share: float) -> dict[str, Any]:
     if config.get("attn_norm_num_groups"):
         limit = max(1, _nearest(config["attn_norm_num_groups"] * share))
         changes["attn_norm_num_groups"] = _largest_divisor(widths[-1], limit)
-    if type(network).__name__ == "UNet2DConditionModel":  # its attention_head_dim counts heads
+    if architecture_of(network).counts_heads:
         counts = [w // head if head else 1 for w, head in zip(widths, heads, strict=True)]
         changes["attention_head_dim"] = tuple(counts)
     return changes
@@ -107,7 +106,7 @@ def _widths_of_heads(network: nn.Module) -> list[int | None]:
     attends = ["Attn" in kind for kind in kinds]
     attends[-1] |= config["mid_block_type"] is not None and config.get("add_attention", True)
     given = config["attention_head_dim"]
-    if type(network).__name__ == "UNet2DModel":
+    if not architecture_of(network).counts_heads:
         return [given if attending else None for attending in attends]
     counts = [given] * len(widths) if isinstance(given, int) else given
     return [w // n if a else None for w, n, a in zip(widths, counts, attends, strict=True)]

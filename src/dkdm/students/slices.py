@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dkdm.models.architectures import architecture_of
+
 Tensors = Mapping[str, Tensor]
 Parts = list[tuple[int, int]]  # lengths in the narrow and in the wide network
 
@@ -172,9 +174,8 @@ _HEADS = {  # axes that are rows of heads: what goes into them, and what comes o
     False: re.compile(r"\.(to_out\.0|to_add_out)\.weight$"),
 }
 
-LAYOUTS: dict[str, Layout] = {
-    "UNet2DModel": unet,
-    "UNet2DConditionModel": unet,
-    "DiTTransformer2DModel": transformer,
-    "SD3Transformer2DModel": transformer,
-}
+
+def layout_of(network: object) -> Layout:
+    """How the axes of a network's tensors are sliced."""
+    layouts: dict[str | None, Layout] = {"unet": unet, "transformer": transformer}
+    return layouts.get(architecture_of(network).layout, unknown)

@@ -8,8 +8,8 @@ from typing import Any
 
 from dkdm.core.bundle import Coder
 from dkdm.errors import UsageError
+from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.effective import class_config, network_name
-from dkdm.models.networks import FACTS
 from dkdm.models.pipeline_folder import AUTOENCODERS, DENOISERS
 from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_place
@@ -70,16 +70,14 @@ def _latents(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_config(config: Mapping[str, Any], interface: Interface, where: str) -> None:
     """Raise UsageError where a network's config is for other samples than the teacher's."""
     name, wanted = network_name(str(config["_class_name"]), config), interface.sample_shape
-    facts = FACTS.get(name)
-    if facts is None:
+    known = ARCHITECTURES.get(name)
+    if known is None:
         return
     config = class_config(config, name, where)
     try:
-        channels = facts.shape(dict(config), wanted[1:])[0]
+        channels = known.shape(dict(config), wanted[1:])[0]
     except (UsageError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{where}: {facts.class_name} is not for samples of shape {wanted}"
-        ) from error
+        raise UsageError(f"{where}: {name} is not for samples of shape {wanted}") from error
     if channels != wanted[0]:
         raise UsageError(
             f"{where}: the student's samples have {channels} channels, the teacher's {wanted[0]}"

@@ -20,7 +20,7 @@ from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_folder
 from dkdm.students.loading import averages
 from dkdm.students.lora import add_lora, inherited_names, merged_weights
-from dkdm.students.slices import LAYOUTS, Pair, taken, unknown
+from dkdm.students.slices import Pair, layout_of, taken
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def inherit(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> St
     own, parameters = network.state_dict(), dict(network.named_parameters())
     pairs = [Pair(name, other, own, source) for name, other in counterparts(own, source).items()]
     whole = {pair.name: source[pair.other] for pair in pairs if pair.is_whole}
-    layout = LAYOUTS.get(type(network).__name__, unknown)
+    layout = layout_of(network)
     wider = [pair for pair in pairs if pair.name in parameters and not pair.is_whole]
     parts = {pair.name: taken(pair, layout) for pair in wider}
     sliced = {name: part for name, part in parts.items() if part is not None}

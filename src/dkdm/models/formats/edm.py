@@ -12,9 +12,9 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import karras
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.flags import one_of, read_flags
 from dkdm.models.formats.state_dict import Weights, frozen, without_prefix
-from dkdm.models.networks import FACTS
 from dkdm.models.options import LoadOptions
 from dkdm.networks.edm import DhariwalUNet, SongUNet
 
@@ -54,7 +54,7 @@ def edm_denoiser(network: Any, options: LoadOptions, **fields: Any) -> Denoiser:
         network,
         karras(1000),
         Parameterization("edm", sigma_data=0.5),
-        FACTS[type(network).__name__].shape(dict(network.config), options.sample_size),
+        ARCHITECTURES[type(network).__name__].shape(dict(network.config), options.sample_size),
         ClassLabels(classes) if classes else Unconditional(),
         **fields,
     )

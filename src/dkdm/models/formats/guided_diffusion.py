@@ -20,9 +20,9 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.flags import one_of, read_flags
 from dkdm.models.formats.state_dict import Weights, expect_keys, frozen
-from dkdm.models.networks import FACTS
 from dkdm.models.options import LoadOptions
 from dkdm.models.schedulers import from_scheduler_config
 from dkdm.networks.adm import AdmUNet
@@ -57,7 +57,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
         frozen(network, weights.tensors, weights.path, options.dtype),
         from_scheduler_config(_scheduler(flags)),
         Parameterization("sample" if flags.predict_xstart else "epsilon", _variance(flags)),
-        FACTS["AdmUNet"].shape(dict(network.config), options.sample_size),
+        ARCHITECTURES["AdmUNet"].shape(dict(network.config), options.sample_size),
         Unconditional() if classes is None else ClassLabels(classes),
         time=_rescaled_time if _rescales_time(flags) else None,
     )

@@ -16,9 +16,9 @@ from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization, PredictionType
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.first_stage import autoencoder_bundle
 from dkdm.models.formats.state_dict import Weights, frozen, without_prefix
-from dkdm.models.networks import FACTS
 from dkdm.models.options import LoadOptions
 from dkdm.models.schedulers import from_scheduler_config
 from dkdm.networks.adm import AdmUNet
@@ -54,7 +54,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
         frozen(network, tensors, weights.path, options.dtype),
         from_scheduler_config(_scheduler(config)),
         Parameterization(_prediction(config)),
-        FACTS["AdmUNet"].shape(dict(network.config), options.sample_size),
+        ARCHITECTURES["AdmUNet"].shape(dict(network.config), options.sample_size),
         _conditioning(classes),
         bundle=autoencoder_bundle(config["first_stage_config"], coder, scale, weights.path),
     )

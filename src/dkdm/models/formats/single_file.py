@@ -13,10 +13,12 @@ import torch
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models.architectures import component_of
 from dkdm.models.locate import INDEX
 from dkdm.models.lora import merge_loras, read_choices
 from dkdm.models.options import LoadOptions
 from dkdm.models.pipeline_folder import describe_pipeline_folder, load_pipeline_folder
+from dkdm.models.pipelines import PIPELINES
 from dkdm.reading.fields import read_json, shown
 from dkdm.reading.files import cache_dir, cached_folder
 
@@ -29,16 +31,24 @@ TEXT = ("cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "
 class SingleFile:
     """A kind of file that diffusers' `from_single_file` reads.
 
-    what: its name. pipeline: class. repository: whose other parts it goes with. component, network:
-    name and class of its denoiser. whole: whether text encoders lie in the file too.
+    what: its name. pipeline: class. repository: whose other parts it goes with. whole: whether text
+    encoders lie in the file too.
     """
 
     what: str
     pipeline: str
     repository: str
-    component: str
-    network: str
     whole: bool = False
+
+    @property
+    def network(self) -> str:
+        """The class of its denoiser."""
+        return PIPELINES[self.pipeline].network
+
+    @property
+    def component(self) -> str:
+        """The name of its denoiser in the pipeline."""
+        return component_of(self.network)
 
     def line(self, path: Path, more: str = "") -> str:
         """The Python that makes the file a folder."""
@@ -108,8 +118,6 @@ _SD1 = SingleFile(
     "a Stable Diffusion 1 file",
     "StableDiffusionPipeline",
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "unet",
-    "UNet2DConditionModel",
 )
 _SD2 = replace(
     _SD1,
@@ -128,13 +136,11 @@ _SDXL = replace(
 def _flux(names: set[str]) -> SingleFile:
     dev = any(name.startswith("guidance_in.") for name in names)
     kind = "dev" if dev else "schnell"
-    repository, network = f"black-forest-labs/FLUX.1-{kind}", "FluxTransformer2DModel"
-    return SingleFile(f"a Flux {kind} file", "FluxPipeline", repository, "transformer", network)
+    return SingleFile(f"a Flux {kind} file", "FluxPipeline", f"black-forest-labs/FLUX.1-{kind}")
 
 
-def _always(*fields: str) -> Callable[[set[str]], SingleFile]:
-    what, pipeline, repository, network = fields
-    return lambda _: SingleFile(what, pipeline, repository, "transformer", network)
+def _always(what: str, pipeline: str, repository: str) -> Callable[[set[str]], SingleFile]:
+    return lambda _: SingleFile(what, pipeline, repository)
 
 
 # A name that only this model has, and what the file is.
@@ -146,35 +152,19 @@ _TRANSFORMERS: tuple[tuple[str, Callable[[set[str]], SingleFile]], ...] = (
             "a Stable Diffusion 3 file",
             "StableDiffusion3Pipeline",
             "stabilityai/stable-diffusion-3-medium-diffusers",
-            "SD3Transformer2DModel",
         ),
     ),
     (
         "cap_embedder.0.weight",
-        _always(
-            "a Lumina 2 file",
-            "Lumina2Pipeline",
-            "Alpha-VLLM/Lumina-Image-2.0",
-            "Lumina2Transformer2DModel",
-        ),
+        _always("a Lumina 2 file", "Lumina2Pipeline", "Alpha-VLLM/Lumina-Image-2.0"),
     ),
     (
         "blocks.0.cross_attn.q_linear.weight",
-        _always(
-            "a SANA file",
-            "SanaPipeline",
-            "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
-            "SanaTransformer2DModel",
-        ),
+        _always("a SANA file", "SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
     ),
     (
         "head.modulation",
-        _always(
-            "a Wan file",
-            "WanPipeline",
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-            "WanTransformer3DModel",
-        ),
+        _always("a Wan file", "WanPipeline", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     ),
 )
 

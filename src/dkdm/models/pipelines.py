@@ -1,0 +1,213 @@
+"""All that dkdm must know of a pipeline of diffusers: one `Pipeline` for each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dkdm.core.bundle import Bundle
+
+EMBEDS, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
+_NOT_TEXT = (
+    "unet", "transformer", "transformer_2", "vae", "safety_checker", "feature_extractor",
+    "image_encoder",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a pipeline encodes prompts: what its `encode_prompt` takes and returns.
+
+    encoders: classes that each text encoder may be of. outputs: names of what `encode_prompt`
+        returns, None for what is not needed. arguments: given to it.
+    defaults: arguments of `encode_prompt` that are taken from the pipeline's `__call__`.
+    zero_empty: the entry of model_index.json that says that an empty prompt is all zeros.
+    bare_empty: whether an empty prompt goes without the instruction that stands before the others;
+        the pipeline encodes it as its negative prompt, and returns that after the prompts' own.
+    asks_transformer: whether it asks the denoiser's config for the width of a missing encoder.
+    """
+
+    encoders: Mapping[str, tuple[str, ...]]
+    outputs: tuple[str | None, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    defaults: tuple[str, ...] = ()
+    zero_empty: str | None = None
+    bare_empty: bool = False
+    asks_transformer: bool = False
+
+    def all_arguments(self, bundle: Bundle) -> dict[str, Any]:
+        """What `encode_prompt` takes beside prompts; the bundle's entries come first."""
+        import diffusers
+
+        call = inspect.signature(getattr(diffusers, str(bundle.pipeline)).__call__).parameters
+        defaults = {name: call[name].default for name in self.defaults}
+        given = {name: bundle.entries[name] for name in self.defaults if name in bundle.entries}
+        return {**self.arguments, **defaults, **given}
+
+    def absent(self, pipeline: str, encoders: Sequence[str]) -> list[str]:
+        """Parameters of the pipeline that are neither its scheduler nor one of its encoders."""
+        import diffusers
+
+        init = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
+        present = {"self", "scheduler", *encoders}
+        return [
+            name
+            for name, parameter in init.items()
+            if name not in present and (parameter.default is parameter.empty or name in _NOT_TEXT)
+        ]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline of diffusers that dkdm reads.
+
+    network: class of its denoiser. factors: entries of an autoencoder's config that it reads to
+        standardize latents; None: all.
+    encoding: of prompts; None without text. named: what the class of a pipeline with the same
+        components has in its name, if components alone do not tell.
+    schedulers: the only ones it samples with, since it scales neither its network's input nor the
+        first noise; None: any. flow: whether it samples flows, or else the others.
+    output: the attribute of its result that holds the samples. asks_size: whether it must be given
+        the size in pixels.
+    """
+
+    name: str
+    network: str
+    factors: tuple[str, ...] | None = None
+    encoding: Encoding | None = None
+    named: str = ""
+    schedulers: tuple[str, ...] | None = None
+    flow: bool = False
+    output: str = "images"
+    asks_size: bool = False
+
+    def is_like(self, kind: str, network: str, encoders: Mapping[str, str]) -> bool:
+        """Whether a pipeline of the class `kind` has the same network and text encoders."""
+        if self.encoding is None or network != self.network or self.named not in kind:
+            return False
+        legal = self.encoding.encoders
+        return all(value in legal.get(name, ()) for name, value in encoders.items())
+
+
+_SCALE, _SHIFT, _EACH = ("scaling_factor",), ("shift_factor",), ("latents_mean", "latents_std")
+_CLIP, _PROJECTED, _T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
+_GEMMA = ("Gemma2Model", "Gemma2PreTrainedModel", "Gemma2ForCausalLM", "AutoModel")
+_UNGUIDED = {"do_classifier_free_guidance": False}
+_SEVERAL = {"prompt_2": None}
+_LENGTH = "max_sequence_length"
+_PIXART = Encoding({"text_encoder": _T5}, (EMBEDS, MASK), _UNGUIDED, (_LENGTH,))
+
+PIPELINES = {
+    each.name: each
+    for each in (
+        Pipeline("DDPMPipeline", "UNet2DModel"),
+        Pipeline("LDMPipeline", "UNet2DModel", _SCALE),
+        Pipeline("AudioDiffusionPipeline", "UNet2DModel", _SCALE),
+        Pipeline(
+            "DanceDiffusionPipeline",
+            "UNet1DModel",
+            schedulers=("IPNDMScheduler",),
+            output="audios",
+        ),
+        Pipeline(
+            "DiTPipeline",
+            "DiTTransformer2DModel",
+            _SCALE,
+            schedulers=("DDPMScheduler", "DDIMScheduler"),
+        ),
+        Pipeline(
+            "StableDiffusionPipeline",
+            "UNet2DConditionModel",
+            _SCALE,
+            Encoding({"text_encoder": _CLIP}, (EMBEDS,), {**_UNGUIDED, "num_images_per_prompt": 1}),
+        ),
+        Pipeline(
+            "StableDiffusionXLPipeline",
+            "UNet2DConditionModel",
+            _SCALE + _EACH,
+            Encoding(
+                {"text_encoder": _CLIP, "text_encoder_2": _PROJECTED},
+                (EMBEDS, None, POOLED),
+                {**_UNGUIDED, **_SEVERAL},
+                zero_empty="force_zeros_for_empty_prompt",
+            ),
+        ),
+        Pipeline("PixArtAlphaPipeline", "PixArtTransformer2DModel", _SCALE, _PIXART, "Alpha"),
+        Pipeline("PixArtSigmaPipeline", "PixArtTransformer2DModel", _SCALE, _PIXART, "Sigma"),
+        Pipeline(
+            "StableDiffusion3Pipeline",
+            "SD3Transformer2DModel",
+            _SCALE + _SHIFT,
+            Encoding(
+                {"text_encoder": _PROJECTED, "text_encoder_2": _PROJECTED, "text_encoder_3": _T5},
+                (EMBEDS, None, POOLED),
+                {**_UNGUIDED, **_SEVERAL, "prompt_3": None},
+                (_LENGTH,),
+                asks_transformer=True,
+            ),
+            flow=True,
+        ),
+        Pipeline(
+            "FluxPipeline",
+            "FluxTransformer2DModel",
+            _SCALE + _SHIFT,
+            Encoding(
+                {"text_encoder": _CLIP, "text_encoder_2": _T5},
+                (EMBEDS, POOLED),
+                _SEVERAL,
+                (_LENGTH,),
+            ),
+            flow=True,
+            asks_size=True,
+        ),
+        Pipeline(
+            "SanaPipeline",
+            "SanaTransformer2DModel",
+            _SCALE,
+            Encoding(
+                {"text_encoder": _GEMMA},
+                (EMBEDS, MASK),
+                _UNGUIDED,
+                (_LENGTH, "complex_human_instruction"),
+                bare_empty=True,
+            ),
+            flow=True,
+        ),
+        Pipeline(
+            "Lumina2Pipeline",
+            "Lumina2Transformer2DModel",
+            _SCALE + _SHIFT,
+            Encoding(
+                {"text_encoder": _GEMMA},
+                (EMBEDS, MASK),
+                _UNGUIDED,
+                (_LENGTH, "system_prompt"),
+                bare_empty=True,
+            ),
+            flow=True,
+            asks_size=True,
+        ),
+        Pipeline(
+            "WanPipeline",
+            "WanTransformer3DModel",
+            _EACH,
+            Encoding({"text_encoder": ("UMT5EncoderModel",)}, (EMBEDS,), _UNGUIDED, (_LENGTH,)),
+            flow=True,
+            output="frames",
+            asks_size=True,
+        ),
+    )
+}
+
+
+def encoding_of(pipeline: str | None) -> Encoding | None:
+    """How a pipeline encodes prompts; None if it does not, or dkdm does not know how."""
+    known = PIPELINES.get(str(pipeline))
+    return known.encoding if known else None
+
+
+def text_pipelines() -> list[str]:
+    """The pipelines whose prompts dkdm can encode."""
+    return [name for name, each in PIPELINES.items() if each.encoding]
