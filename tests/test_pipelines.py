@@ -683,7 +683,7 @@ def test_two_denoisers(broken):
 
 def test_video_without_a_size(broken):
     folder = broken("wan")
-    assert "expected --teacher-size" in refused(folder)
+    assert "give --teacher-size" in refused(folder)
     assert "expected 3 numbers" in refused(folder, sample_size=(8, 8))
 
 
