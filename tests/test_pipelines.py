@@ -684,7 +684,7 @@ def test_two_denoisers(broken):
 def test_video_without_a_size(broken):
     folder = broken("wan")
     assert "give --teacher-size" in refused(folder)
-    assert "expected 3 numbers" in refused(folder, sample_size=(8, 8))
+    assert "samples with 3 sides" in refused(folder, sample_size=(8, 8))
 
 
 def lora_of(network, folder):

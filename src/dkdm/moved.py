@@ -76,6 +76,7 @@ MOVED = {
     "teachers.latent_diffusion": "models.formats.latent_diffusion",
     "teachers.latents": "models.formats.latents",
     "teachers.lucidrains": "models.formats.lucidrains",
+    "teachers.networks": "models.architectures",
     "teachers.originals": "models.formats.originals",
     "teachers.single_file": "models.formats.single_file",
     "teachers.state_dict": "models.formats.state_dict",
