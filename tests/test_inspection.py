@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import nn
 
 from dkdm.checks.inspection import check_denoising, inspect_denoiser, print_inspection
-from dkdm.checks.inspection.memory import evaluation_mib, weights_mib
 from dkdm.checks.inspection.tables import readable
 from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Denoiser
@@ -19,6 +18,7 @@ from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import karras, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
+from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.models import load_teacher
 from dkdm.models.schedulers import from_scheduler_config
 from factories import denoiser as untrained

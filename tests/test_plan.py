@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from dkdm.checks.inspection.memory import MIB, LiveStorages, fused_attention
-from dkdm.checks.memory_plan import Choices, changes, plan, training_mib
+from dkdm.checks.memory_plan import changes, plan, training_mib
 from dkdm.cli import main
+from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Batch
 from dkdm.errors import UsageError
+from dkdm.evaluation.memory import MIB, LiveStorages, fused_attention
 from factories import denoiser
 
-SMALL = Choices(train_batch_size=8, pool_size=100)
+SMALL = DistillConfig(student="dit-tiny", train_batch_size=8, pool_size=100)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_activations_on_the_meta_device_are_those_of_a_real_step(teacher):
 
 
 def test_parts_are_what_they_are_named(teacher):
-    found = plan(teacher, "dit-tiny", SMALL)
+    found = plan(teacher, SMALL)
     weights = found.device["student weights"]
     assert found.device["optimizer (AdamW)"] == 2 * weights
     assert found.device["student gradients"] == found.device["EMA"] == weights
@@ -48,7 +49,7 @@ def test_parts_are_what_they_are_named(teacher):
 
 
 def test_several_devices_share_batch_and_pool(teacher):
-    one, two = plan(teacher, "dit-tiny", SMALL), plan(teacher, "dit-tiny", replace(SMALL, gpus=2))
+    one, two = plan(teacher, SMALL), plan(teacher, SMALL, gpus=2)
     assert two.device["pool"] == one.device["pool"] / 2
     assert two.device["student activations"] < 0.6 * one.device["student activations"]
     assert two.device["student weights"] == one.device["student weights"]
@@ -63,21 +64,21 @@ def test_several_devices_share_batch_and_pool(teacher):
     ],
 )
 def test_half_precision_halves_its_part(teacher, fields, part):
-    whole = plan(teacher, "dit-tiny", SMALL).device[part]
-    half = plan(teacher, "dit-tiny", replace(SMALL, **fields)).device[part]
+    whole = plan(teacher, SMALL).device[part]
+    half = plan(teacher, replace(SMALL, **fields)).device[part]
     assert half == pytest.approx(whole / 2, rel=0.3)  # some arithmetic stays in float32
 
 
 def test_int8_saves_the_linear_layers_share(teacher):
     linear = sum(m.weight.numel() for m in teacher.network.modules() if isinstance(m, nn.Linear))
-    half = plan(teacher, "dit-tiny", replace(SMALL, teacher_dtype="bfloat16"))
-    int8 = plan(teacher, "dit-tiny", replace(SMALL, teacher_dtype="int8"))
+    half = plan(teacher, replace(SMALL, teacher_dtype="bfloat16"))
+    int8 = plan(teacher, replace(SMALL, teacher_dtype="int8"))
     saved = half.device["teacher weights"] - int8.device["teacher weights"]
     assert saved == pytest.approx(linear / MIB)
 
 
 def test_offloaded_teacher_and_pool_are_counted_on_the_host(teacher):
-    found = plan(teacher, "dit-tiny", replace(SMALL, teacher_offload="layers", pool_device="cpu"))
+    found = plan(teacher, replace(SMALL, teacher_offload="layers", pool_device="cpu"))
     assert found.device["teacher weights"] == found.device["pool"] == 0
     assert found.host["teacher weights"] > 0
     assert found.host["pool"] > 0
@@ -85,24 +86,32 @@ def test_offloaded_teacher_and_pool_are_counted_on_the_host(teacher):
 
 def test_advice_leads_to_a_plan_that_fits(teacher):
     choices = replace(SMALL, train_batch_size=64, pool_size=10_000)
-    found = plan(teacher, "dit-tiny", choices)
+    found = plan(teacher, choices)
     limit = found.device_total - 5
-    advice = changes(teacher, "dit-tiny", found, limit)
+    advice = changes(teacher, found, limit)
     assert advice[-1].device_total <= limit
     totals = [found.device_total, *(change.device_total for change in advice)]
     assert totals == sorted(totals, reverse=True)
-    assert changes(teacher, "dit-tiny", found, found.device_total) == []
+    assert changes(teacher, found, found.device_total) == []
 
 
 def test_nothing_is_counted_as_an_evaluation(teacher):
     before = teacher.evaluations
-    plan(teacher, "dit-tiny", SMALL)
+    plan(teacher, SMALL)
     assert teacher.evaluations == before
 
 
-def test_fewer_samples_than_devices_are_refused():
+def test_fewer_samples_than_devices_are_refused(teacher):
     with pytest.raises(UsageError, match="--gpus 4 --train-batch-size 2"):
-        Choices(gpus=4, train_batch_size=2)
+        plan(teacher, replace(SMALL, train_batch_size=2), gpus=4)
+
+
+def test_options_of_the_run_decide(teacher):
+    guided, plain = plan(teacher, replace(SMALL, guidance_scale="4")), plan(teacher, SMALL)
+    assert guided.device["teacher evaluation"] > 1.9 * plain.device["teacher evaluation"]
+    assert plan(teacher, replace(SMALL, use_ema=False)).device["EMA"] == 0
+    by_rho = plan(teacher, replace(SMALL, pool_size=None, rho=0.5))
+    assert by_rho.pool_size == 0.5 * teacher.process.num_levels * 8
 
 
 def test_command_says_by_its_exit_code_whether_it_fits(capsys):
@@ -110,6 +119,8 @@ def test_command_says_by_its_exit_code_whether_it_fits(capsys):
     assert main([*command, "--memory", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["device_total"] <= found["limit"] == 1024
+    assert found["choices"]["train_batch_size"] == 4
+    assert found["choices"]["gpus"] == 1 and found["choices"]["guided"] is False
     assert main([*command[:-1], "--memory", "0.4"]) == 1
     assert "does not fit" in capsys.readouterr().out
 

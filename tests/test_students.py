@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 import pipelines
-from dkdm.checks.memory_plan import Choices, plan
+from dkdm.checks.memory_plan import plan
 from dkdm.checks.student_table import Measuring, StudentRow, list_students, print_students
+from dkdm.config import DistillConfig
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
@@ -271,4 +272,4 @@ def test_a_student_without_text_does_not_fit_a_teacher_with(tmp_path):
     assert "reads no text" in rows["unet-tiny"].misfit
     assert rows["text-unet-tiny"].parameters
     with pytest.raises(UsageError, match="unet-tiny reads no text, and its teacher"):
-        plan(teacher, "unet-tiny", Choices(pool_size=8))
+        plan(teacher, DistillConfig(student="unet-tiny", pool_size=8))

@@ -33,7 +33,7 @@ from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.command_line import parse, summary
 from dkdm.reading.fields import read_json
 from dkdm.reading.made_here import was_made_here
-from dkdm.reading.options import Grouped
+from dkdm.reading.options import Grouped, places
 from dkdm.reading.plugins import named_code, split
 from dkdm.runs.recipes import recipe, recipes
 from dkdm.version import __version__
@@ -332,32 +332,18 @@ def _check_student(args: list[str]) -> int:
 
 def _plan(args: list[str]) -> int:
     options = parse(PlanCommand, args)
-    from dkdm.checks.memory_plan import GIB, Choices, changes, device_memory_mib, plan, print_plan
+    from dkdm.checks.memory_plan import GIB, changes, device_memory_mib, plan, print_plan
     from dkdm.models import chosen_teacher
 
-    choice, student = options.teacher_choice, options.student
-    teacher = chosen_teacher(choice, sketched=True)
-    entries = round(0.4 * teacher.process.num_levels * options.train_batch_size)
-    choices = Choices(
-        gpus=options.gpus,
-        train_batch_size=options.train_batch_size,
-        mixed_precision=options.mixed_precision,
-        gradient_checkpointing=options.gradient_checkpointing,
-        guided=options.guidance,
-        teacher_dtype=choice.dtype,
-        teacher_offload=choice.offload,
-        pool_size=options.pool_size or entries,
-        pool_dtype=options.pool_dtype,
-        pool_device=options.pool_device,
-        student_factory=choice.factory,
-    )
-    found = plan(teacher, student, choices)
+    teacher = chosen_teacher(options.teacher_choice, sketched=True)
+    shared = {key: each for key, each in options.flat().items() if key in places(DistillConfig)}
+    config = DistillConfig(guidance_scale="2" if options.guidance else "1", **shared)
+    found = plan(teacher, config, options.gpus)
     limit = device_memory_mib() if options.memory is None else options.memory * GIB
-    advice = changes(teacher, student, found, limit)
+    advice = changes(teacher, found, limit)
     if options.json:
-        values = dataclasses.asdict(found) | {"device_total": found.device_total, "limit": limit}
-        values["changes"] = [dataclasses.asdict(change) for change in advice]
-        print(json.dumps(values, indent=2))
+        changed = [dataclasses.asdict(change) for change in advice]
+        print(json.dumps({**found.as_dict(), "limit": limit, "changes": changed}, indent=2))
     else:
         print_plan(found, advice, limit, Console())
     return int(found.device_total > limit)

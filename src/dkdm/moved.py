@@ -36,6 +36,7 @@ MOVED = {
     "hub": "shipping.hub",
     "inputs": "core.inputs",
     "inspection": "checks.inspection",
+    "inspection.memory": "evaluation.memory",
     "launch": "runs.launch",
     "licence": "shipping.licence",
     "listing": "checks.student_table",

@@ -1,120 +1,136 @@
-"""What a distillation takes in memory, what fits, and what to change where it does not."""
+"""How much memory a distillation takes, whether it fits, and what to change if it does not."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from dkdm.checks.inspection.memory import (
+from dkdm.config import DistillConfig
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.modes import silence_label_dropout
+from dkdm.core.trainer import enable_gradient_checkpointing
+from dkdm.errors import UsageError
+from dkdm.evaluation.memory import (
     MIB,
     LiveStorages,
     evaluation_mib,
     fused_attention,
     weights_mib,
 )
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.modes import silence_label_dropout
-from dkdm.core.trainer import enable_gradient_checkpointing
-from dkdm.errors import UsageError
 from dkdm.students import untried_student_of
 
 GIB = 2**10  # MiB
-CONTEXT_MIB = 500.0  # of CUDA and its libraries, as they are on recent cards
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What decides the memory of a run; the names are those of `dkdm distill`.
-
-    gpus: devices the batch is divided among. pool_size: entries over all of them.
-    """
-
-    gpus: int = 1
-    train_batch_size: int = 128
-    mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
-    use_ema: bool = True
-    guided: bool = False
-    teacher_dtype: str = "float32"
-    teacher_offload: str = "none"
-    pool_size: int = 51_200
-    pool_dtype: str = "float32"
-    pool_device: str = "device"
-    student_factory: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.gpus < 1 or self.train_batch_size < self.gpus:
-            raise UsageError(
-                f"--gpus {self.gpus} --train-batch-size {self.train_batch_size}: expected at least "
-                "one GPU and one sample for each"
-            )
+CONTEXT_MIB = 500.0  # CUDA and its libraries on recent cards
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of one device, in MiB, by what holds it; host: the same of the host."""
+    """The memory of a run in MiB, by what holds it: on each device, and on the host.
 
-    choices: Choices
+    gpus: devices that share the batch and the pool. pool_size: entries on all of them.
+    """
+
+    config: DistillConfig
+    gpus: int
+    pool_size: int
     device: dict[str, float]
     host: dict[str, float]
 
     @property
     def device_total(self) -> float:
-        """All that one device holds at the worst moment of a step.
+        """What a device holds at the worst moment of a step.
 
         The teacher's evaluation is over before the student's begins.
         """
         passing = (self.device["teacher evaluation"], self.device["student activations"])
         return sum(self.device.values()) - min(passing)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The plan and the options it depends on, as JSON values."""
+        given = {name: getattr(self.config, name) for name in _DECISIVE}
+        planned = {
+            "gpus": self.gpus,
+            "pool_size": self.pool_size,
+            "guided": _is_guided(self.config),
+        }
+        return {
+            "choices": given | planned,
+            "device": self.device,
+            "host": self.host,
+            "device_total": self.device_total,
+        }
 
-def plan(teacher: Denoiser, student: str, choices: Choices) -> MemoryPlan:
-    """The memory a run takes, measured on torch's meta device: nothing is allocated or loaded.
 
-    teacher: its network may be on the meta device; student: a preset, a config.json or
-    module:factory. Activations are those of one forward and backward pass of the batch that a
-    device gets, with fused attention and without what kernels allocate inside themselves. Raises
-    UsageError where the student does not fit the teacher.
+_DECISIVE = (
+    "train_batch_size",
+    "mixed_precision",
+    "gradient_checkpointing",
+    "use_ema",
+    "teacher_dtype",
+    "teacher_offload",
+    "pool_dtype",
+    "pool_device",
+    "student_factory",
+)
+
+
+def _is_guided(config: DistillConfig) -> bool:
+    return not config.guidance.is_off
+
+
+def plan(teacher: Denoiser, config: DistillConfig, gpus: int = 1) -> MemoryPlan:
+    """The memory that a run takes, measured on torch's meta device: nothing is allocated or loaded.
+
+    teacher: its network may be on the meta device. Activations are those of one forward and
+    backward pass of the batch that a device gets, with fused attention and without what kernels
+    allocate inside themselves. Raises UsageError if the student does not fit the teacher, and for
+    fewer samples than devices.
     """
-    batch = choices.train_batch_size // choices.gpus
-    learner = _student(teacher, student, choices)
-    weights = learner.num_parameters * 4 / MIB
-    pool = _pool_mib(teacher, choices)
-    taught_by = weights_mib(_in(choices.teacher_dtype, teacher))
-    if choices.teacher_dtype == "int8":
-        taught_by -= _saved_by_int8(teacher)
+    if config.train_batch_size < gpus:
+        raise UsageError(
+            f"--gpus {gpus} --train-batch-size {config.train_batch_size}: give each GPU at least "
+            "one sample"
+        )
+    batch = config.train_batch_size // gpus
+    student = _student(teacher, config)
+    weights = student.num_parameters * 4 / MIB
+    pool_size = config.pool_size or round(
+        config.rho * teacher.process.num_levels * config.train_batch_size
+    )
+    values = pool_size * torch.Size(teacher.sample_shape).numel()
+    pool = values * getattr(torch, config.pool_dtype).itemsize / gpus / MIB
+    held = _in(config.teacher_dtype, teacher)
+    teacher_weights = weights_mib(held)
+    if config.teacher_dtype == "int8":
+        teacher_weights -= _saved_by_int8(teacher)
+    with fused_attention():
+        evaluation = evaluation_mib(held, batch * (2 if _is_guided(config) else 1))
+    on_host = {
+        "teacher weights": teacher_weights if config.teacher_offload == "layers" else 0.0,
+        "pool": pool if config.pool_device == "cpu" else 0.0,
+    }
     on_device = {
-        "teacher weights": 0.0 if choices.teacher_offload == "layers" else taught_by,
-        "teacher evaluation": _evaluation_mib(
-            _in(choices.teacher_dtype, teacher), batch * (2 if choices.guided else 1)
-        ),
+        "teacher weights": teacher_weights - on_host["teacher weights"],
+        "teacher evaluation": evaluation,
         "student weights": weights,
         "student gradients": weights,
         "optimizer (AdamW)": 2 * weights,
-        "EMA": weights,
-        "student activations": training_mib(learner, batch),
-        "pool": pool if choices.pool_device == "device" else 0.0,
+        "EMA": weights if config.use_ema else 0.0,
+        "student activations": training_mib(student, batch),
+        "pool": pool - on_host["pool"],
         "CUDA context": CONTEXT_MIB,
     }
-    on_host = {
-        "teacher weights": taught_by if choices.teacher_offload == "layers" else 0.0,
-        "pool": pool if choices.pool_device == "cpu" else 0.0,
-    }
-    return MemoryPlan(choices, on_device, on_host)
-
-
-def _evaluation_mib(teacher: Denoiser, batch_size: int) -> float:
-    with fused_attention():
-        return evaluation_mib(teacher, batch_size)
+    return MemoryPlan(config, gpus, pool_size, on_device, on_host)
 
 
 def _in(dtype: str, teacher: Denoiser) -> Denoiser:
-    """The teacher as it is held, on the meta device."""
+    """The teacher in this precision, on the meta device."""
     network: nn.Module = copy.deepcopy(teacher.network)  # type: ignore[assignment]
     held = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
     return replace(teacher, network=nn.Module.to(network, "meta", held))
@@ -127,22 +143,17 @@ def _saved_by_int8(teacher: Denoiser) -> float:
     return sum(linear) / MIB
 
 
-def _student(teacher: Denoiser, spec: str, choices: Choices) -> Denoiser:
+def _student(teacher: Denoiser, config: DistillConfig) -> Denoiser:
     with torch.device("meta"):
-        student = untried_student_of(spec, teacher, choices.student_factory)
+        student = untried_student_of(config.student, teacher, config.student_factory)
     network = student.network.to("meta")  # type: ignore[union-attr]
     student.check()
     silence_label_dropout(network)
-    if choices.gradient_checkpointing:
+    if config.gradient_checkpointing:
         enable_gradient_checkpointing(network)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choices.mixed_precision)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
     network = nn.Module.to(network, half) if half else network
     return replace(student, network=network.train().requires_grad_(True))
-
-
-def _pool_mib(teacher: Denoiser, choices: Choices) -> float:
-    values = choices.pool_size * torch.Size(teacher.sample_shape).numel()
-    return values * getattr(torch, choices.pool_dtype).itemsize / choices.gpus / MIB
 
 
 def training_mib(student: Denoiser, batch_size: int) -> float:
@@ -162,7 +173,7 @@ def training_mib(student: Denoiser, batch_size: int) -> float:
 
 
 def device_memory_mib() -> float:
-    """Memory of this machine's first GPU; 24 GiB where it has none."""
+    """Memory of this machine's first GPU; 24 GiB if it has none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / MIB
     return 24.0 * GIB
@@ -170,36 +181,34 @@ def device_memory_mib() -> float:
 
 @dataclass(frozen=True)
 class Change:
-    """An option that saves memory, and what the device holds with it and all before it."""
+    """An option that saves memory, and what a device holds with it and all before it."""
 
     flag: str
     device_total: float
 
 
-def changes(teacher: Denoiser, student: str, found: MemoryPlan, limit_mib: float) -> list[Change]:
+def changes(teacher: Denoiser, found: MemoryPlan, limit_mib: float) -> list[Change]:
     """Options to take one after the other until a run fits, those that cost nothing first."""
     taken: list[Change] = []
-    for flag, fields in _SAVINGS:
+    for flag, options in _SAVINGS:
         if found.device_total <= limit_mib:
             break
-        if all(getattr(found.choices, key) == value for key, value in fields.items()):
-            continue
         try:
-            tried = plan(teacher, student, replace(found.choices, **fields))  # type: ignore[arg-type]
+            tried = plan(teacher, replace(found.config, **options), found.gpus)
         except UsageError:
             continue  # a network that cannot recompute its activations
         if tried.device_total < found.device_total:
             found = tried
             taken.append(Change(flag, tried.device_total))
-    while found.device_total > limit_mib and found.choices.train_batch_size > found.choices.gpus:
-        smaller = max(found.choices.gpus, found.choices.train_batch_size // 2)
-        found = plan(teacher, student, replace(found.choices, train_batch_size=smaller))
+    while found.device_total > limit_mib and found.config.train_batch_size > found.gpus:
+        smaller = max(found.gpus, found.config.train_batch_size // 2)
+        found = plan(teacher, replace(found.config, train_batch_size=smaller), found.gpus)
         flag = f"--train-batch-size {smaller} (and more --gradient-accumulation-steps)"
         taken.append(Change(flag, found.device_total))
     return taken
 
 
-_SAVINGS: tuple[tuple[str, dict[str, object]], ...] = (
+_SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--pool-device cpu", {"pool_device": "cpu"}),
     ("--mixed-precision bf16", {"mixed_precision": "bf16"}),
     ("--teacher-dtype bfloat16", {"teacher_dtype": "bfloat16"}),
@@ -210,10 +219,9 @@ _SAVINGS: tuple[tuple[str, dict[str, object]], ...] = (
 
 def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, console: Console) -> None:
     """Print the plan as a table, whether it fits, and what to change."""
-    choices = found.choices
+    several, batch = found.gpus > 1, found.config.train_batch_size // found.gpus
     table = Table(
-        title=f"One of {choices.gpus} device{'s' if choices.gpus > 1 else ''}, "
-        f"{choices.train_batch_size // choices.gpus} samples each",
+        title=f"Each of {found.gpus} devices, {batch} samples" if several else f"{batch} samples",
         title_justify="left",
     )
     table.add_column("")
@@ -233,6 +241,6 @@ def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, consol
     for change in advice:
         console.print(f"  {change.flag}: {change.device_total / GIB:,.2f} GiB", soft_wrap=True)
     if not advice or advice[-1].device_total > limit_mib:
-        console.print("  and still too much: a smaller student, or a device with more memory")
-    if choices.gpus > 1:
-        console.print("Training on several devices is planned for, not supported yet.")
+        console.print("  Still too much: use a smaller student, or a device with more memory.")
+    if several:
+        console.print("Training on several devices is not supported yet.")

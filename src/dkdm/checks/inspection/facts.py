@@ -15,13 +15,13 @@ from dkdm.checks.inspection.check import (
     affordable_trials,
     check_denoising,
 )
-from dkdm.checks.inspection.memory import evaluation_mib, weights_mib
 from dkdm.checks.inspection.readings import ProcessKind, process_kind
 from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import PredictionType, VarianceType
 from dkdm.core.process import Process
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
+from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.models.prompts import Prompts
 
 
