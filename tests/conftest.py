@@ -27,6 +27,8 @@ import numpy as np
 import pytest
 import torch
 
+from dkdm.evaluation import cost
+
 torch.set_num_threads(THREADS)
 
 hypothesis.settings.register_profile(
@@ -55,6 +57,14 @@ def unchecked_teachers(request, monkeypatch):
     """Untrained teachers teach in most tests; looking for their cure would take seconds in each."""
     if request.node.get_closest_marker("teacher_check") is None:
         monkeypatch.setattr("dkdm.runs.distill.teacher_warning", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def short_stopwatch(request, monkeypatch):
+    """Speeds are measured in one small batch: a second for each model is most of a tiny run."""
+    if request.node.get_closest_marker("stopwatch") is None:
+        timed = cost.evaluations_in_turns
+        monkeypatch.setattr(cost, "evaluations_in_turns", lambda models, *_: timed(models, 2, 0.0))
 
 
 @pytest.hookimpl(tryfirst=True)

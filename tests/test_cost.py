@@ -16,6 +16,7 @@ from dkdm.evaluation.cost import (
 )
 
 TOKENS, WIDTH, HEADS = 16, 8, 2
+pytestmark = pytest.mark.stopwatch
 
 
 class OfX(nn.Module):
