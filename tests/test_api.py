@@ -15,32 +15,12 @@ from torch import nn
 import dkdm
 from dkdm.core import checkpoint
 from dkdm.core.modes import silence_label_dropout
-from dkdm.core.progress import read_metrics
 from dkdm.errors import DkdmError, UsageError
 from dkdm.students import student_of
 from factories import denoiser, tiny_unet
+from small_runs import SMALL, run
 
 README = Path(__file__).parents[1] / "README.md"
-SMALL = dkdm.DistillConfig(
-    max_train_steps=4,
-    train_batch_size=8,
-    pool_size=24,
-    fill_steps=2,
-    learning_rate=1e-3,
-    logging_steps=1,
-    validation_steps=0,
-    validation_sampling_steps=2,
-    evaluation_samples=8,
-)
-
-
-def run(tmp_path, teacher=None, student=None, **changes):
-    teacher = teacher or denoiser()
-    config = replace(SMALL, output_dir=tmp_path / "run", **changes)
-    folder = dkdm.distill(teacher, student or student_of("dit-xs", teacher), config)
-    metrics = read_metrics(folder / "metrics.jsonl")
-    assert teacher.evaluations == 0
-    return folder, metrics, metrics[-1]["teacher_evaluations"]
 
 
 @pytest.mark.parametrize("source", ["dynamic", "shuffled", "iterative"])

@@ -11,28 +11,10 @@ from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.core.denoiser import Batch
 from dkdm.core.steps import reverse_step
 from dkdm.models import LoadOptions
-from formula_weights import few, numbers, state_of
-from test_api import run
+from formula_weights import few, numbers
+from original_files.dit import CLASSES, WIDTH, checkpoint, sit_checkpoint
+from small_runs import run
 
-WIDTH, CLASSES = 32, 5
-LAYERS = {
-    "x_embedder.proj": (WIDTH, 4, 2, 2),
-    "t_embedder.mlp.0": (WIDTH, 256),
-    "t_embedder.mlp.2": (WIDTH, WIDTH),
-    **{
-        f"blocks.{i}.{name}": (rows * WIDTH, columns * WIDTH)
-        for i in range(2)
-        for name, rows, columns in (
-            ("attn.qkv", 3, 1),
-            ("attn.proj", 1, 1),
-            ("mlp.fc1", 4, 1),
-            ("mlp.fc2", 1, 4),
-            ("adaLN_modulation.1", 6, 1),
-        )
-    },
-    "final_layer.linear": (2 * 2 * 8, WIDTH),
-    "final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
-}
 X, LABELS = numbers("x", 3, 4, 8, 8), torch.tensor([0, 3, CLASSES])
 HEADS = LoadOptions(flags="--num-heads 4")
 
@@ -42,22 +24,6 @@ VARIANCE = [0.5922684, -2.0239716, 1.9345467, -2.0261636, 0.0603927, 1.2377908, 
 PREVIOUS = [-2.3106594, 0.110844, 0.3105586, 1.116135, 0.2823885, 1.1280448, 0.9956845]
 VELOCITY = [-0.8095708, 0.0851618, 1.8576519, 1.5525069, 0.9530218, -0.0789874, 1.0899978]
 EULER = [-2.3143537, 0.1044985, 0.3076672, 1.1305457, 0.3001468, 1.1493907, 0.9754236]
-
-
-def checkpoint():
-    """The state dict of a DiT or SiT of width 32 with two blocks, for 4x8x8 latents."""
-    shapes = {"pos_embed": (1, 16, WIDTH), "y_embedder.embedding_table.weight": (6, WIDTH)}
-    for name, shape in LAYERS.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return state_of({name: torch.empty(shape) for name, shape in shapes.items()})
-
-
-def sit_checkpoint():
-    """Its variance channels are never trained, so they are zero."""
-    state = checkpoint()
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        state[name].unflatten(0, (4, 2, 4))[:, 1] = 0
-    return state
 
 
 def saved(tmp_path, state):

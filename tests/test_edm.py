@@ -10,75 +10,13 @@ from dkdm.core.denoiser import Batch
 from dkdm.core.process import per_sample
 from dkdm.core.steps import reverse_step
 from dkdm.models import LoadOptions
-from dkdm.networks.edm import DhariwalUNet, SongUNet
-from dkdm.networks.edm2 import EDM2UNet
+from dkdm.networks.edm import SongUNet
 from dkdm.students import student_of
 from formula_weights import few, numbers, state_of
-from test_api import run
+from original_files.edm import KINDS, checkpoint
+from small_runs import run
 
 LABELS = torch.tensor([0, 3, 1])
-KINDS = {
-    "ddpmpp": (
-        SongUNet,
-        {
-            "num_class_embeds": 4,
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "attention_resolutions": (8,),
-            "model_channels": 8,
-            "noise_channels": 8,
-            "emb_channels": 32,
-        },
-    ),
-    "ncsnpp": (
-        SongUNet,
-        {
-            "block_out_channels": (16, 16, 16),
-            "layers_per_block": 2,
-            "attention_resolutions": (8,),
-            "model_channels": 8,
-            "noise_channels": 16,
-            "emb_channels": 32,
-            "fourier": True,
-            "residual_input": True,
-            "resample_filter": (1, 3, 3, 1),
-        },
-    ),
-    "adm": (
-        DhariwalUNet,
-        {
-            "num_class_embeds": 4,
-            "block_out_channels": (32, 128),
-            "layers_per_block": 1,
-            "attention_resolutions": (8,),
-            "model_channels": 32,
-            "emb_channels": 128,
-        },
-    ),
-    "edm2": (
-        EDM2UNet,
-        {
-            "num_class_embeds": 4,
-            "block_out_channels": (32, 128),
-            "layers_per_block": 1,
-            "attention_resolutions": (8,),
-            "noise_channels": 32,
-            "emb_channels": 128,
-        },
-    ),
-    "edm2-pixels": (
-        EDM2UNet,
-        {
-            "in_channels": 3,
-            "out_channels": 3,
-            "block_out_channels": (16, 32, 64),
-            "layers_per_block": 2,
-            "attention_resolutions": (4,),
-            "noise_channels": 16,
-            "emb_channels": 64,
-        },
-    ),
-}
 # The original's F at t = 0, 500, 999, and the states after one Euler step, over 1 + sigma.
 OUTPUTS = {
     "ddpmpp": [-0.4636348, 0.3564743, -0.5246332, 0.8824313, 1.337219, 0.3288337, 0.2857294],
@@ -94,15 +32,6 @@ STEPS = {
     "edm2": [-0.0046733, -0.0016682, -0.1759152, 0.0269652, -0.018252, -0.9701895, 0.5051137],
     "edm2-pixels": [-0.0046094, 0.0021635, -0.0719593, 0.850149, 0.037195, -1.0795623, 0.4942156],
 }
-
-
-def checkpoint(kind):
-    """The state dict of a preconditioned tiny UNet for 16x16 samples."""
-    cls, config = KINDS[kind]
-    prefix = "unet" if cls is EDM2UNet else "model"
-    own = {f"{prefix}.{k}": v for k, v in cls(sample_size=16, **config).state_dict().items()}
-    fixed = {name: value for name, value in own.items() if name.endswith("resample_filter")}
-    return state_of(own) | fixed
 
 
 def saved(tmp_path, state):

@@ -14,7 +14,7 @@ from dkdm import export_graph, load_teacher
 from dkdm.core.conditioning import ClassLabels
 from dkdm.models import with_texts
 from dkdm.students import PRESETS
-from test_networks_other import assert_same, distil, toy
+from toy_runs import assert_same, distil, toy
 
 SHAPES = {"image": (1, 16, 16), "sound": (2, 64), "video": (4, 4, 8, 8), "vector": (6,)}
 OF_ANY_RANK = ("uvit-tiny", "linear-tiny", "mobile-tiny")

@@ -1,7 +1,5 @@
 """The output folder: loads and samples in stock diffusers, and comes back as the same denoiser."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import diffusers
@@ -9,19 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import without_dkdm
 from dkdm import load_teacher
 from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Batch
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import student_of
 from factories import denoiser
-
-
-def some_batch(model, count=3):
-    random = torch.Generator().manual_seed(3)
-    cond = model.conditioning.draw(count, random)
-    t = torch.randint(model.process.num_levels, (count,), generator=random)
-    return Batch(torch.randn(count, *model.sample_shape, generator=random), t, cond, t)
+from without_dkdm import SAMPLED, some_batch
 
 
 @pytest.mark.parametrize("classes", [None, 3])
@@ -68,34 +60,12 @@ def test_components_load_by_themselves(tmp_path):
     assert scheduler.config.prediction_type == "v_prediction"
 
 
-WITHOUT_DKDM = """
-import sys
-sys.modules["dkdm"] = None  # importing it fails
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-pipeline.set_progress_bar_config(disable=True)
-classes = pipeline.config.num_classes
-labels = {"class_labels": [0, 2]} if classes else {"batch_size": 2}
-guidance = 2.0 if classes else 1.0
-images = pipeline(**labels, num_inference_steps=3, guidance_scale=guidance, output_type="np").images
-assert images.shape == (2, 8, 8, 1), images.shape
-try:
-    DiffusionPipeline.from_pretrained(sys.argv[1])
-except ValueError as error:
-    assert "trust_remote_code" in str(error)
-else:
-    raise AssertionError("loaded code without being asked to")
-print("sampled")
-"""
-
-
 @pytest.mark.parametrize(("classes", "spec"), [(3, "unet"), (3, "dit-xs"), (None, "dit-xs")])
 def test_other_folders_sample_without_dkdm(tmp_path, classes, spec):
     model = denoiser(classes)
     model = model if spec == "unet" else student_of(spec, model)
     write_pipeline(tmp_path, model)
-    command = [sys.executable, "-c", WITHOUT_DKDM, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = without_dkdm.run(SAMPLED, tmp_path)
     assert "sampled" in done.stdout, done.stderr
     assert "trust_remote_code=True" in usage_snippet("folder", model)
 

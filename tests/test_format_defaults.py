@@ -10,15 +10,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import test_dit_original as dit
-import test_edm as edm
-import test_guided_diffusion as guided
-import test_latent_diffusion as ldm
-import test_lucidrains as lucidrains
 from dkdm import load_teacher
 from dkdm.core.schedules import beta_schedule
 from dkdm.models import FORMATS, LoadOptions
+from dkdm.networks.adm import AdmUNet
 from formula_weights import filled
+from original_files import dit, edm, guided, lucidrains
+from original_files import latent as ldm
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ TABLE = {
     ),
     # script_util: linear betas of 1000 steps, sigma_small False, predict_xstart False
     "guided-diffusion": Says(
-        lambda: filled(guided.AdmUNet(**guided.PERTURBED)).state_dict(),
+        lambda: filled(AdmUNet(**guided.PERTURBED)).state_dict(),
         guided.PERTURBED,
         "epsilon",
         "fixed_large",

@@ -11,10 +11,9 @@ import torch
 import yaml
 
 import factories
+import finished_run as finished
 import pipelines
-import test_api
-import test_latent_diffusion as compvis
-import test_report as finished
+import small_runs
 from dkdm import load_teacher
 from dkdm.config import DistillConfig, read_config, to_json
 from dkdm.core import checkpoint
@@ -32,6 +31,7 @@ from dkdm.students import load_student
 from dkdm.students.interface import Interface
 from dkdm.students.start import read_checkpoint
 from fuzzing import mutated
+from original_files import latent as compvis
 
 QUICK, ALL = 500, 10_000
 LONGEST = 3000  # characters of a message
@@ -258,7 +258,7 @@ def trainer(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         walk = Trainer.run
         patch.setattr(Trainer, "run", lambda self: (walk(self), held.append(self)))
-        test_api.run(tmp_path_factory.mktemp("resumed"), max_train_steps=1, evaluation_samples=0)
+        small_runs.run(tmp_path_factory.mktemp("resumed"), max_train_steps=1, evaluation_samples=0)
     return held[0]
 
 

@@ -29,8 +29,8 @@ from dkdm.shipping.graph.formats import opened
 from dkdm.shipping.graph.network import GraphNetwork, random_inputs
 from dkdm.shipping.graph.tracing import trace
 from factories import denoiser
-from test_edm import KINDS
-from test_lucidrains import PLAIN
+from original_files.edm import KINDS
+from original_files.lucidrains import PLAIN
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,9 +1,5 @@
 """U-ViT, linear attention and depthwise convolutions: on audio, images and videos alike."""
 
-import json
-import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,14 +7,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
-import dkdm
 import pipelines
-from dkdm import DistillConfig, UsageError, load_teacher
-from dkdm.core.conditioning import ClassLabels, Unconditional
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.prediction import Parameterization
+import without_dkdm
+from dkdm import UsageError, load_teacher
+from dkdm.core.conditioning import ClassLabels
 from dkdm.models import with_texts
-from dkdm.models.schedulers import from_scheduler_config
 from dkdm.networks import network_class
 from dkdm.networks.linear import linear_attention
 from dkdm.shipping.pipeline_folder import write_pipeline
@@ -31,10 +24,8 @@ from dkdm.students import (
     untried_student_of,
 )
 from dkdm.students.interface import patch_sides
-from factories import SCHEDULER
+from toy_runs import FAMILIES, SHAPES, assert_same, distil, network_of, toy
 
-SHAPES = {"sound": (2, 64), "image": (4, 16, 8), "video": (4, 4, 8, 8), "vector": (6,)}
-FAMILIES = ("UVit", "LinearTransformer", "MobileUNet")
 TEXT, POOLED, WORDS, CLASSES = 12, 6, 7, 5
 FULL = {
     "num_class_embeds": CLASSES,
@@ -49,25 +40,6 @@ CASES = [
 ]
 every_network = pytest.mark.parametrize(("name", "kind"), NETWORKS)
 every_case = pytest.mark.parametrize(("name", "kind"), CASES)
-
-
-def network_of(name, shape, out_channels=None, **conditions):
-    """A small network with weights that matter: none of those that begin at zero are zero."""
-    rank = len(shape) - 1
-    sizes = {
-        "UVit": {"patch_size": (2,) * rank, "width": 32, "depth": 3, "heads": 2},
-        "LinearTransformer": {"patch_size": (2,) * rank, "width": 32, "depth": 2, "heads": 2},
-        "MobileUNet": {"block_out_channels": (32, 32)},
-        "ResidualMLP": {"width": 32, "depth": 2},
-    }
-    made = network_class(name)(
-        sample_size=shape[1:],
-        in_channels=shape[0],
-        out_channels=out_channels or shape[0],
-        **sizes[name],
-        **conditions,
-    )
-    return pipelines.seeded(made)
 
 
 def inputs_of(shape, count=3):
@@ -289,21 +261,6 @@ def test_samples_of_no_known_rank_are_refused():
         patch_sides(Interface((2,), 2))
 
 
-def toy(shape, conditioning=None, variance="fixed_small", network=None):
-    """A teacher of random weights."""
-    conditioning = conditioning or Unconditional()
-    classes = {} if isinstance(conditioning, Unconditional) else {"num_class_embeds": 4}
-    channels = shape[0] * (2 if variance == "learned_range" else 1)
-    kind = "LinearTransformer" if shape[1:] else "ResidualMLP"
-    return Denoiser(
-        network or network_of(kind, shape, channels, **classes),
-        from_scheduler_config(SCHEDULER),
-        Parameterization("v_prediction", variance),
-        shape,
-        conditioning,
-    )
-
-
 INTERFACES = {
     "classes": ((1, 16, 16), ClassLabels(3, null_class=3), "fixed_small"),
     "latents": ((4, 32, 32), None, "fixed_small"),
@@ -384,37 +341,6 @@ def small_presets():
     yield pytest.param("mlp-tiny", (8,), ClassLabels(3, null_class=3), id="mlp-tiny-vector")
 
 
-def distil(teacher, name, folder):
-    """Ten steps; the student, whose weights are those that were saved, and its folder."""
-    student = student_of(name, teacher)
-    config = DistillConfig(
-        output_dir=folder,
-        max_train_steps=10,
-        train_batch_size=4,
-        pool_size=8,
-        fill="none",
-        use_ema=False,
-        evaluation_samples=0,
-        validation_steps=0,
-    )
-    dkdm.distill(teacher, student, config)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 10
-    assert math.isfinite(lines[-1]["loss"])
-    return student
-
-
-@torch.no_grad()
-def assert_same(student, again):
-    cond = student.conditioning.draw(3, torch.Generator().manual_seed(1))
-    x, t = torch.randn(3, *student.sample_shape), torch.tensor([0, 20, 49])
-    batch = Batch(x, t, cond, t)
-    student.network.eval().requires_grad_(False)  # torch picks another kernel for those that do
-    expected = student.predict(batch)
-    assert expected.output.abs().max() > 0
-    assert torch.equal(again.predict(batch).output, expected.output)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -479,9 +405,8 @@ def test_presets_fit_text_with_and_without_a_pooled_embedding(name, kind, text_t
     student.check()
 
 
-WITHOUT_DKDM = """
+SAMPLED = """
 import sys
-sys.modules["dkdm"] = None  # importing it fails
 import torch
 from diffusers import DiffusionPipeline
 for folder in sys.argv[1:]:
@@ -508,8 +433,7 @@ def test_folders_sample_without_dkdm(text_teachers, tmp_path):
     for kind in ("sound", "vector"):
         write_pipeline(tmp_path / f"mlp-{kind}", student_of("mlp-tiny", toy(SHAPES[kind])))
         folders[str(tmp_path / f"mlp-{kind}")] = SHAPES[kind]
-    command = [sys.executable, "-c", WITHOUT_DKDM, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = without_dkdm.run(SAMPLED, *folders)
     assert not done.returncode, done.stderr
     drawn = [line.split() for line in done.stdout.splitlines()]
     assert {folder: tuple(map(int, shape)) for folder, _, *shape in drawn} == folders

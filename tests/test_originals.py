@@ -5,24 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import test_dit_original
-import test_edm
-import test_guided_diffusion
-import test_latent_diffusion
-import test_lucidrains
 from dkdm import UsageError, load_teacher
 from dkdm.models import FORMATS, LoadOptions
 from dkdm.models.formats.originals import _format_of
 from dkdm.models.formats.state_dict import Weights, read_weights
 from dkdm.networks.adm import AdmUNet
 from formula_weights import filled
+from original_files import dit, edm, guided, latent, lucidrains
 
 FILES = {
-    "dit": [test_dit_original.checkpoint()],
-    "sit": [test_dit_original.sit_checkpoint()],
-    "edm": [test_edm.checkpoint(kind) for kind in ("ddpmpp", "ncsnpp", "adm")],
-    "edm2": [test_edm.checkpoint(kind) for kind in ("edm2", "edm2-pixels")],
-    "lucidrains": [test_lucidrains.checkpoint()],
+    "dit": [dit.checkpoint()],
+    "sit": [dit.sit_checkpoint()],
+    "edm": [edm.checkpoint(kind) for kind in ("ddpmpp", "ncsnpp", "adm")],
+    "edm2": [edm.checkpoint(kind) for kind in ("edm2", "edm2-pixels")],
+    "lucidrains": [lucidrains.checkpoint()],
 }
 
 
@@ -62,13 +58,13 @@ def test_every_format_is_known_behind_what_held_the_network(tmp_path, name, hold
 
 
 OTHERS = {
-    "guided-diffusion": lambda: filled(AdmUNet(**test_guided_diffusion.GUIDED)).state_dict(),
-    "latent-diffusion": lambda: test_latent_diffusion.checkpoint("vq"),
+    "guided-diffusion": lambda: filled(AdmUNet(**guided.GUIDED)).state_dict(),
+    "latent-diffusion": lambda: latent.checkpoint("vq"),
 }
 
 
 def test_averages_come_before_the_weights_beside_them():
-    plain = test_dit_original.checkpoint()
+    plain = dit.checkpoint()
     average = {key: value + 1 for key, value in plain.items()}
     flat = {f"model_ema.{key.replace('.', '')}": value for key, value in average.items()}
     counts = {"model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones(())}
@@ -101,6 +97,6 @@ def test_a_network_of_ones_own_is_answered_with_the_lines_that_wrap_it(tmp_path)
 
 
 def test_options_of_pipelines_are_refused(tmp_path):
-    torch.save(test_dit_original.checkpoint(), tmp_path / "dit.pt")
+    torch.save(dit.checkpoint(), tmp_path / "dit.pt")
     with pytest.raises(UsageError, match="takes no LoRA: leave this option out"):
         load_teacher(str(tmp_path / "dit.pt"), options=LoadOptions(lora=("a.safetensors",)))

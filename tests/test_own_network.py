@@ -1,10 +1,8 @@
 """A user's own network: trained, shipped, sampled without dkdm, loaded again."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -14,6 +12,7 @@ from torch import nn
 
 import dkdm
 import own_networks
+import without_dkdm
 from dkdm.cli import main
 from dkdm.core.checkpoint import read_tensors, save_network
 from dkdm.errors import DkdmError, UsageError
@@ -23,8 +22,8 @@ from dkdm.shipping.own_network import shipment, shipping_note
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import given_student, student_of
 from factories import denoiser
-from test_api import SMALL
-from test_export import WITHOUT_DKDM, some_batch
+from small_runs import SMALL
+from without_dkdm import SAMPLED, some_batch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = replace(SMALL, max_train_steps=5, checkpointing_steps=3, evaluation_samples=0)
@@ -39,22 +38,10 @@ def run(tmp_path_factory):
     return distil(tmp_path_factory.mktemp("own") / "run", evaluation_samples=8)
 
 
-def in_a_process(code, *arguments, path=None):
-    """Run code elsewhere: no test folder on its path, no dkdm unless given."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(path or ""),
-        "HF_MODULES_CACHE": str(arguments[0]) + "-m",
-    }
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd="/")
-    return done.stdout + done.stderr
-
-
 OUTPUTS = """
 import sys
 sys.modules["own_networks"] = None  # the user's module is not there either
-WITHOUT_DKDM
+SAMPLED
 import torch
 from safetensors.torch import load_file, save_file
 network = pipeline.unet
@@ -64,7 +51,7 @@ t = given.pop("t")
 with torch.no_grad():
     save_file({"output": network(given.pop("x"), t, **given)}, sys.argv[3])
 network.save_pretrained(sys.argv[1] + "-again")
-""".replace("WITHOUT_DKDM", WITHOUT_DKDM)
+""".replace("SAMPLED", SAMPLED)
 
 
 def test_without_dkdm_the_folder_samples_and_its_network_is_the_student(run, tmp_path):
@@ -74,8 +61,8 @@ def test_without_dkdm_the_folder_samples_and_its_network_is_the_student(run, tmp
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.0, 7.0, 49.0])
     given = {"x": x, "t": t, "class_labels": torch.tensor([0, 1, 3])}
     save_file(given, tmp_path / "given")
-    said = in_a_process(OUTPUTS, run, tmp_path / "given", tmp_path / "output")
-    assert "sampled" in said, said
+    done = without_dkdm.run(OUTPUTS, run, tmp_path / "given", tmp_path / "output")
+    assert "sampled" in done.stdout, done.stderr
     found = read_tensors(tmp_path / "output")["output"]
     assert torch.equal(found, student(x, t, given["class_labels"]))
     again, first = (
@@ -291,7 +278,8 @@ def test_its_folder_samples_where_the_package_is(project, tmp_path):
     write(project, "pack/nets.py", "from .blocks import nothing")
     (project / "pack" / "blocks.py").write_text("nothing = None\n")
     write_pipeline(tmp_path / "run", student_of("pack.nets:make", denoiser()))
-    assert "sampled" in in_a_process(WITHOUT_DKDM, tmp_path / "run", path=project)
+    done = without_dkdm.run(SAMPLED, tmp_path / "run", path=project)
+    assert "sampled" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("caught", ["ImportError", "(OSError, ModuleNotFoundError)", ""])
@@ -325,9 +313,10 @@ def test_a_factory_that_asks_for_dkdms_classes_is_told_them_where_it_is_shipped(
             "    return make(sample_shape, out_channels, conditioning)\n"
         )
     write_pipeline(tmp_path / "run", student_of("typed:picky", denoiser()))
-    code = WITHOUT_DKDM.replace('sys.modules["dkdm"] = None', "pass")
+    code = f"import sys\ndel sys.modules['dkdm']\n{SAMPLED}"
     source = dkdm.__path__[0].removesuffix("dkdm")
-    assert "sampled" in in_a_process(code, tmp_path / "run", path=source)
+    done = without_dkdm.run(code, tmp_path / "run", path=source)
+    assert "sampled" in done.stdout, done.stderr
 
 
 def test_two_networks_of_the_same_file_name_do_not_meet(project, tmp_path):

@@ -9,23 +9,18 @@ import inspect
 import json
 import math
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -33,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import dkdm
 import pipelines
+import without_dkdm
 from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.core.denoiser import Batch
 from dkdm.core.process import Process
@@ -45,49 +41,21 @@ from dkdm.models.student_process import with_process
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import as_denoiser
 from pipelines import edit
+from stock_pipelines import (
+    CAPTIONS,
+    PROMPTS,
+    SMALL,
+    STEPS,
+    UNCONDITIONAL,
+    Case,
+    Opened,
+    Recording,
+    as_ddim,
+    as_flow,
+    assert_close,
+    text,
+)
 
-STEPS = 4
-PROMPTS = ["a red cat", "a blue dog"]
-NEGATIVE = "blurry"
-
-
-def as_ddim(config):
-    """The one-step rule for a solver's betas. Its moves are its grid with leading spacing only."""
-    given = {key: value for key, value in config.items() if key != "_use_default_values"}
-    return DDIMScheduler.from_config(given, clip_sample=False, timestep_spacing="leading")
-
-
-def as_flow(config):
-    return FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pipeline, how it is run, and how its denoiser is run likewise.
-
-    build: makes it. size: what its network's config does not say. call: arguments of the pipeline.
-    guidance: scale of both. swap: scheduler in place of one with a memory. spacing: that of the
-    pipeline's own steps. eta: of the scheduler. skip: first steps whose moves are no reference.
-    """
-
-    build: Any
-    size: tuple[int, ...] | None = None
-    call: dict[str, Any] = field(default_factory=dict)
-    guidance: float = 1.0
-    swap: Any = None
-    spacing: str | None = None
-    eta: float = 0.0
-    skip: int = 0
-
-
-def text(build, negative=NEGATIVE, **options):
-    call = {"prompt": PROMPTS, "guidance_scale": 3.0, "height": 16, "width": 16}
-    call |= {} if negative is None else {"negative_prompt": [negative] * 2}
-    return Case(build, call=call | options.pop("call", {}), guidance=3.0, **options)
-
-
-UNCONDITIONAL = {"batch_size": 2}
-CAPTIONS = {"use_resolution_binning": False, "clean_caption": False}
 LUMINA = {  # the levels that the other pipelines visit by themselves
     "sigmas": np.linspace(1, 6 / 1005, STEPS).tolist(),
     "cfg_normalization": False,
@@ -126,91 +94,6 @@ CASES = {
 TEXT_CASES = [name for name, case in CASES.items() if "prompt" in case.call]
 
 
-@dataclass
-class Recording:
-    """What a pipeline did: (output, t, x, next x) of each step, embeddings, latents and pixels."""
-
-    steps: list[Any] = field(default_factory=list)
-    embeddings: Any = None
-    latents: Any = None
-    pixels: Any = None
-
-    def record(self, pipeline, call):
-        """Run the pipeline with everything recorded."""
-        scheduler, coder = pipeline.scheduler, getattr(pipeline, "vae", None)
-        coder = coder or getattr(pipeline, "vqvae", None)
-        step = scheduler.step
-
-        def recorded_step(output, t, x, *arguments, **options):
-            if hasattr(scheduler, "ets"):
-                scheduler.ets.clear()  # its memory of earlier steps
-            result = step(output, t, x, *arguments, **options)
-            self.steps.append((output, t, x, result[0]))
-            return result
-
-        scheduler.step = recorded_step
-        if coder is not None:
-            decode = coder.decode
-
-            def recorded_decode(latents, *arguments, **options):
-                result = decode(latents, *arguments, **options)
-                self.pixels = result[0]
-                return result
-
-            coder.decode = recorded_decode
-        if "prompt" in call:
-            encode = pipeline.encode_prompt
-
-            def recorded_encode(*arguments, **options):
-                self.embeddings = encode(*arguments, **options)
-                return self.embeddings
-
-            pipeline.encode_prompt = recorded_encode
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1))
-        return self
-
-
-@dataclass
-class Opened:
-    """A saved pipeline, what it did, and the denoiser that dkdm makes of its folder."""
-
-    case: Case
-    folder: Any
-    pipeline: Any
-    recording: Recording
-    denoiser: Any
-
-    @property
-    def cond(self):
-        """The conditions of the two samples that the pipeline drew."""
-        conditioning = self.denoiser.conditioning
-        if isinstance(conditioning, Prompts):
-            return conditioning.of(PROMPTS)
-        labels = self.case.call.get("class_labels")
-        return {} if labels is None else conditioning.of(labels)
-
-    def latents(self, x):
-        """States as dkdm has them: Flux's pipeline packs them; DiT's doubles them for guidance."""
-        if x.ndim == 3 and "prompt" in self.case.call:
-            x = self.pipeline._unpack_latents(x, 16, 16, self.pipeline.vae_scale_factor)
-        return x[:2]
-
-    def together(self):
-        """All recorded steps as one batch, with outputs and next states; each sample has its t."""
-        levels = self.denoiser.process.timesteps(STEPS, self.case.spacing)
-        t = torch.tensor(levels).repeat_interleave(2)
-        s = torch.tensor([*levels[1:], -1]).repeat_interleave(2)
-        outputs, times, x, following = zip(*self.recording.steps, strict=True)
-        outputs, x, following = (
-            torch.cat([self.latents(value) for value in values])
-            for values in (outputs, x, following)
-        )
-        times = torch.tensor([float(time) for time in times]).repeat_interleave(2)
-        cond = {key: value.repeat(STEPS) for key, value in self.cond.items()}
-        return Batch(x, t, cond, t), s, times, outputs, following
-
-
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     """Pipelines by name; each is made, saved, run and loaded once."""
@@ -245,14 +128,6 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DKDM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def assert_close(ours, theirs, tolerance=1e-5):
-    """Every sample agrees, relative to its own largest value."""
-    assert ours.shape == theirs.shape
-    error = (ours - theirs).abs().flatten(1).amax(1) / theirs.abs().flatten(1).amax(1)
-    assert error.isfinite().all()
-    assert error.max() <= tolerance, error
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -429,16 +304,6 @@ def test_solvers_are_rebuilt_as_ddim_on_their_betas(name, config):
     assert torch.equal(written.alpha, process.alpha)
 
 
-SMALL = dkdm.DistillConfig(
-    max_train_steps=10,
-    train_batch_size=2,
-    pool_size=8,
-    fill_steps=2,
-    logging_steps=5,
-    validation_steps=0,
-    validation_sampling_steps=2,
-    evaluation_samples=0,
-)
 STUDENTS = {  # what makes the student smaller than its teacher
     "ldm-kl": {"block_out_channels": [4, 8]},
     "stable-diffusion": {"block_out_channels": [4, 8]},
@@ -516,9 +381,8 @@ def test_every_other_teacher_trains_a_student_too(name, opened, distilled):
         assert again.bundle.autoencoder.component.folder.parent == folder
 
 
-WITHOUT_DKDM = """
+SAMPLED = """
 import sys
-sys.modules["dkdm"] = None  # importing it fails
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -565,8 +429,7 @@ def test_other_students_sample_without_dkdm(tmp_path, opened, distilled):
         folders[f"{name} {kind}"] = tmp_path / f"{name}-{kind}"
         student = as_denoiser(kind, network_for(teacher, kind), teacher)
         write_pipeline(folders[f"{name} {kind}"], student)
-    command = [sys.executable, "-c", WITHOUT_DKDM, *map(str, folders.values())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = without_dkdm.run(SAMPLED, *folders.values())
     assert not done.returncode, done.stderr
     for name, folder in folders.items():
         again = reloaded(folder, opened(name.partition(" ")[0]))
@@ -595,8 +458,7 @@ def test_students_that_are_fed_sizes_sample_on_another_process(tmp_path, opened,
         like = with_process(with_texts(teacher, prompts), None, "flow")
         network = varied(teacher.network, out_channels=4)
         write_pipeline(tmp_path / name, as_denoiser(name, network, like))
-    command = [sys.executable, "-c", WITHOUT_DKDM, *(str(tmp_path / name) for name in teachers)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = without_dkdm.run(SAMPLED, *(tmp_path / name for name in teachers))
     assert not done.returncode, done.stderr
     for name, teacher in teachers.items():
         again = with_texts(load_teacher(str(tmp_path / name)), prompts)

@@ -18,7 +18,7 @@ import pipelines
 from dkdm import load_teacher
 from dkdm.core.steps import reverse_step
 from dkdm.models import LoadOptions, with_texts
-from test_pipelines import (
+from stock_pipelines import (
     CAPTIONS,
     PROMPTS,
     SMALL,

@@ -1,11 +1,11 @@
 """A folder in int8: small, and read by stock diffusers in a process without dkdm."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
+import without_dkdm
 from dkdm import Denoiser, DkdmError, Parameterization, UsageError, load_teacher, rectified_flow
 from dkdm.models import LoadOptions
 from dkdm.shipping.int8 import write_int8_folder
@@ -16,7 +16,6 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import torch
 from diffusers import DiffusionPipeline
-sys.modules["dkdm"] = None
 pipeline = DiffusionPipeline.from_pretrained(
     sys.argv[1], trust_remote_code=True, torch_dtype=torch.bfloat16
 )
@@ -53,9 +52,7 @@ def test_stock_diffusers_reads_the_folder(tmp_path):
     pytest.importorskip("torchao", reason="torchao is an extra")
     whole, folder = load_teacher("builtin:fashion"), tmp_path / "small"
     write_int8_folder(whole, folder)
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS, str(folder)], capture_output=True, text=True, check=False
-    )
+    done = without_dkdm.run(LOADS, folder)
     assert done.returncode == 0, done.stderr
     (weights,) = (folder / "unet").glob("*.safetensors")
     assert weights.stat().st_size < 2 * whole.num_parameters

@@ -8,22 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from dkdm.config import DistillConfig, TrainConfig, to_json
 from dkdm.errors import UsageError
-from dkdm.evaluation.classes import Metrics
-from dkdm.evaluation.results import EVALUATION, SAMPLES, Comparison, LevelGap, ModelResult
-from dkdm.evaluation.results import Measurement as How
+from dkdm.evaluation.results import EVALUATION, SAMPLES
 from dkdm.reading.command_line import parse
 from dkdm.report import write_report
 from dkdm.report.numbers import compared, count, duration, number
 from dkdm.report.page import command_line
-from dkdm.report.pictures import grid
+from finished_run import CONFIG, comparison, write_metrics, write_stages
 
 HOSTILE = "\"><script>alert('x')</script>"
 VOID = {"meta", "link", "img", "br"}
-CONFIG = DistillConfig(max_train_steps=200, learning_rate=1e-3, classes=(1, 2), use_ema=False)
 
 
 class Page(html.parser.HTMLParser):
@@ -61,59 +57,6 @@ class Page(html.parser.HTMLParser):
     @property
     def text(self) -> str:
         return re.sub(r"\s+", " ", " ".join(self.words))
-
-
-def model(name: str, network: str, parameters: int, fd: float) -> ModelResult:
-    metrics = Metrics(fd, 0.9, 0.8, 0.7, 1000, "fashion-test")
-    return ModelResult(name, network, parameters, 50 * parameters, 1e8 / parameters, 1.0, metrics)
-
-
-def comparison(samples: int = 25, shape: tuple[int, ...] = (1, 16, 16)) -> Comparison:
-    grey = torch.linspace(-1, 1, samples).reshape(-1, *[1] * len(shape))
-    pictures = grey.expand(-1, *shape).clone()
-    return Comparison(
-        teacher=model("builtin:fashion", "UNet2DModel", 1_800_000, 2.0),
-        student=model("dit-xs", "DiTTransformer2DModel", 400_000, 3.0),
-        sample_shape=shape,
-        num_levels=1000,
-        num_samples=1000,
-        num_steps=25,
-        eta=0.0,
-        seed=0,
-        device="CPU, 2 threads",
-        gap_samples=64,
-        gaps=tuple(LevelGap(t, 0.01, 0.02) for t in (0, 500, 999)),
-        same_noise_difference=0.05,
-        other_noise_difference=0.25,
-        measurement=How("64 features", "fashion-test", 10_000, 60_000, 0.0123),
-        class_names=("T-shirt/top", "Trouser", "Pullover"),
-        samples={
-            "teacher": pictures,
-            "student": -pictures,
-            "labels": torch.arange(samples) % 3,
-        },
-    )
-
-
-def write_metrics(run: Path, last: int) -> None:
-    entries = [
-        {
-            "step": step,
-            "loss": 1 / step,
-            "steps_per_second": 2.0,
-            "loss_per_level": [0.5, None, *[0.1] * 8],
-            "teacher_evaluations": 64 * step,
-        }
-        for step in range(10, last + 1, 10)
-    ]
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (run / "metrics.jsonl").write_text(lines + '{"step": 99')
-
-
-def write_stages(run: Path, *steps: int) -> None:
-    (run / "samples").mkdir(exist_ok=True)
-    for step in steps:
-        grid(torch.rand(4, 1, 4, 4), columns=2).save(run / "samples" / f"step-{step:06d}.png")
 
 
 @pytest.fixture

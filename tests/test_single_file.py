@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 
 import pipelines
-import test_latent_diffusion as ldm
 from dkdm import UsageError, load_teacher
 from dkdm.cli import main
 from dkdm.models import LoadOptions
 from dkdm.networks.adm import AdmUNet
 from formula_weights import state_of
+from original_files import latent as ldm
 
 UNET = "model.diffusion_model"
 CLIP = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"

@@ -18,7 +18,7 @@ from diffusers import (
 import dkdm
 import dkdm.core.conditioning
 import pipelines
-import test_api
+import small_runs
 from dkdm.core.calls import CALLS
 from dkdm.core.denoiser import Batch
 from dkdm.errors import UsageError
@@ -342,7 +342,7 @@ def test_a_run_in_mixed_precision_feeds_exact_times(tmp_path):
     make = partial(dkdm.Denoiser, process=flow, parameterization=parameterization)
     teacher = make(Watched(**SMALL).eval(), sample_shape=(1, 8, 8))
     student = make(Watched(**SMALL), sample_shape=(1, 8, 8))
-    config = replace(test_api.SMALL, output_dir=tmp_path / "run", mixed_precision="bf16")
+    config = replace(small_runs.SMALL, output_dir=tmp_path / "run", mixed_precision="bf16")
     dkdm.distill(teacher, student, config)
     assert {training for training, _ in seen} == {True, False}
     exact = set(flow.network_time.float().tolist())

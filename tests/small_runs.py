@@ -1,0 +1,29 @@
+"""Runs of a few steps with tiny models."""
+
+from dataclasses import replace
+
+import dkdm
+from dkdm.core.progress import read_metrics
+from dkdm.students import student_of
+from factories import denoiser
+
+SMALL = dkdm.DistillConfig(
+    max_train_steps=4,
+    train_batch_size=8,
+    pool_size=24,
+    fill_steps=2,
+    learning_rate=1e-3,
+    logging_steps=1,
+    validation_steps=0,
+    validation_sampling_steps=2,
+    evaluation_samples=8,
+)
+
+
+def run(tmp_path, teacher=None, student=None, **changes):
+    teacher = teacher or denoiser()
+    config = replace(SMALL, output_dir=tmp_path / "run", **changes)
+    folder = dkdm.distill(teacher, student or student_of("dit-tiny", teacher), config)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    assert teacher.evaluations == 0
+    return folder, metrics, metrics[-1]["teacher_evaluations"]
