@@ -133,6 +133,18 @@ def test_edm_is_the_preconditioning_of_the_paper():
     torch.testing.assert_close(scale_input("edm", x, sigma, sigma_data=0.5), c_in * x)
 
 
+@pytest.mark.parametrize("kind", ["edm", "edm_v"])
+def test_eps_of_edm_keeps_its_digits_at_the_least_noise(kind):
+    process = karras(100)
+    t = torch.zeros(4, dtype=torch.int64)
+    x, output = torch.randn(2, 4, 3, 5)
+    alpha, sigma = process.at(t)
+    _, eps = to_x_0_eps(kind, output, x, alpha, sigma)
+    _, exact = to_x_0_eps(kind, output.double(), x.double(), alpha, sigma)
+    # (x - x_0) / sigma in float32 would lose the digits that x and x_0 have in common, 1e-5.
+    torch.testing.assert_close(eps.double(), exact, rtol=0, atol=1e-6)
+
+
 def test_only_edm_scales_what_the_network_is_shown():
     x = torch.randn(2, 3)
     for kind in set(KINDS) - {"edm", "edm_v"}:

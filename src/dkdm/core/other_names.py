@@ -18,3 +18,34 @@ OTHER_TIMES = {
     "edm": "c_noise",
     "cnoise": "c_noise",
 }
+
+OTHER_PREDICTIONS = {
+    "eps": "epsilon",
+    "noise": "epsilon",
+    "pred_noise": "epsilon",
+    "x0": "sample",
+    "x_0": "sample",
+    "pred_x0": "sample",
+    "x_start": "sample",
+    "clean": "sample",
+    "data": "sample",
+    "image": "sample",
+    "v": "v_prediction",
+    "pred_v": "v_prediction",
+    "velocity": "flow_prediction",
+    "flow": "flow_prediction",
+    "rectified_flow": "flow_prediction",
+    "flow_matching": "flow_prediction",
+    "f": "edm",
+    "karras": "edm",
+    "preconditioned": "edm",
+}
+OTHER_VARIANCES = {
+    "fixed": "fixed_small",
+    "small": "fixed_small",
+    "large": "fixed_large",
+    "none": "fixed_small",
+    "range": "learned_range",
+    "learned_sigma": "learned_range",
+    "learn_sigma": "learned_range",
+}

@@ -5,6 +5,7 @@ Pure functions on tensors [B, ...] of any rank; `alpha`, `sigma` are float64 [B]
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dkdm.core.clipping import Clipping
+from dkdm.core.other_names import OTHER_PREDICTIONS, OTHER_VARIANCES
 from dkdm.core.process import Process, per_sample
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType as PredictionType
-from dkdm.reading.arguments import NamedArguments, chosen, number
+from dkdm.reading.arguments import NamedArguments, chosen, number, set_fields
 
 VarianceType = Literal[
     "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
@@ -44,44 +46,12 @@ class Parameterization(NamedArguments):
         kinds = get_args(VarianceType)
         chosen("Parameterization: variance", self.variance, kinds, OTHER_VARIANCES)
         sigma_data = number("Parameterization: sigma_data", self.sigma_data, 0, open_low=True)
-        object.__setattr__(self, "sigma_data", sigma_data)
+        set_fields(self, sigma_data=sigma_data)
 
     @property
     def learns_variance(self) -> bool:
         """Whether the network has a second half of output channels for the variance."""
         return self.variance in LEARNED
-
-
-OTHER_PREDICTIONS = {
-    "eps": "epsilon",
-    "noise": "epsilon",
-    "pred_noise": "epsilon",
-    "x0": "sample",
-    "x_0": "sample",
-    "pred_x0": "sample",
-    "x_start": "sample",
-    "clean": "sample",
-    "data": "sample",
-    "image": "sample",
-    "v": "v_prediction",
-    "pred_v": "v_prediction",
-    "velocity": "flow_prediction",
-    "flow": "flow_prediction",
-    "rectified_flow": "flow_prediction",
-    "flow_matching": "flow_prediction",
-    "f": "edm",
-    "karras": "edm",
-    "preconditioned": "edm",
-}
-OTHER_VARIANCES = {
-    "fixed": "fixed_small",
-    "small": "fixed_small",
-    "large": "fixed_large",
-    "none": "fixed_small",
-    "range": "learned_range",
-    "learned_sigma": "learned_range",
-    "learn_sigma": "learned_range",
-}
 
 
 class Prediction(NamedTuple):
@@ -101,12 +71,66 @@ class Prediction(NamedTuple):
     chain: Prediction | None = None
 
 
+Coefficient = Tensor | int
+Row = tuple[Coefficient, Coefficient, Coefficient]
+
+
+class Linear(NamedTuple):
+    """A parameterization as one linear map at given levels; coefficients are float64 [B] or int.
+
+    x_0, eps: rows (p, q, n), read (p x + q output) / n. output: the inverse of the two, a row read
+    (p x_0 + q eps) / n. shown: what x is multiplied with before the network is shown it.
+    """
+
+    x_0: Row
+    eps: Row
+    output: Row
+    shown: Coefficient = 1
+
+
+FIRST: Row = (1, 0, 1)
+SECOND: Row = (0, 1, 1)
+
+
+def _edm(a: Tensor, s: Tensor, sigma_data: float, sign: int = 1) -> Linear:
+    """x_0 = c_skip x + c_out F(c_in x) (EDM, arXiv 2206.00364, Eq. 7 and table 1)."""
+    total = s**2 + sigma_data**2
+    skip, out = sigma_data**2 / total, sign * (s * sigma_data / total.sqrt())
+    left = 1 - a * skip
+    return Linear((skip, out, 1), (left, -a * out, s), (left, -s * skip, out), total.rsqrt())
+
+
+# One row a kind, of alpha, sigma and sigma_data. Sources: epsilon DDPM (arXiv 2006.11239); v
+# progressive distillation (arXiv 2202.00512, app. D); flow velocity eps - x_0, rectified flow (arXiv
+# 2209.03003).
+KINDS: dict[PredictionType, Callable[[Tensor, Tensor, float], Linear]] = {
+    "epsilon": lambda a, s, _: Linear((1, -s, a), SECOND, SECOND),
+    "sample": lambda a, s, _: Linear(SECOND, (1, -a, s), FIRST),
+    "v_prediction": lambda a, s, _: Linear((a, -s, a**2 + s**2), (s, a, a**2 + s**2), (-s, a, 1)),
+    "flow_prediction": lambda a, s, _: Linear((1, -s, a + s), (1, a, a + s), (-1, 1, 1)),
+    "edm": _edm,
+    "edm_v": lambda a, s, sigma_data: _edm(a, s, sigma_data, sign=-1),
+}
+EDM: tuple[PredictionType, ...] = ("edm", "edm_v")
+
+
+def _combined(row: Row, x: Tensor, y: Tensor) -> Tensor:
+    """(p x + q y) / n."""
+    if row is FIRST or row is SECOND:
+        return x if row is FIRST else y
+    p, q, n = (c if isinstance(c, int) else per_sample(c, x) for c in row)
+    return (p * x + q * y) / n
+
+
 def check_compatible(parameterization: Parameterization, process: Process) -> None:
-    """Refuse epsilon where alpha = 0: there x_0 cannot be recovered from it (arXiv 2305.08891)."""
-    if parameterization.prediction == "epsilon" and bool((process.alpha == 0).any()):
+    """Refuse a network whose output does not determine x_0 at some level (arXiv 2305.08891)."""
+    own = parameterization
+    x_0 = KINDS[own.prediction](process.alpha, process.sigma, own.sigma_data).x_0
+    if bool((torch.as_tensor(x_0[2]) == 0).any()):
         raise UsageError(
-            "epsilon prediction cannot be used where alpha_t = 0 (zero terminal SNR, start of a "
-            "flow): x_0 is not determined there; expected sample, v_prediction or flow_prediction"
+            f"{own.prediction} prediction cannot be used where alpha_t = 0 (zero terminal SNR, "
+            "start of a flow): x_0 is not determined there; use sample, v_prediction or "
+            "flow_prediction"
         )
 
 
@@ -118,25 +142,9 @@ def to_x_0_eps(
     sigma: Tensor,
     sigma_data: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Recover (x_0, eps) from a network's output at x = alpha x_0 + sigma eps.
-
-    Sources: epsilon DDPM (arXiv 2006.11239); v progressive distillation (arXiv 2202.00512, app. D);
-    flow velocity eps - x_0, rectified flow (arXiv 2209.03003); edm (arXiv 2206.00364, Eq. 7).
-    """
-    a, s = per_sample(alpha, x), per_sample(sigma, x)
-    if kind == "epsilon":
-        return (x - s * output) / a, output
-    if kind == "sample":
-        return output, (x - a * output) / s
-    if kind == "v_prediction":
-        norm = per_sample(alpha**2 + sigma**2, x)
-        return (a * x - s * output) / norm, (s * x + a * output) / norm
-    if kind == "flow_prediction":
-        total = a + s
-        return (x - s * output) / total, (x + a * output) / total
-    c_skip, c_out = _edm_skip_and_out(kind, sigma, sigma_data)
-    x_0 = per_sample(c_skip, x) * x + per_sample(c_out, x) * output
-    return x_0, (x - a * x_0) / s
+    """Recover (x_0, eps) [B, ...] from a network's output at x = alpha x_0 + sigma eps."""
+    linear = KINDS[kind](alpha, sigma, sigma_data)
+    return _combined(linear.x_0, x, output), _combined(linear.eps, x, output)
 
 
 def from_x_0_eps(
@@ -148,30 +156,7 @@ def from_x_0_eps(
     sigma_data: float = 0.5,
 ) -> Tensor:
     """The output a network of this kind should give; the inverse of `to_x_0_eps`."""
-    a, s = per_sample(alpha, x_0), per_sample(sigma, x_0)
-    if kind == "epsilon":
-        return eps
-    if kind == "sample":
-        return x_0
-    if kind == "v_prediction":
-        return a * eps - s * x_0
-    if kind == "flow_prediction":
-        return eps - x_0
-    c_skip, c_out = _edm_skip_and_out(kind, sigma, sigma_data)
-    x = a * x_0 + s * eps
-    return (x_0 - per_sample(c_skip, x) * x) / per_sample(c_out, x)
-
-
-EDM: tuple[PredictionType, ...] = ("edm", "edm_v")
-
-
-def _edm_skip_and_out(
-    kind: PredictionType, sigma: Tensor, sigma_data: float
-) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of EDM (arXiv 2206.00364, table 1); of "edm_v" c_out is negative."""
-    total = sigma**2 + sigma_data**2
-    c_out = sigma * sigma_data / total.sqrt()
-    return sigma_data**2 / total, -c_out if kind == "edm_v" else c_out
+    return _combined(KINDS[kind](alpha, sigma, sigma_data).output, x_0, eps)
 
 
 def x_0_slope(
@@ -182,22 +167,14 @@ def x_0_slope(
     Its square turns weights on x_0 into weights on the output (min-SNR, arXiv 2303.09556).
     Returns float64 [B].
     """
-    if kind == "epsilon":
-        return alpha / sigma
-    if kind == "sample":
-        return torch.ones_like(alpha)
-    if kind == "v_prediction":
-        return (alpha**2 + sigma**2) / sigma
-    if kind == "flow_prediction":
-        return (alpha + sigma) / sigma
-    return 1 / _edm_skip_and_out("edm", sigma, sigma_data)[1]
+    _, q, n = KINDS[kind](alpha, sigma, sigma_data).x_0
+    return (torch.ones_like(alpha) * n / q).abs()
 
 
 def scale_input(kind: PredictionType, x: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """What the network is shown: c_in x for EDM's kinds (arXiv 2206.00364, table 1), else x."""
-    if kind not in EDM:
-        return x
-    return x * per_sample((sigma**2 + sigma_data**2).rsqrt(), x)
+    """What the network is shown for x [B, ...] at sigma [B], whatever alpha is."""
+    shown = KINDS[kind](torch.ones_like(sigma), sigma, sigma_data).shown
+    return x if isinstance(shown, int) else x * per_sample(shown, x)
 
 
 def clip_x_0(
