@@ -116,7 +116,7 @@ def test_a_network_that_is_fed_the_scale_is_fed_1_outside():
 
     model = dkdm.Denoiser(network, PROCESS, "epsilon", (1, 8, 8), guidance_interval=(0.3, 0.7))
     model.predict(batch(LABELS)._replace(cond={}), 3.5)
-    inside = model.guided_levels()[torch.tensor((0, 10, 30, 50, 80, 99))]
+    inside = model.guided_levels[torch.tensor((0, 10, 30, 50, 80, 99))]
     assert fed[0].tolist() == torch.where(inside, 3.5, 1.0).tolist()
 
 

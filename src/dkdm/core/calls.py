@@ -189,3 +189,27 @@ CALLS: dict[str, Call] = {
     "Lumina2Transformer2DModel": lumina,
     "WanTransformer3DModel": keywords("encoder_hidden_states"),
 }
+
+IN_FLOAT32 = ("time_ids", "resolution", "aspect_ratio", "guidance")  # embedded as times are
+
+
+def offloaded_to(network: nn.Module) -> torch.device | None:
+    """Where accelerate brings offloaded layers in their turn; None for any other network."""
+    for module in network.modules():
+        executes = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if executes is not None:
+            return torch.device(executes)
+    return None
+
+
+def embeds_guidance(network: Network) -> bool:
+    """Whether a network is fed the guidance scale itself: Flux-dev, or a module that asks for it.
+
+    diffusers' networks say so in their config, others by an argument named `guidance`.
+    """
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        network = network.module
+    config = getattr(network, "config", None)
+    if isinstance(config, Mapping) and "guidance_embeds" in config:
+        return bool(config["guidance_embeds"])
+    return not type(network).__module__.startswith("diffusers.") and takes(network, "guidance")

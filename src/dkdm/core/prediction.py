@@ -101,8 +101,8 @@ def _edm(a: Tensor, s: Tensor, sigma_data: float, sign: int = 1) -> Linear:
 
 
 # One row a kind, of alpha, sigma and sigma_data. Sources: epsilon DDPM (arXiv 2006.11239); v
-# progressive distillation (arXiv 2202.00512, app. D); flow velocity eps - x_0, rectified flow (arXiv
-# 2209.03003).
+# progressive distillation (arXiv 2202.00512, app. D); flow velocity eps - x_0, rectified flow
+# (arXiv 2209.03003).
 KINDS: dict[PredictionType, Callable[[Tensor, Tensor, float], Linear]] = {
     "epsilon": lambda a, s, _: Linear((1, -s, a), SECOND, SECOND),
     "sample": lambda a, s, _: Linear(SECOND, (1, -a, s), FIRST),

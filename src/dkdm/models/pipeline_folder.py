@@ -14,7 +14,8 @@ from torch import nn
 from dkdm.core.bundle import Bundle
 from dkdm.core.checkpoint import refuse_other_contents
 from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
-from dkdm.core.denoiser import Denoiser, no_decoder
+from dkdm.core.decoding import no_decoder
+from dkdm.core.denoiser import Denoiser
 from dkdm.core.inputs import from_index
 from dkdm.core.prediction import Parameterization, VarianceType
 from dkdm.errors import DkdmError, UsageError

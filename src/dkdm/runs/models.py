@@ -11,7 +11,8 @@ from dkdm.checks.student import first_look
 from dkdm.config import DistillConfig
 from dkdm.core.chains import Guidance
 from dkdm.core.conditioning import Unconditional, parse_interval, restrict_classes
-from dkdm.core.denoiser import Denoiser, no_decoder
+from dkdm.core.decoding import no_decoder
+from dkdm.core.denoiser import Denoiser
 from dkdm.core.inputs import refuse_without_rows, try_conditioning
 from dkdm.errors import UsageError
 from dkdm.models import chosen_teacher, with_texts

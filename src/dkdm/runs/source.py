@@ -135,7 +135,7 @@ def fill(pool: Pool, config: DistillConfig) -> None:
 def guidance_factor(teacher: Denoiser, config: DistillConfig) -> float:
     """Evaluations of the teacher that one prediction takes, over all levels equally."""
     guided = not Guidance.parse(config.guidance_scale).is_off and not teacher.embeds_guidance
-    return 1 + float(teacher.guided_levels().double().mean()) if guided else 1
+    return 1 + float(teacher.guided_levels.double().mean()) if guided else 1
 
 
 def planned_evaluations(teacher: Denoiser, config: DistillConfig) -> tuple[int, int]:

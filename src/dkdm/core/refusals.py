@@ -1,0 +1,188 @@
+"""What a Denoiser refuses: arguments when it is made, networks that do not fit when it is tried."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dkdm.core.bundle import Bundle
+from dkdm.core.conditioning import Condition, Conditioning, Interval, parse_interval
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import Process
+from dkdm.errors import UsageError
+from dkdm.reading.arguments import is_array, number, refuse
+from dkdm.reading.arrays import tensor
+from dkdm.reading.sizes import in_a_line
+
+FUNCTIONS = {
+    "call": "call(network, x, time, cond) -> output",
+    "decode": "decode(latents) -> images in [-1, 1]",
+}
+
+
+def check_functions(**given: Any) -> None:
+    """Raise UsageError for an argument that is neither a function nor None."""
+    for name, value in given.items():
+        if value is not None and (isinstance(value, type) or not callable(value)):
+            refuse(f"Denoiser: {name}", value, f"give a function: {FUNCTIONS[name]}")
+
+
+def check_network(network: Any) -> None:
+    """Raise UsageError for what cannot be called as a network."""
+    if hasattr(network, "sample_shape") and hasattr(network, "parameterization"):
+        refuse("Denoiser: network", network, "give its .network, or use it as it is")
+    if isinstance(network, type):
+        refuse("Denoiser: network", network, f"make one first: {network.__name__}(...)")
+    if not callable(network):
+        accepted = "give a torch.nn.Module or a function (x, time, **cond) -> output"
+        refuse("Denoiser: network", network, accepted)
+
+
+def check_kinds(process: Any, bundle: Any, name: Any) -> None:
+    """Raise UsageError unless these are a Process, a Bundle and a string."""
+    if not isinstance(process, Process):
+        refuse("Denoiser: process", process, _instead_of_process(process))
+    if not isinstance(bundle, Bundle):
+        refuse("Denoiser: bundle", bundle, "leave it out, or give decode=function")
+    if not isinstance(name, str):
+        refuse("Denoiser: name", name, "give a string")
+
+
+def _instead_of_process(value: Any) -> str:
+    if is_array(value) or isinstance(value, (list, tuple)):
+        return "give dkdm.from_betas(betas)"
+    if isinstance(value, Mapping):
+        return "give dkdm.from_scheduler_config(config)"
+    if hasattr(value, "config") and hasattr(value, "timesteps"):
+        return "give dkdm.from_scheduler_config({**scheduler.config, '_class_name': ...})"
+    return "give dkdm.from_betas(...), dkdm.rectified_flow(...), dkdm.karras(...) or a dkdm.Process"
+
+
+def parameterization_given(value: Any) -> Parameterization:
+    """A parameterization, or the one that a word names."""
+    if isinstance(value, str):
+        return Parameterization(value)  # type: ignore[arg-type]
+    if not isinstance(value, Parameterization):
+        remedy = "give a word or dkdm.Parameterization(...), such as 'epsilon'"
+        refuse("Denoiser: parameterization", value, remedy)
+    return value
+
+
+def constants_given(value: Any) -> Condition:
+    """What is fed to every sample, as tensors by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        accepted = "give a dict of tensors, such as {'y': torch.tensor(0)}"
+        refuse("Denoiser: constants", value, accepted)
+    return {name: tensor(f"Denoiser: constants['{name}']", each) for name, each in value.items()}
+
+
+def ends_given(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers, the smaller one first."""
+    value = value.tolist() if is_array(value) and value.ndim else value
+    accepted = "give (smallest, largest), such as (0.0, 1.0)"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        refuse(name, value, accepted)
+    low, high = (number(name, end) for end in value)
+    if low >= high:
+        refuse(name, value, f"{accepted}: the smaller one comes first")
+    return low, high
+
+
+def interval_given(value: Any) -> Interval | None:
+    """Two shares of noise in 0..1, the smaller one first; None is everywhere."""
+    if value is None:
+        return None
+    return parse_interval("{}:{}".format(*ends_given("Denoiser: guidance_interval", value)))
+
+
+def check_output(name: str, output: Any, x: Tensor, channels: int) -> None:
+    """Raise UsageError for what is no output [B, channels, ...] for an input x [B, C, ...]."""
+    wanted = (len(x), channels, *x.shape[2:])
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"{name}: the network returned {type(output).__name__}; return a tensor {wanted}, if "
+            "need be by Denoiser(..., call=...)"
+        )
+    if output.shape != wanted:
+        raise UsageError(
+            f"{name}: the network returned {tuple(output.shape)} for an input of "
+            f"{tuple(x.shape)}; it must return {wanted}"
+        )
+
+
+class Tried(Protocol):
+    """What is said of a denoiser that does not fit."""
+
+    name: str
+    sample_shape: tuple[int, ...]
+    conditioning: Conditioning
+    network_time: Tensor
+
+
+def check_finite(tried: Tried, output: Tensor, t: Tensor) -> None:
+    """Raise UsageError unless the outputs for the first level and the last, t [2], are finite."""
+    if output.device.type == "meta" or output.isfinite().all():
+        return
+    row = int(output[0].isfinite().all())
+    raise UsageError(
+        f"{tried.name}: its output for noise at the {('first', 'last')[row]} level is not finite "
+        f"(it is fed t = {tried.network_time[t[row]]:g}): check its weights, and that its layers "
+        "and its precision can take this time"
+    )
+
+
+@contextmanager
+def explaining_misfits(tried: Tried, cond: Condition) -> Iterator[None]:
+    """Turn any error of a network that is evaluated in here into a UsageError with the remedy."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(_misfit(tried, cond, str(error), in_a_line(error))) from error
+
+
+def _misfit(tried: Tried, cond: Condition, error: str, line: str) -> str:
+    """Why a network could not be evaluated, and what to do."""
+    refused = re.search(r"unexpected keyword argument '(\w+)'", error)
+    if refused is not None and refused[1] in tried.conditioning.embed(cond):
+        name = refused[1]
+        return (
+            f"{tried.name} takes no argument '{name}': say how it is called, such as "
+            f"Denoiser(..., call=lambda network, x, time, cond: network(x, time, "
+            f"YOUR_ARGUMENT=cond['{name}'])), or leave conditioning out"
+        )
+    return (
+        f"{tried.name} does not fit samples of shape {tried.sample_shape} with conditions "
+        f"{_shown(cond)}: {line}{_hint(tried, error)}"
+    )
+
+
+def _hint(tried: Tried, error: str) -> str:
+    """What to do about a usual mistake; nothing for any other."""
+    rest, time = tried.sample_shape[1:], tried.network_time
+    if len(rest) > 1 and "batched" in error:
+        return f"; sample_shape is that of one sample: without the batch it would be {rest}"
+    if "'indices'" in error:
+        return "; times are fed as floats: call=lambda network, x, time, cond: ... time.long()"
+    if "index out of range" in error:
+        times = f"times are {time.min():g} to {time.max():g}"
+        return f"; {times}: check the number of levels, of classes, and null_class"
+    if "positional arguments but 4 were given" in error:
+        return f"; give a function {FUNCTIONS['call']}"
+    if "missing 1 required positional argument" in error:
+        return (
+            "; give what else it is fed: conditioning=dkdm.ClassLabels(...) and, if it is not "
+            "named class_labels, call=..."
+        )
+    return ""
+
+
+def _shown(cond: Condition) -> str:
+    """Conditions by name, ids with their values."""
+    shown = [f"{k} {v.tolist()}" if v.ndim == 1 else k for k, v in sorted(cond.items())]
+    return ", ".join(shown) or "none"
