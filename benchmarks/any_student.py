@@ -27,9 +27,10 @@ from dkdm.config import DistillConfig
 from dkdm.core.checkpoint import read_tensors, write_tensors
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import PredictionType
-from dkdm.evaluation.classes import evaluate_images
+from dkdm.data.named import load_reference
 from dkdm.evaluation.cost import count_macs
-from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.evaluation.metrics import evaluate_images
+from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher
 from dkdm.models.student_process import with_process
 from dkdm.report.charts import Series, standalone_chart
@@ -119,13 +120,13 @@ def train(run: Run, teacher: Denoiser, folder: Path, steps: int) -> None:
 def measured(model: Denoiser, samples: int, steps: int) -> tuple[dict[str, float], torch.Tensor]:
     """Distance and agreement of samples from the noise that all models share."""
     cond = model.conditioning.in_turns(samples)
-    images = pictures(model, draw(model, cond, Plan(samples, steps, seed=0))).clamp(-1, 1)
-    metrics = evaluate_images(images, cond["class_labels"], "fashion-test")
+    images = decoded(model, draw(model, cond, Sampling(samples, steps, seed=0))).clamp(-1, 1)
+    metrics = evaluate_images(images, cond["class_labels"], load_reference("fashion-test"))
     found = {
         "parameters": model.num_parameters,
         "macs": count_macs(model),
         "fd": metrics.fd,
-        "class_agreement": metrics.class_agreement,
+        "class_accuracy": metrics.class_accuracy,
     }
     return found, images[:SHOWN]
 
@@ -185,7 +186,7 @@ def table(
         print(
             f"| {name} | {found['parameters'] / 1e6:.2f} M | {found['macs'] / 1e6:.1f} M | "
             f"{found.get('evaluations', 0):,} | {found['fd']:.2f} | {found['fd'] / base:.1f} | "
-            f"{found['class_agreement']:.1%} |",
+            f"{found['class_accuracy']:.1%} |",
             flush=True,
         )
     args.output_dir.mkdir(parents=True, exist_ok=True)

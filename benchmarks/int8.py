@@ -3,8 +3,8 @@
     python benchmarks/int8.py builtin:fashion runs/fashion-latent-dit
 
 Prints, for each model and precision, the size of the network's weights on disk and in memory, the
-Frechet distance, the share of samples recognised as the class asked for, and how far the samples
-are from those in float32 (root mean square, in [-1, 1]). Needs torchao.
+Frechet distance, the class accuracy, and how far the samples are from those in
+float32 (root mean square, in [-1, 1]). Needs torchao.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from dkdm.core.conditioning import ClassLabels
-from dkdm.evaluation import evaluate_images
-from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.data.named import load_reference
+from dkdm.evaluation.metrics import evaluate_images
+from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import LoadOptions, load_teacher
 from dkdm.shipping.int8 import write_int8_folder
 from dkdm.shipping.pipeline_folder import component_name, write_pipeline
@@ -52,7 +53,8 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="of models with classes")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # torchao's, about its CUDA kernels
-    plan = Plan(args.num_samples, args.steps, seed=0)
+    reference = load_reference("fashion-test")
+    sampling = Sampling(args.num_samples, args.steps, seed=0)
     print(f"{'model':34s}{'precision':10s}{'disk':>10s}{'memory':>10s}", end="")
     print(f"{'distance':>10s}{'class':>8s}{'rms':>8s}{'seconds':>9s}")
     for model in args.models:
@@ -64,15 +66,15 @@ def main() -> None:
                 cond = loaded.conditioning.in_turns(args.num_samples)
                 labelled = isinstance(loaded.conditioning, ClassLabels)
                 started = time.monotonic()
-                samples = draw(loaded, cond, plan, args.guidance_scale if labelled else 1.0)
+                samples = draw(loaded, cond, sampling, args.guidance_scale if labelled else 1.0)
                 seconds = time.monotonic() - started
-                images = pictures(loaded, samples).float().clamp(-1, 1)
+                images = decoded(loaded, samples).float().clamp(-1, 1)
             exact = images if exact is None else exact
-            found = evaluate_images(images, cond.get("class_labels"))
-            agreement = "" if found.class_agreement is None else f"{found.class_agreement:.1%}"
+            found = evaluate_images(images, cond.get("class_labels"), reference)
+            accuracy = "" if found.class_accuracy is None else f"{found.class_accuracy:.1%}"
             rms = (images - exact).square().mean().sqrt().item()
             print(f"{model[-32:]:34s}{precision:10s}{disk:10,}{memory:10,}", end="")
-            print(f"{found.fd:10.3f}{agreement:>8s}{rms:8.4f}{seconds:9.0f}", flush=True)
+            print(f"{found.fd:10.3f}{accuracy:>8s}{rms:8.4f}{seconds:9.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/prompt_agreement.py runs/fashion-text --prompts runs/fashion-prompts.txt
 
-Prints the share of samples in which the classifier sees the class that the prompt names, and
+Prints the class accuracy (how often the classifier sees the class that the prompt names), and
 the mean brightness of what was asked to be dark, grey and white.
 """
 
@@ -10,10 +10,10 @@ import argparse
 
 import torch
 
-from dkdm.data.datasets import FASHION_TONES, FASHION_WORDS
-from dkdm.evaluation.classes import class_agreement
-from dkdm.evaluation.features import to_image_shape
-from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.data.fashion import TONES, WORDS
+from dkdm.data.named import load_reference
+from dkdm.evaluation.metrics import class_accuracy
+from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher, with_texts
 
 
@@ -28,12 +28,13 @@ def main() -> None:
     args = parser.parse_args()
     model = with_texts(load_teacher(args.model), args.prompts)
     cond = model.conditioning.in_turns(args.num_samples)
-    plan = Plan(args.num_samples, args.steps, args.seed)
-    images = pictures(model, draw(model, cond, plan, args.guidance_scale)).clamp(-1, 1)
+    sampling = Sampling(args.num_samples, args.steps, args.seed)
+    images = decoded(model, draw(model, cond, sampling, args.guidance_scale)).clamp(-1, 1)
     texts = [model.conditioning.text_of(number) for number in cond["prompt"].tolist()]
-    labels = torch.tensor([FASHION_WORDS.index(text.split()[-1]) for text in texts])
-    print(f"class {class_agreement(to_image_shape(images), labels):.1%}")
-    for tone in FASHION_TONES:
+    labels = torch.tensor([WORDS.index(text.split()[-1]) for text in texts])
+    accuracy = class_accuracy(images, labels, load_reference("fashion-test"))
+    print(f"class accuracy {accuracy:.1%}")
+    for tone in TONES:
         asked = images[torch.tensor([tone in text.split() for text in texts])]
         inside = asked > -0.9
         print(f"{tone:6s}{asked[inside].mean().item():6.2f}")

@@ -17,8 +17,9 @@ from statistics import fmean
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.progress import read_metrics
-from dkdm.evaluation.classes import evaluate_images
-from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.data.named import load_reference
+from dkdm.evaluation.metrics import evaluate_images
+from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher
 from dkdm.report.charts import Series, bin_means, standalone_chart
 from dkdm.runs.distill import distill
@@ -79,9 +80,10 @@ def distance(config: DistillConfig, teacher: Denoiser, step: int, samples: int) 
     student.network.load_state_dict(weights)
     student.network.eval()
     cond = student.conditioning.in_turns(samples)
-    plan = Plan(samples, config.validation_sampling_steps, config.seed)
-    images = pictures(student, draw(student, cond, plan, config.sampling_guidance_scale))
-    return evaluate_images(images.clamp(-1, 1), cond["class_labels"]).fd
+    sampling = Sampling(samples, config.validation_sampling_steps, config.seed)
+    images = decoded(student, draw(student, cond, sampling, config.sampling_guidance_scale))
+    reference = load_reference("fashion-test")
+    return evaluate_images(images.clamp(-1, 1), cond["class_labels"], reference).fd
 
 
 def marks(steps: tuple[int, ...], last: int) -> list[int]:

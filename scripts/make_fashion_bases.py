@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from dkdm.core.progress import track
-from dkdm.data.datasets import FASHION_TONES, FASHION_WORDS, fashion_captions, load_fashion_mnist
+from dkdm.data.fashion import TONES, WORDS, fashion_captions, load_fashion_mnist
 
 LENGTH = 8
 TEMPERATURE = 0.07
@@ -41,7 +41,7 @@ FLOW_SCHEDULER = {
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, between a beginning and an end."""
-    words = ["<pad>", "<start>", "<end>", "<unknown>", "a", *FASHION_TONES, *FASHION_WORDS]
+    words = ["<pad>", "<start>", "<end>", "<unknown>", "a", *TONES, *WORDS]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

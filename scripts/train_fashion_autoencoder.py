@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from dkdm.core.progress import track
-from dkdm.data.datasets import load_fashion_mnist
-from dkdm.evaluation import evaluate_images
+from dkdm.data.fashion import load_fashion_mnist
+from dkdm.data.named import load_reference
+from dkdm.evaluation.metrics import evaluate_images
 from dkdm.report.pictures import grid
 
 KL_WEIGHT = 1e-3
@@ -90,11 +91,11 @@ def measure(autoencoder: AutoencoderKL, output_dir: Path) -> dict[str, float]:
     ).clamp(-1, 1)
     rows = [part[i : i + 10] for i in (0, 10) for part in (images, decoded)]
     grid(torch.cat(rows), 10, scale=4).save(output_dir / "reconstructions.png")
-    metrics = evaluate_images(decoded, labels, "fashion-test")
+    metrics = evaluate_images(decoded, labels, load_reference("fashion-test"))
     return {
         "mean_squared_error": (decoded - images).square().mean().item(),
         "frechet_distance": metrics.fd,
-        "class_agreement": metrics.class_agreement,
+        "class_accuracy": metrics.class_accuracy,
     }
 
 

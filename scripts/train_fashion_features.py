@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from dkdm.data.datasets import load_fashion_mnist
-from dkdm.evaluation.classes import within_class_variance
-from dkdm.evaluation.features import FeatureNetwork, FeatureStatistics, extract_features
+from dkdm.data.fashion import load_fashion_mnist
+from dkdm.data.fashion.reference import FeatureNetwork
+from dkdm.data.reference import FeatureStatistics
 from dkdm.evaluation.frechet import frechet_distance
+from dkdm.evaluation.metrics import within_class_variance
 
 ASSETS = Path(__file__).parents[1] / "src" / "dkdm" / "data" / "fashion" / "features"
 SUBSET_SIZES = (1000, 2000, 5000, 10000)
@@ -44,7 +45,8 @@ only with each other.
 | Data | Fashion-MNIST (Zalando SE, 2017), 28x28 padded to 32x32, averaged over 2x2 \
 pixels, in [-1, 1] |
 | Licence | MIT, the data and these files |
-| Network | `dkdm.evaluation.FeatureNetwork`: six 3x3 convolutions, {parameters:,} parameters |
+| Network | `dkdm.data.fashion.reference.FeatureNetwork`: six 3x3 convolutions, \
+{parameters:,} parameters |
 | Recipe | {epochs} epochs of the 60,000 training images, batch {batch_size}, AdamW, one-cycle \
 learning rate up to {learning_rate}, weight decay {weight_decay}, cross-entropy, random shifts of \
 one pixel, seed {seed} |
@@ -87,10 +89,10 @@ def main() -> None:
     network = train(*splits["train"], args)
     seconds = time.perf_counter() - start
 
-    features = {name: extract_features(network, images) for name, (images, _) in splits.items()}
+    features = {n: network.features_in_batches(images) for n, (images, _) in splits.items()}
     statistics = {name: FeatureStatistics.of(x) for name, x in features.items()}
     accuracy = {n: _accuracy(network, features[n], labels) for n, (_, labels) in splits.items()}
-    noise = FeatureStatistics.of(extract_features(network, _gaussian_like(splits["test"][0])))
+    noise = FeatureStatistics.of(network.features_in_batches(_gaussian_like(splits["test"][0])))
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     weights = {key: value.contiguous() for key, value in network.state_dict().items()}
@@ -100,7 +102,7 @@ def main() -> None:
         tensors[f"fashion-{name}.mean"] = statistics[name].mean
         tensors[f"fashion-{name}.covariance"] = statistics[name].covariance
         tensors[f"fashion-{name}.count"] = torch.tensor(statistics[name].count)
-        tensors[f"fashion-{name}.class_variance"] = within_class_variance(images, labels)
+        tensors[f"fashion-{name}.class_variance"] = within_class_variance(images, labels, 10)
     save_file(tensors, args.output_dir / "statistics.safetensors")
 
     card = CARD.format(
@@ -179,7 +181,7 @@ def floor_rows(features: dict[str, Tensor], seed: int) -> str:
 
 def distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Return the Frechet distance between two sets of features."""
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    return frechet_distance(a, b)
 
 
 def _shuffle(features: Tensor, generator: torch.Generator) -> Tensor:

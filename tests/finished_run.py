@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dkdm.config import DistillConfig
-from dkdm.evaluation.classes import Metrics
+from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.results import Comparison, LevelGap, ModelResult
 from dkdm.evaluation.results import Measurement as How
 from dkdm.report.pictures import grid
@@ -29,7 +29,6 @@ def comparison(samples: int = 25, shape: tuple[int, ...] = (1, 16, 16)) -> Compa
         num_levels=1000,
         num_samples=1000,
         num_steps=25,
-        eta=0.0,
         seed=0,
         device="CPU, 2 threads",
         gap_samples=64,

@@ -14,7 +14,9 @@ import pipelines
 from dkdm import load_teacher
 from dkdm.config import DistillConfig, TrainConfig
 from dkdm.errors import UsageError
-from dkdm.evaluation.classes import Metrics
+from dkdm.evaluation.metrics import Metrics
+from dkdm.evaluation.numbers import count
+from dkdm.evaluation.rows import metric_rows
 from dkdm.models import with_texts
 from dkdm.shipping.card import write_card
 from dkdm.shipping.licence import front_matter, licence_of_student, origin_of
@@ -67,7 +69,7 @@ def test_a_distilled_model_says_what_it_is(tmp_path):
     }
     assert "base_model" not in data
     assert "model-index" not in data
-    sizes = [f"{model.num_parameters / 1e6:.2f} M" for model in (teacher, student)]
+    sizes = [f"{count(model.num_parameters)} parameters" for model in (teacher, student)]
     assert all(size in card.text for size in sizes)
     assert "No image was read" in card.text
     assert "`apache-2.0`, which is the teacher's." in card.text
@@ -79,17 +81,22 @@ def test_a_distilled_model_says_what_it_is(tmp_path):
 
 def test_measurements_are_the_hubs_index(tmp_path):
     metrics = Metrics(1.25, 0.9, 0.8, None, 400, "fashion-test")
-    rows = [("", ["student"]), ("Frechet distance", ["1.250"])]
+    rows = metric_rows(metrics)
     card = card_of(tmp_path, denoiser(3), DistillConfig(), metrics=metrics, rows=rows)
     found = {result.metric_name: result for result in card.data.eval_results}
-    distance = found["Frechet distance (64 features of a Fashion-MNIST classifier)"]
+    distance = found[
+        "Frechet distance (64 features of dkdm's packaged 16x16 Fashion-MNIST classifier)"
+    ]
     assert distance.metric_value == 1.25
     assert distance.metric_args == {"samples": 400}
     assert distance.dataset_split == "test"
     assert len(found) == 3
     assert not re.search(r"\bfid\b", str(card.data), re.IGNORECASE)
     assert "not the FID of the literature" in card.text
-    assert "| Frechet distance | 1.250 |" in card.text
+    assert (
+        "| | value |\n|---|---|\n| Frechet distance | 1.25 |\n| class accuracy | 90.0 % |"
+        in card.text
+    )
 
 
 @pytest.mark.parametrize(

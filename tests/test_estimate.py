@@ -10,9 +10,10 @@ import dkdm
 import pipelines
 from dkdm.core.checkpoint import read_tensors
 from dkdm.core.progress import read_metrics
+from dkdm.evaluation.numbers import duration
 from dkdm.models import with_texts
 from dkdm.models.prompts import Prompts
-from dkdm.runs.cost import Speeds, advice, estimated, in_words, measured, minutes
+from dkdm.runs.cost import Speeds, advice, estimated, in_words, measured
 from dkdm.runs.dry_run import describe
 from dkdm.runs.models import teacher_warning
 from dkdm.students import student_of
@@ -43,23 +44,25 @@ def test_a_resumed_run_has_its_rest_ahead_and_nothing_to_prepare():
 
 def test_words_say_both_parts():
     text = in_words(estimated((1_024_000, 128_000), 1000, 0, Speeds(0.001, 0.1)))
-    assert "21 minutes in total" in text
-    assert "17 minutes to prepare (1,024,000 teacher evaluations)" in text
-    assert "3.8 minutes to train (1,000 steps, 128,000 teacher evaluations)" in text
+    assert "21 min in total" in text
+    assert "17 min to prepare (1,024,000 teacher evaluations)" in text
+    assert "3.8 min to train (1,000 steps, 128,000 teacher evaluations)" in text
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (1, "less than 0.1 minutes"),
-        (90, "1.5 minutes"),
-        (3000, "50 minutes"),
-        (36_000, "10 hours"),
+        (0, "0 s"),
+        (0.25, "0.25 s"),
+        (40, "40 s"),
+        (90, "1.5 min"),
+        (3000, "50 min"),
+        (36_000, "10 h"),
         (1_000_000, "12 days"),
     ],
 )
 def test_durations_are_readable(seconds, words):
-    assert minutes(seconds) == words
+    assert duration(seconds) == words
 
 
 @pytest.mark.parametrize(

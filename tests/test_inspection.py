@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import nn
 
 from dkdm.checks.inspection import check_denoising, inspect_denoiser, print_inspection
-from dkdm.checks.inspection.tables import readable
 from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
@@ -314,14 +313,6 @@ def test_a_plain_function_has_no_weights():
     assert weights_mib(model) == 0
     found = inspect_denoiser(model, num_steps=2, max_trials=2)
     assert (found.parameters, found.network, found.dtype) == (0, "<lambda>", None)
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(0, "0"), (999, "999"), (1000, "1 k"), (1.806e6, "1.81 M"), (2.5e9, "2.5 G"), (4e12, "4 T")],
-)
-def test_readable_numbers(number, words):
-    assert readable(number) == words
 
 
 def test_trained_teacher_passes_as_it_was_trained_only():

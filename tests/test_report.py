@@ -11,10 +11,10 @@ import pytest
 
 from dkdm.config import DistillConfig, TrainConfig, to_json
 from dkdm.errors import UsageError
+from dkdm.evaluation.numbers import compared, count, number, percent, ratio
 from dkdm.evaluation.results import EVALUATION, SAMPLES
 from dkdm.reading.command_line import parse
 from dkdm.report import write_report
-from dkdm.report.numbers import compared, count, duration, number
 from dkdm.report.page import command_line
 from finished_run import CONFIG, comparison, write_metrics, write_stages
 
@@ -73,8 +73,10 @@ def test_the_page_of_a_finished_run_is_complete(run):
     page = Page(write_report(run))
     assert "A transformer learned from a convolutional UNet. No image was read." in page.text
     assert "not complete" not in page.text
-    for part in ("1.50 ×", "4.5 × fewer", "90.0 %", "20.0 %", "12.8 k", "2 min", "Trouser"):
+    for part in ("1.50 ×", "1.5 × higher", "Class accuracy", "90.0 %", "20.0 %", "Trouser"):
         assert part in page.text
+    assert "4.5 × lower" in page.text
+    assert ("12.8 k" in page.text, "1.7 min" in page.text) == (True, True)
     assert page.tags.count("svg") == 3
     # two halves of ten samples, five in each of three classes, two grids
     assert page.tags.count("img") == 2 + 3 + 2
@@ -198,7 +200,7 @@ def test_pictures_of_any_size_are_shown(run, shape):
     }
     replace(found, class_names=None, measurement=None, **without).save(run)
     page = Page(write_report(run))
-    assert "no packaged feature network fits samples of shape" in page.text
+    assert "No distance to real images was measured." in page.text
     assert ("are latents" in page.text) == (shape[0] == 4)
     assert len(page.source) < 300_000
 
@@ -252,16 +254,18 @@ def test_numbers_read_well():
         "12.3",
         "1,234",
     ]
-    assert [count(v) for v in (0, 9412, 392_900, 1_806_529, 2.1e9)] == [
+    assert [count(v) for v in (0, 9412, 392_900, 1_806_529, 2.1e9, 4e12)] == [
         "0",
         "9,412",
         "393 k",
         "1.81 M",
         "2.10 G",
+        "4.00 T",
     ]
-    assert [duration(v) for v in (40, 2000, 20_000)] == [("40", "s"), ("33", "min"), ("5.6", "h")]
-    assert [compared(*v) for v in ((1, 4), (9, 3), (2, 2.04))] == [
-        ("4.0 ×", "fewer"),
-        ("3.0 ×", "more"),
-        ("as many", ""),
+    assert [compared(*v) for v in ((1, 4), (9, 3), (2, 2.04), (3, 0))] == [
+        "4.0 × lower",
+        "3.0 × higher",
+        "equal",
+        "3",
     ]
+    assert [ratio(3, 2), ratio(3, 0), percent(0.9376)] == ["1.50 ×", "", "93.8 %"]

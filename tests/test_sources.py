@@ -13,9 +13,10 @@ from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.prediction import Parameterization, to_x_0_eps
 from dkdm.core.schedules import beta_schedule, from_betas
 from dkdm.core.sources import Images
-from dkdm.data.datasets import fashion_captions, load_captions
+from dkdm.data.fashion import fashion_captions
+from dkdm.data.images import load_image_folder
+from dkdm.data.training_set import training_data
 from dkdm.errors import DkdmError, UsageError
-from dkdm.runs.training_set import training_data
 
 LEVELS = 50
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", LEVELS))
@@ -110,8 +111,8 @@ def save(folder: Path, captions: dict[str, bytes | None]) -> str:
 
 def test_captions_lie_beside_the_images_in_their_order(tmp_path):
     spec = save(tmp_path, {"b/2": b"two\n", "a/1": "einß".encode("utf-8-sig"), "b/10": b"  ten"})
-    images = torch.zeros(3, 1, 4, 4)
-    assert load_captions(spec, images, torch.tensor([0, 1, 1])) == ("einß", "ten", "two")
+    captions = load_image_folder(Path(spec), (1, 4, 4)).captions()
+    assert captions == ("einß", "ten", "two")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_captions_lie_beside_the_images_in_their_order(tmp_path):
 def test_captions_that_cannot_be_read_are_named(tmp_path, caption, message):
     spec = save(tmp_path, {"a": b"one", "b": caption})
     with pytest.raises(DkdmError, match=message):
-        load_captions(spec, torch.zeros(2, 1, 4, 4), None)
+        load_image_folder(Path(spec), (1, 4, 4)).captions()
 
 
 def test_captions_of_fashion_name_the_garment_and_at_times_its_tone():
@@ -134,7 +135,6 @@ def test_captions_of_fashion_name_the_garment_and_at_times_its_tone():
         "a dark t-shirt", "a grey trouser", "a white pullover", "a dark dress", "a coat",
     )  # fmt: skip
     assert captions[5] == "a grey sandal"  # nothing to be seen of it
-    assert load_captions("fashion-mnist", images, torch.arange(10)) == captions
 
 
 # --- what is trained -----------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_impossible_measurement_is_refused(batch_size, steps):
         Measuring(batch_size, steps=steps)
 
 
-@pytest.mark.parametrize(("width", "cell"), [(160, "2.5 (1.5x)"), (80, "(1.5x)")])
+@pytest.mark.parametrize(("width", "cell"), [(160, "2.50 (1.5x)"), (80, "(1.5x)")])
 @pytest.mark.parametrize(("shape", "unit"), [((1, 8, 8), "images/s"), ((2, 64), "samples/s")])
 def test_printed_listing_shows_measured_speed(teacher, width, cell, shape, unit):
     row = StudentRow("dit-x", "a summary that is read", 10, 0.1, 10, 0.1, 2.5, 1.5, "here")

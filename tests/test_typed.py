@@ -9,7 +9,7 @@ from PIL import Image
 
 from dkdm.config import DistillConfig, TrainConfig, from_mapping
 from dkdm.core.progress import read_metrics
-from dkdm.data.datasets import load_image_folder, open_picture
+from dkdm.data.images import load_image_folder, open_image
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.results import EVALUATION, read_evaluation
 from dkdm.models.formats.state_dict import read_weights
@@ -96,10 +96,10 @@ def test_an_evaluation_of_other_types_names_the_entry(tmp_path):
 
 
 def test_a_picture_that_would_fill_the_memory_is_not_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("dkdm.data.datasets.MAX_PIXELS", 100)
+    monkeypatch.setattr("dkdm.data.images.MAX_PIXELS", 100)
     Image.new("L", (20, 20)).save(tmp_path / "large.png")
     with pytest.raises(DkdmError, match="20x20 pixels are more than 100"):
-        open_picture(tmp_path / "large.png")
+        open_image(tmp_path / "large.png")
     with pytest.raises(DkdmError, match="20x20 pixels"):
         load_image_folder(tmp_path, (1, 8, 8))
 
@@ -108,7 +108,7 @@ def test_a_picture_that_would_fill_the_memory_is_not_decoded(tmp_path, monkeypat
 def test_a_picture_is_of_the_formats_that_are_named(tmp_path, format):
     Image.new("L", (8, 8)).save(tmp_path / "x.png", format=format)
     with pytest.raises(DkdmError, match="cannot be read as an image"):
-        open_picture(tmp_path / "x.png")
+        open_image(tmp_path / "x.png")
 
 
 def test_a_tensor_that_claims_more_than_is_stored_is_refused(tmp_path):

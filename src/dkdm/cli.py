@@ -157,17 +157,18 @@ def _config_file(kind: type[Config], path: Path) -> Config:
 def _distill(args: list[str]) -> int:
     config, dry_run = _run_config(DistillConfig, args)
     from dkdm.evaluation.results import read_evaluation
+    from dkdm.evaluation.rows import comparison_rows
     from dkdm.runs.distill import distill
     from dkdm.runs.dry_run import describe
-    from dkdm.runs.outputs import result_rows
 
     if dry_run:
         print(describe(config))
         return 0
     folder = distill(config=config)
     if config.evaluation_samples:
-        for name, (teacher, student) in result_rows(read_evaluation(folder)):
-            print(f"{name:42s}{teacher:>14s}{student:>14s}")
+        print(f"{'teacher':>57s}{'student':>14s}")
+        for row in comparison_rows(read_evaluation(folder)):
+            print(f"{row.label:43s}" + "".join(f"{text:>14s}" for text in row.texts))
     print(f"{folder}/report.html")
     _print_url(config, folder)
     return 0

@@ -14,6 +14,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.progress import track
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import count_macs, evaluations_in_turns
+from dkdm.evaluation.numbers import count, number
 from dkdm.models import place
 from dkdm.students import PRESETS, Preset, untried_student_of
 
@@ -173,7 +174,7 @@ def print_students(
     shape = " x ".join(map(str, teacher.sample_shape))
     title = (
         f"Students for {escape(teacher.name)}: samples of {shape}, "
-        f"{_millions(teacher.num_parameters)} parameters"
+        f"{count(teacher.num_parameters)} parameters"
     )
     unit = "images/s" if len(teacher.sample_shape) == 3 else "samples/s"
     if measuring:
@@ -207,17 +208,13 @@ def _numbers(row: StudentRow) -> list[list[str]]:
         return [missing] * 3
     speed = row.samples_per_second
     return [
-        [_millions(row.parameters), *_times(row.parameter_ratio)],
-        [_millions(row.macs), *_times(row.mac_ratio)],
-        missing if speed is None else [f"{speed:.3g}", *_times(row.speed_ratio)],
+        [count(row.parameters), *_times(row.parameter_ratio)],
+        [count(row.macs), *_times(row.mac_ratio)],
+        missing if speed is None else [number(speed), *_times(row.speed_ratio)],
     ]
-
-
-def _millions(number: int) -> str:
-    return f"{number / 1e6:,.2f} M"
 
 
 def _times(ratio: float | None) -> list[str]:
     if ratio is None:
         return []
-    return [f"({ratio:.2g}x)" if ratio < 10 else f"({ratio:,.0f}x)"]
+    return [f"({number(ratio, 2)}x)"]

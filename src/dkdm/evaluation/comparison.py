@@ -1,4 +1,4 @@
-"""Teacher and student side by side: pictures from the same noise, distances, gaps, cost."""
+"""Teacher and student side by side: images from the same noise, distances, gaps, cost."""
 
 from __future__ import annotations
 
@@ -11,31 +11,19 @@ from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import simple_loss
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
+from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.classes import evaluate_images
 from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
-from dkdm.evaluation.features import MEASURABLE_SHAPES, NUM_FEATURES, ReferenceName, load_reference
 from dkdm.evaluation.frechet import frechet_distance
+from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.results import Comparison, LevelGap, Measurement, ModelResult
-from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models.prompts import Prompts
 
 GAP_LEVELS = 16
 GAP_SAMPLES = 64
 SPEED_BATCH = 64
 MOST_SHOWN = 100
-FASHION_CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
 
 
 def compare(
@@ -47,40 +35,36 @@ def compare(
     seed: int,
     guidance_teacher: float = 1.0,
     guidance_student: float = 1.0,
-    eta: float = 0.0,
-    batch_size: int = 256,
-    reference: ReferenceName | None = None,
+    reference: Reference | None = None,
 ) -> Comparison:
     """Draw from both models with the same noise and measure what comes out.
 
-    Conditions come in turns. The distances are measured against `reference` where the samples are
-    pictures of `[1, 16, 16]` or `[1, 28, 28]`; None measures none. `eta` as in `Denoiser.sample`.
-    The models' modes and evaluation counters stay as they were. Raises `UsageError` for models of
-    different sample shapes and for numbers below 1, `DkdmError` where samples to be measured are
-    not finite.
+    Conditions come in turns; both models sample by DDIM. Distances are measured if the images fit
+    `reference`. The models' modes and evaluation counters stay as they were. Raises `UsageError`
+    for models of different sample shapes and for numbers below 1, `DkdmError` if samples to be
+    measured are not finite.
     """
     _check_shapes(teacher, student)
-    plan = Plan(num_samples, num_steps, seed, eta, batch_size)
+    sampling = Sampling(num_samples, num_steps, seed)
     cond = student.conditioning.in_turns(num_samples)
     with undisturbed(teacher), undisturbed(student), track(2 * num_samples, 0, "comparing") as show:
-        drawn = draw(teacher, cond, plan, guidance_teacher, show)
-        copied = draw(student, cond, plan, guidance_student, lambda n: show(num_samples + n))
-        few = min(num_samples, GAP_SAMPLES, batch_size)
+        drawn = draw(teacher, cond, sampling, guidance_teacher, show)
+        copied = draw(student, cond, sampling, guidance_student, lambda n: show(num_samples + n))
+        few = min(num_samples, GAP_SAMPLES)
         gaps = level_gaps(
             teacher, student, drawn[:few], cond, seed, guidance_teacher, guidance_student
         )
-        drawn, copied = pictures(teacher, drawn), pictures(student, copied)
-    fitting = reference if tuple(drawn.shape[1:]) in MEASURABLE_SHAPES else None
+        drawn, copied = decoded(teacher, drawn), decoded(student, copied)
+    fitting = reference if reference and reference.fits(drawn.shape[1:]) else None
     labels = cond.get("class_labels")
     shown = cond.get("prompt", labels)
     return Comparison(
-        teacher=_measure(teacher, drawn, labels, guidance_teacher, fitting, batch_size),
-        student=_measure(student, copied, labels, guidance_student, fitting, batch_size),
+        teacher=_measure(teacher, drawn, labels, guidance_teacher, fitting),
+        student=_measure(student, copied, labels, guidance_student, fitting),
         sample_shape=tuple(teacher.sample_shape),
         num_levels=teacher.process.num_levels,
         num_samples=num_samples,
         num_steps=num_steps,
-        eta=eta,
         seed=seed,
         device=_describe(student.device),
         gap_samples=few,
@@ -97,7 +81,7 @@ def _check_shapes(teacher: Denoiser, student: Denoiser) -> None:
     if tuple(teacher.sample_shape) != tuple(student.sample_shape):
         raise UsageError(
             f"the samples of {teacher.name} have shape {tuple(teacher.sample_shape)}, those of "
-            f"{student.name} {tuple(student.sample_shape)}: expected the same shape"
+            f"{student.name} {tuple(student.sample_shape)}: compare models of one shape"
         )
 
 
@@ -137,41 +121,34 @@ def _measure(
     images: Tensor,
     labels: Tensor | None,
     guidance_scale: float,
-    reference: ReferenceName | None,
-    batch_size: int,
+    reference: Reference | None,
 ) -> ModelResult:
-    metrics = None
-    if reference is not None:
-        metrics = evaluate_images(images.clamp(-1, 1), labels, reference)
-    speed = evaluations_per_second(denoiser, min(batch_size, SPEED_BATCH))
+    metrics = evaluate_images(images.clamp(-1, 1), labels, reference) if reference else None
     return ModelResult(
         name=denoiser.name,
         network=type(denoiser.network).__name__,
         parameters=denoiser.num_parameters,
         macs=count_macs(denoiser),
-        evaluations_per_second=speed,
+        evaluations_per_second=evaluations_per_second(denoiser, SPEED_BATCH),
         guidance_scale=guidance_scale,
         metrics=metrics,
     )
 
 
-def measurement_of(reference: ReferenceName) -> Measurement:
+def measurement_of(reference: Reference) -> Measurement:
     """Describe how distances to `reference` are measured, with the floor that real images set."""
-    other: ReferenceName = "fashion-train" if reference == "fashion-test" else "fashion-test"
-    real, floor = load_reference(reference).features, load_reference(other).features
+    real, floor = reference.statistics, reference.floor
     return Measurement(
-        features=f"{NUM_FEATURES} features of dkdm's packaged 16x16 Fashion-MNIST classifier",
-        reference=reference,
+        features=reference.features_in_words,
+        reference=reference.name,
         reference_images=real.count,
         real_images=floor.count,
-        real_distance=frechet_distance(floor.mean, floor.covariance, real.mean, real.covariance),
+        real_distance=frechet_distance(floor, real),
     )
 
 
-def _class_names(
-    conditioning: Conditioning, reference: ReferenceName | None
-) -> tuple[str, ...] | None:
-    """The model's own names; those of Fashion-MNIST where that is what it is measured against.
+def _class_names(conditioning: Conditioning, reference: Reference | None) -> tuple[str, ...] | None:
+    """The model's names; without any, those of the reference.
 
     A text model's are its first prompts, by their numbers.
     """
@@ -179,7 +156,7 @@ def _class_names(
         return (conditioning.negative, *conditioning.texts[:MOST_SHOWN])
     if not isinstance(conditioning, ClassLabels):
         return None
-    return conditioning.names or (FASHION_CLASS_NAMES if reference else None)
+    return conditioning.names or (reference.class_names if reference else None)
 
 
 def _mean_difference(a: Tensor, b: Tensor) -> float:

@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dkdm.errors import DkdmError, UsageError
-from dkdm.evaluation.classes import Metrics
+from dkdm.evaluation.metrics import Metrics
 from dkdm.reading.fields import read_json
 from dkdm.reading.sizes import in_a_line
 from dkdm.reading.typed import made_of
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples/comparison.safetensors"
+PUBLISHED = {"class_accuracy": "class_agreement"}  # fields whose name in the file is another
+FIELDS = {name: field for field, name in PUBLISHED.items()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,6 @@ class Comparison:
     num_levels: int
     num_samples: int
     num_steps: int
-    eta: float
     seed: int
     device: str
     gap_samples: int
@@ -104,10 +105,11 @@ class Comparison:
     measurement: Measurement | None
     class_names: tuple[str, ...] | None
     samples: Mapping[str, Tensor]
+    eta: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every field but the samples as JSON-ready values."""
-        return asdict(replace(self, samples={})) | {"samples": SAMPLES}
+        """Return every field but the samples as JSON-ready values, by their published names."""
+        return _renamed(asdict(replace(self, samples={})), PUBLISHED) | {"samples": SAMPLES}
 
     def save(self, run_dir: Path) -> None:
         """Write `evaluation.json` and `samples/comparison.safetensors` into a run folder."""
@@ -124,11 +126,17 @@ def read_evaluation(run_dir: Path) -> Comparison:
     """
     try:
         values = read_json(run_dir / EVALUATION, "a comparison, written when a run ends")
-        return made_of(Comparison, values, EVALUATION, samples={})
+        return made_of(Comparison, _renamed(values, FIELDS), EVALUATION, samples={})
     except UsageError as error:
         if not (run_dir / EVALUATION).exists():
             raise DkdmError(f"{EVALUATION} is missing: it is written when a run ends") from None
         raise DkdmError(f"{EVALUATION} cannot be read ({error})") from error
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
+    return value
 
 
 def read_samples(run_dir: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dkdm.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sampling:
     """How samples are drawn: sample i depends on (seed, i) and never on `batch_size`."""
 
     num_samples: int
@@ -27,13 +27,13 @@ class Plan:
     def __post_init__(self) -> None:
         for what in ("num_samples", "num_steps", "batch_size"):
             if getattr(self, what) < 1:
-                raise UsageError(f"{what}: expected at least 1, found {getattr(self, what)}")
+                raise UsageError(f"{what} is {getattr(self, what)}: give 1 or more")
 
 
 def draw(
     denoiser: Denoiser,
     cond: Condition,
-    plan: Plan,
+    sampling: Sampling,
     guidance_scale: float = 1.0,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -42,11 +42,11 @@ def draw(
     progress: called with the number of samples drawn so far.
     """
     parts = []
-    for first in range(0, plan.num_samples, plan.batch_size):
-        indices = range(first, min(first + plan.batch_size, plan.num_samples))
+    for first in range(0, sampling.num_samples, sampling.batch_size):
+        indices = range(first, min(first + sampling.batch_size, sampling.num_samples))
         rows = {key: value[indices.start : indices.stop] for key, value in cond.items()}
-        noise = shared_noise(denoiser, plan.seed, indices)
-        sampled = denoiser.sample(noise, rows, plan.num_steps, plan.eta, guidance_scale)
+        noise = shared_noise(denoiser, sampling.seed, indices)
+        sampled = denoiser.sample(noise, rows, sampling.num_steps, sampling.eta, guidance_scale)
         parts.append(sampled.cpu())
         if progress is not None:
             progress(indices.stop)
@@ -54,13 +54,13 @@ def draw(
 
 
 @torch.no_grad()
-def pictures(denoiser: Denoiser, samples: Tensor, batch_size: int = 64) -> Tensor:
+def decoded(denoiser: Denoiser, samples: Tensor, batch_size: int = 64) -> Tensor:
     """Pixels in about [-1, 1] of samples [N, ...], on the CPU; latents are decoded in batches."""
     parts = samples.split(batch_size)
-    decoded = torch.cat([denoiser.to_pixels(part.to(denoiser.device)).cpu() for part in parts])
+    images = torch.cat([denoiser.to_pixels(part.to(denoiser.device)).cpu() for part in parts])
     if denoiser.bundle.autoencoder is not None:
         denoiser.bundle.autoencoder.idle()
-    return decoded
+    return images
 
 
 def shared_noise(denoiser: Denoiser, seed: int, indices: range) -> Callable[[int], Tensor]:

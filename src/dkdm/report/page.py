@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dkdm.config import RunConfig, TrainConfig, to_json
+from dkdm.evaluation.numbers import count, number
 from dkdm.evaluation.results import ModelResult
+from dkdm.evaluation.rows import comparison_rows
 from dkdm.reading.files import atomic
 from dkdm.reading.files import render as render_template
 from dkdm.report.curves import charts
-from dkdm.report.numbers import count, number, percent
 from dkdm.report.run import Run, read_run
 from dkdm.report.strips import FIRST, strips
 from dkdm.report.tiles import tiles
@@ -36,11 +37,12 @@ def render(run: Run) -> str:
     return render_template(
         "dkdm.report",
         "report.html.j2",
-        {"count": count, "number": number, "percent": percent},
+        {"count": count, "number": number},
         run=run,
         headline=headline(run),
         claim=claim(run),
         comparison=run.comparison,
+        rows=comparison_rows(run.comparison, run.noun) if run.comparison else [],
         hero=hero,
         more=more,
         num_first=min(FIRST, len(run.samples.get("teacher", ()))),

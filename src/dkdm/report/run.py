@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dkdm.config import DistillConfig, TrainConfig, read_config
 from dkdm.core.progress import read_metrics
-from dkdm.data.datasets import open_picture
+from dkdm.data.images import open_image
 from dkdm.errors import DkdmError
 from dkdm.evaluation.results import (
     EVALUATION,
@@ -108,7 +108,7 @@ def read_stages(folder: Path, missing: list[str]) -> list[Stage]:
     stages = []
     for step, path in (found[i] for i in sorted(places)):
         try:
-            image = open_picture(check_place(path, folder.parent))
+            image = open_image(check_place(path, folder.parent))
             image.thumbnail((640, 640))
             stages.append(Stage(step, png_data_uri(image)))
         except DkdmError:

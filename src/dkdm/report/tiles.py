@@ -5,22 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dkdm.evaluation.numbers import compared, count, duration, number, percent
 from dkdm.evaluation.results import Comparison
+from dkdm.evaluation.rows import Row, comparison_rows
 from dkdm.reading.fields import is_number
-from dkdm.report.numbers import compared, count, duration, in_units, number, percent
 from dkdm.report.run import Run
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A key number; teacher and student, where given, are drawn as two bars."""
+    """A key number; teacher and student, if given, are drawn as two bars."""
 
     label: str
-    value: str
-    unit: str
+    text: str
     detail: str
     teacher: float | None = None
     student: float | None = None
+
+    @property
+    def value(self) -> str:
+        """The number itself."""
+        return self.text.rpartition(" ")[0] or self.text
+
+    @property
+    def unit(self) -> str:
+        """What comes behind it in small letters."""
+        return self.text.removeprefix(self.value).strip()
 
     @property
     def bars(self) -> list[tuple[str, float]]:
@@ -34,79 +44,31 @@ class Tile:
 
 def tiles(run: Run) -> list[Tile]:
     """The key numbers, as far as they are known."""
-    things = f"{run.noun.capitalize()}s"
-    found = _comparison_tiles(run.comparison, things) if run.comparison else []
+    found = []
+    if run.comparison:
+        found = [_tile(row) for row in comparison_rows(run.comparison, run.noun) if row.better]
+        found[2:2] = _copy_tile(run.comparison)
     if run.is_distillation:
-        found.append(
-            Tile(f"{things} read", "0", "", "the teacher's answers are all the student saw")
-        )
+        things = f"{run.noun.capitalize()}s"
+        found.append(Tile(f"{things} read", "0", "the student saw the teacher's answers only"))
     last = run.metrics[-1] if run.metrics else {}
     evaluations: Any = last.get("teacher_evaluations")
     rate: Any = last.get("steps_per_second")
     if is_number(evaluations) and evaluations > 0:
         detail = f"samples through the teacher in {run.step:,} steps"
-        found.append(Tile("Teacher evaluations", *in_units(evaluations), detail))
+        found.append(Tile("Teacher evaluations", count(evaluations), detail))
     if is_number(rate) and rate > 0:
         detail = f"{run.step:,} steps, {number(rate)} a second"
-        found.append(Tile("Training time", *duration(run.step / rate), detail))
+        found.append(Tile("Training time", duration(run.step / rate), detail))
     return found
 
 
-def _comparison_tiles(comparison: Comparison, things: str) -> list[Tile]:
-    teacher, student = comparison.teacher, comparison.student
-    speeds = [model.images_per_second(comparison.num_steps) for model in (teacher, student)]
-    return [
-        *_metric_tiles(comparison),
-        *_copy_tile(comparison),
-        Tile(
-            "Parameters",
-            *compared(student.parameters, teacher.parameters),
-            f"{count(student.parameters)} · teacher {count(teacher.parameters)}",
-            teacher.parameters,
-            student.parameters,
-        ),
-        Tile(
-            "Multiply-accumulates",
-            *compared(student.macs, teacher.macs),
-            f"{count(student.macs)} an evaluation · teacher {count(teacher.macs)}",
-            teacher.macs,
-            student.macs,
-        ),
-        Tile(
-            f"{things} a second",
-            *compared(speeds[1], speeds[0]),
-            f"{number(speeds[1])} · teacher {number(speeds[0])}, {comparison.num_steps} steps each",
-            *speeds,
-        ),
-    ]
-
-
-def _metric_tiles(comparison: Comparison) -> list[Tile]:
-    teacher, student = comparison.teacher.metrics, comparison.student.metrics
-    if teacher is None or student is None:
-        return []
-    found = [
-        Tile(
-            "Fréchet distance",
-            f"{number(student.fd / teacher.fd)} ×" if teacher.fd else number(student.fd),
-            "",
-            f"to real images: {number(student.fd)} · teacher {number(teacher.fd)}; lower is better",
-            teacher.fd,
-            student.fd,
-        )
-    ]
-    if teacher.class_agreement is not None and student.class_agreement is not None:
-        found.append(
-            Tile(
-                "Right class",
-                f"{100 * student.class_agreement:.1f}",
-                "%",
-                f"show the class asked for · teacher {percent(teacher.class_agreement)}",
-                teacher.class_agreement,
-                student.class_agreement,
-            )
-        )
-    return found
+def _tile(row: Row) -> Tile:
+    """A share as it is, any other measurement as a multiple of the teacher's."""
+    teacher, student = row.texts
+    text = student if row.format is percent else compared(row.student, row.teacher or 0)
+    detail = f"{student} · teacher {teacher}; {row.better} is better"
+    return Tile(row.label.capitalize(), text, detail, row.teacher, row.student)
 
 
 def _copy_tile(comparison: Comparison) -> list[Tile]:
@@ -114,4 +76,4 @@ def _copy_tile(comparison: Comparison) -> list[Tile]:
     if not other:
         return []
     detail = "between two samples from the same noise; from different noise it is 100 %"
-    return [Tile("Distance to the teacher", f"{100 * same / other:.1f}", "%", detail)]
+    return [Tile("Distance to the teacher", percent(same / other), detail)]

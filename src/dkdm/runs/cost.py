@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +13,7 @@ from torch import nn
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.evaluation.cost import undisturbed
+from dkdm.evaluation.numbers import duration
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,11 @@ def estimated(evaluations: tuple[int, int], steps: int, done: int, speeds: Speed
 def in_words(estimate: Estimate) -> str:
     """One line: minutes in total, to prepare and to train, and of what."""
     preparing, training = estimate.evaluations
-    total = minutes(estimate.preparing + estimate.training)
-    first = f"{minutes(estimate.preparing)} to prepare ({preparing:,} teacher evaluations)"
-    second = f"{minutes(estimate.training)} to train ({estimate.steps:,} steps"
+    total = duration(estimate.preparing + estimate.training)
+    first = f"{duration(estimate.preparing)} to prepare ({preparing:,} teacher evaluations)"
+    second = f"{duration(estimate.training)} to train ({estimate.steps:,} steps"
     second += f", {training:,} teacher evaluations)" if training else ")"
     return f"{total} in total, by the speed of one batch: {first}, {second}"
-
-
-def minutes(seconds: float) -> str:
-    """Seconds as minutes, hours or days with two digits."""
-    if seconds < 6:
-        return "less than 0.1 minutes"
-    units = ((60, "minutes", 7200), (3600, "hours", 172800), (86400, "days", math.inf))
-    size, name = next((size, name) for size, name, below in units if seconds < below)
-    value = seconds / size
-    return f"{value:.1f} {name}" if value < 10 else f"{value:,.0f} {name}"
 
 
 def advice(estimate: Estimate, config: DistillConfig) -> str | None:

@@ -16,12 +16,14 @@ from dkdm.core.conditioning import parse_interval, restrict_classes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import evaluating, say_if
 from dkdm.core.progress import track
+from dkdm.data.named import chosen_reference
+from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.classes import Metrics, evaluate_images
-from dkdm.evaluation.comparison import FASHION_CLASS_NAMES, compare
-from dkdm.evaluation.features import ReferenceName
+from dkdm.evaluation.comparison import compare
+from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.results import Comparison
-from dkdm.evaluation.same_noise import Plan, draw, pictures
+from dkdm.evaluation.rows import Row, comparison_rows, metric_rows
+from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.report import write_report
 from dkdm.report.pictures import sample_grid
 from dkdm.shipping.card import NO_LICENCE, write_card
@@ -33,7 +35,7 @@ GRID_SAMPLES = 40
 
 def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[int, Denoiser], None]:
     """Writes samples/step-N.png: a row of the teacher's samples, one of the student's."""
-    plan = Plan(GRID_COLUMNS, config.validation_sampling_steps, config.seed)
+    sampling = Sampling(GRID_COLUMNS, config.validation_sampling_steps, config.seed)
     drawn: list[torch.Tensor] = []
 
     def write(step: int, student: Denoiser) -> None:
@@ -41,9 +43,9 @@ def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[in
         for_teacher, for_student = sampling_guidance(config, student)
         cond = student.conditioning.in_turns(GRID_COLUMNS)
         if not drawn:
-            drawn.append(pictures(teacher, draw(teacher, cond, plan, for_teacher)))
+            drawn.append(decoded(teacher, draw(teacher, cond, sampling, for_teacher)))
         teacher.evaluations = before
-        both = torch.cat([drawn[0], pictures(student, draw(student, cond, plan, for_student))])
+        both = torch.cat([drawn[0], decoded(student, draw(student, cond, sampling, for_student))])
         _save_grid(config.output_dir, f"step-{step:06d}", both)
 
     return write
@@ -51,11 +53,11 @@ def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[in
 
 def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
     """Writes samples/step-N.png: samples of every class."""
-    plan = Plan(GRID_SAMPLES, config.validation_sampling_steps, config.seed)
+    sampling = Sampling(GRID_SAMPLES, config.validation_sampling_steps, config.seed)
 
     def write(step: int, model: Denoiser) -> None:
         cond = model.conditioning.in_turns(GRID_SAMPLES)
-        samples = pictures(model, draw(model, cond, plan, config.sampling_guidance_scale))
+        samples = decoded(model, draw(model, cond, sampling, config.sampling_guidance_scale))
         _save_grid(config.output_dir, f"step-{step:06d}", samples)
 
     return write
@@ -102,14 +104,10 @@ def compare_models(
     return comparison
 
 
-def reference_of(config: RunConfig, model: Denoiser) -> ReferenceName | None:
+def reference_of(config: RunConfig, model: Denoiser) -> Reference | None:
     """What distances are measured against: as asked, or by the model's class names."""
-    if config.evaluation_reference == "none":
-        return None
-    if config.evaluation_reference != "auto":
-        return config.evaluation_reference
-    fashion = getattr(model.conditioning, "names", None) == FASHION_CLASS_NAMES
-    return "fashion-test" if fashion else None
+    names = getattr(model.conditioning, "names", None)
+    return chosen_reference(config.evaluation_reference, names)
 
 
 def finish_distillation(
@@ -120,10 +118,10 @@ def finish_distillation(
     seconds: float,
 ) -> None:
     """Write grids, card and page of a finished run."""
-    rows: list[tuple[str, list[str]]] = []
+    rows: list[Row] = []
     metrics = None
     if comparison is not None:
-        rows, metrics = result_rows(comparison), comparison.student.metrics
+        rows, metrics = comparison_rows(comparison), comparison.student.metrics
         samples = comparison.samples
         _save_grid(config.output_dir, "grid", samples["student"][:GRID_SAMPLES])
         rows_of_both = [samples[name][:GRID_COLUMNS] for name in ("teacher", "student")]
@@ -153,31 +151,21 @@ def _ask_for_licence(config: RunConfig, licensed: bool) -> None:
         print(f"note: {NO_LICENCE} {config.output_dir}/README.md", file=sys.stderr)
 
 
-def result_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """What was measured of teacher and student, as rows of text; the first is the header."""
-    both = (comparison.teacher, comparison.student)
-    return [
-        ("", ["teacher", "student"]),
-        ("parameters", [f"{model.parameters:,}" for model in both]),
-        ("MACs an evaluation", [f"{model.macs:,}" for model in both]),
-        ("evaluations a second", [f"{model.evaluations_per_second:,.0f}" for model in both]),
-        *_metric_rows([model.metrics for model in both if model.metrics]),
-    ]
-
-
 def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> None:
-    rows: list[tuple[str, list[str]]] = []
+    rows: list[Row] = []
     metrics = None
     if config.evaluation_samples:
-        plan = Plan(config.evaluation_samples, config.validation_sampling_steps, config.seed)
-        cond = model.conditioning.in_turns(plan.num_samples)
-        samples = draw(model, cond, plan, config.sampling_guidance_scale)
-        samples = pictures(model, samples)
+        sampling = Sampling(
+            config.evaluation_samples, config.validation_sampling_steps, config.seed
+        )
+        cond = model.conditioning.in_turns(sampling.num_samples)
+        samples = draw(model, cond, sampling, config.sampling_guidance_scale)
+        samples = decoded(model, samples)
         _save_grid(config.output_dir, "grid", samples[:GRID_SAMPLES])
         reference = reference_of(config, model)
-        if reference is not None:
+        if reference is not None and reference.fits(samples.shape[1:]):
             metrics = evaluate_images(samples.clamp(-1, 1), cond.get("class_labels"), reference)
-            rows = [("", ["value"]), *_metric_rows([metrics])]
+            rows = metric_rows(metrics)
     how = (
         f"{config.evaluation_samples} samples, {config.validation_sampling_steps} DDIM steps, "
         f"guidance {config.sampling_guidance_scale}."
@@ -200,22 +188,6 @@ def say_what_ships(model: Denoiser) -> None:
     """Say what must be known or there where the folder is loaded, if anything."""
     for note in shipping_notes(model):
         print(f"note: {note}", file=sys.stderr)
-
-
-def _metric_rows(measured: list[Metrics]) -> list[tuple[str, list[str]]]:
-    if not measured:
-        return []
-    fields = {
-        "Frechet distance": "fd",
-        "asked class recognised": "class_agreement",
-        "variance within a class, of the real one": "variance_ratio_mean",
-        "the same, least diverse class": "variance_ratio_min",
-    }
-    return [
-        (name, [f"{getattr(m, key):.3f}" for m in measured])
-        for name, key in fields.items()
-        if all(getattr(m, key) is not None for m in measured)
-    ]
 
 
 def sample_to_file(
@@ -251,17 +223,17 @@ def sample_to_file(
     interval = parse_interval(guidance_interval)
     denoiser = replace(denoiser, conditioning=conditioning, guidance_interval=interval)
     cond = conditioning.in_turns(num_samples)
-    plan = Plan(num_samples, num_steps, seed, eta=float(sampler == "ddpm"))
+    sampling = Sampling(num_samples, num_steps, seed, eta=float(sampler == "ddpm"))
     with (
         evaluating(denoiser.network, denoiser.call) as changed,
         track(num_samples, 0, "sampling") as progress,
     ):
         say_if(changed)
-        samples = draw(denoiser, cond, plan, guidance_scale, progress)
+        samples = draw(denoiser, cond, sampling, guidance_scale, progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".safetensors":
         checkpoint.write_tensors(output, {"samples": samples, **cond})
     else:
-        picture = sample_grid(pictures(denoiser, samples), GRID_COLUMNS)
+        picture = sample_grid(decoded(denoiser, samples), GRID_COLUMNS)
         assert picture is not None  # their rank was looked at above
         picture.save(output)

@@ -10,12 +10,12 @@ from dkdm.core.given import config_given
 from dkdm.core.objective import Objective
 from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
+from dkdm.data.training_set import training_data
 from dkdm.runs.launch import claim_output, start_accelerator
 from dkdm.runs.outputs import (
     finish_training,
     sample_grids,
 )
-from dkdm.runs.training_set import training_data
 from dkdm.shipping.hub import publish, reserve
 from dkdm.shipping.pipeline_folder import component_name, write_pipeline
 from dkdm.students import student_of

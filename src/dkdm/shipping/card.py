@@ -12,7 +12,10 @@ from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.core.chains import Guidance
 from dkdm.core.conditioning import ClassLabels, parse_interval
 from dkdm.core.denoiser import Denoiser
-from dkdm.evaluation.classes import Metrics
+from dkdm.data.named import load_reference
+from dkdm.evaluation.metrics import Metrics
+from dkdm.evaluation.numbers import count
+from dkdm.evaluation.rows import Row
 from dkdm.models.prompts import Prompts
 from dkdm.reading.files import render
 from dkdm.shipping.licence import CARD, Origin, licence_of_student, origin_of
@@ -40,15 +43,15 @@ def write_card(
     *,
     teacher: Denoiser | None = None,
     minutes: float | None = None,
-    rows: Sequence[tuple[str, Sequence[str]]] = (),
+    rows: Sequence[Row] = (),
     metrics: Metrics | None = None,
     measured_how: str = "",
     guidance_scale: float = 1.0,
 ) -> bool:
     """Write `README.md`, the model card; returns whether it names a licence.
 
-    teacher: of a distillation. minutes: that the training took. rows: of the table of measurements,
-    the first one its header. metrics: the same for the hub's index. measured_how: how these numbers
+    teacher: of a distillation. minutes: that the training took. rows: of the table of
+    measurements. metrics: the same for the hub's index. measured_how: how these numbers
     came about. guidance_scale: that it is to be sampled with.
     """
     origin = origin_of(config)
@@ -64,9 +67,9 @@ def write_card(
         usage=usage_snippet(config.output_dir.absolute().name, denoiser, guidance_scale),
         notes=shipping_notes(denoiser),
         details=_details(denoiser, config, teacher, minutes),
-        metrics=list(rows),
+        rows=[(row.label, *row.texts) for row in rows],
         measured_how=measured_how,
-        measured=metrics is not None,
+        features=load_reference(metrics.reference).features_in_words if metrics else "",
         limits=_limits(denoiser, config),
         licence=_licence_text(licence, inherited, origin),
         hyperparameters=_hyperparameters(config),
@@ -125,30 +128,28 @@ def _tags(denoiser: Denoiser, config: RunConfig) -> list[str]:
 
 
 _MEASURES = {  # of Metrics: type and name in the hub's index
-    "fd": ("frechet-distance", "Frechet distance (64 features of a Fashion-MNIST classifier)"),
-    "class_agreement": ("accuracy", "Asked class recognised by that classifier"),
-    "variance_ratio_mean": ("variance-ratio", "Variance within a class, of the real one"),
+    "fd": ("frechet-distance", "Frechet distance ({features})"),
+    "class_accuracy": ("accuracy", "Class accuracy of samples, by that classifier"),
+    "variance_ratio_mean": ("variance-ratio", "Diversity within a class (1 = real images)"),
 }
-_DATASET = {"type": "zalando-datasets/fashion_mnist", "name": "Fashion-MNIST at 16x16"}
-_SPLITS = {"fashion-test": "test", "fashion-train": "train"}
 
 
 def _model_index(name: str, task: str | None, metrics: Metrics | None) -> list[Any] | None:
     """The measurements as the hub's model-index."""
     if metrics is None or task is None:
         return None
-    values = metrics.as_dict()
+    reference = load_reference(metrics.reference)
     measures = [
         {
             "type": kind,
-            "name": title,
-            "value": values[key],
+            "name": title.format(features=reference.features_in_words),
+            "value": value,
             "args": {"samples": metrics.num_samples},
         }
         for key, (kind, title) in _MEASURES.items()
-        if values[key] is not None
+        if (value := getattr(metrics, key)) is not None
     ]
-    dataset = {**_DATASET, "split": _SPLITS[metrics.reference]}
+    dataset = dict(reference.dataset)
     return [
         {
             "name": name,
@@ -158,7 +159,7 @@ def _model_index(name: str, task: str | None, metrics: Metrics | None) -> list[A
 
 
 def _sized(denoiser: Denoiser) -> str:
-    return f"{type(denoiser.network).__name__}, {denoiser.num_parameters / 1e6:.2f} M parameters"
+    return f"{type(denoiser.network).__name__}, {count(denoiser.num_parameters)} parameters"
 
 
 _PAPER = "DKDM ([arXiv 2409.03550](https://arxiv.org/abs/2409.03550))"
@@ -173,7 +174,7 @@ def _lead(
         images = config.images if isinstance(config, TrainConfig) else ""
         return f"{network} trained on {plain(Path(images).name)}."
     size = f" ({_sized(teacher)})" if teacher else ""
-    student = f"{network} ({denoiser.num_parameters / 1e6:.2f} M parameters)"
+    student = f"{network} ({count(denoiser.num_parameters)} parameters)"
     data = DATA.get(config.source, f"Its source of noisy samples was {code(config.source)}.")
     return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dkdm.core.checkpoint import read_tensors
 from dkdm.core.denoiser import Denoiser
-from dkdm.data.datasets import load_image_folder
+from dkdm.data.images import load_image_folder
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.sizes import in_a_line
 
@@ -86,7 +86,7 @@ def _images(path: Path, denoiser: Denoiser) -> Tensor:
         )
     channels, height, width = denoiser.sample_shape
     try:
-        images, _ = load_image_folder(path, (channels, height, width))
+        images = load_image_folder(path, (channels, height, width)).images
     except DkdmError as error:
         raise UsageError(f"--samples: {error}") from error
     if len(images) < 2:

@@ -10,6 +10,7 @@ from dkdm.checks.findings import print_findings
 from dkdm.checks.inspection.check import DenoisingCheck
 from dkdm.checks.inspection.denoising import LevelError
 from dkdm.checks.inspection.facts import Inspection, ProcessFacts
+from dkdm.evaluation.numbers import count
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
@@ -35,7 +36,7 @@ def _rows(inspection: Inspection) -> list[tuple[str, str]]:
     coder = inspection.autoencoder
     kind = "values" if coder is None else f"latents of {coder}"
     return [
-        ("network", f"{inspection.network}, {readable(inspection.parameters)} parameters"),
+        ("network", f"{inspection.network}, {count(inspection.parameters)} parameters"),
         ("weights", f"{inspection.weights_mib:.1f} MiB, {_place(inspection)}"),
         ("sample", f"{shape} {kind}"),
         ("process", f"{process.kind}, T = {process.num_levels}"),
@@ -45,7 +46,7 @@ def _rows(inspection: Inspection) -> list[tuple[str, str]]:
         ("prediction", f"{inspection.prediction}, variance {inspection.variance}"),
         ("clipping of x_0", _clipping(process)),
         ("condition", _condition(inspection)),
-        ("one evaluation", f"{readable(inspection.macs)} multiply-accumulates a sample"),
+        ("one evaluation", f"{count(inspection.macs)} multiply-accumulates a sample"),
         ("speed", _speed(inspection)),
         (
             "its samples",
@@ -53,15 +54,6 @@ def _rows(inspection: Inspection) -> list[tuple[str, str]]:
             f"standard deviation {spread.std:.2f}",
         ),
     ]
-
-
-def readable(number: float) -> str:
-    """Three digits and k, M, G or T."""
-    for unit in ("", " k", " M", " G"):
-        if abs(number) < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g} T"
 
 
 def _place(inspection: Inspection) -> str:

@@ -13,6 +13,7 @@ import torch
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import denoiser_given, path_given
 from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.numbers import count
 from dkdm.shipping.graph.description import describe_graph, sampling_tables
 from dkdm.shipping.graph.formats import Evaluate, Format, opened, require_onnx, runtime, write
 from dkdm.shipping.graph.network import GraphNetwork, random_inputs
@@ -54,7 +55,7 @@ def export_graph(
             raise UsageError(f"{path} exists: expected another --output, or --overwrite")
     inputs = random_inputs(denoiser, TRACED_ROWS)
     network = GraphNetwork(denoiser, inputs)
-    _say(f"tracing {type(denoiser.network).__name__}, {denoiser.num_parameters / 1e6:.2f} M")
+    _say(f"tracing {type(denoiser.network).__name__}, {count(denoiser.num_parameters)} parameters")
     program = trace(network, inputs, denoiser.name)
     low, high = batch_range(program)
     facts = describe_graph(denoiser, inputs, (low, high))
@@ -93,8 +94,8 @@ def largest_difference(
     Not a number where either output is not finite; of an output of zeros, what the other has.
     """
     worst = 0.0
-    for count in batches:
-        inputs = random_inputs(denoiser, count, seed=1)
+    for batch in batches:
+        inputs = random_inputs(denoiser, batch, seed=1)
         expected = network(**inputs)
         found = evaluate(inputs)
         both = torch.stack([found, expected]) if found.shape == expected.shape else None

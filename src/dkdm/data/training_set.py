@@ -14,8 +14,8 @@ from dkdm.core.conditioning import ClassLabels, Condition, Conditioning, Uncondi
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
 from dkdm.core.progress import track
-from dkdm.data.datasets import load_captions, load_images
-from dkdm.evaluation.comparison import FASHION_CLASS_NAMES
+from dkdm.data.images import ImageSet
+from dkdm.data.named import load_images
 from dkdm.models.pipeline_folder import read_base
 from dkdm.models.prompts import Prompts, with_prompts
 from dkdm.models.schedulers import from_scheduler_config, named_config, prediction_type
@@ -47,7 +47,7 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
     Raises UsageError for options that do not fit together, DkdmError for images, captions or a
     base that cannot be read.
     """
-    images, labels = load_images(config.images, config.sample_shape)
+    image_set = load_images(config.images, config.sample_shape)
     scheduler, bundle, text = COSINE_V, Bundle(), None
     if config.base is not None:
         with understood(f"--base {config.base}"):
@@ -55,7 +55,8 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
         scheduler = own_scheduler or scheduler
     if config.scheduler:
         scheduler = dict(named_config(config.scheduler, 1.0 if not bundle.autoencoder else None))
-    conditioning, conditions = _conditions(config, images, labels, text)
+    images = image_set.images
+    conditioning, conditions = _conditions(config, image_set, text)
     if bundle.autoencoder is not None:
         images = encoded(bundle.autoencoder, images, config.seed)
     like = Denoiser(
@@ -70,18 +71,19 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
 
 
 def _conditions(
-    config: TrainConfig, images: Tensor, labels: Tensor | None, text: Prompts | None
+    config: TrainConfig, image_set: ImageSet, text: Prompts | None
 ) -> tuple[Conditioning, Condition]:
-    """Captions where the base encodes text; else the labels, where there are any."""
+    """Captions if the base encodes text; otherwise the labels, if there are any."""
     if text is not None:
-        captions = load_captions(config.images, images, labels)
+        captions = image_set.captions()
         prompts = with_prompts(text, sorted(set(captions)), config.negative_prompt)
         return prompts, prompts.of(captions)
+    labels = image_set.labels
     if labels is None or not config.class_conditional:
         return Unconditional(), {}
     classes = int(labels.max()) + 1
-    names = FASHION_CLASS_NAMES if config.images == "fashion-mnist" else None
-    return ClassLabels(classes, null_class=classes, names=names), {"class_labels": labels}
+    conditioning = ClassLabels(classes, null_class=classes, names=image_set.class_names)
+    return conditioning, {"class_labels": labels}
 
 
 def encoded(autoencoder: Coder, images: Tensor, seed: int) -> Tensor:

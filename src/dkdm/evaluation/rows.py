@@ -1,0 +1,68 @@
+"""A comparison as rows: the terminal, the model card and the page of a run show the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from dkdm.evaluation.metrics import Metrics
+from dkdm.evaluation.numbers import count, number, percent, ratio
+from dkdm.evaluation.results import Comparison
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement of a student, beside its teacher's if it has one.
+
+    - `format`: makes text of a value.
+    - `better`: which values are better, for what makes a headline; None for details.
+    """
+
+    label: str
+    teacher: float | None
+    student: float
+    format: Callable[[float], str]
+    better: Literal["lower", "higher"] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The values as text: teacher and student, or the student's alone."""
+        values = (self.student,) if self.teacher is None else (self.teacher, self.student)
+        return tuple(map(self.format, values))
+
+    @property
+    def ratio(self) -> str:
+        """The student's value by the teacher's: 1.50 ×."""
+        return ratio(self.student, self.teacher or 0)
+
+
+def comparison_rows(comparison: Comparison, noun: str = "image") -> list[Row]:
+    """What was measured of both models; noun: what a sample is called."""
+    teacher, student, steps = comparison.teacher, comparison.student, comparison.num_steps
+    speeds = teacher.images_per_second(steps), student.images_per_second(steps)
+    evaluations = teacher.evaluations_per_second, student.evaluations_per_second
+    return [
+        *(metric_rows(student.metrics, teacher.metrics) if student.metrics else []),
+        Row("parameters", teacher.parameters, student.parameters, count, "lower"),
+        Row("multiply-accumulates", teacher.macs, student.macs, count, "lower"),
+        Row("network evaluations a second", *evaluations, number),
+        Row(f"{noun}s a second, {steps} steps", *speeds, number, "higher"),
+    ]
+
+
+def metric_rows(student: Metrics, teacher: Metrics | None = None) -> list[Row]:
+    """What was measured of one model or two; without classes, the distance alone."""
+    return [
+        Row(label, getattr(teacher, key, None), getattr(student, key), form, better)
+        for label, key, form, better in _METRICS
+        if all(getattr(each, key) is not None for each in (student, teacher) if each)
+    ]
+
+
+_METRICS: tuple[tuple[str, str, Callable[[float], str], Literal["lower", "higher"] | None], ...] = (
+    ("Frechet distance", "fd", number, "lower"),
+    ("class accuracy", "class_accuracy", percent, "higher"),
+    ("diversity within a class (1 = real images)", "variance_ratio_mean", number, None),
+    ("the same, least diverse class", "variance_ratio_min", number, None),
+)
