@@ -1,6 +1,7 @@
 """Comparisons of exact and small models: same noise, zero gaps, files that read back."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from dkdm.data.fashion import CLASS_NAMES
 from dkdm.data.named import load_reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import compare, level_gaps
+from dkdm.evaluation.cost import evaluations_per_step
 from dkdm.evaluation.results import EVALUATION, SAMPLES, read_evaluation, read_samples
 from dkdm.evaluation.same_noise import Sampling, draw
 
@@ -104,6 +106,42 @@ def test_samples_do_not_depend_on_the_batch_size(eta):
     assert not torch.equal(whole[0], whole[1])
 
 
+class Embedding(Small):
+    """A network that is fed the guidance scale."""
+
+    def forward(self, x, time, class_labels, guidance):
+        return super().forward(x, time, class_labels) * guidance.reshape(-1, 1, 1, 1)
+
+
+def test_speed_counts_the_evaluations_that_guidance_takes():
+    guided, embedding = small(), replace(small(), network=Embedding())
+    at_times = replace(guided, guidance_interval=(0.0, 0.5))
+    assert [evaluations_per_step(model, 10, 1.0) for model in (guided, embedding)] == [1, 1]
+    assert [evaluations_per_step(model, 10, 2.0) for model in (guided, embedding)] == [2, 1]
+    assert 1 < evaluations_per_step(at_times, 10, 2.0) < 2
+    for model in (guided, at_times, embedding):
+        before = model.evaluations
+        draw(model, model.conditioning.in_turns(3), Sampling(3, 10, 0), 2.0)
+        counted = (model.evaluations - before) / (3 * 10)
+        assert evaluations_per_step(model, 10, 2.0) == pytest.approx(counted)
+
+
+def test_images_a_second_count_the_evaluations_of_a_step():
+    found = compare(
+        small(),
+        replace(small(), network=Embedding()),
+        num_samples=2,
+        num_steps=4,
+        seed=0,
+        guidance_teacher=2.0,
+        guidance_student=2.0,
+    )
+    assert found.teacher.images_per_second(4) == pytest.approx(100 / 8)
+    assert found.student.images_per_second(4) == pytest.approx(100 / 4)
+    earlier = replace(found.teacher, evaluations_per_step=None)
+    assert earlier.images_per_second(4) == pytest.approx(100 / 8)
+
+
 def test_classes_are_balanced_and_come_in_turns():
     labels = ClassLabels(5, classes=(1, 4)).in_turns(5)["class_labels"]
     assert labels.tolist() == [1, 4, 1, 4, 1]
@@ -131,6 +169,29 @@ def test_what_was_saved_reads_back(tmp_path):
     assert isinstance(read.sample_shape, tuple)
     assert all(torch.equal(read.samples[key], found.samples[key]) for key in found.samples)
     assert json.loads((tmp_path / EVALUATION).read_text())["samples"] == SAMPLES
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_saved_files_have_the_mode_of_the_umask_and_nothing_is_left_beside(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        compare(toy(), toy(), num_samples=2, num_steps=2, seed=0).save(tmp_path)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(tmp_path)) for path in files} == {EVALUATION, SAMPLES}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_class_accuracy_keeps_the_key_that_it_was_published_under(tmp_path):
+    found = compare(small(), small(), num_samples=20, num_steps=2, seed=0, reference=FASHION)
+    found.save(tmp_path)
+    file = tmp_path / EVALUATION
+    metrics = json.loads(file.read_text())["student"]["metrics"]
+    assert metrics["class_agreement"] == found.student.metrics.class_accuracy
+    assert "class_accuracy" not in metrics
+    file.write_text(file.read_text().replace("class_agreement", "class_accuracy"))
+    assert read_evaluation(tmp_path).student.metrics == found.student.metrics
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

@@ -13,7 +13,12 @@ from dkdm.core.progress import track
 from dkdm.core.randomness import generator
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
+from dkdm.evaluation.cost import (
+    count_macs,
+    evaluations_per_second,
+    evaluations_per_step,
+    undisturbed,
+)
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.results import Comparison, LevelGap, Measurement, ModelResult
@@ -59,8 +64,8 @@ def compare(
     labels = cond.get("class_labels")
     shown = cond.get("prompt", labels)
     return Comparison(
-        teacher=_measure(teacher, drawn, labels, guidance_teacher, fitting),
-        student=_measure(student, copied, labels, guidance_student, fitting),
+        teacher=_measure(teacher, drawn, labels, num_steps, guidance_teacher, fitting),
+        student=_measure(student, copied, labels, num_steps, guidance_student, fitting),
         sample_shape=tuple(teacher.sample_shape),
         num_levels=teacher.process.num_levels,
         num_samples=num_samples,
@@ -120,6 +125,7 @@ def _measure(
     denoiser: Denoiser,
     images: Tensor,
     labels: Tensor | None,
+    num_steps: int,
     guidance_scale: float,
     reference: Reference | None,
 ) -> ModelResult:
@@ -132,6 +138,7 @@ def _measure(
         evaluations_per_second=evaluations_per_second(denoiser, SPEED_BATCH),
         guidance_scale=guidance_scale,
         metrics=metrics,
+        evaluations_per_step=evaluations_per_step(denoiser, num_steps, guidance_scale),
     )
 
 

@@ -70,6 +70,17 @@ def evaluations_in_turns(
     return [batch_size / statistics.median(own) for own in zip(*durations, strict=True)]
 
 
+def evaluations_per_step(denoiser: Denoiser, num_steps: int, guidance_scale: float) -> float:
+    """Network evaluations of one sample in a sampling step, on average over the steps.
+
+    Guidance adds one inside its interval; a network that embeds the scale needs no second.
+    """
+    if guidance_scale == 1 or denoiser.embeds_guidance:
+        return 1.0
+    guided = denoiser.guided_levels()[denoiser.process.timesteps(num_steps)]
+    return 1 + float(guided.double().mean())
+
+
 def _timed(denoiser: Denoiser, batch: Batch) -> float:
     started = time.perf_counter()
     denoiser.predict(batch)

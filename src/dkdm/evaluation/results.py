@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dkdm.core.checkpoint import write_tensors
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.metrics import Metrics
 from dkdm.reading.fields import read_json
+from dkdm.reading.files import atomic
 from dkdm.reading.sizes import in_a_line
 from dkdm.reading.typed import made_of
 
@@ -30,8 +32,10 @@ class ModelResult:
     - `network`: class name of the network.
     - `macs`: multiply-accumulates of one network evaluation of one sample.
     - `evaluations_per_second`: samples through the network, unguided.
-    - `guidance_scale`: of its samples; other than 1 costs two evaluations a step.
-    - `metrics`: None where no packaged features fit or no reference was given.
+    - `guidance_scale`: of its samples.
+    - `metrics`: None if no reference was given or its samples do not fit it.
+    - `evaluations_per_step`: network evaluations of one sample in a sampling step, on average; None
+      in files of earlier versions, which guided every step with a second evaluation.
     """
 
     name: str
@@ -41,11 +45,12 @@ class ModelResult:
     evaluations_per_second: float
     guidance_scale: float
     metrics: Metrics | None
+    evaluations_per_step: float | None = None
 
     def images_per_second(self, num_steps: int) -> float:
         """Finished samples a second with a sampler of `num_steps` steps."""
-        evaluations = num_steps * (1 if self.guidance_scale == 1 else 2)
-        return self.evaluations_per_second / evaluations
+        each = self.evaluations_per_step or (1 if self.guidance_scale == 1 else 2)
+        return self.evaluations_per_second / (num_steps * each)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class LevelGap:
 class Measurement:
     """How the distances were measured, so that a reader can judge them.
 
-    - `reference_images`: how many real images the reference statistics summarize.
-    - `real_distance`: what `real_images` real ones, the other packaged split, measure: the floor.
+    - `reference_images`: how many real images the reference summarizes.
+    - `real_distance`: the distance of `real_images` other real images, the floor.
     """
 
     features: str
@@ -80,14 +85,14 @@ class Measurement:
 class Comparison:
     """A teacher and its student, drawn from the same noise and measured the same way.
 
-    - `gap_samples`: teacher samples noised again for each of `gaps`; no gaps where the two models
-      have different noise levels.
+    - `gap_samples`: teacher samples noised again for each of `gaps`.
     - `same_noise_difference`: mean |teacher - student| over all samples and pixels.
     - `other_noise_difference`: the same with the teacher's next sample of the same class, which has
       other noise; None with too few samples. The first over this is 0 for a perfect copy, 1 for a
       student that shares nothing but the class.
     - `samples`: `teacher` and `student` [M, ...] for the first M samples, and `labels` int64 [M]
-      where the models have classes.
+      if the models have classes.
+    - `eta`: of the sampler; 0 is DDIM.
     """
 
     teacher: ModelResult
@@ -113,10 +118,9 @@ class Comparison:
 
     def save(self, run_dir: Path) -> None:
         """Write `evaluation.json` and `samples/comparison.safetensors` into a run folder."""
-        (run_dir / SAMPLES).parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.samples), run_dir / SAMPLES)
-        text = json.dumps(self.as_dict(), indent=2) + "\n"
-        (run_dir / EVALUATION).write_text(text, encoding="utf-8")
+        write_tensors(run_dir / SAMPLES, self.samples)
+        with atomic(run_dir / EVALUATION) as partial:
+            partial.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_evaluation(run_dir: Path) -> Comparison:

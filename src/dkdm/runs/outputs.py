@@ -24,6 +24,7 @@ from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.rows import Row, comparison_rows, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
+from dkdm.reading.files import atomic
 from dkdm.report import write_report
 from dkdm.report.pictures import sample_grid
 from dkdm.shipping.card import NO_LICENCE, write_card
@@ -64,12 +65,13 @@ def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
 
 
 def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
-    picture = sample_grid(samples, GRID_COLUMNS)
-    if picture is None:
+    grid = sample_grid(samples, GRID_COLUMNS)
+    if grid is None:
         return
     folder = output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"{name}.png")
+    with atomic(folder / f"{name}.png") as partial:
+        grid.save(partial)
 
 
 def sampling_guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
