@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dkdm.config import DistillConfig
+from dkdm.config import EvaluationOptions
 from dkdm.data.fashion import CLASS_NAMES, ROOT, halve, load_fashion_mnist
 from dkdm.data.fashion.reference import load_feature_network
 from dkdm.data.named import REFERENCES, chosen_reference, load_reference
@@ -200,7 +200,7 @@ def test_a_reference_is_chosen_by_name_or_by_the_names_of_the_classes() -> None:
     assert chosen_reference("auto", ("cat", "dog")) is None
     assert chosen_reference("auto", None) is None
     assert chosen_reference("none", CLASS_NAMES) is None
-    choices = set(get_args(get_type_hints(DistillConfig)["evaluation_reference"]))
+    choices = set(get_args(get_type_hints(EvaluationOptions)["evaluation_reference"]))
     assert choices == {"auto", "none", *REFERENCES}
 
 
