@@ -77,7 +77,7 @@ def evaluations_per_step(denoiser: Denoiser, num_steps: int, guidance_scale: flo
     """
     if guidance_scale == 1 or denoiser.embeds_guidance:
         return 1.0
-    guided = denoiser.guided_levels()[denoiser.process.timesteps(num_steps)]
+    guided = denoiser.guided_levels[denoiser.process.timesteps(num_steps)]
     return 1 + float(guided.double().mean())
 
 
