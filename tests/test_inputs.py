@@ -10,7 +10,8 @@ from torch import nn
 import dkdm
 from dkdm.cli import main
 from dkdm.core.denoiser import Batch
-from dkdm.core.inputs import GivenRows, from_index, rows_of, to_index, with_rows
+from dkdm.core.inputs import GivenRows, from_index, to_index, with_rows
+from dkdm.core.kinds import kind_of
 from dkdm.runs.models import with_conditions
 from dkdm.students import student_of
 
@@ -131,7 +132,7 @@ def test_a_factory_that_asks_a_conditioning_of_ones_own_is_refused_at_the_start(
 
 
 def test_a_run_as_teacher_asks_for_its_conditioning():
-    rows = GivenRows(rows_of(Robot()))
+    rows = GivenRows(kind_of(Robot()).fed())
     with pytest.raises(dkdm.UsageError, match="--teacher module:function.*conditioning=") as caught:
         with_conditions(teacher(rows), dkdm.DistillConfig())
     assert "--cond" not in str(caught.value)
@@ -219,7 +220,7 @@ def test_the_shipped_pipeline_feeds_the_rows(tmp_path):
 
 
 def test_the_description_of_rows_comes_back():
-    shapes = rows_of(Robot())
+    shapes = kind_of(Robot()).fed()
     assert from_index(to_index(shapes), "here").shapes == shapes
 
 
@@ -255,11 +256,11 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, change, message):
     path = tmp_path / "rows.safetensors"
     save_file(rows() | change, path)
     with pytest.raises(dkdm.UsageError, match=message):
-        with_rows(GivenRows(rows_of(Robot())), path)
+        with_rows(GivenRows(kind_of(Robot()).fed()), path)
 
 
 def test_files_that_hold_no_rows_are_refused(tmp_path):
-    given = GivenRows(rows_of(Robot()))
+    given = GivenRows(kind_of(Robot()).fed())
     np.savez(tmp_path / "a.npz", state=np.array([object()], dtype=object))
     (tmp_path / "b.safetensors").write_bytes(b"nothing")
     (tmp_path / "c.npz").write_bytes(b"nothing")

@@ -232,10 +232,10 @@ def _with_prompts(
     denoiser: Denoiser, prompts: str | None, negative: str = "", default: str | None = None
 ) -> Denoiser:
     """A text model with the prompts, or with one that will do; any other as it is."""
+    from dkdm.core.kinds import kind_of
     from dkdm.models import with_texts
-    from dkdm.models.prompts import Prompts
 
-    if prompts is None and isinstance(denoiser.conditioning, Prompts):
+    if prompts is None and kind_of(denoiser.conditioning).asks == "prompt":
         prompts = default
     return with_texts(denoiser, prompts, negative)
 

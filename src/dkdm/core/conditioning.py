@@ -9,66 +9,23 @@ unconditional.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dkdm.core.kinds import Condition as Condition
+from dkdm.core.kinds import Conditioning as Conditioning
+from dkdm.core.kinds import Kind, Row
 from dkdm.core.process import per_sample
 from dkdm.errors import UsageError
 from dkdm.reading.arguments import NamedArguments, refuse, scalar, whole
 
-Condition = dict[str, Tensor]
-
-
-class Conditioning(Protocol):
-    """Where the conditions of a model come from."""
-
-    def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
-        """Random conditions for `count` samples, each replaced by the null one with probability
-        `dropout` (classifier-free guidance, arXiv 2207.12598, algorithm 1)."""
-
-    def null(self, count: int) -> Condition:
-        """The condition that means "nothing asked". Raises UsageError where the model has none."""
-
-    def in_turns(self, count: int) -> Condition:
-        """Conditions for `count` samples that take every possibility in turns."""
-
-    def embed(self, cond: Condition) -> Condition:
-        """What the network is fed for drawn conditions."""
-
-
-METHODS = {
-    "draw": "draw(count, generator, dropout=0.0)",
-    "null": "null(count)",
-    "in_turns": "in_turns(count)",
-    "embed": "embed(cond)",
-}
-
-
-def check_conditioning(conditioning: Any) -> None:
-    """Raise UsageError for what has not the four methods of a `Conditioning`."""
-    name = "Denoiser: conditioning"
-    if type(scalar(conditioning)) is int:
-        refuse(name, conditioning, f"give dkdm.ClassLabels({conditioning})")
-    if conditioning is None:
-        refuse(name, None, "leave it out, or give dkdm.Unconditional()")
-    if isinstance(conditioning, type):
-        refuse(name, conditioning, f"make one first: {conditioning.__name__}(...)")
-    if isinstance(conditioning, Mapping):
-        refuse(name, conditioning, "give constants=... if it is the same for every sample")
-    missing = [m for m in METHODS if not callable(getattr(conditioning, m, None))]
-    if len(missing) == len(METHODS):
-        refuse(name, conditioning, "give dkdm.ClassLabels(...), or an object with draw, null, ...")
-    if missing:
-        lacks = ", ".join(METHODS[m] for m in missing)
-        raise UsageError(f"{name}: {type(conditioning).__name__} has no {lacks}: add it")
-
 
 @dataclass(frozen=True)
-class Unconditional(NamedArguments):
+class Unconditional(NamedArguments, Kind):
     """No condition at all."""
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
@@ -98,7 +55,7 @@ ABSENT = -1  # in place of an id: the network is called without the argument
 
 
 @dataclass(frozen=True, init=False)
-class ClassLabels(NamedArguments):
+class ClassLabels(NamedArguments, Kind):
     """Class ids 0..num_classes-1, fed as `class_labels`.
 
     null_class: the id that means "no class", num_classes or one of the others, which then is no
@@ -109,6 +66,7 @@ class ClassLabels(NamedArguments):
     names: what the ids mean, for pictures; None shows numbers.
     """
 
+    asks = "class_labels"
     num_classes: int
     null_class: int | Literal["absent"] | None
     classes: tuple[int, ...] | None
@@ -229,7 +187,49 @@ class ClassLabels(NamedArguments):
         """Which rows are evaluated without class_labels, bool [B]; None if there can be none."""
         return cond["class_labels"] == ABSENT if self.null_is_absent else None
 
-    def in_a_table(self) -> ClassLabels:
+    @property
+    def table_rows(self) -> int:
+        """As `Kind.table_rows`."""
+        own = self.for_student()
+        return max(own.num_classes, int(own.null_class or 0) + 1)
+
+    @property
+    def label(self) -> str:
+        """As `Kind.label`."""
+        return "class labels"
+
+    def summary(self) -> str:
+        """As `Kind.summary`."""
+        known = "" if self.classes is None else f"{len(self.drawn)} of "
+        return f"{known}{self.num_classes} classes"
+
+    def facts(self) -> dict[str, Any]:
+        """As `Kind.facts`."""
+        return {
+            "num_classes": self.num_classes,
+            "null_class": self.null_class,
+            "class_names": self.names,
+            "classes": self.classes,
+        }
+
+    def shown_names(self, most: int) -> tuple[str, ...] | None:
+        """As `Kind.shown_names`."""
+        del most
+        return self.names
+
+    def example(self, count: int) -> Condition:
+        """As `Kind.example`."""
+        return self.in_turns(count)
+
+    def fed(self) -> dict[str, Row]:
+        """As `Kind.fed`."""
+        return {"class_labels": Row((), "int64")}
+
+    def usage(self) -> str:
+        """As `Kind.usage`."""
+        return f"class_labels={list(self.drawn[:4])}"
+
+    def for_student(self) -> ClassLabels:
         """The same with a row of a table for "no class", as students have it."""
         if not self.null_is_absent:
             return self
@@ -337,7 +337,7 @@ def with_null_class(conditioning: Conditioning, null: int | Literal["none"]) -> 
 
 def for_student(conditioning: Conditioning) -> Conditioning:
     """What a student is fed for a teacher's conditions: the same, "no class" as an id."""
-    return conditioning.in_a_table() if isinstance(conditioning, ClassLabels) else conditioning
+    return conditioning.for_student() if isinstance(conditioning, Kind) else conditioning
 
 
 def absent_rows(conditioning: Conditioning, cond: Condition) -> Tensor | None:

@@ -17,11 +17,11 @@ from dkdm.core.conditioning import (
     Interval,
     Unconditional,
     absent_rows,
-    check_conditioning,
     guide,
 )
 from dkdm.core.decoding import decoded, no_decoder
 from dkdm.core.inputs import try_conditioning
+from dkdm.core.kinds import check_conditioning
 from dkdm.core.modes import evaluating
 from dkdm.core.prediction import (
     Parameterization,

@@ -17,26 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dkdm.core.conditioning import METHODS, Condition, Conditioning
+from dkdm.core.conditioning import dropped
+from dkdm.core.kinds import (
+    DTYPES,
+    METHODS,
+    AsksForRows,
+    Condition,
+    Conditioning,
+    Custom,
+    Row,
+    kind_of,
+)
 from dkdm.errors import UsageError
 from dkdm.reading.fields import Fields, is_name, shown
 
-DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 NULL = "null."  # before the names of what guidance leads away from
 TRIED = 3  # rows
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one sample is fed under a name: shape without the batch, and a dtype of DTYPES."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def is_own_conditioning(conditioning: object) -> bool:
-    """Whether a conditioning is neither dkdm's nor given as a file."""
-    return not type(conditioning).__module__.startswith("dkdm.")
 
 
 def try_conditioning(conditioning: Conditioning) -> None:
@@ -44,7 +40,7 @@ def try_conditioning(conditioning: Conditioning) -> None:
 
     Raises UsageError naming the method, what it returned and what it must return.
     """
-    if not is_own_conditioning(conditioning):
+    if not isinstance(kind_of(conditioning), Custom):
         return
     name = type(conditioning).__name__
     drawn = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 0.0))
@@ -126,25 +122,6 @@ def _same_rows(what: str, found: Condition, drawn: Condition) -> None:
         raise UsageError(f"{what} returned {ours}, draw {theirs}: return the same names and shapes")
 
 
-def rows_of(conditioning: Conditioning) -> dict[str, Row]:
-    """What a network is fed for one sample of a conditioning.
-
-    Raises UsageError for a dtype that cannot be shipped.
-    """
-    if isinstance(conditioning, GivenRows):
-        return dict(conditioning.shapes)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    found = {}
-    for key, value in conditioning.embed(conditioning.in_turns(1)).items():
-        if value.dtype not in names:
-            raise UsageError(
-                f"{type(conditioning).__name__}.embed gives '{key}' as {value.dtype}, which cannot "
-                f"be shipped: return {', '.join(DTYPES)}"
-            )
-        found[key] = Row(tuple(value.shape[1:]), names[value.dtype])
-    return found
-
-
 def to_index(shapes: Mapping[str, Row]) -> dict[str, Any]:
     """The entry of model_index.json."""
     return {key: {"shape": list(row.shape), "dtype": row.dtype} for key, row in shapes.items()}
@@ -167,7 +144,7 @@ def from_index(entry: Any, where: str) -> GivenRows:
 
 
 @dataclass(frozen=True, eq=False)
-class GivenRows:
+class GivenRows(AsksForRows):
     """Conditions that whoever samples the model gives, as the network is fed them.
 
     shapes: of one row, by name. rows: N of them; None as long as none are given. nulls: one row of
@@ -188,8 +165,6 @@ class GivenRows:
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
         """Some of the given rows."""
-        from dkdm.core.conditioning import dropped
-
         rows = self._given()
         chosen = torch.randint(len(next(iter(rows.values()))), (count,), generator=generator)
         return dropped(self, {k: v[chosen] for k, v in rows.items()}, generator, dropout)
@@ -214,8 +189,17 @@ class GivenRows:
         """The same: they are given as the network is fed them."""
         return cond
 
-    def blank(self, count: int) -> Condition:
-        """Zeros, to try a network with."""
+    @property
+    def label(self) -> str:
+        """As `Kind.label`."""
+        return "GivenRows"
+
+    def fed(self) -> dict[str, Row]:
+        """As `Kind.fed`."""
+        return dict(self.shapes)
+
+    def example(self, count: int) -> Condition:
+        """Zeros."""
         return {
             key: torch.zeros(count, *row.shape, dtype=DTYPES[row.dtype])
             for key, row in self.shapes.items()

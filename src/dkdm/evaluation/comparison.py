@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dkdm.core.conditioning import ClassLabels, Condition, Conditioning
+from dkdm.core.conditioning import Condition, Conditioning
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.kinds import kind_of
 from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import simple_loss
 from dkdm.core.progress import track
@@ -23,7 +24,6 @@ from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.results import Comparison, LevelGap, Measurement, ModelResult
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
-from dkdm.models.prompts import Prompts
 
 GAP_LEVELS = 16
 GAP_SAMPLES = 64
@@ -159,11 +159,9 @@ def _class_names(conditioning: Conditioning, reference: Reference | None) -> tup
 
     A text model's are its first prompts, by their numbers.
     """
-    if isinstance(conditioning, Prompts):
-        return (conditioning.negative, *conditioning.texts[:MOST_SHOWN])
-    if not isinstance(conditioning, ClassLabels):
-        return None
-    return conditioning.names or (reference.class_names if reference else None)
+    kind = kind_of(conditioning)
+    known = reference.class_names if reference and kind.asks == "class_labels" else None
+    return kind.shown_names(MOST_SHOWN) or known
 
 
 def _mean_difference(a: Tensor, b: Tensor) -> float:

@@ -11,7 +11,7 @@ from dkdm.config import ModelChoice
 from dkdm.core.conditioning import with_null_class
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import path_given
-from dkdm.core.inputs import GivenRows
+from dkdm.core.kinds import kind_of
 from dkdm.core.modes import put_into_evaluation, say_if
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.formats.originals import FORMATS, load_original
@@ -69,10 +69,9 @@ def load_teacher(
         denoiser = _from_path(path, format, options)
     denoiser.name = spec
     denoiser = _with_null_class(denoiser, options)
-    if isinstance(denoiser.conditioning, GivenRows):
-        denoiser.check(denoiser.conditioning.blank(2))
-    elif not isinstance(denoiser.conditioning, Prompts):
-        denoiser.check()
+    example = kind_of(denoiser.conditioning).example(2)
+    if example is not None:  # else it is tried when prompts are given
+        denoiser.check(example)
     return denoiser
 
 

@@ -21,6 +21,7 @@ from dkdm.core.calls import call_of
 from dkdm.core.checkpoint import ORIGIN, load_network_weights, load_strict
 from dkdm.core.conditioning import ClassLabels, Condition, Conditioning, Unconditional
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.kinds import kind_of
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.prompts import EmbeddingCache, Prompts, TextEncoders
 from dkdm.reading.fields import shown
@@ -122,12 +123,10 @@ def _facts(
     sample_shape: tuple[int, ...], out_channels: int, conditioning: Conditioning
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"sample_shape": tuple(sample_shape), "out_channels": out_channels}
-    if isinstance(conditioning, ClassLabels):
-        found["num_classes"] = conditioning.num_classes
-        found["null_class"] = conditioning.null_class
-    elif isinstance(conditioning, Prompts):
-        rows = conditioning.embed(conditioning.null(1))
-        found["embeddings"] = {name: tuple(value.shape[1:]) for name, value in rows.items()}
+    kind = kind_of(conditioning)
+    found |= {k: v for k, v in kind.facts().items() if k in ("num_classes", "null_class")}
+    if kind.asks == "prompt":
+        found["embeddings"] = {name: row.shape for name, row in kind.fed().items()}
     return found
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dkdm.core.checkpoint import write_tensors
 from dkdm.core.conditioning import Condition, dropped
+from dkdm.core.kinds import Kind, Row, rows_of
 from dkdm.core.progress import track
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.files import cache_dir
@@ -46,7 +47,7 @@ class TextEncoders:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
+class Prompts(Kind):
     """Text conditions: numbers of prompts, `prompt` int64 [B], 0 for the negative prompt.
 
     texts: the prompts that are drawn, number i + 1 for texts[i]; empty where none were given yet.
@@ -54,6 +55,7 @@ class Prompts:
     cache: the embeddings of all of them, in the order of their numbers.
     """
 
+    asks = "prompt"
     encoders: TextEncoders
     texts: tuple[str, ...] = ()
     negative: str = ""
@@ -79,13 +81,34 @@ class Prompts:
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Shape of one embedding of this name; None where the encoders give none."""
-        if self.cache is None:
-            raise UsageError(NO_PROMPTS)
-        first = torch.zeros(
-            1, dtype=torch.int64, device="cpu"
-        )  # where networks are built on meta too
-        rows = self.cache.rows(first)
-        return tuple(rows[name].shape[1:]) if name in rows else None
+        row = self.fed().get(name)
+        return None if row is None else row.shape
+
+    @property
+    def label(self) -> str:
+        """As `Kind.label`."""
+        return "prompts"
+
+    def summary(self) -> str:
+        """As `Kind.summary`."""
+        return f"text; trained with {len(self.texts):,} prompts"
+
+    def shown_names(self, most: int) -> tuple[str, ...]:
+        """As `Kind.shown_names`; number 0 is the negative prompt."""
+        return (self.negative, *self.texts[:most])
+
+    def example(self, count: int) -> Condition | None:
+        """As `Kind.example`."""
+        return None if self.cache is None else self.null(count)
+
+    def fed(self) -> dict[str, Row]:
+        """As `Kind.fed`. Raises UsageError if no prompts were given."""
+        with torch.device("cpu"):  # networks are built on meta, and ask for widths
+            return rows_of(self.embed(self.null(1)))
+
+    def usage(self) -> str:
+        """As `Kind.usage`."""
+        return repr(self.text_of(1))
 
     def in_turns(self, count: int) -> Condition:
         """The prompts one after the other. Raises UsageError where none were given."""

@@ -10,13 +10,13 @@ from dkdm.checks.inspection import quick_check
 from dkdm.checks.student import first_look
 from dkdm.config import DistillConfig
 from dkdm.core.chains import Guidance
-from dkdm.core.conditioning import Unconditional, parse_interval, restrict_classes
+from dkdm.core.conditioning import parse_interval, restrict_classes
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.inputs import refuse_without_rows, try_conditioning
+from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
 from dkdm.models import chosen_teacher, with_texts
-from dkdm.models.prompts import Prompts
 from dkdm.models.student_process import with_process
 from dkdm.runs.outputs import (
     sampling_guidance,
@@ -102,9 +102,9 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
     guided = not guidance.is_off or config.sampling_guidance_scale != 1
     if config.condition_dropout or (guided and not teacher.embeds_guidance):
         null = conditioning.null(2)
-        if guided and not isinstance(conditioning, Prompts):
+        if guided and kind_of(conditioning).asks != "prompt":
             teacher.check(null)
-    if config.random_conditioning and isinstance(conditioning, Unconditional):
+    if config.random_conditioning and kind_of(conditioning).asks is None:
         raise UsageError("--random-conditioning was given, but the teacher is unconditional")
     decode = None if teacher.decode is no_decoder else teacher.decode
     interval = parse_interval(config.guidance_interval) or teacher.guidance_interval

@@ -10,13 +10,13 @@ import yaml  # type: ignore[import-untyped]
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.core.chains import Guidance
-from dkdm.core.conditioning import ClassLabels, parse_interval
+from dkdm.core.conditioning import parse_interval
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.kinds import kind_of
 from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count
 from dkdm.evaluation.rows import Row
-from dkdm.models.prompts import Prompts
 from dkdm.reading.files import render
 from dkdm.shipping.licence import CARD, Origin, licence_of_student, origin_of
 from dkdm.shipping.markdown import code, link, plain
@@ -114,7 +114,7 @@ _DIMENSIONS = {3: "image", 4: "video"}  # of a sample; a sound has 2
 def _task(denoiser: Denoiser) -> str | None:
     """The hub's name of what the model does, where it has one."""
     kind = _DIMENSIONS.get(len(denoiser.sample_shape), "audio")
-    if isinstance(denoiser.conditioning, Prompts):
+    if kind_of(denoiser.conditioning).asks == "prompt":
         return f"text-to-{kind}"
     return "unconditional-image-generation" if kind == "image" else None
 
@@ -124,7 +124,8 @@ def _tags(denoiser: Denoiser, config: RunConfig) -> list[str]:
     if isinstance(config, DistillConfig):
         tags.append("distillation")
         tags += ["data-free"] if config.source in DATA_FREE else []
-    return tags + (["class-conditional"] if isinstance(denoiser.conditioning, ClassLabels) else [])
+    labelled = kind_of(denoiser.conditioning).asks == "class_labels"
+    return tags + (["class-conditional"] if labelled else [])
 
 
 _MEASURES = {  # of Metrics: type and name in the hub's index
@@ -208,24 +209,13 @@ def _details(
         ("network", _sized(denoiser)),
         ("teacher", _sized(teacher) if teacher else ""),
         ("sample shape", " x ".join(map(str, denoiser.sample_shape))),
-        ("conditioning", _conditioned(denoiser)),
+        ("conditioning", kind_of(denoiser.conditioning).summary()),
         ("process", f"{scheduler}, T = {denoiser.process.num_levels}"),
         ("prediction", denoiser.parameterization.prediction),
         ("training", f"{steps}{time}"),
         ("made with", f"dkdm {__version__}"),
     ]
     return [(name, plain(value)) for name, value in details if value]
-
-
-def _conditioned(denoiser: Denoiser) -> str:
-    conditioning = denoiser.conditioning
-    if isinstance(conditioning, Prompts):
-        return f"text; trained with {len(conditioning.texts):,} prompts"
-    if isinstance(conditioning, ClassLabels):
-        some = conditioning.classes is not None
-        known = f"{len(conditioning.drawn)} of " if some else ""
-        return f"{known}{conditioning.num_classes} classes"
-    return "none"
 
 
 def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
@@ -250,7 +240,7 @@ def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
             )
         if config.classes is not None:
             limits.append(f"It learned the classes {', '.join(map(str, config.classes))} only.")
-    if isinstance(denoiser.conditioning, Prompts):
+    if kind_of(denoiser.conditioning).asks == "prompt":
         limits.append("Prompts unlike those it was trained with may come out worse.")
     return [*limits, "It draws samples of the shape above; other sizes were not trained."]
 

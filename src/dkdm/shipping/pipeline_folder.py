@@ -6,22 +6,22 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dkdm.core.checkpoint import save_network
-from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.conditioning import ClassLabels, Conditioning
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.inputs import GivenRows, Row, is_own_conditioning, rows_of, to_index
+from dkdm.core.inputs import to_index
+from dkdm.core.kinds import Row, kind_of
 from dkdm.core.process import Process
 from dkdm.models.architectures import component_of, pixels
 from dkdm.models.components import Component
 from dkdm.models.own_network import OWN_CLASS, origin_of
 from dkdm.models.pipelines import PIPELINES, Pipeline, encoding_of
-from dkdm.models.prompts import Prompts
 from dkdm.models.schedulers import (
     EDM_SCHEDULERS,
     FIRST_ORDER,
@@ -129,9 +129,8 @@ def _samples_index(denoiser: Denoiser) -> dict[str, Any]:
 
 def own_rows(denoiser: Denoiser) -> dict[str, Row]:
     """What a network is fed by a conditioning of its user's own; nothing for all others."""
-    conditioning = denoiser.conditioning
-    own = is_own_conditioning(conditioning) or isinstance(conditioning, GivenRows)
-    return rows_of(conditioning) if own else {}
+    kind = kind_of(denoiser.conditioning)
+    return kind.fed() if kind.asks == "cond" else {}
 
 
 def _value_range(denoiser: Denoiser) -> dict[str, str]:
@@ -216,7 +215,7 @@ def _stock_process(pipeline: Pipeline, process: Process) -> bool:
 def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
     """Of an unconditional UNet2DModel; only a DDPM scheduler reads a learned variance."""
     learned = denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler"
-    if learned or isinstance(denoiser.conditioning, ClassLabels) or denoiser.constants:
+    if learned or kind_of(denoiser.conditioning).asks or denoiser.constants:
         return None
     pixels = {
         "DDPMScheduler": "DDPMPipeline",
@@ -241,16 +240,16 @@ def _pipeline_source(
     denoiser: Denoiser, component: str, components: Mapping[str, Component]
 ) -> str:
     """The text of `pipeline.py`."""
-    text = isinstance(denoiser.conditioning, Prompts)
+    asks = kind_of(denoiser.conditioning).asks
     bundle, scheduler = denoiser.bundle, denoiser.process.scheduler["_class_name"]
     first_sigma, last_sigma = flow_grid(denoiser.process.scheduler)
-    family = encoding_of(bundle.pipeline) if text else None
+    family = encoding_of(bundle.pipeline) if asks == "prompt" else None
     latent = bundle.autoencoder is not None and "vae" in components
     return render(
         "dkdm.shipping",
         "pipeline.py.j2",
         component=component,
-        labelled=isinstance(denoiser.conditioning, ClassLabels) or bool(denoiser.constants),
+        labelled=asks == "class_labels" or bool(denoiser.constants),
         components=list(components),
         latent_standard=bundle.autoencoder.standard() if bundle.autoencoder and latent else None,
         text_pipeline=bundle.pipeline,
@@ -276,12 +275,9 @@ def _pipeline_source(
 
 
 def _token_width(conditioning: Conditioning) -> int | None:
-    shape = (
-        conditioning.shape_of("encoder_hidden_states")
-        if isinstance(conditioning, Prompts)
-        else None
-    )
-    return None if shape is None else shape[-1]
+    kind = kind_of(conditioning)
+    row = kind.fed().get("encoder_hidden_states") if kind.asks == "prompt" else None
+    return None if row is None else row.shape[-1]
 
 
 _TOKENS = 'encoder_hidden_states=embeds["encoder_hidden_states"]'
@@ -328,20 +324,15 @@ def _call_with_text(denoiser: Denoiser) -> str:
 
 
 def _class_index(denoiser: Denoiser) -> dict[str, Any]:
-    classes = denoiser.conditioning
-    if not isinstance(classes, ClassLabels):
-        return dict.fromkeys(("num_classes", "null_class", "class_names", "classes"))
-    return {
-        "num_classes": classes.num_classes,
-        "null_class": classes.null_class,
-        "class_names": _named(classes, range(len(classes.names))) if classes.names else None,
-        "classes": None if classes.classes is None else _named(classes, classes.classes),
-    }
-
-
-def _named(classes: ClassLabels, ids: Sequence[int]) -> dict[int, str]:
-    """Ids with their names; diffusers takes a list of two for a component."""
-    return {i: classes.names[i] if classes.names else str(i) for i in ids}
+    """Classes by id and name: diffusers takes a list of two for a component."""
+    facts = kind_of(denoiser.conditioning).facts()
+    index = {key: facts.get(key) for key in ("num_classes", "null_class", "class_names", "classes")}
+    names, classes = index["class_names"], index["classes"]
+    if names:
+        index["class_names"] = dict(enumerate(names))
+    if classes is not None:
+        index["classes"] = {i: names[i] if names else str(i) for i in classes}
+    return index
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -370,14 +361,14 @@ def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) 
     return (
         f"{imports}from diffusers import DiffusionPipeline\n\n"
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join(given)})\n"
-        f"{result} = pipeline({_usage_call(denoiser, stock)}num_inference_steps=50"
+        f"{result} = pipeline({_usage_call(denoiser, stock)}, num_inference_steps=50"
         f"{_usage_guidance(denoiser, stock, guidance_scale)}).{result}"
     )
 
 
 def _usage_guidance(denoiser: Denoiser, stock: str | None, scale: float) -> str:
     """The scale, where it is not what the pipeline takes by itself; each stock one has its own."""
-    if isinstance(denoiser.conditioning, Unconditional) or (stock is None and scale == 1.0):
+    if kind_of(denoiser.conditioning).asks is None or (stock is None and scale == 1.0):
         return ""
     return f", guidance_scale={scale}"
 
@@ -405,15 +396,8 @@ def _absent(stock: str, denoiser: Denoiser) -> list[str]:
 
 
 def _usage_call(denoiser: Denoiser, stock: str | None) -> str:
-    conditioning = denoiser.conditioning
-    if isinstance(conditioning, Prompts):
-        return f"{conditioning.text_of(1)!r}, {_usage_size(denoiser, stock)}"
-    if isinstance(conditioning, ClassLabels):
-        return f"class_labels={list(conditioning.drawn[:4])}, "
-    if rows := own_rows(denoiser):
-        fed = (f'"{k}": torch.zeros(4, *{r.shape}, dtype=torch.{r.dtype})' for k, r in rows.items())
-        return f"cond={{{', '.join(fed)}}}, "
-    return "batch_size=4, "
+    kind = kind_of(denoiser.conditioning)
+    return kind.usage() + (_usage_size(denoiser, stock) if kind.asks == "prompt" else "")
 
 
 def _usage_size(denoiser: Denoiser, stock: str | None) -> str:
@@ -421,8 +405,8 @@ def _usage_size(denoiser: Denoiser, stock: str | None) -> str:
     if stock not in PIPELINES or not PIPELINES[stock].asks_size:
         return ""
     height, width = pixels(denoiser.sample_shape, denoiser.bundle)
-    size = f"height={height}, width={width}, "
+    size = f", height={height}, width={width}"
     if len(denoiser.sample_shape) < 4 or denoiser.bundle.autoencoder is None:
         return size
     factor = denoiser.bundle.autoencoder.config.get("scale_factor_temporal", 4)
-    return f"{size}num_frames={(denoiser.sample_shape[1] - 1) * factor + 1}, "
+    return f"{size}, num_frames={(denoiser.sample_shape[1] - 1) * factor + 1}"

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from dkdm.config import ProcessName
-from dkdm.core.conditioning import ClassLabels, Condition, Unconditional, for_student
+from dkdm.core.conditioning import Condition, Unconditional, for_student
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.inputs import is_own_conditioning
+from dkdm.core.kinds import Custom, kind_of
 from dkdm.core.prediction import PredictionType
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.own_network import (
@@ -26,7 +26,6 @@ from dkdm.models.own_network import (
     remember_factory,
     remember_object,
 )
-from dkdm.models.prompts import Prompts
 from dkdm.models.student_process import check_is_sampled, with_process
 from dkdm.networks import network_class
 from dkdm.reading.fields import read_json
@@ -81,7 +80,7 @@ def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = N
         teacher.bundle.autoencoder,
     )
     network = build_network(spec, interface, factory)
-    if isinstance(teacher.conditioning, Prompts) and not _takes_text(network):
+    if kind_of(teacher.conditioning).asks == "prompt" and not _takes_text(network):
         raise UsageError(
             f"{spec} reads no text, and its teacher is conditioned on text: choose a student that "
             "does, such as text-unet-tiny (`dkdm students` lists those that fit)"
@@ -108,7 +107,7 @@ def given_student(student: Denoiser) -> Denoiser:
 def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
     """A network read as another model is; its time is what the process's scheduler feeds."""
     constants = like.constants if type(network) is type(like.network) else {}
-    if not isinstance(like.conditioning, ClassLabels):
+    if kind_of(like.conditioning).asks != "class_labels":
         constants = constants | _constants(network)
     conditioning = for_student(like.conditioning)
     like = like if conditioning is like.conditioning else replace(like, conditioning=conditioning)
@@ -147,14 +146,12 @@ _KNOWN_CONDITIONS = ("class_labels", "encoder_hidden_states", "pooled_projection
 
 def _refuse_own_conditions(preset: str, interface: Interface) -> None:
     """Raise UsageError for a conditioning that no preset is fed."""
-    own = interface.conditioning
-    if not is_own_conditioning(own):
-        return
-    others = [name for name in own.embed(own.in_turns(1)) if name not in _KNOWN_CONDITIONS]
+    kind = kind_of(interface.conditioning)
+    others = [n for n in kind.fed() if n not in _KNOWN_CONDITIONS] if kind.asks == "cond" else []
     if others:
         names = ", ".join(f"'{name}'" for name in others)
         raise UsageError(
-            f"{preset} is fed class ids or text, and {type(own).__name__} feeds {names}: give a "
+            f"{preset} is fed class ids or text, and {kind.label} feeds {names}: give a "
             "network of your own as the student, a module in Python or module:factory"
         )
 
@@ -197,7 +194,7 @@ def _from_factory(spec: str, interface: Interface) -> nn.Module:
         )
     if is_own(network):
         remember_factory(network, spec, *given)
-        if is_own_conditioning(interface.conditioning):
+        if isinstance(kind_of(interface.conditioning), Custom):
             _check_made_again(spec, factory, interface, network)
     return network
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dkdm.core.conditioning import Unconditional
+from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
 from dkdm.students.interface import Interface, Preset, check_halvings, patch_sides
 
@@ -50,7 +50,7 @@ def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
     """
     from diffusers import UNet1DModel
 
-    if len(interface.sample_shape) != 2 or not isinstance(interface.conditioning, Unconditional):
+    if len(interface.sample_shape) != 2 or kind_of(interface.conditioning).asks:
         raise UsageError(
             "UNet1DModel is for audio (channels, length) without classes or text, and this "
             f"teacher's samples have shape {interface.sample_shape}{interface.for_vectors}"

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from dkdm.core.bundle import Coder
-from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.conditioning import Conditioning, Unconditional
+from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
-from dkdm.models.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,7 @@ class Interface:
     @property
     def num_class_embeds(self) -> int | None:
         """Rows of a table of class embeddings, the null class included; None without classes."""
-        if not isinstance(self.conditioning, ClassLabels):
-            return None
-        own = self.conditioning.in_a_table()
-        return max(own.num_classes, int(own.null_class or 0) + 1)
+        return kind_of(self.conditioning).table_rows
 
     @property
     def text_width(self) -> int | None:
@@ -87,10 +84,9 @@ class Interface:
         return self._width_of("pooled_projections")
 
     def _width_of(self, name: str) -> int | None:
-        if not isinstance(self.conditioning, Prompts):
-            return None
-        shape = self.conditioning.shape_of(name)
-        return None if shape is None else shape[-1]
+        kind = kind_of(self.conditioning)
+        row = kind.fed().get(name) if kind.asks == "prompt" else None
+        return None if row is None else row.shape[-1]
 
     def needs_text(self, what: str) -> int:
         """Features of a token's text embedding. Raises UsageError for a teacher without text."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dkdm.core.conditioning import ClassLabels
+from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
 from dkdm.students.interface import Interface, Preset, patch_size
 
@@ -21,8 +21,8 @@ def dit(
     from diffusers import DiTTransformer2DModel
 
     in_channels, height, _ = interface.image_shape
-    classes, conditioning = interface.num_class_embeds or 1, interface.conditioning
-    has_null = isinstance(conditioning, ClassLabels) and conditioning.null_class is not None
+    classes = interface.num_class_embeds or 1
+    has_null = kind_of(interface.conditioning).facts().get("null_class") is not None
     return DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=width // heads,

@@ -16,13 +16,13 @@ from dkdm.checks.inspection.check import (
     check_denoising,
 )
 from dkdm.checks.inspection.readings import ProcessKind, process_kind
-from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.conditioning import Conditioning
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.kinds import kind_of
 from dkdm.core.prediction import PredictionType, VarianceType
 from dkdm.core.process import Process
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
-from dkdm.models.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -174,15 +174,6 @@ def _process_facts(process: Process, times: Tensor) -> ProcessFacts:
 
 
 def _conditioning_facts(conditioning: Conditioning) -> ConditioningFacts:
-    if isinstance(conditioning, Unconditional):
-        return ConditioningFacts("none")
-    if isinstance(conditioning, ClassLabels):
-        return ConditioningFacts(
-            "class labels",
-            conditioning.num_classes,
-            conditioning.null_class,
-            conditioning.names,
-        )
-    if isinstance(conditioning, Prompts):
-        return ConditioningFacts("prompts")
-    return ConditioningFacts(type(conditioning).__name__)
+    kind = kind_of(conditioning)
+    known = {key: value for key, value in kind.facts().items() if key != "classes"}
+    return ConditioningFacts(kind.label, **known)

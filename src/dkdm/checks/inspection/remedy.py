@@ -12,8 +12,8 @@ from torch import nn
 
 from dkdm.checks.inspection.readings import Change, Schedule, Time
 from dkdm.core.calls import call_of
-from dkdm.core.conditioning import Unconditional
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.kinds import kind_of
 from dkdm.core.schedules import rectified_flow
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config, prediction_type
@@ -166,7 +166,7 @@ def _read_as(denoiser: Denoiser, change: Change) -> str:
 def _beside(denoiser: Denoiser) -> list[str]:
     """Arguments that stay as they were, by their own names."""
     parts = []
-    if not isinstance(denoiser.conditioning, Unconditional):
+    if kind_of(denoiser.conditioning).asks is not None:
         parts.append("conditioning=conditioning")
     if denoiser.constants:
         parts.append("constants=constants")

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from dkdm.core.clipping import Clipping
-from dkdm.core.conditioning import ClassLabels, Condition
+from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.kinds import kind_of
 from dkdm.core.prediction import EDM
 from dkdm.shipping.pipeline_folder import scheduler_config
 from dkdm.version import __version__
@@ -66,17 +67,9 @@ def _name(dtype: Any) -> str:
 
 
 def _classes(denoiser: Denoiser) -> dict[str, Any] | None:
-    classes = denoiser.conditioning
-    if not isinstance(classes, ClassLabels):
-        return None
-    names = list(classes.names) if classes.names else None
-    learnt = None if classes.classes is None else list(classes.classes)
-    return {
-        "count": classes.num_classes,
-        "null": classes.null_class,
-        "names": names,
-        "learnt": learnt,
-    }
+    facts = kind_of(denoiser.conditioning).facts()
+    names = ("count", "num_classes"), ("null", "null_class"), ("names", "class_names")
+    return {ours: facts[key] for ours, key in (*names, ("learnt", "classes"))} if facts else None
 
 
 def _clipping(clipping: Clipping) -> dict[str, Any] | None:

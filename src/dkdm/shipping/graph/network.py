@@ -7,8 +7,9 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.conditioning import Condition, Unconditional
+from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.kinds import null_or_none
 from dkdm.core.randomness import generator
 from dkdm.errors import UsageError
 
@@ -77,13 +78,9 @@ def random_inputs(denoiser: Denoiser, count: int, seed: int = 0) -> Condition:
 
 
 def _conditions(denoiser: Denoiser, count: int, random: torch.Generator) -> Condition:
-    conditioning = denoiser.conditioning
-    drawn = conditioning.draw(count, random)
-    if isinstance(conditioning, Unconditional):
-        return drawn
-    try:
-        null = conditioning.null(count)
-    except UsageError:  # it has none
+    drawn = denoiser.conditioning.draw(count, random)
+    null = null_or_none(denoiser.conditioning, count)
+    if null is None:
         return drawn
     asked = torch.arange(count) % 2 == 0
     return {name: torch.where(asked, value, null[name]) for name, value in drawn.items()}
