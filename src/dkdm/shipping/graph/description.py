@@ -68,8 +68,15 @@ def _name(dtype: Any) -> str:
 
 def _classes(denoiser: Denoiser) -> dict[str, Any] | None:
     facts = kind_of(denoiser.conditioning).facts()
-    names = ("count", "num_classes"), ("null", "null_class"), ("names", "class_names")
-    return {ours: facts[key] for ours, key in (*names, ("learnt", "classes"))} if facts else None
+    keys = {
+        "count": "num_classes",
+        "null": "null_class",
+        "names": "class_names",
+        "learnt": "classes",
+    }
+    found = {name: facts.get(key) for name, key in keys.items()}
+    as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+    return as_json if facts else None
 
 
 def _clipping(clipping: Clipping) -> dict[str, Any] | None:
