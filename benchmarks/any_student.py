@@ -111,7 +111,6 @@ def config_of(run: Run, folder: Path, steps: int) -> DistillConfig:
 def train(run: Run, teacher: Denoiser, folder: Path, steps: int) -> None:
     if (folder / run.name / "model_index.json").is_file():
         return
-    teacher = replace(teacher, evaluations=0)
     like = with_process(teacher, run.prediction, run.process)
     student = as_denoiser(run.name, network(run, like), like)
     distill(teacher, student, config_of(run, folder, steps))

@@ -1,5 +1,7 @@
 """Small models and settings that several tests share; also named as module:factory."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import UNet2DModel
 from torch import nn
@@ -48,6 +50,17 @@ def denoiser(classes=3, scheduler=None, seed=0, **sizes):
     return Denoiser(
         network.eval(), from_scheduler_config(scheduler), parameterization, (1, 8, 8), **kwargs
     )
+
+
+def counting(model):
+    """The same model, and a list of how many samples each call of its network evaluates."""
+    counts, call = [], model.call
+
+    def counted(network, x, time, cond):
+        counts.append(len(x))
+        return call(network, x, time, cond)
+
+    return replace(model, call=counted), counts
 
 
 def teacher():

@@ -13,6 +13,7 @@ from dkdm.core.conditioning import ABSENT, parse_interval
 from dkdm.core.denoiser import Batch
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.runs.outputs import sample_to_file
+from factories import counting
 
 PROCESS = dkdm.from_betas(torch.linspace(1e-4, 0.02, 100))
 LABELS = torch.tensor([0, 1, 2, 1, 2, 0])  # 2 is the null class of the twin
@@ -36,11 +37,11 @@ def batch(labels, levels=(0, 10, 30, 50, 80, 99)):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, torch.linspace(1, 6, 6)], ids=["1", "3", "each"])
 def test_an_absent_label_is_the_null_class_of_the_closed_form(scale):
-    twin, own = twins()
+    (twin, of_twin), (own, of_own) = map(counting, twins())
     labels = LABELS.where(LABELS != 2, ABSENT)
     expected, found = twin.predict(batch(LABELS), scale), own.predict(batch(labels), scale)
     torch.testing.assert_close(found.output, expected.output, rtol=0, atol=1e-6)
-    assert own.evaluations == twin.evaluations
+    assert sum(of_own) == sum(of_twin)
 
 
 def test_absent_labels_are_drawn_by_dropout():
@@ -73,7 +74,7 @@ def test_a_student_of_an_absent_null_has_a_row_for_it(tmp_path):
 def test_guidance_acts_inside_its_interval_alone():
     """Inside it equals the guided closed form, outside the unguided one; rows are counted."""
     plain, _ = twins()
-    model = replace(plain, guidance_interval=(0.3, 0.7))
+    model, counts = counting(replace(plain, guidance_interval=(0.3, 0.7)))
     share = PROCESS.sigma / (PROCESS.alpha + PROCESS.sigma)
     levels = (0, 5, 30, 50, 80, 99)
     inside = ((share >= 0.3) & (share <= 0.7))[torch.tensor(levels)]
@@ -84,7 +85,8 @@ def test_guidance_acts_inside_its_interval_alone():
     expected = torch.where(inside.reshape(-1, 1, 1, 1), guided, unguided)
     torch.testing.assert_close(both[1].output, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(both[0].output, unguided, rtol=0, atol=1e-6)
-    assert model.evaluations == 6 + int(inside.sum())
+    assert sum(counts) == 6 + int(inside.sum())
+    assert model.evaluations_at(asked.t, guided=True).tolist() == (1 + inside.long()).tolist()
     scales = torch.linspace(2, 5, 6)
     each = torch.where(inside.reshape(-1, 1, 1, 1), plain.predict(asked, scales).output, unguided)
     torch.testing.assert_close(model.predict(asked, scales).output, each, rtol=0, atol=1e-6)
@@ -99,12 +101,12 @@ def test_an_interval_of_everything_is_plain_guidance():
 
 def test_outside_of_the_interval_nothing_is_evaluated_twice():
     plain, _ = twins()
-    model = replace(plain, guidance_interval=(0.9, 1.0))
+    model, counts = counting(replace(plain, guidance_interval=(0.9, 1.0)))
     noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     cond = {"class_labels": torch.tensor([0, 1])}
     drawn = model.sample(lambda _: noise, cond, 5, guidance_scale=4.0)
     assert torch.equal(drawn, plain.sample(lambda _: noise, cond, 5))
-    assert model.evaluations == 10
+    assert sum(counts) == 10
 
 
 def test_a_network_that_is_fed_the_scale_is_fed_1_outside():

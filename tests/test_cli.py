@@ -96,7 +96,7 @@ def test_underscores_are_accepted(tmp_path, capsys):
         (("--recipe", "no-such-recipe"), "--recipe 'no-such-recipe': give one of demo"),
         (("--pool-size", "2"), "--pool-size 2 is smaller than a batch of 8"),
         (("--pool-size", "1000000000000"), "GiB"),
-        (("--resume-from-checkpoint", "checkpoint-7"), "no checkpoint there"),
+        (("--resume-from-checkpoint", "checkpoint-7"), "there is no checkpoint"),
     ],
 )
 def test_bad_input_is_usage_and_leaves_no_run(more, said, tmp_path, capsys):

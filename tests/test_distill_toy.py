@@ -40,7 +40,7 @@ def distil(student, pool, steps):
     for _ in range(steps):
         batch = pool.draw(BATCH)
         target = pool.target(batch)
-        loss = objective(student.predict(batch), target, batch.x, batch.t).mean()
+        loss = objective(student, batch, target).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

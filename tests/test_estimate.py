@@ -95,8 +95,8 @@ class Tracked(nn.Module):
 
 
 def test_measuring_leaves_both_models_and_the_random_state_as_they_were():
-    teacher = replace(denoiser(), evaluations=3)
-    student = replace(teacher, network=Tracked().train(), evaluations=5)
+    teacher = denoiser()
+    student = replace(teacher, network=Tracked().train())
     student.network.last.bias.grad = torch.ones(1)
     before = {key: value.clone() for key, value in student.network.state_dict().items()}
     random = torch.random.get_rng_state()
@@ -104,7 +104,6 @@ def test_measuring_leaves_both_models_and_the_random_state_as_they_were():
     assert speeds.evaluation > 0
     assert speeds.step > 0
     assert torch.equal(torch.random.get_rng_state(), random)
-    assert (teacher.evaluations, student.evaluations) == (3, 5)
     for key, value in student.network.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert student.network.last.weight.grad is None
@@ -117,7 +116,7 @@ def distilled(folder, **changes):
     dkdm.distill(teacher, student_of("dit-tiny", teacher), config)
     losses = [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl")]
     counts = [entry["teacher_evaluations"] for entry in read_metrics(folder / "metrics.jsonl")]
-    weights = read_tensors(folder / "checkpoint-3" / "source.safetensors")
+    weights = read_tensors(folder / "checkpoint-3" / "source" / "shard-0.safetensors")
     return losses, counts, weights
 
 
@@ -166,7 +165,6 @@ def test_teachers_of_latents_and_text_are_looked_at(tmp_path, make):
         teacher = with_texts(teacher, "a shoe and a bag")
     warning = teacher_warning(teacher, 0.015)
     assert warning.startswith("warning: the teacher does not denoise as it is read")
-    assert teacher.evaluations == 0
 
 
 def test_dry_run_says_minutes():

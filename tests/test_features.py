@@ -27,10 +27,9 @@ def batch_of(model, count=4, seed=0):
 
 def seen(features, teacher, student, guidance=1.0, count=4):
     batch = batch_of(teacher, count)
-    with features.watch():
-        with torch.no_grad():
-            teacher.predict(batch, guidance)
-        student.predict(batch)
+    with torch.no_grad():
+        features.watched(teacher).predict(batch, guidance)
+    features.watched(student).predict(batch)
     return features
 
 
@@ -169,10 +168,10 @@ def test_of_a_guided_teacher_the_conditional_half_is_matched():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("all", "expected auto, name, resolution, or pairs"),
+        ("all", "give auto, name, resolution, or pairs"),
         ("name", r"no stage .* teacher has down_blocks.0 \(4x4\).* student transformer_blocks.0"),
         ("mid_block=blocks.0", "DiTTransformer2DModel has no module blocks.0; its stages are"),
-        ("time_embedding=transformer_blocks.0", "time_embedding of the teacher gives no feature"),
+        ("time_embedding=transformer_blocks.0", "time_embedding of the teacher returns no feature"),
     ],
 )
 def test_what_cannot_be_matched_is_refused(layers, message):
@@ -212,7 +211,7 @@ def test_a_run_with_features_resumes_exactly_and_ships_the_network_alone(tmp_pat
 @pytest.mark.parametrize("before", [0.0, 0.5])
 def test_features_cannot_come_and_go_within_a_run(tmp_path, before):
     run(tmp_path, steps=2, feature_weight=before)
-    with pytest.raises(UsageError, match="--feature-weight: .*checkpoint-2 is of a run with"):
+    with pytest.raises(UsageError, match="written by a run with.*--feature-weight"):
         run(tmp_path, feature_weight=0.5 - before, resume_from_checkpoint="latest")
 
 

@@ -248,7 +248,12 @@ def test_good_files_are_accepted(bases):
             kind.opened(bases / kind.base)
 
 
-RESUMED_FROM = ("state.json", "optimizer.safetensors", "source.safetensors", "random.safetensors")
+RESUMED_FROM = (
+    "state.json",
+    "optimizer.safetensors",
+    "source/shard-0.safetensors",
+    "random.safetensors",
+)
 
 
 @pytest.fixture(scope="module")

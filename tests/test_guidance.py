@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dkdm
+from dkdm.config import GuidanceOptions
 from dkdm.core.chains import Guidance, Stride, random_conditioning_odds
 from dkdm.core.conditioning import ClassLabels, Unconditional, guide, restrict_classes
 from dkdm.core.denoiser import Batch, Denoiser
@@ -18,7 +19,7 @@ from dkdm.core.schedules import beta_schedule, from_betas
 from dkdm.core.steps import reverse_step
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from factories import denoiser
+from factories import counting, denoiser
 
 LEVELS = 100
 CPU = torch.device("cpu")
@@ -40,7 +41,8 @@ def make(size=400, teacher=None, **fields):
 def move(pool, batch_size):
     batch = pool.draw(batch_size)
     target = pool.target(batch)
-    return batch, target, pool.advance(batch, target)
+    pool.advance(batch, target)
+    return batch, target
 
 
 def true_x_0(batch, labels):
@@ -73,17 +75,18 @@ def assert_chi_square(counts, expected):
     ("text", "low", "high"), [("1", 1, 1), ("4.5", 4.5, 4.5), ("2:8", 2, 8), ("0:1", 0, 1)]
 )
 def test_scales_are_read(text, low, high):
-    assert Guidance.parse(text) == Guidance(low, high)
-    assert Guidance.parse(text).is_off == (text == "1")
-    assert Guidance.parse(text, chain_only=True).chain_only
+    options = GuidanceOptions(guidance_scale=text)
+    assert Guidance.of_options(options) == Guidance(low, high)
+    assert Guidance.of_options(options).is_off == options.is_off == (text == "1")
+    assert Guidance.of_options(replace(options, guidance_on="chain")).chain_only
 
 
 @pytest.mark.parametrize(
     "text", ["", "x", "4:", ":4", "8:2", "1:2:3", "nan", "nan:4", "inf", "2:inf", "2-8"]
 )
 def test_garbage_is_no_scale(text):
-    with pytest.raises(UsageError, match=r"--guidance-scale '.*': expected a number or LOW:HIGH"):
-        Guidance.parse(text)
+    with pytest.raises(UsageError, match="--guidance-scale .*: give a number .*, or LOW:HIGH"):
+        GuidanceOptions(guidance_scale=text)
 
 
 def test_scales_of_chains_are_uniform():
@@ -101,16 +104,17 @@ def test_a_chain_keeps_its_scale_and_the_next_has_its_own(guidance):
     ended = 0
     for _ in range(20):
         before = pool.cond["guidance"].clone()
-        batch, _, finished = move(pool, 100)
+        batch, _ = move(pool, 100)
         done = pool.t[batch.rows] > batch.t
         others = torch.ones(len(pool.t), dtype=torch.bool)
         others[batch.rows[done]] = False
         assert torch.equal(pool.cond["guidance"][others], before[others])
-        assert torch.equal(finished.cond["guidance"], before[batch.rows[done]])
+        ended_at = before[batch.rows[done]]
+        assert torch.equal(batch.cond["guidance"][done], ended_at)
         fresh = pool.cond["guidance"][batch.rows[done]]
         assert ((fresh >= guidance.low) & (fresh <= guidance.high)).all()
         if guidance.low < guidance.high:
-            assert (fresh != finished.cond["guidance"]).all()
+            assert (fresh != ended_at).all()
         ended += int(done.sum())
     assert ended > 100
 
@@ -122,12 +126,12 @@ def test_a_chain_keeps_its_scale_and_the_next_has_its_own(guidance):
 def test_the_target_is_guided_in_closed_form(guidance):
     pool = make(guidance=guidance)
     for _ in range(3):
-        batch, target, _ = move(pool, 100)
+        batch, target = move(pool, 100)
         scale = batch.cond.get("guidance", torch.ones(100))
         close(target.x_0, guided_x_0(batch, scale))
         explained = COSINE.add_noise(target.x_0, target.eps, batch.t)
         close(explained, batch.x)
-    assert pool.teacher.evaluations == (300 if guidance.is_off else 600)
+    assert pool.evaluations == (300 if guidance.is_off else 600)
 
 
 @pytest.mark.parametrize("guidance", [Guidance(3.0, 3.0), Guidance(2.0, 8.0)])
@@ -137,19 +141,19 @@ def test_a_guided_chain_has_an_unguided_target_for_no_further_evaluation(guidanc
         for chain_only in (False, True)
     )
     for _ in range(10):
-        (batch, guided, _), (same, target, _) = move(both, 100), move(chain, 100)
+        (batch, guided), (same, target) = move(both, 100), move(chain, 100)
         assert torch.equal(batch.x, same.x)
         close(target.x_0, true_x_0(batch, batch.cond["class_labels"]))
         assert (target.x_0 - guided.x_0).abs().max() > 0.1
         assert torch.equal(both.x, chain.x)
         assert torch.equal(both.t, chain.t)
-    assert chain.teacher.evaluations == both.teacher.evaluations
+    assert chain.evaluations == both.evaluations
 
 
 @pytest.mark.parametrize("chain_only", [False, True])
 def test_states_move_by_the_guided_reverse_step(chain_only):
     pool = make(guidance=Guidance(2.0, 8.0, chain_only), eta=0.0)
-    batch, _, _ = move(pool, 200)
+    batch, _ = move(pool, 200)
     x_0 = guided_x_0(batch, batch.cond["guidance"])
     alpha, sigma = (per_sample(value, x_0) for value in COSINE.at(batch.t))
     by_hand = Prediction(x_0, x_0, (batch.x - alpha * x_0) / sigma)
@@ -187,13 +191,14 @@ def test_guidance_acts_on_the_mean_alone():
     x, t = torch.randn(3, 2, 3), torch.tensor([10, 50, 90])
     batch = Batch(x, t, {"class_labels": torch.tensor([0, 1, 2])}, t)
     scale = torch.tensor([1.0, 2.0, 5.0])
+    teacher, counts = counting(teacher)
     unguided, guided = teacher.predict_both(batch, scale)
     label = torch.tensor([0.0, 1.0, 2.0])
     assert torch.equal(unguided.output, per_sample(label, x) * x)
     close(guided.output, per_sample(4 + scale * (label - 4), x) * x)
     for prediction in (unguided, guided):
         close(prediction.variance_output, per_sample(0.1 * label, x).expand_as(x))
-    assert teacher.evaluations == 6
+    assert counts == [6]
     raw = torch.randn(2, 3, 4, 5)
     assert torch.equal(guide(raw[:1], raw[1:], 7.0, 2)[:, 2:], raw[:1, 2:])
 
@@ -227,7 +232,7 @@ def test_a_network_that_embeds_guidance_is_fed_the_scale_of_each_chain(guidance)
     scale = batch.cond.get("guidance", torch.ones(50))
     assert torch.equal(pool.teacher.network.seen[-1], scale)
     assert torch.equal(target.x_0, per_sample(scale, batch.x) * batch.x)
-    assert pool.teacher.evaluations == 50
+    assert pool.evaluations == 50
     student.predict(batch)
     assert torch.equal(student.network.seen[-1], scale)
 
@@ -237,7 +242,7 @@ def test_a_student_that_embeds_guidance_learns_the_guided_mixture():
     batch = pool.draw(50)
     assert pool.target(batch).x_0.shape == student.predict(batch).x_0.shape
     assert torch.equal(student.network.seen[-1], batch.cond["guidance"])
-    assert student.evaluations == 50
+    assert len(student.network.seen) == 1
 
 
 def test_a_student_that_does_not_embed_guidance_is_not_fed_it():
@@ -274,7 +279,7 @@ def test_guidance_without_a_null_class_is_refused(tmp_path, labels, options):
 @pytest.mark.parametrize(
     ("teacher", "options", "message"),
     [
-        (fed, {"guidance_on": "chain", "guidance_scale": "4"}, "expected --guidance-on target"),
+        (fed, {"guidance_on": "chain", "guidance_scale": "4"}, "use --guidance-on target"),
         (lambda: denoiser(None), {"random_conditioning": 0.5}, "the teacher is unconditional"),
         (
             denoiser,
@@ -286,7 +291,7 @@ def test_guidance_without_a_null_class_is_refused(tmp_path, labels, options):
             {"condition_dropout": -0.1},
             r"--condition-dropout -0\.1: give a number from 0 to 1",
         ),
-        (denoiser, {"guidance_scale": "four"}, "--guidance-scale 'four': expected"),
+        (denoiser, {"guidance_scale": "four"}, "--guidance-scale 'four': give"),
         (lambda: denoiser(None), {"classes": (1,)}, "--classes or --class-weights was given, but"),
         (denoiser, {"classes": (7,)}, r"class id 7 out of range: expected 0\.\.2"),
         (denoiser, {"class_weights": (1.0,)}, "class weights: expected 3 numbers"),
@@ -386,14 +391,13 @@ def test_states_are_shown_another_condition_by_the_law(highest):
 
 def test_the_teacher_labels_and_moves_what_the_student_is_shown():
     pool = shown_pool(random_conditioning=1.0, eta=0.0)
-    batch, target, finished = move(pool, 400)
+    batch, target = move(pool, 400)
     assert set(batch.cond["class_labels"].tolist()) == {OWN, OTHER}
     close(target.x_0, true_x_0(batch, batch.cond["class_labels"]))
     going = batch.t > 0
     alpha, sigma = (per_sample(value, batch.x) for value in COSINE.at(batch.t - 1))
     close(pool.x[batch.rows][going], (alpha * target.x_0 + sigma * target.eps)[going])
     assert (pool.cond["class_labels"][batch.rows[going]] == OWN).all()
-    assert (finished.cond["class_labels"] == OWN).all()
     assert (pool.cond["class_labels"][batch.rows[~going]] == OTHER).all()
 
 
@@ -416,9 +420,9 @@ def test_what_is_shown_follows_from_the_state():
     pool = make(**options)
     for _ in range(3):
         move(pool, 60)
-    state = {key: value.clone() for key, value in pool.state_dict().items()}
     restored = make(**options)
-    restored.load_state_dict(state)
+    for name, shard in restored.parts().items():
+        shard.load_state_dict(pool.parts()[name].state_dict())
     for _ in range(10):
         expected, found = move(pool, 60)[0], move(restored, 60)[0]
         for key in expected.cond:
@@ -434,11 +438,15 @@ def test_what_a_shard_shows_does_not_depend_on_the_others():
         assert torch.equal(with_two.cond[key][2:], with_three.cond[key][3:])
 
 
-def test_without_random_conditioning_nothing_is_drawn():
+def test_without_random_conditioning_nothing_is_drawn(monkeypatch):
     plain, shown = shown_pool(), shown_pool(random_conditioning=1.0)
     first, other = plain.draw(200), shown.draw(200)
     for field in ("x", "t", "rows"):
         assert torch.equal(getattr(first, field), getattr(other, field))
     assert (first.cond["class_labels"] == OWN).all()
-    plain.teacher.conditioning = None  # nobody is asked
-    assert torch.equal(plain.draw(200).cond["class_labels"], first.cond["class_labels"])
+    purposes = []
+    monkeypatch.setattr(
+        "dkdm.core.pool.generator", lambda *parts: purposes.append(parts[2]) or generator(*parts)
+    )
+    plain.draw(200)
+    assert set(purposes) == {"move"}

@@ -115,13 +115,13 @@ def test_a_perfect_student_of_any_kind_has_no_loss(name, process, prediction):
     inside = covered(student.process, teacher.process)[t] & (teacher.process.snr()[t] > 1e-5)
     batch = Batch(x[inside], t[inside], {}, t[inside])
     objective = Objective(seen, teacher, level_weights=level_weights(student, teacher))
-    loss = objective(seen.predict(batch), teacher.predict(batch), batch.x, batch.t)
+    loss = objective(seen, batch, teacher.predict(batch))
     assert loss.max() < 1e-5
     assert loss.mean() < 1e-8
     assert inside.float().mean() > 0.9
     wrong = replace(seen, rescale=seen.rescale * 1.1) if seen.rescale is not None else None
     if wrong is not None:
-        off = objective(wrong.predict(batch), teacher.predict(batch), batch.x, batch.t)
+        off = objective(wrong, batch, teacher.predict(batch))
         assert off.mean() > 1e-4
 
 
@@ -297,7 +297,7 @@ def test_an_amplified_target_is_clipped_as_in_the_chain():
         target, found = teacher.predict(batch), student.predict(batch)
     assert target.x_0.abs().max() > 1.5
     expected = (found.output - target.x_0.clamp(-1, 1)).square().flatten(1).mean(1)
-    torch.testing.assert_close(objective(found, target, batch.x, t), expected)
+    torch.testing.assert_close(objective(student, batch, target), expected)
 
 
 def test_levels_can_weigh_as_densely_as_the_students_own():

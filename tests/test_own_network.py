@@ -95,7 +95,9 @@ def test_load_student_into_a_network_that_the_user_made(run):
     mine = own_networks.Small(1, 1, 4)
     assert dkdm.load_student(run, network=mine) is mine
     assert torch.equal(mine.first.weight, dkdm.load_student(run).first.weight)
-    with pytest.raises(DkdmError, match=r"do not belong to this Small: 1 of another shape .first"):
+    with pytest.raises(
+        DkdmError, match=r"do not belong to this Small: 1 with another shape .first"
+    ):
         dkdm.load_student(run, network=own_networks.Small(2, 1, 4))
 
 

@@ -95,12 +95,6 @@ def test_advice_leads_to_a_plan_that_fits(teacher):
     assert changes(teacher, found, found.device_total) == []
 
 
-def test_nothing_is_counted_as_an_evaluation(teacher):
-    before = teacher.evaluations
-    plan(teacher, SMALL)
-    assert teacher.evaluations == before
-
-
 def test_fewer_samples_than_devices_are_refused(teacher):
     with pytest.raises(UsageError, match="--gpus 4 --train-batch-size 2"):
         plan(teacher, replace(SMALL, train_batch_size=2), gpus=4)

@@ -3,9 +3,9 @@
 Its statistics (uniform t, states on the right law) are in test_pool_statistics.py.
 """
 
+import copy
 import tracemalloc
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkdm.config import DistillConfig
 from dkdm.core.chains import Guidance, Stride
-from dkdm.core.checkpoint import read_tensors, write_tensors
+from dkdm.core.checkpoint import read_tensors, write_parts
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import (
@@ -61,14 +61,28 @@ def make(size=67, stride="1", dtype=torch.float32, process=COSINE, slope=0.5, **
 
 
 def move(pool, batch_size):
-    """One step of the method without a student: (batch, target, finished)."""
+    """One step of the method without a student: (batch, target)."""
     batch = pool.draw(batch_size)
     target = pool.target(batch)
-    return batch, target, pool.advance(batch, target)
+    pool.advance(batch, target)
+    return batch, target
+
+
+def state_of(pool):
+    """Everything a checkpoint keeps, by part and name."""
+    parts = pool.parts().items()
+    return {f"{name}/{k}": v for name, part in parts for k, v in part.state_dict().items()}
+
+
+def restore(pool, state):
+    for name, part in pool.parts().items():
+        prefix = f"{name}/"
+        mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        part.load_state_dict(mine)
 
 
 def copied(pool):
-    return {key: value.clone() for key, value in pool.state_dict().items()}
+    return {key: value.clone() for key, value in state_of(pool).items()}
 
 
 def assert_same(state, expected):
@@ -78,7 +92,8 @@ def assert_same(state, expected):
 
 
 def shard_of(pool, rows):
-    return torch.bucketize(rows, torch.tensor(pool.bounds[1:]), right=True)
+    ends = torch.tensor([part.stop for part in pool.entries.slices.values()])
+    return torch.bucketize(rows, ends, right=True)
 
 
 # --- which entries are drawn ---------------------------------------------------------------------
@@ -88,9 +103,9 @@ def shard_of(pool, rows):
 def test_a_batch_is_distinct_entries_of_all_shards(batch_size):
     pool = make()
     for _ in range(16):
-        batch, _, _ = move(pool, batch_size)
+        batch, _ = move(pool, batch_size)
         assert len(batch.rows.unique()) == len(batch.rows) == batch_size
-        given = shard_of(pool, batch.rows).bincount(minlength=pool.shards)
+        given = shard_of(pool, batch.rows).bincount(minlength=pool.shards.total)
         assert given.max() - given.min() <= 1
 
 
@@ -111,7 +126,7 @@ def test_a_batch_is_a_copy_of_the_entries():
     assert torch.equal(batch.cond["class_labels"], pool.cond["class_labels"][batch.rows])
     for part in (batch.x, batch.t, batch.cond["class_labels"]):
         part.zero_()
-    assert_same(pool.state_dict(), before)
+    assert_same(state_of(pool), before)
 
 
 def test_every_entry_is_drawn_equally_often():
@@ -142,19 +157,18 @@ def test_the_draw_follows_from_seed_shard_and_step_alone():
 
 def test_a_shard_does_not_depend_on_what_the_others_give():
     few, many = (make(stride="random:5", seed=3) for _ in range(2))
-    many.x[: many.bounds[1]] = 7.0
+    many.x[many.entries.slices[0]] = 7.0
     with_two, with_three = move(few, 16)[0].rows, move(many, 17)[0].rows
     assert torch.equal(with_two[2:], with_three[3:])
-    for key in ("x", "t", "cond.class_labels"):
-        first = few.bounds[1]
-        assert torch.equal(few.state_dict()[key][first:], many.state_dict()[key][first:])
+    others = {key: value for key, value in state_of(many).items() if key[:8] != "shard-0/"}
+    assert_same({key: state_of(few)[key] for key in others}, others)
 
 
 def test_shards_have_random_numbers_of_their_own():
     pool = make(size=64, stride="random:20")
     pool.t.zero_()
     states = {tuple(part.flatten().tolist()) for part in pool.x.split(8)}
-    batch, _, _ = move(pool, 32)
+    batch, _ = move(pool, 32)
     offsets = {tuple(part.tolist()) for part in (batch.rows - batch.rows // 8 * 8).split(4)}
     levels = {tuple(pool.t[part].tolist()) for part in batch.rows.split(4)}
     labels = {tuple(pool.cond["class_labels"][part].tolist()) for part in batch.rows.split(4)}
@@ -189,7 +203,7 @@ def test_a_step_touches_the_batch_not_the_pool(monkeypatch):
     tracemalloc.start()
     with LargestResult(pool) as largest:
         for _ in range(5):
-            batch, _, _ = move(pool, 64)
+            batch, _ = move(pool, 64)
             assert len(batch.rows.unique()) == 64
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -214,15 +228,15 @@ def test_a_batch_may_be_the_whole_pool_and_no_more(size):
 def test_a_move_changes_the_drawn_entries_and_no_others(batch_size, dtype):
     pool = make(stride="random:20", dtype=dtype)
     for _ in range(8):
-        before = copied(pool)
-        batch, _, _ = move(pool, batch_size)
+        before = copy.deepcopy(pool)
+        batch, _ = move(pool, batch_size)
         others = torch.ones(len(pool.t), dtype=torch.bool)
         others[batch.rows] = False
-        assert torch.equal(pool.x[others], before["x"][others])
-        assert torch.equal(pool.t[others], before["t"][others])
+        assert torch.equal(pool.x[others], before.x[others])
+        assert torch.equal(pool.t[others], before.t[others])
         label = pool.cond["class_labels"]
-        assert torch.equal(label[others], before["cond.class_labels"][others])
-        assert (pool.x[batch.rows] != before["x"][batch.rows]).flatten(1).any(1).all()
+        assert torch.equal(label[others], before.cond["class_labels"][others])
+        assert (pool.x[batch.rows] != before.x[batch.rows]).flatten(1).any(1).all()
         assert (pool.t[batch.rows] != batch.t).all()
 
 
@@ -231,10 +245,10 @@ def test_levels_walk_on_a_cycle(stride):
     pool = make(size=400, stride=stride)
     strides = Counter()
     for _ in range(20):
-        batch, _, finished = move(pool, 200)
+        batch, _ = move(pool, 200)
         k = (batch.t - pool.t[batch.rows]) % LEVELS
         strides.update(k.tolist())
-        assert len(finished.x_0) == int((batch.t < k).sum())
+        assert torch.equal(batch.s, (batch.t - k).clamp(min=-1))
     law = pool.stride
     assert set(strides) == set(range(law.low, law.high + 1))
     mean = sum(k * n for k, n in strides.items()) / 4000
@@ -243,7 +257,7 @@ def test_levels_walk_on_a_cycle(stride):
 
 def test_a_move_is_the_reverse_step():
     pool = make(stride="random:20", eta=0.0)
-    batch, target, _ = move(pool, 67)
+    batch, target = move(pool, 67)
     s = pool.t[batch.rows]
     going = s < batch.t
     alpha, sigma = COSINE.at(s)
@@ -268,16 +282,17 @@ def test_the_network_is_shown_the_entry_as_it_is():
 
 
 @pytest.mark.parametrize("stride", ["1", "random:20"])
-def test_a_finished_chain_gives_its_clean_sample_with_its_own_condition(stride):
+def test_a_finished_chain_is_a_clean_sample(stride):
     pool = make(stride=stride)
     total = 0
     for _ in range(30):
-        batch, target, finished = move(pool, 40)
+        batch, target = move(pool, 40)
         done = pool.t[batch.rows] > batch.t
-        assert torch.equal(finished.x_0, target.x_0[done])
-        assert torch.equal(finished.cond["class_labels"], batch.cond["class_labels"][done])
+        assert torch.equal(batch.s < 0, done)
+        clean = pool.move(batch, target, torch.randn_like(batch.x))[done]
+        assert torch.equal(clean, target.x_0[done])
         total += int(done.sum())
-    assert pool.finished == total > 0
+    assert total > 0
     assert pool.step == 30
 
 
@@ -285,11 +300,10 @@ def test_every_chain_finishes_once_a_cycle():
     pool = make()
     evaluated = torch.zeros(67, LEVELS, dtype=torch.int64)
     for _ in range(LEVELS):
-        batch, _, _ = move(pool, 67)
+        batch, _ = move(pool, 67)
         evaluated[batch.rows, batch.t] += 1
     assert (evaluated == 1).all()
-    assert pool.finished == 67
-    assert pool.teacher.evaluations == 67 * LEVELS
+    assert pool.evaluations == 67 * LEVELS
 
 
 @pytest.mark.parametrize("process", [COSINE, KARRAS], ids=["cosine", "karras"])
@@ -301,7 +315,7 @@ def test_at_stride_one_a_chain_restarts_as_pure_noise(process):
         before = pool.cond["class_labels"].clone()
         move(pool, 800)
         assert (pool.t == TOP).all()
-        assert pool.teacher.evaluations == 800
+        assert pool.evaluations == 800
         assert (pool.cond["class_labels"] == before).double().mean() < 0.02
     # Neither the old state nor the teacher has a part in it.
     assert torch.equal(one.x, other.x)
@@ -317,12 +331,12 @@ def test_at_stride_one_a_chain_restarts_as_pure_noise(process):
 
 def test_at_longer_strides_a_chain_restarts_by_one_counted_evaluation():
     pool = make(400, stride="30", eta=0.0)
-    batch, _, finished = move(pool, 400)
+    batch, _ = move(pool, 400)
     t = pool.t[batch.rows]
     moved = (t > batch.t) & (t < TOP)
     assert int(moved.sum()) == int((batch.t < 29).sum()) > 0
-    assert pool.teacher.evaluations == 400 + int(moved.sum())
-    assert len(finished.x_0) == int((batch.t < 30).sum())
+    assert pool.evaluations == 400 + int(moved.sum())
+    assert int((batch.s < 0).sum()) == int((batch.t < 30).sum())
     noise, time, labels = pool.teacher.network.seen
     assert (time == TOP).all()
     assert torch.equal(labels, pool.cond["class_labels"][batch.rows][moved])
@@ -350,8 +364,8 @@ def test_guidance_costs_twice_everywhere():
         fill_few_step(pool, 3, 67)
         move(pool, 40)
         fill_ancestral(pool, 67)
-    assert single.teacher.evaluations > 67 * 3 + 40
-    assert double.teacher.evaluations == 2 * single.teacher.evaluations
+    assert single.evaluations > 67 * 3 + 40
+    assert double.evaluations == 2 * single.evaluations
 
 
 def test_conditions_are_dropped_from_the_start_and_at_restarts():
@@ -372,7 +386,7 @@ def test_an_empty_pool_is_noise_at_the_top():
     assert (pool.t == TOP).all()
     assert pool.x.dtype == torch.float16
     assert pool.x.float().std() == pytest.approx(20, rel=0.03)
-    assert teacher.evaluations == 0
+    assert pool.evaluations == 0
 
 
 def test_levels_are_spread_evenly_and_in_random_order():
@@ -386,22 +400,22 @@ def test_levels_are_spread_evenly_and_in_random_order():
 def test_fills_cost_what_they_say():
     pool = make(size=200)
     fill_few_step(pool, 7, 16)
-    assert pool.teacher.evaluations == 200 * 7
+    assert pool.evaluations == 200 * 7
     few_step = pool.t.clone()
     pool = make(size=200)
     fill_ancestral(pool, 32)
-    assert pool.teacher.evaluations == int((TOP - pool.t).sum())
+    assert pool.evaluations == int((TOP - pool.t).sum())
     assert torch.equal(pool.t, few_step)
 
 
 def test_a_fill_leaves_conditions_alone():
     for prepare in (lambda pool: fill_few_step(pool, 3, 16), lambda pool: fill_ancestral(pool, 67)):
         pool = make()
-        before = copied(pool)
+        before = copy.deepcopy(pool)
         prepare(pool)
-        assert torch.equal(pool.cond["class_labels"], before["cond.class_labels"])
-        assert (pool.x != before["x"]).flatten(1).any(1)[pool.t < TOP].all()
-        assert pool.step == pool.finished == 0
+        assert torch.equal(pool.cond["class_labels"], before.cond["class_labels"])
+        assert (pool.x != before.x).flatten(1).any(1)[pool.t < TOP].all()
+        assert pool.step == 0
 
 
 def test_every_batch_of_a_fill_has_noise_of_its_own():
@@ -415,6 +429,13 @@ def test_every_batch_of_a_fill_has_noise_of_its_own():
 # --- state ---------------------------------------------------------------------------------------
 
 
+def through_a_folder(pool, folder):
+    """What a checkpoint's files give back."""
+    write_parts(folder, pool.parts(), {})
+    paths = sorted(folder.rglob("*.safetensors"))
+    return {f"{path.stem}/{k}": v for path in paths for k, v in read_tensors(path).items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("through_a_file", [False, True])
 def test_a_restored_pool_goes_on_bitwise(dtype, through_a_file, tmp_path):
@@ -424,28 +445,24 @@ def test_a_restored_pool_goes_on_bitwise(dtype, through_a_file, tmp_path):
         move(pool, 20)
     state = copied(pool)
     if through_a_file:
-        write_tensors(tmp_path / "pool.safetensors", pool.state_dict())
-        state = read_tensors(tmp_path / "pool.safetensors")
+        state = through_a_folder(pool, tmp_path)
     restored = make(**options)
     move(restored, 11)
-    restored.load_state_dict(state)
-    assert_same(restored.state_dict(), pool.state_dict())
+    restore(restored, state)
+    assert_same(state_of(restored), state_of(pool))
     for _ in range(12):
         expected, found = move(pool, 20), move(restored, 20)
         assert torch.equal(found[0].rows, expected[0].rows)
         assert torch.equal(found[0].x, expected[0].x)
-        assert torch.equal(found[2].x_0, expected[2].x_0)
-        assert torch.equal(found[2].cond["class_labels"], expected[2].cond["class_labels"])
-        assert_same(restored.state_dict(), pool.state_dict())
+        assert_same(state_of(restored), state_of(pool))
 
 
 def test_an_unconditional_pool_is_restored(tmp_path):
     teacher = Denoiser(lambda x, _: 0.5 * x, COSINE, Parameterization("sample"), SHAPE)
     pool, restored = (empty_pool(teacher, 9, CPU, torch.float32, seed=s) for s in (0, 1))
     move(pool, 4)
-    write_tensors(tmp_path / "pool.safetensors", pool.state_dict())
-    restored.load_state_dict(read_tensors(tmp_path / "pool.safetensors"))
-    assert_same(restored.state_dict(), pool.state_dict())
+    restore(restored, through_a_folder(pool, tmp_path))
+    assert_same(state_of(restored), state_of(pool))
 
 
 def test_a_state_that_is_another_pools_is_refused():
@@ -454,11 +471,11 @@ def test_a_state_that_is_another_pools_is_refused():
     unconditional.cond, unconditional.teacher.conditioning = {}, Unconditional()
     before = copied(pool)
     for other in (make(size=68), make(dtype=torch.float16), unconditional):
-        with pytest.raises(UsageError, match="expected the options it began with"):
-            pool.load_state_dict(other.state_dict())
+        with pytest.raises(UsageError, match="resume with the options the run was started with"):
+            restore(pool, state_of(other))
         with pytest.raises(UsageError, match="the checkpoint's pool is"):
-            other.load_state_dict(before)
-    assert_same(pool.state_dict(), before)
+            restore(other, before)
+    assert_same(state_of(pool), before)
 
 
 # --- options -------------------------------------------------------------------------------------
@@ -478,7 +495,7 @@ def test_strides_are_read(text, low, high):
     + ["random", "random:", "random:0", "random:-3", "random:x", "random:1:2", "Random:2"],
 )
 def test_garbage_is_no_stride(text):
-    with pytest.raises(UsageError, match=r"--stride '.*': expected a number of levels or random"):
+    with pytest.raises(UsageError, match="--stride .*: give a number of levels or random:MEAN"):
         Stride.parse(text, LEVELS)
 
 
@@ -486,13 +503,13 @@ def test_garbage_is_no_stride(text):
     ("text", "reach"), [("100", 100), ("1000", 1000), ("random:51", 101), ("random:100", 199)]
 )
 def test_a_stride_past_all_levels_is_refused(text, reach):
-    with pytest.raises(UsageError, match=f"--stride '{text}' reaches {reach} of 100 levels"):
+    with pytest.raises(UsageError, match=f"--stride {text} moves a state by up to {reach} levels"):
         Stride.parse(text, LEVELS)
 
 
 def test_a_pool_too_large_for_memory_is_refused_with_its_size_and_a_remedy(monkeypatch):
-    free = SimpleNamespace(available=2 * 2**30)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    # The same function as doctor's, which sees a container's limit.
+    monkeypatch.setattr("dkdm.core.fill.usable_memory", lambda: 2 * 2**30)
     teacher = Denoiser(lambda x, t: x, COSINE, Parameterization("sample"), (3, 256, 256))
     message = r"pool of 4000 entries of shape \(3, 256, 256\) .* 2\.9 GiB, and 2\.0 GiB are free"
     with pytest.raises(UsageError, match=message) as refused:
@@ -517,12 +534,11 @@ def prepared(**options):
 def test_iterative_is_a_batch_at_one_level():
     pool = prepared(source="iterative")
     assert len(pool.t) == 40
-    assert pool.teacher.evaluations == 0
+    assert pool.evaluations == 0
     for level in [*reversed(range(LEVELS)), TOP, TOP - 1]:
-        batch, _, _ = move(pool, 40)
+        batch, _ = move(pool, 40)
         assert (batch.t == level).all()
         assert batch.rows.sort().values.tolist() == list(range(40))
-    assert pool.finished == 40
 
 
 @pytest.mark.parametrize("kind", ["few-step", "ancestral"])
@@ -530,7 +546,7 @@ def test_shuffled_is_a_batch_at_all_levels(kind):
     pool = prepared(source="shuffled", fill=kind)
     assert len(pool.t) == 40
     for _ in range(5):
-        batch, _, _ = move(pool, 40)
+        batch, _ = move(pool, 40)
         assert batch.rows.sort().values.tolist() == list(range(40))
         assert (batch.t * 5 // LEVELS).bincount(minlength=5).min() >= 4
 

@@ -2,16 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import dkdm
+from dkdm.cli import main
 from dkdm.core import checkpoint
-from dkdm.errors import DkdmError
+from dkdm.errors import DkdmError, UsageError
+from factories import denoiser
 
 STEPS = 14
 TESTS = Path(__file__).parent
@@ -30,7 +36,8 @@ def command(folder, *more):
 
 
 def start(folder, *more):
-    env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command(folder, *more), env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -73,9 +80,78 @@ def test_resumed_run_equals_the_uninterrupted_one(whole, killed):
     last = f"checkpoint-{STEPS}"
     resumed = json.loads((killed / last / "manifest.json").read_text())
     expected = json.loads((whole / last / "manifest.json").read_text())
-    assert {"optimizer.safetensors", "source.safetensors", "state.json"} <= resumed.keys()
+    assert {"optimizer.safetensors", "source/shard-0.safetensors", "state.json"} <= resumed.keys()
     assert resumed == expected  # SHA-256 of weights, EMA, optimizer, pool, random and step state
     assert losses(killed) == losses(whole)
+
+
+def as_formerly(folder):
+    """Rewrite a checkpoint as it was before parts: the source in one file, values at the top."""
+    state = json.loads((folder / "state.json").read_text())
+    parts = state.pop("parts")
+    files = sorted((folder / "source").glob("*.safetensors"))
+    shards = [checkpoint.read_tensors(file) for file in files]
+    rows = {k: torch.cat([s[k] for s in shards]) for k in shards[0] if shards[0][k].ndim}
+    counts = {"step": shards[0]["step"], "finished": torch.tensor(0)}
+    shutil.rmtree(folder / "source")
+    (folder / checkpoint.MANIFEST).unlink()
+    state |= {
+        "ema_updates": state["step"],
+        "optimizer": parts["optimizer"],
+        "lr_scheduler": parts["schedule"] | {"lr_lambdas": [None]},
+        "scaler": None,
+        "teacher_evaluations": sum(int(s["evaluations"]) for s in shards),
+    }
+
+    def fill(partial):
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        checkpoint.write_tensors(partial / "source.safetensors", rows | counts)
+        (partial / "state.json").write_text(json.dumps(state))
+
+    checkpoint.write_folder(folder, fill)
+
+
+def test_a_checkpoint_of_the_former_layout_is_resumed_exactly(whole, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "metrics.jsonl", "checkpoint-6"):
+        copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
+        copy(whole / name, folder / name)
+    as_formerly(folder / "checkpoint-6")
+    assert main([*command(folder, "--resume-from-checkpoint", "latest", "--no-check")[3:]]) == 0
+    expected, resumed = (
+        checkpoint.read_tensors(run / f"checkpoint-{STEPS}" / file)
+        for run in (whole, folder)
+        for file in ["unet_ema/diffusion_pytorch_model.safetensors"]
+    )
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+    assert losses(folder) == losses(whole)
+    counts = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["teacher_evaluations"]
+        for run in (whole, folder)
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_without_an_average_none_is_kept(tmp_path):
+    config = dkdm.DistillConfig(
+        output_dir=tmp_path / "run",
+        max_train_steps=2,
+        train_batch_size=4,
+        pool_size=8,
+        fill_steps=1,
+        evaluation_samples=0,
+        validation_steps=0,
+        use_ema=False,
+    )
+    dkdm.distill(denoiser(), "unet-tiny", config)
+    saved = config.output_dir / "checkpoint-2"
+    assert (saved / "unet").is_dir()
+    assert not (saved / "unet_ema").exists()
+    resumed = replace(config, max_train_steps=3, resume_from_checkpoint="latest")
+    with pytest.raises(UsageError, match="was written by a run without an average"):
+        dkdm.distill(denoiser(), "unet-tiny", replace(resumed, use_ema=True))
+    dkdm.distill(denoiser(), "unet-tiny", resumed)
 
 
 def test_same_seed_same_losses(whole, tmp_path):
@@ -91,19 +167,17 @@ def test_checkpoint_loads_in_diffusers_by_itself(whole):
 
 
 def test_damaged_checkpoint_is_refused(whole, tmp_path):
-    import shutil
-
     copy = tmp_path / "checkpoint-3"
     shutil.copytree(whole / "checkpoint-3", copy)
     checkpoint.verify_folder(copy)
-    path = copy / "source.safetensors"
+    path = copy / "source" / "shard-0.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DkdmError, match=r"source\.safetensors is damaged"):
+    with pytest.raises(DkdmError, match=r"shard-0\.safetensors is damaged"):
         checkpoint.verify_folder(copy)
     path.unlink()
-    with pytest.raises(DkdmError, match=r"source\.safetensors is missing"):
+    with pytest.raises(DkdmError, match=r"shard-0\.safetensors is missing"):
         checkpoint.verify_folder(copy)
 
 

@@ -16,16 +16,18 @@ from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
 from dkdm.runs.models import open_student
 from dkdm.runs.source import planned_evaluations, set_size
-from factories import denoiser
+from factories import counting, denoiser
 
 MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], classes=[0, 1])
 
 
 def test_the_set_follows_the_teachers_law_and_is_counted():
-    teacher = mixture_denoiser(MIXTURE, rectified_flow(100), Parameterization("flow_prediction"))
+    teacher, counts = counting(
+        mixture_denoiser(MIXTURE, rectified_flow(100), Parameterization("flow_prediction"))
+    )
     source = empty_set(teacher, teacher, 3000, seed=1)
     draw_set(source, teacher, 50, guidance_scale=1.0, batch_size=700)
-    assert teacher.evaluations == 3000 * 50
+    assert source.evaluations == sum(counts) == 3000 * 50
     labels = source.conditions["class_labels"]
     for label in (0, 1):
         own = source.images[labels == label].double()

@@ -196,9 +196,10 @@ def _print_url(config: RunConfig, folder: Path) -> None:
 
 def _sample(args: list[str]) -> int:
     options = parse(SampleCommand, args)
-    from dkdm.runs.outputs import sample_to_file
+    from dkdm.runs.outputs import check_sample_file, sample_to_file
 
     how = options.sampling
+    check_sample_file(how.output, how.overwrite)
     sample_to_file(
         _load(options),
         how.output,
@@ -263,9 +264,11 @@ def _export(args: list[str]) -> int:
 def _inspect(args: list[str]) -> int:
     options = parse(InspectCommand, args)
     from dkdm.checks.inspection import inspect_denoiser, print_inspection, read_samples
-    from dkdm.runs.outputs import sample_to_file
+    from dkdm.runs.outputs import check_sample_file, sample_to_file
 
     how = options.check
+    if how.output:
+        check_sample_file(how.output)
     denoiser = _load(options, INSPECTED_PROMPT)
     found = inspect_denoiser(
         denoiser,

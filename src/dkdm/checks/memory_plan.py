@@ -13,8 +13,8 @@ from torch import nn
 
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.learning import enable_gradient_checkpointing
 from dkdm.core.modes import silence_label_dropout
-from dkdm.core.trainer import enable_gradient_checkpointing
 from dkdm.errors import UsageError
 from dkdm.evaluation.memory import (
     MIB,
@@ -160,7 +160,6 @@ def training_mib(student: Denoiser, batch_size: int) -> float:
     """Largest memory alive in a forward and backward pass beside weights and gradients, in MiB."""
     cond = student.conditioning.draw(batch_size, torch.Generator().manual_seed(0))
     t = torch.zeros(batch_size, dtype=torch.int64)
-    before = student.evaluations
     with fused_attention(), LiveStorages() as storages:
         x = torch.zeros(batch_size, *student.sample_shape, device=student.device)
         prediction = student.predict(Batch(x, t, cond, t))
@@ -168,7 +167,6 @@ def training_mib(student: Denoiser, batch_size: int) -> float:
     network: nn.Module = student.network  # type: ignore[assignment]
     gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
     network.zero_grad(set_to_none=True)
-    student.evaluations = before
     return max(0.0, (storages.peak - gradients) / MIB)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dkdm.config import GuidanceOptions, parse_stride
 from dkdm.core.conditioning import Condition
 from dkdm.errors import UsageError
 
@@ -24,16 +24,13 @@ class Stride:
     def parse(cls, text: str, num_levels: int) -> Stride:
         """Read '20' (always 20) or 'random:20' (uniform on 1..39, mean 20).
 
-        Raises UsageError for anything else, and for strides of T or more.
+        Raises UsageError for any other text, and for strides of T or more.
         """
-        read = re.fullmatch("(random:)?([0-9]+)", text)
-        if read is None or int(read[2]) < 1:
-            raise UsageError(f"--stride '{text}': expected a number of levels or random:MEAN")
-        mean = int(read[2])
-        stride = cls(1, 2 * mean - 1) if read[1] else cls(mean, mean)
+        stride = cls(*parse_stride(text))
         if stride.high >= num_levels:
             raise UsageError(
-                f"--stride '{text}' reaches {stride.high} of {num_levels} levels: too far"
+                f"--stride {text} moves a state by up to {stride.high} levels, and the teacher has "
+                f"{num_levels}: give a smaller stride"
             )
         return stride
 
@@ -44,9 +41,9 @@ class Stride:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the teacher is guided: a scale uniform on low..high for each chain; 1 is none.
+    """How the teacher is guided: each chain draws a scale, uniform on low..high; 1 is unguided.
 
-    chain_only: whether the target is left unguided (the same evaluations give both).
+    chain_only: guide the chain alone and leave the target unguided (one evaluation gives both).
     """
 
     low: float = 1.0
@@ -54,16 +51,9 @@ class Guidance:
     chain_only: bool = False
 
     @classmethod
-    def parse(cls, text: str, chain_only: bool = False) -> Guidance:
-        """Read '4' or '2:8'. Raises UsageError for anything else."""
-        try:
-            numbers = [float(part) for part in text.split(":")]
-        except ValueError:
-            numbers = []
-        legal = len(numbers) in (1, 2) and all(map(math.isfinite, numbers))
-        if not legal or numbers[0] > numbers[-1]:
-            raise UsageError(f"--guidance-scale '{text}': expected a number or LOW:HIGH")
-        return cls(numbers[0], numbers[-1], chain_only)
+    def of_options(cls, options: GuidanceOptions) -> Guidance:
+        """The law that the options name."""
+        return cls(*options.scales, options.chain_only)
 
     @property
     def is_off(self) -> bool:
@@ -71,7 +61,7 @@ class Guidance:
         return self.low == self.high == 1.0
 
     def draw(self, count: int, random: torch.Generator) -> Condition:
-        """A scale for each of `count` chains; nothing where guidance is off."""
+        """A scale for each of `count` chains; an empty condition if guidance is off."""
         if self.is_off:
             return {}
         if self.low == self.high:
@@ -89,8 +79,18 @@ RANDOM_CONDITIONING_DECAY = 5.0
 def random_conditioning_odds(t: Tensor, num_levels: int, highest: float) -> Tensor:
     """Probability that a state at t is shown under another condition, float64 [B].
 
-    `highest * exp(-5 (1 - t / T))`: states of high noise say little of their condition, so that
-    prompts without states of their own are learnt there. Source: Random Conditioning (arXiv
-    2504.02011), with highest = 1, in the form of its published code (`src/dataset.py`).
+    `highest * exp(-5 (1 - t / T))`: states of high noise say little about their condition, so a
+    student can learn prompts there that no chain of the pool has. Source: Random Conditioning
+    (arXiv 2504.02011), with highest = 1, in the form of its published code (`src/dataset.py`).
     """
     return highest * torch.exp(-RANDOM_CONDITIONING_DECAY * (1 - t.double() / num_levels))
+
+
+def row_mask(mask: Tensor, rows: Tensor) -> Tensor:
+    """Shape a [B] mask so that it selects rows of a [B, ...] tensor."""
+    return mask.reshape(-1, *[1] * (rows.ndim - 1))
+
+
+def joined(conds: Sequence[Condition]) -> Condition:
+    """The rows of several conditions one after the other."""
+    return {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}

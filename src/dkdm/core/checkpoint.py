@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON, hashed, renamed into place when whole."""
+"""Checkpoints: a dict of parts, in a folder of safetensors and JSON, hashed, renamed into place."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +24,11 @@ from dkdm.reading.places import check_folder, inside
 from dkdm.reading.sizes import in_a_line
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SOURCE = "source/"
+AVERAGE = "_ema/"
+OPTIONS = {AVERAGE: "an average (--use-ema)", "features": "feature distillation (--feature-weight)"}
 ORIGIN = "dkdm_origin"  # attribute of a network that cannot write its config itself; see own.py
 
 
@@ -46,6 +50,134 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     partial.rename(folder)
 
 
+class Part(Protocol):
+    """Something whose state a checkpoint keeps: tensors and JSON values by name."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Restore it."""
+
+
+def write_parts(folder: Path, parts: Mapping[str, Part], about: Mapping[str, Any]) -> None:
+    """Write the tensors of each part to NAME.safetensors, and its other values to state.json."""
+    values: dict[str, dict[str, Any]] = {}
+    for name, part in parts.items():
+        state = part.state_dict()
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        values[name] = {key: value for key, value in state.items() if key not in tensors}
+        if tensors:
+            write_tensors(folder / f"{name}.safetensors", _apart(tensors))
+    (folder / STATE).write_text(json.dumps({**about, "parts": values}, indent=2) + "\n")
+
+
+def read_parts(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """Restore each part that `write_parts` wrote; returns `about`.
+
+    Raises UsageError if the run has a part that the checkpoint lacks, or the other way round.
+    """
+    state = read_json(folder / STATE, "a checkpoint's state")
+    if "parts" not in state:
+        return read_former_parts(folder, parts, state)
+    theirs = state["parts"]
+    _refuse_other_parts(folder, _of_model(theirs), _of_model(parts))
+    for name, part in parts.items():
+        if name in theirs:
+            restore(part, folder / f"{name}.safetensors", theirs[name])
+    _refuse_other_parts(folder, set(theirs), set(parts))
+    return state
+
+
+def restore(part: Part, file: Path, values: Mapping[str, Any]) -> None:
+    """Restore one part from its tensors and its values."""
+    tensors = read_tensors(file) if file.is_file() else {}
+    if isinstance(part, nn.Module):
+        load_strict(part, tensors, str(file.with_suffix("")))
+    else:
+        part.load_state_dict({**tensors, **values})
+
+
+def read_former_parts(
+    folder: Path, parts: Mapping[str, Part], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`read_parts` of the former layout: one file for the whole source, values at the top."""
+    values = {"optimizer": state["optimizer"], "schedule": state["lr_scheduler"]}
+    values |= {"scaler": state["scaler"]} if state.get("scaler") else {}
+    paths = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
+    theirs = {path.with_suffix("").as_posix() for path in paths} - {"source"} | values.keys()
+    _refuse_other_parts(folder, theirs, _of_model(parts))
+    whole = read_tensors(folder / "source.safetensors")
+    whole["evaluations"] = torch.tensor(state["teacher_evaluations"])
+    for name, part in parts.items():
+        if name in theirs:
+            restore(part, folder / f"{name}.safetensors", values.get(name, {}))
+        elif name.startswith(SOURCE):
+            getattr(part, "load_whole", part.load_state_dict)(whole)
+    return dict(state)
+
+
+def _of_model(parts: Iterable[str]) -> set[str]:
+    """The names of all parts but those of the source."""
+    return {name for name in parts if not name.startswith(SOURCE)}
+
+
+def _refuse_other_parts(folder: Path, theirs: set[str], ours: set[str]) -> None:
+    """Raise UsageError for a part that only one of them has, except those a run may drop."""
+    for name in sorted((theirs ^ ours) - {"scaler"}):
+        if name in theirs and AVERAGE in name:
+            continue  # a run may drop its average
+        lacks = "without" if name in ours else "with"
+        what = next((OPTIONS[key] for key in OPTIONS if key in name), name)
+        raise UsageError(
+            f"{folder} was written by a run {lacks} {what}: resume with the options it was started "
+            "with"
+        )
+
+
+class OptimizerState:
+    """An optimizer as a part: the state of each parameter by its number."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors as `0.exp_avg`, and the groups of parameters."""
+        state = self.optimizer.state_dict()
+        return {
+            **{f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()},
+            "param_groups": state["param_groups"],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            index, _, key = name.partition(".")
+            if key:
+                entries.setdefault(int(index), {})[key] = value
+        groups = state["param_groups"]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+class RandomState:
+    """torch's global random state (what dropout uses) as a part."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the CPU's generator, and of each CUDA device's."""
+        state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore them; devices that are gone are left alone."""
+        torch.set_rng_state(state["cpu"])
+        for index in range(torch.cuda.device_count()):
+            if f"cuda.{index}" in state:
+                torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
+
+
 def verify_folder(folder: Path) -> None:
     """Raise DkdmError unless every file is there and is what was written."""
     check_folder(folder)
@@ -62,7 +194,7 @@ def verify_folder(folder: Path) -> None:
 
 @contextmanager
 def restoring(folder: Path) -> Iterator[None]:
-    """Around the restoring of a checkpoint: what its files make fail is one DkdmError."""
+    """Turn whatever fails while a checkpoint is restored into one DkdmError."""
     try:
         yield
     except DkdmError:
@@ -70,7 +202,7 @@ def restoring(folder: Path) -> Iterator[None]:
     except Exception as error:  # optimizers and schedulers raise anything for a strange state
         raise DkdmError(
             f"checkpoint {folder} does not fit this run: {in_a_line(error)}; resume with the "
-            "options it began with, or from an earlier one"
+            "options the run was started with, or from an earlier checkpoint"
         ) from error
 
 
@@ -90,9 +222,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def resolve(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint 'latest' or a path names; None where 'latest' finds none yet.
+    """The checkpoint that 'latest' or a path names; None if there is no checkpoint yet.
 
-    Raises UsageError for a path that is no checkpoint.
+    Raises UsageError for a path that is not a checkpoint.
     """
     if wanted == "latest":
         found = checkpoints(output_dir)
@@ -101,8 +233,8 @@ def resolve(output_dir: Path, wanted: str) -> Path | None:
         if (path / MANIFEST).is_file():
             return path
     raise UsageError(
-        f"--resume-from-checkpoint {wanted}: no checkpoint there; expected 'latest' or one of "
-        f"{', '.join(p.name for p in checkpoints(output_dir)) or 'none so far'}"
+        f"--resume-from-checkpoint {wanted}: there is no checkpoint; give 'latest', or one of "
+        f"{', '.join(p.name for p in checkpoints(output_dir)) or '(none yet)'}"
     )
 
 
@@ -122,9 +254,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def refuse_other_content(path: Path) -> None:
-    """Raise UsageError for a file that only has the name of a checkpoint.
+    """Raise UsageError for a file that is a checkpoint by its name alone.
 
-    These are pointers of Git LFS, web pages that were saved in its place, and GGUF files.
+    Such as a Git LFS pointer, a web page that was saved instead of the file, or a GGUF file.
     """
     try:
         with path.open("rb") as file:
@@ -136,11 +268,9 @@ def refuse_other_content(path: Path) -> None:
         raise UsageError(f"{path}: {found}")
 
 
-_PAGE = (
-    "a web page and no weights: download the file again (log in first if its page asks for that)"
-)
+_PAGE = "a web page, not weights: download the file again (log in first if its page asks for that)"
 _OTHER_CONTENT = {
-    b"version https://git-lfs": "a Git LFS pointer and no weights: run git lfs pull in its folder",
+    b"version https://git-lfs": "a Git LFS pointer, not weights: run git lfs pull in its folder",
     b"<!doctype": _PAGE,
     b"<html": _PAGE,
     b"<?xml": _PAGE,
@@ -151,7 +281,7 @@ _OTHER_CONTENT = {
 
 
 def refuse_other_contents(folder: Path) -> None:
-    """`refuse_other_content` of every file of weights that lies directly in a folder."""
+    """Call `refuse_other_content` for every file of weights that lies directly in a folder."""
     files = sorted(path for path in folder.glob("*") if path.is_file())
     for path in files:
         if path.suffix in (".safetensors", ".bin"):
@@ -183,14 +313,14 @@ def unknown_names(path: Path) -> list[str]:
 def more_than_weights(path: Path, names: Sequence[str]) -> UsageError:
     """The error that says that a checkpoint holds what would run as code."""
     return UsageError(
-        f"{path}: holds more than weights ({', '.join(names[:3])}), which would run as code. Where "
+        f"{path}: holds more than weights ({', '.join(names[:3])}), which would run as code. If "
         "you trust it, save its state dict alone: "
         "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
     )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises DkdmError where it is missing or damaged."""
+    """Read a safetensors file. Raises DkdmError if it is missing or damaged."""
     try:
         return load_file(path)
     except Exception as error:  # a damaged header may raise anything
@@ -202,14 +332,19 @@ def save_network(
 ) -> None:
     """Write a network as diffusers does: config.json beside its weights.
 
-    weights: saved in place of the network's own (an average of them), with the same keys.
+    weights: saved instead of the network's weights (an average of them), with the same keys.
     """
+    save_config(network, folder)
+    write_tensors(folder / WEIGHTS, _apart(weights or network.state_dict()))
+
+
+def save_config(network: nn.Module, folder: Path) -> None:
+    """Write a network's config.json, if it has a config."""
     folder.mkdir(parents=True, exist_ok=True)
     knows_its_config = getattr(network, ORIGIN, network)
-    save_config: Callable[[Path], None] | None = getattr(knows_its_config, "save_config", None)
-    if save_config is not None:
-        save_config(folder)
-    write_tensors(folder / WEIGHTS, _apart(weights or network.state_dict()))
+    write: Callable[[Path], None] | None = getattr(knows_its_config, "save_config", None)
+    if write is not None:
+        write(folder)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -237,7 +372,7 @@ def load_strict(network: nn.Module, weights: Mapping[str, Tensor], where: str) -
     wrong = {
         "missing": sorted(own.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - own.keys()),
-        "of another shape": sorted(
+        "with another shape": sorted(
             k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape
         ),
     }
@@ -252,38 +387,3 @@ def load_strict(network: nn.Module, weights: Mapping[str, Tensor], where: str) -
 
 def _first(keys: list[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
-
-
-def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict as tensors and JSON."""
-    tensors = {
-        f"{index}.{key}": value
-        for index, entry in state["state"].items()
-        for key, value in entry.items()
-    }
-    return tensors, {"param_groups": state["param_groups"]}
-
-
-def join_optimizer(tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `split_optimizer`."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    return {"state": state, "param_groups": extra["param_groups"]}
-
-
-def random_state() -> dict[str, Tensor]:
-    """torch's global random state (what dropout uses), as tensors."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return state
-
-
-def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Restore `random_state`; devices that are gone are left alone."""
-    torch.set_rng_state(state["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in state:
-            torch.cuda.set_rng_state(state[f"cuda.{index}"], index)

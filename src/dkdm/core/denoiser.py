@@ -45,7 +45,7 @@ from dkdm.core.refusals import (
 )
 from dkdm.core.steps import sample
 from dkdm.core.time import Time, network_time
-from dkdm.reading.arguments import NamedArguments, refuse, shape, whole
+from dkdm.reading.arguments import NamedArguments, refuse, shape
 from dkdm.reading.arrays import table
 
 
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
     x: [B, ...] on the device; t: int64 [B] on the CPU; cond: rows per sample; rows: where in its
     source each sample came from, which only the source reads; s: int64 [B] on the CPU, the level
-    that each sample moves to, None if it stays.
+    that each sample moves to (-1 is the clean end), None if it stays.
     """
 
     x: Tensor
@@ -84,7 +84,6 @@ class Denoiser(NamedArguments):
         samples as they are. Students are shipped without it.
     guidance_interval: shares of noise, sigma / (alpha + sigma), between which guidance acts; None
         is everywhere (arXiv 2404.07724).
-    evaluations: samples put through the network so far; guidance counts two a sample.
     """
 
     meant: ClassVar[Mapping[str, str]] = {
@@ -110,7 +109,6 @@ class Denoiser(NamedArguments):
     call: Call | None = None
     bundle: Bundle = field(default_factory=Bundle)
     rescale: Tensor | None = None
-    evaluations: int = 0
     decode: Callable[[Tensor], Tensor] | None = None
     guidance_interval: Interval | None = None
 
@@ -127,7 +125,6 @@ class Denoiser(NamedArguments):
         self.guidance_interval = interval_given(self.guidance_interval)
         if self.rescale is not None:
             self.rescale = table("Denoiser: rescale", self.rescale)
-        self.evaluations = whole("Denoiser: evaluations", self.evaluations, high=2**63)
         fed = self.process.network_time
         self.network_time = fed if self.time is None else network_time(self.process, self.time)
         self.guided_levels = _levels_inside(self.process, self.guidance_interval)
@@ -182,6 +179,11 @@ class Denoiser(NamedArguments):
         prediction = self._read(self._evaluate(batch.x, batch.t, batch.cond), batch)
         return prediction, prediction
 
+    def evaluations_at(self, t: Tensor, guided: bool) -> Tensor:
+        """How often the network is evaluated to predict each sample at t, int64 [B]."""
+        twice = guided and not self.embeds_guidance
+        return 1 + (self.guided_levels[t.cpu()] & twice).long()
+
     def _fed_guidance(self, batch: Batch, scale: float | Tensor) -> Batch:
         """The batch with the guidance scale among its conditions, 1 outside of the interval."""
         inside = self.guided_levels[batch.t.cpu()]
@@ -216,7 +218,6 @@ class Denoiser(NamedArguments):
         return Prediction(output, x_0, eps, variance_output if learned else None)
 
     def _evaluate(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        self.evaluations += len(t)
         own = self.parameterization
         shown = scale_input(own.prediction, x, self.process.at(t)[1], own.sigma_data)
         time = self.network_time[t.cpu()].to(x.device, torch.float32)
@@ -273,7 +274,6 @@ class Denoiser(NamedArguments):
         cond: two rows; None draws them. Raises UsageError where network and shapes do not fit, and
         where what it answers is not finite.
         """
-        before = self.evaluations
         random = torch.Generator().manual_seed(0)
         if cond is None:
             try_conditioning(self.conditioning)
@@ -284,7 +284,6 @@ class Denoiser(NamedArguments):
         t = torch.tensor([0, self.process.num_levels - 1])
         with explaining_misfits(self, cond), evaluating(self.network, self.call):
             output = self.predict(Batch(x, t, cond)).output
-        self.evaluations = before
         if self.decode not in (None, no_decoder):
             self.to_pixels(x)
         check_finite(self, output, t)

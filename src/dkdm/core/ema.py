@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -11,14 +13,12 @@ class Ema:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.updates = 0
         self.weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Move every floating-point weight towards the network's; copy the others."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move every floating-point weight towards the network's after step n; copy the others."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         new = network.state_dict()
         floating = [k for k, v in self.weights.items() if v.is_floating_point()]
         torch._foreach_lerp_(
@@ -26,3 +26,11 @@ class Ema:
         )
         for key in self.weights.keys() - set(floating):
             self.weights[key].copy_(new[key])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights."""
+        return self.weights
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore them."""
+        self.weights = {k: state[k].to(v.device, v.dtype) for k, v in self.weights.items()}

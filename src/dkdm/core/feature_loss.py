@@ -8,16 +8,19 @@ arXiv 1412.6550, Eq. 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.calls import Network
+from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.positions import counterparts
+from dkdm.core.prediction import Prediction
 from dkdm.errors import UsageError
 
 Maps = dict[str, Tensor]
@@ -27,8 +30,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Features(nn.Module):
     """Pairs of stages, (teacher's, student's) by module name, with a projection each.
 
-    weight: of their loss beside the objective. Features are those of the last evaluation inside
-    `watch`.
+    weight: of their loss, a term of the objective. Features are those of the last evaluation of
+    `watched` models.
     """
 
     def __init__(
@@ -54,8 +57,8 @@ class Features(nn.Module):
         for name, found, of in zip((theirs, own), maps, ("teacher", "student"), strict=True):
             if found is None:
                 raise UsageError(
-                    f"--feature-layers: module {name} of the {of} gives no feature map of the "
-                    "samples; expected one whose output is [B, C, ...] or tokens of the samples"
+                    f"--feature-layers: module {name} of the {of} returns no feature map of the "
+                    "samples; name one that returns [B, C, ...] or tokens of the samples"
                 )
         wanted, given = (cast(Tensor, found).shape[1] for found in maps)
         if not self.sides:
@@ -85,6 +88,26 @@ class Features(nn.Module):
 
         return keep
 
+    def watched(self, model: Denoiser) -> Denoiser:
+        """The same model, whose evaluations leave their features here."""
+        call = model.call
+        assert call is not None
+
+        def watching(
+            network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]
+        ) -> Tensor:
+            with self.watch():
+                return call(network, x, time, cond)
+
+        return replace(model, call=watching)
+
+    def forward(
+        self, student: Denoiser, prediction: Prediction, batch: Batch, target: Prediction
+    ) -> Tensor:
+        """A term of an objective: the loss between the last evaluations of both."""
+        del student, prediction, batch, target
+        return self.loss()
+
     def loss(self) -> Tensor:
         """weight times the mean over the pairs of |projected - teacher's|^2 / |teacher's|^2, [B].
 
@@ -110,8 +133,8 @@ def match_features(
     """Pair the stages of two networks.
 
     layers: "name" pairs stages of the same name and size; "resolution" the last stages of every
-    size that both have; "auto" is the first that finds any; or explicit pairs of module names,
-    "mid_block=transformer_blocks.2,...". Raises UsageError where none is found.
+    size that both have; "auto" tries the two in this order; or explicit pairs of module names,
+    "mid_block=transformer_blocks.2,...". Raises UsageError if no pair is found.
     """
     if "=" in layers:
         pairs = [_explicit(text) for text in layers.split(",")]
@@ -119,7 +142,7 @@ def match_features(
     kinds = {"name": by_name, "resolution": by_resolution}
     if layers != "auto" and layers not in kinds:
         raise UsageError(
-            f"--feature-layers '{layers}': expected auto, name, resolution, or pairs such as "
+            f"--feature-layers '{layers}': give auto, name, resolution, or pairs such as "
             "mid_block=transformer_blocks.2"
         )
     maps = [stage_maps(model) for model in (teacher, student)]
@@ -129,7 +152,7 @@ def match_features(
             return Features(teacher, student, found, weight)
     raise UsageError(
         f"--feature-layers {layers}: no stage of the student fits one of the teacher's. The "
-        f"teacher has {_listed(maps[0])}; the student {_listed(maps[1])}; expected pairs such as "
+        f"teacher has {_listed(maps[0])}; the student {_listed(maps[1])}; give pairs such as "
         "mid_block=transformer_blocks.2"
     )
 
@@ -164,7 +187,7 @@ def by_resolution(teacher: Maps, student: Maps) -> list[tuple[str, str]]:
 def stage_maps(model: Denoiser) -> Maps:
     """The features of every stage of a network, in the order in which they are computed.
 
-    Layers of the list that gives the network's own output are no stages.
+    The layers of the list that returns the network's output are not stages.
     """
     network, found, handles = _module_of(model), cast(Maps, {}), []
     sides = model.sample_shape[1:]
@@ -215,10 +238,10 @@ def _last_of(module: nn.Module, name: str) -> str:
 
 
 def feature_map(output: Any, sides: tuple[int, ...]) -> Tensor | None:
-    """The features [B, C, ...] in a module's output; None where there are none.
+    """The features [B, C, ...] in a module's output; None if there are none.
 
-    A map of as many dimensions as the samples, or tokens [B, N, C] of equal patches of them; of
-    several, that of the most places (beside the tokens of a picture go those of its prompt).
+    They are a map with as many dimensions as the samples, or tokens [B, N, C] of equal patches of
+    them. If there are several, the largest one (tokens of a prompt go beside those of its image).
     """
     parts = output if isinstance(output, (tuple, list)) else (getattr(output, "sample", output),)
     maps = [_map_of(part, sides) for part in parts if isinstance(part, Tensor)]
@@ -227,7 +250,7 @@ def feature_map(output: Any, sides: tuple[int, ...]) -> Tensor | None:
 
 
 def _map_of(part: Tensor, sides: tuple[int, ...]) -> Tensor | None:
-    """One tensor as a map. A sound's map [B, C, L] is told from tokens by an L that divides its
+    """One tensor as a map. Audio's map [B, C, L] differs from tokens by an L that divides its
     length."""
     is_map = part.ndim == len(sides) + 2
     if is_map and (len(sides) != 1 or sides[0] % part.shape[2] == 0):
@@ -239,7 +262,7 @@ def _map_of(part: Tensor, sides: tuple[int, ...]) -> Tensor | None:
 
 
 def _patch(tokens: int, sides: tuple[int, ...]) -> int | None:
-    """The side of a patch that cuts samples into so many tokens."""
+    """The side of the patches that cut samples into this number of tokens."""
     for patch in range(1, min(sides) + 1):
         fits = all(side % patch == 0 for side in sides)
         if fits and math.prod(side // patch for side in sides) == tokens:

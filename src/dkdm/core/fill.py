@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dkdm.core.chains import joined
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.pool import Pool, joined
+from dkdm.core.pool import Pool
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
+from dkdm.core.shards import ONE_PROCESS, Shards
 from dkdm.core.steps import reverse_step
 from dkdm.errors import UsageError
+from dkdm.reading.machine import usable_memory
 
 
 def uniform_levels(size: int, num_levels: int, random: torch.Generator) -> Tensor:
@@ -23,41 +27,42 @@ def uniform_levels(size: int, num_levels: int, random: torch.Generator) -> Tenso
 
 
 def empty_pool(
-    teacher: Denoiser, size: int, storage: torch.device, dtype: torch.dtype, **fields: object
+    teacher: Denoiser,
+    size: int,
+    storage: torch.device,
+    dtype: torch.dtype,
+    shards: Shards = ONE_PROCESS,
+    **fields: object,
 ) -> Pool:
     """A pool of pure noise with every entry at T-1, ready to be filled.
 
-    Raises UsageError where it does not fit in the storage device's free memory.
+    Raises UsageError if it does not fit in the storage device's free memory.
     """
-    shape = (size, *teacher.sample_shape)
+    shards = replace(shards, total=min(shards.total, size))
+    shape = (sum(shards.sizes(size).values()), *teacher.sample_shape)
     check_memory(shape, dtype, storage)
-    top = teacher.process.num_levels - 1
     x = torch.empty(shape, dtype=dtype, device=storage)
-    pool = Pool(teacher, x, torch.full((size,), top), {}, **fields)  # type: ignore[arg-type]
+    t = torch.full((len(x),), teacher.process.num_levels - 1)
+    pool = Pool(teacher, x, t, {}, shards=shards, size=size, **fields)  # type: ignore[arg-type]
     conds = []
-    for shard, (first, last) in enumerate(zip(pool.bounds, pool.bounds[1:], strict=False)):
+    for shard, here in pool.entries.slices.items():
         noise = generator(storage, pool.seed, "start", shard)
-        x[first:last].normal_(generator=noise).mul_(teacher.process.start_std)
+        x[here].normal_(generator=noise).mul_(teacher.process.start_std)
         host = generator("cpu", pool.seed, "condition", shard)
-        conds.append(pool._fresh(last - first, host))
+        conds.append(pool.new_conditions(here.stop - here.start, host))
     pool.cond = joined(conds)
     return pool
 
 
 def check_memory(shape: tuple[int, ...], dtype: torch.dtype, storage: torch.device) -> None:
-    """Raise UsageError where a tensor of this shape exceeds the free memory of its device."""
+    """Raise UsageError if a tensor of this shape exceeds the free memory of its device."""
     needed = torch.Size(shape).numel() * dtype.itemsize
-    if storage.type == "cuda":
-        free = torch.cuda.mem_get_info(storage)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(storage)[0] if storage.type == "cuda" else usable_memory()
     if needed > 0.9 * free:
         raise UsageError(
             f"a pool of {shape[0]} entries of shape {shape[1:]} in {dtype} takes "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {storage}: expected "
-            "a smaller --rho or --pool-size, --pool-dtype float16, or --pool-device cpu"
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {storage}: give a "
+            "smaller --rho or --pool-size, --pool-dtype float16, or --pool-device cpu"
         )
 
 
@@ -65,9 +70,9 @@ def check_memory(shape: tuple[int, ...], dtype: torch.dtype, storage: torch.devi
 def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
     """Spread the entries over all levels: sample each in `num_steps` DDIM steps, then noise it.
 
-    Costs num_steps teacher evaluations an entry. The states lie where the few-step sampler puts
-    them; every label taken there later is exact. The steps begin at T-1 (trailing spacing), where
-    pure noise belongs, whatever the teacher's own spacing.
+    Costs num_steps teacher evaluations per entry. The few-step sampler decides which states there
+    are; the target of each is exact. The steps start at T-1 (trailing spacing), the level of pure
+    noise, whatever spacing the teacher has.
     """
     teacher = pool.teacher
     for part, levels, noise in _parts(pool, batch_size, "few-step fill"):
@@ -81,16 +86,18 @@ def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
             return torch.randn(shape, generator=noise, device=teacher.device)
 
         scale = pool.guidance.of(cond)
+        for level in teacher.process.timesteps(num_steps, "trailing"):
+            pool.count(part, torch.full_like(part, level))
         x_0 = teacher.sample(draw, cond, num_steps, 0.0, scale, "trailing")
         x = teacher.process.add_noise(x_0, draw(0), levels)
-        pool._store(part, x, levels, cond)
+        pool.store(part, x, levels, cond)
 
 
 @torch.no_grad()
 def fill_ancestral(pool: Pool, batch_size: int) -> None:
-    """Shuffle denoise (DKDM, algorithm 1): walk each entry from T-1 down to its own level.
+    """Shuffle denoise (DKDM, algorithm 1): move each entry from T-1 down to its level.
 
-    Costs T-1-t teacher evaluations an entry, about T/2 on average, and is exact.
+    Costs T-1-t teacher evaluations per entry, about T/2 on average, and is exact.
     """
     teacher = pool.teacher
     process = teacher.process
@@ -101,23 +108,26 @@ def fill_ancestral(pool: Pool, batch_size: int) -> None:
             active = levels < level
             on = active.nonzero().flatten().to(x.device)
             t = torch.full((int(active.sum()),), level)
-            moving = Batch(x[on], t, {k: v[active] for k, v in cond.items()}, t)
-            z = torch.randn(moving.x.shape, generator=noise, device=x.device)
-            own = teacher.parameterization
-            x[on] = reverse_step(process, own, moving.x, pool._of_chain(moving), t, t - 1, z, 1.0)
-        pool._store(part, x, levels, cond)
+            own = {key: value[active] for key, value in cond.items()}
+            target = pool.target(Batch(x[on], t, own, part[active]))
+            target, kind = target.chain or target, teacher.parameterization
+            z = torch.randn(x[on].shape, generator=noise, device=x.device)
+            x[on] = reverse_step(process, kind, x[on], target, t, t - 1, z, 1.0)
+        pool.store(part, x, levels, cond)
 
 
 def _parts(
     pool: Pool, batch_size: int, label: str, in_order: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
     """Cut every shard into batches: (rows, their levels, noise), with progress."""
-    device, levels_of = pool.teacher.device, pool.teacher.process.num_levels
+    device, num_levels = pool.teacher.device, pool.teacher.process.num_levels
     with track(len(pool.t), 0, label) as progress:
-        for shard, (first, last) in enumerate(zip(pool.bounds, pool.bounds[1:], strict=False)):
+        for shard, here in pool.entries.slices.items():
+            size = here.stop - here.start
             host = generator("cpu", pool.seed, "levels", shard)
-            levels = uniform_levels(last - first, levels_of, host)
-            order = levels.argsort(descending=True) if in_order else torch.arange(last - first)
+            levels = uniform_levels(size, num_levels, host)
+            order = levels.argsort(descending=True) if in_order else torch.arange(size)
             for i, chunk in enumerate(order.split(batch_size)):
-                yield first + chunk, levels[chunk], generator(device, pool.seed, "fill", shard, i)
-                progress(first + min((i + 1) * batch_size, last - first))
+                noise = generator(device, pool.seed, "fill", shard, i)
+                yield here.start + chunk, levels[chunk], noise
+                progress(here.start + min((i + 1) * batch_size, size))

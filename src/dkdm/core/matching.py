@@ -95,9 +95,7 @@ def on_levels_of(student: Denoiser, process: Process) -> Denoiser:
             else _between(student.process, process, student.network_time)
         )
         matched = replace(matched, network_time=times)
-    return replace(
-        student, process=matched, time=None, rescale=matched.sigma / process.sigma, evaluations=0
-    )
+    return replace(student, process=matched, time=None, rescale=matched.sigma / process.sigma)
 
 
 def matched_process(own: Process, other: Process) -> Process:

@@ -15,11 +15,12 @@ def evenly(count: int, of: int) -> list[int]:
 
 
 def counterparts(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """For each name its counterpart among the others; those without one are left out.
+    """For each name its counterpart among the others; names without one are left out.
 
-    Where two lists of modules are of one length, positions correspond. Where they are not: a UNet's
-    stages correspond from the outside in; of a stage up, the last block takes the last (arXiv
-    2305.15798, sec. 3.1), the others the first ones; blocks of a transformer are evenly spaced.
+    In two lists of modules with the same length, positions correspond. Otherwise a UNet's stages
+    correspond from the outside in; in a stage up, the last block takes the last block (arXiv
+    2305.15798, sec. 3.1) and the others take the first ones; blocks of a transformer are evenly
+    spaced.
     """
     names, others = list(names), set(others)
     own, theirs = _lists(names), _lists(others)

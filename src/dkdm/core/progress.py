@@ -40,7 +40,7 @@ class LossPerLevel:
         self.sums.index_add_(1, bucket, both)
 
     def take(self) -> list[float | None]:
-        """The means since the last call, least noise first; None where no sample fell."""
+        """The means since the last call, least noise first; None for a range without samples."""
         totals, counts = self.sums.tolist()
         self.sums.zero_()
         return [total / n if n else None for total, n in zip(totals, counts, strict=True)]
@@ -64,7 +64,7 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, objects with a `step`.
 
-    A line that is none, such as one cut off by a crash, is left out.
+    Any other line, such as one cut off by a crash, is left out.
     """
     if not path.is_file():
         return []

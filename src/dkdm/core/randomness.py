@@ -8,7 +8,7 @@ import torch
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on nothing else."""
+    """A 63-bit seed that depends on every part, and only on these parts."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

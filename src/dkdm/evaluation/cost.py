@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,18 +15,12 @@ from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.modes import evaluating
 
 
-@contextmanager
-def undisturbed(denoiser: Denoiser) -> Iterator[bool]:
-    """Evaluate without a trace: in evaluation mode, with mode and evaluation counter restored.
+def undisturbed(denoiser: Denoiser) -> AbstractContextManager[bool]:
+    """Evaluate in evaluation mode, with the mode restored.
 
     Yields whether the model was in training mode.
     """
-    evaluations = denoiser.evaluations
-    try:
-        with evaluating(denoiser.network, denoiser.call) as changed:
-            yield changed
-    finally:
-        denoiser.evaluations = evaluations
+    return evaluating(denoiser.network, denoiser.call)
 
 
 @torch.no_grad()
@@ -75,10 +69,8 @@ def evaluations_per_step(denoiser: Denoiser, num_steps: int, guidance_scale: flo
 
     Guidance adds one inside its interval; a network that embeds the scale needs no second.
     """
-    if guidance_scale == 1 or denoiser.embeds_guidance:
-        return 1.0
-    guided = denoiser.guided_levels[denoiser.process.timesteps(num_steps)]
-    return 1 + float(guided.double().mean())
+    levels = torch.tensor(denoiser.process.timesteps(num_steps))
+    return float(denoiser.evaluations_at(levels, guided=guidance_scale != 1).double().mean())
 
 
 def _timed(denoiser: Denoiser, batch: Batch) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,7 @@ def in_words(estimate: Estimate) -> str:
 
 
 def advice(estimate: Estimate, config: DistillConfig) -> str | None:
-    """What to change where preparing takes longer than training; None where it does not."""
+    """What to change if preparing takes longer than training; None if it does not."""
     if estimate.preparing <= estimate.training or estimate.preparing < 1:
         return None
     if config.source == "synthetic":
@@ -77,12 +77,7 @@ def advice(estimate: Estimate, config: DistillConfig) -> str | None:
     )
 
 
-def measured(
-    teacher: Denoiser,
-    student: Denoiser,
-    config: DistillConfig,
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Speeds:
+def measured(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> Speeds:
     """The speeds of both models in one batch, after a warm-up of two samples.
 
     Weights, buffers, gradients, modes, counters and the global random state are as before.
@@ -92,8 +87,7 @@ def measured(
         evaluation = _seconds(lambda count: teacher.predict(_batch(teacher, count)), size) / size
 
     def step(count: int) -> None:
-        with autocast():
-            output = student.predict(_batch(student, count)).output
+        output = student.predict(_batch(student, count)).output
         output.float().square().mean().backward()
 
     with _as_before(student), _same_random_state():
@@ -132,7 +126,7 @@ def _same_random_state() -> Iterator[None]:
 @contextmanager
 def _as_before(student: Denoiser) -> Iterator[None]:
     """Train without a trace: buffers, gradients and counter as they were."""
-    network, evaluations = student.network, student.evaluations
+    network = student.network
     assert isinstance(network, nn.Module)
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     gradients = [(weight, weight.grad) for weight in network.parameters()]
@@ -141,7 +135,6 @@ def _as_before(student: Denoiser) -> Iterator[None]:
     try:
         yield
     finally:
-        student.evaluations = evaluations
         for weight, gradient in gradients:
             weight.grad = gradient
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Whole runs: `train` and `distill`, from a config to a finished output folder."""
+"""Distil a teacher into a student: from options to a finished folder."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from accelerate import Accelerator
 from torch import nn
 
 from dkdm.config import DistillConfig
-from dkdm.core.conditioning import for_student
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import config_given, student_given, teacher_given
+from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating, put_into_evaluation, say_if
 from dkdm.core.trainer import Trainer
 from dkdm.runs.cost import advice, estimated, in_words, measured
-from dkdm.runs.launch import claim_output, start_accelerator
+from dkdm.runs.launch import check_output, claim_output, resume, run_to_end, start_accelerator
 from dkdm.runs.models import (
-    _is_told_nothing,
-    _name_of,
-    _refuse_shared_network,
+    check_null_condition,
+    name_of,
     open_student,
     open_teacher,
     student_warnings,
     teacher_warning,
     with_conditions,
 )
-from dkdm.runs.outputs import (
-    compare_models,
-    finish_distillation,
-    side_by_side_grids,
+from dkdm.runs.outputs import compare_models, side_by_side_grids, write_results
+from dkdm.runs.source import (
+    features_of,
+    objective_of,
+    planned_evaluations,
+    prepare,
+    source_of,
 )
-from dkdm.runs.source import lesson, make_features, planned_evaluations, prepare
-from dkdm.shipping.hub import publish, reserve
-from dkdm.shipping.pipeline_folder import component_name, write_pipeline
-from dkdm.students import given_student
+from dkdm.shipping.hub import publish
+from dkdm.shipping.pipeline_folder import component_name
 from dkdm.students.lora import merge_lora
-from dkdm.students.space import check_same_samples
 from dkdm.students.start import begin
 
 
@@ -60,86 +59,78 @@ def distill(
     config = DistillConfig() if config is None else config_given(config, DistillConfig)
     config = replace(
         config,
-        teacher=_name_of(teacher) or config.teacher,
-        student=_name_of(student) or config.student,
+        teacher=name_of(teacher) or config.teacher,
+        student=name_of(student) or config.student,
     )
+    check_output(config)
     accelerator = start_accelerator(config)
     if not isinstance(teacher, Denoiser):
-        return _distill(open_teacher(config), student, config, accelerator)
+        loaded = open_teacher(config)
+        return _distill(loaded, open_student(loaded, config, student), config, accelerator)
     called = teacher.network, teacher.call, teacher.decode
     say_if(put_into_evaluation(*called))
     with evaluating(*called, frozen=True):
-        return _distill(with_conditions(teacher, config), student, config, accelerator)
+        teacher = with_conditions(teacher, config)
+        return _distill(teacher, open_student(teacher, config, student), config, accelerator)
 
 
 def _distill(
-    taught_by: Denoiser,
-    student: str | Denoiser | nn.Module | None,
+    teacher: Denoiser,
+    student: Denoiser,
     config: DistillConfig,
     accelerator: Accelerator,
 ) -> Path:
-    _refuse_shared_network(taught_by, student)
-    if isinstance(student, Denoiser):
-        coders = student.bundle.autoencoder, taught_by.bundle.autoencoder
-        check_same_samples(student.sample_shape, taught_by.sample_shape, coders)
-        bundle = student.bundle if student.bundle.components else taught_by.bundle
-        given = replace(
-            student,
-            conditioning=for_student(taught_by.conditioning),
-            bundle=bundle,
-            decode=student.decode or taught_by.decode,
-            guidance_interval=taught_by.guidance_interval,
-        )
-        learner = given_student(given)
-    else:
-        learner = open_student(taught_by, config, student)
-    if _is_told_nothing(learner, config):
-        learner.check(learner.conditioning.null(2))
-    for warning in student_warnings(learner, taught_by):
+    check_null_condition(student, config)
+    for warning in student_warnings(student, teacher):
         print(warning, file=sys.stderr)
-    start = begin(learner, taught_by, config)
-    print(f"student starts from {start}", file=sys.stderr)
-    source, objective = lesson(taught_by, learner, config, accelerator.device)
-    trainer = Trainer(
-        config,
-        objective.student,
-        source,
-        objective,
-        accelerator,
-        component_name(learner.network),  # type: ignore[arg-type]
-        side_by_side_grids(config, taught_by),
-        shipped=learner,
-        teacher=taught_by,
-        features=make_features(taught_by, learner, config),
-        frozen=start.frozen,
-        merge=merge_lora,
-    )
-    config = reserve(config)
-    found = claim_output(config, accelerator)
-    if found:
-        trainer.resume(found)
-    say_what_it_takes(taught_by, trainer, config)
+    trainer = trainer_of(teacher, student, config, accelerator)
+    found = resume(trainer, config)
+    config = claim_output(config, accelerator)
+    say_what_it_takes(teacher, trainer, config)
     if not found:
-        prepare(source, taught_by, config)
+        prepare(trainer.source, teacher, config)
         trainer.save()
     started = time.monotonic()
-    trainer.run()
-    accelerator.end_training()
-    finished = trainer.averaged()
-    write_pipeline(config.output_dir, finished)
-    comparison = compare_models(taught_by, finished, config)
+    finished = run_to_end(trainer)
+    comparison = compare_models(teacher, finished, config)
     seconds = time.monotonic() - started
-    finish_distillation(config, taught_by, finished, comparison, seconds)
+    write_results(config, teacher, finished, comparison, seconds)
     publish(config)
     return config.output_dir
 
 
-def say_what_it_takes(teacher: Denoiser, trainer: Trainer, config: DistillConfig) -> None:
-    """Say how long the run takes, and that the teacher does not denoise where it does not.
+def trainer_of(
+    teacher: Denoiser, student: Denoiser, config: DistillConfig, accelerator: Accelerator
+) -> Trainer:
+    """A student with its first weights, its source and its objective, ready to train."""
+    start = begin(student, teacher, config)
+    print(f"student starts from {start}", file=sys.stderr)
+    features = features_of(teacher, student, config)
+    watched = features.watched if features is not None else lambda model: model
+    source = source_of(watched(teacher), student, config, accelerator.device)
+    on_teacher_levels = watched(on_levels_of(student, source.process))
+    objective = objective_of(student, on_teacher_levels, teacher, config, features)
+    return Trainer(
+        config,
+        student,
+        on_teacher_levels,
+        source,
+        objective,
+        accelerator,
+        component_name(student.network),  # type: ignore[arg-type]
+        side_by_side_grids(config, teacher),
+        features=features,
+        frozen=start.frozen,
+        merge=merge_lora,
+    )
 
-    The check's evaluations are not counted, and a resumed run is not checked again.
+
+def say_what_it_takes(teacher: Denoiser, trainer: Trainer, config: DistillConfig) -> None:
+    """Say how long the run takes, and warn about a teacher that does not denoise.
+
+    The teacher of a resumed run is not checked again.
     """
-    speeds = measured(teacher, trainer.student, config, trainer.accelerator.autocast)
+    speeds = measured(teacher, trainer.student, config)
     done, planned = trainer.step_number, planned_evaluations(teacher, config)
     needed = estimated(planned, config.max_train_steps, done, speeds)
     lines = [f"this run takes {in_words(needed)}", advice(needed, config)]

@@ -7,8 +7,8 @@ from torch import nn
 
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.learning import make_trainable
 from dkdm.core.matching import covered, same_levels
-from dkdm.core.trainer import make_trainable
 from dkdm.models import place
 from dkdm.runs.cost import advice, estimated, in_words, measured
 from dkdm.runs.models import open_student, open_teacher, student_warnings
@@ -48,7 +48,7 @@ def describe(config: DistillConfig) -> str:
 
 
 def place_for_dry_run(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> None:
-    """Bring both models to where they would compute."""
+    """Move both models to the device they would compute on."""
     network: nn.Module = student.network  # type: ignore[assignment]
     make_trainable(network.train())
     if torch.accelerator.is_available():
@@ -58,7 +58,7 @@ def place_for_dry_run(teacher: Denoiser, student: Denoiser, config: DistillConfi
 
 
 def _kind_of(student: Denoiser, teacher: Denoiser) -> str:
-    """A line on the student's process and parameterization, where they are not the teacher's."""
+    """A line on the student's process and parameterization, if they differ from the teacher's."""
     own, other = student.parameterization.prediction, teacher.parameterization.prediction
     if own == other and same_levels(student.process, teacher.process):
         return ""

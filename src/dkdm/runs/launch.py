@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -11,11 +13,17 @@ from accelerate.utils import set_seed
 
 from dkdm.config import RunConfig, read_config, to_json
 from dkdm.core import checkpoint
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.trainer import Trainer
 from dkdm.errors import UsageError
+from dkdm.reading.files import atomic
 from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
 from dkdm.reading.plugins import named_code, split
+from dkdm.shipping.hub import reserve
+from dkdm.shipping.pipeline_folder import write_pipeline
 
+Config = TypeVar("Config", bound=RunConfig)
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
@@ -30,8 +38,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         raise UsageError(
-            f"started with {accelerator.num_processes} processes: expected one; several are not "
-            "supported yet"
+            f"dkdm was started with {accelerator.num_processes} processes: start one; several are "
+            "not supported yet"
         )
     return accelerator
 
@@ -49,28 +57,63 @@ def _trackers(wanted: str) -> list[str]:
     return names
 
 
-def claim_output(config: RunConfig, accelerator: Accelerator) -> Path | None:
-    """Take the output folder and start the trackers; returns the checkpoint to resume from.
-
-    Raises UsageError where the folder holds another run and this is no resumption of it.
-    """
-    existing = config.output_dir / "config.json"
-    if existing.is_file() and not config.resume_from_checkpoint:
+def check_output(config: RunConfig) -> None:
+    """Raise UsageError if the run cannot have its output folder; nothing is written."""
+    folder = config.output_dir
+    check_writable_folder(folder, "--output-dir")
+    existing = folder / "config.json"
+    if not existing.is_file():
+        return
+    if not config.resume_from_checkpoint:
         raise UsageError(
-            f"--output-dir {config.output_dir} already holds a run: expected an empty folder, or "
+            f"--output-dir {folder} already holds a run: give another folder, or "
             "--resume-from-checkpoint latest to go on with it"
         )
-    found = None
-    if config.resume_from_checkpoint:
-        if config.output_dir.is_dir():
-            check_folder(config.output_dir)
-        found = checkpoint.resolve(config.output_dir, config.resume_from_checkpoint)
-    if existing.is_file() and type(read_config(existing)) is not type(config):
-        raise UsageError(f"--output-dir {config.output_dir} holds a run of another command")
+    if type(read_config(existing)) is not type(config):
+        raise UsageError(f"--output-dir {folder} holds a run of another command")
+
+
+def check_writable_folder(folder: Path, option: str) -> None:
+    """Raise UsageError unless a folder is there or can be made, and can be written to."""
+    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise UsageError(f"{option} {folder}: {present} is a file; give another folder")
+    if not os.access(present, os.W_OK):
+        raise UsageError(f"{option} {folder}: {present} cannot be written to; give another folder")
+
+
+def resume(trainer: Trainer, config: RunConfig) -> bool:
+    """Go on from the checkpoint that the options name; False if the run starts anew."""
+    if not config.resume_from_checkpoint:
+        return False
+    if config.output_dir.is_dir():
+        check_folder(config.output_dir)
+    found = checkpoint.resolve(config.output_dir, config.resume_from_checkpoint)
+    if found:
+        trainer.resume(found)
+    return found is not None
+
+
+def claim_output(config: Config, accelerator: Accelerator) -> Config:
+    """Take the output folder and start the trackers, once nothing can be refused any more.
+
+    Returns the config with the name of its repository on the hub.
+    """
+    config = reserve(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    existing.write_text(to_json(config))
+    with atomic(config.output_dir / "config.json") as partial:
+        partial.write_text(to_json(config))
     for name in ("teacher", "student", "network", "student_factory"):
         for spec in named_code(getattr(config, name, None)):
             remember({"spec": spec}, split(spec)[0])
     accelerator.init_trackers("dkdm", {key: str(value) for key, value in config.flat().items()})
-    return found
+    return config
+
+
+def run_to_end(trainer: Trainer) -> Denoiser:
+    """Train, and write the pipeline of the averaged student; returns that student."""
+    trainer.run()
+    trainer.accelerator.end_training()
+    finished = trainer.averaged()
+    write_pipeline(trainer.config.output_dir, finished)
+    return finished

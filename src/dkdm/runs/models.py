@@ -9,8 +9,7 @@ from torch import nn
 from dkdm.checks.inspection import quick_check
 from dkdm.checks.student import first_look
 from dkdm.config import DistillConfig
-from dkdm.core.chains import Guidance
-from dkdm.core.conditioning import parse_interval, restrict_classes
+from dkdm.core.conditioning import for_student, restrict_classes
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.inputs import refuse_without_rows, try_conditioning
@@ -22,12 +21,13 @@ from dkdm.runs.outputs import (
     sampling_guidance,
 )
 from dkdm.students import as_denoiser, given_student, student_of
+from dkdm.students.space import check_same_samples
 
 
 def teacher_warning(teacher: Denoiser, seconds: float) -> str | None:
-    """What is wrong with a teacher by a quick look; None where nothing is.
+    """What a quick check finds wrong with a teacher; None if nothing.
 
-    seconds: of one evaluation. A look never ends a run: whatever a network raises is the warning.
+    seconds: of one evaluation. The check never ends a run: what a network raises is the warning.
     """
     try:
         found = quick_check(teacher, 1 / max(seconds, 1e-9))
@@ -43,16 +43,8 @@ def teacher_warning(teacher: Denoiser, seconds: float) -> str | None:
     return f"warning: the teacher {start}{what}. {advice}"
 
 
-def _refuse_shared_network(teacher: Denoiser, student: str | Denoiser | nn.Module | None) -> None:
-    network = student.network if isinstance(student, Denoiser) else student
-    if isinstance(network, nn.Module) and network is teacher.network:
-        raise UsageError(
-            "the student is the teacher's own network, which would change while it teaches: give "
-            "the student copy.deepcopy(network)"
-        )
-
-
-def _name_of(model: str | Denoiser | nn.Module | None) -> str | None:
+def name_of(model: str | Denoiser | nn.Module | None) -> str | None:
+    """How a model that was given is called; None if none was."""
     if isinstance(model, nn.Module):
         return type(model).__name__
     return model.name if isinstance(model, Denoiser) else model
@@ -64,9 +56,12 @@ def open_teacher(config: DistillConfig) -> Denoiser:
 
 
 def open_student(
-    teacher: Denoiser, config: DistillConfig, given: str | nn.Module | None = None
+    teacher: Denoiser, config: DistillConfig, given: str | Denoiser | nn.Module | None = None
 ) -> Denoiser:
-    """Build the student a config names, or read a given network in its place."""
+    """Build the student that a config names, or read the network that was given in its place."""
+    refuse_shared_network(teacher, given)
+    if isinstance(given, Denoiser):
+        return given_student(like_teacher(given, teacher))
     own = teacher.parameterization
     if config.source == "synthetic" and own.learns_variance:  # nothing would teach it
         teacher = replace(teacher, parameterization=replace(own, variance="fixed_small"))
@@ -77,22 +72,48 @@ def open_student(
     return student_of(config.student, teacher, *reading, config.student_factory)
 
 
+def refuse_shared_network(teacher: Denoiser, student: str | Denoiser | nn.Module | None) -> None:
+    """Raise UsageError for a student whose network is the teacher's."""
+    network = student.network if isinstance(student, Denoiser) else student
+    if isinstance(network, nn.Module) and network is teacher.network:
+        raise UsageError(
+            "student and teacher are the same network, which would change while it teaches: give "
+            "the student copy.deepcopy(network)"
+        )
+
+
+def like_teacher(student: Denoiser, teacher: Denoiser) -> Denoiser:
+    """A student that was given, with the conditions of its teacher, and its decoder if it has none.
+
+    Raises UsageError if the two have samples of different shapes.
+    """
+    coders = student.bundle.autoencoder, teacher.bundle.autoencoder
+    check_same_samples(student.sample_shape, teacher.sample_shape, coders)
+    return replace(
+        student,
+        conditioning=for_student(teacher.conditioning),
+        bundle=student.bundle if student.bundle.components else teacher.bundle,
+        decode=student.decode or teacher.decode,
+        guidance_interval=teacher.guidance_interval,
+    )
+
+
 def student_warnings(student: Denoiser, teacher: Denoiser) -> list[str]:
-    """A line for each thing that is odd about a user's own network; `check-student` says more."""
+    """A line for each problem with a custom network; `dkdm check-student` says more."""
     return [f"warning: {each}" for each in first_look(student, teacher)]
 
 
 def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
-    """The same teacher, from now on drawing the classes or prompts that the config names.
+    """The same teacher, which draws the classes or prompts that the config names.
 
-    Raises UsageError where it has none of these, where a text teacher is given no prompts, and
-    where guidance, condition dropout or random conditioning is asked of one that cannot do it.
+    Raises UsageError if it does not have them, if a text teacher is given no prompts, and if it
+    cannot do the guidance, condition dropout or random conditioning that is asked for.
     """
-    guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
+    guidance = config.guidance
     if teacher.embeds_guidance and guidance.chain_only:
         raise UsageError(
-            "--guidance-on chain: this teacher is fed the guidance scale, and one evaluation "
-            "cannot be guided and unguided; expected --guidance-on target"
+            "--guidance-on chain: this teacher takes the guidance scale as an input, so that one "
+            "evaluation cannot be guided and unguided; use --guidance-on target"
         )
     refuse_without_rows(teacher.conditioning, teacher.name)
     try_conditioning(teacher.conditioning)
@@ -105,19 +126,16 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
         if guided and kind_of(conditioning).asks != "prompt":
             teacher.check(null)
     if config.random_conditioning and kind_of(conditioning).asks is None:
-        raise UsageError("--random-conditioning was given, but the teacher is unconditional")
+        raise UsageError(
+            "--random-conditioning: the teacher is unconditional; leave this option out"
+        )
     decode = None if teacher.decode is no_decoder else teacher.decode
-    interval = parse_interval(config.guidance_interval) or teacher.guidance_interval
-    return replace(
-        teacher,
-        conditioning=conditioning,
-        evaluations=0,
-        decode=decode,
-        guidance_interval=interval,
-    )
+    interval = config.guidance.interval or teacher.guidance_interval
+    return replace(teacher, conditioning=conditioning, decode=decode, guidance_interval=interval)
 
 
-def _is_told_nothing(student: Denoiser, config: DistillConfig) -> bool:
-    """Whether a student meets the null condition, in training or where pictures are drawn."""
+def check_null_condition(student: Denoiser, config: DistillConfig) -> None:
+    """Evaluate a student under the null condition, if training or sampling will do so."""
     guided = sampling_guidance(config, student)[1] != 1 and not student.embeds_guidance
-    return config.condition_dropout > 0 or guided
+    if config.condition_dropout > 0 or guided:
+        student.check(student.conditioning.null(2))

@@ -1,4 +1,4 @@
-"""What a run shows: grids on the way, and at its end distances, a model card and the page."""
+"""What a run shows: sample grids on the way; at its end distances, a model card and the report."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.core import checkpoint
-from dkdm.core.chains import Guidance
-from dkdm.core.conditioning import parse_interval, restrict_classes
+from dkdm.core.conditioning import Condition, parse_interval, restrict_classes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import evaluating, say_if
 from dkdm.core.progress import track
@@ -27,25 +27,25 @@ from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.reading.files import atomic
 from dkdm.report import write_report
 from dkdm.report.pictures import sample_grid
+from dkdm.runs.launch import check_writable_folder
 from dkdm.shipping.card import NO_LICENCE, write_card
 from dkdm.shipping.pipeline_folder import shipping_notes
 
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
+TENSORS = ".safetensors"
 
 
 def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[int, Denoiser], None]:
     """Writes samples/step-N.png: a row of the teacher's samples, one of the student's."""
     sampling = Sampling(GRID_COLUMNS, config.validation_sampling_steps, config.seed)
-    drawn: list[torch.Tensor] = []
+    drawn: list[Tensor] = []
 
     def write(step: int, student: Denoiser) -> None:
-        before = teacher.evaluations
         for_teacher, for_student = sampling_guidance(config, student)
         cond = student.conditioning.in_turns(GRID_COLUMNS)
         if not drawn:
             drawn.append(decoded(teacher, draw(teacher, cond, sampling, for_teacher)))
-        teacher.evaluations = before
         both = torch.cat([drawn[0], decoded(student, draw(student, cond, sampling, for_student))])
         _save_grid(config.output_dir, f"step-{step:06d}", both)
 
@@ -64,7 +64,7 @@ def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
     return write
 
 
-def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
+def _save_grid(output_dir: Path, name: str, samples: Tensor) -> None:
     grid = sample_grid(samples, GRID_COLUMNS)
     if grid is None:
         return
@@ -75,14 +75,14 @@ def _save_grid(output_dir: Path, name: str, samples: torch.Tensor) -> None:
 
 
 def sampling_guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
-    """Sampling guidance of teacher and student: baked into the student, or applied to both.
+    """Guidance scales that samples of teacher and student are drawn with.
 
-    A student that embeds the scale was told it, and is told it again.
+    A student of a guided target is sampled unguided, unless it takes the scale as an input.
     """
-    guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
+    guidance = config.guidance
     if guidance.is_off or guidance.chain_only:
         return config.sampling_guidance_scale, config.sampling_guidance_scale
-    middle = (guidance.low + guidance.high) / 2
+    middle = sum(guidance.scales) / 2
     return middle, middle if student.embeds_guidance else 1.0
 
 
@@ -112,14 +112,14 @@ def reference_of(config: RunConfig, model: Denoiser) -> Reference | None:
     return chosen_reference(config.evaluation_reference, names)
 
 
-def finish_distillation(
+def write_results(
     config: DistillConfig,
     teacher: Denoiser,
     student: Denoiser,
     comparison: Comparison | None,
     seconds: float,
 ) -> None:
-    """Write grids, card and page of a finished run."""
+    """Write the grids, the model card and the report of a finished distillation."""
     rows: list[Row] = []
     metrics = None
     if comparison is not None:
@@ -153,7 +153,8 @@ def _ask_for_licence(config: RunConfig, licensed: bool) -> None:
         print(f"note: {NO_LICENCE} {config.output_dir}/README.md", file=sys.stderr)
 
 
-def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> None:
+def write_results_of_training(config: TrainConfig, model: Denoiser, seconds: float) -> None:
+    """Write the grid and the model card of a finished training, and measure the model."""
     rows: list[Row] = []
     metrics = None
     if config.evaluation_samples:
@@ -187,7 +188,7 @@ def finish_training(config: TrainConfig, model: Denoiser, seconds: float) -> Non
 
 
 def say_what_ships(model: Denoiser) -> None:
-    """Say what must be known or there where the folder is loaded, if anything."""
+    """Say what loading the folder requires, if anything."""
     for note in shipping_notes(model):
         print(f"note: {note}", file=sys.stderr)
 
@@ -205,22 +206,21 @@ def sample_to_file(
     guidance_interval: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Draw samples and write them as a picture, or as a tensor where output ends .safetensors.
+    """Draw samples and write them as an image, or as a tensor if output ends in .safetensors.
 
-    A picture of videos shows their middle frames, one of vectors and signals plots them; a tensor
-    holds latents where the model works on these. Raises UsageError for a file that exists, a
-    picture of samples of more dimensions than a video's, an unknown sampler and a class out of
-    range.
+    An image of videos shows their middle frames, an image of vectors and signals plots them; a
+    tensor of a latent model holds latents. Raises UsageError for an output that cannot be written,
+    for an image of samples with more dimensions than a video's, an unknown sampler and a class out
+    of range.
     """
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output} exists: expected another --output, or --overwrite")
-    if output.suffix != ".safetensors" and not 1 <= len(denoiser.sample_shape) <= 4:
+    check_sample_file(output, overwrite)
+    if output.suffix != TENSORS and not 1 <= len(denoiser.sample_shape) <= 4:
         raise UsageError(
-            f"{output}: samples of shape {denoiser.sample_shape} cannot be drawn: use --output "
-            "x.safetensors"
+            f"{output}: samples of shape {denoiser.sample_shape} cannot be drawn as an image: give "
+            f"--output {output.with_suffix(TENSORS)}"
         )
     if sampler not in ("ddim", "ddpm"):
-        raise UsageError(f"unknown sampler '{sampler}': expected ddim or ddpm")
+        raise UsageError(f"--sampler {sampler}: give ddim or ddpm")
     conditioning = restrict_classes(denoiser.conditioning, classes)
     interval = parse_interval(guidance_interval)
     denoiser = replace(denoiser, conditioning=conditioning, guidance_interval=interval)
@@ -232,10 +232,35 @@ def sample_to_file(
     ):
         say_if(changed)
         samples = draw(denoiser, cond, sampling, guidance_scale, progress)
+    _write_samples(output, denoiser, samples, cond)
+
+
+def _write_samples(output: Path, denoiser: Denoiser, samples: Tensor, cond: Condition) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".safetensors":
-        checkpoint.write_tensors(output, {"samples": samples, **cond})
-    else:
-        picture = sample_grid(decoded(denoiser, samples), GRID_COLUMNS)
-        assert picture is not None  # their rank was looked at above
-        picture.save(output)
+    with atomic(output) as partial:
+        if output.suffix == TENSORS:
+            checkpoint.write_tensors(partial, {"samples": samples, **cond})
+        else:
+            image = sample_grid(decoded(denoiser, samples), GRID_COLUMNS)
+            assert image is not None  # their rank was looked at before
+            image.save(partial)
+
+
+def check_sample_file(output: Path, overwrite: bool = False) -> None:
+    """Raise UsageError unless samples can be written to this file; nothing is written."""
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder: give a file")
+    if output.exists() and not overwrite:
+        raise UsageError(f"--output {output} exists: give another file, or --overwrite")
+    if output.suffix != TENSORS and not _is_image(output):
+        raise UsageError(
+            f"--output {output}: give a name that ends in .png, or in {TENSORS} for the tensor"
+        )
+    check_writable_folder(output.parent, "--output")
+
+
+def _is_image(path: Path) -> bool:
+    """Whether PIL writes files of this name."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE

@@ -11,53 +11,59 @@ from dkdm.core.chains import Guidance, Stride
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features, match_features
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
-from dkdm.core.matching import level_weights, on_levels_of
+from dkdm.core.matching import level_weights
 from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
-from dkdm.core.sources import Synthetic, draw_set, empty_set
+from dkdm.core.shards import Shards
+from dkdm.core.sources import Source, Synthetic, draw_set, empty_set
 from dkdm.errors import UsageError
 from dkdm.models import place
 
 
-def lesson(
+def source_of(
     teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
-) -> tuple[Pool | Synthetic, Objective]:
-    """What the student learns from, unfilled, and how; the objective's student is the same as it
-    looks from the source's levels. Moves the teacher to the device.
-    """
-    weighting = config.loss_weighting, config.snr_gamma
-    if config.source == "synthetic":
-        place(teacher, device, config.teacher_offload)
-        source = empty_set(
-            teacher,
-            student,
-            set_size(teacher, config),
-            seed=config.seed,
-            condition_dropout=config.condition_dropout,
-            device=device,
-        )
-        if student.embeds_guidance:
-            scale = Guidance.parse(config.guidance_scale).low
-            source.conditions["guidance"] = torch.full((len(source.images),), scale)
-        return source, Objective(student, None, *weighting)
-    objective = Objective(
-        on_levels_of(student, teacher.process),
+) -> Pool | Synthetic:
+    """What the student learns from, unfilled. Moves the teacher to the device."""
+    place(teacher, device, config.teacher_offload)
+    if config.source != "synthetic":
+        return make_pool(teacher, config, device)
+    scale = guidance_of_set(config)
+    source = empty_set(
         teacher,
-        *weighting,
-        config.vlb_weight,
-        level_weights(student, teacher, config.loss_weighting),
+        student,
+        set_size(teacher, config),
+        seed=config.seed,
+        condition_dropout=config.condition_dropout,
+        device=device,
     )
-    return make_pool(teacher, config, device), objective
+    if student.embeds_guidance:
+        source.conditions["guidance"] = torch.full((len(source.images),), scale)
+    return source
 
 
-def make_features(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> Features | None:
-    """The hidden features to match, if any. Raises UsageError where there are none to match."""
+def objective_of(
+    student: Denoiser,
+    on_teacher_levels: Denoiser,
+    teacher: Denoiser,
+    config: DistillConfig,
+    features: Features | None,
+) -> Objective:
+    """What the student is to be like. With a synthetic set no teacher sees the batches."""
+    if config.source == "synthetic":
+        return Objective(student, None, config.loss)
+    weights = level_weights(student, teacher, config.loss.loss_weighting)
+    further = () if features is None else (features,)
+    return Objective(on_teacher_levels, teacher, config.loss, weights, further)
+
+
+def features_of(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> Features | None:
+    """The hidden features to match, if any. Raises UsageError if there are none to match."""
     if config.feature_weight == 0:
         return None
     if config.source == "synthetic":
         raise UsageError(
-            "--feature-weight: with --source synthetic the teacher does not see the batches; "
-            "expected 0, or another source"
+            "--feature-weight: with --source synthetic the teacher does not see the batches: "
+            "remove --feature-weight, or choose another --source"
         )
     return match_features(teacher, student, config.feature_layers, config.feature_weight)
 
@@ -74,11 +80,10 @@ def set_size(teacher: Denoiser, config: DistillConfig) -> int:
 
 
 def make_pool(teacher: Denoiser, config: DistillConfig, device: torch.device) -> Pool:
-    """An unfilled pool as the config describes it. Moves the teacher to the device.
+    """An unfilled pool as the config describes it.
 
-    Raises UsageError where it does not fit in memory.
+    Raises UsageError if it does not fit in memory.
     """
-    place(teacher, device, config.teacher_offload)
     storage = torch.device("cpu") if config.pool_device == "cpu" else device
     return empty_pool(
         teacher,
@@ -87,39 +92,47 @@ def make_pool(teacher: Denoiser, config: DistillConfig, device: torch.device) ->
         getattr(torch, config.pool_dtype),
         stride=Stride.parse(config.stride, teacher.process.num_levels),
         eta=config.eta,
-        guidance=Guidance.parse(config.guidance_scale, config.guidance_on == "chain"),
+        guidance=Guidance.of_options(config.guidance),
         condition_dropout=config.condition_dropout,
         random_conditioning=config.random_conditioning,
         seed=config.seed,
-        shards=config.shards,
+        shards=Shards(config.shards),
     )
 
 
 def pool_entries(config: DistillConfig, num_levels: int) -> int:
-    """How many entries: the batch, or rho * T * batch but no more than the run draws."""
+    """Entries of the pool: the batch, or rho * T * batch, but at most what the run draws."""
     batch = config.train_batch_size
     if config.source != "dynamic":
         return batch
     if config.pool_size is not None:
         if config.pool_size < batch:
-            raise UsageError(f"--pool-size {config.pool_size} is smaller than a batch of {batch}")
+            raise UsageError(
+                f"--pool-size {config.pool_size} is smaller than a batch of {batch}: give {batch} "
+                "or more"
+            )
         return config.pool_size
     drawn = config.max_train_steps * config.gradient_accumulation_steps * batch
     return max(batch, min(round(config.rho * num_levels * batch), drawn))
 
 
-def prepare(source: Pool | Synthetic, teacher: Denoiser, config: DistillConfig) -> None:
+def prepare(source: Source, teacher: Denoiser, config: DistillConfig) -> None:
     """Let the teacher prepare the source: fill the pool, or draw the synthetic set."""
     if isinstance(source, Pool):
         fill(source, config)
-        return
-    guidance = Guidance.parse(config.guidance_scale)
-    if guidance.low != guidance.high:
+    elif isinstance(source, Synthetic):
+        steps, batch = config.synthetic_steps, config.train_batch_size
+        draw_set(source, teacher, steps, guidance_of_set(config), batch)
+
+
+def guidance_of_set(config: DistillConfig) -> float:
+    """The guidance scale of a synthetic set. Raises UsageError for a range."""
+    low, high = config.guidance.scales
+    if low != high:
         raise UsageError(
             f"--guidance-scale {config.guidance_scale}: --source synthetic takes one number"
         )
-    steps, batch = config.synthetic_steps, config.train_batch_size
-    draw_set(source, teacher, steps, guidance.low, batch)
+    return low
 
 
 def fill(pool: Pool, config: DistillConfig) -> None:
@@ -134,8 +147,8 @@ def fill(pool: Pool, config: DistillConfig) -> None:
 
 def guidance_factor(teacher: Denoiser, config: DistillConfig) -> float:
     """Evaluations of the teacher that one prediction takes, over all levels equally."""
-    guided = not Guidance.parse(config.guidance_scale).is_off and not teacher.embeds_guidance
-    return 1 + float(teacher.guided_levels.double().mean()) if guided else 1
+    levels = torch.arange(teacher.process.num_levels)
+    return float(teacher.evaluations_at(levels, not config.guidance.is_off).double().mean())
 
 
 def planned_evaluations(teacher: Denoiser, config: DistillConfig) -> tuple[int, int]:

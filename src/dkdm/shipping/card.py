@@ -9,7 +9,6 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
-from dkdm.core.chains import Guidance
 from dkdm.core.conditioning import parse_interval
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
@@ -226,7 +225,7 @@ def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
             "It imitates its teacher: what that cannot draw, or draws with a bias, this model "
             "inherits, and no filter was added. Read the teacher's own card."
         )
-        guidance = Guidance.parse(config.guidance_scale, config.guidance_on == "chain")
+        guidance = config.guidance
         if not (guidance.is_off or guidance.chain_only or denoiser.embeds_guidance):
             limits.append(
                 f"Guidance of {config.guidance_scale}{_inside(config)} is baked in: sample it "

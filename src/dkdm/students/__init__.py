@@ -111,9 +111,7 @@ def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
         constants = constants | _constants(network)
     conditioning = for_student(like.conditioning)
     like = like if conditioning is like.conditioning else replace(like, conditioning=conditioning)
-    return replace(
-        like, network=network, constants=constants, name=name, time=None, call=None, evaluations=0
-    )
+    return replace(like, network=network, constants=constants, name=name, time=None, call=None)
 
 
 def _constants(network: nn.Module) -> Condition:

@@ -12,9 +12,9 @@ from dkdm.checks.findings import Finding
 from dkdm.checks.student.behaviour import listed
 from dkdm.checks.student.case import Case
 from dkdm.core.denoiser import Batch
+from dkdm.core.learning import enable_gradient_checkpointing
 from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import Objective
-from dkdm.core.trainer import enable_gradient_checkpointing
 from dkdm.errors import UsageError
 
 STEPS = 10
@@ -76,12 +76,12 @@ def _losses(case: Case, learning_rate: float) -> list[float]:
     teacher, network = case.teacher, case.copied()
     student = replace(on_levels_of(case.student, teacher.process), network=network)
     optimizer = torch.optim.AdamW(network.train().requires_grad_(True).parameters(), learning_rate)
-    objective, batch, before = Objective(student, teacher), _batch(case), teacher.evaluations
+    objective, batch = Objective(student, teacher), _batch(case)
     with torch.no_grad():
         target = teacher.predict(batch)
-    teacher.evaluations, losses = before, []
+    losses = []
     for _ in range(STEPS + 1):
-        loss = objective(student.predict(batch), target, batch.x, batch.t).mean()
+        loss = objective(student, batch, target).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,115 @@
+"""Shards: the logical parts of a source, which any number of processes can share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dkdm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Which parts of a source this process keeps.
+
+    total: shards over all processes. rank: this process, one of `world`; it keeps every world-th
+    shard. A source seeds each shard by its number over all processes and saves it by itself, so
+    that a run can be resumed by another number of processes.
+    """
+
+    total: int = 8
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def own(self) -> range:
+        """Numbers of the shards that this process keeps."""
+        return range(self.rank, self.total, self.world)
+
+    def sizes(self, count: int) -> dict[int, int]:
+        """How many of `count` entries each shard of this process has, by its number."""
+        return {n: count // self.total + (n < count % self.total) for n in self.own}
+
+    def shares(self, batch_size: int, step: int) -> dict[int, int]:
+        """How many entries of a batch each shard gives; a small batch takes the shards in turns."""
+        if batch_size >= self.total:
+            return self.sizes(batch_size)
+        turns = [(step * batch_size + i) % self.total for i in range(batch_size)]
+        return {number: 1 for number in turns if number in self.own}
+
+
+ONE_PROCESS = Shards()
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """The entries of a process's shards, one shard after the other.
+
+    slices: of each shard, by its number. ends: of each, int64 [shards].
+    """
+
+    slices: dict[int, slice]
+    ends: Tensor
+
+    @classmethod
+    def of(cls, sizes: Mapping[int, int]) -> Entries:
+        """Shards of these sizes."""
+        ends = torch.tensor(list(sizes.values())).cumsum(0)
+        each = zip(sizes.items(), ends.tolist(), strict=True)
+        return cls({number: slice(end - size, end) for (number, size), end in each}, ends)
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Which of the process's shards each row is in: first, second, ..., int64 [B]."""
+        return torch.bucketize(rows, self.ends, right=True)
+
+    def by_shard(self, rows: Tensor) -> list[tuple[int, int]]:
+        """The shards that the rows of a batch come from, in their order: (number, rows of it)."""
+        numbers = list(self.slices)
+        found, counts = torch.unique_consecutive(self.places(rows), return_counts=True)
+        return [(numbers[i], n) for i, n in zip(found.tolist(), counts.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class ShardState:
+    """The state of one shard, saved by itself.
+
+    number: over all processes. here: its entries among those of this process. views: tensors of the
+    source that a checkpoint keeps and overwrites; `size` and `shards` say what they are a part of.
+    """
+
+    number: int
+    here: slice
+    views: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors; they share memory with the source."""
+        return self.views
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore them. Raises UsageError for a pool of another size or with other conditions."""
+        theirs, ours = _layout(state), _layout(self.views)
+        if theirs != ours:
+            size, shards = int(state["size"]), int(state["shards"])
+            raise UsageError(
+                f"the checkpoint's pool is {theirs}, this run's {ours}: resume with the options "
+                f"the run was started with; --pool-size {size} --shards {shards} keep its size"
+            )
+        for key, view in self.views.items():
+            view.copy_(state[key])
+
+    def load_whole(self, state: Mapping[str, Tensor]) -> None:
+        """Restore it from a whole pool in one file, which versions before shards wrote."""
+        own = {k: v[self.here] for k, v in state.items() if k in ("x", "t") or k[:5] == "cond."}
+        evaluations = state["evaluations"] * (self.number == 0)
+        counts = {"step": state["step"], "evaluations": evaluations}
+        sizes = {"size": torch.tensor(len(state["t"])), "shards": self.views["shards"]}
+        self.load_state_dict({**own, **counts, **sizes})
+
+
+def _layout(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Shape and type of each tensor; the number of entries and shards as it is."""
+    found = {key: f"{tuple(state[key].shape)} {state[key].dtype}" for key in sorted(state)}
+    return found | {key: str(int(state[key])) for key in ("size", "shards")}

@@ -1,0 +1,28 @@
+"""How much each noise level counts: one table, made once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dkdm.config import WeightingOptions
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.prediction import x_0_slope
+
+
+def weights_of_levels(
+    student: Denoiser, options: WeightingOptions, level_weights: Tensor | None = None
+) -> Tensor:
+    """The weight of a sample's loss by its level, float64 [T].
+
+    "snr" and "min-snr" weigh the x_0 error by SNR or min(SNR, gamma) whatever the student predicts
+    (arXiv 2303.09556, sec. 3.3); "uniform" leaves the output error as it is. level_weights: one
+    more weight of each level; None is 1.
+    """
+    alpha, sigma, own = student.process.alpha, student.process.sigma, student.parameterization
+    further = torch.ones_like(alpha) if level_weights is None else level_weights
+    if options.loss_weighting in ("uniform", "student"):
+        return further
+    snr = (alpha / sigma) ** 2
+    wanted = snr if options.loss_weighting == "snr" else snr.clamp(max=options.snr_gamma)
+    return wanted / x_0_slope(own.prediction, alpha, sigma, own.sigma_data) ** 2 * further
