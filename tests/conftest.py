@@ -60,11 +60,12 @@ def unchecked_teachers(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def short_stopwatch(request, monkeypatch):
-    """Speeds are measured in one small batch: a second for each model is most of a tiny run."""
-    if request.node.get_closest_marker("stopwatch") is None:
+def short_measurements(request, monkeypatch):
+    """One small batch shows the speed, three levels the gap: they would be most of a tiny run."""
+    if request.node.get_closest_marker("measures") is None:
         timed = cost.evaluations_in_turns
         monkeypatch.setattr(cost, "evaluations_in_turns", lambda models, *_: timed(models, 2, 0.0))
+        monkeypatch.setattr("dkdm.evaluation.comparison.GAP_LEVELS", 3)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -157,11 +157,11 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 SMALL = dkdm.DistillConfig(
-    max_train_steps=10,
+    max_train_steps=3,
     train_batch_size=2,
     pool_size=8,
     fill_steps=2,
-    logging_steps=5,
+    logging_steps=1,
     validation_steps=0,
     validation_sampling_steps=2,
     evaluation_samples=0,

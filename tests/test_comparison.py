@@ -25,6 +25,7 @@ from factories import counting
 PROCESS = from_betas(beta_schedule("squaredcos_cap_v2", 50))
 SHAPE = (1, 16, 16)
 FASHION = load_reference("fashion-test")
+pytestmark = pytest.mark.measures
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from dkdm.evaluation.cost import (
 )
 
 TOKENS, WIDTH, HEADS = 16, 8, 2
-pytestmark = pytest.mark.stopwatch
+pytestmark = pytest.mark.measures
 
 
 class OfX(nn.Module):

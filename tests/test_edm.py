@@ -16,6 +16,7 @@ from formula_weights import few, numbers, state_of
 from original_files.edm import KINDS, checkpoint
 from small_runs import run
 
+QUICK = {"max_train_steps": 2, "evaluation_samples": 0, "gradient_checkpointing": True}
 LABELS = torch.tensor([0, 3, 1])
 # The original's F at t = 0, 500, 999, and the states after one Euler step, over 1 + sigma.
 OUTPUTS = {
@@ -135,8 +136,8 @@ def test_other_preconditioning_is_refused(tmp_path):
 def test_distilled_from_a_checkpoint_file(tmp_path, kind):
     teacher = load_teacher(saved(tmp_path, checkpoint(kind)))
     student = student_of("unet-mini", teacher)
-    folder, metrics, _ = run(tmp_path, teacher, student, max_train_steps=10)
-    assert len(metrics) == 10
+    folder, metrics, _ = run(tmp_path, teacher, student, max_train_steps=3, evaluation_samples=0)
+    assert len(metrics) == 3
     again = load_teacher(str(folder))
     assert again.parameterization == teacher.parameterization
     assert again.conditioning == teacher.conditioning
@@ -148,6 +149,13 @@ def test_student_of_the_same_architecture_is_saved_with_its_code(tmp_path, kind,
     teacher = load_teacher(saved(tmp_path, checkpoint(kind)))
     teacher.network.save_config(tmp_path / "student")
     student = student_of(str(tmp_path / "student" / "config.json"), teacher)
-    folder, _, _ = run(tmp_path, teacher, student, max_train_steps=2, gradient_checkpointing=True)
+    folder, _, _ = run(
+        tmp_path,
+        teacher,
+        student,
+        max_train_steps=2,
+        evaluation_samples=0,
+        gradient_checkpointing=True,
+    )
     assert (folder / "unet" / file).is_file()
     assert isinstance(load_teacher(str(folder)).network, KINDS[kind][0])

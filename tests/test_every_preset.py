@@ -1,4 +1,4 @@
-"""Every named student, however large: ten steps, saved, reloaded to identical outputs, exported.
+"""Every named student, however large: three steps, saved, reloaded to identical outputs, exported.
 
 Takes half an hour on two cores; the largest, dit-l, wants 12 GB of memory and as much disk.
 """

@@ -33,7 +33,7 @@ from dkdm.students.start import read_checkpoint
 from fuzzing import mutated
 from original_files import latent as compvis
 
-QUICK, ALL = 500, 10_000
+QUICK, ALL = 300, 10_000
 LONGEST = 3000  # characters of a message
 GROWTH_MIB = 2500  # of this process over all inputs
 WEIGHTS = checkpoint.WEIGHTS

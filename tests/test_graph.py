@@ -135,11 +135,11 @@ def test_a_network_of_our_own_as_onnx(name, tmp_path):
     assert difference(model, tmp_path / "x.onnx", "onnx") <= 1e-4
 
 
-SLOW_ONNX = ("class_conditional", "ldm_kl", "edm", "stable_diffusion", "sdxl", "pixart")
+SLOW_ONNX = ("class_conditional", "dit", "ldm_kl", "edm", "stable_diffusion", "sdxl", "pixart")
 SLOW_ONNX += ("flux", "sana", "wan", "dance")
 
 
-@pytest.mark.parametrize("name", mostly_slow(["dit", "sd3"], SLOW_ONNX))
+@pytest.mark.parametrize("name", mostly_slow(["sd3"], SLOW_ONNX))
 def test_a_network_of_diffusers_as_onnx(name, folders, tmp_path):
     model = folders(name, SIZES.get(name))
     facts = export_graph(model, tmp_path / "x.onnx")

@@ -189,7 +189,7 @@ def test_images_in_another_range_are_noticed():
 def test_samples_that_are_not_finite_end_the_check():
     model = exact()
     broken = replace(model, network=lambda x, time: model.network(x, time) * math.nan)
-    found = inspect_denoiser(broken, num_steps=STEPS)
+    found = inspect_denoiser(broken, num_samples=4, num_steps=10)
     assert not found.check.denoises
     assert found.check.levels == ()
     assert "not finite" in shown(found)
@@ -200,7 +200,7 @@ def test_samples_that_are_not_finite_end_the_check():
 def test_samples_that_are_all_alike_do_not_pass():
     model = exact(kind="sample")
     constant = replace(model, network=lambda x, time: 0 * x + 0.5 + 0 * time[0])
-    found = check_denoising(constant, num_steps=STEPS)
+    found = check_denoising(constant, num_steps=10)
     assert not found.denoises
     assert "all alike" in found.warnings[0].what
 
@@ -316,9 +316,9 @@ def test_a_plain_function_has_no_weights():
 
 def test_trained_teacher_passes_as_it_was_trained_only():
     teacher = load_teacher("builtin:fashion")
-    found = check_denoising(teacher, num_steps=10)
+    found = check_denoising(teacher, num_samples=8, num_steps=10)
     assert found.denoises
     assert found.warnings == ()
-    wrong = check_denoising(misread(teacher, "epsilon"), num_steps=10)
+    wrong = check_denoising(misread(teacher, "epsilon"), num_samples=8, num_steps=10)
     assert not wrong.denoises
     assert f'"{teacher.parameterization.prediction}"' in wrong.warnings[0].remedy

@@ -13,6 +13,7 @@ from formula_weights import few, numbers
 from original_files.lucidrains import PLAIN, checkpoint
 from small_runs import run
 
+QUICK = {"max_train_steps": 2, "evaluation_samples": 0, "gradient_checkpointing": True}
 NETWORKS = {
     "plain": PLAIN,
     "full": PLAIN
@@ -143,8 +144,8 @@ def test_other_weights_are_refused(tmp_path, change):
 
 def test_distilled_from_a_checkpoint_file(tmp_path):
     teacher = load_teacher(saved(tmp_path, checkpoint()), options=SIZE)
-    folder, metrics, _ = run(tmp_path, teacher, max_train_steps=10)
-    assert len(metrics) == 10
+    folder, metrics, _ = run(tmp_path, teacher, max_train_steps=3, evaluation_samples=0)
+    assert len(metrics) == 3
     again = load_teacher(str(folder))
     assert again.parameterization == teacher.parameterization
     assert again.process.clipping == teacher.process.clipping
@@ -155,6 +156,13 @@ def test_student_of_the_same_architecture_is_saved_with_its_code(tmp_path):
     teacher = load_teacher(saved(tmp_path, checkpoint()), options=SIZE)
     teacher.network.save_config(tmp_path / "student")
     student = student_of(str(tmp_path / "student" / "config.json"), teacher)
-    folder, _, _ = run(tmp_path, teacher, student, max_train_steps=2, gradient_checkpointing=True)
+    folder, _, _ = run(
+        tmp_path,
+        teacher,
+        student,
+        max_train_steps=2,
+        evaluation_samples=0,
+        gradient_checkpointing=True,
+    )
     assert (folder / "unet" / "lucidrains.py").is_file()
     assert isinstance(load_teacher(str(folder)).network, LucidrainsUNet)

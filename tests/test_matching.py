@@ -365,7 +365,8 @@ def test_a_run_with_another_process_trains_resumes_and_ships(process, tmp_path):
     options = {
         "student_process": process,
         "train_batch_size": 4,
-        "evaluation_samples": 4,
+        "evaluation_samples": 0,
+        "validation_steps": 0,
         "validation_sampling_steps": 3,
         "fill_steps": 2,
         "pool_size": 16,
@@ -374,7 +375,7 @@ def test_a_run_with_another_process_trains_resumes_and_ships(process, tmp_path):
     teacher = denoiser()
     folder = dkdm.distill(
         teacher,
-        "unet-tiny",
+        "unet-mini",
         dkdm.DistillConfig(output_dir=tmp_path / "run", max_train_steps=3, **options),
     )
     model = dkdm.load_teacher(str(folder))
@@ -389,8 +390,8 @@ def test_a_run_with_another_process_trains_resumes_and_ships(process, tmp_path):
         dkdm.DistillConfig(output_dir=tmp_path / "parts", max_train_steps=3, **options),
         checkpointing_steps=2,
     )
-    dkdm.distill(denoiser(), "unet-tiny", replace(resumed, max_train_steps=2))
-    dkdm.distill(denoiser(), "unet-tiny", replace(resumed, resume_from_checkpoint="latest"))
+    dkdm.distill(denoiser(), "unet-mini", replace(resumed, max_train_steps=2))
+    dkdm.distill(denoiser(), "unet-mini", replace(resumed, resume_from_checkpoint="latest"))
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "parts" / name).read_bytes() == (folder / name).read_bytes()
 

@@ -9,11 +9,15 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dkdm.errors import UsageError
 from dkdm.reading.fields import is_name, shown
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @contextmanager
@@ -72,9 +76,16 @@ def render(
     Values are escaped in templates of HTML. Templates of Python files pass each value through one
     of the filters `literal`, `name` and `dotted`, which refuse what could become code.
     """
+    environment = _environment(package, html=template.endswith(".html.j2"))
+    environment.filters |= filters or {}
+    return environment.get_template(template).render(values)
+
+
+@cache
+def _environment(package: str, html: bool) -> Environment:
+    """Reads the templates of a package, each of them once."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    html = template.endswith(".html.j2")
     environment = Environment(  # nosec: Markdown and Python files are not HTML
         loader=PackageLoader(package),
         undefined=StrictUndefined,
@@ -84,8 +95,7 @@ def render(
         keep_trailing_newline=not html,
     )
     environment.filters |= {"literal": literal, "name": identifier, "dotted": dotted}
-    environment.filters |= filters or {}
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def literal(value: Any) -> str:
