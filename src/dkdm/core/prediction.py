@@ -126,7 +126,7 @@ def check_compatible(parameterization: Parameterization, process: Process) -> No
     """Refuse a network whose output does not determine x_0 at some level (arXiv 2305.08891)."""
     own = parameterization
     x_0 = KINDS[own.prediction](process.alpha, process.sigma, own.sigma_data).x_0
-    if bool((torch.as_tensor(x_0[2]) == 0).any()):
+    if isinstance(x_0[2], Tensor) and bool((x_0[2] == 0).any()):
         raise UsageError(
             f"{own.prediction} prediction cannot be used where alpha_t = 0 (zero terminal SNR, "
             "start of a flow): x_0 is not determined there; use sample, v_prediction or "
