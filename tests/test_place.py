@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
+import pipelines
 from dkdm.core.bundle import Bundle
 from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError
-from dkdm.models import LoadOptions, load_teacher, place
-from dkdm.models.place import quantize_int8
+from dkdm.models import LoadOptions, load_teacher, place, with_texts
+from dkdm.models.place import device_of_run, quantize_int8
 from dkdm.models.text import text_conditioning
 from factories import denoiser
 
@@ -30,6 +33,18 @@ def test_offloaded_layers_give_the_same_numbers():
     assert all(p.device.type == "meta" for p in parted.network.parameters())
     assert parted.device.type == "cpu"
     torch.testing.assert_close(predicted(parted), predicted(whole), rtol=0, atol=0)
+
+
+def test_prompts_are_encoded_on_the_device_of_the_run(tmp_path, monkeypatch):
+    pipelines.stable_diffusion().save_pretrained(tmp_path)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    assert device_of_run() == torch.device("cuda")
+    Accelerator(cpu=True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert device_of_run() == torch.device("cpu")
+    teacher = with_texts(load_teacher(str(tmp_path)), "a red cat on a device")
+    assert predicted(teacher).shape == (3, *teacher.sample_shape)
 
 
 def test_missing_torchao_says_what_to_install(monkeypatch):

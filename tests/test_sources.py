@@ -1,5 +1,6 @@
 """Training on images: what is drawn of them, what the target is, and which conditions they have."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pipelines
 from dkdm import train
 from dkdm.config import TrainConfig
 from dkdm.core.conditioning import ClassLabels, Unconditional
@@ -142,7 +144,7 @@ def test_captions_of_fashion_name_the_garment_and_at_times_its_tone():
 
 def folder_config(folder, **fields):
     spec = save(folder, {"a/1": b"", "a/2": b"", "b/1": b"", "c/1": b""})
-    return TrainConfig(images=spec, sample_shape=(1, 4, 4), **fields)
+    return TrainConfig(images=spec, **{"sample_shape": (1, 4, 4), **fields})
 
 
 def test_class_folders_become_labels_with_a_null_class(tmp_path):
@@ -152,6 +154,18 @@ def test_class_folders_become_labels_with_a_null_class(tmp_path):
     assert like.conditioning == ClassLabels(3, null_class=3)
     assert (like.sample_shape, like.parameterization.prediction) == ((1, 4, 4), "v_prediction")
     assert like.process.num_levels == 1000
+
+
+def test_pixels_are_clipped_to_their_range_and_latents_are_not(tmp_path):
+    """A base without a scheduler: only pixels lie between -1 and 1."""
+    base = tmp_path / "base"
+    pipelines.ldm_kl().save_pretrained(base)
+    shutil.rmtree(base / "scheduler")
+    size = {"sample_shape": (3, 16, 16), "class_conditional": False}
+    _, pixels = training_data(folder_config(tmp_path / "images", **size))
+    _, latents = training_data(folder_config(tmp_path / "images", base=str(base), **size))
+    assert (pixels.process.clipping.range, latents.process.clipping.range) == (1.0, None)
+    assert torch.equal(latents.process.alpha, pixels.process.alpha)
 
 
 def test_labels_may_be_left_aside(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,7 @@ from dkdm.models.prompts import Prompts, with_prompts
 from dkdm.models.schedulers import from_scheduler_config, named_config, prediction_type
 from dkdm.reading.sizes import understood
 
-COSINE_V: dict[str, Any] = {
-    "_class_name": "DDPMScheduler",
-    "beta_schedule": "squaredcos_cap_v2",
-    "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-}
+DEFAULT_SCHEDULER = "ddpm-cosine"
 ENCODED_AT_ONCE = 200
 
 
@@ -48,13 +40,13 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
     base that cannot be read.
     """
     image_set = load_images(config.images, config.sample_shape)
-    scheduler, bundle, text = COSINE_V, Bundle(), None
+    scheduler, bundle, text = None, Bundle(), None
     if config.base is not None:
         with understood(f"--base {config.base}"):
-            own_scheduler, bundle, text = read_base(Path(config.base))
-        scheduler = own_scheduler or scheduler
-    if config.scheduler:
-        scheduler = dict(named_config(config.scheduler, 1.0 if not bundle.autoencoder else None))
+            scheduler, bundle, text = read_base(Path(config.base))
+    if config.scheduler or scheduler is None:
+        named = config.scheduler or DEFAULT_SCHEDULER
+        scheduler = dict(named_config(named, None if bundle.autoencoder else 1.0))
     images = image_set.images
     conditioning, conditions = _conditions(config, image_set, text)
     if bundle.autoencoder is not None:

@@ -13,6 +13,16 @@ from dkdm.errors import DkdmError
 Offload = Literal["none", "layers"]
 
 
+def device_of_run() -> torch.device:
+    """The device that this process computes on: its run's or, without a run, the accelerator."""
+    from accelerate.state import PartialState, is_initialized
+
+    if is_initialized():
+        found: torch.device = PartialState().device
+        return found
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def quantize_int8(network: nn.Module) -> None:
     """Keep the weights of linear layers in int8, one scale a row; the arithmetic stays as it is.
 

@@ -17,6 +17,7 @@ from dkdm.errors import DkdmError, UsageError
 from dkdm.models.components import Component
 from dkdm.models.effective import class_config
 from dkdm.models.pipelines import Encoding, encoding_of, text_pipelines
+from dkdm.models.place import device_of_run
 from dkdm.models.prompts import Prompts, TextEncoders, folder_fingerprint
 from dkdm.reading.allowed import component_class
 from dkdm.reading.fields import Fields, read_json
@@ -73,7 +74,7 @@ class LazyEncoders:
         unused = dict.fromkeys(["scheduler", *self.encoding.absent(kind, list(parts))])
         with self._fitting():
             pipeline = getattr(diffusers, kind)(**loaded, **unused)
-        pipeline = pipeline.to("cuda") if torch.cuda.is_available() else pipeline
+        pipeline = pipeline.to(device_of_run())
         if self.encoding.asks_transformer and pipeline.text_encoder_3 is None:
             config = SimpleNamespace(joint_attention_dim=token_width(self.folder, self.bundle))
             object.__setattr__(pipeline, "transformer", SimpleNamespace(config=config))
