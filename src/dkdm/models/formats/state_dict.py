@@ -50,10 +50,10 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
         raise UsageError(f"{path}: no such file")
     if path.suffix == ".pkl":
         raise UsageError(
-            f"{path}: a .pkl is a program that runs when it is read, and is never opened here. "
-            f"Where you trust it, save its weights in two lines, with its repository at hand:\n"
-            f'    net = pickle.load(open("{path.name}", "rb"))["ema"]\n'
-            f'    torch.save(net.state_dict(), "{path.stem}.pt")'
+            f"{path}: a .pkl is a program that runs when it is read, and dkdm never opens one. If "
+            "you trust it, save its weights in two lines, with its repository at hand:\n"
+            f'    net = pickle.load(open({path.name!r}, "rb"))["ema"]\n'
+            f"    torch.save(net.state_dict(), {path.stem + '.pt'!r})"
         )
     refuse_other_content(path)
     if path.suffix == ".safetensors":
