@@ -8,6 +8,7 @@ import torch
 from dkdm import UsageError, load_teacher
 from dkdm.models import FORMATS, LoadOptions
 from dkdm.models.formats.originals import _format_of
+from dkdm.models.formats.single_file import recognize
 from dkdm.models.formats.state_dict import Weights, read_weights
 from dkdm.networks.adm import AdmUNet
 from formula_weights import filled
@@ -19,13 +20,19 @@ FILES = {
     "edm": [edm.checkpoint(kind) for kind in ("ddpmpp", "ncsnpp", "adm")],
     "edm2": [edm.checkpoint(kind) for kind in ("edm2", "edm2-pixels")],
     "lucidrains": [lucidrains.checkpoint()],
+    "guided-diffusion": [
+        filled(AdmUNet(**config)).state_dict()
+        for config in (guided.GUIDED, guided.IMPROVED, guided.PERTURBED)
+    ],
+    "latent-diffusion": [latent.checkpoint(kind) for kind in ("vq", "class")],
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_only_its_own_format_recognizes_a_file(name):
     for state in FILES[name]:
         assert [key for key, one in FORMATS.items() if one.recognizes(state)] == [name]
+        assert recognize({key: tuple(value.shape) for key, value in state.items()}) is None
 
 
 HOLDERS = (
@@ -46,21 +53,15 @@ def behind(holder, state):
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
-@pytest.mark.parametrize("name", [*FILES, "guided-diffusion", "latent-diffusion"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_known_behind_what_held_the_network(tmp_path, name, holder):
-    state = FILES[name][0] if name in FILES else OTHERS[name]()
+    state = FILES[name][0]
     torch.save({"state_dict": behind(holder, state), "epoch": 3}, tmp_path / "model.pt")
     weights = read_weights(tmp_path / "model.pt")
     found, view = _format_of(weights, None, ema=True)
     assert found == name
     for key, value in state.items():
         assert any(torch.equal(view.tensors[k], value) for k in view.tensors if k.endswith(key))
-
-
-OTHERS = {
-    "guided-diffusion": lambda: filled(AdmUNet(**guided.GUIDED)).state_dict(),
-    "latent-diffusion": lambda: latent.checkpoint("vq"),
-}
 
 
 def test_averages_come_before_the_weights_beside_them():

@@ -232,8 +232,9 @@ def test_a_plain_pickle_is_no_checkpoint(tmp_path, protocol):
     assert not target.exists()
 
 
-def test_a_pkl_is_refused_with_a_remedy_that_works(tmp_path, monkeypatch):
-    file = tmp_path / "edm-cifar10.pkl"
+@pytest.mark.parametrize("name", ["edm-cifar10", "a\"); print('ran'); (\"", "it's"])
+def test_a_pkl_is_refused_with_a_remedy_that_works(tmp_path, monkeypatch, capsys, name):
+    file = tmp_path / f"{name}.pkl"
     network = torch.nn.Linear(2, 3)
     file.write_bytes(pickle.dumps({"ema": network}))
     with pytest.raises(UsageError, match=r"a \.pkl is a program that runs when it is read") as told:
@@ -242,7 +243,8 @@ def test_a_pkl_is_refused_with_a_remedy_that_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.warns(ResourceWarning):
         exec("\n".join(remedy), {"pickle": pickle, "torch": torch})
-    assert_weights(read_weights(tmp_path / "edm-cifar10.pt").tensors, network.state_dict())
+    assert_weights(read_weights(tmp_path / f"{name}.pt").tensors, network.state_dict())
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
