@@ -34,7 +34,7 @@ from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher
 from dkdm.models.student_process import with_process
 from dkdm.report.charts import Series, standalone_chart
-from dkdm.report.pictures import grid
+from dkdm.report.grids import grid
 from dkdm.students import Interface, as_denoiser
 from dkdm.students.transformers import dit
 from dkdm.students.unets import unet

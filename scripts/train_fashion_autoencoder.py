@@ -20,7 +20,7 @@ from dkdm.core.progress import track
 from dkdm.data.fashion import load_fashion_mnist
 from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import evaluate_images
-from dkdm.report.pictures import grid
+from dkdm.report.grids import grid
 
 KL_WEIGHT = 1e-3
 LATENT_CHANNELS = 4

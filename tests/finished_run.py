@@ -9,7 +9,7 @@ from dkdm.config import DistillConfig
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.results import Comparison, LevelGap, ModelResult
 from dkdm.evaluation.results import Measurement as How
-from dkdm.report.pictures import grid
+from dkdm.report.grids import grid
 
 CONFIG = DistillConfig(max_train_steps=200, learning_rate=1e-3, classes=(1, 2), use_ema=False)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dkdm.report.pictures import as_images, comparison_strip, sample_grid, to_uint8
+from dkdm.report.grids import as_images, comparison_strip, sample_grid, to_uint8
 from dkdm.report.plots import COLOURS, HEIGHT, MARGIN, RULE, WIDTH, is_plotted, plots, value_range
 
 WITHIN = (-1.0, 1.0)

@@ -13,6 +13,7 @@ from dkdm.config import DistillConfig, TrainConfig, to_json
 from dkdm.errors import UsageError
 from dkdm.evaluation.numbers import compared, count, number, percent, ratio
 from dkdm.evaluation.results import EVALUATION, SAMPLES
+from dkdm.evaluation.rows import comparison_rows, metric_rows
 from dkdm.reading.command_line import parse
 from dkdm.report import write_report
 from dkdm.report.page import command_line
@@ -72,7 +73,7 @@ def run(tmp_path):
 def test_the_page_of_a_finished_run_is_complete(run):
     page = Page(write_report(run))
     assert "A transformer learned from a convolutional UNet. No image was read." in page.text
-    assert "not complete" not in page.text
+    assert "incomplete" not in page.text
     for part in ("1.50 ×", "1.5 × higher", "Class accuracy", "90.0 %", "20.0 %", "Trouser"):
         assert part in page.text
     assert "4.5 × lower" in page.text
@@ -157,10 +158,10 @@ def test_an_unfinished_run_shows_what_it_has(tmp_path):
 
 def test_damaged_files_are_named_and_the_rest_is_shown(run):
     (run / SAMPLES).write_bytes(b"x" * 100)
-    (run / "samples" / "step-000100.png").write_bytes(b"no picture")
+    (run / "samples" / "step-000100.png").write_bytes(b"no image")
     page = Page(write_report(run))
     assert f"{SAMPLES} cannot be read" in page.text
-    assert "samples/step-000100.png cannot be read as a picture." in page.text
+    assert "samples/step-000100.png cannot be read as an image." in page.text
     assert "1.50 ×" in page.text
     (run / EVALUATION).write_text('{"teacher": 3}')
     assert f"{EVALUATION} cannot be read" in Page(write_report(run)).text
@@ -177,7 +178,7 @@ def test_samples_that_cannot_be_drawn_are_said_to_be_such(run):
     [
         ((8,), "Bars are the components of a vector"),
         ((2, 32), "lines the channels of a signal"),
-        ((3, 4, 8, 8), "its middle frame is shown"),
+        ((3, 4, 8, 8), "shown by its middle frame"),
     ],
     ids=["vector", "signal", "video"],
 )
@@ -186,14 +187,14 @@ def test_vectors_signals_and_videos_are_shown(run, shape, words):
     page = Page(write_report(run))
     assert words in page.text
     assert "No data was read." in page.text
-    assert "not complete" not in page.text
+    assert "incomplete" not in page.text
     assert page.tags.count("img") == 2 + 3 + 2
     assert not re.search("No image|Images (read|a second)", page.text)
     assert ("black" in page.text) == (len(shape) > 2)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (4, 64, 64), (3, 150, 150)])
-def test_pictures_of_any_size_are_shown(run, shape):
+def test_images_of_any_size_are_shown(run, shape):
     found = comparison(samples=6, shape=shape)
     without = {
         model: replace(getattr(found, model), metrics=None) for model in ("teacher", "student")
@@ -210,7 +211,7 @@ def test_a_perfect_student_has_no_gap_to_draw(run):
     gaps = tuple(replace(gap, gap=1e-16, relative=1e-16) for gap in found.gaps)
     replace(found, gaps=gaps, same_noise_difference=0.0).save(run)
     page = Page(write_report(run))
-    assert "its output equals the teacher's" in page.text
+    assert "output equals the teacher's" in page.text
     assert page.tags.count("svg") == 2
 
 
@@ -221,7 +222,7 @@ def test_a_model_trained_on_images_has_a_page_too(tmp_path):
     page = Page(write_report(tmp_path))
     assert "unet-tiny was trained on fashion-mnist." in page.text
     assert "No image" not in page.text
-    assert "not complete" not in page.text
+    assert "incomplete" not in page.text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -269,3 +270,40 @@ def test_numbers_read_well():
         "3",
     ]
     assert [ratio(3, 2), ratio(3, 0), percent(0.9376)] == ["1.50 ×", "", "93.8 %"]
+
+
+def test_the_page_shows_the_rows_of_the_comparison(run):
+    found = comparison()
+    page = Page(write_report(run))
+    rows = comparison_rows(found)
+    labels = [row.label for row in rows]
+    assert labels[:2] == ["Frechet distance", "class accuracy"]
+    assert labels[-1] == "images a second, 25 steps"
+    for row in rows:
+        assert " ".join([row.label.capitalize(), *row.texts]) in page.text
+    accuracy = rows[1]
+    assert (accuracy.texts, accuracy.ratio, accuracy.better) == (
+        ("90.0 %",) * 2,
+        "1.00 ×",
+        "higher",
+    )
+
+
+def test_without_metrics_of_both_models_none_are_compared():
+    found = comparison()
+    alone = replace(found, teacher=replace(found.teacher, metrics=None))
+    assert comparison_rows(alone) == comparison_rows(found)[4:]
+
+
+def test_a_model_without_a_teacher_has_rows_of_one_value():
+    metrics = comparison().student.metrics
+    assert [row.texts for row in metric_rows(metrics)] == [
+        ("3.00",),
+        ("90.0 %",),
+        ("0.800",),
+        ("0.700",),
+    ]
+    unlabelled = replace(
+        metrics, class_accuracy=None, variance_ratio_mean=None, variance_ratio_min=None
+    )
+    assert [row.label for row in metric_rows(metrics, unlabelled)] == ["Frechet distance"]

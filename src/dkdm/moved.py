@@ -48,7 +48,7 @@ MOVED = {
     "modes": "core.modes",
     "objective": "core.objective",
     "own": "models.own_network",
-    "pictures": "report.pictures",
+    "pictures": "report.grids",
     "places": "reading.places",
     "plan": "checks.memory_plan",
     "plots": "report.plots",

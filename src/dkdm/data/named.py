@@ -1,4 +1,4 @@
-"""Images and references by the names of options: a new one is a folder of its own and a line here.
+"""Images and references by the names of options: a new one is a folder of code and a line here.
 
 A reference's name is also a choice of `--evaluation-reference` in `dkdm.config`.
 """

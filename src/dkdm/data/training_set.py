@@ -26,7 +26,7 @@ ENCODED_AT_ONCE = 200
 
 
 class TrainingData(NamedTuple):
-    """images: [N, ...] clean samples, latents where the base has an autoencoder; conditions: N rows
+    """images: [N, ...] clean samples, latents if the base has an autoencoder; conditions: N rows
     each."""
 
     images: Tensor
@@ -34,7 +34,7 @@ class TrainingData(NamedTuple):
 
 
 def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
-    """Read, encode and caption the images; beside them a model without a network yet.
+    """Read, encode and caption the images; also return a model that has no network yet.
 
     Raises UsageError for options that do not fit together, DkdmError for images, captions or a
     base that cannot be read.
@@ -79,7 +79,7 @@ def _conditions(
 
 
 def encoded(autoencoder: Coder, images: Tensor, seed: int) -> Tensor:
-    """Latents of all images, drawn once each."""
+    """Draw the latents of all images, once each."""
     random = torch.Generator().manual_seed(seed)
     parts = []
     with track(len(images), 0, "encoding images") as progress:

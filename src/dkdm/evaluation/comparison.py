@@ -1,4 +1,4 @@
-"""Teacher and student side by side: images from the same noise, distances, gaps, cost."""
+"""Teacher and student side by side: samples from the same noise, distances, gaps, cost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compare(
     guidance_student: float = 1.0,
     reference: Reference | None = None,
 ) -> Comparison:
-    """Draw from both models with the same noise and measure what comes out.
+    """Sample both models from the same noise and measure what comes out.
 
     Conditions come in turns; both models sample by DDIM. Distances are measured if the images fit
     `reference`. The models' modes and evaluation counters stay as they were. Raises `UsageError`
@@ -171,7 +171,7 @@ def _mean_difference(a: Tensor, b: Tensor) -> float:
 def _other_noise_difference(
     teacher: Tensor, student: Tensor, labels: Tensor | None
 ) -> float | None:
-    """The classes come in turns, so the next sample of the same class is one turn away."""
+    """Compare with the next sample of the same class: the classes come in turns."""
     turn = 1 if labels is None else len(labels.unique())
     if len(teacher) <= turn:
         return None
@@ -179,7 +179,7 @@ def _other_noise_difference(
 
 
 def _first_samples(teacher: Tensor, student: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """Enough samples to look at: six a class, 40 to 100 in all."""
+    """Keep enough samples to look at: six for each class, 40 to 100 in all."""
     count = 40 if labels is None else min(max(40, 6 * len(labels.unique())), MOST_SHOWN)
     samples = {"teacher": teacher, "student": student}
     if labels is not None:

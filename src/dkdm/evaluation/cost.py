@@ -48,7 +48,7 @@ def evaluations_per_second(denoiser: Denoiser, batch_size: int = 64, seconds: fl
 def evaluations_in_turns(
     denoisers: Sequence[Denoiser], batch_size: int = 64, seconds: float = 1.0
 ) -> list[float]:
-    """The same of several networks whose batches take turns: other work slows all of them alike."""
+    """Measure several networks whose batches take turns: other work slows all of them alike."""
     with ExitStack() as stack:
         for denoiser in denoisers:
             stack.enter_context(undisturbed(denoiser))
@@ -61,11 +61,11 @@ def evaluations_in_turns(
         deadline, durations = time.perf_counter() + seconds, [turn()]
         while time.perf_counter() + sum(durations[-1]) < deadline:
             durations.append(turn())
-    return [batch_size / statistics.median(own) for own in zip(*durations, strict=True)]
+    return [batch_size / statistics.median(each) for each in zip(*durations, strict=True)]
 
 
 def evaluations_per_step(denoiser: Denoiser, num_steps: int, guidance_scale: float) -> float:
-    """Network evaluations of one sample in a sampling step, on average over the steps.
+    """Count the network evaluations of one sample in a sampling step, averaged over the steps.
 
     Guidance adds one inside its interval; a network that embeds the scale needs no second.
     """

@@ -9,8 +9,8 @@ from dkdm.data.reference import FeatureStatistics
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Return the squared Frechet distance between N(mean_a, cov_a) and N(mean_b, cov_b).
 
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), where the trace of the root is
-    taken of the similar, symmetric cov_a^(1/2) cov_b cov_a^(1/2). Means are `[D]`, covariances
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), and the trace of the root is
+    that of the similar, symmetric cov_a^(1/2) cov_b cov_a^(1/2). Means are `[D]`, covariances
     `[D, D]`; computed in float64 on the CPU; >= 0. Eigenvalues that rounding made negative count
     as 0, so singular covariances (fewer images than features) are fine.
 

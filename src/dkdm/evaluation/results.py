@@ -27,7 +27,7 @@ FIELDS = {name: field for field, name in PUBLISHED.items()}
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What was measured of one of the two models.
+    """What was measured of a model.
 
     - `network`: class name of the network.
     - `macs`: multiply-accumulates of one network evaluation of one sample.
@@ -126,7 +126,7 @@ class Comparison:
 def read_evaluation(run_dir: Path) -> Comparison:
     """Read the `evaluation.json` that `Comparison.save` wrote; `samples` is empty.
 
-    Raises `DkdmError` where it is missing or damaged.
+    Raises `DkdmError` if it is missing or damaged.
     """
     try:
         values = read_json(run_dir / EVALUATION, "a comparison, written when a run ends")
@@ -146,7 +146,7 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 def read_samples(run_dir: Path) -> dict[str, Tensor]:
     """Read the samples that `Comparison.save` wrote: `teacher`, `student` and perhaps `labels`.
 
-    Raises `DkdmError` where they are missing or damaged.
+    Raises `DkdmError` if they are missing or damaged.
     """
     try:
         samples = load_file(run_dir / SAMPLES)
@@ -155,5 +155,5 @@ def read_samples(run_dir: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged header may raise anything
         raise DkdmError(f"{SAMPLES} cannot be read ({in_a_line(error)})") from error
     if samples.keys() - {"labels"} != {"teacher", "student"}:
-        raise DkdmError(f"{SAMPLES} holds {', '.join(samples)}: expected teacher and student")
+        raise DkdmError(f"{SAMPLES} holds {', '.join(samples)}, not teacher and student")
     return samples

@@ -42,8 +42,9 @@ def comparison_rows(comparison: Comparison, noun: str = "image") -> list[Row]:
     teacher, student, steps = comparison.teacher, comparison.student, comparison.num_steps
     speeds = teacher.images_per_second(steps), student.images_per_second(steps)
     evaluations = teacher.evaluations_per_second, student.evaluations_per_second
+    measured = student.metrics and teacher.metrics and metric_rows(student.metrics, teacher.metrics)
     return [
-        *(metric_rows(student.metrics, teacher.metrics) if student.metrics else []),
+        *(measured or []),
         Row("parameters", teacher.parameters, student.parameters, count, "lower"),
         Row("multiply-accumulates", teacher.macs, student.macs, count, "lower"),
         Row("network evaluations a second", *evaluations, number),

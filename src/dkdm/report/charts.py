@@ -35,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where values lie on the chart: x linear over `x`, y logarithmic over `y`."""
+    """The scales of a chart: x linear over `x`, y logarithmic over `y`."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -49,7 +49,7 @@ class Frame:
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> Markup | None:
-    """Draw the series over a linear x and a logarithmic y; None where nothing can be drawn."""
+    """Draw the series over a linear x and a logarithmic y; None if no point can be drawn."""
     points = [point for line in series for point in line.drawable()]
     if not points:
         return None
@@ -69,9 +69,9 @@ _SVG = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"
 def standalone_chart(
     title: str, series: Sequence[Series], x_label: str, y_label: str, colours: Mapping[str, str]
 ) -> str:
-    """The chart as an SVG file of its own, on white, with a legend.
+    """The chart as the text of an SVG file, on white, with a legend.
 
-    colours: of each series' style. Raises ValueError where nothing can be drawn.
+    colours: of each series' style. Raises ValueError if no point can be drawn.
     """
     chart = line_chart(title, series, x_label, y_label)
     if chart is None:

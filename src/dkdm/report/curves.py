@@ -17,7 +17,7 @@ ROUNDING = 1e-12  # a mean squared gap below it, as a share of the output, is fl
 
 
 def charts(run: Run) -> dict[str, Markup | None]:
-    """The curves, None where there is nothing to draw."""
+    """The curves; None for one without points."""
     loss = [point for entry in run.metrics if (point := loss_point(entry))]
     tenth = max(1, len(run.metrics) // 10)
     gaps = run.comparison.gaps if run.comparison else ()
@@ -52,7 +52,7 @@ def charts(run: Run) -> dict[str, Markup | None]:
 
 
 def loss_point(entry: dict[str, Any]) -> Point | None:
-    """Step and loss of a line of metrics; None where one is no finite number."""
+    """Step and loss of a line of metrics; None if one is not a finite number."""
     step, loss = entry.get("step"), entry.get("loss")
     return (step, loss) if _is_number(step) and _is_number(loss) else None
 

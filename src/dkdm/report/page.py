@@ -23,7 +23,7 @@ REPORT = "report.html"
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder and return its path.
 
-    Raises UsageError where the folder holds no `config.json` of a run.
+    Raises UsageError if the folder holds no `config.json` of a run.
     """
     page = render(read_run(run_dir))
     with atomic(run_dir / REPORT) as partial:
@@ -69,7 +69,7 @@ def headline(run: Run) -> str:
 
 
 def claim(run: Run) -> str:
-    """What was read to get there; nothing where a teacher taught."""
+    """What a distillation read: no images. Empty for training on images."""
     if not run.is_distillation:
         return ""
     what = "No image" if run.shows == "image" else "No data"

@@ -1,4 +1,4 @@
-"""Vectors and signals as pictures: bars of components, lines of channels, by Pillow alone."""
+"""Vectors and signals as images: bars of components, lines of channels, by Pillow alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 WIDTH, HEIGHT = 160, 104  # pixels of one plot
-FINER = 3  # times finer is what is drawn, before it is averaged down
+FINER = 3  # plots are drawn this many times larger and averaged down
 MARGIN = 5  # pixels above and below the range
-MOST_LINES = 8  # channels that are drawn
+MOST_LINES = 8  # channels to draw
 PAPER, RULE = (255, 255, 255), (208, 204, 196)  # RGB in 0..255
 COLOURS = (
     (31, 95, 168),
@@ -23,22 +23,22 @@ COLOURS = (
     (190, 50, 90),
     (105, 105, 105),
 )
-FIRST, LAST = 0.005, 0.995  # shares of all values that are inside of the shown range
-MOST_VALUES = 1_000_000  # that the shares are taken of
+FIRST, LAST = 0.005, 0.995  # quantiles at the ends of the shown range
+MOST_VALUES = 1_000_000  # to take the quantiles of
 
 Range = tuple[float, float]
 
 
 def is_plotted(samples: Tensor) -> bool:
-    """Whether samples [N, ...] are vectors or signals; pictures one pixel high or wide are."""
+    """Whether samples [N, ...] are vectors or signals; so are images one pixel high or wide."""
     return samples.ndim in (2, 3) or (samples.ndim == 4 and 1 in samples.shape[2:])
 
 
 def plots(samples: Tensor, within: Range | None = None) -> Tensor:
     """Draw samples, each a plot: vectors [N, C] as bars, signals [N, C, L] as a line a channel.
 
-    within: values at the lower and the upper edge; None is `value_range`. Of more than `MOST_LINES`
-    channels the first are drawn. Long signals are drawn as the band between the least and the
+    within: values at the lower and the upper edge; None is `value_range`. At most the first
+    `MOST_LINES` channels are drawn. Long signals are drawn as the band between the least and the
     largest value of each column. Values that are not finite are left out. Returns [N, 3, HEIGHT,
     WIDTH] in [-1, 1].
     """
@@ -63,7 +63,7 @@ def value_range(samples: Tensor) -> Range:
 
 
 def _as_signals(samples: Tensor) -> Tensor:
-    """[N, C] or [N, C, L] in float32 on the CPU; a single place is none."""
+    """Vectors [N, C], signals of length 1 among them, or signals [N, C, L]; float32 on the CPU."""
     samples = samples.detach().float().cpu()
     if samples.ndim > 2:
         samples = samples.flatten(2)
@@ -87,7 +87,7 @@ def _plot(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.ui
 
 
 def _heights(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.float64]:
-    """Distances from the upper edge, in fine pixels; beyond the range at an edge."""
+    """Distances from the upper edge, in fine pixels; values beyond the range lie just outside."""
     share = (values.astype(np.float64) - low) / (high - low)
     inside = HEIGHT - 2 * MARGIN
     return FINER * (MARGIN + (1 - share.clip(-0.05, 1.05)) * inside)
@@ -105,7 +105,7 @@ def _bars(pen: ImageDraw.ImageDraw, heights: NDArray[np.float64], zero: float) -
 def _line(
     pen: ImageDraw.ImageDraw, heights: NDArray[np.float64], colour: tuple[int, int, int]
 ) -> None:
-    """A line through all points, in pieces where one is not finite; or a band of many points."""
+    """Draw a line through all finite points, or a band if they are many."""
     if len(heights) > 4 * WIDTH:
         return _band(pen, heights, colour)
     across = np.linspace(2 * FINER, (WIDTH - 2) * FINER, len(heights))

@@ -23,7 +23,7 @@ from dkdm.evaluation.results import (
     read_samples,
 )
 from dkdm.reading.places import check_place
-from dkdm.report.pictures import png_data_uri
+from dkdm.report.grids import png_data_uri
 
 STAGES = 6  # sample grids shown of the training
 Read = TypeVar("Read")
@@ -31,7 +31,7 @@ Read = TypeVar("Read")
 
 @dataclass
 class Run:
-    """What was found in a run folder, and one sentence for each part that was not."""
+    """What a run folder holds, and one sentence for each part that is missing."""
 
     config: DistillConfig | TrainConfig
     metrics: list[dict[str, Any]]
@@ -47,13 +47,13 @@ class Run:
 
     @property
     def shows(self) -> Literal["image", "video", "plot"]:
-        """What its samples are shown as; images, where that is not known."""
+        """How its samples are shown; as images if their shape is not known."""
         shape = self.comparison.sample_shape if self.comparison else (1, 1, 1)
         return "plot" if len(shape) < 3 else "video" if len(shape) == 4 else "image"
 
     @property
     def noun(self) -> str:
-        """What a reader calls a sample."""
+        """What a sample is called."""
         return "sample" if self.shows == "plot" else self.shows
 
     @property
@@ -67,7 +67,7 @@ class Stage:
     """A grid of samples that the student drew during training."""
 
     step: int
-    picture: str
+    image: str
 
 
 def read_run(run_dir: Path) -> Run:
@@ -77,7 +77,7 @@ def read_run(run_dir: Path) -> Run:
     config = cast("DistillConfig | TrainConfig", read_config(run_dir / "config.json"))
     run = Run(config, read_metrics(run_dir / "metrics.jsonl"))
     if not run.metrics:
-        run.missing.append("metrics.jsonl has no line: no training step was logged.")
+        run.missing.append("metrics.jsonl is empty: no training step was logged.")
     elif run.step < run.config.max_train_steps:
         run.missing.append(
             f"The run is not finished: {run.step:,} of {run.config.max_train_steps:,} steps."
@@ -99,10 +99,10 @@ def _or_missing(read: Callable[[], Read], missing: list[str]) -> Read | None:
 
 
 def read_stages(folder: Path, missing: list[str]) -> list[Stage]:
-    """Read the sample grids `step-N.png`, evenly spaced where there are many."""
+    """Read the sample grids `step-N.png`, a few evenly spaced ones if there are many."""
     found = sorted((int(m[1]), p) for p in folder.glob("*.png") if (m := _STEP.fullmatch(p.name)))
     if not found:
-        missing.append("There is no samples/step-*.png: no sample grid was drawn during training.")
+        missing.append("samples/step-*.png are missing: no sample grid was drawn during training.")
     count = min(STAGES, len(found))
     places = {round(i * (len(found) - 1) / max(count - 1, 1)) for i in range(count)}
     stages = []
@@ -112,7 +112,7 @@ def read_stages(folder: Path, missing: list[str]) -> list[Stage]:
             image.thumbnail((640, 640))
             stages.append(Stage(step, png_data_uri(image)))
         except DkdmError:
-            missing.append(f"samples/{path.name} cannot be read as a picture.")
+            missing.append(f"samples/{path.name} cannot be read as an image.")
     return stages
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the page: teacher, student and their difference, a column a sample."""
+"""The sample images of the page: teacher, student and their difference, a column a sample."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from dkdm.report.pictures import as_images, comparison_strip, png_data_uri
+from dkdm.report.grids import as_images, comparison_strip, png_data_uri
 from dkdm.report.plots import is_plotted
 from dkdm.report.run import Run
 
-FIRST = 10  # samples in the picture at the top
+FIRST = 10  # samples at the top
 PER_BLOCK = 5  # samples side by side
 HERO, BLOCK, NARROW = 504, 420, 252  # pixels: widths of five samples at the top, below, on a phone
-LARGEST_PICTURE = 128  # pixels; larger samples are averaged down for the page
+LARGEST_IMAGE = 128  # pixels; larger samples are averaged down for the page
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A picture of three rows (teacher, student, difference), one column a sample.
+    """An image of three rows (teacher, student, difference), one column a sample.
 
-    width, height: of the picture before the page enlarges it `scale` times (`narrow` on a phone).
+    width, height: of the image before the page enlarges it `scale` times (`narrow` on a phone).
     """
 
     title: str
     names: list[str]
-    picture: str
+    image: str
     width: int
     height: int
     scale: float
@@ -37,7 +37,7 @@ class Strip:
 
 
 def strips(run: Run) -> tuple[list[Strip], list[Strip]]:
-    """The pictures: the first samples, then the others by class, in the order they were drawn."""
+    """The images: the first samples, then the others by class, in the order they were drawn."""
     if not run.samples:
         return [], []
     teacher, student = run.samples["teacher"], run.samples["student"]
@@ -53,7 +53,7 @@ def strips(run: Run) -> tuple[list[Strip], list[Strip]]:
 
 
 def by_class(run: Run, rows: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Cut samples into blocks of at most `PER_BLOCK`, each of one class where there are enough."""
+    """Cut samples into blocks of at most `PER_BLOCK`, each of one class if there are enough."""
     labels = run.samples.get("labels")
     names = [_class_name(run, row) for row in rows]
     if labels is None or len(set(names)) > len(rows) / 2:
@@ -79,15 +79,15 @@ def _class_name(run: Run, row: int) -> str:
 
 def _strip(run: Run, title: str, rows: list[int], width: int) -> Strip:
     teacher, student = (_reduced(run.samples[key][rows]) for key in ("teacher", "student"))
-    picture = comparison_strip(teacher, student)
-    full = PER_BLOCK * (picture.width + 1) / len(rows) - 1
+    image = comparison_strip(teacher, student)
+    full = PER_BLOCK * (image.width + 1) / len(rows) - 1
     shown = title or ", ".join(filter(None, (_class_name(run, row) for row in rows)))
     return Strip(
         title=title,
         names=[] if title else [_class_name(run, row) for row in rows],
-        picture=png_data_uri(picture),
-        width=picture.width,
-        height=picture.height,
+        image=png_data_uri(image),
+        width=image.width,
+        height=image.height,
         scale=_whole(width / full),
         narrow=_whole(NARROW / full),
         alt=f"{len(rows)} samples{': ' if shown else ''}{shown}. "
@@ -96,14 +96,14 @@ def _strip(run: Run, title: str, rows: list[int], width: int) -> Strip:
 
 
 def _whole(scale: float) -> float:
-    """Small pixels are enlarged a whole number of times, so that all are of one size."""
+    """Enlarge small pixels a whole number of times, so that all have one size."""
     return math.floor(scale) if scale >= 2 else round(scale, 3)
 
 
 def _reduced(samples: Tensor) -> Tensor:
-    """Images and middle frames of a size for the page; vectors and signals as they are."""
+    """Average large images and video frames down; leave vectors and signals alone."""
     images = None if is_plotted(samples) else as_images(samples)
     if images is None:
         return samples
-    factor = math.ceil(max(images.shape[2:]) / LARGEST_PICTURE)
+    factor = math.ceil(max(images.shape[2:]) / LARGEST_IMAGE)
     return avg_pool2d(images.float(), factor)

@@ -26,7 +26,7 @@ from dkdm.evaluation.rows import Row, comparison_rows, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.reading.files import atomic
 from dkdm.report import write_report
-from dkdm.report.pictures import sample_grid
+from dkdm.report.grids import sample_grid
 from dkdm.runs.launch import check_writable_folder
 from dkdm.shipping.card import NO_LICENCE, write_card
 from dkdm.shipping.pipeline_folder import shipping_notes

@@ -1,4 +1,4 @@
-"""Samples as pictures: 8-bit pixels, grids, the comparison of two models, PNG inside a page."""
+"""Samples as images to look at: 8-bit pixels, grids, two models beside each other, PNG."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 
 
 def as_images(samples: Tensor) -> Tensor | None:
-    """What is shown of samples [N, ...], as images [N, C, H, W] in about [-1, 1].
+    """Images [N, C, H, W] in about [-1, 1] that show samples [N, ...].
 
-    Images themselves, middle frames of videos, plots of vectors and signals; None of anything else.
+    These are the images themselves, the middle frames of videos, and plots of vectors and signals;
+    None for samples of more dimensions.
     """
     if is_plotted(samples):
         return plots(samples)
@@ -41,7 +42,7 @@ def as_images(samples: Tensor) -> Tensor | None:
 
 
 def sample_grid(samples: Tensor, columns: int) -> Image.Image | None:
-    """Lay samples [N, ...] out in rows of `columns`; None where there is no picture of them."""
+    """Lay samples [N, ...] out in rows of `columns`; None if they cannot be shown."""
     images = as_images(samples)
     if images is None:
         return None
@@ -60,9 +61,9 @@ def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 1) -> Image.Im
     columns = min(columns, count)
     shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels + 1)
     canvas = np.zeros(shape, dtype=np.uint8)
-    for index, picture in enumerate(pixels):
+    for index, image in enumerate(pixels):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
-        canvas[top : top + height, left : left + width, :channels] = picture
+        canvas[top : top + height, left : left + width, :channels] = image
         canvas[top : top + height, left : left + width, channels] = 255
     return Image.fromarray(canvas.repeat(scale, axis=0).repeat(scale, axis=1))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dkdm.report.pictures import HEAT, comparison_strip, difference, grid, png_data_uri, to_uint8
+from dkdm.report.grids import HEAT, comparison_strip, difference, grid, png_data_uri, to_uint8
 
 
 def constant(value: float, channels: int = 1, count: int = 1, size: int = 2) -> torch.Tensor:
