@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import dkdm
 from dkdm.cli import main
-from dkdm.core.conditioning import ABSENT, parse_interval
+from dkdm.config import parse_interval
+from dkdm.core.conditioning import ABSENT
 from dkdm.core.denoiser import Batch
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.runs.outputs import sample_to_file

@@ -369,13 +369,15 @@ def refused(model, path, **options):
 
 def test_bad_input(tmp_path, monkeypatch):
     model = denoiser()
-    assert "expected a file such as" in refused(model, tmp_path)
-    assert "expected a file such as" in refused(model, tmp_path / "x.json")
     program = {"format": "torch-export"}
+    assert "give a name that ends in .onnx" in refused(model, tmp_path)
+    assert "give a name that ends in .pt2" in refused(model, tmp_path / "x.json", **program)
+    (tmp_path / "f.onnx").mkdir()
+    assert "f.onnx is a folder: give the name of a file" in refused(model, tmp_path / "f.onnx")
     assert "has no opsets" in refused(model, tmp_path / "x.pt2", opset=18, **program)
     assert "expected 18 to" in refused(model, tmp_path / "x.onnx", opset=9)
     (tmp_path / "x.onnx.json").write_text("{}")
-    assert "x.onnx.json exists: expected another" in refused(model, tmp_path / "x.onnx")
+    assert "x.onnx.json exists: give another name" in refused(model, tmp_path / "x.onnx")
     model.network.bfloat16()
     assert "bfloat16" in refused(model, tmp_path / "y.onnx")
     model.network.double()
@@ -486,6 +488,6 @@ def test_the_examples_rules(prediction):
 def test_the_command_refuses_what_does_not_go_together(tmp_path, capsys):
     where = ["--output", str(tmp_path / "x.onnx")]
     assert main(["export", "builtin:fashion", "--dtype", "int8", *where]) == 2
-    assert "expected --format int8" in capsys.readouterr().err
+    assert "use --format int8" in capsys.readouterr().err
     assert main(["export", "builtin:fashion", "--format", "int8", "--opset", "18", *where]) == 2
     assert "only --format onnx" in capsys.readouterr().err

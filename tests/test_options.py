@@ -210,3 +210,82 @@ def test_every_option_has_a_help():
     for kind in KINDS:
         for group in hints(kind).values():
             assert set(helps(group)) >= set(hints(group))
+
+
+PLACES = {
+    "a file in the way": (lambda tmp: tmp / "file" / "x{}", "file is not a folder: give another"),
+    "a folder in the way": (lambda tmp: tmp / "folder{}", "is a folder: give the name of a file"),
+    "a link to nowhere": (lambda tmp: tmp / "link" / "x{}", "link is not a folder"),
+    "no place for files": (lambda tmp: Path("/proc/x{}"), "nothing can be written to /proc"),
+}
+SUFFIXES = {"sample": ".png", "inspect": ".png", "export": ".onnx"}
+
+
+@pytest.fixture
+def crowded(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for suffix in SUFFIXES.values():
+        (tmp_path / f"folder{suffix}").mkdir(exist_ok=True)
+    return tmp_path
+
+
+def listing(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("command", SUFFIXES)
+def test_an_output_is_checked_before_the_model_is_loaded(command, place, crowded, capsys):
+    where, said = PLACES[place]
+    output, before = str(where(crowded)).format(SUFFIXES[command]), listing(crowded)
+    assert main([command, "no/such/model", "--output", output]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"dkdm: --output {output}") and said in message
+    assert listing(crowded) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("sample", "--output", "x.xyz"), "x.xyz: give a name that ends in .png, or"),
+        (("sample", "--output", "x"), "x: give a name that ends in .png, or"),
+        (("inspect", "--output", "x.xyz"), "x.xyz: give a name that ends in .png, or"),
+        (("export", "--output", "x.pt2"), "x.pt2: give a name that ends in .onnx"),
+        (
+            ("export", "--format", "torch-export", "--output", "x"),
+            "x: give a name that ends in",
+        ),
+        (
+            ("export", "--format", "int8", "--output", "file"),
+            "file is a file: give the name of",
+        ),
+        (("sample", "--output", "old.png"), "old.png exists: give another name, or --overwrite"),
+        (("inspect", "--output", "old.png"), "old.png exists: give another name"),
+        (("export", "--output", "old.onnx"), "old.onnx.json exists: give another name"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_the_model_is_loaded(
+    words, said, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "old.png", "old.onnx.json"):
+        Path(name).write_text("mine")
+    assert main([words[0], "no/such/model", *words[1:]]) == 2
+    assert f"--output {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [DistillConfig, TrainConfig], ids=lambda kind: kind.command)
+@pytest.mark.parametrize("place", ["file", "file/x", "link", "link/x", "/proc/x"])
+def test_an_output_dir_is_checked_first(kind, place, crowded, capsys):
+    before = listing(crowded)
+    words = {"distill": ["--teacher", "no/such"], "train": ["--images", "no/such"]}[kind.command]
+    assert main([kind.command, *words, "--output-dir", str(crowded / place)]) == 2
+    assert capsys.readouterr().err.startswith("dkdm: --output-dir ")
+    assert listing(crowded) == before
+
+
+def test_a_report_that_is_a_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "report.html").mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "the report" in capsys.readouterr().err

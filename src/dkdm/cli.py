@@ -32,6 +32,7 @@ from dkdm.config import (
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.command_line import parse, summary
 from dkdm.reading.fields import read_json
+from dkdm.reading.files import check_output
 from dkdm.reading.made_here import was_made_here
 from dkdm.reading.options import Grouped, places
 from dkdm.reading.plugins import named_code, split
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=RunConfig)
 INSPECTED_PROMPT = "a photograph of a house"
-EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,21 +243,30 @@ def _with_prompts(
 
 def _export(args: list[str]) -> int:
     options = parse(ExportCommand, args)
-    from dkdm.shipping.graph import export_graph
-    from dkdm.shipping.int8 import write_int8_folder
-
-    what = options.export
-    output = what.output or Path(EXPORTED[what.to])
-    denoiser = _load(options, INSPECTED_PROMPT)
+    what, output = options.export, options.export.path
+    if options.model_choice.dtype == "int8":
+        raise UsageError("--dtype int8: use --format int8 instead, which quantizes by itself")
     if what.to == "int8":
-        write_int8_folder(denoiser, output, what.overwrite)
-        print(output)
-        return 0
+        return _export_int8(options)
+    from dkdm.shipping.graph import check_files, export_graph
+
+    check_files(output, what.to, what.overwrite)
+    denoiser = _load(options, INSPECTED_PROMPT)
     facts = export_graph(
         denoiser, output, format=what.to, opset=what.opset, overwrite=what.overwrite
     )
     difference, size = facts["check"]["largest_difference"], output.stat().st_size / 1e6
     print(f"{output}  {size:.2f} MB, differs from PyTorch by {difference:.1e} of the largest value")
+    return 0
+
+
+def _export_int8(options: ExportCommand) -> int:
+    output, overwrite = options.export.path, options.export.overwrite
+    check_output("--output", output, folder=True, overwrite=overwrite)
+    from dkdm.shipping.int8 import write_int8_folder
+
+    write_int8_folder(_load(options, INSPECTED_PROMPT), output, overwrite)
+    print(output)
     return 0
 
 
@@ -368,6 +377,7 @@ def _doctor(args: list[str]) -> int:
 
 def _report(args: list[str]) -> int:
     options = parse(ReportCommand, args)
+    check_output("the report", options.run / "report.html", overwrite=True)
     from dkdm.report import write_report
 
     print(write_report(options.run))

@@ -23,6 +23,7 @@ FillKind = Literal["few-step", "ancestral", "none"]
 LossWeighting = Literal["uniform", "snr", "min-snr", "student"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ProcessName = str
+EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
 
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]
@@ -644,7 +645,7 @@ class SamplingOptions(Options):
     title: ClassVar[str] = "Sampling"
 
     output: Path = Path("samples.png")
-    """Image to write. A name that ends in .safetensors writes the tensor [N, C, ...] instead."""
+    """Image to write (.png, .jpg, .webp), or the tensor [N, C, ...] (.safetensors)."""
     num_samples: Annotated[int, Range(1, 10**6)] = 40
     """Number of samples."""
     steps: Count = 25
@@ -684,6 +685,16 @@ class ExportOptions(Options):
     """ONNX operator set. Default: the exporter's own choice."""
     overwrite: bool = False
     """Replace what exists."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.to != "onnx" and self.opset is not None:
+            raise UsageError(f"--opset {self.opset}: only --format onnx has opsets; remove --opset")
+
+    @property
+    def path(self) -> Path:
+        """Where it is written."""
+        return self.output or Path(EXPORTED[self.to])
 
 
 @dataclass(frozen=True)

@@ -352,22 +352,6 @@ def absent_rows(conditioning: Conditioning, cond: Condition) -> Tensor | None:
 Interval = tuple[float, float]
 
 
-def parse_interval(text: str | None) -> Interval | None:
-    """Read 'LOW:HIGH', shares of noise in 0..1; None is everywhere. Raises UsageError."""
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(":"))
-    except ValueError:
-        low, high = math.nan, math.nan
-    if not 0 <= low < high <= 1:
-        raise UsageError(
-            f"--guidance-interval {text}: give LOW:HIGH, shares of noise sigma / (alpha + sigma) "
-            "from 0 (clean) to 1 (noise), such as 0.3:0.7"
-        )
-    return low, high
-
-
 def guide(
     conditional: Tensor, unconditional: Tensor, scale: float | Tensor, channels: int
 ) -> Tensor:

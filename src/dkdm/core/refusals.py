@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dkdm.config import parse_interval
 from dkdm.core.bundle import Bundle
-from dkdm.core.conditioning import Condition, Conditioning, Interval, parse_interval
+from dkdm.core.conditioning import Condition, Conditioning, Interval
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
 from dkdm.errors import UsageError

@@ -7,7 +7,8 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,43 @@ def atomic(path: Path) -> Iterator[Path]:
 def _beside(path: Path) -> Path:
     """A hidden name in the same folder, with the same suffix."""
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+
+
+def check_output(
+    option: str,
+    path: Path,
+    *,
+    suffixes: Collection[str] = (),
+    folder: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """The path of an output, if it can be written there; nothing is left on the disk.
+
+    option: the one that names it, for messages. suffixes: how a file's name may end; none: in any
+    way. folder: whether a folder is written. overwrite: whether it may exist. Raises UsageError.
+    """
+    if suffixes and path.suffix not in suffixes:
+        raise UsageError(f"{option} {path}: give a name that ends in {' or '.join(suffixes)}")
+    if path.exists() and path.is_dir() != folder:
+        there, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise UsageError(f"{option} {path} is a {there}: give the name of a {wanted}")
+    if folder and path.is_symlink() and not path.exists():
+        raise UsageError(f"{option} {path} is a link to nothing: remove it, or give another name")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{option} {path} exists: give another name, or --overwrite")
+    place = path if path.is_dir() else path.parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UsageError(f"{option} {path}: {place} is not a folder: give another path")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return path
+    except OSError as error:
+        raise UsageError(
+            f"{option} {path}: nothing can be written to {place.absolute()} ({error.strerror}): "
+            "give another path"
+        ) from error
 
 
 def cache_dir(name: str) -> Path:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
@@ -16,7 +14,7 @@ from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.trainer import Trainer
 from dkdm.errors import UsageError
-from dkdm.reading.files import atomic
+from dkdm.reading import files
 from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
 from dkdm.reading.plugins import named_code, split
@@ -60,7 +58,7 @@ def _trackers(wanted: str) -> list[str]:
 def check_output(config: RunConfig) -> None:
     """Raise UsageError if the run cannot have its output folder; nothing is written."""
     folder = config.output_dir
-    check_writable_folder(folder, "--output-dir")
+    files.check_output("--output-dir", folder, folder=True, overwrite=True)
     existing = folder / "config.json"
     if not existing.is_file():
         return
@@ -71,15 +69,6 @@ def check_output(config: RunConfig) -> None:
         )
     if type(read_config(existing)) is not type(config):
         raise UsageError(f"--output-dir {folder} holds a run of another command")
-
-
-def check_writable_folder(folder: Path, option: str) -> None:
-    """Raise UsageError unless a folder is there or can be made, and can be written to."""
-    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not present.is_dir():
-        raise UsageError(f"{option} {folder}: {present} is a file; give another folder")
-    if not os.access(present, os.W_OK):
-        raise UsageError(f"{option} {folder}: {present} cannot be written to; give another folder")
 
 
 def resume(trainer: Trainer, config: RunConfig) -> bool:
@@ -101,7 +90,7 @@ def claim_output(config: Config, accelerator: Accelerator) -> Config:
     """
     config = reserve(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    with atomic(config.output_dir / "config.json") as partial:
+    with files.atomic(config.output_dir / "config.json") as partial:
         partial.write_text(to_json(config))
     for name in ("teacher", "student", "network", "student_factory"):
         for spec in named_code(getattr(config, name, None)):

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dkdm.config import DistillConfig, RunConfig, TrainConfig
+from dkdm.config import DistillConfig, RunConfig, TrainConfig, parse_interval
 from dkdm.core import checkpoint
-from dkdm.core.conditioning import Condition, parse_interval, restrict_classes
+from dkdm.core.conditioning import Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import evaluating, say_if
 from dkdm.core.progress import track
@@ -24,10 +24,9 @@ from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.rows import Row, comparison_rows, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
-from dkdm.reading.files import atomic
+from dkdm.reading.files import atomic, check_output
 from dkdm.report import write_report
 from dkdm.report.grids import sample_grid
-from dkdm.runs.launch import check_writable_folder
 from dkdm.shipping.card import NO_LICENCE, write_card
 from dkdm.shipping.pipeline_folder import shipping_notes
 
@@ -248,15 +247,11 @@ def _write_samples(output: Path, denoiser: Denoiser, samples: Tensor, cond: Cond
 
 def check_sample_file(output: Path, overwrite: bool = False) -> None:
     """Raise UsageError unless samples can be written to this file; nothing is written."""
-    if output.is_dir():
-        raise UsageError(f"--output {output} is a folder: give a file")
-    if output.exists() and not overwrite:
-        raise UsageError(f"--output {output} exists: give another file, or --overwrite")
     if output.suffix != TENSORS and not _is_image(output):
         raise UsageError(
             f"--output {output}: give a name that ends in .png, or in {TENSORS} for the tensor"
         )
-    check_writable_folder(output.parent, "--output")
+    check_output("--output", output, overwrite=overwrite)
 
 
 def _is_image(path: Path) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
-from dkdm.core.conditioning import parse_interval
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
 from dkdm.data.named import load_reference
@@ -246,7 +245,7 @@ def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
 
 def _inside(config: DistillConfig) -> str:
     """Where guidance acts, in words; nothing if everywhere."""
-    interval = parse_interval(config.guidance_interval)
+    interval = config.guidance.interval
     low, high = interval or (0, 1)
     return f" (at shares of noise {low:g} to {high:g})" if interval else ""
 

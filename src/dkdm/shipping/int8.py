@@ -10,6 +10,7 @@ import torch
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.files import check_output
 from dkdm.shipping.pipeline_folder import component_name, write_pipeline
 
 NEEDED = "--format int8 needs torchao 0.16 or newer: pip install 'dkdm[quant]'"
@@ -22,8 +23,7 @@ def write_int8_folder(denoiser: Denoiser, folder: Path, overwrite: bool = False)
     Raises UsageError for a folder that exists and for a network that is none of diffusers' models,
     DkdmError where torchao is not installed.
     """
-    if folder.exists() and not overwrite:
-        raise UsageError(f"{folder} exists: expected another --output, or --overwrite")
+    check_output("--output", folder, folder=True, overwrite=overwrite)
     network: Any = denoiser.network
     if not hasattr(network, "save_pretrained"):
         raise UsageError(

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from dkdm.config import EXPORTED
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import denoiser_given, path_given
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.numbers import count
+from dkdm.reading.files import check_output
 from dkdm.shipping.graph.description import describe_graph, sampling_tables
 from dkdm.shipping.graph.formats import Evaluate, Format, opened, require_onnx, runtime, write
 from dkdm.shipping.graph.network import GraphNetwork, random_inputs
@@ -47,12 +49,8 @@ def export_graph(
     """
     denoiser = denoiser_given("export_graph: denoiser", denoiser)
     output = path_given("export_graph: output", output, "give the file to write")
-    beside = output.with_name(f"{output.name}.json")
-    _check(denoiser, output, format, opset)
-    weights = output.with_name(f"{output.name}.data")
-    for path in (output, beside, weights):
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} exists: expected another --output, or --overwrite")
+    _check(denoiser, format, opset)
+    output, beside, weights = check_files(output, format, overwrite)
     inputs = random_inputs(denoiser, TRACED_ROWS)
     network = GraphNetwork(denoiser, inputs)
     _say(f"tracing {type(denoiser.network).__name__}, {count(denoiser.num_parameters)} parameters")
@@ -106,13 +104,20 @@ def largest_difference(
     return worst
 
 
-def _check(denoiser: Denoiser, output: Path, format: Format, opset: int | None) -> None:
+def check_files(output: Path, format: Format, overwrite: bool = False) -> tuple[Path, Path, Path]:
+    """The paths of graph, description and separate weights. Raises UsageError if any of them cannot
+    be written."""
+    check_output("--output", output, suffixes=(Path(EXPORTED[format]).suffix,), overwrite=overwrite)
+    beside = (output.with_name(f"{output.name}.{end}") for end in ("json", "data"))
+    description, weights = (check_output("--output", p, overwrite=overwrite) for p in beside)
+    return output, description, weights
+
+
+def _check(denoiser: Denoiser, format: Format, opset: int | None) -> None:
     if denoiser.dtype not in (*TOLERANCES, None):
         raise UsageError(f"{denoiser.name} is in {denoiser.dtype}: expected {_PRECISIONS}")
     if denoiser.device.type != "cpu":
         raise UsageError(f"{denoiser.name} is on {denoiser.device}: expected it on the CPU")
-    if output.is_dir() or output.suffix in ("", ".json"):
-        raise UsageError(f"--output {output}: expected a file such as student.onnx or student.pt2")
     if format == "torch-export":
         if opset is not None:
             raise UsageError(f"--opset {opset}: torch-export has no opsets; leave it out")
