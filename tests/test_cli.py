@@ -89,7 +89,7 @@ def test_underscores_are_accepted(tmp_path, capsys):
     ("more", "said"),
     [
         (("--student", "no-such-preset"), "unknown student"),
-        (("--student", "factories:wide_student"), "expected (2, 1, 8, 8)"),
+        (("--student", "factories:wide_student"), "it must return (2, 1, 8, 8)"),
         (("--student", "factories:not_a_model"), "expected an nn.Module"),
         (("--classes", "7"), "class id 7 out of range: expected 0..2"),
         (("--stride", "fast"), "--stride 'fast'"),
