@@ -59,7 +59,7 @@ def test_a_pipelines_folder_gives_its_architecture(tmp_path):
     ("changes", "message"),
     [
         ({"latent_channels": 16}, "latent_channels 16 against 4"),
-        ({"scaling_factor": 0.5}, r"scaling_factor 0.5 against 0.18; expected the same"),
+        ({"scaling_factor": 0.5}, r"scaling_factor 0.5 against 0.18; use a student"),
         ({"block_out_channels": [8, 8, 8]}, "levels 3 against 2"),
         ({"_class_name": "AutoencoderDC"}, "class AutoencoderDC against AutoencoderKL"),
     ],
@@ -76,7 +76,7 @@ def test_a_latent_student_of_a_pixel_teacher_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="expected a diffusers pipeline or a network's folder"):
+    with pytest.raises(UsageError, match="give a diffusers pipeline or a network's folder"):
         student_of(str(tmp_path), denoiser())
 
 

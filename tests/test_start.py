@@ -17,7 +17,7 @@ from dkdm.errors import DkdmError, UsageError
 from dkdm.runs.dry_run import describe
 from dkdm.students import student_of
 from dkdm.students.lora import add_lora, inherited_names, merge_lora, merged_weights
-from dkdm.students.start import begin, inherit, read_checkpoint
+from dkdm.students.start import inherit, read_checkpoint, start_student
 from factories import Blank, denoiser, tiny_unet
 
 CONFIG = dkdm.DistillConfig(
@@ -38,7 +38,7 @@ CONFIG = dkdm.DistillConfig(
 def started(student="thin-50", teacher=None, **changes):
     teacher = teacher or denoiser()
     learner = student_of(student, teacher) if isinstance(student, str) else student
-    return learner, begin(learner, teacher, replace(CONFIG, **changes))
+    return learner, start_student(learner, teacher, replace(CONFIG, **changes))
 
 
 def evaluate(network):
@@ -117,7 +117,7 @@ def test_network_of_unknown_layout_is_not_sliced():
     [
         ("dit-xs", {}, "--student-init teacher: nothing in it fits this DiTTransformer2DModel"),
         ("dit-xs", {"student_init": "no/such/path"}, "no model at 'no/such/path'"),
-        ("thin-50", {"student_init": "random", "lora_rank": 2}, "expected --student-init teacher"),
+        ("thin-50", {"student_init": "random", "lora_rank": 2}, "add --student-init teacher"),
         ("thin-50", {"lora_rank": 0}, "--lora-rank 0: give a whole number, 1 or more"),
     ],
 )
@@ -131,7 +131,7 @@ def test_teacher_without_readable_weights_is_refused():
     network = teacher.network
     with pytest.raises(UsageError, match="is a function and has no weights"):
         started(learner, replace(teacher, network=lambda *a, **k: network(*a, **k)))
-    with pytest.raises(UsageError, match="held in int8, or offloaded"):
+    with pytest.raises(UsageError, match="in int8 or offloaded"):
         started(learner, replace(teacher, network=network.to("meta")))
 
 
@@ -303,5 +303,5 @@ def test_adapters_are_not_added_when_a_run_goes_on(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     config = replace(CONFIG, output_dir=folder, lora_rank=2, resume_from_checkpoint="latest")
-    with pytest.raises(UsageError, match="checkpoint-4 is of a run without"):
+    with pytest.raises(UsageError, match="checkpoint-4 was trained without LoRA"):
         dkdm.distill(denoiser(), None, config)

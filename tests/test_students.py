@@ -194,11 +194,11 @@ def test_presets_fit_every_conditioning_and_variance(teacher, name, conditioning
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("unet-99m", r"unknown student 'unet-99m': expected a preset \(unet-\d+m, .*, the path of"),
-        ("xx", "unknown student 'xx': expected a preset .*unet-mini, .*uvit-s, .*shallow-50"),
+        ("unet-99m", r"unknown student 'unet-99m': give a preset \(unet-\d+m, .*, the path of"),
+        ("xx", "unknown student 'xx': give a preset .*unet-mini, .*uvit-s, .*shallow-50"),
         ("no_such_module:build", "cannot import no_such_module:build"),
         ("factories:no_such_name", "cannot import factories:no_such_name"),
-        ("factories:not_a_model", "returned list: expected an nn.Module"),
+        ("factories:not_a_model", "returned list: return an nn.Module"),
         ("factories:wide_student", r"returned \(2, 3, 8, 8\).* expected \(2, 1, 8, 8\)"),
         ("absent/config.json", "absent: expected a student's config, but config.json is missing"),
     ],

@@ -38,7 +38,7 @@ from dkdm.runs.source import (
 from dkdm.shipping.hub import publish
 from dkdm.shipping.pipeline_folder import component_name
 from dkdm.students.lora import merge_lora
-from dkdm.students.start import begin
+from dkdm.students.start import start_student
 
 
 def distill(
@@ -103,7 +103,7 @@ def trainer_of(
     teacher: Denoiser, student: Denoiser, config: DistillConfig, accelerator: Accelerator
 ) -> Trainer:
     """A student with its first weights, its source and its objective, ready to train."""
-    start = begin(student, teacher, config)
+    start = start_student(student, teacher, config)
     print(f"student starts from {start}", file=sys.stderr)
     features = features_of(teacher, student, config)
     watched = features.watched if features is not None else lambda model: model

@@ -13,7 +13,7 @@ from dkdm.models import place
 from dkdm.runs.cost import advice, estimated, in_words, measured
 from dkdm.runs.models import open_student, open_teacher, student_warnings
 from dkdm.runs.source import planned_evaluations, pool_entries, set_size
-from dkdm.students.start import begin
+from dkdm.students.start import start_student
 
 
 def describe(config: DistillConfig) -> str:
@@ -38,7 +38,7 @@ def describe(config: DistillConfig) -> str:
         f"student   {student.name}: {student.num_parameters:,} parameters "
         f"({student.num_parameters / teacher.num_parameters:.1%})\n"
         f"{_kind_of(student, teacher)}"
-        f"start     {begin(student, teacher, config)}\n"
+        f"start     {start_student(student, teacher, config)}\n"
         f"source    {config.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
         f"cost      {filling:,} teacher evaluations to prepare, {training:,} to train, "
         "and restarts of chains\n"

@@ -55,13 +55,13 @@ def student_of(
     process: ProcessName = "teacher",
     factory: Factory | None = None,
 ) -> Denoiser:
-    """A fresh student with all that the teacher has beside its network.
+    """A student with random weights, and with all that the teacher has beside its network.
 
     spec: a preset's name, the path of a diffusers `config.json` or of a folder with one (its
     architecture, not its weights), or `module:factory`, called as
-    `factory(sample_shape, out_channels, conditioning)`. prediction, process: another one than the
-    teacher's, see `matching.with_process`. factory: that makes the custom network of a folder, see
-    `load_student`. Raises UsageError where it does not fit.
+    `factory(sample_shape, out_channels, conditioning)`. prediction, process: the student's, if they
+    are not the teacher's; see `with_process`. factory: the code that makes a folder's custom
+    network, see `load_student`. Raises UsageError if it does not fit the teacher.
     """
     student = untried_student_of(spec, with_process(teacher, prediction, process), factory)
     student.check()
@@ -69,7 +69,7 @@ def student_of(
 
 
 def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = None) -> Denoiser:
-    """The same, not evaluated yet; under `torch.device("meta")` it holds no numbers."""
+    """A student that was not evaluated yet; under `torch.device("meta")` it holds no numbers."""
     learned = teacher.parameterization.learns_variance
     out_channels = teacher.sample_shape[0] * (2 if learned else 1)
     interface = Interface(
@@ -82,14 +82,14 @@ def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = N
     network = build_network(spec, interface, factory)
     if kind_of(teacher.conditioning).asks == "prompt" and not _takes_text(network):
         raise UsageError(
-            f"{spec} reads no text, and its teacher is conditioned on text: choose a student that "
+            f"{spec} reads no text, and its teacher is conditioned on text: use a student that "
             "does, such as text-unet-tiny (`dkdm students` lists those that fit)"
         )
     return as_denoiser(spec, network, teacher)
 
 
 def _takes_text(network: nn.Module) -> bool:
-    """Whether a network of diffusers or dkdm has an input for text; a user's own may."""
+    """Whether a network has an input for text; True for custom networks, which may have one."""
     return is_own(network) or _TEXT in inspect.signature(network.forward).parameters
 
 
@@ -97,7 +97,7 @@ _TEXT = "encoder_hidden_states"
 
 
 def given_student(student: Denoiser) -> Denoiser:
-    """A student whose network is an object already. Raises UsageError where it does not fit."""
+    """A student whose network was given as an object. Raises UsageError if it does not fit."""
     check_is_sampled(student)
     student.check()
     remember_object(student)
@@ -105,7 +105,7 @@ def given_student(student: Denoiser) -> Denoiser:
 
 
 def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
-    """A network read as another model is; its time is what the process's scheduler feeds."""
+    """A network read like another model; it is fed the time of the process's scheduler."""
     constants = like.constants if type(network) is type(like.network) else {}
     if kind_of(like.conditioning).asks != "class_labels":
         constants = constants | _constants(network)
@@ -115,15 +115,15 @@ def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
 
 
 def _constants(network: nn.Module) -> Condition:
-    """A DiT always asks for a class; one used without classes is always fed class 0."""
+    """A DiT always takes a class; without classes it is fed class 0."""
     norm = getattr(getattr(network, "config", None), "norm_type", None)
     return {"class_labels": torch.tensor(0)} if norm == "ada_norm_zero" else {}
 
 
 def build_network(spec: str, interface: Interface, factory: Factory | None = None) -> nn.Module:
-    """The network a spec names. Raises UsageError for one that names nothing."""
+    """The network that a spec names. Raises UsageError if it names nothing."""
     if spec in PRESETS:
-        _refuse_own_conditions(spec, interface)
+        _refuse_custom_conditions(spec, interface)
         return PRESETS[spec].build(interface)
     if spec.endswith(".json"):
         return _from_diffusers_config(Path(spec), interface, factory)
@@ -134,23 +134,23 @@ def build_network(spec: str, interface: Interface, factory: Factory | None = Non
         return _from_factory(spec, interface)
     near = get_close_matches(spec, PRESETS) or list(PRESETS)
     raise UsageError(
-        f"unknown student '{spec}': expected a preset ({', '.join(near)}; `dkdm students` lists "
-        "those that fit), the path of a diffusers config.json or folder, or module:factory"
+        f"unknown student '{spec}': give a preset ({', '.join(near)}; `dkdm students` lists those "
+        "that fit), the path of a diffusers config.json or folder, or module:factory"
     )
 
 
 _KNOWN_CONDITIONS = ("class_labels", "encoder_hidden_states", "pooled_projections")
 
 
-def _refuse_own_conditions(preset: str, interface: Interface) -> None:
-    """Raise UsageError for a conditioning that no preset is fed."""
+def _refuse_custom_conditions(preset: str, interface: Interface) -> None:
+    """Raise UsageError for a conditioning that presets have no inputs for."""
     kind = kind_of(interface.conditioning)
     others = [n for n in kind.fed() if n not in _KNOWN_CONDITIONS] if kind.asks == "cond" else []
     if others:
         names = ", ".join(f"'{name}'" for name in others)
         raise UsageError(
-            f"{preset} is fed class ids or text, and {kind.label} feeds {names}: give a "
-            "network of your own as the student, a module in Python or module:factory"
+            f"{preset} takes class ids or text, and {kind.label} gives {names}: use a custom "
+            "network as the student, a module in Python or module:factory"
         )
 
 
@@ -162,12 +162,11 @@ def _from_diffusers_config(path: Path, interface: Interface, factory: Factory | 
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
         raise UsageError(f"student config {path}: '_class_name' must name a diffusers model")
     check_config({**_defaults(cls), **config}, interface, f"student config {path}")
-    network = make_network(cls, config, f"student config {path}")
-    return network
+    return make_network(cls, config, f"student config {path}")
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """The arguments of a class that a config may leave out."""
+    """Defaults of the arguments that a config may leave out."""
     parameters = inspect.signature(cls).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -182,13 +181,13 @@ def _from_factory(spec: str, interface: Interface) -> nn.Module:
         raise DkdmError(f"student factory {spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(
-            f"student factory {spec} returned {type(network).__name__}: expected an nn.Module"
+            f"student factory {spec} returned {type(network).__name__}: return an nn.Module"
         )
     lazy = [n for n, p in network.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise UsageError(
             f"student factory {spec} returned lazy layers ({lazy[0]}), which have no shape until "
-            "they are used and could not be loaded again: expected layers with their sizes"
+            "they are used and could not be loaded again: give the layers their sizes"
         )
     if is_own(network):
         remember_factory(network, spec, *given)
@@ -198,7 +197,7 @@ def _from_factory(spec: str, interface: Interface) -> nn.Module:
 
 
 def _check_made_again(spec: str, factory: Any, interface: Interface, network: nn.Module) -> None:
-    """Raise UsageError for a factory that needs a conditioning that no folder can hold."""
+    """Raise UsageError for a factory that needs a conditioning which no folder can hold."""
     name = type(interface.conditioning).__name__
     with torch.random.fork_rng():
         try:
@@ -209,9 +208,9 @@ def _check_made_again(spec: str, factory: Any, interface: Interface, network: nn
             why = f"it raised {type(error).__name__}: {error}"
     if why:
         raise UsageError(
-            f"student factory {spec}: a folder does not hold {name}, so that a finished run is "
-            f"loaded with dkdm.Unconditional() in its place, and then {why}. Make the network "
-            "without asking the conditioning"
+            f"student factory {spec}: a folder does not hold {name}, so a finished run is loaded "
+            f"with dkdm.Unconditional() in its place, and then {why}. Make the network without "
+            "reading the conditioning"
         )
 
 
@@ -224,7 +223,7 @@ def _check_signature(spec: str, factory: Any, given: tuple[Any, ...]) -> None:
         name = spec.partition(":")[2]
         raise UsageError(
             f"student factory {spec} cannot be called as {name}({shape}, {channels}, "
-            f"{type(conditioning).__name__}): {error}. Expected a function of three positional "
+            f"{type(conditioning).__name__}): {error}. Write a function of three positional "
             "arguments, sample_shape, out_channels, conditioning, that returns an nn.Module"
         ) from error
     except ValueError:  # a callable written in C does not say what it takes

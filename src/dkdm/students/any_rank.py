@@ -1,4 +1,4 @@
-"""Students of other families: for vectors, audio, images and videos."""
+"""Students for samples of any rank: vectors, audio, images and videos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
-from dkdm.students.interface import Interface, Preset, check_halvings, patch_sides
+from dkdm.students.interface import Interface, check_halvings, patch_sides, preset
 
 ATTENDED_PLACES = 1024
 
@@ -31,9 +31,9 @@ def linear(interface: Interface, width: int, depth: int, heads: int) -> nn.Modul
 
 
 def mobile(interface: Interface, channels: tuple[int, ...], blocks: int) -> nn.Module:
-    """dkdm's MobileUNet, with more levels where attention would be over too many places.
+    """dkdm's MobileUNet, with more levels if attention would be over too many places.
 
-    Raises UsageError where a side cannot be halved as often as there are levels.
+    Raises UsageError if a side cannot be halved as often as there are levels.
     """
     from dkdm.networks.mobile import MobileUNet
 
@@ -80,7 +80,7 @@ def mlp(interface: Interface, width: int, depth: int) -> nn.Module:
     sides = interface.sample_shape[1:]
     if len(sides) > 1:
         raise UsageError(
-            "an MLP is for vectors (channels,) and audio (channels, length), since it sees no "
+            "an MLP is for vectors (channels,) and audio (channels, length), since it knows no "
             f"neighbours; the samples have shape {interface.sample_shape}"
         )
     return ResidualMLP(sample_size=sides, width=width, depth=depth, **_channels(interface))
@@ -103,32 +103,28 @@ def _channels(interface: Interface) -> dict[str, Any]:
 
 
 def _deep_enough(interface: Interface, channels: tuple[int, ...]) -> tuple[int, ...]:
-    """Levels of the last width are added while the lowest has many places and can be halved."""
+    """Add levels of the last width while the lowest has many places and can be halved."""
     sides = [side >> (len(channels) - 1) for side in interface.sides]
     while math.prod(sides) > ATTENDED_PLACES and not any(side % 2 for side in sides):
         channels, sides = (*channels, channels[-1]), [side // 2 for side in sides]
     return channels
 
 
+CPU = "for minutes on a CPU"
+VECTORS = "a residual MLP for vectors and short signals"
 PRESETS = [
-    Preset("uvit-tiny", "a small U-ViT, for minutes on a CPU",
-           lambda interface: uvit(interface, width=96, depth=5, heads=3)),
-    Preset("uvit-s", "U-ViT-S (arXiv 2209.12152)",
-           lambda interface: uvit(interface, width=512, depth=13, heads=8)),
-    Preset("uvit-m", "U-ViT-M (arXiv 2209.12152)",
-           lambda interface: uvit(interface, width=768, depth=17, heads=12)),
-    Preset("linear-tiny", "a small transformer of linear attention, for minutes on a CPU",
-           lambda interface: linear(interface, width=96, depth=4, heads=3)),
-    Preset("linear-s", "linear attention in the size of DiT-S, for many tokens",
-           lambda interface: linear(interface, width=384, depth=12, heads=12)),
-    Preset("mobile-tiny", "depthwise-separable convolutions, for minutes on a CPU",
-           lambda interface: mobile(interface, (32, 64, 96), blocks=1)),
-    Preset("mobile-s", "depthwise-separable convolutions",
-           lambda interface: mobile(interface, (64, 128, 256), blocks=2)),
-    Preset("unet-1d-tiny", "a small UNet of audio, unconditional",
-           lambda interface: unet_1d(interface, (32, 32, 64))),
-    Preset("mlp-tiny", "a residual MLP for vectors and short signals, for minutes on a CPU",
-           lambda interface: mlp(interface, width=128, depth=4)),
-    Preset("mlp-s", "a residual MLP for vectors and short signals",
-           lambda interface: mlp(interface, width=512, depth=6)),
+    preset("uvit-tiny", f"a small U-ViT, {CPU}", uvit, width=96, depth=5, heads=3),
+    preset("uvit-s", "U-ViT-S (arXiv 2209.12152)", uvit, width=512, depth=13, heads=8),
+    preset("uvit-m", "U-ViT-M (arXiv 2209.12152)", uvit, width=768, depth=17, heads=12),
+    preset("linear-tiny", f"a small transformer of linear attention, {CPU}",
+           linear, width=96, depth=4, heads=3),
+    preset("linear-s", "linear attention in the size of DiT-S, for many tokens",
+           linear, width=384, depth=12, heads=12),
+    preset("mobile-tiny", f"depthwise-separable convolutions, {CPU}",
+           mobile, channels=(32, 64, 96), blocks=1),
+    preset("mobile-s", "depthwise-separable convolutions",
+           mobile, channels=(64, 128, 256), blocks=2),
+    preset("unet-1d-tiny", "a small UNet for audio, unconditional", unet_1d, channels=(32, 32, 64)),
+    preset("mlp-tiny", f"{VECTORS}, {CPU}", mlp, width=128, depth=4),
+    preset("mlp-s", VECTORS, mlp, width=512, depth=6),
 ]  # fmt: skip

@@ -1,14 +1,13 @@
 """Students cut from the teacher: fewer blocks, narrower, or half as deep.
 
-Each is the teacher's own class with a few numbers of its config changed, so that conditions,
-learned variance and all else stay. What they start from is another question: see `start.py`.
+Each is the teacher's class with a few numbers of its config changed, so that conditions, learned
+variance and the rest stay. `start.py` gives them their weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from dkdm.core.positions import evenly
 from dkdm.errors import UsageError
 from dkdm.models.architectures import architecture_of, with_layout
-from dkdm.students.interface import Interface, Preset
+from dkdm.students.interface import Interface, Preset, preset
 
 Config = Mapping[str, Any]
 
@@ -34,7 +33,7 @@ def fewer_blocks(interface: Interface, name: str, mid_block: bool, innermost: bo
     """A UNet with the first residual block of each stage down, the first and last of each up.
 
     mid_block, innermost: whether these stages are kept. Source: BK-SDM (arXiv 2305.15798,
-    sec. 3.1). Raises UsageError for other networks, and where there is nothing to remove.
+    sec. 3.1). Raises UsageError for other networks, and if there is nothing to remove.
     """
     network = _teacher(interface, name, with_layout("unet"))
     config: Config = network.config  # type: ignore[assignment]
@@ -64,10 +63,10 @@ def _without_innermost(config: Config, name: str) -> dict[str, Any]:
 
 
 def narrower(interface: Interface, name: str, share: float) -> nn.Module:
-    """The same network with a share of every width, in whole heads and groups.
+    """The teacher's network with a share of every width, in whole heads and groups.
 
     Heads keep their width; the number of groups of a normalization shrinks with the widths. Raises
-    UsageError for other networks, and where no width can shrink.
+    UsageError for other networks, and if no width can shrink.
     """
     network = _teacher(interface, name, with_layout("unet", "transformer"))
     config: Config = network.config  # type: ignore[assignment]
@@ -100,7 +99,7 @@ def _thin_unet(network: nn.Module, share: float) -> dict[str, Any]:
 
 
 def _widths_of_heads(network: nn.Module) -> list[int | None]:
-    """Width of an attention head in each stage; None where a stage attends to nothing."""
+    """Width of an attention head in each stage; None for a stage without attention."""
     config: Config = network.config  # type: ignore[assignment]
     widths, kinds = config["block_out_channels"], config["down_block_types"]
     attends = ["Attn" in kind for kind in kinds]
@@ -121,7 +120,7 @@ def _fewer_heads(config: Config, share: float) -> dict[str, Any]:
 
 
 def half_as_deep(interface: Interface, name: str) -> nn.Module:
-    """A transformer with half of the blocks, those that lie evenly spaced in the teacher.
+    """A transformer with half of the blocks, evenly spaced in the teacher.
 
     Raises UsageError for networks whose config has no `num_layers`, and for a single block.
     """
@@ -130,7 +129,7 @@ def half_as_deep(interface: Interface, name: str) -> nn.Module:
     if not isinstance(config, Mapping) or "num_layers" not in config:
         raise UsageError(
             f"{name} halves the blocks of a diffusers transformer, the num_layers of its config; "
-            f"the teacher's network is a {type(network).__name__} without"
+            f"the teacher's network is a {type(network).__name__} without num_layers"
         )
     counts = {key: config[key] for key in ("num_layers", "num_single_layers") if config.get(key)}
     if max(counts.values()) == 1:
@@ -144,10 +143,10 @@ def half_as_deep(interface: Interface, name: str) -> nn.Module:
 
 
 def _teacher(interface: Interface, name: str, classes: Sequence[str] = ()) -> nn.Module:
-    """The network to cut from. Raises UsageError where it is none of the classes."""
+    """The network to cut from. Raises UsageError if it has none of these classes."""
     network = interface.teacher
     if not isinstance(network, nn.Module):
-        raise UsageError(f"{name} is cut from a teacher's network, and there is none to cut from")
+        raise UsageError(f"{name} is cut from a teacher's network, and this teacher has none")
     if classes and type(network).__name__ not in classes:
         raise UsageError(
             f"{name} is cut from {', '.join(classes[:-1])} or {classes[-1]}; the teacher's network "
@@ -157,9 +156,9 @@ def _teacher(interface: Interface, name: str, classes: Sequence[str] = ()) -> nn
 
 
 def _like(network: nn.Module, name: str, changes: Config, interface: Interface) -> nn.Module:
-    """A fresh network of the same class and config but for the changes.
+    """A new network of the same class and config, but for the changes.
 
-    It gives half of the teacher's channels where the variance is not to be learned.
+    It returns half of the teacher's channels if the variance is not learned.
     """
     cls: Any = type(network)
     given: Config = network.config  # type: ignore[assignment]
@@ -180,26 +179,19 @@ def _largest_divisor(number: int, limit: int) -> int:
     return max(n for n in range(1, limit + 1) if number % n == 0)
 
 
-def _fewer(name: str, summary: str, mid_block: bool = True, innermost: bool = True) -> Preset:
-    return Preset(
-        name, summary, partial(fewer_blocks, name=name, mid_block=mid_block, innermost=innermost)
-    )
-
-
-def _thin(percent: int) -> Preset:
-    name = f"thin-{percent}"
-    summary = f"the teacher's network with {percent} % of every width"
-    return Preset(name, summary, partial(narrower, name=name, share=percent / 100))
+def _cut(name: str, summary: str, build: Callable[..., nn.Module], **sizes: Any) -> Preset:
+    """A preset whose messages say its name."""
+    return preset(name, summary, build, name=name, **sizes)
 
 
 PRESETS = [
-    _fewer("bk-base", "the teacher's UNet, one block a stage down and two up"),
-    _fewer("bk-small", "bk-base without the middle block", mid_block=False),
-    _fewer("bk-tiny", "bk-small without the innermost stage", mid_block=False, innermost=False),
-    *(_thin(percent) for percent in (75, 50, 25)),
-    Preset(
-        "shallow-50",
-        "the teacher's transformer with half of its blocks",
-        partial(half_as_deep, name="shallow-50"),
-    ),
-]
+    _cut("bk-base", "the teacher's UNet, one block a stage down and two up",
+         fewer_blocks, mid_block=True, innermost=True),
+    _cut("bk-small", "bk-base without the middle block",
+         fewer_blocks, mid_block=False, innermost=True),
+    _cut("bk-tiny", "bk-small without the innermost stage",
+         fewer_blocks, mid_block=False, innermost=False),
+    *(_cut(f"thin-{percent}", f"the teacher's network with {percent} % of every width",
+           narrower, share=percent / 100) for percent in (75, 50, 25)),
+    _cut("shallow-50", "the teacher's transformer with half of its blocks", half_as_deep),
+]  # fmt: skip

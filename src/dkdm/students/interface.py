@@ -1,10 +1,11 @@
-"""What a student has to fit: the samples, the channels and conditions of its teacher."""
+"""What a student has to fit: samples, channels and conditions of its teacher."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,11 +18,11 @@ from dkdm.errors import UsageError
 
 @dataclass(frozen=True)
 class Interface:
-    """What a student takes and gives.
+    """What a student takes and returns.
 
     sample_shape: (C, ...) of one sample; out_channels: C, or 2C with a learned variance.
     conditioning: what it is fed beside (x_t, t). teacher: the teacher's network, for students that
-    are cut from it; None, or a mere function, where there is none. autoencoder: whose latents the
+    are cut from it; None, or a function, if it has no network. autoencoder: whose latents the
     samples are; None in pixel space.
     """
 
@@ -59,12 +60,12 @@ class Interface:
 
     @property
     def for_vectors(self) -> str:
-        """What to use for vectors, in words; nothing for other samples."""
+        """A hint on what to use for vectors; empty for other samples."""
         return ": use mlp-tiny for vectors" if len(self.sample_shape) == 1 else ""
 
     @property
     def sample_size(self) -> int | tuple[int, int]:
-        """Height and width, as diffusers' configs have it: one number where they are the same."""
+        """Height and width, as in diffusers' configs: one number if they are the same."""
         _, height, width = self.image_shape
         return height if height == width else (height, width)
 
@@ -104,8 +105,13 @@ class Preset:
     build: Callable[[Interface], nn.Module]
 
 
+def preset(name: str, summary: str, build: Callable[..., nn.Module], /, **sizes: Any) -> Preset:
+    """A named student that `build(interface, **sizes)` makes."""
+    return Preset(name, summary, partial(build, **sizes))
+
+
 def check_halvings(interface: Interface, levels: int) -> None:
-    """Raise UsageError where a side of the samples cannot be halved between `levels` levels."""
+    """Raise UsageError if a side of the samples cannot be halved between `levels` levels."""
     halvings = 2 ** (levels - 1)
     sides = interface.sample_shape[1:]
     if any(side % halvings for side in sides):
@@ -136,9 +142,9 @@ def patch_size(interface: Interface, patch: int | None, what: str) -> int:
 def patch_sides(interface: Interface) -> tuple[int, ...]:
     """Sides of a transformer's patch, for samples of any rank: 64 values a channel at most.
 
-    Of an image or a frame, 8, 4, 2 or 1, the largest that divides both sides and leaves 8 tokens
-    along each; of audio, the largest power of 2 up to 64 that leaves 64 tokens; two frames are
-    taken together where that leaves 8 or more. Raises UsageError as `Interface.sides`.
+    For an image or a frame: 8, 4, 2 or 1, the largest that divides both sides and leaves 8 tokens
+    along each. For audio: the largest power of 2 up to 64 that leaves 64 tokens. Two frames share a
+    patch if that leaves 8 or more. Raises UsageError as `Interface.sides`.
     """
     sides = interface.sides
     if len(sides) == 1:
@@ -148,7 +154,7 @@ def patch_sides(interface: Interface) -> tuple[int, ...]:
 
 
 def _largest(patches: tuple[int, ...], sides: tuple[int, ...], tokens: int) -> int:
-    """The first patch that divides the sides into at least so many tokens; else 1."""
+    """The first patch that divides the sides into at least this many tokens; otherwise 1."""
     fits = (p for p in patches if all(s % p == 0 and s // p >= tokens for s in sides))
     return next(fits, 1)
 

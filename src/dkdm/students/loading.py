@@ -1,4 +1,4 @@
-"""The network of a finished run, or of one of its checkpoints."""
+"""Load the network of a finished run, or of one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dkdm.core.checkpoint import WEIGHTS, load_network_weights
+from dkdm.core.checkpoint import MANIFEST, WEIGHTS, checkpoints, load_network_weights
 from dkdm.core.given import path_given
 from dkdm.errors import UsageError
 from dkdm.models.options import LoadOptions
@@ -22,15 +22,15 @@ from dkdm.reading.plugins import distrust
 def load_student(
     folder: str | Path, *, network: nn.Module | None = None, factory: Factory | None = None
 ) -> nn.Module:
-    """The network that lies in a folder, in evaluation mode.
+    """Load the network in a folder, in evaluation mode.
 
-    folder: a run, its `checkpoint-N` (the averaged weights, where the run averages), a diffusers
-        pipeline, or the network's own folder. network: one that you made, to be given the weights;
-        None makes it as its config.json says. factory: that makes a custom network, `module:name`
-        or a callable; None takes the one that config.json names if this machine wrote that file,
-        and refuses otherwise: code that a folder names or holds is never run.
-    Raises UsageError where no network lies there or it cannot be made, DkdmError where the weights
-    are not those of the network.
+    folder: a run, its `checkpoint-N` (the averaged weights, if the run averages), a diffusers
+        pipeline, or the network's folder. network: a network that you made and that gets the
+        weights; None makes it from its config.json. factory: the code that makes a custom network,
+        `module:name` or a callable; None takes the one that config.json names if this machine wrote
+        that file, and refuses otherwise: code that a folder names or holds is never run.
+    Raises UsageError if no network is there or it cannot be made, DkdmError if the weights are not
+    those of the network.
     """
     folder = path_given("load_student: folder", folder, "give a run, a checkpoint or a folder")
     if network is not None and not isinstance(network, nn.Module):
@@ -44,34 +44,33 @@ def load_student(
     name = str(config.get("_class_name"))
     if name != OWN_CLASS and network_class(name) is None:
         raise UsageError(
-            f"{found}: its network, {name}, was given as an object and is made by nobody but you: "
-            "expected dkdm.load_student(FOLDER, network=...)"
+            f"{found}: its network, {name}, was given as an object, which only you can make: use "
+            "dkdm.load_student(FOLDER, network=...)"
         )
     options = LoadOptions(factory=factory)
     return load_network(found, name, options, Path(folder)).requires_grad_(True)
 
 
+def denoiser_folder(folder: Path) -> Path:
+    """The denoiser's folder in a pipeline or checkpoint (averaged, if the run averages)."""
+    averaged = "_ema" if (folder / MANIFEST).is_file() and averages(folder.parent) else ""
+    within = [folder / f"{name}{averaged}" for name in DENOISERS]
+    return next((each for each in within if each.is_dir()), folder)
+
+
 def _network_folder(folder: Path) -> Path:
-    """The folder in which weights lie: this one, or that of its denoiser."""
-    averaged = "_ema" if (folder / "state.json").is_file() and averages(folder.parent) else ""
-    for found in (folder, *(folder / f"{name}{averaged}" for name in DENOISERS)):
+    for found in (folder, denoiser_folder(folder)):
         if any(found.glob("diffusion_pytorch_model*.safetensors")):
             return check_folder(found, folder)
     if not folder.is_dir():
-        raise UsageError(
-            f"no folder {folder}: expected a run, a checkpoint-N of it, or a network's"
-        )
-    expected = " or ".join(f"{name}/{WEIGHTS}" for name in DENOISERS)
-    started = " (the run is not finished: take a checkpoint-N in it)" if _is_run(folder) else ""
-    raise UsageError(f"{folder}: expected {expected} in it, found neither{started}")
-
-
-def _is_run(folder: Path) -> bool:
-    return any(folder.glob("checkpoint-*"))
+        raise UsageError(f"no folder {folder}: give a run, one of its checkpoint-N, or a network's")
+    missing = " or ".join(f"{name}/{WEIGHTS}" for name in DENOISERS)
+    started = " (the run is not finished: take a checkpoint-N in it)" if checkpoints(folder) else ""
+    raise UsageError(f"{folder} has no {missing}{started}")
 
 
 def averages(run: Path) -> bool:
-    """Whether a run goes by its averaged weights."""
+    """Whether a run uses its averaged weights."""
     try:
         return bool(read_json(run / "config.json", "a run's config").get("use_ema", True))
     except UsageError:

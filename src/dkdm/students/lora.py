@@ -1,4 +1,4 @@
-"""Low-rank adapters on the weights that a student inherited, which stay as they are.
+"""Low-rank adapters on the weights that a student inherited, which stay fixed.
 
 Source: LoRA (arXiv 2106.09685), W + B A with B = 0 at first. The scale is 1, so that the weights
 alone say what the network computes.
@@ -18,14 +18,12 @@ _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def add_lora(network: nn.Module, inherited: Set[str], rank: int) -> frozenset[str]:
-    """Put adapters on linear layers and convolutions of 1x1 and 3x3; the names not to be trained.
+    """Put adapters on linear layers and convolutions of 1x1 and 3x3; returns the fixed parameters.
 
-    inherited: names of the tensors that stay as they are; layers whose weight is not among them get
-    no adapter. rank: of B A. The network's class stays what it is. Raises UsageError for a rank
-    below 1 and where there is nothing to adapt, DkdmError where peft is not installed.
+    inherited: names of the tensors that stay fixed; a layer whose weight is not among them gets no
+    adapter. rank: of B A, at least 1. The network keeps its class. Raises UsageError if there is
+    nothing to adapt, DkdmError if peft is not installed.
     """
-    if rank < 1:
-        raise UsageError(f"--lora-rank {rank}: expected at least 1")
     layers = [
         name
         for name, module in network.named_modules()
@@ -34,7 +32,7 @@ def add_lora(network: nn.Module, inherited: Set[str], rank: int) -> frozenset[st
     if not layers:
         raise UsageError(
             f"--lora-rank {rank}: no linear layer and no convolution of this "
-            f"{type(network).__name__} was inherited; expected to go without"
+            f"{type(network).__name__} was inherited; leave this option out"
         )
     _inject(network, layers, rank)
     names = (name for name, _ in network.named_parameters())
@@ -58,12 +56,12 @@ def _inject(network: nn.Module, layers: list[str], rank: int) -> None:
 
 
 def inherited_names(frozen: Set[str]) -> set[str]:
-    """What `add_lora` was told to leave as it is, from the names that it returned."""
+    """The names given to `add_lora` as inherited, from those that it returned."""
     return {name.replace(_ADAPTED, ".") for name in frozen}
 
 
 def merged_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a plain network: every adapter added to the layer it belongs to."""
+    """Weights of a plain network: every adapter added to its layer."""
     plain = {k.replace(_ADAPTED, "."): v for k, v in weights.items() if not _is_adapter(k)}
     for key in weights:
         if key.endswith(_A):
@@ -79,7 +77,7 @@ def _is_adapter(key: str) -> bool:
 
 
 def merge_lora(network: nn.Module) -> nn.Module:
-    """The network with its adapters merged, in place: a plain one of its class."""
+    """Merge the adapters of a network, in place; returns it, a plain one of its class."""
     weights = network.state_dict()
     if not any(map(_is_adapter, weights)):
         return network

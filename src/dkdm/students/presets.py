@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dkdm.students import any_rank as other
-from dkdm.students import cut, transformers, unets
+from dkdm.students import any_rank, cut, transformers, unets
 from dkdm.students.interface import Preset
 
 PRESETS: dict[str, Preset] = {
-    preset.name: preset for family in (unets, transformers, other, cut) for preset in family.PRESETS
+    each.name: each for family in (unets, transformers, any_rank, cut) for each in family.PRESETS
 }

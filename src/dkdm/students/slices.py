@@ -1,8 +1,8 @@
 """Which entries of a wide network's tensors a narrow network of the same kind takes.
 
-An axis is a row of parts that lie one after the other: the inputs of a concatenation, the halves of
-a gated layer, scale and shift. Of each part the first entries are taken; where they are sinusoids
-of rising wavelength, those of the nearest wavelengths.
+An axis is a row of parts, one after the other: the inputs of a concatenation, the halves of a gated
+layer, scale and shift. The first entries of each part are taken; from sinusoids of rising
+wavelength, the nearest wavelengths.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ Layout = Callable[[Pair, int], Tensor | None]
 
 
 def first_entries(parts: Parts) -> Tensor | None:
-    """The first entries of each part; None where one would have to grow."""
+    """The first entries of each part; None if a part would have to grow."""
     return _joined(parts, lambda n, _: torch.arange(n))
 
 
 def nearest_wavelengths(parts: Parts) -> Tensor | None:
-    """Entries evenly spaced over each part; None where one would have to grow.
+    """Entries evenly spaced over each part; None if a part would have to grow.
 
     Entry i of n sinusoids has frequency 10000^(-i/n), or nearly so: the one nearest to it among m
     is i * m / n.
@@ -135,7 +135,7 @@ def _chunked(pair: Pair, ending: str, beside: str, beside_dim: int) -> Tensor | 
 
 
 def _equal(pair: Pair, dim: int, count: int) -> Parts:
-    """An axis as so many equal parts, and one of what is left over, which pads sinusoids."""
+    """An axis as `count` equal parts, and one of what is left over, which pads sinusoids."""
     narrow, wide = pair.lengths(dim)
     rest = [(narrow % count, wide % count)] if narrow % count else []
     return [(narrow // count, wide // count)] * count + rest

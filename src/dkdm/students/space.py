@@ -15,14 +15,14 @@ from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_place
 from dkdm.students.interface import Interface
 
-_WHY = "the student learns from the teacher's own states, which nothing can bring to another size"
+_WHY = "the student learns from the teacher's states, which cannot be resized"
 
 
 def config_in(folder: Path, interface: Interface) -> Path:
     """The config.json of the network in a pipeline or component folder.
 
-    Raises UsageError where there is none, and where the pipeline's latents are of another
-    autoencoder than the teacher's.
+    Raises UsageError if there is none, and if the pipeline has another autoencoder than the
+    teacher.
     """
     for name in AUTOENCODERS:
         if (folder / name / "config.json").is_file():
@@ -32,32 +32,32 @@ def config_in(folder: Path, interface: Interface) -> Path:
         if file.is_file() and "_class_name" in read_json(file, "a network's config"):
             return file
     raise UsageError(
-        f"student {folder}: expected a diffusers pipeline or a network's folder, with a config.json"
+        f"student {folder} has no config.json of a network: give a diffusers pipeline or a "
+        "network's folder"
     )
 
 
 def check_latents(folder: Path, teacher: Coder | None) -> None:
-    """Raise UsageError where an autoencoder's latents are not those that the teacher works on."""
+    """Raise UsageError if the teacher works on other latents than this autoencoder's."""
     file = check_place(folder / "config.json", folder.parent)
     raw = read_json(file, "an autoencoder's config")
-    own = _latents(class_config(raw, str(raw.get("_class_name")), str(file)))
+    mine = _latents(class_config(raw, str(raw.get("_class_name")), str(file)))
     if teacher is None:
         raise UsageError(
             f"student {folder.parent} works on the latents of {folder.name}, the teacher on "
-            "pixels: expected a student of the teacher's own space"
+            "pixels: use a student for pixels"
         )
-    other = _latents(teacher.config)
-    apart = [f"{key} {own[key]} against {other[key]}" for key in own if own[key] != other[key]]
+    theirs = _latents(teacher.config)
+    apart = [f"{key} {mine[key]} against {theirs[key]}" for key in mine if mine[key] != theirs[key]]
     if apart:
         raise UsageError(
             f"student {folder.parent} works on latents of another autoencoder than the teacher's: "
-            f"{', '.join(apart)}; expected the same autoencoder, since the teacher's latents "
-            "cannot be brought to another one's without decoding them"
+            f"{', '.join(apart)}; use a student with the teacher's autoencoder"
         )
 
 
 def _latents(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells latents apart, as far as a config says."""
+    """What distinguishes latents, as far as a config says."""
     keys = ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean")
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     return {
@@ -68,7 +68,7 @@ def _latents(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], interface: Interface, where: str) -> None:
-    """Raise UsageError where a network's config is for other samples than the teacher's."""
+    """Raise UsageError if a network's config is for other samples than the teacher's."""
     name, wanted = network_name(str(config["_class_name"]), config), interface.sample_shape
     known = ARCHITECTURES.get(name)
     if known is None:
@@ -81,7 +81,7 @@ def check_config(config: Mapping[str, Any], interface: Interface, where: str) ->
     if channels != wanted[0]:
         raise UsageError(
             f"{where}: the student's samples have {channels} channels, the teacher's {wanted[0]}"
-            f"{_of_latents(interface)}: {_WHY}; expected in_channels for {wanted[0]}"
+            f"{_of_latents(interface)}: {_WHY}; set in_channels for {wanted[0]}"
         )
     size, theirs = config.get("sample_size"), getattr(interface.teacher, "config", None)
     if isinstance(theirs, Mapping) and size == theirs.get("sample_size"):
@@ -89,10 +89,10 @@ def check_config(config: Mapping[str, Any], interface: Interface, where: str) ->
     each = size if isinstance(size, (list, tuple)) else [size or 0] * (len(wanted) - 1)
     sides = tuple(each) if size else wanted[1:]
     if sides != wanted[1:]:
-        own, other = "x".join(map(str, sides)), "x".join(map(str, wanted[1:]))
+        mine, other = "x".join(map(str, sides)), "x".join(map(str, wanted[1:]))
         raise UsageError(
-            f"{where}: the student is for samples of {own}, the teacher's are {other}"
-            f"{_of_latents(interface)}: {_WHY}; expected sample_size {other}, or a teacher of {own}"
+            f"{where}: the student is for samples of {mine}, the teacher's are {other}"
+            f"{_of_latents(interface)}: {_WHY}; set sample_size {other}, or change the teacher"
         )
 
 
@@ -104,12 +104,12 @@ def _of_latents(interface: Interface) -> str:
 def check_same_samples(
     student: tuple[int, ...], teacher: tuple[int, ...], autoencoders: tuple[Coder | None, ...]
 ) -> None:
-    """Raise UsageError where a student given as an object is of another space than its teacher."""
+    """Raise UsageError if a student given as an object has other samples than its teacher."""
     if tuple(student) != tuple(teacher):
         raise UsageError(
             f"the student's samples have shape {tuple(student)}, the teacher's {tuple(teacher)}: "
             f"{_WHY}"
         )
-    own, other = autoencoders
-    if own is not None:
-        check_latents(own.component.folder, other)
+    mine, theirs = autoencoders
+    if mine is not None:
+        check_latents(mine.component.folder, theirs)

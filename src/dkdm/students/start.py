@@ -1,4 +1,4 @@
-"""What a student starts from: random weights, the teacher's or a checkpoint's; with LoRA or not."""
+"""What a student starts from: random weights, the teacher's or a checkpoint's; and LoRA."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from dkdm.core.positions import counterparts
 from dkdm.errors import UsageError
 from dkdm.models.formats.state_dict import read_weights
 from dkdm.models.locate import INDEX, locate
-from dkdm.models.pipeline_folder import DENOISERS
 from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_folder
-from dkdm.students.loading import averages
+from dkdm.students.loading import denoiser_folder
 from dkdm.students.lora import add_lora, inherited_names, merged_weights
 from dkdm.students.slices import Pair, layout_of, taken
 
@@ -27,9 +26,9 @@ from dkdm.students.slices import Pair, layout_of, taken
 class Start:
     """Where a student's parameters come from.
 
-    whole, sliced, random: names of those copied as they are, copied in part, and left random.
-    share: of all numbers in them, how many were copied. frozen: names of those that are not
-    trained. lora_rank: None without adapters.
+    whole, sliced, random: names of the parameters that were copied whole, copied in part, and left
+    random. share: how many of all their numbers were copied. frozen: names of the parameters that
+    are not trained. lora_rank: None without adapters.
     """
 
     origin: str
@@ -54,23 +53,23 @@ class Start:
         )
 
 
-def begin(student: Denoiser, teacher: Denoiser, config: DistillConfig) -> Start:
+def start_student(student: Denoiser, teacher: Denoiser, config: DistillConfig) -> Start:
     """Give the student's network its first weights, and the adapters that the config asks for.
 
-    A run that goes on from its own checkpoint reads nothing else. Raises UsageError where the
-    config's `student_init` names nothing, or nothing that fits; DkdmError for damaged files.
+    A resumed run reads nothing but its checkpoint. Raises UsageError if `student_init` names
+    nothing, or nothing that fits; DkdmError for damaged files.
     """
     origin, rank = config.student_init, config.lora_rank
     if rank is not None and origin == "random":
         raise UsageError(
-            "--lora-rank adapts weights that stay as they are: expected --student-init teacher or "
-            "the path of a checkpoint with it"
+            "--lora-rank adapts weights that stay fixed: add --student-init teacher, or the path "
+            "of a checkpoint"
         )
     network: nn.Module = student.network  # type: ignore[assignment]
-    own = config.resume_from_checkpoint
-    found = checkpoint.resolve(config.output_dir, own) if own else None
-    if found:
-        start, inherited = Start(str(found)), _inherited(found) if rank else set()
+    wanted = config.resume_from_checkpoint
+    resumed = checkpoint.resolve(config.output_dir, wanted) if wanted else None
+    if resumed:
+        start, inherited = Start(str(resumed)), _inherited(resumed) if rank else set()
     elif origin == "random":
         return Start("random weights")
     else:
@@ -82,11 +81,11 @@ def begin(student: Denoiser, teacher: Denoiser, config: DistillConfig) -> Start:
 
 
 def _inherited(folder: Path) -> set[str]:
-    """What a run with adapters inherited when it began, by its checkpoint."""
+    """What a run with adapters inherited when it started, according to its checkpoint."""
     checkpoint.verify_folder(folder)
     frozen = read_json(folder / "state.json", "a checkpoint's state").get("frozen")
     if not frozen or not all(isinstance(name, str) for name in frozen):
-        raise UsageError(f"--lora-rank: {folder} is of a run without; expected to go on without")
+        raise UsageError(f"{folder} was trained without LoRA: resume without --lora-rank")
     return inherited_names(frozenset(frozen))
 
 
@@ -94,10 +93,11 @@ def inherit(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> St
     """Copy what fits from the weights of another network, and say what was copied.
 
     Tensors correspond by their names and positions (`counterparts`); those of a wider network are
-    sliced where the layout of the network's class is known. Raises UsageError where nothing fits.
+    sliced if the layout of the network's class is known. Raises UsageError if nothing fits.
     """
-    own, parameters = network.state_dict(), dict(network.named_parameters())
-    pairs = [Pair(name, other, own, source) for name, other in counterparts(own, source).items()]
+    state, parameters = network.state_dict(), dict(network.named_parameters())
+    found = counterparts(state, source)
+    pairs = [Pair(name, other, state, source) for name, other in found.items()]
     whole = {pair.name: source[pair.other] for pair in pairs if pair.is_whole}
     layout = layout_of(network)
     wider = [pair for pair in pairs if pair.name in parameters and not pair.is_whole]
@@ -105,7 +105,12 @@ def inherit(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> St
     sliced = {name: part for name, part in parts.items() if part is not None}
     copied = [name for name in parameters if name in whole or name in sliced]
     if not copied:
-        raise _nothing_fits(network, source, origin)
+        names = [", ".join(list(each)[:3]) for each in (source, state)]
+        raise UsageError(
+            f"--student-init {origin}: nothing in it fits this {type(network).__name__}: its "
+            f"tensors have other names or shapes ({names[0]}, ... instead of {names[1]}, ...); use "
+            "a network of the same kind, or --student-init random"
+        )
     network.load_state_dict(whole | sliced, strict=False)
     numbers = {name: parameter.numel() for name, parameter in parameters.items()}
     return Start(
@@ -117,15 +122,6 @@ def inherit(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> St
     )
 
 
-def _nothing_fits(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> UsageError:
-    return UsageError(
-        f"--student-init {origin}: nothing in it fits this {type(network).__name__}: its tensors "
-        f"have other names or shapes ({', '.join(list(source)[:3])}, ... instead of "
-        f"{', '.join(list(network.state_dict())[:3])}, ...); expected a network of the same kind, "
-        "or --student-init random"
-    )
-
-
 def _teacher_weights(teacher: Denoiser) -> dict[str, Tensor]:
     network = teacher.network
     if not isinstance(network, nn.Module):
@@ -133,43 +129,34 @@ def _teacher_weights(teacher: Denoiser) -> dict[str, Tensor]:
     weights = network.state_dict()
     if any(type(weight) is not Tensor or weight.is_meta for weight in weights.values()):
         raise UsageError(
-            "--student-init teacher: the teacher's weights are held in int8, or offloaded; "
-            "expected --student-init with the path of its folder"
+            "--student-init teacher: the teacher's weights are in int8 or offloaded; give the "
+            "teacher's folder to --student-init instead"
         )
     return weights
 
 
 def read_checkpoint(spec: str) -> dict[str, Tensor]:
-    """The weights of a denoiser, adapters merged; averaged ones where a run has them.
+    """The weights of a denoiser, adapters merged; the averaged ones if a run has them.
 
     spec: a run, one of its `checkpoint-N`, a pipeline folder or the component in it, a hub id, or a
-    file of weights. Raises UsageError where there are none, DkdmError where they are damaged.
+    file of weights. Raises UsageError if there are none, DkdmError if they are damaged.
     """
     path = locate(spec)
     if path.is_file():
         return merged_weights(read_weights(path).tensors)
-    folder = check_folder(_component(path), path)
+    last = checkpoint.checkpoints(path)
+    path_of_run = last[-1] if last and not (path / INDEX).is_file() else path
+    if (path_of_run / checkpoint.MANIFEST).is_file():
+        checkpoint.verify_folder(path_of_run)
+    folder = check_folder(denoiser_folder(path_of_run), path)
     whole = folder / checkpoint.WEIGHTS
     parts = sorted(folder.glob(f"{whole.stem}-*-of-*{whole.suffix}"))
     files = [whole] if whole.is_file() else parts
     if not files:
         raise UsageError(
-            f"--student-init {spec}: no {whole.name} in {folder}; expected a run, a checkpoint-N, "
-            "a diffusers pipeline or its denoiser's folder, or a file of weights"
+            f"--student-init {spec}: no {whole.name} in {folder}; give a run, a checkpoint-N, a "
+            "diffusers pipeline or its denoiser's folder, or a file of weights"
         )
     return merged_weights(
         {k: v for file in files for k, v in checkpoint.read_tensors(file).items()}
     )
-
-
-def _component(path: Path) -> Path:
-    """The folder that the denoiser's weights lie in."""
-    runs_own = checkpoint.checkpoints(path)
-    if (path / checkpoint.MANIFEST).is_file():
-        checkpoint.verify_folder(path)
-        names = [f"{name}_ema" if averages(path.parent) else name for name in DENOISERS]
-    elif runs_own and not (path / INDEX).is_file():
-        return _component(runs_own[-1])
-    else:
-        names = list(DENOISERS)
-    return next((path / name for name in names if (path / name).is_dir()), path)

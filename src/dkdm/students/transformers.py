@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
-from dkdm.students.interface import Interface, Preset, patch_size
+from dkdm.students.interface import Interface, patch_size, preset
 
 
 def dit(
@@ -62,24 +60,14 @@ def mmdit(interface: Interface, width: int, depth: int, patch: int | None = None
     )
 
 
-def _dit(name: str, summary: str, **sizes: Any) -> Preset:
-    return Preset(name, summary, lambda interface: dit(interface, **sizes))
-
-
 PRESETS = [
-    _dit("dit-tiny", "a small transformer, for minutes on a CPU", width=64, depth=4, heads=2),
-    _dit("dit-xs", "a small transformer, for an hour on a CPU", width=96, depth=4, heads=3),
-    _dit("dit-s", "DiT-S", width=384, depth=12, heads=6),
-    _dit("dit-b", "DiT-B", width=768, depth=12, heads=12),
-    _dit("dit-l", "DiT-L", width=1024, depth=24, heads=16),
-    Preset(
-        "mmdit-tiny",
-        "a small SD3 transformer, for an hour on a CPU",
-        lambda interface: mmdit(interface, width=96, depth=5),
+    preset(
+        "dit-tiny", "a small transformer, for minutes on a CPU", dit, width=64, depth=4, heads=2
     ),
-    Preset(
-        "mmdit-s",
-        "an SD3 transformer as wide and deep as DiT-S",
-        lambda interface: mmdit(interface, width=384, depth=12),
-    ),
+    preset("dit-xs", "a small transformer, for an hour on a CPU", dit, width=96, depth=4, heads=3),
+    preset("dit-s", "DiT-S", dit, width=384, depth=12, heads=6),
+    preset("dit-b", "DiT-B", dit, width=768, depth=12, heads=12),
+    preset("dit-l", "DiT-L", dit, width=1024, depth=24, heads=16),
+    preset("mmdit-tiny", "a small SD3 transformer, for an hour on a CPU", mmdit, width=96, depth=5),
+    preset("mmdit-s", "an SD3 transformer as wide and deep as DiT-S", mmdit, width=384, depth=12),
 ]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from dkdm.students.interface import Interface, Preset, check_halvings, group_size
+from dkdm.students.interface import Interface, Preset, check_halvings, group_size, preset
 
 
 def unet(
@@ -27,7 +27,7 @@ def unet(
 
     resample: how the resolution changes, and time enters: by a convolution, and added; or as in ADM
     (arXiv 2105.05233, sec. 3) by a residual block, and as scale and shift of the normalization.
-    Raises UsageError where the sample shape cannot be halved as often as there are levels.
+    Raises UsageError if the sample shape cannot be halved as often as there are levels.
     """
     from diffusers import UNet2DModel
 
@@ -70,8 +70,8 @@ def adm(
 ) -> nn.Module:
     """dkdm's AdmUNet: the paper's own network, weight for weight (arXiv 2105.05233).
 
-    attention: heights as in `unet`. Raises UsageError where the sample shape cannot be halved as
-    often as there are levels.
+    attention: heights as in `unet`. Raises UsageError if the sample shape cannot be halved as often
+    as there are levels.
     """
     from dkdm.networks.adm import AdmUNet
 
@@ -117,14 +117,6 @@ def text_unet(interface: Interface, channels: tuple[int, ...], blocks: int) -> n
     )
 
 
-def _unet(name: str, summary: str, **sizes: Any) -> Preset:
-    return Preset(name, summary, lambda interface: unet(interface, **sizes))
-
-
-def _text_unet(name: str, summary: str, **sizes: Any) -> Preset:
-    return Preset(name, summary, lambda interface: text_unet(interface, **sizes))
-
-
 def _paper(name: str, summary: str, width: int, blocks: int, dropout: float = 0.0) -> list[Preset]:
     """The paper's network, widths 1, 2, 2, 2 and attention at 16 and 8 pixels, both ways."""
     sizes: dict[str, Any] = {
@@ -135,25 +127,25 @@ def _paper(name: str, summary: str, width: int, blocks: int, dropout: float = 0.
     }
     how = f"{width} channels, {blocks} blocks"
     return [
-        Preset(f"unet-{name}", f"{summary}: {how}", lambda i: unet(i, **sizes, resample="resnet")),
-        Preset(f"adm-{name}", f"unet-{name} as AdmUNet: {how}", lambda i: adm(i, **sizes)),
+        preset(f"unet-{name}", f"{summary}: {how}", unet, **sizes, resample="resnet"),
+        preset(f"adm-{name}", f"unet-{name} as AdmUNet: {how}", adm, **sizes),
     ]
 
 
 PRESETS = [
-    _unet("unet-mini", "three narrow levels, for minutes on a CPU",
-          channels=(24, 48, 72), blocks=1, attention=(4,)),
-    _unet("unet-tiny", "three levels, for 16x16 to 32x32 on a CPU",
-          channels=(32, 64, 96), blocks=1, attention=(4,)),
+    preset("unet-mini", "three narrow levels, for minutes on a CPU",
+           unet, channels=(24, 48, 72), blocks=1, attention=(4,)),
+    preset("unet-tiny", "three levels, for 16x16 to 32x32 on a CPU",
+           unet, channels=(32, 64, 96), blocks=1, attention=(4,)),
     *_paper("14m", "the paper's 14 M student", 64, 3),
     *_paper("24m", "the paper's 24 M student", 96, 2),
     *_paper("32m", "the paper's 32 M student", 96, 3),
     *_paper("44m", "the paper's 44 M student", 128, 2),
-    *_paper("57m", "the paper's teacher's size", 128, 3, 0.3),
-    _unet("unet-latent", "one level, all attention, for latents of 4 to 16 pixels a side",
-          channels=(64,), blocks=2, attention=range(4, 17)),
-    _text_unet("text-unet-tiny", "a small text UNet, for an hour on a CPU",
-               channels=(64,), blocks=2),
-    _text_unet("text-unet-s", "a text UNet of three levels",
-               channels=(96, 192, 288), blocks=2),
+    *_paper("57m", "the size of the paper's teacher", 128, 3, 0.3),
+    preset("unet-latent", "one level, all attention, for latents of 4 to 16 pixels a side",
+           unet, channels=(64,), blocks=2, attention=range(4, 17)),
+    preset("text-unet-tiny", "a small text UNet, for an hour on a CPU",
+           text_unet, channels=(64,), blocks=2),
+    preset("text-unet-s", "a text UNet of three levels",
+           text_unet, channels=(96, 192, 288), blocks=2),
 ]  # fmt: skip
