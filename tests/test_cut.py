@@ -430,7 +430,7 @@ def test_teacher_that_cannot_be_cut_is_refused(name, make, message):
 
 @pytest.mark.parametrize("name", CUT)
 def test_without_a_teacher_there_is_nothing_to_cut(name):
-    with pytest.raises(UsageError, match=f"{name} is cut from a teacher's network, and there is"):
+    with pytest.raises(UsageError, match=f"{name} is cut from a teacher's network, and this"):
         build_network(name, Interface((1, 8, 8), 1))
 
 
