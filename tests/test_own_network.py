@@ -405,7 +405,7 @@ def test_an_object_with_another_call_is_not_made_by_its_class():
 
 
 def test_an_object_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="returned .*expected"):
+    with pytest.raises(UsageError, match="returned .*must return"):
         distil(tmp_path / "run", own_networks.Small(1, 3, 4))
 
 

@@ -118,7 +118,7 @@ def test_network_of_unknown_layout_is_not_sliced():
         ("dit-xs", {}, "--student-init teacher: nothing in it fits this DiTTransformer2DModel"),
         ("dit-xs", {"student_init": "no/such/path"}, "no model at 'no/such/path'"),
         ("thin-50", {"student_init": "random", "lora_rank": 2}, "add --student-init teacher"),
-        ("thin-50", {"lora_rank": 0}, "--lora-rank 0: give a whole number, 1 or more"),
+        ("thin-50", {"lora_rank": 0}, "--lora-rank 0: give a whole number of 1 or more"),
     ],
 )
 def test_start_that_is_impossible_is_refused(student, changes, message):

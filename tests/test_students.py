@@ -199,7 +199,7 @@ def test_presets_fit_every_conditioning_and_variance(teacher, name, conditioning
         ("no_such_module:build", "cannot import no_such_module:build"),
         ("factories:no_such_name", "cannot import factories:no_such_name"),
         ("factories:not_a_model", "returned list: return an nn.Module"),
-        ("factories:wide_student", r"returned \(2, 3, 8, 8\).* expected \(2, 1, 8, 8\)"),
+        ("factories:wide_student", r"returned \(2, 3, 8, 8\).* must return \(2, 1, 8, 8\)"),
         ("absent/config.json", "absent: expected a student's config, but config.json is missing"),
     ],
 )
