@@ -100,5 +100,7 @@ def test_samples_of_more_dimensions_than_a_videos_are_refused_as_pictures(tmp_pa
     means = torch.zeros(2, 1, 2, 2, 2, 2)
     process = from_scheduler_config(SCHEDULER)
     odd = mixture_denoiser(GaussianMixture.of(means), process, Parameterization("epsilon"))
-    with pytest.raises(UsageError, match=r"cannot be drawn: use --output x\.safetensors"):
+    with pytest.raises(
+        UsageError, match=r"cannot be drawn as an image: give --output .*x\.safetensors"
+    ):
         sample_to_file(odd, tmp_path / "x.png", num_samples=1, num_steps=2)

@@ -17,7 +17,7 @@ from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating, put_into_evaluation, say_if
 from dkdm.core.trainer import Trainer
 from dkdm.runs.cost import advice, estimated, in_words, measured
-from dkdm.runs.launch import check_output, claim_output, resume, run_to_end, start_accelerator
+from dkdm.runs.launch import check_run_folder, claim_output, resume, run_to_end, start_accelerator
 from dkdm.runs.models import (
     check_null_condition,
     name_of,
@@ -62,7 +62,7 @@ def distill(
         teacher=name_of(teacher) or config.teacher,
         student=name_of(student) or config.student,
     )
-    check_output(config)
+    check_run_folder(config)
     accelerator = start_accelerator(config)
     if not isinstance(teacher, Denoiser):
         loaded = open_teacher(config)

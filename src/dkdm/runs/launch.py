@@ -55,7 +55,7 @@ def _trackers(wanted: str) -> list[str]:
     return names
 
 
-def check_output(config: RunConfig) -> None:
+def check_run_folder(config: RunConfig) -> None:
     """Raise UsageError if the run cannot have its output folder; nothing is written."""
     folder = config.output_dir
     files.check_output("--output-dir", folder, folder=True, overwrite=True)

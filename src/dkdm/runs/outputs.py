@@ -32,6 +32,7 @@ from dkdm.shipping.pipeline_folder import shipping_notes
 
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
+IMAGES = (".png", ".webp", ".jpg", ".jpeg")
 TENSORS = ".safetensors"
 
 
@@ -242,20 +243,15 @@ def _write_samples(output: Path, denoiser: Denoiser, samples: Tensor, cond: Cond
         else:
             image = sample_grid(decoded(denoiser, samples), GRID_COLUMNS)
             assert image is not None  # their rank was looked at before
-            image.save(partial)
+            with_alpha = output.suffix.lower() in (".png", ".webp")
+            (image if with_alpha else image.convert("RGB")).save(partial)
 
 
 def check_sample_file(output: Path, overwrite: bool = False) -> None:
     """Raise UsageError unless samples can be written to this file; nothing is written."""
-    if output.suffix != TENSORS and not _is_image(output):
+    if output.suffix != TENSORS and output.suffix.lower() not in IMAGES:
         raise UsageError(
-            f"--output {output}: give a name that ends in .png, or in {TENSORS} for the tensor"
+            f"--output {output}: give a name that ends in {', '.join(IMAGES)}, or in {TENSORS} for "
+            "the tensor"
         )
     check_output("--output", output, overwrite=overwrite)
-
-
-def _is_image(path: Path) -> bool:
-    """Whether PIL writes files of this name."""
-    from PIL import Image
-
-    return Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE

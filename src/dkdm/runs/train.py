@@ -13,7 +13,7 @@ from dkdm.core.objective import Objective
 from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
-from dkdm.runs.launch import check_output, claim_output, resume, run_to_end, start_accelerator
+from dkdm.runs.launch import check_run_folder, claim_output, resume, run_to_end, start_accelerator
 from dkdm.runs.outputs import sample_grids, write_results_of_training
 from dkdm.shipping.hub import publish
 from dkdm.shipping.pipeline_folder import component_name
@@ -26,7 +26,7 @@ def train(config: TrainConfig) -> Path:
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
     config = config_given(config, TrainConfig)
-    check_output(config)
+    check_run_folder(config)
     accelerator = start_accelerator(config)
     trainer = trainer_of(config, accelerator)
     resume(trainer, config)
