@@ -96,7 +96,7 @@ def test_heads_must_be_said_where_the_width_does_not(tmp_path):
         load_teacher(path)
     with pytest.raises(UsageError, match="a divisor of the width, 32"):
         load_teacher(path, options=LoadOptions(flags="--num-heads=5"))
-    with pytest.raises(UsageError, match="unknown '--depth': expected --num-heads, --vae"):
+    with pytest.raises(UsageError, match="unknown '--depth': this format takes --num-heads, --vae"):
         load_teacher(path, options=LoadOptions(flags="--depth 2"))
     with pytest.raises(UsageError, match="--num-heads needs a value"):
         load_teacher(path, options=LoadOptions(flags="--num-heads"))

@@ -128,7 +128,7 @@ def test_other_preconditioning_is_refused(tmp_path):
     with pytest.raises(UsageError, match="iDDPM"):
         load_teacher(path)
     path = saved(tmp_path, checkpoint("adm"))
-    with pytest.raises(UsageError, match="--precond vp: expected one of edm"):
+    with pytest.raises(UsageError, match="--precond vp: use one of edm"):
         load_teacher(path, options=LoadOptions(flags="--precond=vp"))
 
 

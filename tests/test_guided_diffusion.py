@@ -117,11 +117,11 @@ def test_without_flags_it_says_what_is_known_and_what_is_missing(tmp_path):
     ("flags", "message"),
     [
         (GUIDED_FLAGS + " --large_size 256", "unknown '--large_size'"),
-        (GUIDED_FLAGS + " --noise_schedule sqrt", "expected one of linear, cosine"),
-        (GUIDED_FLAGS + " --class_cond maybe", "expected True or False"),
+        (GUIDED_FLAGS + " --noise_schedule sqrt", "use one of linear, cosine"),
+        (GUIDED_FLAGS + " --class_cond maybe", "use True or False"),
         (GUIDED_FLAGS + " --num_channels 64", "--num_channels 64 .* --num_channels 32"),
         (GUIDED_FLAGS + " --image_size 16", "--attention_resolutions 8, at --image_size 16"),
-        (GUIDED_FLAGS + " --attention_resolutions none", "expected sizes in pixels"),
+        (GUIDED_FLAGS + " --attention_resolutions none", "give sizes in pixels"),
         (GUIDED_FLAGS + " --num_head_channels 48", "cannot have heads of 48"),
         ("--image_size 8", "their defaults, where left out"),
     ],
@@ -145,7 +145,7 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
     state = filled(AdmUNet(**GUIDED)).state_dict()
     for missing, message in (
         ("middle_block.2.in_layers.0.bias", "1 missing .*Nothing was loaded"),
-        ("input_blocks.1.0.emb_layers.1.weight", "expected all the weights"),
+        ("input_blocks.1.0.emb_layers.1.weight", "not all the weights"),
     ):
         path = tmp_path / "part.pt"
         torch.save({key: value for key, value in state.items() if key != missing}, path)
@@ -155,7 +155,7 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "model.pkl").write_bytes(b"")
-    with pytest.raises(UsageError, match="never opened here"):
+    with pytest.raises(UsageError, match="dkdm never opens one"):
         load(str(tmp_path / "model.pkl"), GUIDED_FLAGS)
     torch.save(tiny_unet().state_dict(), tmp_path / "other.pt")
     with pytest.raises(UsageError, match="the weights of a diffusers network without its config"):

@@ -158,16 +158,16 @@ def test_schedules_are_named_as_the_repository_names_them(tmp_path):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"beta_schedule": "sqrt"}, "beta_schedule sqrt: expected one of linear"),
+        ({"beta_schedule": "sqrt"}, "beta_schedule sqrt: use one of linear"),
         ({"channels": 1}, "takes 3 channels and gives 3, for latents of 1"),
         ({"unet_config": {"params": UNETS["vq"] | {"num_classes": 4}}}, "num_classes is not known"),
         ({"unet_config": {"params": UNETS["vq"] | {"num_head_channels": 48}}}, "heads of 48"),
         ({"unet_config": {"params": {"in_channels": 3}}}, "unet_config makes no network"),
-        ({"unet_config": {}}, "expected a config of CompVis/latent-diffusion"),
+        ({"unet_config": {}}, "give a config of CompVis/latent-diffusion"),
         ({"cond_stage_config": {"target": "a.BERTEmbedder"}}, "conditioned by BERTEmbedder"),
         (
             {"first_stage_config": {"target": "a.Other", "params": {"ddconfig": {}}}},
-            "target Other: expected one of VQModelInterface",
+            "target Other: use one of VQModelInterface",
         ),
     ],
 )
@@ -194,7 +194,7 @@ def test_weights_that_are_not_whole_are_refused(tmp_path, missing, folders):
 
 def test_config_must_be_given_and_readable(tmp_path):
     torch.save(checkpoint("vq"), tmp_path / "model.ckpt")
-    with pytest.raises(UsageError, match="expected --teacher-config with the YAML file"):
+    with pytest.raises(UsageError, match="give --teacher-config with the YAML file"):
         load_teacher(str(tmp_path / "model.ckpt"))
     (tmp_path / "broken.yaml").write_text("model: [")
     for file, message in (

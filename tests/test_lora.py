@@ -347,7 +347,7 @@ def test_a_control_lora_of_flux(made, tmp_path):
         "transformer.x_embedder.lora_B.weight": torch.ones(32, 2),
     }
     file = changed_file(tmp_path / "a.safetensors", pipeline, **inputs)
-    assert "is fed a picture too (32 channels, not 16)" in refused(pipeline, file)
+    assert "is fed an image too (32 channels, not 16)" in refused(pipeline, file)
 
 
 def test_a_pipeline_without_a_loader(made, tmp_path):

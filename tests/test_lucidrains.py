@@ -108,7 +108,7 @@ def test_size_and_objective_must_be_said(tmp_path):
     state["loss_weight"] = torch.full((100,), 0.7)
     with pytest.raises(UsageError, match="--objective pred_v"):
         load_teacher(saved(tmp_path, state), options=SIZE)
-    with pytest.raises(UsageError, match="expected one of pred_v, pred_noise, pred_x0"):
+    with pytest.raises(UsageError, match="use one of pred_v, pred_noise, pred_x0"):
         load_teacher(path, options=LoadOptions(flags="--objective v"))
 
 

@@ -77,7 +77,7 @@ def test_a_callable_keeps_its_name_only_if_it_can_be_imported(stranger):
         ("factories:not_a_model", "made no nn.Module"),
         ("no_module", "write it as module:name"),
         ("os:path.join", "write it as module:name"),
-        (7, "expected module:name or a callable"),
+        (7, "give module:name or a callable"),
     ],
 )
 def test_a_factory_that_the_user_names_wrongly(stranger, factory, said):
@@ -271,7 +271,7 @@ def test_arguments_of_another_type_are_another_record(other):
 @pytest.mark.parametrize("name", ["<b>", "a\nb", "", "x()", 7])
 def test_the_name_of_a_network_is_a_name(tmp_path, name):
     config = {"network": name, "factory": "m:f", "sample_shape": [1, 8, 8], "out_channels": 1}
-    with pytest.raises(UsageError, match="expected a class's name"):
+    with pytest.raises(UsageError, match="give a class's name"):
         own.read_origin(config, tmp_path)
 
 

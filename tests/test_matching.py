@@ -205,7 +205,7 @@ def test_a_learned_variance_stays_with_the_process_it_is_of():
         (
             None,
             "cosine",
-            "noise process 'cosine': expected ddpm-linear, ddpm-cosine, flow, edm, or",
+            "noise process 'cosine': give ddpm-linear, ddpm-cosine, flow, edm, or",
         ),
     ],
 )

@@ -99,5 +99,5 @@ def test_a_network_of_ones_own_is_answered_with_the_lines_that_wrap_it(tmp_path)
 
 def test_options_of_pipelines_are_refused(tmp_path):
     torch.save(dit.checkpoint(), tmp_path / "dit.pt")
-    with pytest.raises(UsageError, match="takes no LoRA: leave this option out"):
+    with pytest.raises(UsageError, match="takes no LoRA: remove this option"):
         load_teacher(str(tmp_path / "dit.pt"), options=LoadOptions(lora=("a.safetensors",)))

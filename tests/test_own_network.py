@@ -126,16 +126,16 @@ def test_folders_without_a_network_are_refused(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sample_shape": ["8", 8]}, "expected whole numbers, found"),
-        ({"sample_shape": 8}, "expected whole numbers, found 8"),
-        ({"out_channels": True}, "expected whole numbers, found"),
-        ({"embeddings": {"encoder_hidden_states": [-1]}}, "expected whole numbers"),
-        ({"num_classes": 1.5}, "expected whole numbers"),
+        ({"sample_shape": ["8", 8]}, "are not whole numbers"),
+        ({"sample_shape": 8}, "8 are not whole numbers"),
+        ({"out_channels": True}, "are not whole numbers"),
+        ({"embeddings": {"encoder_hidden_states": [-1]}}, "are not whole numbers"),
+        ({"num_classes": 1.5}, "are not whole numbers"),
         ({"factory": "no_such_module:make"}, "--student-factory no_such_module:make .*network=..."),
         ({"factory": "os:getcwd"}, "If you trust that code, name it: --student-factory os:getcwd"),
-        ({"factory": "os.system"}, "factory is 'os.system': expected module:name"),
-        ({"factory": ["os", "system"]}, "factory is .* expected module:name"),
-        ({"arguments": ["exit 7"]}, "expected an object, found"),
+        ({"factory": "os.system"}, "factory is 'os.system': give module:name"),
+        ({"factory": ["os", "system"]}, "factory is .* give module:name"),
+        ({"arguments": ["exit 7"]}, "is not an object"),
     ],
 )
 def test_a_config_that_dkdm_did_not_write_is_refused(run, tmp_path, changes, said):

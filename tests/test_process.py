@@ -177,11 +177,11 @@ def test_add_noise_is_diffusers(shape):
         ({"_class_name": "LCMScheduler"}, "no reverse transition"),
         ({"_class_name": "VQDiffusionScheduler"}, "tokens, not Gaussian"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "predicts a score; wrap the model"),
-        ({"_class_name": "StrangeScheduler"}, "'StrangeScheduler' is not supported: expected DDPM"),
+        ({"_class_name": "StrangeScheduler"}, "'StrangeScheduler' is not supported: use DDPM"),
         ({"_class_name": "EDMEulerScheduler", "sigma_schedule": "linear"}, "karras, exponential"),
         ({"_class_name": "IPNDMScheduler", "trained_betas": [0.1]}, "trained_betas is not"),
         ({}, "without _class_name"),
-        ({**FLOW, "use_dynamic_shifting": True}, "needs the picture's size"),
+        ({**FLOW, "use_dynamic_shifting": True}, "needs the size of an image"),
         ({**FLOW, "invert_sigmas": True}, "invert_sigmas is not supported"),
     ],
 )

@@ -192,11 +192,11 @@ def test_the_scheduler_may_be_another(tmp_path):
     [
         (
             None,
-            r"mine\.json': expected ddpm-linear, .* \(.*json is missing",
+            r"mine\.json': give ddpm-linear, .* \(.*json is missing",
         ),
         (
             "{",
-            r"mine\.json': expected ddpm-linear, .* \(.*cannot be read as JSON",
+            r"mine\.json': give ddpm-linear, .* \(.*cannot be read as JSON",
         ),
     ],
 )

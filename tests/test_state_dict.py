@@ -273,8 +273,8 @@ def test_torchs_advice_to_run_code_is_left_out(tmp_path):
     [
         ({"epoch": 3, "config": {"width": 8}}, r"no weights in it \(found epoch, config\)"),
         ({}, r"no weights in it \(found nothing\)"),
-        ([PLAIN], "expected a state dict, found list"),
-        (PLAIN["steps"], "expected a state dict, found Tensor"),
+        ([PLAIN], "not a state dict but list"),
+        (PLAIN["steps"], "not a state dict but Tensor"),
     ],
 )
 def test_a_file_without_weights_says_what_it_has(tmp_path, content, message):

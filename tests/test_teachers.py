@@ -30,7 +30,7 @@ def refused(folder, kind=UsageError, **options):
 
 
 def test_path_that_is_no_teacher(tmp_path):
-    assert "expected a diffusers folder" in refused("no such model")
+    assert "give a diffusers folder" in refused("no such model")
     assert "with model_index.json" in refused(tmp_path)
 
 

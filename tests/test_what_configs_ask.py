@@ -280,7 +280,7 @@ def test_a_table_of_times_takes_whole_numbers(tmp_path):
 def test_a_control_network_of_flux_is_fed_a_picture(tmp_path):
     pipelines.flux().save_pretrained(tmp_path)
     pipelines.edit(tmp_path / "transformer" / "config.json", in_channels=32, out_channels=16)
-    with pytest.raises(UsageError, match="is fed a picture too"):
+    with pytest.raises(UsageError, match="is fed an image too"):
         dkdm.load_teacher(str(tmp_path), options=LoadOptions(sample_size=(8, 8)))
 
 

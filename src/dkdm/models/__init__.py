@@ -53,8 +53,8 @@ def load_teacher(
     Denoiser). format: of a checkpoint file, one of FORMATS; None tells it from its keys. subfolder:
     where the pipeline lies inside the folder. revision: as in diffusers. options: everything else.
     A text model comes without prompts: give it some with `dkdm.models.prompts.with_prompts`.
-    Raises UsageError where nothing is found there or it is not a one-step diffusion model,
-    DkdmError where its weights are missing or do not belong to its network.
+    Raises UsageError if nothing is found there or it is not a one-step diffusion model,
+    DkdmError if its weights are missing or do not belong to its network.
     """
     spec = str(path_given("load_teacher: model", spec, "give a folder, a hub id or module:factory"))
     options = options or LoadOptions()
@@ -135,7 +135,7 @@ def _from_path(path: Path, format: str | None, options: LoadOptions) -> Denoiser
     if not path.is_dir() or format is not None:
         return load_original(path, format, options)
     if options.scheduler is not None and (path / INDEX).is_file():
-        raise UsageError(f"--teacher-scheduler: {path} has its own: leave this option out")
+        raise UsageError(f"--teacher-scheduler: {path} has a scheduler: remove this option")
     with understood(str(path)):
         lone = not (path / INDEX).is_file()
         return (load_lone_network if lone else load_pipeline_folder)(path, options)

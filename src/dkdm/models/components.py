@@ -30,7 +30,7 @@ TILED_FROM = 128  # latents this wide or wider are decoded in tiles, where diffu
 class Component:
     """A component of a diffusers pipeline as it lies on disk: folder, library and class name.
 
-    variant: of its weight files, where they have one.
+    variant: of its weight files, if they have one.
     """
 
     folder: Path
@@ -143,7 +143,7 @@ class Autoencoder:
 
     @property
     def latent_channels(self) -> int | None:
-        """Channels of its latents, where the config says."""
+        """Channels of its latents, if the config says."""
         config = self.config
         found = config.get("latent_channels") or config.get("z_dim")
         return None if found is None else int(found)

@@ -36,7 +36,7 @@ def download(
 
     weights: whether these are needed too, or JSON files are enough. Where the hub cannot list the
     repository, everything that may be needed is taken: offline, from the cache. Raises UsageError
-    for a repository without a pipeline, DkdmError where the hub does not give it.
+    for a repository without a pipeline, DkdmError if the hub does not give it.
     """
     names = _listing(repo_id, revision)
     if names is None:
@@ -55,7 +55,7 @@ def download(
 
 
 def _listing(repo_id: str, revision: str | None) -> list[str] | None:
-    """The names of all files, offline as they were last seen; None where they cannot be listed."""
+    """The names of all files, offline as they were last seen; None if they cannot be listed."""
     import huggingface_hub
 
     try:

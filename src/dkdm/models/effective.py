@@ -194,7 +194,7 @@ def _is_old(config: Config, where: str) -> bool:
         return Version(Version(str(version)).base_version) < Version("0.9.0.dev0")
     except InvalidVersion as error:
         raise UsageError(
-            f"{where}: _diffusers_version is {shown(version)}: expected a version such as 0.42.1"
+            f"{where}: _diffusers_version is {shown(version)}: give a version such as 0.42.1"
         ) from error
 
 
@@ -252,7 +252,7 @@ def _check(fields: Fields) -> None:
             length = len(fields.numbers(name, low=low))
             if isinstance(channels, int) and length != channels:
                 raise UsageError(
-                    f"{fields.where}: {name} has {length} numbers: expected {channels}, one for "
+                    f"{fields.where}: {name} has {length} numbers: give {channels}, one for "
                     "each channel of the latents"
                 )
     if "scaling_factor" in fields.values:

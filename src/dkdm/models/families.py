@@ -1,4 +1,4 @@
-"""Which pipeline's conventions hold for a folder: by its class, else by its components' classes."""
+"""Which pipeline's conventions hold for a folder: by its class or its components' classes."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def locate(
     """The folder of a builtin, a path or a hub id (downloaded into the hub's cache).
 
     weights: whether they are needed too, or JSON files are enough. subfolder: of a repository, if
-    only that is needed. Raises UsageError where there is nothing of that name.
+    only that is needed. Raises UsageError if there is nothing of that name.
     """
     if spec.startswith("builtin:"):
         return _builtin(spec.removeprefix("builtin:"))
@@ -40,7 +40,7 @@ def locate(
     if is_hub_id(spec):
         return download(spec, revision, variant, weights, subfolder)
     raise UsageError(
-        f"no model at '{spec}': expected a diffusers folder, a hub id (owner/name), a run's output "
+        f"no model at '{spec}': give a diffusers folder, a hub id (owner/name), a run's output "
         f"folder, module:factory, or one of {', '.join(f'builtin:{n}' for n in builtin_names())}"
     )
 
@@ -54,6 +54,6 @@ def is_hub_id(spec: str) -> bool:
 def _builtin(name: str) -> Path:
     if name not in builtin_names():
         raise UsageError(
-            f"no builtin model '{name}': expected one of {', '.join(builtin_names()) or 'none'}"
+            f"no builtin model '{name}': use one of {', '.join(builtin_names()) or 'none'}"
         )
     return BUILTIN / name

@@ -49,10 +49,10 @@ def read_choice(choice: LoraChoice) -> Lora:
     if isinstance(choice, tuple):
         file, weight = choice if len(choice) == 2 else (choice, None)
         if not (isinstance(file, (str, Path)) and is_number(weight)):
-            raise UsageError(f"--teacher-lora {shown(choice)}: expected FILE or (FILE, WEIGHT)")
+            raise UsageError(f"--teacher-lora {shown(choice)}: give FILE or (FILE, WEIGHT)")
         return Lora(_existing(Path(file)), float(weight))
     if not isinstance(choice, (str, Path)):
-        raise UsageError(f"--teacher-lora {shown(choice)}: expected FILE or FILE:WEIGHT")
+        raise UsageError(f"--teacher-lora {shown(choice)}: give FILE or FILE:WEIGHT")
     weighted = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", str(choice))
     if weighted and not Path(choice).expanduser().exists():
         return Lora(_existing(Path(weighted[1])), float(weighted[2]))
@@ -106,7 +106,7 @@ def _holder(network: nn.Module, pipeline: str | None, component: str) -> Any:
     if not hasattr(cls, "load_lora_weights") or not hasattr(network, "load_lora_adapter"):
         raise UsageError(
             f"--teacher-lora: {pipeline or type(network).__name__} takes no LoRA: diffusers has no "
-            "loader for it. Merge the file with the tool that made it, and leave this option out"
+            "loader for it. Merge the file with the tool that made it, and remove this option"
         )
     kind: Any = type(cls.__name__, (cls,), {"components": {component: network}})
     holder = object.__new__(kind)
@@ -150,7 +150,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     if any("dora_scale" in key for key in tensors):
         raise UsageError(
             f"{where}: holds DoRA scales (dora_scale), which diffusers drops: the result would not "
-            "be what was trained. Merge it with the tool that made it, and leave this option out"
+            "be what was trained. Merge it with the tool that made it, and remove this option"
         )
     broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
@@ -171,12 +171,12 @@ def _check_parts(state: Mapping[str, Tensor], component: str, where: str) -> Non
 
 
 def _check_channels(state: Mapping[str, Tensor], holder: Any, component: str, where: str) -> None:
-    """Raise UsageError for a control LoRA, whose first layer takes a picture's channels too."""
+    """Raise UsageError for a control LoRA, whose first layer takes an image's channels too."""
     first = getattr(vars(holder)[component], "x_embedder", None)
     down = state.get(f"{component}.x_embedder.lora_A.weight")
     if isinstance(first, nn.Linear) and down is not None and down.shape[1] != first.in_features:
         raise UsageError(
-            f"{where}: a control LoRA, which is fed a picture too ({down.shape[1]} channels, not "
+            f"{where}: a control LoRA, which is fed an image too ({down.shape[1]} channels, not "
             f"{first.in_features}), and cannot be distilled without one"
         )
 
@@ -224,7 +224,7 @@ def _metadata(
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: its {METADATA} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{where}: its {METADATA} is {shown(values)}: expected an object")
+        raise UsageError(f"{where}: its {METADATA} is {shown(values)}, not an object")
     prefix = f"{component}."
     own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
     layers = dict(_layers(tensors, prefix))

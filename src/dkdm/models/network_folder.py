@@ -46,7 +46,7 @@ def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
     if options.lora:
         raise UsageError(
             f"--teacher-lora: {folder} is a network without its pipeline, which knows the formats "
-            "of LoRA files: leave this option out"
+            "of LoRA files: remove this option"
         )
     scheduler = scheduler_config(str(options.scheduler), clips=config.get("in_channels") in (1, 3))
     return load_network_folder(folder, scheduler, options)
@@ -82,7 +82,7 @@ def _whole(folder: Path) -> str:
     """What to give in place of one part of a pipeline."""
     if (folder.parent / INDEX).is_file():
         return f"give the pipeline's folder, {folder.parent}"
-    return f"give the folder that has {INDEX}, where a model's parts lie together"
+    return f"give the folder that has {INDEX}, with all parts of a model"
 
 
 def _an_adapter(folder: Path, name: str) -> str:
@@ -93,15 +93,15 @@ def _an_adapter(folder: Path, name: str) -> str:
             "that you save with the result"
         )
     return (
-        f"{folder}: a LoRA ({name}), which changes a model: give the model as --teacher (or as "
-        "MODEL) and this folder as --teacher-lora (or --lora)"
+        f"{folder}: a LoRA ({name}), which changes a model: give that model, and this folder as "
+        "--teacher-lora"
     )
 
 
 def _no_scheduler(folder: Path, kind: str) -> str:
     return (
         f"{folder}: a network alone ({kind or 'of no class'}), which does not say how noise is "
-        "added: give --teacher-scheduler (or --scheduler) with the scheduler that it was trained "
+        "added: give --teacher-scheduler with the scheduler that it was trained "
         f"with: {', '.join(NAMED)}, or a scheduler_config.json or its folder"
     )
 
@@ -112,7 +112,7 @@ def _no_network(folder: Path) -> str:
         others = f" (there is {', '.join(parts[1:])} too)" if parts[1:] else ""
         return (
             f"{folder}: a checkpoint of a trainer: give one network of it, {folder / parts[0]}"
-            f"{others}, and --teacher-scheduler (or --scheduler)"
+            f"{others}, and --teacher-scheduler"
         )
     states = [name for name in STATES if (folder / name).is_file()]
     if states:
@@ -125,6 +125,6 @@ def _no_network(folder: Path) -> str:
     if alone is not None:
         return f"{folder}: {alone} alone, and no denoiser: {_whole(folder)}"
     return (
-        f"{folder}: expected a diffusers pipeline folder (with {INDEX}), a network's folder (with "
+        f"{folder}: give a diffusers pipeline folder (with {INDEX}), a network's folder (with "
         "config.json) or a checkpoint file"
     )

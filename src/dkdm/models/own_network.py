@@ -73,7 +73,7 @@ class Origin:
 
 
 def origin_of(network: object) -> Origin | None:
-    """What was attached to a network; None where nothing was."""
+    """What was attached to a network; None if nothing was."""
     origin: Origin | None = getattr(network, ORIGIN, None)
     return origin
 
@@ -196,9 +196,9 @@ def read_origin(config: Mapping[str, Any], folder: Path) -> Origin:
             if values.get(name) is not None:
                 [values[name]] = _sizes([values[name]])
         if not str(values["network"]).isidentifier():
-            raise ValueError(f"network is {shown(values['network'])}: expected a class's name")
+            raise ValueError(f"network is {shown(values['network'])}: give a class's name")
         if values.get("factory") is not None and not is_spec(values["factory"]):
-            raise ValueError(f"factory is {shown(values['factory'])}: expected module:name")
+            raise ValueError(f"factory is {shown(values['factory'])}: give module:name")
         if values.get("arguments") is not None:
             _mapping(values["arguments"])
         return Origin(**values | {"network": str(values["network"])})
@@ -210,14 +210,14 @@ def read_origin(config: Mapping[str, Any], folder: Path) -> Origin:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"expected an object, found {shown(value)}")
+        raise ValueError(f"{shown(value)} is not an object")
     return value
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     """Whole numbers, and nothing else."""
     if not isinstance(values, (list, tuple)) or any(type(v) is not int or v < 0 for v in values):
-        raise ValueError(f"expected whole numbers, found {shown(values)}")
+        raise ValueError(f"{shown(values)} are not whole numbers")
     return tuple(values)
 
 
@@ -271,7 +271,7 @@ def _name_of(factory: Callable[..., Any]) -> str | None:
 def _named(origin: Origin, folder: Path, given: Any) -> str:
     """The factory to import: one that the user gave, or that this machine itself wrote down."""
     if given is not None and not isinstance(given, str):
-        raise UsageError(f"factory is {given!r}: expected module:name or a callable")
+        raise UsageError(f"factory is {given!r}: give module:name or a callable")
     names = [name.strip() for name in given.split(",")] if given else []
     if len(names) == 1 or origin.factory in names:
         return names[0] if len(names) == 1 else str(origin.factory)

@@ -52,7 +52,7 @@ AUTOENCODERS = ("vae", "vqvae")
 def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     """Load the denoiser of a pipeline folder.
 
-    Raises UsageError where the folder is no pipeline or one of another kind, DkdmError where its
+    Raises UsageError if the folder is no pipeline or one of another kind, DkdmError if its
     weights are missing or do not match.
     """
     loras = read_choices(options.lora)
@@ -93,12 +93,12 @@ def lone_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
     known = ARCHITECTURES.get(name)
     if known is None:
         raise UsageError(
-            f"{folder}: its network is {as_named(name)}: expected one of {', '.join(ARCHITECTURES)}"
+            f"{folder}: its network is {as_named(name)}; dkdm reads {', '.join(ARCHITECTURES)}"
         )
     if known.needs_text(config):
         raise UsageError(
             f"{folder}: {name} is conditioned on text: give the pipeline folder that has its text "
-            "encoders, with this network in the place of its own"
+            "encoders, with this network in place of its network"
         )
     return known
 
@@ -202,7 +202,7 @@ def _saved_size(index: dict[str, Any]) -> tuple[int, ...] | None:
 
 
 def _saved_range(index: dict[str, Any]) -> tuple[float, float]:
-    """The smallest and largest value of a sample, where dkdm wrote them."""
+    """The smallest and largest value of a sample, if dkdm wrote them."""
     low, high = map(float, index.get("_value_range", "-1..1").split(".."))
     return low, high
 
@@ -228,7 +228,7 @@ def _placeholder(*_: Any, **__: Any) -> Any:
 
 
 def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Architecture]:
-    """Name and class of the denoiser. Raises UsageError if it is none that dkdm knows."""
+    """Name and class of the denoiser. Raises UsageError if dkdm does not know it."""
     kind = as_named(index.get("_class_name"))
     if "Consistency" in kind:
         raise UsageError(
@@ -256,7 +256,7 @@ def _check_library(folder: Path, component: str, named: list[Any]) -> None:
     own = [HOMES[kind], f"dkdm.networks.{HOMES[kind]}"] if kind in HOMES else ["diffusers"]
     if library not in own and not (kind == OWN_CLASS and is_name(library)):
         raise UsageError(
-            f"{folder / INDEX}: {component} is {shown(named)}: expected [{own[0]}, {kind}]. No "
+            f"{folder / INDEX}: {component} is {shown(named)}: write [{own[0]}, {kind}]. No "
             "class of another library is made because a file names it"
         )
 
@@ -325,7 +325,7 @@ def _check_channels(
     if produced != taken and (taken != shape[0] or produced != 2 * taken):
         raise UsageError(
             f"{folder}: the network takes {taken} channels and gives {produced}: a "
-            "model for inpainting, depth or super-resolution is fed a picture too, and cannot "
+            "model for inpainting, depth or super-resolution is fed an image too, and cannot "
             "be distilled without one"
         )
     channels = bundle.autoencoder.latent_channels if bundle.autoencoder else None
@@ -384,7 +384,7 @@ def _conditioning(
     index: dict[str, Any],
     bundle: Bundle,
 ) -> tuple[Conditioning, dict[str, torch.Tensor]]:
-    """Text where there is an encoder for it; else classes as the network embeds them."""
+    """Text if there is an encoder for it, otherwise classes as the network embeds them."""
     if _reads_text(bundle):
         return text_conditioning(folder, bundle), {}
     if "_conditions" in index:
@@ -412,7 +412,7 @@ def _own_conditioning(config: dict[str, Any], index: dict[str, Any]) -> Conditio
 
 
 def _taught(index: dict[str, Any]) -> tuple[int, ...] | None:
-    """The classes that a student learnt, where these are not all."""
+    """The classes that a student learnt, if these are not all."""
     taught = index.get("classes")
     return None if taught is None else tuple(map(int, taught))
 

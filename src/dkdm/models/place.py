@@ -26,7 +26,7 @@ def device_of_run() -> torch.device:
 def quantize_int8(network: nn.Module) -> None:
     """Keep the weights of linear layers in int8, one scale a row; the arithmetic stays as it is.
 
-    Raises DkdmError where torchao is not installed.
+    Raises DkdmError if torchao is not installed.
     """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_

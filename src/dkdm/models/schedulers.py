@@ -56,7 +56,7 @@ _REFUSED = {
     "DPMSolverMultistepInverseScheduler": (
         f"{_BACKWARDS} a DPMSolverMultistepScheduler with the same betas"
     ),
-    "RePaintScheduler": "it paints into pictures; save a DDPMScheduler with the same betas",
+    "RePaintScheduler": "it paints into images; save a DDPMScheduler with the same betas",
     "UnCLIPScheduler": (
         "save a DDPMScheduler with beta_schedule squaredcos_cap_v2 and the same variance_type"
     ),
@@ -128,7 +128,7 @@ def stand_in(config: Config) -> dict[str, Any]:
     if name in _OTHERS:
         return config
     raise UsageError(
-        f"scheduler {shown(name or 'without _class_name')} is not supported: expected "
+        f"scheduler {shown(name or 'without _class_name')} is not supported: use "
         "DDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler or one "
         f"of {', '.join(MULTISTEP)}. If the model was trained with a beta schedule, save a "
         "DDPMScheduler with the same betas and prediction type beside it"
@@ -243,7 +243,7 @@ def _solver_stand_in(config: Config) -> dict[str, Any]:
 def _solver_clipping(own: Fields) -> Clipping:
     """What a solver does to x_0: eps follows from what is left of it.
 
-    Only Heun's clips, UniPC thresholds x_0 where it predicts that.
+    Only Heun's clips, UniPC thresholds x_0 if it predicts that.
     """
     if own.flag("clip_sample", False):
         return Clipping(own.number("clip_sample_range", low=_TINY))
@@ -463,7 +463,7 @@ def named_config(spec: str, clip_range: float | None = None) -> Config:
     """A scheduler's config by its name in NAMED or the path of its JSON.
 
     clip_range: of a named one that can clip; None does not. Raises UsageError for a name that is
-    neither, and for a file that is none.
+    neither, and for a file that is not one.
     """
     if spec in NAMED:
         clips = {"clip_sample": True, "clip_sample_range": clip_range}
@@ -473,7 +473,7 @@ def named_config(spec: str, clip_range: float | None = None) -> Config:
         return saved_config(read_json(Path(spec), "a scheduler_config.json"))
     except UsageError as error:
         raise UsageError(
-            f"noise process '{spec}': expected {', '.join(NAMED)}, or the path of a "
+            f"noise process '{spec}': give {', '.join(NAMED)}, or the path of a "
             f"scheduler_config.json ({error})"
         ) from error
 
@@ -481,7 +481,7 @@ def named_config(spec: str, clip_range: float | None = None) -> Config:
 def within(config: Config, low: float, high: float) -> Config:
     """The same scheduler on those of its levels whose sigma / alpha lies in low..high.
 
-    Raises UsageError where fewer than two are left, and for a scheduler that cannot be cut.
+    Raises UsageError if fewer than two are left, and for a scheduler that cannot be cut.
     """
     process, name = from_scheduler_config(config), str(config["_class_name"])
     ratio = process.sigma / process.alpha
@@ -536,7 +536,7 @@ def _betas(own: Fields) -> Tensor:
 
 
 def _from_beta_config(config: Config) -> Process:
-    """DDPM, DDIM (which keeps eps where it clips x_0) or first-order DPM-Solver++."""
+    """DDPM, DDIM (which keeps eps if it clips x_0) or first-order DPM-Solver++."""
     own = fields_of(config)
     is_ddim = config["_class_name"] == "DDIMScheduler"
     is_solver = config["_class_name"] == FIRST_ORDER
@@ -638,14 +638,14 @@ def _flow_at(process: Process, sigma: Tensor, levels: int) -> Process:
 
 
 def dynamic_shift(config: Config, image_tokens: int | None) -> float:
-    """The shift of a flow for pictures of `image_tokens` tokens (Flux, `calculate_shift`).
+    """The shift of a flow for images of `image_tokens` tokens (Flux, `calculate_shift`).
 
     mu is linear in the number of tokens; the shift is exp(mu), or mu for the linear kind. Raises
-    UsageError where the number of tokens is not known.
+    UsageError if the number of tokens is not known.
     """
     if image_tokens is None:
         raise UsageError(
-            "a flow with dynamic shifting needs the picture's size: expected a network with a "
+            "a flow with dynamic shifting needs the size of an image: give a network with a "
             "sample_size, or --teacher-size"
         )
     own = fields_of(config)

@@ -1,4 +1,4 @@
-"""What a student of another noise process or parameterization is told by its scheduler."""
+"""A student on another noise process or with another parameterization than its teacher."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def with_process(
     prediction: None is the teacher's, or what the process's scheduler takes where it does not take
     that. process: "teacher", one of `schedulers.NAMED`, or the path of a scheduler_config.json; of
     its levels those are kept whose signal-to-noise ratio the teacher has. A learned variance stays
-    with the teacher's process only. Raises UsageError where no scheduler of diffusers takes the two
+    with the teacher's process only. Raises UsageError if no scheduler of diffusers takes the two
     together.
     """
     own = teacher.parameterization
@@ -81,12 +81,12 @@ def _is_beta(config: Config) -> bool:
 
 
 def check_scheduler_takes(prediction: PredictionType, config: Config) -> None:
-    """Raise UsageError where a scheduler cannot sample a network of this parameterization."""
+    """Raise UsageError if a scheduler cannot sample a network of this parameterization."""
     allowed = _predictions(config)
     if prediction not in allowed:
         raise UsageError(
             f"--student-prediction {prediction}: {config['_class_name']} samples "
-            f"{' and '.join(allowed)} only; expected one of these, or another --student-process "
+            f"{' and '.join(allowed)} only; give one of these, or another --student-process "
             f"({', '.join(NAMED)})"
         )
 
@@ -99,7 +99,7 @@ def _predictions(config: Config) -> tuple[PredictionType, ...]:
 
 
 def check_is_sampled(student: Denoiser) -> None:
-    """Raise UsageError where its process's scheduler reads or feeds a network in another way."""
+    """Raise UsageError if its process's scheduler reads or feeds a network in another way."""
     config = student.process.scheduler
     if not config:
         return
@@ -112,6 +112,6 @@ def check_is_sampled(student: Denoiser) -> None:
     what = what if reads else f"a network that predicts {own} is misread"
     raise UsageError(
         f"{student.name}: {what}, by {config['_class_name']}, with which it would be saved; "
-        "expected another student, or a process without a scheduler "
+        "give another student, or a process without a scheduler "
         "(`dataclasses.replace(process, scheduler={})`), whose network is saved alone"
     )

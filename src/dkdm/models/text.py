@@ -27,13 +27,13 @@ from dkdm.reading.sizes import in_a_line
 def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
     """Prompts for a text pipeline, none given yet; its encoders are loaded when first needed.
 
-    Raises UsageError for a pipeline whose prompts dkdm does not know how to encode, DkdmError where
+    Raises UsageError for a pipeline whose prompts dkdm does not know how to encode, DkdmError if
     transformers is not installed.
     """
     encoding = encoding_of(bundle.pipeline)
     if encoding is None:
         raise UsageError(
-            f"{folder}: how {bundle.pipeline} encodes prompts is not known: expected one of "
+            f"{folder}: how {bundle.pipeline} encodes prompts is not known; dkdm reads "
             f"{', '.join(text_pipelines())}"
         )
     if find_spec("transformers") is None:

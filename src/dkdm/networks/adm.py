@@ -22,7 +22,7 @@ GROUPS = 32
 class AdmUNet(ModelMixin, ConfigMixin):
     """A UNet of residual blocks with self-attention, or with cross-attention to a class token.
 
-    attention_resolutions: attention is where the picture is this many times smaller. channel_mult:
+    attention_resolutions: attention is where the image is this many times smaller. channel_mult:
     widths of the levels, in `model_channels`. num_head_channels: width of a head; None takes
     `num_heads` heads (`num_heads_upsample` on the way up, None is as many). use_scale_shift_norm:
     time scales and shifts the normalization, instead of being added. resblock_updown: residual
@@ -98,13 +98,13 @@ class AdmUNet(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The network's output [B, out_channels, H, W] for x [B, in_channels, H, W].
 
-        timesteps: [B], may be fractions; class_labels: int64 [B]. Raises ValueError where class
+        timesteps: [B], may be fractions; class_labels: int64 [B]. Raises ValueError if class
         ids are missing, or given to an unconditional network.
         """
         if (class_labels is None) != (self.label_emb is None):
             raise ValueError(
-                f"num_class_embeds is {self.config.num_class_embeds}: expected class_labels "
-                f"{'to be left out' if self.label_emb is None else '[B]'}"
+                f"num_class_embeds is {self.config.num_class_embeds}: "
+                f"{'remove' if self.label_emb is None else 'give'} class_labels"
             )
         sinusoids = get_timestep_embedding(timesteps, self.config.model_channels, True, 0)
         emb, context = self.time_embed(sinusoids.to(x.dtype)), None

@@ -41,7 +41,7 @@ class EdmUNet(ModelMixin, ConfigMixin):
     ) -> None:
         """Make encoder and decoder.
 
-        first: convolution of the picture. levels: (resolution, width), the highest resolution
+        first: convolution of the image. levels: (resolution, width), the highest resolution
         first. blocks: of a level of the encoder; the decoder has one more. attends: resolutions
         with attention; all_attend: in all blocks of the decoder, else in the last one only.
         """
@@ -98,7 +98,7 @@ class SongUNet(EdmUNet):
     block_out_channels: widths of the levels; model_channels: of the first convolution;
     noise_channels, emb_channels: of the time before and after its layers. attention_resolutions:
     in pixels. fourier: time as random Fourier features, else as sinusoids. residual_input: the
-    picture enters the encoder at each resolution, as features that are passed on. resample_filter:
+    image enters the encoder at each resolution, as features that are passed on. resample_filter:
     one dimension of it.
     """
 

@@ -2,7 +2,7 @@
 
 Blocks as in DiT (arXiv 2212.09748, adaLN-Zero) with linear attention (arXiv 2006.16236) and, as in
 SANA (arXiv 2410.10629), a convolution in the MLP, from which tokens know their place. Samples may
-be sounds, images or videos of any size. This file needs torch and diffusers alone.
+be audio, images or videos of any size. This file needs torch and diffusers alone.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LinearTransformer(ModelMixin, ConfigMixin):
         timesteps: [B], may be fractions; class_labels: int64 [B]; encoder_hidden_states: [B, N, D];
         encoder_attention_mask: [B, N], 0 for padding; pooled_projections: [B, D]. Raises ValueError
         for sides that cannot be cut into patches, and for conditions that are missing or not
-        expected.
+        known.
         """
         check_given(self.config, class_labels, encoder_hidden_states, pooled_projections)
         grid = token_grid(x.shape[2:], self.patch)
@@ -213,13 +213,13 @@ class ConvMlp(nn.Module):
 def token_grid(sample_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
     """How many patches there are along each side.
 
-    Raises ValueError where the sides cannot be cut into patches.
+    Raises ValueError if the sides cannot be cut into patches.
     """
     fits = len(sample_size) == len(patch_size) and 1 <= len(sample_size) <= 3
     if not fits or any(s % p for s, p in zip(sample_size, patch_size, strict=True)):
         raise ValueError(
             f"sample_size {tuple(sample_size)} cannot be cut into patches of {tuple(patch_size)}: "
-            "expected one to three sides, each divisible by its patch"
+            "give one to three sides, each divisible by its patch"
         )
     return tuple(s // p for s, p in zip(sample_size, patch_size, strict=True))
 
@@ -245,13 +245,13 @@ def to_samples(tokens: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) ->
 
 
 def check_given(config: Mapping[str, Any], *conditions: Tensor | None) -> None:
-    """Raise ValueError where the conditions are not those that the network was made for."""
+    """Raise ValueError if the conditions are not those that the network was made for."""
     names = ("class_labels", "encoder_hidden_states", "pooled_projections")
     options = ("num_class_embeds", "cross_attention_dim", "pooled_projection_dim")
     for name, option, given in zip(names, options, conditions, strict=True):
         if (config[option] is None) != (given is None):
-            wanted = "to be left out" if given is not None else "[B, ...]"
-            raise ValueError(f"{option} is {config[option]}: expected {name} {wanted}")
+            wanted = "remove" if given is not None else "give"
+            raise ValueError(f"{option} is {config[option]}: {wanted} {name}")
 
 
 def _projection(features: int | None, width: int) -> nn.Module | None:

@@ -72,7 +72,7 @@ class ResidualMLP(ModelMixin, ConfigMixin):
         encoder_attention_mask: [B, N], 0 for padding; pooled_projections: [B, D]. What is noise in
         x is passed on, as much of it as the time asks for, so that `width` may be less than its
         values. Raises ValueError for another size than sample_size, and for conditions that are
-        missing or not expected.
+        missing or not known.
         """
         check_given(self.config, class_labels, encoder_hidden_states, pooled_projections)
         shape = (self.config.in_channels, *self.config.sample_size)
@@ -131,13 +131,13 @@ class Block(nn.Module):
 
 
 def check_given(config: Mapping[str, Any], *conditions: Tensor | None) -> None:
-    """Raise ValueError where the conditions are not those that the network was made for."""
+    """Raise ValueError if the conditions are not those that the network was made for."""
     names = ("class_labels", "encoder_hidden_states", "pooled_projections")
     options = ("num_class_embeds", "cross_attention_dim", "pooled_projection_dim")
     for name, option, given in zip(names, options, conditions, strict=True):
         if (config[option] is None) != (given is None):
-            wanted = "to be left out" if given is not None else "[B, ...]"
-            raise ValueError(f"{option} is {config[option]}: expected {name} {wanted}")
+            wanted = "remove" if given is not None else "give"
+            raise ValueError(f"{option} is {config[option]}: {wanted} {name}")
 
 
 def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:

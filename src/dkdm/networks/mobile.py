@@ -1,6 +1,6 @@
 """A UNet of depthwise-separable convolutions: inverted residuals (MobileNetV2, arXiv 1801.04381).
 
-Samples may be sounds, images or videos of any size that can be halved. This file needs torch and
+Samples may be audio, images or videos of any size that can be halved. This file needs torch and
 diffusers alone.
 """
 
@@ -88,13 +88,13 @@ class MobileUNet(ModelMixin, ConfigMixin):
 
         timesteps: [B], may be fractions; class_labels: int64 [B]; encoder_hidden_states: [B, N, D];
         encoder_attention_mask: [B, N], 0 for padding; pooled_projections: [B, D]. Raises ValueError
-        for sides that cannot be halved, and for conditions that are missing or not expected.
+        for sides that cannot be halved, and for conditions that are missing or not known.
         """
         check_given(self.config, class_labels, encoder_hidden_states, pooled_projections)
         factor = 2 ** (len(self.down) - 1)
         if any(side % factor for side in x.shape[2:]):
             sides = tuple(x.shape[2:])
-            raise ValueError(f"samples of {sides}: expected every side to be divisible by {factor}")
+            raise ValueError(f"samples of {sides}: every side must be divisible by {factor}")
         emb = self._embedded(timesteps, class_labels, pooled_projections, x.dtype)
         x, skips = self.first(x), []
         for level in self.down:
@@ -201,13 +201,13 @@ class Attention(nn.Module):
 
 
 def check_given(config: Mapping[str, Any], *conditions: Tensor | None) -> None:
-    """Raise ValueError where the conditions are not those that the network was made for."""
+    """Raise ValueError if the conditions are not those that the network was made for."""
     names = ("class_labels", "encoder_hidden_states", "pooled_projections")
     options = ("num_class_embeds", "cross_attention_dim", "pooled_projection_dim")
     for name, option, given in zip(names, options, conditions, strict=True):
         if (config[option] is None) != (given is None):
-            wanted = "to be left out" if given is not None else "[B, ...]"
-            raise ValueError(f"{option} is {config[option]}: expected {name} {wanted}")
+            wanted = "remove" if given is not None else "give"
+            raise ValueError(f"{option} is {config[option]}: {wanted} {name}")
 
 
 def _projection(features: int | None, width: int) -> nn.Module | None:

@@ -1,6 +1,6 @@
 """U-ViT (arXiv 2209.12152): time, class, text and patches are tokens, with skips across the depth.
 
-Samples may be sounds, images or videos. This file needs torch and diffusers alone.
+Samples may be audio, images or videos. This file needs torch and diffusers alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class UVit(ModelMixin, ConfigMixin):
         super().__init__()
         self.gradient_checkpointing = False
         if depth % 2 == 0:
-            raise ValueError(f"depth is {depth}: expected an odd number of blocks")
+            raise ValueError(f"depth is {depth}: give an odd number of blocks")
         self.patch, self.grid = tuple(patch_size), token_grid(sample_size, patch_size)
         values, hidden = math.prod(self.patch), int(mlp_ratio * width)
         self.embed = nn.Linear(in_channels * values, width)
@@ -77,11 +77,11 @@ class UVit(ModelMixin, ConfigMixin):
 
         timesteps: [B], may be fractions; class_labels: int64 [B]; encoder_hidden_states: [B, N, D];
         encoder_attention_mask: [B, N], 0 for padding; pooled_projections: [B, D]. Raises ValueError
-        for another size than sample_size, and for conditions that are missing or not expected.
+        for another size than sample_size, and for conditions that are missing or not known.
         """
         check_given(self.config, class_labels, encoder_hidden_states, pooled_projections)
         if tuple(x.shape[2:]) != tuple(self.config.sample_size):
-            sizes = f"expected {tuple(self.config.sample_size)}, found {tuple(x.shape[2:])}"
+            sizes = f"{tuple(self.config.sample_size)}, not {tuple(x.shape[2:])}"
             raise ValueError(f"this U-ViT knows the positions of one sample size: {sizes}")
         time = get_timestep_embedding(timesteps, self.config.width, True, 0).to(x.dtype)
         extra = [time[:, None]]
@@ -142,13 +142,13 @@ class Block(nn.Module):
 def token_grid(sample_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
     """How many patches there are along each side.
 
-    Raises ValueError where the sides cannot be cut into patches.
+    Raises ValueError if the sides cannot be cut into patches.
     """
     fits = len(sample_size) == len(patch_size) and 1 <= len(sample_size) <= 3
     if not fits or any(s % p for s, p in zip(sample_size, patch_size, strict=True)):
         raise ValueError(
             f"sample_size {tuple(sample_size)} cannot be cut into patches of {tuple(patch_size)}: "
-            "expected one to three sides, each divisible by its patch"
+            "give one to three sides, each divisible by its patch"
         )
     return tuple(s // p for s, p in zip(sample_size, patch_size, strict=True))
 
@@ -174,13 +174,13 @@ def to_samples(tokens: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) ->
 
 
 def check_given(config: Mapping[str, Any], *conditions: Tensor | None) -> None:
-    """Raise ValueError where the conditions are not those that the network was made for."""
+    """Raise ValueError if the conditions are not those that the network was made for."""
     names = ("class_labels", "encoder_hidden_states", "pooled_projections")
     options = ("num_class_embeds", "cross_attention_dim", "pooled_projection_dim")
     for name, option, given in zip(names, options, conditions, strict=True):
         if (config[option] is None) != (given is None):
-            wanted = "to be left out" if given is not None else "[B, ...]"
-            raise ValueError(f"{option} is {config[option]}: expected {name} {wanted}")
+            wanted = "remove" if given is not None else "give"
+            raise ValueError(f"{option} is {config[option]}: {wanted} {name}")
 
 
 def _visible(tokens: Tensor, patches: int, mask: Tensor | None) -> Tensor | None:

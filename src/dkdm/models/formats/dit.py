@@ -57,7 +57,7 @@ def recognizes_sit(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _second_half(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The rows of the last layer for the second half of 2C channels, where there is one."""
+    """The rows of the last layer for the second half of 2C channels, if there is one."""
     if not tensors.keys() >= {*_KEYS}:
         return None
     _, channels, side, _ = tensors[_PATCH].shape
@@ -134,7 +134,7 @@ def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
     depth = sum(key.endswith(".attn.qkv.weight") for key in tensors)
     heads = heads or _heads(width)
     if width % heads:
-        raise UsageError(f"--num-heads {heads}: expected a divisor of the width, {width}")
+        raise UsageError(f"--num-heads {heads}: give a divisor of the width, {width}")
     network = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=width // heads,
@@ -148,7 +148,7 @@ def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
     )
     if network.pos_embed.pos_embed.shape != positions.shape:
         raise DkdmError(
-            f"{weights.path}: pos_embed has shape {tuple(positions.shape)}, expected one row of "
+            f"{weights.path}: pos_embed has shape {tuple(positions.shape)}: give one row of "
             f"{width} for each token of a square"
         )
     _use_original_frequencies(network)
@@ -160,7 +160,7 @@ def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
 def _heads(width: int) -> int:
     if width not in HEADS:
         raise UsageError(
-            f"a DiT of width {width}: the file does not say how many heads it has; expected "
+            f"a DiT of width {width}: the file does not say how many heads it has: give "
             '--teacher-flags "--num-heads N"'
         )
     return HEADS[width]

@@ -50,7 +50,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
     bundle = latent_bundle(flags.get("vae"), config["in_channels"] - 1)
     if bundle.autoencoder and not bundle.autoencoder.config.get("latents_mean"):
         raise UsageError(
-            f"--vae {flags['vae']}: EDM2 standardizes latents channel by channel; expected "
+            f"--vae {flags['vae']}: EDM2 standardizes latents channel by channel: set "
             f"in its config.json {LATENTS}"
         )
     return edm_denoiser(network, options, bundle=bundle)

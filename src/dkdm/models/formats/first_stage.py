@@ -32,14 +32,14 @@ def autoencoder_bundle(
 
     first_stage: `first_stage_config` of its YAML. tensors: the checkpoint's `first_stage_model`.
     scale: latents are multiplied by it. path: of the checkpoint. Raises UsageError for an
-    autoencoder of another kind, DkdmError where the weights are not its own.
+    autoencoder of another kind, DkdmError if the weights are not its own.
     """
     import diffusers
 
     kind = str(first_stage.get("target")).rpartition(".")[2]
     if kind not in _CLASSES:
         raise UsageError(
-            f"{path}: first_stage_config has target {kind}: expected one of {', '.join(_CLASSES)}"
+            f"{path}: first_stage_config has target {kind}: use one of {', '.join(_CLASSES)}"
         )
     params = first_stage["params"]
     network = getattr(diffusers, _CLASSES[kind])(**_config(kind, params, scale))

@@ -22,8 +22,8 @@ def read_flags(flags: str, known: Mapping[str, Callable[[str], Any]]) -> dict[st
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in known:
             raise UsageError(
-                f"--teacher-flags: unknown '{flag}': expected "
-                f"{', '.join(map(spelled, known)) or 'none for this format'}"
+                f"--teacher-flags: unknown '{flag}': this format takes "
+                f"{', '.join(map(spelled, known)) or 'no flags'}"
             )
         if value is None:
             raise UsageError(f"--teacher-flags: {flag} needs a value")
@@ -44,7 +44,7 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
     def read(value: str) -> str:
         if value not in allowed:
-            raise ValueError(f"expected one of {', '.join(allowed)}")
+            raise ValueError(f"use one of {', '.join(allowed)}")
         return value
 
     return read

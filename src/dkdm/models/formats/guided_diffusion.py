@@ -87,8 +87,7 @@ def _said_by_shapes(weights: Weights) -> dict[str, Any]:
         }
     except KeyError as error:
         raise DkdmError(
-            f"{weights.path}: expected all the weights of a guided-diffusion UNet, but "
-            f"{error} is missing"
+            f"{weights.path}: not all the weights of a guided-diffusion UNet: {error} is missing"
         ) from error
 
 
@@ -110,7 +109,7 @@ def _truth(word: str) -> bool:
         return True
     if word.lower() in ("no", "false", "f", "n", "0"):
         return False
-    raise ValueError("expected True or False")
+    raise ValueError("use True or False")
 
 
 # What each flag is read by, and the default that the repositories share.
@@ -155,7 +154,7 @@ def _flags(text: str, path: Path, said: Mapping[str, Any]) -> SimpleNamespace:
             f"{', '.join(map(str, said['attention_resolutions'])) or 'never'} times smaller; they "
             "do not say --image_size, --num_heads or --num_head_channels, "
             "--use_new_attention_order, --noise_schedule, --diffusion_steps, --predict_xstart and "
-            "--rescale_timesteps: expected --teacher-flags with the model and diffusion flags of "
+            "--rescale_timesteps: give --teacher-flags with the model and diffusion flags of "
             "the command that made it"
         )
     readers = {name: read for name, (read, _) in _KNOWN.items()} | dict.fromkeys(_IGNORED, str)
@@ -208,7 +207,7 @@ def _attends_at(flags: SimpleNamespace, levels: int) -> set[int]:
         factors = {flags.image_size // size for size in sizes}
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(
-            f"--teacher-flags: --attention_resolutions {flags.attention_resolutions}: expected "
+            f"--teacher-flags: --attention_resolutions {flags.attention_resolutions}: give "
             "sizes in pixels, such as 16,8"
         ) from error
     return factors & {2**level for level in range(levels)}
@@ -260,7 +259,7 @@ def _rescales_time(flags: SimpleNamespace) -> bool:
     improved = any(name in flags.given for name in _ONLY_IMPROVED)
     if improved == any(name in flags.given for name in _ONLY_GUIDED):
         raise UsageError(
-            f"--teacher-flags: with --diffusion_steps {flags.diffusion_steps}, expected "
+            f"--teacher-flags: with --diffusion_steps {flags.diffusion_steps}, give "
             "--rescale_timesteps too: improved-diffusion's default is True, guided-diffusion's and "
             "DDPM-IP's False"
         )

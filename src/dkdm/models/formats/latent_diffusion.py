@@ -35,9 +35,9 @@ def recognizes(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def load(weights: Weights, options: LoadOptions) -> Denoiser:
-    """The model of the YAML file `options.config`; its averaged weights where asked for and there.
+    """The model of the YAML file `options.config`; its averaged weights if asked for and there.
 
-    Raises UsageError where there is no such file or it describes a model of another kind, DkdmError
+    Raises UsageError if there is no such file or it describes a model of another kind, DkdmError
     where the weights are not those of that model.
     """
     config = _model_config(options.config, weights.path)
@@ -64,7 +64,7 @@ def _model_config(file: Path | None, checkpoint: Path) -> Config:
     """`model.params` of the YAML file."""
     if file is None:
         raise UsageError(
-            f"{checkpoint}: expected --teacher-config with the YAML file that the repository has "
+            f"{checkpoint}: give --teacher-config with the YAML file that the repository has "
             "for it, such as models/ldm/celeba256/config.yaml"
         )
     try:
@@ -76,7 +76,7 @@ def _model_config(file: Path | None, checkpoint: Path) -> Config:
         found = False
     if not found:
         raise UsageError(
-            f"--teacher-config {file}: expected a config of CompVis/latent-diffusion, with "
+            f"--teacher-config {file}: give a config of CompVis/latent-diffusion, with "
             "model.params.unet_config.params and model.params.first_stage_config.params.ddconfig"
         )
     return params
@@ -93,7 +93,7 @@ def _unet_tensors(weights: Weights, averaged: bool) -> dict[str, Tensor]:
     if missing:
         raise DkdmError(
             f"{weights.path}: {len(missing)} of the averaged weights are missing "
-            f"({', '.join(missing[:3])}): expected a whole checkpoint"
+            f"({', '.join(missing[:3])}): give the whole checkpoint"
         )
     return {key: average[name] for key, name in names.items()}
 
@@ -106,12 +106,12 @@ def _num_classes(config: Config, weights: Weights) -> int | None:
     kind = str(stage.get("target")).rpartition(".")[2]
     if kind != "ClassEmbedder":
         raise UsageError(
-            f"{weights.path}: conditioned by {kind}: expected an unconditional model or one with a "
+            f"{weights.path}: conditioned by {kind}: give an unconditional model or one with a "
             "ClassEmbedder. Stable Diffusion is loaded once it is a diffusers folder: "
             "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
         )
     if CLASSES not in weights.tensors:
-        raise DkdmError(f"{weights.path}: {CLASSES} is missing: expected a whole checkpoint")
+        raise DkdmError(f"{weights.path}: {CLASSES} is missing: give the whole checkpoint")
     return len(weights.tensors[CLASSES])
 
 
@@ -162,7 +162,7 @@ def _check_channels(config: Config, network: AdmUNet, path: Path) -> None:
     if not taken == given == config.get("channels", taken):
         raise UsageError(
             f"{path}: the network takes {taken} channels and gives {given}, for latents of "
-            f"{config.get('channels')}: a model that is fed a picture too cannot be distilled "
+            f"{config.get('channels')}: a model that is fed an image too cannot be distilled "
             "without one"
         )
 
@@ -172,7 +172,7 @@ def _scheduler(config: Config) -> dict[str, Any]:
     name = config.get("beta_schedule", "linear")
     if name not in _SCHEDULES:
         raise UsageError(
-            f"--teacher-config: beta_schedule {name}: expected one of {', '.join(_SCHEDULES)}"
+            f"--teacher-config: beta_schedule {name}: use one of {', '.join(_SCHEDULES)}"
         )
     return {
         "_class_name": "DDPMScheduler",

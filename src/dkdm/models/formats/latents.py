@@ -21,7 +21,7 @@ def latent_bundle(folder: str | None, channels: int, pipeline: str | None = None
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise UsageError(
-            f"--vae {folder}: expected the folder of a diffusers AutoencoderKL, with config.json"
+            f"--vae {folder}: give the folder of a diffusers AutoencoderKL, with config.json"
         )
     component = Component(check_folder(path), "diffusers", "AutoencoderKL")
     autoencoder = Autoencoder(component)

@@ -35,7 +35,7 @@ def recognizes(tensors: Mapping[str, Tensor]) -> bool:
 def load(weights: Weights, options: LoadOptions) -> Denoiser:
     """The Unet on the betas in the file, with x_0 clipped to [-1, 1], as `p_sample` does.
 
-    Raises UsageError where picture size or objective are not known, and for networks that are fed
+    Raises UsageError if image size or objective are not known, and for networks that are fed
     their own prediction or learn the variance; DkdmError for weights that are not whole.
     """
     flags = read_flags(options.flags, FLAGS)
@@ -50,7 +50,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
         ) from error
     if objective is None:
         raise UsageError(
-            f"{weights.path} does not say what its network predicts: expected --teacher-flags "
+            f"{weights.path} does not say what its network predicts: give --teacher-flags "
             '"--objective pred_v" or pred_noise or pred_x0'
         )
     size = _size(options.sample_size, len(config["block_out_channels"]))
@@ -98,7 +98,7 @@ def _size(asked: tuple[int, ...] | None, levels: int) -> tuple[int, int]:
     halvings = 2 ** (levels - 1)
     if asked is None or len(asked) != 2 or any(side % halvings for side in asked):
         raise UsageError(
-            "the file does not say how large its pictures are: expected --teacher-size HEIGHT "
+            "the file does not say how large its images are: give --teacher-size HEIGHT "
             f"WIDTH, both divisible by {halvings}, found {asked}"
         )
     return asked[0], asked[1]

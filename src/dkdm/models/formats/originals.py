@@ -49,11 +49,11 @@ FORMATS: dict[str, Format] = {
 
 
 def load_original(path: Path, name: str | None, options: LoadOptions) -> Denoiser:
-    """Load a checkpoint file. Raises UsageError where its format is not known."""
+    """Load a checkpoint file. Raises UsageError if its format is not known."""
     if name is not None and name not in FORMATS:
-        raise UsageError(f"--teacher-format {name}: expected one of {', '.join(FORMATS)}")
+        raise UsageError(f"--teacher-format {name}: use one of {', '.join(FORMATS)}")
     if path.is_dir():
-        raise UsageError(f"--teacher-format {name}: expected a checkpoint file, found {path}")
+        raise UsageError(f"--teacher-format {name}: {path} is a folder: give a checkpoint file")
     if name is None and path.suffix == ".safetensors" and path.is_file():
         known = recognize(read_shapes(path))
         if known is not None:
@@ -93,12 +93,12 @@ def _refuse_unused(path: Path, name: str, options: LoadOptions) -> None:
     if options.scheduler is not None:
         raise UsageError(
             f"--teacher-scheduler: {path} is a checkpoint of {FORMATS[name].summary}, which has "
-            "its own noise process: leave this option out"
+            "its own noise process: remove this option"
         )
     if options.lora:
         raise UsageError(
             f"--teacher-lora: {path} is a checkpoint of {FORMATS[name].summary}, which takes no "
-            "LoRA: leave this option out"
+            "LoRA: remove this option"
         )
 
 

@@ -73,7 +73,7 @@ def recognize(shapes: Shapes) -> SingleFile | str | None:
 
 
 def _no_model(shapes: Shapes) -> str | None:
-    """Why a file is no model of its own; None where it may be one."""
+    """Why a file is no model of its own; None if it may be one."""
     return next((what for holds, what in _NO_MODEL if any(holds(key) for key in shapes)), None)
 
 
@@ -84,12 +84,11 @@ def _matches(pattern: str) -> Callable[[str], bool]:
 _NO_MODEL = (
     (
         _matches(r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|_lora\.(up|down)\.|hada_w1|lokr_w"),
-        "a LoRA, which changes a model: give the model as --teacher (or as MODEL) and this file as "
-        "--teacher-lora (or --lora)",
+        "a LoRA, which changes a model: give that model, and this file as --teacher-lora",
     ),
     (
         _matches(r"^control_model\.|^controlnet_|^input_hint_block|^controlnet_blocks\."),
-        "a ControlNet, which is fed a picture too and has no noise process of its own: give the "
+        "a ControlNet, which is fed an image too and has no noise process of its own: give the "
         "model that it was made for",
     ),
     (_matches(r"^string_to_(token|param)$|^emb_params$"), "a textual inversion and no model"),
@@ -106,10 +105,10 @@ def _stable_diffusion(shapes: Shapes, whole: bool) -> SingleFile | str | None:
     if channels != 4:
         return (
             f"a UNet that takes {channels} channels: a model for inpainting, depth, "
-            "super-resolution or editing is fed a picture too, and cannot be distilled without one"
+            "super-resolution or editing is fed an image too, and cannot be distilled without one"
         )
     if labels == 2560:
-        return "the refiner of SDXL, which goes on from another model's pictures: distil SDXL"
+        return "the refiner of SDXL, which continues another model's images: distil SDXL"
     make = _SDXL if labels == 2816 else _SD2 if text == 1024 else _SD1
     return replace(make, whole=whole)
 
@@ -251,7 +250,7 @@ def _check_parts(folder: Path) -> None:
         pair = isinstance(value, list) and len(value) == 2 and name != "safety_checker"
         if pair and value[0] not in (None, "diffusers", "transformers"):
             raise UsageError(
-                f"{folder / INDEX}: {name} is {shown(value)}: expected a class of diffusers or "
+                f"{folder / INDEX}: {name} is {shown(value)}: use a class of diffusers or "
                 "transformers"
             )
 

@@ -29,7 +29,7 @@ __all__ = ["Weights", "load_strict", "read_weights"]
 class Weights:
     """A checkpoint: its state dict, and the plain values that lay beside it.
 
-    tensors: the weights, averaged ones where asked for and there. extra: everything else at the
+    tensors: the weights, averaged ones if asked for and there. extra: everything else at the
     top of the file (configs, steps), as it was.
     """
 
@@ -41,7 +41,7 @@ class Weights:
 def read_weights(path: Path, ema: bool = True) -> Weights:
     """Read a .safetensors, .pt, .pth or .ckpt file without running anything in it.
 
-    ema: take averaged weights where the file has them beside the plain ones. Names are those of the
+    ema: take averaged weights if the file has them beside the plain ones. Names are those of the
     network itself: what DDP, FSDP and torch.compile put before them is taken off. Raises UsageError
     for a file that is missing or holds no weights at all, for a .pkl and for a file with code in
     it, DkdmError for one that cannot be read.
@@ -60,7 +60,7 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
         return Weights(path, unwrapped(read_tensors(path)))
     loaded = _unpickle(path)
     if not isinstance(loaded, Mapping):
-        raise DkdmError(f"{path}: expected a state dict, found {type(loaded).__name__}")
+        raise DkdmError(f"{path}: not a state dict but {type(loaded).__name__}")
     tensors, extra = _split(path, dict(loaded), ema)
     _check_claims(path, tensors)
     return Weights(path, unwrapped(tensors), extra)
@@ -94,7 +94,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The texts in a safetensors header. Raises DkdmError where it cannot be read."""
+    """The texts in a safetensors header. Raises DkdmError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -155,7 +155,7 @@ def _split(
     """The weights of a checkpoint, averaged ones where they lie beside them, and the rest.
 
     Averages that are a list without names, as of torch_ema and improved-diffusion, get those of the
-    plain weights, in their order. Raises UsageError where the two do not correspond, DkdmError
+    plain weights, in their order. Raises UsageError if the two do not correspond, DkdmError
     where there are no weights.
     """
     plain = _find(loaded, _PLAIN, levels=4) or _tensors(loaded)
@@ -312,7 +312,7 @@ def frozen(
 ) -> nn.Module:
     """The network with exactly these weights, in a precision named as in torch, ready to teach.
 
-    Raises DkdmError where keys or shapes are not the network's.
+    Raises DkdmError if keys or shapes are not the network's.
     """
     load_strict(network, tensors, str(path))
     nn.Module.to(network, getattr(torch, dtype))  # diffusers' own warns of nothing
