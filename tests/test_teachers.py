@@ -103,7 +103,7 @@ def test_zero_snr_with_epsilon(folder):
 
 def test_learned_variance_without_channels_for_it(folder):
     edit(folder / "scheduler" / "scheduler_config.json", variance_type="learned_range")
-    assert "expected (2, 2, 8, 8)" in refused(folder)
+    assert "must return (2, 2, 8, 8)" in refused(folder)
 
 
 def test_pickled_weights_are_read_without_running_code(folder):
