@@ -14,7 +14,6 @@ from torch import nn
 
 import dkdm
 from dkdm.core import checkpoint
-from dkdm.core.modes import silence_label_dropout
 from dkdm.errors import DkdmError, UsageError
 from dkdm.students import student_of
 from factories import denoiser, tiny_unet
@@ -90,17 +89,29 @@ def test_tensorboard_is_written(tmp_path):
     assert list((folder / "logs").rglob("events.out.tfevents*"))
 
 
-def test_unweighted_dit_keeps_the_class_it_is_told():
-    """diffusers' own label dropout is off, in training mode too."""
+def test_a_dit_keeps_the_class_it_is_fed_while_it_learns_and_is_left_as_it_was(
+    tmp_path, monkeypatch
+):
     from diffusers.models.embeddings import LabelEmbedding
 
-    student = student_of("dit-xs", denoiser())
-    before = [m.dropout_prob for m in student.network.modules() if isinstance(m, LabelEmbedding)]
+    seen = []
+
+    def watched(layer, labels, force_drop_ids=None):
+        if layer.training:
+            seen.append(layer.dropout_prob)
+        return embed(layer, labels, force_drop_ids)
+
+    embed = LabelEmbedding.forward
+    monkeypatch.setattr(LabelEmbedding, "forward", watched)
+    teacher = denoiser()
+    network = student_of("dit-xs", teacher).network
+    layers = [m for m in network.modules() if isinstance(m, LabelEmbedding)]
+    before = [layer.dropout_prob for layer in layers]
     assert all(before), "building a Denoiser changes nothing"
-    silence_label_dropout(student.network)
-    dropouts = [m.dropout_prob for m in student.network.modules() if isinstance(m, LabelEmbedding)]
-    assert dropouts
-    assert not any(dropouts)
+    run(tmp_path, teacher, network, evaluation_samples=0, check=False, max_train_steps=1)
+    assert seen
+    assert not any(seen)
+    assert [layer.dropout_prob for layer in layers] == before
 
 
 def test_train_on_a_folder_of_images(tmp_path):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dkdm.config import OptimizerOptions
 from dkdm.core.calls import Call, Network
-from dkdm.core.modes import silence_label_dropout
 from dkdm.errors import UsageError
 
 
@@ -22,7 +21,6 @@ def prepare(network: nn.Module, frozen: Collection[str], recompute: bool) -> lis
     frozen: names of those that stay as they are. recompute: activations, in the backward pass.
     """
     make_trainable(network.train())
-    silence_label_dropout(network)
     for name in frozen:
         network.get_parameter(name).requires_grad_(False)
     if recompute:

@@ -136,8 +136,24 @@ def silence_label_dropout(network: nn.Module) -> None:
     It drops them in every block on its own, so that the target's class is not the one that the
     student is fed. Conditions are dropped where they are drawn instead.
     """
+    for layer in _label_embeddings(network):
+        layer.dropout_prob = 0.0
+
+
+@contextmanager
+def without_label_dropout(network: nn.Module) -> Iterator[None]:
+    """Silence the dropout of labels in here, and put it back afterwards."""
+    layers = _label_embeddings(network)
+    odds = [layer.dropout_prob for layer in layers]
+    silence_label_dropout(network)
+    try:
+        yield
+    finally:
+        for layer, before in zip(layers, odds, strict=True):
+            layer.dropout_prob = before
+
+
+def _label_embeddings(network: nn.Module) -> list[Any]:
     from diffusers.models.embeddings import LabelEmbedding
 
-    for module in network.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0
+    return [module for module in network.modules() if isinstance(module, LabelEmbedding)]

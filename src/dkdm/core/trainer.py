@@ -19,6 +19,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.ema import Ema
 from dkdm.core.finite import Finite
 from dkdm.core.learning import autocasting, optimizer_of, prepare
+from dkdm.core.modes import without_label_dropout
 from dkdm.core.objective import Objective
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
 from dkdm.core.sources import Source
@@ -99,7 +100,7 @@ class Trainer:
         """Train to the last step, with metrics, checkpoints and sample grids on the way."""
         config, first, started = self.config, self.step_number, time.monotonic()
         metrics = MetricsFile(config.output_dir / "metrics.jsonl", first)
-        with track(config.max_train_steps, first) as progress:
+        with track(config.max_train_steps, first) as progress, without_label_dropout(self.network):
             while self.step_number < config.max_train_steps:
                 loss = self.step()
                 self.finite.note(loss, self.step_number)

@@ -12,6 +12,7 @@ from torch import nn
 
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.modes import without_label_dropout
 from dkdm.evaluation.cost import undisturbed
 from dkdm.evaluation.numbers import duration
 
@@ -133,7 +134,8 @@ def _as_before(student: Denoiser) -> Iterator[None]:
     for weight, _ in gradients:
         weight.grad = None
     try:
-        yield
+        with without_label_dropout(network):
+            yield
     finally:
         for weight, gradient in gradients:
             weight.grad = gradient
