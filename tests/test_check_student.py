@@ -58,7 +58,7 @@ def test_nothing_is_found_in_a_sound_network(sound):
 
 # Name in own_networks, finding, status, what it says.
 FLAWS = [
-    ("ReturnsList", "forward", "problem", "the network returned list: expected a tensor"),
+    ("ReturnsList", "forward", "problem", "the network returned list: return a tensor"),
     (
         "WrongChannels",
         "shapes",

@@ -18,7 +18,7 @@ from dkdm.core.schedules import (
     rectified_flow,
     zero_terminal_snr,
 )
-from dkdm.core.steps import sample
+from dkdm.core.steps import reverse_step
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
 from factories import counting
@@ -194,9 +194,10 @@ def test_a_chain_is_on_the_noised_law_on_its_way(process):
     def noise(_):
         return torch.randn(4000, 1, generator=random).double()
 
-    timesteps = list(range(top, level, -1))
-    start = process.start_std * noise(-1)
-    x = sample(predict, process, parameterization, start, timesteps, noise, 1.0, stop=level)
+    x = process.start_std * noise(-1)
+    for i in range(top, level, -1):
+        t = torch.full((4000,), i)
+        x = reverse_step(process, parameterization, x, predict(x, t), t, t - 1, noise(i))
     noised = LINE.noised(float(process.alpha[level]), float(process.sigma[level]))
     assert kolmogorov_smirnov(x.squeeze(1), noised.cdf) < 2.5
 

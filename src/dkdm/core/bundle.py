@@ -27,13 +27,13 @@ class Coder(Protocol):
         """Channels of its latents; None if unknown."""
 
     def standard(self, pipeline: str | None = None) -> tuple[list[float], list[float]]:
-        """(shift, scale) of its latents as a pipeline of diffusers reads them; None: its own."""
+        """(shift, scale) of its latents as a diffusers pipeline reads them; None: by its config."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, C, H, W] (or [B, C, F, H, W]) of standardized latents."""
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Standardized latents of pixels; the mean where generator is None."""
+        """Standardized latents of pixels, drawn with the generator; None takes their mean."""
 
     def idle(self) -> None:
         """Make room on the device."""
@@ -41,9 +41,9 @@ class Coder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """The rest of a pipeline: what a student ships beside its own network.
+    """The rest of a pipeline: what a student ships beside its network.
 
-    pipeline: class name of the diffusers pipeline it came from; None where there is none.
+    pipeline: class name of the diffusers pipeline it came from; None if it came from no pipeline.
     components: by their names in model_index.json, without denoiser and scheduler, each a
         `models.components.Component`.
     autoencoder: None in pixel space.

@@ -30,7 +30,7 @@ class Call(Protocol):
 
 
 def call_of(network: Network) -> Call:
-    """The call that fits a network: by its class's name, else the plain one."""
+    """The call for a network, found by the name of its class; `plain` for any other class."""
     return CALLS.get(type(network).__name__, plain)
 
 
@@ -43,7 +43,7 @@ def tensor_of(result: Any) -> Tensor:
     found = found if isinstance(found, Tensor) else getattr(found, "sample", None)
     if not isinstance(found, Tensor):
         raise UsageError(
-            f"the network returned {type(result).__name__}: expected a tensor, a tuple with it "
+            f"the network returned {type(result).__name__}: return a tensor, a tuple with it "
             "first, or an object with .sample"
         )
     return found
@@ -59,7 +59,7 @@ def takes(network: Network, argument: str) -> bool:
 
 
 def plain(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """`network(x, time, **cond)`: UNet1DModel, UNet2DModel, DiT and anybody's own."""
+    """`network(x, time, **cond)`: UNet1DModel, UNet2DModel, DiT and custom networks."""
     return tensor_of(network(x, time, **cond))
 
 
@@ -98,7 +98,7 @@ def text_unet(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tens
 
 
 def pixart(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """PixArtTransformer2DModel, told the picture's size where it asks for it."""
+    """PixArtTransformer2DModel, fed the image's size if it asks for it."""
     added = {name: cond.get(name) for name in ("resolution", "aspect_ratio")}
     fed = {k: cond[k] for k in ("encoder_hidden_states", "encoder_attention_mask")}
     return tensor_of(network(x, timestep=time, added_cond_kwargs=added, **fed))
@@ -194,7 +194,7 @@ IN_FLOAT32 = ("time_ids", "resolution", "aspect_ratio", "guidance")  # embedded 
 
 
 def offloaded_to(network: nn.Module) -> torch.device | None:
-    """Where accelerate brings offloaded layers in their turn; None for any other network."""
+    """The device that accelerate brings offloaded layers to; None for any other network."""
     for module in network.modules():
         executes = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if executes is not None:

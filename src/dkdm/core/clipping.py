@@ -14,7 +14,7 @@ class Clipping(NamedArguments):
 
     range: largest distance from `center` kept; None leaves x_0 alone.
     quantile: if given, dynamic thresholding (Imagen, arXiv 2205.11487, sec. 2.3): each sample is
-        clamped to its own quantile s of |x_0|, 1 <= s <= range, and divided by s.
+        clamped to the quantile s of its |x_0|, 1 <= s <= range, and divided by s.
     rederive_eps: True recomputes eps from the clipped x_0 (DDPM); False keeps it (diffusers' DDIM).
     center: middle of the values of clean samples, 0.5 for those in [0, 1].
     """
@@ -41,7 +41,7 @@ class Clipping(NamedArguments):
 
 
 def _clipping_between(ends: Any) -> str:
-    """How values between two ends are said."""
+    """The remedy for a range given as two ends."""
     try:
         low, high = (float(end) for end in ends)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Images from latents, by a function of the user's own."""
+"""Images from latents, by a function that the user gives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def no_decoder(latents: Tensor) -> Tensor:
     )
 
 
-_DECODES = "give a function of latents [B, ...] that returns pictures [B, 1 or 3, height, width]"
+_DECODES = "give a function of latents [B, ...] that returns images [B, 1 or 3, height, width]"
 
 
 def decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:

@@ -69,19 +69,19 @@ class Denoiser(NamedArguments):
     """Any diffusion model as one call.
 
     network: any module or callable `(x, time, **cond)` giving a tensor [B, C or 2C, ...], a tuple
-        with it, or an object with `.sample`; diffusers' own networks are called as they want it.
+        with it, or an object with `.sample`; diffusers' networks are called as they ask to be.
     sample_shape: (C, ...) of one sample, without the batch dimension.
     constants: what the network is fed the same for every sample (class 0 for a class-conditional
-        network used without classes, the picture size for SDXL), tensors without batch dimension.
-    time: what the network is fed for t, see `network_time`; None is what the process says.
-    value_range: the smallest and largest value of the network's clean samples, which chains and
-        training are left in; pictures are made from it. (The process's `Clipping` bounds chains.)
+        network used without classes, the image size for SDXL), tensors without batch dimension.
+    time: what the network is fed for t, see `network_time`; None is the process's network_time.
+    value_range: the smallest and largest value of the network's clean samples, as chains and
+        training keep them; images are made from it. (The process's `Clipping` bounds chains.)
     call: how the network is called; None finds it by the network's class.
     bundle: what belongs to the model beside the network: autoencoder, text encoders, ...
-    rescale: what states are multiplied with at each t before all else, [T]: they come from another
-        process, see `matching`; None leaves them.
-    decode: of an autoencoder of your own, latents [B, ...] -> pictures in [-1, 1]; None shows
-        samples as they are. Students are shipped without it.
+    rescale: what states of another process are multiplied with at each t, [T], see `matching`;
+        None leaves states as they are.
+    decode: a function of latents [B, ...] that returns images in [-1, 1]; None shows samples as
+        they are. Students are shipped without it.
     guidance_interval: shares of noise, sigma / (alpha + sigma), between which guidance acts; None
         is everywhere (arXiv 2404.07724).
     """
@@ -133,16 +133,16 @@ class Denoiser(NamedArguments):
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes: where its parameters are, or are brought layer by layer."""
+        """The device of the network's parameters, or the one that they are brought to in turns."""
         if not isinstance(self.network, nn.Module):
             return torch.device("cpu")
         first = next(self.network.parameters(), None)
-        own = torch.device("cpu") if first is None else first.device
-        return offloaded_to(self.network) or own if own.type == "meta" else own
+        found = torch.device("cpu") if first is None else first.device
+        return offloaded_to(self.network) or found if found.type == "meta" else found
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Precision of the network's parameters; None where it has none."""
+        """Precision of the network's parameters; None if it has no parameters."""
         if isinstance(self.network, nn.Module):
             for tensor in self.network.parameters():
                 return tensor.dtype
@@ -218,11 +218,11 @@ class Denoiser(NamedArguments):
         return Prediction(output, x_0, eps, variance_output if learned else None)
 
     def _evaluate(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        own = self.parameterization
-        shown = scale_input(own.prediction, x, self.process.at(t)[1], own.sigma_data)
+        meaning = self.parameterization
+        shown = scale_input(meaning.prediction, x, self.process.at(t)[1], meaning.sigma_data)
         time = self.network_time[t.cpu()].to(x.device, torch.float32)
         output = self._called(self._cast(shown), time, cond)
-        channels = self.sample_shape[0] * (2 if own.learns_variance else 1)
+        channels = self.sample_shape[0] * (2 if meaning.learns_variance else 1)
         check_output(self.name, output, x, channels)
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
@@ -244,8 +244,8 @@ class Denoiser(NamedArguments):
     def _fed(self, x: Tensor, cond: Condition) -> Condition:
         """Constants and embedded conditions, on the device and in the network's precision."""
         fixed = {key: value.expand(len(x), *value.shape) for key, value in self.constants.items()}
-        own = cond.keys() - {"guidance"}
-        fed = {**fixed, **(self.conditioning.embed(cond) if own else cond)}
+        drawn = cond.keys() - {"guidance"}
+        fed = {**fixed, **(self.conditioning.embed(cond) if drawn else cond)}
         if not self.embeds_guidance:
             fed.pop("guidance", None)
         placed = {key: value.to(x.device) for key, value in fed.items()}
@@ -256,9 +256,9 @@ class Denoiser(NamedArguments):
         return value.to(self.dtype) if floating else value
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        """Pictures in about [-1, 1] of clean samples [B, ...]: decoded, where they are latents.
+        """Images in about [-1, 1] of clean samples [B, ...], decoded if they are latents.
 
-        Raises UsageError where `decode` does not return a tensor of as many pictures.
+        Raises UsageError if `decode` does not return a tensor of as many images.
         """
         if self.decode is not None:
             return decoded(self.decode, x)
@@ -269,10 +269,10 @@ class Denoiser(NamedArguments):
 
     @torch.no_grad()
     def check(self, cond: Condition | None = None) -> None:
-        """Evaluate two samples of noise, at the first level and the last, in evaluation mode.
+        """Evaluate two samples of noise, at the first and the last level, in evaluation mode.
 
-        cond: two rows; None draws them. Raises UsageError where network and shapes do not fit, and
-        where what it answers is not finite.
+        cond: two rows; None draws them. Raises UsageError if the network does not fit the shapes,
+        or if its output is not finite.
         """
         random = torch.Generator().manual_seed(0)
         if cond is None:
@@ -301,7 +301,7 @@ class Denoiser(NamedArguments):
         """Draw samples with `num_steps` evaluations each.
 
         noise: step -> [B, ...] standard normal; step -1 asks for the starting noise. cond: one row
-        a sample; spacing: of the steps, None is the process's own. Returns x_0 [B, ...], drawn in
+        a sample; spacing: of the steps, None is the process's. Returns x_0 [B, ...], drawn in
         evaluation mode.
         """
 

@@ -11,8 +11,8 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.reading.arguments import refuse
 
 FOUR_LINES = (
-    "say what it is: dkdm.Denoiser(network, dkdm.from_betas(betas), 'epsilon', (3, 32, 32)), with "
-    "its own noise levels (from_betas, rectified_flow or karras), what it predicts and the shape "
+    "describe it: dkdm.Denoiser(network, dkdm.from_betas(betas), 'epsilon', (3, 32, 32)), with "
+    "its noise levels (from_betas, rectified_flow or karras), what it predicts and the shape "
     "of one sample"
 )
 Config = TypeVar("Config")
@@ -25,7 +25,7 @@ def teacher_given(teacher: Any) -> Denoiser | str:
     if isinstance(teacher, Path):
         return str(teacher)
     if isinstance(teacher, nn.Module):
-        refuse("teacher", teacher, f"it is not known how it is read; {FOUR_LINES}")
+        refuse("teacher", teacher, f"dkdm does not know how to read it; {FOUR_LINES}")
     if callable(teacher) and not isinstance(teacher, type):
         name = getattr(teacher, "__name__", "factory")
         refuse("teacher", teacher, f"call it, distill({name}()), if it returns a dkdm.Denoiser")

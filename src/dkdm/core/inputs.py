@@ -1,7 +1,7 @@
-"""Conditions of a user's own: tried at the start, and given as a file where a model is sampled.
+"""Custom conditions: tried when a run starts, and given as a file when a model is sampled.
 
-A run whose conditioning is an object of the user's ships what its network is fed, `embed`'s
-tensors, as the argument `cond` of its pipeline. Loaded again, such a model asks for them.
+A run with a custom conditioning ships what its network is fed, the tensors of `embed`, as the
+argument `cond` of its pipeline. When such a model is loaded, it asks for them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRIED = 3  # rows
 
 
 def try_conditioning(conditioning: Conditioning) -> None:
-    """Call the four methods of a conditioning of a user's own on a few rows.
+    """Call the four methods of a custom conditioning on a few rows.
 
     Raises UsageError naming the method, what it returned and what it must return.
     """
@@ -133,7 +133,7 @@ def from_index(entry: Any, where: str) -> GivenRows:
     Raises UsageError for what is no such entry.
     """
     if not isinstance(entry, Mapping) or not entry or not all(map(is_name, entry)):
-        raise UsageError(f"{where}: _conditions is {shown(entry)}: expected shapes by name")
+        raise UsageError(f"{where}: _conditions is {shown(entry)}: give shapes by name")
     shapes = {}
     for key in entry:
         fields = Fields(entry, f"{where}: _conditions").inner(key)
@@ -207,10 +207,10 @@ class GivenRows(AsksForRows):
 
 
 def refuse_without_rows(conditioning: Conditioning, name: str) -> None:
-    """Raise UsageError for a teacher that needs rows: it draws conditions all through a run."""
+    """Raise UsageError for a teacher that needs rows: a run draws conditions all the time."""
     if isinstance(conditioning, GivenRows) and conditioning.rows is None:
         raise UsageError(
-            f"the teacher {name} was trained with a conditioning of your own, which its folder "
+            f"the teacher {name} was trained with a custom conditioning, which its folder "
             "does not hold: give a function, --teacher module:function, that returns "
             f"dataclasses.replace(dkdm.load_teacher({name!r}), conditioning=...)"
         )
@@ -221,14 +221,12 @@ def with_rows(conditioning: Conditioning, path: Path | None) -> Conditioning:
 
     path: .safetensors or .npz with a tensor [N, ...] by each name; `null.NAME`, one row, is what
     guidance leads away from. Raises UsageError for a model without such conditions, and for rows
-    that are not of its names and shapes.
+    with other names or shapes.
     """
     if path is None:
         return conditioning
     if not isinstance(conditioning, GivenRows):
-        raise UsageError(
-            f"--cond {path}: this model has no conditions of its user's own: leave this option out"
-        )
+        raise UsageError(f"--cond {path}: this model has no custom conditions: remove --cond")
     found = {key: _as_row(conditioning, key, v, path) for key, v in _read(path).items()}
     rows = {key: value for key, value in found.items() if not key.startswith(NULL)}
     nulls = {key.removeprefix(NULL): v for key, v in found.items() if key.startswith(NULL)}

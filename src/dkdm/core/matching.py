@@ -2,7 +2,7 @@
 
 All processes are linear and Gaussian, so a state of one is a state of the other at the same
 signal-to-noise ratio, times a number: `x' = (sigma' / sigma) x` has x_0 and eps in common with x.
-The student is fed the time of its own process at that ratio, which lies between two of its levels.
+The student is fed its process's time at that ratio, which lies between two of its levels.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def same_levels(a: Process, b: Process) -> bool:
 
 
 def on_levels_of(student: Denoiser, process: Process) -> Denoiser:
-    """The student as it looks from another process: its own network on that one's states and t.
+    """The student as it looks from another process: its network on that process's states and t.
 
-    The same denoiser where both have the same levels.
+    Returns the student itself if both have the same levels.
     """
     if same_levels(student.process, process):
         return student
@@ -98,39 +98,40 @@ def on_levels_of(student: Denoiser, process: Process) -> Denoiser:
     return replace(student, process=matched, time=None, rescale=matched.sigma / process.sigma)
 
 
-def matched_process(own: Process, other: Process) -> Process:
-    """`own` at the signal-to-noise ratios of `other`: as many levels, and the times between.
+def matched_process(process: Process, other: Process) -> Process:
+    """`process` at the signal-to-noise ratios of `other`: as many levels, and the times between.
 
-    Levels of `other` outside of `own`'s become its outermost ones, see `covered`.
+    Levels of `other` outside those of `process` become its outermost ones, see `covered`.
     """
-    gauge = gauge_of(own)
-    alpha, sigma = gauge.pair(_clamped(own, other))
-    times = _between(own, other, own.network_time)
-    return _Matched(alpha, sigma, times, own.final, scheduler=own.scheduler)
+    alpha, sigma = gauge_of(process).pair(_clamped(process, other))
+    times = _between(process, other, process.network_time)
+    return _Matched(alpha, sigma, times, process.final, scheduler=process.scheduler)
 
 
 class _Matched(Process):
-    """Levels that touch where the outermost ones of a process stand for several of another's."""
+    """Levels some of which are equal: a process's outermost ones stand for several of another."""
 
     def __post_init__(self) -> None:
         """Nothing is strictly monotone here."""
 
 
-def _clamped(own: Process, other: Process) -> Tensor:
-    """The levels of `other` in the coordinate of `own`'s gauge, kept within `own`'s, [T]."""
-    inside = gauge_of(own).coordinate(own.alpha, own.sigma)
-    return gauge_of(own).coordinate(other.alpha, other.sigma).clamp(inside[0], inside[-1])
+def _clamped(process: Process, other: Process) -> Tensor:
+    """The levels of `other` in the coordinate of `process`, kept within its range, [T]."""
+    gauge = gauge_of(process)
+    inside = gauge.coordinate(process.alpha, process.sigma)
+    return gauge.coordinate(other.alpha, other.sigma).clamp(inside[0], inside[-1])
 
 
-def _between(own: Process, other: Process, values: Tensor) -> Tensor:
-    """What `own` has at its levels, [T'], interpolated at the ratios of `other`, [T]."""
-    inside = gauge_of(own).coordinate(own.alpha, own.sigma)
-    return torch.from_numpy(np.interp(_clamped(own, other).numpy(), inside.numpy(), values.numpy()))
+def _between(process: Process, other: Process, values: Tensor) -> Tensor:
+    """Values at the levels of `process`, [T'], interpolated at the ratios of `other`, [T]."""
+    inside = gauge_of(process).coordinate(process.alpha, process.sigma)
+    wanted = _clamped(process, other)
+    return torch.from_numpy(np.interp(wanted.numpy(), inside.numpy(), values.numpy()))
 
 
-def covered(own: Process, other: Process) -> Tensor:
-    """Which levels of `other` have a signal-to-noise ratio within `own`'s, bool [T]."""
-    low, high = ratio_range(own)
+def covered(process: Process, other: Process) -> Tensor:
+    """Levels of `other` whose signal-to-noise ratio is within the range of `process`, bool [T]."""
+    low, high = ratio_range(process)
     ratio = other.sigma / other.alpha
     return (ratio >= low * (1 - 1e-9)) & (ratio <= high * (1 + 1e-9))
 
@@ -140,21 +141,21 @@ def level_weights(
 ) -> Tensor | None:
     """A weight of each of the teacher's levels for its student, float64 [T]; None is 1 everywhere.
 
-    0 where the student's process has no such signal-to-noise ratio. min(1, 100 SNR) where the
-    teacher predicts eps and the student something else: x_0 = (x - sigma eps) / alpha amplifies
-    the teacher's error by sigma / alpha, which then counts no more than 10 times; and min(1, 100 /
-    SNR) where the teacher predicts x_0 and the student something else, for eps. With "student"
-    levels weigh as densely as the student's own process has them, mean 1.
+    0 if the student's process has no such signal-to-noise ratio. min(1, 100 SNR) if the teacher
+    predicts eps and the student does not: x_0 = (x - sigma eps) / alpha amplifies the teacher's
+    error by sigma / alpha, which then counts no more than 10 times; and min(1, 100 / SNR) if the
+    teacher predicts x_0 and the student does not, for eps. "student" weighs levels by how densely
+    the student's process places them, mean 1.
     """
-    own, other = student.process, teacher.process
-    weights = covered(own, other).double()
+    process, other = student.process, teacher.process
+    weights = covered(process, other).double()
     if amplifies(student, teacher):
         weights *= (AMPLIFICATION * other.snr()).clamp(max=1)
     if teacher.parameterization.prediction == "sample" != student.parameterization.prediction:
         weights *= (AMPLIFICATION / other.snr()).clamp(max=1)
-    if weighting == "student" and not same_levels(own, other):
-        position = torch.arange(own.num_levels, dtype=torch.float64)
-        density = torch.gradient(_between(own, other, position))[0]
+    if weighting == "student" and not same_levels(process, other):
+        position = torch.arange(process.num_levels, dtype=torch.float64)
+        density = torch.gradient(_between(process, other, position))[0]
         weights *= density / density.mean()
     return None if bool((weights == 1).all()) else weights
 

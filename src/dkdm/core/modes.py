@@ -93,7 +93,7 @@ def evaluating(*callables: Any, frozen: bool = False) -> Iterator[bool]:
 
 
 def _evaluate(modules: list[nn.Module]) -> None:
-    """Call `eval` where it was not called, for what a network's own does, then insist."""
+    """Call `eval` of modules in training mode, since a network may define its own, then insist."""
     for module in modules:
         if module.training:
             _call_train(module, False)
@@ -133,8 +133,8 @@ def say_if(was_training: bool) -> None:
 def silence_label_dropout(network: nn.Module) -> None:
     """Switch off the dropout of labels that diffusers' DiT does by itself in training mode.
 
-    It drops them in every block on its own, so that the target's class is not the one that the
-    student is fed. Conditions are dropped where they are drawn instead.
+    Each of its blocks drops other labels, so that the student would not be fed the class of its
+    target. Conditions are dropped when they are drawn instead.
     """
     for layer in _label_embeddings(network):
         layer.dropout_prob = 0.0

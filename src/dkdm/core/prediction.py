@@ -57,11 +57,10 @@ class Parameterization(NamedArguments):
 class Prediction(NamedTuple):
     """One evaluation of a denoiser at (x_t, t).
 
-    output: the network's raw output without variance channels [B, ...], guided where asked.
+    output: the network's raw output without variance channels [B, ...], guided if asked.
     x_0, eps: what it means [B, ...], with x_t = alpha x_0 + sigma eps.
     variance_output: the raw variance channels [B, ...], or None.
-    chain: what moves the chain, where that is another prediction than this one (guidance of the
-        chain only).
+    chain: the prediction that moves the chain, if it is another one (guidance of the chain only).
     """
 
     output: Tensor
@@ -123,12 +122,12 @@ def _combined(row: Row, x: Tensor, y: Tensor) -> Tensor:
 
 
 def check_compatible(parameterization: Parameterization, process: Process) -> None:
-    """Refuse a network whose output does not determine x_0 at some level (arXiv 2305.08891)."""
-    own = parameterization
-    x_0 = KINDS[own.prediction](process.alpha, process.sigma, own.sigma_data).x_0
-    if isinstance(x_0[2], Tensor) and bool((x_0[2] == 0).any()):
+    """Raise UsageError if the output does not determine x_0 at some level (arXiv 2305.08891)."""
+    kind, sigma_data = parameterization.prediction, parameterization.sigma_data
+    divisor = KINDS[kind](process.alpha, process.sigma, sigma_data).x_0[2]
+    if isinstance(divisor, Tensor) and bool((divisor == 0).any()):
         raise UsageError(
-            f"{own.prediction} prediction cannot be used where alpha_t = 0 (zero terminal SNR, "
+            f"{kind} prediction cannot be used with alpha_t = 0 (zero terminal SNR, "
             "start of a flow): x_0 is not determined there; use sample, v_prediction or "
             "flow_prediction"
         )
@@ -195,7 +194,7 @@ def clip_x_0(
 
 
 def dynamic_threshold(x_0: Tensor, quantile: float, max_value: float) -> Tensor:
-    """Clamp each sample to its own quantile s of |x_0|, 1 <= s <= max_value, and divide by s.
+    """Clamp each sample to the quantile s of its |x_0|, 1 <= s <= max_value, and divide by s.
 
     A max_value below 1 is s everywhere, as in diffusers. Source: Imagen, arXiv 2205.11487, sec.
     2.3.

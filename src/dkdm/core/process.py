@@ -59,7 +59,7 @@ class Process(NamedArguments):
                 f"{lengths}"
             )
         if not (self.sigma > 0).all() or not (self.alpha >= 0).all():
-            raise UsageError("Process: expected sigma > 0 and alpha >= 0 at every level")
+            raise UsageError("Process: sigma must be above 0 and alpha 0 or more at every level")
         self._check_order()
         self._check_rest()
 
@@ -100,7 +100,7 @@ class Process(NamedArguments):
     def start_std(self) -> float:
         """Standard deviation of a chain's first state: that of data of variance 1 at T-1.
 
-        It is 1 on a VP process and at the start of a flow; sigma_{T-1} where alpha = 1.
+        It is 1 on a VP process and at the start of a flow; sigma_{T-1} if alpha = 1.
         """
         alpha, sigma = float(self.alpha[-1]), float(self.sigma[-1])
         return sigma if alpha == 1 else math.hypot(alpha, sigma)
@@ -113,8 +113,8 @@ class Process(NamedArguments):
         t = t.cpu()
         if t.numel() and not -1 <= int(t.min()) <= int(t.max()) < self.num_levels:
             raise UsageError(
-                f"timestep out of range: expected -1..{self.num_levels - 1}, "
-                f"found {int(t.min())}..{int(t.max())}"
+                f"timesteps {int(t.min())}..{int(t.max())} are out of range: use "
+                f"-1..{self.num_levels - 1}"
             )
         final_alpha, final_sigma = self.final
         alpha = torch.cat([self.alpha, self.alpha.new_tensor([final_alpha])])
@@ -142,7 +142,7 @@ class Process(NamedArguments):
         total = self.num_levels
         num_steps = whole("sampling steps", num_steps, -(2**31))
         if not 1 <= num_steps <= total:
-            raise UsageError(f"sampling steps: expected 1..{total}, found {num_steps}")
+            raise UsageError(f"{num_steps} sampling steps: use 1 to {total}")
         spacing = spacing or self.spacing
         if spacing == "linspace":
             levels: np.ndarray = np.linspace(0, total - 1, num_steps).round()

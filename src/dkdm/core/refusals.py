@@ -177,8 +177,8 @@ def _hint(tried: Tried, error: str) -> str:
         return f"; give a function {FUNCTIONS['call']}"
     if "missing 1 required positional argument" in error:
         return (
-            "; give what else it is fed: conditioning=dkdm.ClassLabels(...) and, if it is not "
-            "named class_labels, call=..."
+            "; give everything that it is fed: conditioning=dkdm.ClassLabels(...) and, if its "
+            "argument is not named class_labels, call=..."
         )
     return ""
 

@@ -42,7 +42,7 @@ def beta_schedule(name: str, num_levels: int, start: float = 1e-4, end: float = 
         u = torch.arange(num_levels + 1, dtype=torch.float64) / num_levels
         alpha_bar = torch.tensor([_ALPHA_BAR[name](v) for v in u.tolist()], dtype=torch.float64)
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    raise UsageError(f"unknown beta schedule '{name}': expected one of {', '.join(BETA_SCHEDULES)}")
+    raise UsageError(f"unknown beta schedule '{name}': use one of {', '.join(BETA_SCHEDULES)}")
 
 
 def _cosine(u: float) -> float:
@@ -80,8 +80,7 @@ def from_betas(betas: Tensor | np.ndarray | Sequence[float], **fields: Any) -> P
     """A variance-preserving process from per-step variances.
 
     betas: [T] in (0, 1], a tensor, an array or a list. fields: any other field of `Process`. Raises
-    UsageError for other values, and for alphas or alphas_cumprod in their place. Source: DDPM,
-    arXiv 2006.11239.
+    UsageError for other values, such as alphas or alphas_cumprod. Source: DDPM, arXiv 2006.11239.
     """
     betas = _checked_betas(betas)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
@@ -98,7 +97,7 @@ def from_betas(betas: Tensor | np.ndarray | Sequence[float], **fields: Any) -> P
 
 
 def _checked_betas(given: Any) -> Tensor:
-    """betas, float64 [T]. Raises UsageError for what are none."""
+    """The betas, float64 [T]. Raises UsageError for anything that cannot be betas."""
     exact = table("betas", given)
     falls = len(exact) > 1 and bool((torch.diff(exact) < 0).all())
     if falls and exact[0] > 0.5:
@@ -171,7 +170,7 @@ def karras(
 
 
 def _sigma_range(low: float, high: float) -> tuple[float, float]:
-    """The least and the most noise. Raises UsageError where they are not in this order."""
+    """The least and the most noise. Raises UsageError unless they are in this order."""
     low = number("sigma_min", low, 0, open_low=True)
     high = number("sigma_max", high, 0, open_low=True)
     if low >= high:

@@ -58,7 +58,7 @@ def _check_move(parameterization: Parameterization, t: Tensor, s: Tensor, eta: f
     if eta not in (0, 1) and not parameterization.variance.startswith("fixed_small"):
         raise UsageError(
             f"eta = {eta} cannot be combined with variance '{parameterization.variance}': "
-            "expected 1 (that variance) or 0 (no noise)"
+            "use 1 (that variance) or 0 (no noise)"
         )
 
 
@@ -70,14 +70,13 @@ def sample(
     timesteps: list[int],
     noise: Callable[[int], Tensor],
     eta: float = 0.0,
-    stop: int = -1,
 ) -> Tensor:
-    """Run the reverse chain over `timesteps` (descending), ending at level `stop`.
+    """Run the reverse chain over `timesteps` (descending), ending at the clean end.
 
     predict: (x, t) -> Prediction, t an int64 [B]; x: [B, ...] at level timesteps[0]; noise: step
-    index -> [B, ...] standard normal, asked for only where eta > 0. Returns [B, ...] at `stop`.
+    index -> [B, ...] standard normal, asked for only if eta > 0. Returns x_0 [B, ...].
     """
-    for i, (level, following) in enumerate(zip(timesteps, [*timesteps[1:], stop], strict=True)):
+    for i, (level, following) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
         t = torch.full((len(x),), level)
         z = noise(i) if eta else torch.zeros_like(x)
         s = torch.full_like(t, following)

@@ -1,7 +1,7 @@
 """The exact teacher: a Gaussian mixture, whose denoiser is known in closed form.
 
-For tests and for a first lesson. It needs no training and no files, and takes any shape, process
-and parameterization.
+For tests and first steps. It needs no training and no files, and works with any shape, process and
+parameterization.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class GaussianMixture:
         """
         mu = torch.as_tensor(means, dtype=torch.float64)
         if mu.ndim < 2:
-            raise UsageError(f"mixture: expected means of shape [K, ...], found {tuple(mu.shape)}")
+            raise UsageError(f"mixture: means have shape {tuple(mu.shape)}: give [K, ...]")
         width = _per_component("std", std, len(mu))
         share = _per_component("weight", 1.0 if weights is None else weights, len(mu))
         if not (share > 0).all() or not (width >= 0).all():
-            raise UsageError("mixture: expected every weight > 0 and every std >= 0")
+            raise UsageError("mixture: every weight must be above 0 and every std 0 or more")
         ids = None if classes is None else _per_component("class", classes, len(mu)).long()
         if ids is not None and ids.unique().tolist() != list(range(int(ids.max()) + 1)):
-            raise UsageError(f"mixture: expected every class 0..C-1, found {ids.tolist()}")
+            raise UsageError(f"mixture: classes are {ids.tolist()}: use each of 0..C-1")
         return cls(mu, width, share / share.sum(), ids)
 
     @property
@@ -69,8 +69,8 @@ class GaussianMixture:
         """The components of each class, bool [C + 1, K]; the last row, the null class, has all."""
         if self.classes is None:
             return torch.ones(1, len(self.std), dtype=torch.bool)
-        own = functional.one_hot(self.classes).T.bool()
-        return torch.cat([own, torch.ones_like(own[:1])])
+        each = functional.one_hot(self.classes).T.bool()
+        return torch.cat([each, torch.ones_like(each[:1])])
 
     def of_class(self, label: int) -> GaussianMixture:
         """The mixture of one class's components."""
@@ -132,7 +132,7 @@ def _per_component(what: str, values: Tensor | Sequence[float] | float, count: i
         return tensor.expand(count)
     if tensor.shape != (count,):
         raise UsageError(
-            f"mixture: expected a {what} for each of {count} means, found {len(tensor)}"
+            f"mixture: {len(tensor)} values of {what} for {count} means: give one for each"
         )
     return tensor
 
@@ -160,15 +160,17 @@ class ExactNetwork(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The network's output [B, ...] in the dtype of x [B, ...], computed in float64."""
-        own = self.parameterization
+        meaning = self.parameterization
         t = self.order[torch.bucketize(time.cpu().double(), self.midpoints)]
         alpha, sigma = self.process.at(t)
         shown = x.double()
         ones = torch.ones_like(shown)
-        state = shown / scale_input(own.prediction, ones, sigma, own.sigma_data)
+        state = shown / scale_input(meaning.prediction, ones, sigma, meaning.sigma_data)
         x_0 = self.mixture.posterior_mean(state, alpha, sigma, class_labels)
         eps = (state - per_sample(alpha, state) * x_0) / per_sample(sigma, state)
-        return from_x_0_eps(own.prediction, x_0, eps, alpha, sigma, own.sigma_data).to(x.dtype)
+        return from_x_0_eps(meaning.prediction, x_0, eps, alpha, sigma, meaning.sigma_data).to(
+            x.dtype
+        )
 
 
 def mixture_denoiser(
@@ -176,7 +178,7 @@ def mixture_denoiser(
 ) -> Denoiser:
     """The exact denoiser of a mixture, with the parameterization's fixed variance.
 
-    Class-conditional where the mixture has classes; its null class C stands for all of them.
+    Class-conditional if the mixture has classes; its null class C stands for all of them.
     """
     conditioning: Conditioning = Unconditional()
     if mixture.classes is not None:
