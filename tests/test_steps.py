@@ -281,9 +281,9 @@ def test_sample_is_its_steps_in_a_row(eta):
         return predicted(process, "sample", x, x.tanh(), t)
 
     start = torch.randn(5, 2).double()
-    ended = sample(predict, process, parameterization, start, [9, 6, 3], lambda i: noise[i], eta, 1)
+    ended = sample(predict, process, parameterization, start, [9, 6, 3], lambda i: noise[i], eta)
     x = start
-    for i, (level, following) in enumerate([(9, 6), (6, 3), (3, 1)]):
+    for i, (level, following) in enumerate([(9, 6), (6, 3), (3, -1)]):
         t = torch.full((5,), level)
         s = torch.full((5,), following)
         prediction = predicted(process, "sample", x, x.tanh(), t)

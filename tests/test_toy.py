@@ -257,11 +257,14 @@ def test_far_away_states_stay_finite():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"means": [0.0, 1.0]}, r"means of shape \[K, ...\]"),
-        ({"means": [[0.0], [1.0]], "std": [0.1]}, "a std for each of 2 means"),
-        ({"means": [[0.0], [1.0]], "std": -0.1}, "std >= 0"),
-        ({"means": [[0.0], [1.0]], "weights": [1.0, 0.0]}, "weight > 0"),
-        ({"means": [[0.0], [1.0]], "classes": [0, 2]}, r"every class 0\.\.C-1"),
+        ({"means": [0.0, 1.0]}, r"means have shape \(2,\): give \[K, ...\]"),
+        ({"means": [[0.0], [1.0]], "std": [0.1]}, "1 values of std for 2 means"),
+        ({"means": [[0.0], [1.0]], "std": -0.1}, "every std 0 or more"),
+        ({"means": [[0.0], [1.0]], "weights": [1.0, 0.0]}, "every weight must be above 0"),
+        (
+            {"means": [[0.0], [1.0]], "classes": [0, 2]},
+            r"use each of 0\.\.C-1",
+        ),
     ],
 )
 def test_values_that_make_no_mixture_are_refused(values, message):
