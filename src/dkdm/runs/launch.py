@@ -49,7 +49,7 @@ def _trackers(wanted: str) -> list[str]:
     names = [] if wanted == "none" else wanted.split(",")
     for name in names:
         if name not in TRACKERS:
-            raise UsageError(f"--report-to {name}: expected {', '.join(TRACKERS)}, auto or none")
+            raise UsageError(f"--report-to {name}: give {', '.join(TRACKERS)}, auto or none")
         if not find_spec(name):
             raise UsageError(f"--report-to {name}: not installed; pip install 'dkdm[{name}]'")
     return names
