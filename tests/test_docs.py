@@ -1,6 +1,7 @@
 """What the documents name exists."""
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 
 import dkdm
 from dkdm.checks.student import check_student
+from dkdm.evaluation.cost import count_macs
 from dkdm.runs.recipes import RECIPES
+from dkdm.students import student_of
+from small_runs import run
 
 ROOT = Path(__file__).parents[1]
-NAMED = sorted(
-    set(re.findall(r"`((?:[a-z_]+)(?:\.\w+)+)`", (ROOT / "docs/algorithm.md").read_text()))
-)
+ALGORITHM = (ROOT / "docs/algorithm.md").read_text()
+NAMED = sorted(set(re.findall(r"`((?:[a-z_]+)(?:\.\w+)+)`", ALGORITHM)))
 SYMBOLS = [name for name in NAMED if not name.endswith((".py", ".md"))]
 
 
@@ -23,13 +26,70 @@ def test_algorithm_names_many_symbols():
     assert len(SYMBOLS) > 15
 
 
+def resolved(name):
+    """What a dotted name of the page stands for."""
+    parts = name.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(["dkdm", *parts[:split]]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[split:]:
+            found = getattr(found, attribute)
+        return found
+    raise AssertionError(f"there is no module for {name}")
+
+
 @pytest.mark.parametrize("name", SYMBOLS)
 def test_symbol_of_the_algorithm_exists(name):
-    module, *attributes = name.split(".")
-    found = importlib.import_module(f"dkdm.{module}")
-    for attribute in attributes:
-        found = getattr(found, attribute)
+    found = resolved(name)
     assert callable(found) or isinstance(found, property)
+
+
+def rows_of_the_algorithm():
+    """(what of the paper, names of code) of the page's first table."""
+    for line in ALGORITHM.splitlines():
+        if re.match(r"\| (Eq|Alg)\. ", line):
+            yield line.split("|")[1].strip(), re.findall(r"`([\w.]+)`", line.rpartition("|")[0])
+
+
+@pytest.mark.parametrize(("paper", "names"), list(rows_of_the_algorithm()))
+def test_code_of_an_equation_cites_it(paper, names):
+    """The docstring of what the page names, or of its module, has the same number."""
+    for number in re.findall(r"Eq\. (\d+)", paper):
+        texts = [inspect.getdoc(resolved(name)) or "" for name in names]
+        texts += [sys.modules[resolved(name).__module__].__doc__ for name in names]
+        cited = {int(n) for text in texts for n in re.findall(r"Eqs?\. ?(\d+)", text)}
+        ranges = [r for text in texts for r in re.findall(r"Eqs?\. ?(\d+)[-\u2013](\d+)", text)]
+        covered = cited | {n for low, high in ranges for n in range(int(low), int(high) + 1)}
+        assert int(number) in covered, f"{names} do not cite Eq. {number}"
+
+
+def test_a_step_of_algorithm_1_calls_what_the_page_names_in_its_order(tmp_path):
+    """Of a run with long strides: each step ends some chains and begins them anew."""
+    rows = [row for row in rows_of_the_algorithm() if row[0].startswith("Alg. 1")]
+    names = {}
+    for _, of_row in rows:
+        for name in of_row:
+            found = inspect.unwrap(resolved(name))
+            names[getattr(found, "__code__", None)] = name
+    called = []
+
+    def trace(frame, event, _):
+        if event == "call" and frame.f_code in names:
+            called.append(names[frame.f_code])
+
+    sys.setprofile(trace)
+    try:
+        run(tmp_path, max_train_steps=1, evaluation_samples=0, stride="random:25")
+    finally:
+        sys.setprofile(None)
+    begun = called[called.index("core.trainer.Trainer.learn") :]
+    order = ["learn", "draw", "target", "advance", "move", "_restart"]
+    places = [next(i for i, n in enumerate(begun) if n.endswith(f".{name}")) for name in order]
+    assert places == sorted(places), begun
+    before = called[: called.index("core.trainer.Trainer.learn")]
+    assert "runs.source.pool_entries" in before and "core.fill.fill_few_step" in before
 
 
 def test_layout_of_the_readme_is_the_package():
@@ -60,8 +120,28 @@ def test_python_of_the_teachers_page_runs():
     assert isinstance(names["network"], torch.nn.Module)
 
 
-def test_numbers_are_filled_in():
-    assert "@" not in re.sub(r"\S+@\S+\.\w+", "", (ROOT / "README.md").read_text())
+def test_the_readmes_numbers_of_the_embedded_teacher_and_its_student_are_theirs():
+    """Those that a test can count; what was timed and drawn is in `benchmarks/results`."""
+    table = (ROOT / "README.md").read_text().partition("## Measured")[2]
+    teacher = dkdm.load_teacher("builtin:fashion")
+    student = student_of("dit-tiny", teacher)
+    shown = [f"{model.num_parameters:,}" for model in (teacher, student)]
+    assert f"| parameters | {shown[0]} | {shown[1]} |" in table
+    shown = [f"{count_macs(model) / 1e6:.1f} M" for model in (teacher, student)]
+    assert f"| multiply-accumulates an evaluation | {shown[0]} | {shown[1]} |" in table
+
+
+def test_the_measured_numbers_of_the_readme_are_those_of_the_results():
+    results = (ROOT / "benchmarks/results/2026-11-22-fashion.md").read_text()
+    first = (ROOT / "README.md").read_text().partition("## Measured")[2].partition("\n\n| run")[2]
+    first = first.partition("\n\n")[0]
+    demo = results.partition("## `dkdm distill --recipe demo`")[2].partition("\n## ")[0]
+    rows = {"Frechet distance": 2, "evaluations a second": 0}
+    for label, digits in rows.items():
+        of_run = re.search(rf"{label} +([\d.,]+) +([\d.,]+)", demo).groups()
+        wanted = [f"{float(value.replace(',', '')):,.{digits}f}" for value in of_run]
+        [line] = [line for line in first.splitlines() if line.startswith(f"| {label}")]
+        assert [cell.strip() for cell in line.split("|")[2:4]] == wanted
 
 
 def test_the_own_network_of_the_students_page(tmp_path, monkeypatch):

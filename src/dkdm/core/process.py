@@ -126,7 +126,7 @@ class Process(NamedArguments):
         return (self.alpha / self.sigma) ** 2
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The forward process, `alpha_t * x_0 + sigma_t * eps` (DDPM, arXiv 2006.11239, Eq. 4).
+        """The forward process, `alpha_t * x_0 + sigma_t * eps` (DKDM, Eqs. 1-2; DDPM, Eq. 4).
 
         x_0, eps: [B, ...]; t: int64 [B]. Returns [B, ...].
         """

@@ -29,7 +29,7 @@ def reverse_step(
     z: Tensor,
     eta: float = 1.0,
 ) -> Tensor:
-    """Move each state from its level t to its level s.
+    """Move each state from its level t to its level s (DKDM, Eqs. 3-7).
 
     x, z: [B, ...], z standard normal noise; t, s: int64 [B] with -1 <= s < t, where -1 is the
     clean end and adds no noise. eta: 1 is DDPM (arXiv 2006.11239, Eq. 7), 0 is DDIM (arXiv
