@@ -20,8 +20,8 @@ from dkdm.core.variational import variational_loss
 from dkdm.core.weighting import weights_of_levels
 from dkdm.errors import UsageError
 
-# (student, its prediction, batch, target) -> loss of every sample, [B]
 DEFAULTS = LossOptions()
+# (student, its prediction, batch, target) -> loss of every sample, [B]
 Term = Callable[[Denoiser, Prediction, Batch, Prediction], Tensor]
 
 
@@ -74,8 +74,7 @@ class Objective:
         self, student: Denoiser, prediction: Prediction, batch: Batch, target: Prediction
     ) -> Tensor:
         assert self.teacher is not None
-        x, t = batch.x, batch.t
-        loss = variational_loss(student, self.teacher, prediction, target, x, t)
+        loss = variational_loss(student, self.teacher, prediction, target, batch.x, batch.t)
         return self.vlb_weight * loss
 
 
