@@ -362,10 +362,10 @@ GOOD = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 10**6}, "r is 1000000: expected a whole number from 1 to 3"),
+        ({"r": 10**6}, "r is 1000000: give a whole number from 1 to 3"),
         ({"r": "2"}, "r is '2'"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"rank_pattern": ["to_q"]}, "rank_pattern is ['to_q']: expected an object"),
+        ({"rank_pattern": ["to_q"]}, "rank_pattern is ['to_q']: give an object"),
         ({"rank_pattern": {"(a+)+": 2}}, "is not the name of a layer"),
         ({"alpha_pattern": {"to_q": None}}, "to_q is None"),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config is {'a': 1}"),

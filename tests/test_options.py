@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import subprocess
+import sys
 import typing
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +26,9 @@ from dkdm.config import (
     to_json,
 )
 from dkdm.errors import DkdmError
+from dkdm.reading.command_line import parse
 from dkdm.reading.options import Range, as_typed, flag, helps, hints, places
+from dkdm.runs.recipes import RECIPES, recipe, recipes
 
 KINDS = [kind for kind, _ in COMMANDS.values()]
 OPTIONS = [
@@ -190,10 +194,9 @@ def test_a_size_of_the_wrong_length_names_the_option(command, capsys):
     assert capsys.readouterr().err.startswith("dkdm: --size")
 
 
-@pytest.mark.parametrize("width", ["80", "120"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.command)
-def test_help_has_a_panel_for_each_group_and_whole_sentences(kind, width, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", width)
+def test_help_has_a_panel_for_each_group_and_whole_sentences(kind, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main([kind.command, "--help"])
     shown = capsys.readouterr().out
@@ -289,3 +292,24 @@ def test_a_report_that_is_a_folder_is_refused(tmp_path, capsys):
     (tmp_path / "report.html").mkdir()
     assert main(["report", str(tmp_path)]) == 2
     assert "the report" in capsys.readouterr().err
+
+
+def test_help_imports_no_torch():
+    code = "import sys; import dkdm.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_recipes_are_configs_of_their_command():
+    for name, (kind, settings) in RECIPES.items():
+        config = recipe(name, kind)
+        assert settings.items() <= config.flat().items()
+        assert name in recipes(kind)
+    assert not set(recipes(DistillConfig)) & set(recipes(TrainConfig))
+    with pytest.raises(UsageError, match="--recipe 'demo': give one of fashion-teacher"):
+        recipe("demo", TrainConfig)
+
+
+def test_options_start_from_a_recipe():
+    start = recipe("demo", DistillConfig)
+    assert parse(start, []) == start
+    assert parse(start, ["--seed", "3"]) == dataclasses.replace(start, seed=3)

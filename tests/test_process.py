@@ -172,7 +172,7 @@ def test_add_noise_is_diffusers(shape):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({**DDPM, "beta_schedule": "square"}, "beta_schedule is 'square': expected one of"),
+        ({**DDPM, "beta_schedule": "square"}, "beta_schedule is 'square': give one of"),
         ({"_class_name": "CMStochasticIterativeScheduler"}, "no reverse transition"),
         ({"_class_name": "LCMScheduler"}, "no reverse transition"),
         ({"_class_name": "VQDiffusionScheduler"}, "tokens, not Gaussian"),

@@ -12,8 +12,8 @@ from dkdm.reading.fields import Fields, depth, is_name, read_json
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("null", "expected a JSON object"),
-        ("[1]", "expected a JSON object"),
+        ("null", "give a JSON object"),
+        ("[1]", "give a JSON object"),
         ("{", "cannot be read as JSON"),
         ('{"a": ' * 100_000, "nested too deeply"),
         ('{"a": ' * 70 + "1" + "}" * 70, "deeper than 64"),
@@ -63,7 +63,7 @@ def test_what_is_no_small_text_file_is_refused(tmp_path):
     ],
 )
 def test_wrong_entries_name_file_entry_and_value(read, value):
-    with pytest.raises(UsageError, match=r"^a/config.json: x is .*: expected ") as caught:
+    with pytest.raises(UsageError, match=r"^a/config.json: x is .*: give ") as caught:
         read(Fields({"x": value}, "a/config.json"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
@@ -74,7 +74,7 @@ def test_right_entries_are_read_and_absent_ones_take_the_default():
     assert fields.numbers("l") == (1.0, 2.5)
     assert fields.inner("o").flag("a") is True
     assert fields.number("z", None) is None and fields.text("absent", "d") == "d"
-    with pytest.raises(UsageError, match="absent is missing: expected a number from 0 to 1"):
+    with pytest.raises(UsageError, match="absent is missing: give a number from 0 to 1"):
         fields.number("absent", low=0, high=1)
 
 

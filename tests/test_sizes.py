@@ -27,14 +27,14 @@ def change(file, **values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"layers_per_block": 100_000}, "layers_per_block is 100000: expected at most 2,000"),
+        ({"layers_per_block": 100_000}, "layers_per_block is 100000: give at most 2,000"),
         ({"layers_per_block": 2_000}, r"bytes of weights beside it|weight tensors"),
         ({"block_out_channels": [30_000, 30_000]}, r"numbers or more, \d+\.\d GiB in float32"),
-        ({"num_class_embeds": 10**9}, "num_class_embeds is 1000000000: expected at most"),
+        ({"num_class_embeds": 10**9}, "num_class_embeds is 1000000000: give at most"),
         ({"num_class_embeds": 900_000}, "the limit is what"),
         ({"sample_size": 10**6}, r"a sample of shape 3x1000000x1000000 takes .* GiB, two of them"),
-        ({"sample_size": [8, 10**9]}, "sample_size is 1000000000: expected at most"),
-        ({"norm_eps": float("inf")}, "norm_eps is inf: expected a finite number"),
+        ({"sample_size": [8, 10**9]}, "sample_size is 1000000000: give at most"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf: give a finite number"),
     ],
 )
 def test_a_network_larger_than_its_weights_is_refused_before_it_is_made(model, values, message):
@@ -57,7 +57,7 @@ def test_the_limit_is_lifted_by_the_environment(monkeypatch):
     with pytest.raises(UsageError, match=r"the limit is 0\.0 GiB \(DKDM_MAX_GIB\)"):
         make_network(DiTTransformer2DModel, config, "config.json")
     monkeypatch.setenv("DKDM_MAX_GIB", "many")
-    with pytest.raises(UsageError, match="DKDM_MAX_GIB=many: expected a positive number of GiB"):
+    with pytest.raises(UsageError, match="DKDM_MAX_GIB=many: give a positive number of GiB"):
         make_network(DiTTransformer2DModel, config, "config.json")
 
 
@@ -122,12 +122,12 @@ def test_real_sizes_pass():
 
 @pytest.mark.parametrize("shape", [(3, 0, 8), (3, -1, 8), (3, 2.5, 8), (3, True, 8)])
 def test_a_sample_has_whole_sides(shape):
-    with pytest.raises(UsageError, match="expected whole numbers above 0"):
+    with pytest.raises(UsageError, match="give whole numbers above 0"):
         check_sample(shape, "config.json")
 
 
 def test_tokens_of_a_transformer_are_bounded():
-    with pytest.raises(UsageError, match="tokens: expected at most"):
+    with pytest.raises(UsageError, match="tokens: give at most"):
         check_sample((4, 8192, 8192), "config.json", 2)
 
 

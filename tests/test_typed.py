@@ -66,7 +66,7 @@ LAUGHS = "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
         ("[" * 100_000, "more than 64 levels"),
         ("!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
         ("a: [", "cannot be read as YAML"),
-        ("# " + "x" * 2**20, "expected at most"),
+        ("# " + "x" * 2**20, "give at most"),
     ],
 )
 def test_yaml_that_grows_or_runs_is_refused(tmp_path, text, message):
@@ -91,7 +91,7 @@ def test_lines_of_metrics_that_are_none_are_left_out(tmp_path):
 
 def test_an_evaluation_of_other_types_names_the_entry(tmp_path):
     (tmp_path / EVALUATION).write_text('{"teacher": null}')
-    with pytest.raises(DkdmError, match=r"evaluation\.json: teacher: expected an object"):
+    with pytest.raises(DkdmError, match=r"evaluation\.json: teacher: give an object"):
         read_evaluation(tmp_path)
 
 

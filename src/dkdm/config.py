@@ -178,7 +178,7 @@ class RunOptions(Options):
     output_dir: Path = Path("runs/run")
     """Folder of the run: checkpoints, metrics, samples and, at the end, the model."""
     seed: Seed = 0
-    """Determines every random choice of the run."""
+    """Every random choice of the run follows from it."""
 
 
 @dataclass(frozen=True)
@@ -271,8 +271,8 @@ class ConditionOptions(Options):
     title: ClassVar[str] = "Condition"
 
     condition_dropout: Share = 0.0
-    """Probability of replacing a condition by the null condition; needed for guided sampling of a
-    student whose teacher is not guided."""
+    """Probability of replacing a condition by the null condition, without which a model cannot be
+    sampled with guidance."""
     negative_prompt: str = ""
     """Prompt that guidance leads away from, for text models."""
 
@@ -363,10 +363,12 @@ class SourceOptions(Options):
     """Where noisy samples come from."""
 
     source: SourceKind = "dynamic"
-    """The paper's three sources, iterative, shuffled, dynamic; or, as a baseline, synthetic:
-    finished samples of the teacher with fresh noise (data-free training)."""
+    """dynamic: the paper's pool, larger than a batch. shuffled: as large as a batch, at all noise
+    levels. iterative: as large as a batch, all at one level. synthetic: a baseline, finished
+    samples of the teacher with fresh noise."""
     rho: Annotated[float, Range(0, 1000, above=True)] = 0.4
-    """Size of the dynamic pool as a share of T * batch, at most what the run can draw."""
+    """Size of the dynamic pool as a multiple of T * batch, for T noise levels; at most what the run
+    can draw."""
 
 
 @dataclass(frozen=True)

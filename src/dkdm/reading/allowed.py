@@ -1,6 +1,6 @@
 """Which classes a file may name: models, schedulers and tokenizers of diffusers and transformers.
 
-Nothing else is made because a file says so: no function, no pipeline, no class of another package.
+A file can make nothing else: no function, no pipeline, no class of another package.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def component_class(folder: Path, library: object, name: object) -> Any:
     found = library_class(str(library), str(name)) if known else None
     if found is None:
         raise UsageError(
-            f"{folder}: its class is {shown([library, name])}: expected a model or tokenizer of "
+            f"{folder}: its class is {shown([library, name])}: give a model or tokenizer of "
             f"{' or '.join(_BASES)}. No other class is made because a file names it"
         )
     if library == "transformers":
@@ -81,7 +81,7 @@ def _refuse_fetched_code(folder: Path) -> None:
             )
         if key.strip("_").endswith("implementation") and value not in _ATTENTION:
             raise UsageError(
-                f"{folder / 'config.json'}: {key} is {shown(value)}: expected eager or sdpa"
+                f"{folder / 'config.json'}: {key} is {shown(value)}: give eager or sdpa"
             )
 
 

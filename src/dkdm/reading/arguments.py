@@ -73,7 +73,7 @@ def described(value: Any) -> str:
 
 
 def scalar(value: Any) -> Any:
-    """A number of numpy or torch as Python's; anything else as it is."""
+    """A number of numpy or torch as Python's; other values as they are."""
     return value.item() if is_array(value) and value.ndim == 0 else value
 
 
@@ -123,7 +123,7 @@ def chosen(name: str, value: Any, allowed: Iterable[str], others: Mapping[str, s
 
 
 def shape(name: str, value: Any) -> tuple[int, ...]:
-    """The shape (C, ...) of one sample; a number is that of a vector of so many values."""
+    """The shape (C, ...) of one sample; a number n is the shape (n,) of a vector."""
     accepted = "give the shape of one sample without the batch, such as (3, 32, 32)"
     if type(scalar(value)) is int:
         value = (value,)

@@ -31,7 +31,7 @@ def parse(
     kinds = hints(cls)
     panels = {name: _panel(kind, values) for name, kind in kinds.items()}
     fields: list[Any] = [
-        (name, Annotated[bool, tyro.conf.arg(help=text, help_behavior_hint="")], False)
+        (name, Annotated[bool, _words(text, None, None), tyro.conf.FlagCreatePairsOff], False)
         if name == "dry_run"
         else (name, Annotated[str | None, _words(text, None, "TEXT")], None)
         for name, text in (also or {}).items()

@@ -1,4 +1,4 @@
-"""Files that somebody else made, read as data: what they may hold is checked before it is used.
+"""Read files of others as data: check what they hold before it is used.
 
 Nothing here imports, allocates or follows what a file says. Every refusal is one line that names
 the file, the entry, what was found and what is accepted.
@@ -31,7 +31,7 @@ _REQUIRED: Any = object()
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object from a file.
 
-    what: what the file is expected to be, for the message. Raises UsageError if the file is
+    what: what the file should be, for the message. Raises UsageError if the file is
     missing, is no regular file, is larger than 32 MiB or nested deeper than 64 levels, or holds
     anything but a JSON object.
     """
@@ -42,7 +42,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(f"{path} cannot be read as JSON: {reason}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected a JSON object ({what}), found {shown(values)}")
+        raise UsageError(f"{path}: give a JSON object ({what}), not {shown(values)}")
     if depth(values) > MAX_DEPTH:
         raise UsageError(f"{path} is nested deeper than {MAX_DEPTH} levels")
     return values
@@ -56,14 +56,14 @@ def read_text(path: Path, what: str, limit: int = MAX_JSON_BYTES) -> str:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise UsageError(f"{path}: expected {what}, found something that is not a file")
+            raise UsageError(f"{path} is not a file: give {what}")
         if found.st_size > limit:
             raise UsageError(
                 f"{path} has {found.st_size:,} bytes, too many for {what} (at most {limit:,})"
             )
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"{path.parent}: expected {what}, but {path.name} is missing") from error
+        raise UsageError(f"{path.parent}: {path.name} is missing: give {what}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
@@ -75,9 +75,7 @@ def read_yaml(text: str, where: str) -> Any:
     and for tags and aliases.
     """
     if len(text) > MAX_YAML:
-        raise UsageError(
-            f"{where}: {len(text):,} characters of YAML: expected at most {MAX_YAML:,}"
-        )
+        raise UsageError(f"{where}: {len(text):,} characters of YAML: give at most {MAX_YAML:,}")
     try:
         level = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -123,7 +121,7 @@ def is_name(value: Any) -> bool:
 
 
 def as_named(name: Any) -> str:
-    """A name that a file gives, in a message: as it is if it is a name, else quoted and short."""
+    """A name that a file gives, for a message: quoted and short unless it is an identifier."""
     return str(name) if is_name(name) else shown(name)
 
 
@@ -144,12 +142,12 @@ class Fields:
         if name in self.values and not (self.values[name] is None and default is None):
             return self.values[name], False
         if default is _REQUIRED:
-            raise UsageError(f"{self.where}: {name} is missing: expected {accepted}")
+            raise UsageError(f"{self.where}: {name} is missing: give {accepted}")
         return default, True
 
     def wrong(self, name: str, value: Any, accepted: str) -> UsageError:
         """The error that says that an entry has a value which is not accepted."""
-        return UsageError(f"{self.where}: {name} is {shown(value)}: expected {accepted}")
+        return UsageError(f"{self.where}: {name} is {shown(value)}: give {accepted}")
 
     @overload
     def number(self, name: str, *, low: float = ..., high: float = ...) -> float: ...
@@ -263,7 +261,7 @@ class Fields:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether this is a finite number; true and false are none."""
+    """Whether this is a finite number; true and false are not."""
     if type(value) is int:
         return abs(value) < 2**63
     return type(value) is float and math.isfinite(value)

@@ -29,7 +29,7 @@ def inside(folder: Path, name: object, where: str) -> Path:
     legal = isinstance(name, str) and 0 < len(name) <= 1000 and name.isprintable()
     if not legal or not _is_below(str(name)):
         raise UsageError(
-            f"{where}: {shown(name)} names no file in that folder: expected a relative path "
+            f"{where}: {shown(name)} names no file in that folder: give a relative path "
             "without '..'"
         )
     return check_place(folder / str(name), folder)
@@ -162,8 +162,7 @@ def _is_data(path: Path, folder: Path) -> bool:
 
 
 def replaced(path: Path) -> Path:
-    """The path of a file to be written: a link there is removed, so that nothing is written to
-    where it leads."""
+    """The path of a file to be written, after removing a link there: writing would follow it."""
     if path.is_symlink():
         path.unlink()
     return path

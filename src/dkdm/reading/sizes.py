@@ -42,7 +42,7 @@ _NOT_COUNTS = re.compile(r"theta|_id$|token|rate|num_parameters")
 
 
 def max_gib(otherwise: float) -> float:
-    """The limit of $DKDM_MAX_GIB, or `otherwise`. Raises UsageError where it is no number."""
+    """The limit of $DKDM_MAX_GIB, or `otherwise`. Raises UsageError if it is not a number."""
     text = os.environ.get(LIMIT, "")
     if not text:
         return otherwise
@@ -51,7 +51,7 @@ def max_gib(otherwise: float) -> float:
     except ValueError:
         limit = math.nan
     if not limit > 0:
-        raise UsageError(f"{LIMIT}={text}: expected a positive number of GiB")
+        raise UsageError(f"{LIMIT}={text}: give a positive number of GiB")
     return limit
 
 
@@ -77,14 +77,14 @@ def _check_value(name: str, value: Any, where: str) -> None:
     elif isinstance(value, (list, tuple)):
         if len(value) > MAX_ITEMS:
             raise UsageError(
-                f"{where}: {name} has {len(value):,} entries: expected at most {MAX_ITEMS:,}"
+                f"{where}: {name} has {len(value):,} entries: give at most {MAX_ITEMS:,}"
             )
         for item in value:
             _check_value(name, item, where)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{where}: {name} is {value}: expected a finite number")
+        raise UsageError(f"{where}: {name} is {value}: give a finite number")
     elif type(value) is int and abs(value) > _most(name):
-        raise UsageError(f"{where}: {name} is {shown(value)}: expected at most {_most(name):,}")
+        raise UsageError(f"{where}: {name} is {shown(value)}: give at most {_most(name):,}")
 
 
 def _most(name: str) -> int:
@@ -102,7 +102,7 @@ def check_sample(shape: Sequence[int], where: str, patch: int | None = None) -> 
     """
     if any(type(side) is not int or side < 1 for side in shape):
         raise UsageError(
-            f"{where}: a sample of shape {shown(tuple(shape))}: expected whole numbers above 0"
+            f"{where}: a sample of shape {shown(tuple(shape))}: give whole numbers above 0"
         )
     gib, limit = math.prod(shape) * 4 / GIB, max_gib(MAX_SAMPLE_GIB)
     if gib > limit:
@@ -114,7 +114,7 @@ def check_sample(shape: Sequence[int], where: str, patch: int | None = None) -> 
     if patch is not None and tokens > MAX_TOKENS:
         raise UsageError(
             f"{where}: a sample of shape {'x'.join(map(str, shape))} makes {tokens:,} tokens: "
-            f"expected at most {MAX_TOKENS:,}"
+            f"give at most {MAX_TOKENS:,}"
         )
     return tuple(shape)
 

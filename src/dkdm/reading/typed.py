@@ -24,7 +24,7 @@ def made_of(cls: type[Made], values: object, where: str, **given: Any) -> Made:
     left out. Raises UsageError that names the entry for one that is missing or of another type.
     """
     if not isinstance(values, Mapping):
-        raise UsageError(f"{where}: expected an object, found {shown(values)}")
+        raise UsageError(f"{where}: give an object, not {shown(values)}")
     hints = typing.get_type_hints(cls)
     for entry in dataclasses.fields(cls):  # type: ignore[arg-type]
         if entry.name in given:
@@ -88,7 +88,7 @@ def _tuple(inner: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
 
 
 def _wrong(name: str, value: Any, accepted: str) -> UsageError:
-    return UsageError(f"{name} is {shown(value)}: expected {accepted}")
+    return UsageError(f"{name} is {shown(value)}: give {accepted}")
 
 
 def _is_text(value: Any) -> bool:
