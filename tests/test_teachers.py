@@ -63,7 +63,7 @@ def test_weights_of_another_shape(folder):
 
 def test_unknown_prediction_type(folder):
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type="magic")
-    assert "'magic': expected one of epsilon" in refused(folder)
+    assert "'magic': give one of epsilon" in refused(folder)
 
 
 def test_unsupported_scheduler_is_named_with_the_nearest(folder):
