@@ -10,10 +10,11 @@ OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); test $$n -lt 4 && 
 export OMP_NUM_THREADS
 
 DEMO_DIR := runs/demo
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint wheel clean
+# `fast` has no help: it is a part of `test`.
+.PHONY: help demo test fast test-slow lint wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,7 +28,10 @@ demo: $(INSTALLED) ## distill a small teacher on the CPU and write a page of res
 	$(BIN)/dkdm distill --recipe demo --output-dir $(DEMO_DIR)
 	@echo "$(DEMO_DIR)/report.html"
 
-test: lint ## the gate: lint, then the tests that take seconds
+test: $(INSTALLED) ## the gate: lint and types, and beside them the tests that take seconds
+	@$(MAKE) --no-print-directory --jobs 2 lint fast
+
+fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) # one thread a worker
 
 test-slow: $(INSTALLED) ## the tests that take minutes
