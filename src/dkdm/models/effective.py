@@ -86,7 +86,7 @@ def is_older_name(listed: str) -> bool:
 def class_config(config: Mapping[str, Any], name: str, where: str) -> Config:
     """The config that an object of the class `name` holds when it is made from a config.
 
-    where: the file, for messages. A class that is none of diffusers' or dkdm's adds nothing. Raises
+    where: the file, for messages. A class of neither diffusers nor dkdm adds nothing. Raises
     UsageError if an entry without a default is missing, or has a value that cannot be.
     """
     skipped = config.get(_OWN_DEFAULTS)

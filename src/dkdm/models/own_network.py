@@ -64,7 +64,7 @@ class Origin:
 
     @property
     def conditioning(self) -> Conditioning:
-        """What the factory is told about conditions; text without prompts and encoders."""
+        """What the factory knows about conditions: text without prompts and encoders."""
         if self.embeddings:
             return Prompts(_NO_ENCODERS, ("",), "", BlankEmbeddings(Path(), shapes=self.embeddings))
         if self.num_classes is None:

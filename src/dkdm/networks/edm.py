@@ -249,7 +249,7 @@ class Style:
 
 
 class Block(nn.Module):
-    """A residual block that is told the noise level, and may resample and attend."""
+    """A residual block that is fed the noise level and may resample and attend."""
 
     def __init__(
         self,

@@ -124,7 +124,7 @@ class EDM2UNet(ModelMixin, ConfigMixin):
 
 
 class Block(nn.Module):
-    """A residual block that is told the noise level, and may resample and attend.
+    """A residual block that is fed the noise level and may resample and attend.
 
     projects_first: its input is brought to its width before it branches.
     """

@@ -20,7 +20,7 @@ def write_int8_folder(denoiser: Denoiser, folder: Path, overwrite: bool = False)
     """Write the pipeline folder with the weights of linear layers in int8, the rest in bfloat16.
 
     Stock diffusers loads it where torchao is installed, by the config that lies with the weights.
-    Raises UsageError for a folder that exists and for a network that is none of diffusers' models,
+    Raises UsageError for a folder that exists and for a network that is no model of diffusers,
     DkdmError where torchao is not installed.
     """
     check_output("--output", folder, folder=True, overwrite=overwrite)

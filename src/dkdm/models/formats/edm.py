@@ -31,7 +31,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
     """A UNet under EDM's own preconditioning, on 1000 levels of its noise.
 
     The file does not say how the UNet was preconditioned: for one trained with VP or VE
-    (`--precond`), the numbers would be wrong. Raises UsageError for iDDPM's, which is told by its
+    (`--precond`), the numbers would be wrong. Raises UsageError for iDDPM's, which shows in its
     table, and DkdmError for weights that are not whole.
     """
     read_flags(options.flags, FLAGS)
