@@ -151,7 +151,7 @@ def test_sketched_teacher_is_measured_with_random_weights(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(0, 50), (8, 0)])
 def test_impossible_measurement_is_refused(batch_size, steps):
-    with pytest.raises(UsageError, match="expected both to be at least 1"):
+    with pytest.raises(UsageError, match="give at least 1 for both"):
         Measuring(batch_size, steps=steps)
 
 

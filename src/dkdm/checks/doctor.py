@@ -1,4 +1,4 @@
-"""What may keep dkdm from working on this machine, and what to do about it."""
+"""Check the environment: what keeps dkdm from working on this machine, and what to do about it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             "dkdm",
             "warning",
-            "runs from a folder of sources: what it requires was not checked",
-            "pip install -e . in that folder",
+            "runs from a source folder: its requirements were not checked",
+            "run pip install -e . in that folder",
         )
         return
     requirements = [Requirement(line) for line in lines]
@@ -66,7 +66,7 @@ def _required(requirement: Requirement) -> Finding:
 
 
 def _extra(extra: str, requirements: Iterable[Requirement]) -> Finding:
-    """An optional part; its absence is no fault."""
+    """An extra; it may be missing."""
     names = [
         requirement.name
         for requirement in requirements
@@ -89,9 +89,9 @@ def _version(name: str) -> str | None:
 
 
 def _torchvision() -> Finding:
-    """Beside a torch of another build it fails to import, and takes diffusers with it."""
+    """With a torch of another build it fails to import, and diffusers with it."""
     if importlib.util.find_spec("torchvision") is None:
-        return Finding("torchvision", "ok", "not installed, and not needed")
+        return Finding("torchvision", "ok", "not installed; not needed")
     try:
         importlib.import_module("torchvision")
     except Exception as error:
@@ -104,11 +104,11 @@ def _torchvision() -> Finding:
             f"diffusers: {_short(error)}",
             f"pip uninstall {' '.join(['torchvision', *users])}",
         )
-    return Finding("torchvision", "ok", f"{_version('torchvision')}, works, and is not needed")
+    return Finding("torchvision", "ok", f"{_version('torchvision')}, works; not needed")
 
 
 def _requiring(name: str) -> list[str]:
-    """Installed packages that cannot do without `name`."""
+    """Installed packages that require `name`."""
     found = set()
     for distribution in metadata.distributions():
         for line in distribution.requires or []:
@@ -132,9 +132,9 @@ def _diffusers() -> Finding:
             "diffusers import",
             "problem",
             _short(error),
-            "see the problems above; else pip install --force-reinstall diffusers",
+            "solve the problems above first; otherwise pip install --force-reinstall diffusers",
         )
-    return Finding("diffusers import", "ok", "models, schedulers and pipelines can be imported")
+    return Finding("diffusers import", "ok", "imports models, schedulers and pipelines")
 
 
 def _short(error: Exception) -> str:
@@ -158,14 +158,14 @@ def _torch() -> Finding:
         return Finding(
             "device",
             "warning",
-            f"{build} build of torch, but no GPU it can use: the CPU is used",
+            f"{build} build of torch, but it finds no GPU and uses the CPU",
             "check the driver (nvidia-smi or rocm-smi) and CUDA_VISIBLE_DEVICES",
         )
     if shutil.which("nvidia-smi"):
         return Finding(
             "device",
             "warning",
-            "CPU build of torch on a machine with an NVIDIA driver: the CPU is used",
+            "CPU build of torch on a machine with an NVIDIA driver: it uses the CPU",
             "install torch for CUDA as https://pytorch.org/get-started says",
         )
     return Finding("device", "ok", "CPU build of torch, no GPU")
@@ -186,10 +186,10 @@ def _threads() -> Finding:
     what = f"{threads} on {cores:g} cores"
     if threads > math.ceil(cores):
         remedy = f"export OMP_NUM_THREADS={math.ceil(cores)}"
-        return Finding("threads", "warning", f"{what}: they wait for one another", remedy)
+        return Finding("threads", "warning", f"{what}: they wait for each other", remedy)
     others = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if others > cores:
-        what = f"{what}, but {others:.1f} processes want to run: everything will be slower"
+        what = f"{what}, but {others:.1f} processes want to run: everything is slower"
         return Finding("threads", "warning", what, "wait for the other programs, or stop them")
     return Finding("threads", "ok", what)
 
@@ -209,9 +209,9 @@ def _memory() -> Finding:
 
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
-    what, remedy = f"{free / GIB:.1f} GiB free here", "give --output-dir on another disk"
+    what, remedy = f"{free / GIB:.1f} GiB free here", "choose an --output-dir on another disk"
     if not os.access(folder, os.W_OK):
-        return Finding("disk", "warning", f"{folder} cannot be written to", remedy)
+        return Finding("disk", "warning", f"{folder} is not writable", remedy)
     if free < GIB / 4:
         return Finding("disk", "problem", f"{what}: a run will fail", remedy)
     if free < 4 * GIB:
@@ -221,6 +221,6 @@ def _disk(folder: Path) -> Finding:
 
 def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        what = "HF_HUB_OFFLINE is set: only models already downloaded are found"
+        what = "HF_HUB_OFFLINE is set: finds only models that are already downloaded"
         return Finding("hub", "ok", what, "unset HF_HUB_OFFLINE to download")
-    return Finding("hub", "ok", "models are downloaded where asked for")
+    return Finding("hub", "ok", "models are downloaded when needed")

@@ -198,10 +198,13 @@ def changes(teacher: Denoiser, found: MemoryPlan, limit_mib: float) -> list[Chan
         if tried.device_total < found.device_total:
             found = tried
             taken.append(Change(flag, tried.device_total))
+    batch = found.config.train_batch_size
     while found.device_total > limit_mib and found.config.train_batch_size > found.gpus:
         smaller = max(found.gpus, found.config.train_batch_size // 2)
         found = plan(teacher, replace(found.config, train_batch_size=smaller), found.gpus)
-        flag = f"--train-batch-size {smaller} (and more --gradient-accumulation-steps)"
+    if found.config.train_batch_size < batch:
+        flag = f"--train-batch-size {found.config.train_batch_size}"
+        flag += " (and more --gradient-accumulation-steps)"
         taken.append(Change(flag, found.device_total))
     return taken
 
@@ -219,7 +222,9 @@ def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, consol
     """Print the plan as a table, whether it fits, and what to change."""
     several, batch = found.gpus > 1, found.config.train_batch_size // found.gpus
     table = Table(
-        title=f"Each of {found.gpus} devices, {batch} samples" if several else f"{batch} samples",
+        title=f"Each of {found.gpus} devices, with a batch of {batch}"
+        if several
+        else f"A batch of {batch}",
         title_justify="left",
     )
     table.add_column("")

@@ -1,4 +1,4 @@
-"""The named students at a teacher's sample shape: size, cost, and speed measured beside it."""
+"""The presets at a teacher's sample shape: size, cost, and speed compared with the teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dkdm.models import place
 from dkdm.students import PRESETS, Preset, untried_student_of
 
 MAX_MACS_ON_CPU = 2e11
-"""Of one batch: about ten seconds of a core. More expensive networks are not timed there."""
+"""Of a batch: about ten seconds on one core. More expensive networks are not timed on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Measuring:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.steps < 1:
             raise UsageError(
-                f"--measure-batch-size {self.batch_size}, --steps {self.steps}: expected both to "
-                "be at least 1"
+                f"--measure-batch-size {self.batch_size}, --steps {self.steps}: give at least 1 "
+                "for both"
             )
 
     @property
     def device(self) -> torch.device:
-        """The accelerator where there is one."""
+        """The accelerator if there is one, otherwise the CPU."""
         return torch.accelerator.current_accelerator() or torch.device("cpu")
 
     @property
@@ -63,12 +63,11 @@ class Measuring:
 
 @dataclass(frozen=True)
 class StudentRow:
-    """A preset at the teacher's shape; `misfit` is why it does not fit, and the numbers are None.
+    """A preset at the teacher's shape; `misfit` is why it does not fit, with None for all numbers.
 
     parameters, macs: of one network, and multiply-accumulates of one evaluation of one sample.
     samples_per_second: measured under `measured`, network evaluations a second over sampler steps,
-    without decoding latents; None where it was not measured. *_ratio: over the teacher's; None
-    where there is none.
+    without decoding latents; None if it was not measured. *_ratio: over the teacher's, or None.
     """
 
     name: str
@@ -87,9 +86,8 @@ def list_students(teacher: Denoiser, measuring: Measuring | None = None) -> list
     """Every preset with the teacher's sample shape, conditioning and variance.
 
     The students are built on torch's meta device, which holds no numbers, and the teacher is
-    evaluated once, on one sample. measuring: then builds the smaller ones for real, with random
-    weights, and times them in turns with the teacher, which is moved to the accelerator; None does
-    not.
+    evaluated once, on one sample. measuring: then build the smaller ones, with random weights, and
+    time them in turns with the teacher, which is moved to the accelerator. None: do not.
     """
     teacher_macs, rows = count_macs(teacher), []
     beside = _timed_teacher(teacher, teacher_macs, measuring) if measuring else None
@@ -129,9 +127,9 @@ def _ratio(number: int, of: int) -> float | None:
 
 
 def _timed_teacher(teacher: Denoiser, macs: int, measuring: Measuring) -> Denoiser | None:
-    """The teacher on the device, its weights random where they were not read.
+    """The teacher on the device, with random weights if they were not read.
 
-    None where it is too large, or a user's own network that was not read.
+    None if it is too large, or a custom network that was not read.
     """
     if not measuring.times(teacher.num_parameters, macs):
         return None
@@ -170,7 +168,7 @@ def print_students(
     console: Console,
     measuring: Measuring | None = None,
 ) -> None:
-    """Print those that fit as a table, the teacher's size in its title; then why others do not."""
+    """Print the presets that fit as a table, then why the others do not."""
     shape = " x ".join(map(str, teacher.sample_shape))
     title = (
         f"Students for {escape(teacher.name)}: samples of {shape}, "
@@ -194,15 +192,16 @@ def print_students(
         table.add_row(row.name, *numbers, escape(row.summary))
     console.print(table)
     for why, names in misfits.items():
-        console.print(f"not {', '.join(names)}: {escape(why)}")
+        verb = "do" if len(names) > 1 else "does"
+        console.print(f"{', '.join(names)} {verb} not fit: {escape(why)}")
 
 
 WIDE = 120
-"""Columns of a terminal, from which on a ratio stands beside its number."""
+"""Columns a terminal needs to show a ratio beside its number, not below it."""
 
 
 def _numbers(row: StudentRow) -> list[list[str]]:
-    """Parameters, multiply-accumulates and speed, each with its ratio where there is one."""
+    """Parameters, multiply-accumulates and speed, each with its ratio if there is one."""
     missing = ["-"]
     if row.parameters is None or row.macs is None:
         return [missing] * 3

@@ -1,4 +1,4 @@
-"""The denoising check: the verdict, what it rests on, and what to try where it fails."""
+"""The denoising check: the verdict, what it rests on, and what to try if it fails."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def _about_samples(process: Process, drawn: Tensor, real: Tensor | None) -> Iter
 
 
 def _about_values(process: Process, drawn: Samples) -> Iterator[Finding]:
-    """Whether the values that a working model gives lie where they should."""
+    """Whether a working model's samples lie in the usual range."""
     spread, limit = _spread(drawn.x_0), process.clipping.range
     if drawn.clipped_share > CLIPPED_SHARE:
         yield Finding(

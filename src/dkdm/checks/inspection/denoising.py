@@ -116,7 +116,7 @@ def drawn_samples(
 def follows_noise(denoiser: Denoiser, seed: int) -> bool:
     """Whether samples under one condition differ, by the noise that their chains begin with.
 
-    A network that ignores its input predicts its own samples perfectly, and is no denoiser.
+    A network that ignores its input predicts its samples perfectly, and is no denoiser.
     """
     x_0 = drawn_samples(denoiser, 4, FEW_STEPS, seed, one_condition=True).x_0.double()
     return bool(x_0.var(dim=0).mean() > LEAST_SPREAD * x_0.var())
@@ -132,7 +132,7 @@ def _silent(done: int) -> None:
 
 
 def _clipped_share(process: Process, t: int, x_0: Tensor) -> list[float]:
-    """Nothing where x_0 is not clipped, or the noise so strong that any prediction overshoots."""
+    """Empty if x_0 is not clipped, or the noise so strong that any prediction overshoots."""
     limit = process.clipping.range
     if limit is None or process.clipping.quantile is not None or process.snr()[t] < 0.1:
         return []

@@ -29,7 +29,7 @@ from dkdm.evaluation.memory import evaluation_mib, weights_mib
 class ProcessFacts:
     """The noise process: T, SNR and network times from t = 0 to T-1, and where it came from.
 
-    clip_range, clip_quantile: as in `Clipping`; None where off.
+    clip_range, clip_quantile: as in `Clipping`; None if off.
     """
 
     kind: ProcessKind
@@ -58,8 +58,8 @@ class Inspection:
     """A model's facts, costs and denoising check.
 
     embeds_guidance: whether the network is fed the guidance scale. pipeline, autoencoder: class
-    names; None where there is none, or pixels. parameters, macs: a number; macs are
-    multiply-accumulates of one evaluation of one sample. weights_mib, evaluation_mib: memory of the
+    names; None without a pipeline, or in pixel space. macs: multiply-accumulates of one evaluation
+    of one sample. weights_mib, evaluation_mib: memory of the
     weights, and beside them of one evaluation of `batch_size` samples without gradients.
     evaluations_per_second: samples a second, on `device`.
     """
@@ -85,7 +85,7 @@ class Inspection:
     check: DenoisingCheck
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON values; a number that is not finite is None."""
+        """All of it as JSON values, with None for numbers that are not finite."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
         plain["check"]["concerns"] = [
             {"seen": each["what"], "expected": each["usual"], "remedy": each["remedy"]}

@@ -21,9 +21,9 @@ MOST = 64
 def read_samples(path: Path, denoiser: Denoiser) -> Tensor:
     """Samples [N, C, ...] of a file, or of a folder of images, at most 64 of them.
 
-    Arrays are taken as they are, in the model's own range (latents of a latent model); images are
-    brought to it. Of several arrays the first is taken that has the model's shape. Raises
-    UsageError where there are none of that shape.
+    Arrays are taken as they are, in the model's range (latents for a latent model); images are
+    brought to it. The first array of the model's shape is taken. Raises UsageError if there is no
+    such array.
     """
     if path.is_dir():
         return _images(path, denoiser)

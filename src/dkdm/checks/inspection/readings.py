@@ -132,7 +132,7 @@ class Cure:
 
 
 def applied(denoiser: Denoiser, change: Change) -> Denoiser:
-    """The same network, read as the change says. Raises UsageError where the parts do not fit."""
+    """The same network, read as the change says. Raises UsageError if the parts do not fit."""
     own, call = denoiser.parameterization, denoiser.call
     assert call is not None
     changes: dict[str, Any] = {}
@@ -167,10 +167,10 @@ def cure_of(
 ) -> Cure | None:
     """The change under which the same network denoises, or None.
 
-    Single changes are tried first, then two at once, then three; of as many changes the one that
-    denoises best is taken. samples_of: reading -> samples to noise. They should be the reading's
-    own, or real ones: samples of a wrong reading are states the network was never trained on, and
-    no reading denoises those. A reading that the network cannot take is none.
+    Single changes are tried first, then two at once, then three; among as many changes, the one
+    that denoises best is taken. samples_of: reading -> samples to noise, drawn by that reading or
+    real: a wrong reading draws states that the network was not trained on, and no reading denoises
+    those. A reading that the network cannot take is skipped.
     """
     left = max_trials
     for changes in _by_number(denoiser):
@@ -232,7 +232,7 @@ def _by_number(denoiser: Denoiser) -> Iterator[list[Change]]:
 
 
 def _tier(change: Change) -> int:
-    """How many mistakes a change amends: another family brings its own prediction and time."""
+    """How many mistakes a change corrects: another family implies its prediction and time."""
     if change.schedule is None or change.schedule.same_family:
         return change.count
     return 1 + max(1, change.count - 1) if change.time or change.negated else 2

@@ -47,7 +47,7 @@ def _is_folder(denoiser: Denoiser) -> bool:
 
 
 def _entries(denoiser: Denoiser, change: Change) -> str | None:
-    """Of scheduler_config.json; None if no entries say this."""
+    """The entries for scheduler_config.json; None if no entries say this."""
     if change.time is not None or change.negated:
         return None
     entries = {} if change.schedule is None else dict(change.schedule.config)
@@ -81,13 +81,13 @@ def _says(entries: Mapping[str, Any], denoiser: Denoiser, change: Change) -> boo
 
 
 def _scheduler_file(denoiser: Denoiser) -> str:
-    """Where the entries belong."""
+    """The file that the entries belong to."""
     file = Path(denoiser.name) / "scheduler" / "scheduler_config.json"
     return str(file) if file.is_file() else f"the scheduler_config.json of {denoiser.name}"
 
 
 def _flags(change: Change) -> str | None:
-    """Of the original repository's scripts; None where there are none for this."""
+    """Flags of the original repository's scripts; None if there are none for this."""
     if change.time is not None or change.negated:
         return None
     names: list[object] = [change.prediction] if change.prediction else []
@@ -164,7 +164,7 @@ def _read_as(denoiser: Denoiser, change: Change) -> str:
 
 
 def _beside(denoiser: Denoiser) -> list[str]:
-    """Arguments that stay as they were, by their own names."""
+    """Arguments that stay as they were, by their names."""
     parts = []
     if kind_of(denoiser.conditioning).asks is not None:
         parts.append("conditioning=conditioning")
