@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,15 +27,12 @@ from dkdm.config import (
     SampleCommand,
     StudentsCommand,
     TrainConfig,
-    from_mapping,
 )
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.command_line import parse, summary
-from dkdm.reading.fields import read_json
 from dkdm.reading.files import check_output
-from dkdm.reading.made_here import was_made_here
 from dkdm.reading.options import Grouped, places
-from dkdm.reading.plugins import named_code, split
+from dkdm.runs.config_file import config_file
 from dkdm.runs.recipes import recipe, recipes
 from dkdm.version import __version__
 
@@ -100,58 +97,13 @@ def _run_config(kind: type[Config], args: list[str]) -> tuple[Config, bool]:
     if known.recipe:
         start = recipe(known.recipe, kind)
     if known.config:
-        start = _config_file(kind, known.config)
-        _refuse_words_of_file(start, known.config, rest)
+        start = config_file(kind, known.config, rest)
     first_of_all = {
         "recipe": f"Start from the options of one of: {', '.join(recipes(kind))}.",
         "config": "Start from the options of a config.json.",
         "dry_run": "Only say what would be done.",
     }
     return parse(start, rest, also=first_of_all), known.dry_run
-
-
-_NAMES_CODE = ("teacher", "student", "network", "student_factory")
-
-
-def _refuse_words_of_file(config: RunConfig, path: Path, args: Sequence[str]) -> None:
-    """Raise UsageError for what a config file may not decide, unless the user says it too.
-
-    That is code, of which a run that this machine made is the user's own word; an upload; and an
-    output folder that is neither below the current directory nor the file's own.
-    """
-    typed = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in args}
-    if config.push_to_hub and not typed & {"push_to_hub", "no_push_to_hub"}:
-        raise UsageError(
-            f"--config {path} asks for an upload to {config.hub_model_id or 'the hub'}: say "
-            "--push-to-hub on the command line too, or --no-push-to-hub"
-        )
-    output = config.output_dir.expanduser().resolve()
-    if "output_dir" not in typed and not (
-        output.is_relative_to(Path.cwd()) or output == path.resolve().parent
-    ):
-        raise UsageError(
-            f"--config {path} writes to {config.output_dir}, outside of the current directory: say "
-            "--output-dir on the command line too"
-        )
-    _refuse_code_of_file(config, path, typed)
-
-
-def _refuse_code_of_file(config: RunConfig, path: Path, typed: Set[str]) -> None:
-    for name in (name for name in _NAMES_CODE if name not in typed):
-        option = f"--{name.replace('_', '-')}"
-        for spec in named_code(getattr(config, name, None)):
-            if not was_made_here({"spec": spec}, split(spec)[0]):
-                raise UsageError(
-                    f"--config {path} names code: {option} {spec}. If you trust that code, name it "
-                    "on the command line too"
-                )
-
-
-def _config_file(kind: type[Config], path: Path) -> Config:
-    try:
-        return from_mapping(kind, read_json(path, "a config of a run"))
-    except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from error
 
 
 def _distill(args: list[str]) -> int:
