@@ -90,7 +90,7 @@ def test_underscores_are_accepted(tmp_path, capsys):
     [
         (("--student", "no-such-preset"), "unknown student"),
         (("--student", "factories:wide_student"), "it must return (2, 1, 8, 8)"),
-        (("--student", "factories:not_a_model"), "expected an nn.Module"),
+        (("--student", "factories:not_a_model"), "returned list: return an nn.Module"),
         (("--classes", "7"), "class id 7 out of range: expected 0..2"),
         (("--stride", "fast"), "--stride 'fast'"),
         (("--recipe", "no-such-recipe"), "--recipe 'no-such-recipe': give one of demo"),
