@@ -75,7 +75,7 @@ def test_sources_that_are_not_installed_are_said(monkeypatch):
     monkeypatch.setattr(metadata, "requires", absent)
     [found] = doctor._packages()
     assert found.status == "warning"
-    assert "was not checked" in found.what
+    assert "were not checked" in found.what
 
 
 def fake_package(folder, name, source):
@@ -124,7 +124,7 @@ def test_diffusers_that_fails_to_import_is_a_problem(monkeypatch):
 @pytest.mark.parametrize(
     ("cuda", "driver", "status", "words"),
     [
-        ("12.6", False, "warning", "CUDA 12.6 build of torch, but no GPU"),
+        ("12.6", False, "warning", "CUDA 12.6 build of torch, but it finds no GPU"),
         (None, True, "warning", "CPU build of torch on a machine with an NVIDIA driver"),
         (None, False, "ok", "CPU build of torch, no GPU"),
     ],
