@@ -34,6 +34,10 @@ _ONE_JUMP = (
     "from; distil the diffusion model it came from"
 )
 _TOKENS = "its states are tokens, not Gaussian; distil a model whose noise is Gaussian"
+_COGVIDEO = (
+    "it shifts the signal-to-noise ratio; save a DDIMScheduler with trained_betas and "
+    "clip_sample false"
+)
 _BACKWARDS = "it runs from data to noise; save"
 _IN_PYTHON = "wrap the model in Python, --teacher module:factory"
 _REFUSED = {
@@ -60,14 +64,8 @@ _REFUSED = {
     "UnCLIPScheduler": (
         "save a DDPMScheduler with beta_schedule squaredcos_cap_v2 and the same variance_type"
     ),
-    "CogVideoXDDIMScheduler": (
-        "it shifts the signal-to-noise ratio; save a DDIMScheduler with trained_betas and "
-        "clip_sample false"
-    ),
-    "CogVideoXDPMScheduler": (
-        "it shifts the signal-to-noise ratio; save a DDIMScheduler with trained_betas and "
-        "clip_sample false"
-    ),
+    "CogVideoXDDIMScheduler": _COGVIDEO,
+    "CogVideoXDPMScheduler": _COGVIDEO,
     "CosineDPMSolverMultistepScheduler": (
         f"its network is fed an angle; {_IN_PYTHON}, with process karras and that time"
     ),
@@ -179,13 +177,13 @@ def prediction_type(config: Config) -> PredictionType:
         return "flow_prediction"
     if name == "IPNDMScheduler":
         return "v_prediction"
-    own = fields_of(read)
+    fields = fields_of(read)
     if name in EDM_SCHEDULERS:
         kinds: dict[str, PredictionType] = {"epsilon": "edm", "v_prediction": "edm_v"}
-        return kinds[own.text("prediction_type", among=tuple(kinds))]
+        return kinds[fields.text("prediction_type", among=tuple(kinds))]
     if read.get("use_flow_sigmas"):
         return "flow_prediction"
-    kind: PredictionType = own.text("prediction_type", among=BETA_PREDICTIONS)  # type: ignore[assignment]
+    kind: PredictionType = fields.text("prediction_type", among=BETA_PREDICTIONS)  # type: ignore[assignment]
     return kind
 
 
@@ -223,72 +221,72 @@ _STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of e
 
 def _solver_stand_in(config: Config) -> dict[str, Any]:
     """What stands for a solver of several evaluations or with a memory."""
-    own = fields_of(config)
-    if own.flag("use_flow_sigmas", False):
-        return _flow_stand_in(config, own)
-    if own.text("prediction_type") == "flow_prediction":
+    fields = fields_of(config)
+    if fields.flag("use_flow_sigmas", False):
+        return _flow_stand_in(config, fields)
+    if fields.text("prediction_type") == "flow_prediction":
         raise UsageError(
-            f"{own.where}: prediction_type flow_prediction without use_flow_sigmas means nothing; "
+            f"{fields.where}: prediction_type flow_prediction without flow sigmas; "
             "set use_flow_sigmas to true"
         )
-    kind = own.values.get("prediction_type")
-    if own.values.get("timestep_type") == "continuous" and kind == "v_prediction":
-        return _edm_stand_in(own)
-    rederived = _solver_clipping(own)
+    kind = fields.values.get("prediction_type")
+    if fields.values.get("timestep_type") == "continuous" and kind == "v_prediction":
+        return _edm_stand_in(fields)
+    rederived = _solver_clipping(fields)
     if rederived.range is None:
-        return _as_ddim(own)
-    return _as_first_order(own, rederived)
+        return _as_ddim(fields)
+    return _as_first_order(fields, rederived)
 
 
-def _solver_clipping(own: Fields) -> Clipping:
+def _solver_clipping(fields: Fields) -> Clipping:
     """What a solver does to x_0: eps follows from what is left of it.
 
     Only Heun's clips, UniPC thresholds x_0 if it predicts that.
     """
-    if own.flag("clip_sample", False):
-        return Clipping(own.number("clip_sample_range", low=_TINY))
-    if own.flag("predict_x0", True):
-        return Clipping() if not own.flag("thresholding", False) else _thresholding(own, True)
+    if fields.flag("clip_sample", False):
+        return Clipping(fields.number("clip_sample_range", low=_TINY))
+    if fields.flag("predict_x0", True):
+        return Clipping() if not fields.flag("thresholding", False) else _thresholding(fields, True)
     return Clipping()
 
 
-def _thresholding(own: Fields, rederive_eps: bool) -> Clipping:
+def _thresholding(fields: Fields, rederive_eps: bool) -> Clipping:
     return Clipping(
-        own.number("sample_max_value", low=_TINY),
-        own.number("dynamic_thresholding_ratio", low=0, high=1),
+        fields.number("sample_max_value", low=_TINY),
+        fields.number("dynamic_thresholding_ratio", low=0, high=1),
         rederive_eps,
     )
 
 
-def _beta_entries(own: Fields) -> dict[str, Any]:
+def _beta_entries(fields: Fields) -> dict[str, Any]:
     """The betas and prediction of a solver, as every scheduler on betas takes them."""
-    entries = {key: own.values[key] for key in _BETA_KEYS if key in own.values}
-    if own.text("beta_schedule", among=BETA_SCHEDULES) not in _STOCK_BETA_SCHEDULES:
-        entries |= {"trained_betas": _betas(own).tolist(), "beta_schedule": "linear"}
+    entries = {key: fields.values[key] for key in _BETA_KEYS if key in fields.values}
+    if fields.text("beta_schedule", among=BETA_SCHEDULES) not in _STOCK_BETA_SCHEDULES:
+        entries |= {"trained_betas": _betas(fields).tolist(), "beta_schedule": "linear"}
     if entries["prediction_type"] == "original_sample":
         entries["prediction_type"] = "sample"
     return entries
 
 
-def _as_ddim(own: Fields) -> dict[str, Any]:
+def _as_ddim(fields: Fields) -> dict[str, Any]:
     """A DDIM config of the same betas, prediction and clean end as a solver's config.
 
     Steps with linspace spacing become trailing ones, which begin at T-1 as well: diffusers' DDIM
     moves off its own grid with the former.
     """
-    spacing = own.text("timestep_spacing", "linspace", among=SPACINGS)
-    ends_clean = own.text("final_sigmas_type", "zero", among=_ENDS) == "zero"
+    spacing = fields.text("timestep_spacing", "linspace", among=SPACINGS)
+    ends_clean = fields.text("final_sigmas_type", "zero", among=_ENDS) == "zero"
     return {
         "_class_name": "DDIMScheduler",
-        **_beta_entries(own),
+        **_beta_entries(fields),
         "clip_sample": False,
         "thresholding": False,
-        "set_alpha_to_one": own.flag("set_alpha_to_one", ends_clean),
+        "set_alpha_to_one": fields.flag("set_alpha_to_one", ends_clean),
         "timestep_spacing": "trailing" if spacing == "linspace" else spacing,
     }
 
 
-def _as_first_order(own: Fields, clipping: Clipping) -> dict[str, Any]:
+def _as_first_order(fields: Fields, clipping: Clipping) -> dict[str, Any]:
     """DDIM whose eps follows from the clipped x_0: DPM-Solver++ of order 1.
 
     It clips as thresholding to a largest value of 1 does, which is a clipping to -1..1. Its
@@ -296,21 +294,28 @@ def _as_first_order(own: Fields, clipping: Clipping) -> dict[str, Any]:
     """
     if clipping.quantile is None and clipping.range != 1:
         raise UsageError(
-            f"{own.where}: clip_sample_range {clipping.range:g} is not supported with this "
+            f"{fields.where}: clip_sample_range {clipping.range:g} is not supported with this "
             "scheduler; save a DDPMScheduler with the same betas, which clips to any range"
         )
     return {
         "_class_name": FIRST_ORDER,
         "steps_offset": 0,
         "rescale_betas_zero_snr": False,
-        **_beta_entries(own),
+        **_beta_entries(fields),
+        **_thresholded(clipping),
+        "final_sigmas_type": fields.text("final_sigmas_type", "zero", among=_ENDS),
+        "timestep_spacing": "trailing",
+    }
+
+
+def _thresholded(clipping: Clipping) -> dict[str, Any]:
+    """First-order DPM-Solver++ that clips x_0, by thresholding to a quantile or to all values."""
+    return {
         "solver_order": 1,
         "algorithm_type": "dpmsolver++",
         "thresholding": True,
         "dynamic_thresholding_ratio": 1.0 if clipping.quantile is None else clipping.quantile,
         "sample_max_value": clipping.range,
-        "final_sigmas_type": own.text("final_sigmas_type", "zero", among=_ENDS),
-        "timestep_spacing": "trailing",
     }
 
 
@@ -319,21 +324,22 @@ _ENDS = ("zero", "sigma_min")
 SPACINGS = ("leading", "trailing", "linspace")
 
 
-def _flow_stand_in(config: Config, own: Fields) -> dict[str, Any]:
+def _flow_stand_in(config: Config, fields: Fields) -> dict[str, Any]:
     """What stands for a solver with `use_flow_sigmas`: Euler on the same flow, or, if x_0 is
     thresholded, first-order DPM-Solver++."""
-    if own.text("prediction_type") != "flow_prediction":
+    if fields.text("prediction_type") != "flow_prediction":
         raise UsageError(
-            f"{own.where}: use_flow_sigmas with prediction_type {own.values['prediction_type']} is "
-            "not supported: set prediction_type to flow_prediction"
+            f"{fields.where}: use_flow_sigmas with prediction_type "
+            f"{fields.values['prediction_type']} is not supported: set prediction_type to "
+            "flow_prediction"
         )
-    clipping = _solver_clipping(own)
+    clipping = _solver_clipping(fields)
     flow = as_flow_euler(config)
     if clipping.range is None:
         return flow
     if flow.get("use_dynamic_shifting") or flow.get("shift_terminal"):
         raise UsageError(
-            f"{own.where}: thresholding with use_dynamic_shifting or shift_terminal is not "
+            f"{fields.where}: thresholding with use_dynamic_shifting or shift_terminal is not "
             "supported; set thresholding to false"
         )
     return {
@@ -342,24 +348,23 @@ def _flow_stand_in(config: Config, own: Fields) -> dict[str, Any]:
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
         "flow_shift": flow["shift"],
-        "solver_order": 1,
-        "algorithm_type": "dpmsolver++",
-        "thresholding": True,
-        "dynamic_thresholding_ratio": clipping.quantile,
-        "sample_max_value": clipping.range,
+        **_thresholded(clipping),
         "final_sigmas_type": "zero",
     }
 
 
-def _edm_stand_in(own: Fields) -> dict[str, Any]:
+def _edm_stand_in(fields: Fields) -> dict[str, Any]:
     """Euler of EDM for the continuous times of EulerDiscreteScheduler: v on sigma_data = 1, fed
     ln(sigma) / 4, on its betas' range of sigma, or the one that is given."""
-    process = from_betas(_betas(own))
+    process = from_betas(_betas(fields))
     ratio = process.sigma / process.alpha
-    low, high = own.number("sigma_min", None, low=_TINY), own.number("sigma_max", None, low=_TINY)
+    low, high = (
+        fields.number("sigma_min", None, low=_TINY),
+        fields.number("sigma_max", None, low=_TINY),
+    )
     return {
         "_class_name": "EDMEulerScheduler",
-        "num_train_timesteps": own.whole("num_train_timesteps", low=1, high=MAX_LEVELS),
+        "num_train_timesteps": fields.whole("num_train_timesteps", low=1, high=MAX_LEVELS),
         "prediction_type": "v_prediction",
         "sigma_data": 1.0,
         "sigma_min": low or float(ratio[0]),
@@ -401,14 +406,14 @@ LACKS = {
 
 def as_flow_euler(config: Config) -> dict[str, Any]:
     """A flow Euler config of the same shift as a solver's config with `use_flow_sigmas`."""
-    own = _own_arguments(config)
+    fields = _own_arguments(config)
     kept = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
     told = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     return {
         "_class_name": _FLOW,
-        **{key: own[key] for key in kept if key in own},
+        **{key: fields[key] for key in kept if key in fields},
         **{key: config[key] for key in told if key in config},  # pipelines read these
-        "shift": own["flow_shift"],
+        "shift": fields["flow_shift"],
     }
 
 
@@ -520,44 +525,46 @@ def flow_grid(config: Config) -> tuple[float, float]:
     return high / (shift - (shift - 1) * high), low / (shift - (shift - 1) * low)
 
 
-def _betas(own: Fields) -> Tensor:
+def _betas(fields: Fields) -> Tensor:
     """Per-step variances, float64 [T]."""
-    trained = own.numbers("trained_betas", None, low=0, high=1, count=(1, MAX_LEVELS))
+    trained = fields.numbers("trained_betas", None, low=0, high=1, count=(1, MAX_LEVELS))
     if trained is not None:
         betas = torch.tensor(trained, dtype=torch.float64)
     else:
         betas = beta_schedule(
-            own.text("beta_schedule", among=BETA_SCHEDULES),
-            own.whole("num_train_timesteps", low=1, high=MAX_LEVELS),
-            own.number("beta_start", low=0, high=1),
-            own.number("beta_end", low=0, high=1),
+            fields.text("beta_schedule", among=BETA_SCHEDULES),
+            fields.whole("num_train_timesteps", low=1, high=MAX_LEVELS),
+            fields.number("beta_start", low=0, high=1),
+            fields.number("beta_end", low=0, high=1),
         )
-    return zero_terminal_snr(betas) if own.flag("rescale_betas_zero_snr", False) else betas
+    return zero_terminal_snr(betas) if fields.flag("rescale_betas_zero_snr", False) else betas
 
 
 def _from_beta_config(config: Config) -> Process:
     """DDPM, DDIM (which keeps eps if it clips x_0) or first-order DPM-Solver++."""
-    own = fields_of(config)
+    fields = fields_of(config)
     is_ddim = config["_class_name"] == "DDIMScheduler"
     is_solver = config["_class_name"] == FIRST_ORDER
     process = from_betas(
-        _betas(own),
-        clipping=_solver_clipping(own) if is_solver else _clipping(own, rederive_eps=not is_ddim),
-        spacing=own.text("timestep_spacing", among=SPACINGS),
-        steps_offset=own.whole("steps_offset", low=0, high=MAX_LEVELS),
+        _betas(fields),
+        clipping=_solver_clipping(fields)
+        if is_solver
+        else _clipping(fields, rederive_eps=not is_ddim),
+        spacing=fields.text("timestep_spacing", among=SPACINGS),
+        steps_offset=fields.whole("steps_offset", low=0, high=MAX_LEVELS),
         scheduler=dict(config),
     )
-    ends_clean = own.text("final_sigmas_type", "zero", among=_ENDS) == "zero"
-    if own.flag("set_alpha_to_one", True) and ends_clean:
+    ends_clean = fields.text("final_sigmas_type", "zero", among=_ENDS) == "zero"
+    if fields.flag("set_alpha_to_one", True) and ends_clean:
         return process
     return replace(process, final=(float(process.alpha[0]), float(process.sigma[0])))
 
 
-def _clipping(own: Fields, rederive_eps: bool) -> Clipping:
-    if own.flag("thresholding"):
-        return _thresholding(own, rederive_eps)
-    if own.flag("clip_sample"):
-        return Clipping(own.number("clip_sample_range", low=_TINY), rederive_eps=rederive_eps)
+def _clipping(fields: Fields, rederive_eps: bool) -> Clipping:
+    if fields.flag("thresholding"):
+        return _thresholding(fields, rederive_eps)
+    if fields.flag("clip_sample"):
+        return Clipping(fields.number("clip_sample_range", low=_TINY), rederive_eps=rederive_eps)
     return Clipping(rederive_eps=rederive_eps)
 
 
@@ -598,36 +605,36 @@ def clips_as(config: Config, process: Process) -> bool:
 
 def _from_flow_solver(config: Config) -> Process:
     """First-order DPM-Solver++ on a flow, for its thresholding."""
-    own = fields_of(config)
-    levels = own.whole("num_train_timesteps", low=1, high=MAX_LEVELS)
-    shift = own.number("flow_shift", low=_TINY)
+    fields = fields_of(config)
+    levels = fields.whole("num_train_timesteps", low=1, high=MAX_LEVELS)
+    shift = fields.number("flow_shift", low=_TINY)
     return rectified_flow(
-        levels, shift, 1 / levels, clipping=_solver_clipping(own), scheduler=dict(config)
+        levels, shift, 1 / levels, clipping=_solver_clipping(fields), scheduler=dict(config)
     )
 
 
 def _from_flow_config(config: Config, image_tokens: int | None) -> Process:
-    own = fields_of(config)
-    if own.flag("invert_sigmas"):
+    fields = fields_of(config)
+    if fields.flag("invert_sigmas"):
         raise UsageError(
-            f"{own.where}: invert_sigmas is not supported: the network is fed a time that runs "
+            f"{fields.where}: invert_sigmas is not supported: the network is fed a time that runs "
             f"from 0 at noise to 1 at data; {_IN_PYTHON}, with rectified_flow(levels, shift), "
             'time="data_fraction" and the negated output'
         )
-    levels = own.whole("num_train_timesteps", low=1, high=MAX_LEVELS)
-    shift = own.number("shift", low=_TINY)
+    levels = fields.whole("num_train_timesteps", low=1, high=MAX_LEVELS)
+    shift = fields.number("shift", low=_TINY)
     # The scheduler's set_timesteps, which every pipeline calls, shifts its lowest level twice.
     lowest = shift / (levels + shift - 1)
-    if own.flag("use_dynamic_shifting"):
+    if fields.flag("use_dynamic_shifting"):
         shift, lowest = dynamic_shift(config, image_tokens), 1 / levels
     process = rectified_flow(levels, shift, lowest, scheduler=dict(config))
-    terminal = own.number("shift_terminal", None, low=0, high=1 - 1e-6)
+    terminal = fields.number("shift_terminal", None, low=0, high=1 - 1e-6)
     if terminal:
         # The least noise is brought to `shift_terminal`, the rest stretched (LTX).
         alpha = process.alpha * (1 - terminal) / process.alpha[0]
         process = _flow_at(process, 1 - alpha, levels)
     if config.get(SIGMA_RANGE):
-        limits = Fields(config, own.where).numbers(SIGMA_RANGE, low=0, high=1, count=(2, 2))
+        limits = Fields(config, fields.where).numbers(SIGMA_RANGE, low=0, high=1, count=(2, 2))
         sigma = process.sigma
         process = _flow_at(process, sigma[(sigma >= limits[0]) & (sigma <= limits[1])], levels)
     return process
@@ -648,12 +655,12 @@ def dynamic_shift(config: Config, image_tokens: int | None) -> float:
             "a flow with dynamic shifting needs the size of an image: give a network with a "
             "sample_size, or --teacher-size"
         )
-    own = fields_of(config)
-    few = own.whole("base_image_seq_len", low=1, high=MAX_LEVELS)
-    many = own.whole("max_image_seq_len", low=few + 1, high=MAX_LEVELS)
-    low, high = own.number("base_shift", low=0, high=20), own.number("max_shift", low=0, high=20)
+    fields = fields_of(config)
+    few = fields.whole("base_image_seq_len", low=1, high=MAX_LEVELS)
+    many = fields.whole("max_image_seq_len", low=few + 1, high=MAX_LEVELS)
+    low, high = (fields.number(name, low=0, high=20) for name in ("base_shift", "max_shift"))
     mu = low + (high - low) / (many - few) * (image_tokens - few)
-    return mu if own.text("time_shift_type", among=_SHIFTS) == "linear" else math.exp(mu)
+    return mu if fields.text("time_shift_type", among=_SHIFTS) == "linear" else math.exp(mu)
 
 
 _SHIFTS = ("exponential", "linear")
@@ -668,18 +675,18 @@ _ONLY_THE_GRID = (
 def _from_edm_config(config: Config) -> Process:
     """EDM levels (arXiv 2206.00364); "epsilon" in these configs means F of its preconditioning,
     "v_prediction" its negative."""
-    own = fields_of(config)
-    levels = own.whole("num_train_timesteps", low=2, high=MAX_LEVELS)
-    low = own.number("sigma_min", low=_TINY)
-    high = own.number("sigma_max", low=low * (1 + 1e-6))
-    own.number("sigma_data", low=_TINY)
-    process = karras(levels, low, high, own.number("rho", low=_TINY), scheduler=dict(config))
-    if own.text("sigma_schedule", among=("karras", "exponential")) == "exponential":
+    fields = fields_of(config)
+    levels = fields.whole("num_train_timesteps", low=2, high=MAX_LEVELS)
+    low = fields.number("sigma_min", low=_TINY)
+    high = fields.number("sigma_max", low=low * (1 + 1e-6))
+    fields.number("sigma_data", low=_TINY)
+    process = karras(levels, low, high, fields.number("rho", low=_TINY), scheduler=dict(config))
+    if fields.text("sigma_schedule", among=("karras", "exponential")) == "exponential":
         log_sigma = torch.linspace(math.log(low), math.log(high), levels, dtype=torch.float64)
         process = replace(process, sigma=log_sigma.exp(), network_time=log_sigma / 4)
-    if own.flag("thresholding", False):
-        process = replace(process, clipping=_thresholding(own, True))
-    if own.text("final_sigmas_type", among=_ENDS) == "sigma_min":
+    if fields.flag("thresholding", False):
+        process = replace(process, clipping=_thresholding(fields, True))
+    if fields.text("final_sigmas_type", among=_ENDS) == "sigma_min":
         process = replace(process, final=(1.0, low))
     return process
 
@@ -689,10 +696,10 @@ def _from_trigonometric_config(config: Config) -> Process:
 
     Its networks are fed the angle atan2(sigma, alpha) as a share of a right angle.
     """
-    own = fields_of(config)
-    if own.values["trained_betas"] is not None:
-        raise UsageError(f"{own.where}: trained_betas is not supported; set it to null")
-    levels = own.whole("num_train_timesteps", low=2, high=MAX_LEVELS)
+    fields = fields_of(config)
+    if fields.values["trained_betas"] is not None:
+        raise UsageError(f"{fields.where}: trained_betas is not supported; set it to null")
+    levels = fields.whole("num_train_timesteps", low=2, high=MAX_LEVELS)
     u = torch.arange(1, levels + 1, dtype=torch.float64) / levels
     sigma = torch.sin(u * math.pi / 2) ** 2
     alpha = (1 - sigma**2).clamp(min=0).sqrt()
