@@ -312,8 +312,19 @@ def test_an_output_that_is_not_finite_does_not_pass(tmp_path):
         export_graph(model, tmp_path / "x.pt2", format="torch-export")
 
 
+class Labelled(nn.Module):
+    """A shift for each class."""
+
+    def __init__(self):
+        super().__init__()
+        self.label = nn.Embedding(3, 1)
+
+    def forward(self, x, time, class_labels):
+        return x * time[:, None, None, None] + self.label(class_labels)[:, :, None, None]
+
+
 def test_the_example_draws_the_classes_that_were_learnt(tmp_path, monkeypatch):
-    model = denoiser(3)
+    model = Denoiser(Labelled().eval(), process(), "sample", (1, 4, 4), ClassLabels(3))
     learnt = restrict_classes(model.conditioning, (0, 2))
     facts = export_graph(replace(model, conditioning=learnt), tmp_path / "x.onnx")
     assert facts["classes"]["learnt"] == [0, 2]
@@ -434,19 +445,19 @@ def sampled_alike(model, path, labels=None, guidance=1.0):
     return np.abs(theirs - ours.numpy()).max()
 
 
-def test_the_example_samples_the_embedded_teacher_alike(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", mostly_slow(["factories:teacher"], ["builtin:fashion"]))
+def test_the_example_samples_a_teacher_alike(name, tmp_path, capsys, monkeypatch):
     """From the command line to a picture."""
-    path = tmp_path / "fashion.onnx"
-    assert main(["export", "builtin:fashion", "--format", "onnx", "--output", str(path)]) == 0
+    path = tmp_path / "teacher.onnx"
+    assert main(["export", name, "--format", "onnx", "--output", str(path)]) == 0
     assert "differs from PyTorch by" in capsys.readouterr().out
-    model = load_teacher("builtin:fashion")
-    assert sampled_alike(model, path, [0, 4, 9], 1.5) <= 1e-3
+    assert sampled_alike(load_teacher(name), path, [0, 1, 2], 1.5) <= 1e-3
     picture = tmp_path / "drawn.png"
     words = ["x", str(path), "--num-samples", "3", "--steps", "2", "--output", str(picture)]
     monkeypatch.setattr(sys, "argv", words)
     example().main()
     assert picture.stat().st_size > 100
-    assert main(["export", "builtin:fashion", "--output", str(path)]) == 2
+    assert main(["export", name, "--output", str(path)]) == 2
     assert "exists" in capsys.readouterr().err
 
 
