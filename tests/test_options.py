@@ -251,9 +251,9 @@ def test_an_output_is_checked_before_the_model_is_loaded(command, place, crowded
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("sample", "--output", "x.xyz"), "x.xyz: give a name that ends in .png, or"),
-        (("sample", "--output", "x"), "x: give a name that ends in .png, or"),
-        (("inspect", "--output", "x.xyz"), "x.xyz: give a name that ends in .png, or"),
+        (("sample", "--output", "x.xyz"), "x.xyz: give a name that ends in .png, "),
+        (("sample", "--output", "x"), "x: give a name that ends in .png, "),
+        (("inspect", "--output", "x.xyz"), "x.xyz: give a name that ends in .png, "),
         (("export", "--output", "x.pt2"), "x.pt2: give a name that ends in .onnx"),
         (
             ("export", "--format", "torch-export", "--output", "x"),
