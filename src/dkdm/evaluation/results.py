@@ -112,6 +112,11 @@ class Comparison:
     samples: Mapping[str, Tensor]
     eta: float = 0.0
 
+    @property
+    def noun(self) -> str:
+        """What a sample is called."""
+        return {3: "image", 4: "video"}.get(len(self.sample_shape), "sample")
+
     def as_dict(self) -> dict[str, Any]:
         """Return every field but the samples as JSON-ready values, by their published names."""
         return _renamed(asdict(replace(self, samples={})), PUBLISHED) | {"samples": SAMPLES}

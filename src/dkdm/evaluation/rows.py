@@ -37,8 +37,8 @@ class Row:
         return ratio(self.student, self.teacher or 0)
 
 
-def comparison_rows(comparison: Comparison, noun: str = "image") -> list[Row]:
-    """What was measured of both models; noun: what a sample is called."""
+def comparison_rows(comparison: Comparison) -> list[Row]:
+    """What was measured of both models."""
     teacher, student, steps = comparison.teacher, comparison.student, comparison.num_steps
     speeds = teacher.images_per_second(steps), student.images_per_second(steps)
     evaluations = teacher.evaluations_per_second, student.evaluations_per_second
@@ -48,7 +48,7 @@ def comparison_rows(comparison: Comparison, noun: str = "image") -> list[Row]:
         Row("parameters", teacher.parameters, student.parameters, count, "lower"),
         Row("multiply-accumulates", teacher.macs, student.macs, count, "lower"),
         Row("network evaluations a second", *evaluations, number),
-        Row(f"{noun}s a second, {steps} steps", *speeds, number, "higher"),
+        Row(f"{comparison.noun}s a second, {steps} steps", *speeds, number, "higher"),
     ]
 
 

@@ -42,7 +42,7 @@ def render(run: Run) -> str:
         headline=headline(run),
         claim=claim(run),
         comparison=run.comparison,
-        rows=comparison_rows(run.comparison, run.noun) if run.comparison else [],
+        rows=comparison_rows(run.comparison) if run.comparison else [],
         hero=hero,
         more=more,
         num_first=min(FIRST, len(run.samples.get("teacher", ()))),
@@ -72,7 +72,7 @@ def claim(run: Run) -> str:
     """What a distillation read: no images. Empty for training on images."""
     if not run.is_distillation:
         return ""
-    what = "No image" if run.shows == "image" else "No data"
+    what = "No image" if run.noun == "image" else "No data"
     return f"{what} {'was' if run.step >= run.config.max_train_steps else 'is'} read."
 
 

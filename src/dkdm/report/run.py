@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -46,15 +46,9 @@ class Run:
         return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
 
     @property
-    def shows(self) -> Literal["image", "video", "plot"]:
-        """How its samples are shown; as images if their shape is not known."""
-        shape = self.comparison.sample_shape if self.comparison else (1, 1, 1)
-        return "plot" if len(shape) < 3 else "video" if len(shape) == 4 else "image"
-
-    @property
     def noun(self) -> str:
-        """What a sample is called."""
-        return "sample" if self.shows == "plot" else self.shows
+        """What a sample is called; an image if its shape is not known."""
+        return self.comparison.noun if self.comparison else "image"
 
     @property
     def is_distillation(self) -> bool:

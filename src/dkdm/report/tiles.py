@@ -46,7 +46,7 @@ def tiles(run: Run) -> list[Tile]:
     """The key numbers, as far as they are known."""
     found = []
     if run.comparison:
-        found = [_tile(row) for row in comparison_rows(run.comparison, run.noun) if row.better]
+        found = [_tile(row) for row in comparison_rows(run.comparison) if row.better]
         found[2:2] = _copy_tile(run.comparison)
     if run.is_distillation:
         things = f"{run.noun.capitalize()}s"
