@@ -1,15 +1,22 @@
 """Programs that dkdm writes hold literals and names of its own, whatever a folder says."""
 
 import ast
+import builtins
+import inspect
 import json
+import symtable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import pipelines
+from dkdm.core import calls
+from dkdm.core.calls import CALLS
+from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
-from dkdm.models import load_teacher
+from dkdm.models import LoadOptions, load_teacher
 from dkdm.models.components import Component
 from dkdm.models.prompts import with_prompts
 from dkdm.models.schedulers import from_scheduler_config
@@ -17,8 +24,9 @@ from dkdm.models.text import encoder_width
 from dkdm.networks import HOMES, network_class
 from dkdm.reading.allowed import component_class, library_class
 from dkdm.reading.files import dotted, identifier, literal
+from dkdm.shipping.call_source import call_source
 from dkdm.shipping.hub import _name_in_card
-from dkdm.shipping.pipeline_folder import COMPONENTS, usage_snippet, write_pipeline
+from dkdm.shipping.pipeline_folder import COMPONENTS, component_name, usage_snippet, write_pipeline
 from factories import SCHEDULER
 
 HOSTILE = (
@@ -168,6 +176,65 @@ def test_what_is_no_name_is_refused(text):
     if text not in ("a.b", "é"):
         with pytest.raises(UsageError):
             dotted(text)
+
+
+# --- how networks are called ---------------------------------------------------------------------
+
+
+SHIPPED = dict.fromkeys(call for call in CALLS.values() if call is not calls.unet)
+
+
+def global_names(table):
+    inner = set().union(*map(global_names, table.get_children()))
+    return inner | {s.get_name() for s in table.get_symbols() if s.is_global()}
+
+
+@pytest.mark.parametrize("call", SHIPPED, ids=lambda call: call.__name__)
+def test_the_source_of_a_call_stands_alone(call):
+    text = call_source(call)
+    table = symtable.symtable(text, "shipped", "exec")
+    used = global_names(table) - set(dir(builtins))
+    assert used <= {"torch", "nullcontext", *table.get_identifiers()}
+    for function in ast.parse(text).body:
+        source = ast.parse(inspect.getsource(getattr(calls, function.name))).body[0]
+        assert ast.dump(ast.Module(function.body, [])) == ast.dump(ast.Module(source.body, []))
+
+
+def test_calls_that_a_pipeline_writes_itself_are_not_shipped():
+    assert [call_source(call) for call in (calls.plain, calls.unet, lambda *_: None)] == [
+        "",
+        "",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "sd3", "pixart", "lumina", "wan"])
+def test_a_pipeline_calls_a_text_network_as_training_does(tmp_path, name):
+    getattr(pipelines, name)().save_pretrained(tmp_path / "a")
+    size = LoadOptions(sample_size={"flux": (8, 8), "wan": (1, 8, 8)}.get(name))
+    model = load_teacher(str(tmp_path / "a"), options=size)
+    scheduler = {**model.process.scheduler, "use_flow_sigmas": True}  # what no pipeline can keep
+    model = replace(model, process=replace(model.process, scheduler=scheduler))
+    prompts = with_prompts(model.conditioning, ("a cat", "a dog"), root=tmp_path)
+    model = replace(model, conditioning=prompts)
+    write_pipeline(tmp_path / "out", model)
+    shipped = {}
+    exec((tmp_path / "out" / "pipeline.py").read_text(), shipped)
+    pipeline = SimpleNamespace(
+        **{component_name(model.network): model.network},
+        scheduler=SimpleNamespace(scale_model_input=lambda x, t: x),
+    )
+    pipeline._call = shipped["DenoiserPipeline"]._call
+    cond = prompts.embed(prompts.in_turns(2))
+    if model.embeds_guidance:
+        cond["guidance"] = torch.ones(2)
+    x, t = torch.randn(2, *model.sample_shape), torch.tensor([7, 7])
+    with torch.no_grad():
+        found = shipped["DenoiserPipeline"]._predict(
+            pipeline, x, model.network_time[7].float(), cond
+        )
+    cond = prompts.in_turns(2) | ({"guidance": torch.ones(2)} if model.embeds_guidance else {})
+    torch.testing.assert_close(found, model.predict(Batch(x, t, cond, t)).output)
 
 
 # --- cards ---------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ called as `(x, time, **cond)` need nothing here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +65,7 @@ def plain(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor])
 
 def unet(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """UNet2DModel; a table of times (`time_embedding_type: learned`) takes whole numbers."""
-    config = getattr(_unwrapped(network), "config", {})
+    config = getattr(unwrapped(network), "config", {})
     if config.get("time_embedding_type") == "learned":
         if bool((time != time.round()).any()):
             raise UsageError(
@@ -76,45 +76,49 @@ def unet(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) 
     return plain(network, x, time, cond)
 
 
-def keywords(*names: str) -> Call:
-    """A call by keywords, as diffusers' transformers want it; other conditions are left out."""
-
-    def call(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        fed = {name: cond[name] for name in names if name in cond}
-        return tensor_of(network(hidden_states=x, timestep=time, **fed))
-
-    return call
+# --- networks of diffusers: a run's pipeline.py holds the source of these, which need torch alone
 
 
 def text_unet(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """UNet2DConditionModel and UNet3DConditionModel; SDXL's pooled embedding and sizes beside."""
-    added = {"text_embeds": "pooled_projections", "time_ids": "time_ids"}
-    fed: dict[str, Any] = {
-        k: cond[k] for k in ("class_labels", "encoder_attention_mask") if k in cond
-    }
+    """UNet2DConditionModel and UNet3DConditionModel; for SDXL pooled embedding and sizes too."""
+    fed = chosen(cond, "encoder_hidden_states", "class_labels", "encoder_attention_mask")
+    fed.setdefault("encoder_hidden_states", None)
     if "time_ids" in cond:
-        fed["added_cond_kwargs"] = {name: cond[key] for name, key in added.items()}
-    return tensor_of(network(x, time, cond.get("encoder_hidden_states"), **fed))
+        sizes = {"text_embeds": cond["pooled_projections"], "time_ids": cond["time_ids"]}
+        fed["added_cond_kwargs"] = sizes
+    return sample_of(network(x, time, **fed))
 
 
 def pixart(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """PixArtTransformer2DModel, fed the image's size if it asks for it."""
-    added = {name: cond.get(name) for name in ("resolution", "aspect_ratio")}
-    fed = {k: cond[k] for k in ("encoder_hidden_states", "encoder_attention_mask")}
-    return tensor_of(network(x, timestep=time, added_cond_kwargs=added, **fed))
+    """PixArtTransformer2DModel; some are fed the size of the image."""
+    sizes = {name: cond.get(name) for name in ("resolution", "aspect_ratio")}
+    fed = chosen(cond, "encoder_hidden_states", "encoder_attention_mask")
+    return sample_of(network(x, timestep=time, added_cond_kwargs=sizes, **fed))
+
+
+def sd3(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """SD3Transformer2DModel."""
+    fed = chosen(cond, "encoder_hidden_states", "pooled_projections")
+    return sample_of(network(hidden_states=x, timestep=time, **fed))
+
+
+def wan(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """WanTransformer3DModel."""
+    fed = chosen(cond, "encoder_hidden_states")
+    return sample_of(network(hidden_states=x, timestep=time, **fed))
 
 
 def sana(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """SanaTransformer2DModel, which scales its time."""
-    scale = getattr(_unwrapped(network), "config", {}).get("timestep_scale", 1.0)
-    names = ("encoder_hidden_states", "encoder_attention_mask", "guidance")
-    return keywords(*names)(network, x, time * scale, cond)
+    scale = getattr(unwrapped(network), "config", {}).get("timestep_scale", 1.0)
+    fed = chosen(cond, "encoder_hidden_states", "encoder_attention_mask", "guidance")
+    return sample_of(network(hidden_states=x, timestep=time * scale, **fed))
 
 
 def lumina(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """Lumina2Transformer2DModel: time runs from 0 at noise to 1 at data, and so does the flow."""
-    names = ("encoder_hidden_states", "encoder_attention_mask")
-    return -keywords(*names)(network, x, 1 - time / 1000, cond)
+    fed = chosen(cond, "encoder_hidden_states", "encoder_attention_mask")
+    return -sample_of(network(hidden_states=x, timestep=1 - time / 1000, **fed))
 
 
 def flux(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -123,43 +127,47 @@ def flux(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) 
     Source: `FluxPipeline._pack_latents`, `_prepare_latent_image_ids`.
     """
     rows, columns = x.shape[2] // 2, x.shape[3] // 2
-    text = cond["encoder_hidden_states"]
     ids = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
     ids[..., 1] += torch.arange(rows, device=x.device)[:, None]
     ids[..., 2] += torch.arange(columns, device=x.device)[None, :]
-    with _exact_times(network, x, time, cond.get("guidance")):
+    with exact_times(network, x, time, cond.get("guidance")):
         output = network(
             hidden_states=pack_2x2(x),
             timestep=time / 1000,
-            encoder_hidden_states=text,
+            encoder_hidden_states=cond["encoder_hidden_states"],
             pooled_projections=cond["pooled_projections"],
             guidance=cond.get("guidance"),
             img_ids=ids.reshape(-1, 3),
-            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
+            txt_ids=x.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
         )
-    return unpack_2x2(tensor_of(output), rows, columns)
+    return unpack_2x2(sample_of(output), rows, columns)
 
 
-@contextmanager
-def _exact_times(
-    network: Network, x: Tensor, time: Tensor, guidance: Tensor | None
-) -> Iterator[None]:
-    """Flux casts its time to the precision of its layers (978.26 becomes 976 in bfloat16) before it
-    embeds it; in here it embeds the float32 one, and 1000 times the guidance likewise."""
-    embedder = getattr(_unwrapped(network), "time_text_embed", None)
+def sample_of(result: Any) -> Any:
+    """The output of a network of diffusers: itself, the first of a tuple, or its `.sample`."""
+    found = result[0] if isinstance(result, tuple) else result
+    return getattr(found, "sample", found)
+
+
+def chosen(cond: Mapping[str, Tensor], *names: str) -> dict[str, Any]:
+    """The conditions of these names; networks of diffusers take no others."""
+    return {name: cond[name] for name in names if name in cond}
+
+
+def exact_times(network: Network, x: Tensor, time: Tensor, guidance: Tensor | None) -> Any:
+    """A context in which Flux embeds the float32 time, and 1000 times the guidance likewise.
+
+    It casts both to the precision of its layers first: 978.26 becomes 976 in bfloat16.
+    """
+    embedder = getattr(unwrapped(network), "time_text_embed", None)
     exact = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if exact or not isinstance(embedder, nn.Module):
-        yield
-        return
+    if exact or not isinstance(embedder, torch.nn.Module):
+        return nullcontext()
     given = (time,) if guidance is None else (time, 1000 * guidance.float())
-    handle = embedder.register_forward_pre_hook(lambda _, args: (*given, args[-1]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return embedder.register_forward_pre_hook(lambda _, args: (*given, args[-1]))
 
 
-def _unwrapped(network: Any) -> Any:
+def unwrapped(network: Any) -> Any:
     """The network that DDP or torch.compile has wrapped."""
     for name in ("module", "_orig_mod"):
         network = getattr(network, name, network)
@@ -183,11 +191,11 @@ CALLS: dict[str, Call] = {
     "UNet2DConditionModel": text_unet,
     "UNet3DConditionModel": text_unet,
     "PixArtTransformer2DModel": pixart,
-    "SD3Transformer2DModel": keywords("encoder_hidden_states", "pooled_projections"),
+    "SD3Transformer2DModel": sd3,
     "FluxTransformer2DModel": flux,
     "SanaTransformer2DModel": sana,
     "Lumina2Transformer2DModel": lumina,
-    "WanTransformer3DModel": keywords("encoder_hidden_states"),
+    "WanTransformer3DModel": wan,
 }
 
 IN_FLOAT32 = ("time_ids", "resolution", "aspect_ratio", "guidance")  # embedded as times are

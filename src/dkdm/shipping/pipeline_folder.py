@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +30,9 @@ from dkdm.models.schedulers import (
     clips_as,
     flow_grid,
 )
-from dkdm.reading.files import identifier, literal, render
+from dkdm.reading.files import identifier, render
 from dkdm.reading.places import copy_folder
+from dkdm.shipping.call_source import call_source
 from dkdm.shipping.own_network import shipment, shipping_note
 
 # Components that a pipeline of dkdm's own has a parameter for, beside denoiser and scheduler.
@@ -244,6 +244,7 @@ def _pipeline_source(
     bundle, scheduler = denoiser.bundle, denoiser.process.scheduler["_class_name"]
     first_sigma, last_sigma = flow_grid(denoiser.process.scheduler)
     family = encoding_of(bundle.pipeline) if asks == "prompt" else None
+    as_lists = {name: value.tolist() for name, value in denoiser.constants.items()}
     latent = bundle.autoencoder is not None and "vae" in components
     return render(
         "dkdm.shipping",
@@ -257,8 +258,9 @@ def _pipeline_source(
         family=family,
         zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
         arguments=family.all_arguments(bundle) if family else {},
-        call=_call_with_text(denoiser),
-        packs=type(denoiser.network).__name__ == "FluxTransformer2DModel",
+        constants={} if family is None else as_lists,
+        call_source=call_source(denoiser.call),
+        call_name=getattr(denoiser.call, "__name__", ""),
         embeds_guidance=denoiser.embeds_guidance,
         flow=scheduler.startswith("FlowMatch"),
         first_sigma=first_sigma,
@@ -278,49 +280,6 @@ def _token_width(conditioning: Conditioning) -> int | None:
     kind = kind_of(conditioning)
     row = kind.fed().get("encoder_hidden_states") if kind.asks == "prompt" else None
     return None if row is None else row.shape[-1]
-
-
-_TOKENS = 'encoder_hidden_states=embeds["encoder_hidden_states"]'
-_MASK = 'encoder_attention_mask=embeds.get("encoder_attention_mask")'
-_POOLED = 'pooled_projections=embeds["pooled_projections"]'
-_CALLS_WITH_TEXT = {  # as in calls.py
-    "UNet2DConditionModel": f"network(x, time, {_TOKENS}, {_MASK})",
-    "UNet2DConditionModel with sizes": (
-        f"network(x, time, {_TOKENS}, {_MASK}, added_cond_kwargs="
-        '{"text_embeds": embeds["pooled_projections"], "time_ids": CONSTANTS["time_ids"]})'
-    ),
-    "SD3Transformer2DModel": f"network(hidden_states=x, timestep=time, {_TOKENS}, {_POOLED})",
-    "PixArtTransformer2DModel": (
-        f'network(x, timestep=time, {_TOKENS}, {_MASK}, added_cond_kwargs={{"resolution": '
-        'CONSTANTS["resolution"], "aspect_ratio": CONSTANTS["aspect_ratio"]})'
-    ),
-    "FluxTransformer2DModel": "self._packed(x, time, embeds)",
-    "SanaTransformer2DModel": (
-        f"network(x, timestep=time * network.config.timestep_scale, {_TOKENS}, {_MASK}, "
-        'guidance=embeds.get("guidance"))'
-    ),
-    "Lumina2Transformer2DModel": (
-        f"-network(x, timestep=1 - time / 1000, {_TOKENS}, {_MASK}, return_dict=False)[0]"
-    ),
-    "WanTransformer3DModel": f"network(hidden_states=x, timestep=time, {_TOKENS})",
-}
-
-
-def _call_with_text(denoiser: Denoiser) -> str:
-    """The line that evaluates the network; what it is always fed is written out in it."""
-    name = type(denoiser.network).__name__
-    name += " with sizes" if "time_ids" in denoiser.constants else ""
-
-    def written(match: re.Match[str]) -> str:
-        value = denoiser.constants.get(match[1])
-        return (
-            "None"
-            if value is None
-            else f"x.new_tensor({literal(value.tolist())}).expand(len(x), -1)"
-        )
-
-    call = _CALLS_WITH_TEXT.get(name, "network(x, time, **embeds)")
-    return re.sub(r'CONSTANTS\["(\w+)"\]', written, call)
 
 
 def _class_index(denoiser: Denoiser) -> dict[str, Any]:
