@@ -8,7 +8,7 @@ import pytest
 
 from dkdm.core.calls import CALLS, call_of
 from dkdm.models.architectures import ARCHITECTURES, architecture_of, with_layout
-from dkdm.models.own_network import OWN_CLASS
+from dkdm.models.custom_network import OWN_CLASS
 from dkdm.models.pipelines import PIPELINES, encoding_of, text_pipelines
 from dkdm.networks import HOMES, network_class
 

@@ -18,7 +18,7 @@ from dkdm.cli import main
 from dkdm.core.conditioning import ClassLabels
 from dkdm.errors import UsageError
 from dkdm.models import load_teacher, with_texts
-from dkdm.models.own_network import awakened
+from dkdm.models.custom_network import awakened
 from dkdm.runs.models import student_warnings
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of

@@ -21,7 +21,7 @@ from dkdm.core.trainer import Trainer
 from dkdm.errors import DkdmError
 from dkdm.evaluation.results import EVALUATION, SAMPLES
 from dkdm.models import LoadOptions, sketch_teacher
-from dkdm.models.own_network import read_origin
+from dkdm.models.custom_network import read_origin
 from dkdm.models.prompts import read_prompts
 from dkdm.models.schedulers import named_config
 from dkdm.reading.fields import read_json

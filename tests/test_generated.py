@@ -370,8 +370,8 @@ def test_the_library_of_the_network_is_the_one_it_is_read_from(tmp_path, named):
 
 
 def test_a_user_networks_file_names_its_own_module_only():
-    from dkdm.models.own_network import Origin
-    from dkdm.shipping.own_network import shipment
+    from dkdm.models.custom_network import Origin
+    from dkdm.shipping.custom_network import shipment
 
     good = Origin("Small", "own_networks:make", (1, 8, 8), 1)
     assert ast.parse(shipment(good).text)

@@ -14,8 +14,8 @@ from dkdm.cli import main
 from dkdm.core.checkpoint import save_network
 from dkdm.errors import UsageError
 from dkdm.models import LoadOptions, load_teacher, sketch_teacher
-from dkdm.models import own_network as own
-from dkdm.models.own_network import make, origin_of
+from dkdm.models import custom_network as own
+from dkdm.models.custom_network import make, origin_of
 from dkdm.reading import made_here
 from dkdm.reading.plugins import import_object, is_spec, places_of
 from dkdm.shipping.pipeline_folder import write_pipeline

@@ -17,8 +17,8 @@ from dkdm.cli import main
 from dkdm.core.checkpoint import read_tensors, save_network
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, sketch_teacher
-from dkdm.models.own_network import origin_of, read_origin
-from dkdm.shipping.own_network import shipment, shipping_note
+from dkdm.models.custom_network import origin_of, read_origin
+from dkdm.shipping.custom_network import shipment, shipping_note
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import given_student, student_of
 from factories import denoiser
@@ -481,7 +481,7 @@ def test_the_card_says_how_it_is_loaded(run):
 
 def test_text_conditioning_is_described_to_the_factory(tmp_path):
     """By the shapes of its embeddings, without encoders."""
-    from dkdm.models.own_network import Origin
+    from dkdm.models.custom_network import Origin
 
     shapes = {"encoder_hidden_states": (7, 12), "pooled_projections": (5,)}
     origin = Origin("Net", "a:b", (1, 8, 8), 1, embeddings=shapes)

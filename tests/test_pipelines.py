@@ -504,7 +504,7 @@ def test_unsupported_scheduler(broken):
 
 def test_prompts_are_asked_for(opened, tmp_path):
     config = replace(SMALL, output_dir=tmp_path / "run")
-    with pytest.raises(UsageError, match="conditioned on text: expected --prompts"):
+    with pytest.raises(UsageError, match="conditioned on text: give --prompts"):
         dkdm.distill(str(opened("sd3").folder), "mmdit-tiny", config)
     assert not config.output_dir.exists()
 

@@ -104,8 +104,8 @@ def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected one prompt a line, found none"),
-        (b" \n\t\n\n", "expected one prompt a line, found none"),
+        (b"", "no prompts in it; write one prompt a line"),
+        (b" \n\t\n\n", "no prompts in it; write one prompt a line"),
         ("Mädchen".encode("latin-1"), r"cannot be read as UTF-8 text \(.*codec can't decode"),
         (None, "no such file"),
     ],
@@ -310,7 +310,7 @@ def test_without_prompts_everything_asks_for_them():
         lambda: conditioning.shape_of("encoder_hidden_states"),
     ]
     for call in calls:
-        with pytest.raises(UsageError, match="expected --prompts with a text file"):
+        with pytest.raises(UsageError, match="give --prompts, a text file"):
             call()
 
 
@@ -350,7 +350,7 @@ def test_prompts_of_files_and_their_absence(tmp_path, monkeypatch):
     model = with_texts(text_model([]), str(tmp_path / "my prompts.txt"), limit=2)
     assert len(model.conditioning.texts) == 2
     assert with_texts(model, None) is model
-    with pytest.raises(UsageError, match="expected --prompts"):
+    with pytest.raises(UsageError, match="give --prompts"):
         with_texts(text_model([]), None)
     with pytest.raises(UsageError, match=r"--prompts none\.txt: no such file"):
         with_texts(text_model([]), "none.txt")

@@ -43,7 +43,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
 def test_a_network_that_is_no_model_of_diffusers(tmp_path):
     network, own = torch.nn.Identity(), Parameterization("flow_prediction")
     model = Denoiser(network, rectified_flow(10), own, (1, 4, 4))
-    with pytest.raises(UsageError, match="Identity is no diffusers ModelMixin"):
+    with pytest.raises(UsageError, match="Identity is not a diffusers ModelMixin"):
         write_int8_folder(model, tmp_path / "small")
 
 

@@ -16,7 +16,7 @@ from dkdm.core.bundle import Bundle
 from dkdm.core.calls import CALLS, Call, plain
 from dkdm.core.conditioning import Condition
 from dkdm.errors import UsageError
-from dkdm.models.own_network import OWN_CLASS
+from dkdm.models.custom_network import OWN_CLASS
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]

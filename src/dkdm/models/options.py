@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dkdm.models.custom_network import Factory
 from dkdm.models.lora import LoraChoice
-from dkdm.models.own_network import Factory
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dkdm.core.prediction import Parameterization, VarianceType
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.architectures import ARCHITECTURES, Architecture, check_embeddings
 from dkdm.models.components import Autoencoder, Component, weight_variant
+from dkdm.models.custom_network import OWN_CLASS, load_own, read_origin
 from dkdm.models.effective import (
     class_config,
     config_file,
@@ -35,7 +36,6 @@ from dkdm.models.families import LEFT_OUT, check_parts, check_times, family_of
 from dkdm.models.locate import INDEX
 from dkdm.models.lora import merge_loras, read_choices
 from dkdm.models.options import LoadOptions
-from dkdm.models.own_network import OWN_CLASS, load_own, read_origin
 from dkdm.models.prompts import Prompts
 from dkdm.models.schedulers import from_scheduler_config, prediction_type, saved_config
 from dkdm.models.text import text_conditioning

@@ -50,7 +50,7 @@ class TextEncoders:
 class Prompts(Kind):
     """Text conditions: numbers of prompts, `prompt` int64 [B], 0 for the negative prompt.
 
-    texts: the prompts that are drawn, number i + 1 for texts[i]; empty where none were given yet.
+    texts: the prompts that are drawn, number i + 1 for texts[i]; empty if none were given yet.
     negative: the prompt that stands for "nothing asked".
     cache: the embeddings of all of them, in the order of their numbers.
     """
@@ -62,7 +62,7 @@ class Prompts(Kind):
     cache: EmbeddingCache | None = field(default=None, repr=False)
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
-        """Uniform prompts. Raises UsageError where none were given."""
+        """Uniform prompts. Raises UsageError if none were given."""
         self._check()
         chosen = torch.randint(1, len(self.texts) + 1, (count,), generator=generator)
         return dropped(self, {"prompt": chosen}, generator, dropout)
@@ -80,7 +80,7 @@ class Prompts(Kind):
         return {"prompt": torch.tensor([numbers[text] for text in texts])}
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
-        """Shape of one embedding of this name; None where the encoders give none."""
+        """Shape of one embedding of this name; None if the encoders give none."""
         row = self.fed().get(name)
         return None if row is None else row.shape
 
@@ -111,7 +111,7 @@ class Prompts(Kind):
         return repr(self.text_of(1))
 
     def in_turns(self, count: int) -> Condition:
-        """The prompts one after the other. Raises UsageError where none were given."""
+        """The prompts one after the other. Raises UsageError if none were given."""
         self._check()
         return {"prompt": torch.arange(count) % len(self.texts) + 1}
 
@@ -132,8 +132,8 @@ class Prompts(Kind):
 
 
 NO_PROMPTS = (
-    "this model is conditioned on text: expected --prompts with a text file of one prompt a line, "
-    "or a pattern such as 'prompts/*.txt'"
+    "this model is conditioned on text: give --prompts, a text file with one prompt a line or a "
+    "pattern such as 'prompts/*.txt'"
 )
 
 
@@ -154,9 +154,9 @@ def with_prompts(
 def read_prompts(spec: str, limit: int, seed: int) -> tuple[str, ...]:
     """The prompts of a text file, or of all files a pattern matches, one a line.
 
-    Blank lines are skipped and repetitions taken once. Files are streamed: of more than `limit`
-    lines a uniform sample of `limit` is kept, which depends on `seed` alone. Raises UsageError
-    where no file matches, none has a prompt in it, or one is not UTF-8 text.
+    Blank lines are skipped and repeated prompts taken once. Files are streamed: a uniform sample
+    of `limit` lines is kept of longer files; it depends on `seed` alone. Raises UsageError
+    if no file matches, if they hold no prompt, or if one is not UTF-8 text.
     """
     path = os.path.expanduser(spec)
     files = [path] if os.path.isfile(path) else sorted(glob(path, recursive=True))
@@ -171,7 +171,7 @@ def read_prompts(spec: str, limit: int, seed: int) -> tuple[str, ...]:
         elif (place := chooser.randrange(count)) < limit:
             kept[place] = line
     if not kept:
-        raise UsageError(f"--prompts {spec}: expected one prompt a line, found none")
+        raise UsageError(f"--prompts {spec}: no prompts in it; write one prompt a line")
     if count > limit:
         drawn = f"{limit:,} of {count:,} prompts, drawn at random (--max-prompts)"
         print(f"--prompts {spec}: {drawn}", file=sys.stderr)
@@ -195,7 +195,7 @@ def _lines(files: Sequence[str]) -> Iterator[str]:
 class EmbeddingCache:
     """Embeddings on disk, memory-mapped. index.jsonl has a line for each file of rows.
 
-    places: where each known prompt lies, by its hash: (file, row). order: the same by the
+    places: (file, row) of each known prompt, by its hash. order: the same by the
     prompts' numbers, int64 [N, 2].
     """
 
@@ -206,7 +206,7 @@ class EmbeddingCache:
 
     @classmethod
     def open(cls, folder: Path) -> EmbeddingCache:
-        """Open a cache, empty where the folder is new. Raises DkdmError where it is damaged."""
+        """Open a cache, which is empty if the folder is new. Raises DkdmError if it is damaged."""
         cache = cls(folder)
         index = folder / "index.jsonl"
         if not index.is_file():
@@ -215,7 +215,7 @@ class EmbeddingCache:
             for number, line in enumerate(index.read_text().splitlines()):
                 hashes = json.loads(line)
                 if not isinstance(hashes, list) or not all(isinstance(k, str) for k in hashes):
-                    raise ValueError(f"line {number + 1} of {index.name} is no list of hashes")
+                    raise ValueError(f"line {number + 1} of {index.name} is not a list of hashes")
                 for row, key in enumerate(hashes):
                     cache.places[key] = (number, row)
                 if not cache._file(number).is_file():
@@ -226,8 +226,8 @@ class EmbeddingCache:
 
     def _damaged(self, error: Exception) -> DkdmError:
         return DkdmError(
-            f"{self.folder}: the cache of prompts is damaged ({error}): delete this folder, and "
-            "the prompts are encoded again"
+            f"{self.folder}: the cache of prompts is damaged ({error}): delete this folder, "
+            "and the prompts are encoded again"
         )
 
     def of(self, texts: Sequence[str]) -> EmbeddingCache:

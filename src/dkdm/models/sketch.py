@@ -10,10 +10,10 @@ import torch
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.models.architectures import Architecture
+from dkdm.models.custom_network import OWN_CLASS, BlankEmbeddings, make, read_origin
 from dkdm.models.effective import config_file, effective_config, place_of
 from dkdm.models.locate import INDEX, locate
 from dkdm.models.options import LoadOptions
-from dkdm.models.own_network import OWN_CLASS, BlankEmbeddings, make, read_origin
 from dkdm.models.pipeline_folder import describe_pipeline_folder, network_of, read_index
 from dkdm.models.pipelines import EMBEDS, MASK, POOLED, encoding_of
 from dkdm.models.prompts import Prompts

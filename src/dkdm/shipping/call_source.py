@@ -14,8 +14,8 @@ from dkdm.core import calls
 def call_source(call: Callable[..., Any] | None) -> str:
     """The functions that a call needs, each after those that it uses, without annotations.
 
-    Empty for calls that are `network(x, time, **cond)`, and for a user's own. The text needs no
-    more than torch and contextlib.nullcontext.
+    Empty for the plain call, `network(x, time, **cond)`, and for a user's function. The text needs
+    nothing but torch and contextlib.nullcontext.
     """
     plain = call not in calls.CALLS.values() or call is calls.unet
     return "" if plain else "\n\n".join(map(_without_annotations, _with_needed(call)))

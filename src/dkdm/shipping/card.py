@@ -61,7 +61,7 @@ def write_card(
         front_matter=_yaml(_front_matter(denoiser, config, origin, licence, metrics)),
         title=plain(config.output_dir.absolute().name),
         lead=_lead(denoiser, config, origin, teacher),
-        pictures=_pictures(folder),
+        images=_images(folder),
         usage=usage_snippet(config.output_dir.absolute().name, denoiser, guidance_scale),
         notes=shipping_notes(denoiser),
         details=_details(denoiser, config, teacher, minutes),
@@ -110,7 +110,7 @@ _DIMENSIONS = {3: "image", 4: "video"}  # of a sample; a sound has 2
 
 
 def _task(denoiser: Denoiser) -> str | None:
-    """The hub's name of what the model does, where it has one."""
+    """The hub's name for what the model does; None if it has none."""
     kind = _DIMENSIONS.get(len(denoiser.sample_shape), "audio")
     if kind_of(denoiser.conditioning).asks == "prompt":
         return f"text-to-{kind}"
@@ -186,8 +186,8 @@ def _shown_name(origin: Origin) -> str:
     return link(origin.hub_id, f"{HUGGINGFACE_CO_URL_HOME}{origin.hub_id}")
 
 
-def _pictures(folder: Path) -> list[tuple[str, str]]:
-    """(caption, path) of the pictures there are."""
+def _images(folder: Path) -> list[tuple[str, str]]:
+    """(caption, path) of the images in the folder."""
     known = {
         "samples": "samples/grid.png",
         "upper row the teacher, lower row the student, from the same noise": (
@@ -221,14 +221,14 @@ def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
     limits = []
     if isinstance(config, DistillConfig):
         limits.append(
-            "It imitates its teacher: what that cannot draw, or draws with a bias, this model "
-            "inherits, and no filter was added. Read the teacher's own card."
+            "It imitates its teacher and inherits its failures and biases; no filter was added. "
+            "Read the teacher's card."
         )
         guidance = config.guidance
         if not (guidance.is_off or guidance.chain_only or denoiser.embeds_guidance):
             limits.append(
-                f"Guidance of {config.guidance_scale}{_inside(config)} is baked in: sample it "
-                "without more."
+                f"Guidance of {config.guidance_scale}{_inside(config)} is baked in: "
+                "sample it without guidance."
             )
         elif config.guidance_interval is not None and config.sampling_guidance_scale != 1:
             limits.append(
@@ -239,12 +239,12 @@ def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
         if config.classes is not None:
             limits.append(f"It learned the classes {', '.join(map(str, config.classes))} only.")
     if kind_of(denoiser.conditioning).asks == "prompt":
-        limits.append("Prompts unlike those it was trained with may come out worse.")
-    return [*limits, "It draws samples of the shape above; other sizes were not trained."]
+        limits.append("It may do worse on prompts unlike those it was trained with.")
+    return [*limits, "It draws samples of the shape above; it was not trained on other sizes."]
 
 
 def _inside(config: DistillConfig) -> str:
-    """Where guidance acts, in words; nothing if everywhere."""
+    """The levels that are guided, in words; empty if all are."""
     interval = config.guidance.interval
     low, high = interval or (0, 1)
     return f" (at shares of noise {low:g} to {high:g})" if interval else ""
@@ -253,7 +253,7 @@ def _inside(config: DistillConfig) -> str:
 def _licence_text(
     licence: Mapping[str, Any], inherited: Mapping[str, Any], origin: Origin | None
 ) -> str:
-    """Whose licence it is, and where it differs from the teacher's, that one too."""
+    """The licence, and the teacher's if it is another one."""
     if not licence:
         unknown = "Unknown: none was given"
         theirs = f", and no card of the teacher, {_shown_name(origin)}, names one" if origin else ""

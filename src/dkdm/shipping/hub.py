@@ -32,11 +32,11 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write
 
 
 def reserve(config: Config) -> Config:
-    """Before a run: make sure that its repository can be written to; made where there is none.
+    """Before a run: check that its repository can be written to; create it if there is none.
 
-    Returns the config with the repository's full name; as it is where nothing is to be uploaded.
-    Raises UsageError where one is not logged in or may not write, DkdmError where the hub cannot
-    be reached.
+    Returns the config with the repository's full name, or unchanged if nothing is to be uploaded.
+    Raises UsageError if the user is not logged in or may not write, DkdmError if the hub cannot be
+    reached.
     """
     if not config.push_to_hub or not PartialState().is_main_process:
         return config
@@ -45,9 +45,9 @@ def reserve(config: Config) -> Config:
 
 
 def publish(config: RunConfig) -> None:
-    """After a run: upload its folder, where that was asked for.
+    """After a run: upload its folder, if that was asked for.
 
-    Raises DkdmError with the command to repeat it; the run itself is whole then.
+    Raises DkdmError with the command that repeats the upload; the run itself is complete.
     """
     if not config.push_to_hub or not PartialState().is_main_process:
         return
@@ -58,22 +58,22 @@ def publish(config: RunConfig) -> None:
     except DkdmError as error:
         again = ["dkdm", "push", str(config.output_dir), "--hub-model-id", repo_id]
         raise DkdmError(
-            f"the run is whole in {config.output_dir}, but was not uploaded: {error}. Repeat the "
-            f"upload with: {shlex.join(again)}"
+            f"the run is complete in {config.output_dir}, but uploading it failed: {error}. Repeat "
+            f"the upload with: {shlex.join(again)}"
         ) from error
 
 
 def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> str:
     """Upload a finished run; returns its address.
 
-    hub_model_id: USER/NAME; None is the run's own, else the folder's name under the token's user.
+    hub_model_id: USER/NAME; None takes the run's, or the folder's name under the token's user.
     private: whether a repository that is made now is. Raises UsageError for a folder that is no
     finished run, and as `reserve` does.
     """
     if not all((run / name).is_file() for name in ("config.json", CARD)):
         raise UsageError(
-            f"{run} is no finished run: expected the output folder of `dkdm distill` or `dkdm "
-            f"train`, with config.json and {CARD}, which is written at the run's end"
+            f"{run} is not a finished run: give the output folder of `dkdm distill` or `dkdm "
+            f"train`, with config.json and {CARD}, which is written at the end"
         )
     config = read_config(check_folder(run) / "config.json")
     wanted = hub_model_id or config.hub_model_id or _name_of(run)
@@ -143,10 +143,10 @@ def _message(config: RunConfig) -> str:
 
 
 def _explained(error: Exception, repo_id: str) -> DkdmError:
-    """The same failure in dkdm's words."""
+    """The failure, with what to do about it."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
-        return UsageError(f"--hub-model-id {repo_id}: no name for the hub: {error}")
+        return UsageError(f"--hub-model-id {repo_id}: not a valid name on the hub: {error}")
     if isinstance(error, LocalTokenNotFoundError):
         return UsageError(f"not logged in to the hub: {LOG_IN}")
     if status == 401:
@@ -157,7 +157,7 @@ def _explained(error: Exception, repo_id: str) -> DkdmError:
             f"or {LOG_IN}"
         )
     if isinstance(error, OfflineModeIsEnabled):
-        return DkdmError("HF_HUB_OFFLINE is set, and nothing can be uploaded: unset it")
+        return DkdmError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it")
     causes = [error, error.__cause__] if error.__cause__ else [error]
     what = ": ".join(" ".join(str(e).split()).rstrip(".") or type(e).__name__ for e in causes)
-    return DkdmError(f"the hub at {HfApi().endpoint} did not take {repo_id}: {what}")
+    return DkdmError(f"uploading {repo_id} to {HfApi().endpoint} failed: {what}")

@@ -19,16 +19,16 @@ NEEDED = "--format int8 needs torchao 0.16 or newer: pip install 'dkdm[quant]'"
 def write_int8_folder(denoiser: Denoiser, folder: Path, overwrite: bool = False) -> None:
     """Write the pipeline folder with the weights of linear layers in int8, the rest in bfloat16.
 
-    Stock diffusers loads it where torchao is installed, by the config that lies with the weights.
-    Raises UsageError for a folder that exists and for a network that is no model of diffusers,
-    DkdmError where torchao is not installed.
+    diffusers loads it if torchao is installed, by the config beside the weights. Raises UsageError
+    for a folder that exists and for a network that is not a diffusers model, DkdmError if torchao
+    is not installed.
     """
     check_output("--output", folder, folder=True, overwrite=overwrite)
     network: Any = denoiser.network
     if not hasattr(network, "save_pretrained"):
         raise UsageError(
-            f"--format int8: {type(network).__name__} is no diffusers ModelMixin, which reads and "
-            "writes quantized weights"
+            f"--format int8: {type(network).__name__} is not a diffusers ModelMixin, which reads "
+            "and writes quantized weights"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao's own, about its kernels

@@ -1,4 +1,4 @@
-"""Where a teacher comes from and under which licence, as far as its own model card says."""
+"""A teacher's name and licence, as far as its model card says."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Origin:
     """What may be said of a teacher elsewhere: no path of this machine is in it.
 
     - `name`: hub id, `builtin:NAME`, `module:factory`, or the last part of a path.
-    - `hub_id`: of the teacher itself; None where it is not known to be on the hub.
+    - `hub_id`: of the teacher itself; None if it is not known to be on the hub.
     - `base_model`: hub id, or several, that the front matter of the student's card names.
-    - `licence`: `license`, `license_name` and `license_link` of the teacher's card; empty where
+    - `licence`: `license`, `license_name` and `license_link` of the teacher's card; empty if
       there is none (a checkpoint file has none).
     """
 
@@ -48,7 +48,7 @@ def origin_of(config: RunConfig) -> Origin | None:
 
 
 def licence_of_student(given: str | None, inherited: Mapping[str, Any]) -> dict[str, Any]:
-    """The licence keys of a student's card: as given, else the teacher's; empty where unknown."""
+    """The licence keys of a student's card: as given, or the teacher's; empty if unknown."""
     if given in (None, inherited.get("license"), inherited.get("license_name")):
         return dict(inherited)
     return {"license": given}
@@ -59,7 +59,7 @@ def _is_word(value: Any) -> bool:
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The YAML at the start of a model card; empty where there is none that can be read."""
+    """The YAML at the start of a model card; empty if none can be read."""
     try:
         text = read_text(card, "a model card").removeprefix("\ufeff")
         found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s", f"{text}\n", re.DOTALL)
@@ -86,7 +86,7 @@ def _cache_of(repo_id: str) -> Path:
 
 
 def _card_of(spec: str, subfolder: str | None, revision: str | None) -> Path | None:
-    """The teacher's own card on this machine."""
+    """The teacher's card on this machine."""
     if is_hub_id(spec):
         return _cached_card(spec, revision)
     builtin = spec in [f"builtin:{name}" for name in builtin_names()]
@@ -105,14 +105,14 @@ def _cached_card(repo_id: str, revision: str | None) -> Path | None:
 
 
 def _named(base_model: Any) -> str | list[str] | None:
-    """The hub ids that a local teacher's card names as its own base."""
+    """The hub ids that a local teacher's card names as its base."""
     if isinstance(base_model, list):
         return [name for name in base_model if is_hub_id(str(name))] or None
     return base_model if is_hub_id(str(base_model)) else None
 
 
 def _linked(licence: dict[str, Any], repo_id: str | None) -> dict[str, Any]:
-    """A link to a file beside the teacher's card, made whole; dropped where it leads nowhere."""
+    """A link to a file beside the teacher's card, made whole; dropped if it leads nowhere."""
     from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
 
     link = str(licence.get("license_link", ""))

@@ -9,7 +9,7 @@ _MEANT = re.compile(r"([\\`*\[\]<>&|~$]|(?<!\w)_|_(?!\w))")
 
 
 def plain(value: object) -> str:
-    """A value as text on one line, in which nothing is a link, a picture, a tag or a table."""
+    """A value as text on one line, in which nothing is a link, an image, a tag or a table."""
     return _MEANT.sub(r"\\\1", _line(value))
 
 
@@ -26,7 +26,7 @@ def code(value: object) -> str:
 
 
 def link(words: object, address: str) -> str:
-    """A link to a web page; to anything else, the words alone."""
+    """A link to a web page; for any other address, the words alone."""
     try:
         is_page = urlsplit(address).scheme in ("http", "https") and bool(urlsplit(address).netloc)
     except ValueError:

@@ -19,7 +19,7 @@ from dkdm.core.kinds import Row, kind_of
 from dkdm.core.process import Process
 from dkdm.models.architectures import component_of, pixels
 from dkdm.models.components import Component
-from dkdm.models.own_network import OWN_CLASS, origin_of
+from dkdm.models.custom_network import OWN_CLASS, origin_of
 from dkdm.models.pipelines import PIPELINES, Pipeline, encoding_of
 from dkdm.models.schedulers import (
     EDM_SCHEDULERS,
@@ -33,7 +33,7 @@ from dkdm.models.schedulers import (
 from dkdm.reading.files import identifier, render
 from dkdm.reading.places import copy_folder
 from dkdm.shipping.call_source import call_source
-from dkdm.shipping.own_network import shipment, shipping_note
+from dkdm.shipping.custom_network import shipment, shipping_note
 
 # Components that a pipeline of dkdm's own has a parameter for, beside denoiser and scheduler.
 COMPONENTS = (
@@ -50,10 +50,10 @@ def component_name(network: nn.Module) -> str:
 def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     """Write network, scheduler, index and all that came with the teacher, as diffusers does.
 
-    The folder samples with a stock pipeline where one can feed the network; else it holds a short
-    `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm; a network made by a user's
-    factory brings its source. A process that no scheduler of diffusers stands for is left out, and
-    the network is written alone.
+    The folder samples with a pipeline of diffusers if one can feed the network; otherwise it holds
+    a short `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm. A network made by
+    a user's factory brings its source. If no scheduler of diffusers stands for the process, the
+    network is written alone.
     """
     network: Any = denoiser.network
     component = component_name(network)
@@ -105,8 +105,8 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
     notes = [] if own is None else [own]
     if denoiser.decode is not None:
         notes.append(
-            "it works on latents of an autoencoder of your own, which is not in the folder: its "
-            "pipeline returns latents, and `dkdm sample` writes .safetensors"
+            "it works on latents of a custom autoencoder, which is not in the folder: its pipeline "
+            "returns latents, and `dkdm sample` writes .safetensors"
         )
     if clipping.range is not None and not clips_as(scheduler_config(denoiser), denoiser.process):
         low, high = clipping.center - clipping.range, clipping.center + clipping.range
@@ -128,13 +128,13 @@ def _samples_index(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def own_rows(denoiser: Denoiser) -> dict[str, Row]:
-    """What a network is fed by a conditioning of its user's own; nothing for all others."""
+    """What a network is fed by a custom conditioning; empty for all others."""
     kind = kind_of(denoiser.conditioning)
     return kind.fed() if kind.asks == "cond" else {}
 
 
 def _value_range(denoiser: Denoiser) -> dict[str, str]:
-    """The values of clean samples, for dkdm's eyes, where pictures are not their -1 to 1."""
+    """The values of clean samples, for dkdm's eyes, if they are not -1 to 1."""
     if denoiser.bundle.autoencoder is not None or tuple(denoiser.value_range) == (-1.0, 1.0):
         return {}
     return {"_value_range": "{}..{}".format(*denoiser.value_range)}
@@ -156,7 +156,7 @@ def _write_source(network: nn.Module, folder: Path) -> list[str]:
 
 
 def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
-    """The config of the scheduler that samples this model; empty where diffusers has none."""
+    """The config of the scheduler that samples this model; empty if diffusers has none."""
     config = dict(denoiser.process.scheduler)
     own, name = denoiser.parameterization, config.get("_class_name", "")
     if name in ON_BETAS and not config.get("use_flow_sigmas"):
@@ -213,7 +213,7 @@ def _stock_process(pipeline: Pipeline, process: Process) -> bool:
 
 
 def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
-    """Of an unconditional UNet2DModel; only a DDPM scheduler reads a learned variance."""
+    """The pipeline for an unconditional UNet2DModel; only DDPMScheduler learns a variance."""
     learned = denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler"
     if learned or kind_of(denoiser.conditioning).asks or denoiser.constants:
         return None
@@ -326,7 +326,7 @@ def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) 
 
 
 def _usage_guidance(denoiser: Denoiser, stock: str | None, scale: float) -> str:
-    """The scale, where it is not what the pipeline takes by itself; each stock one has its own."""
+    """The scale, unless it is the pipeline's default; pipelines of diffusers each have another."""
     if kind_of(denoiser.conditioning).asks is None or (stock is None and scale == 1.0):
         return ""
     return f", guidance_scale={scale}"
@@ -345,7 +345,7 @@ def _network_alone(folder: str, denoiser: Denoiser) -> str:
 
 
 def _absent(stock: str, denoiser: Denoiser) -> list[str]:
-    """Arguments that say that a component is not there, where diffusers wants to be told so."""
+    """Arguments that say that a component is absent, if diffusers asks for it."""
     import diffusers
 
     pipeline = getattr(diffusers, stock)

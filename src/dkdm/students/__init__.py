@@ -17,7 +17,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import Custom, kind_of
 from dkdm.core.prediction import PredictionType
 from dkdm.errors import DkdmError, UsageError
-from dkdm.models.own_network import (
+from dkdm.models.custom_network import (
     OWN_CLASS,
     Factory,
     is_own,

@@ -9,8 +9,8 @@ from torch import nn
 from dkdm.core.checkpoint import MANIFEST, WEIGHTS, checkpoints, load_network_weights
 from dkdm.core.given import path_given
 from dkdm.errors import UsageError
+from dkdm.models.custom_network import OWN_CLASS, Factory
 from dkdm.models.options import LoadOptions
-from dkdm.models.own_network import OWN_CLASS, Factory
 from dkdm.models.pipeline_folder import DENOISERS, load_network
 from dkdm.networks import network_class
 from dkdm.reading.arguments import refuse

@@ -18,7 +18,7 @@ from dkdm.core.prediction import PredictionType
 from dkdm.core.progress import track
 from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
-from dkdm.models.own_network import Factory, is_own
+from dkdm.models.custom_network import Factory, is_own
 from dkdm.models.student_process import with_process
 from dkdm.shipping.graph.fault_line import fault_line, in_a_line, in_brackets
 from dkdm.students import as_denoiser, given_student, untried_student_of

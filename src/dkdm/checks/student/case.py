@@ -14,7 +14,7 @@ from dkdm.core.calls import Network
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import silence_label_dropout
-from dkdm.models.own_network import awakened
+from dkdm.models.custom_network import awakened
 
 # Two outputs are the same up to this, of the largest value; a network that depends on something
 # changes by hundreds of times as much when it is replaced by something else.

@@ -17,9 +17,9 @@ from dkdm.checks.student.behaviour import listed
 from dkdm.checks.student.case import Case, differ
 from dkdm.core.checkpoint import load_network_weights, load_strict, save_network
 from dkdm.errors import DkdmError
-from dkdm.models.own_network import OWN_CLASS, origin_of
+from dkdm.models.custom_network import OWN_CLASS, origin_of
+from dkdm.shipping.custom_network import shipment, shipping_note
 from dkdm.shipping.graph.fault_line import in_a_line
-from dkdm.shipping.own_network import shipment, shipping_note
 
 
 def shared(case: Case) -> Iterator[Finding]:

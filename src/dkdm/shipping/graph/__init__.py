@@ -42,10 +42,10 @@ def export_graph(
 
     output: the file; its description is the same with .json appended. format: "onnx" or
     "torch-export" (a .pt2 file). opset: of ONNX, 18 or newer; None is the exporter's own choice.
-    The network is brought into evaluation mode. Precision is the network's; inputs and output are
-    float32. Returns the description. Raises UsageError for files that exist, and for a network that
-    is no graph, naming the module; DkdmError where packages are missing, and where the file
-    computes something else than the network (it stays where it is).
+    The network is put into evaluation mode. The file computes in the network's precision; inputs
+    and output are float32. Returns the description. Raises UsageError for files that exist and for
+    a network that is not a graph, naming the module; DkdmError if packages are missing or if the
+    file computes something else than the network (it is kept).
     """
     denoiser = denoiser_given("export_graph: denoiser", denoiser)
     output = path_given("export_graph: output", output, "give the file to write")
@@ -115,9 +115,9 @@ def check_files(output: Path, format: Format, overwrite: bool = False) -> tuple[
 
 def _check(denoiser: Denoiser, format: Format, opset: int | None) -> None:
     if denoiser.dtype not in (*TOLERANCES, None):
-        raise UsageError(f"{denoiser.name} is in {denoiser.dtype}: expected {_PRECISIONS}")
+        raise UsageError(f"{denoiser.name} is in {denoiser.dtype}: load it in {_PRECISIONS}")
     if denoiser.device.type != "cpu":
-        raise UsageError(f"{denoiser.name} is on {denoiser.device}: expected it on the CPU")
+        raise UsageError(f"{denoiser.name} is on {denoiser.device}: move it to the CPU")
     if format == "torch-export":
         if opset is not None:
             raise UsageError(f"--opset {opset}: torch-export has no opsets; leave it out")
@@ -126,7 +126,7 @@ def _check(denoiser: Denoiser, format: Format, opset: int | None) -> None:
     if denoiser.dtype == torch.bfloat16:
         raise UsageError(
             "onnxruntime does not compute in bfloat16 on a CPU, so the file could not be checked: "
-            "expected --dtype float32 or float16, or --format torch-export"
+            "use --dtype float32 or float16, or --format torch-export"
         )
 
 

@@ -36,7 +36,7 @@ def write(
 
 
 def opened(path: Path, format: Format) -> Evaluate:
-    """The written file as a function of inputs by name. Raises DkdmError where it does not load."""
+    """The written file as a function of inputs by name. Raises DkdmError if it does not load."""
     try:
         with quiet():
             return _opened_onnx(path) if format == "onnx" else _opened_program(path)
@@ -51,7 +51,7 @@ def runtime(format: Format) -> str:
 
 
 def require_onnx(opset: int | None) -> None:
-    """Raise where ONNX cannot be written: packages are missing, or this opset is not known."""
+    """Raise if ONNX cannot be written: packages are missing, or the opset is unknown."""
     try:
         with quiet():
             import onnx

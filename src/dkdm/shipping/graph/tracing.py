@@ -72,7 +72,7 @@ def _bounds(message: str) -> dict[str, int]:
 
 
 def batch_range(program: ExportedProgram) -> tuple[int, int | None]:
-    """Smallest and largest batch of a program; None is any. One row always fits where two do."""
+    """Smallest and largest batch of a program; None means any. One row fits if two do."""
     inputs = program.graph_signature.user_inputs
     for node in program.graph.nodes:
         size = node.meta["val"].shape[0] if node.name in inputs else None
@@ -125,7 +125,7 @@ def _upsample(layer: Any, x: Tensor, output_size: Any = None, *_: Any, **__: Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing printed, logged or warned by the exporters, which speak of their own affairs."""
+    """Silence the exporters: they print, log and warn about their internals."""
     disabled, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.CRITICAL)
     try:

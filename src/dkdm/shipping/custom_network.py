@@ -1,4 +1,4 @@
-"""A user's own network as one file that diffusers loads without dkdm."""
+"""A custom network as one file that diffusers loads without dkdm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dkdm.models.own_network import OWN_CLASS, Origin, origin_of
+from dkdm.models.custom_network import OWN_CLASS, Origin, origin_of
 from dkdm.reading.files import render
 from dkdm.reading.plugins import installed_folders, places_of
 
@@ -25,7 +25,7 @@ class Shipment:
     """What goes into the folder of a network made by a factory.
 
     file: name of the Python file. text: what is in it. package: the top-level package that it
-    imports the factory from, where that could not be shipped; None where its source is in the text.
+    imports the factory from, if its source could not be shipped; None if the source is in the text.
     requires: other packages that the text imports.
     """
 
@@ -48,7 +48,7 @@ def shipment(origin: Origin) -> Shipment:
     others = imported - _ALWAYS_THERE - set(sys.stdlib_module_names) - {package}
     text = render(
         "dkdm.shipping",
-        "own_network.py.j2",
+        "custom_network.py.j2",
         source=source,
         module=module,
         factory=name,
@@ -61,7 +61,7 @@ def shipment(origin: Origin) -> Shipment:
 
 
 def _source_of(module: str) -> str | None:
-    """The text of a module; None where there is no such file, as in a notebook."""
+    """The text of a module; None if there is no such file, as in a notebook."""
     try:
         file = inspect.getsourcefile(importlib.import_module(module))
         text = Path(str(file)).read_text(encoding="utf-8")
@@ -123,7 +123,7 @@ def _beside(module: str) -> set[str]:
 
 
 def shipping_note(network: nn.Module) -> str | None:
-    """What must be there to load the folder beside diffusers; None where nothing must."""
+    """What loading the folder needs beside diffusers; None if nothing."""
     origin = origin_of(network)
     if origin is None:
         return None
