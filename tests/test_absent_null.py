@@ -169,7 +169,7 @@ def test_a_decoder_of_ones_own_shows_latents_and_is_not_shipped(tmp_path, capsys
     )
     dkdm.distill(plain, "unet-tiny", config)
     assert shown
-    assert "autoencoder of your own" in capsys.readouterr().err
+    assert "custom autoencoder" in capsys.readouterr().err
     student = dkdm.load_teacher(str(tmp_path / "run"))
     with pytest.raises(dkdm.UsageError, match="latents .*give --output x.safetensors"):
         sample_to_file(student, tmp_path / "x.png", num_samples=2, num_steps=1)

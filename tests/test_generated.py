@@ -291,7 +291,7 @@ def test_classes_that_no_file_may_name(tmp_path, library, name):
 
 @pytest.mark.parametrize("named", [(None, "A"), (["os"], "system"), ("os", ["x"]), (7, 7)])
 def test_names_that_are_no_text(tmp_path, named):
-    with pytest.raises(UsageError, match="expected a model or tokenizer"):
+    with pytest.raises(UsageError, match="give a model or tokenizer"):
         component_class(tmp_path, *named)
 
 
