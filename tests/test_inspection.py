@@ -316,9 +316,9 @@ def test_a_plain_function_has_no_weights():
 
 def test_trained_teacher_passes_as_it_was_trained_only():
     teacher = load_teacher("builtin:fashion")
-    found = check_denoising(teacher, num_samples=8, num_steps=10)
+    found = check_denoising(teacher, num_samples=4, num_steps=10)
     assert found.denoises
     assert found.warnings == ()
-    wrong = check_denoising(misread(teacher, "epsilon"), num_samples=8, num_steps=10)
+    wrong = check_denoising(misread(teacher, "epsilon"), num_samples=4, num_steps=10)
     assert not wrong.denoises
     assert f'"{teacher.parameterization.prediction}"' in wrong.warnings[0].remedy

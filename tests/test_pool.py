@@ -131,7 +131,7 @@ def test_a_batch_is_a_copy_of_the_entries():
 
 def test_every_entry_is_drawn_equally_often():
     pool = make(size=64)
-    steps, batch_size = 2000, 16
+    steps, batch_size = 800, 16
     drawn = Counter()
     for pool.step in range(steps):
         drawn.update(pool.draw(batch_size).rows.tolist())
