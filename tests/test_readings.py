@@ -13,7 +13,7 @@ from torch import nn
 
 import dkdm
 from dkdm.checks.inspection import check_denoising, read_samples
-from dkdm.checks.inspection.readings import TIMES, Change, applied, cure_of
+from dkdm.checks.inspection.readings import TIMES, Change, applied, code_of, cure_of
 from dkdm.checks.inspection.remedy import corrected
 from dkdm.cli import main
 from dkdm.core.bundle import Bundle
@@ -123,9 +123,9 @@ def test_right_flow_needs_no_cure():
 
 @pytest.mark.parametrize("time", TIMES, ids=lambda time: str(TIMES.index(time)))
 def test_code_of_a_time_is_what_it_says(time):
-    written = eval(time.code, {"torch": torch})
+    written = eval(code_of(time), {"torch": torch})
     for process in (LINEAR, EDM):
-        assert torch.equal(network_time(process, written), network_time(process, time.of))
+        assert torch.equal(network_time(process, written), network_time(process, time))
 
 
 class Table(nn.Module):
@@ -208,7 +208,7 @@ def test_without_real_samples_there_is_no_verdict_against_it():
 
 def test_folders_get_entries_files_get_flags_and_the_rest_python(tmp_path):
     model = read(exact(LINEAR, "sample"), LINEAR, "epsilon")
-    change = cure_of(model, own_chains, 0).change
+    change = cure_of(model, own_chains, 0)
     folder = replace(model, bundle=replace(model.bundle, pipeline="DDPMPipeline"), name="mine")
     expected = 'write "prediction_type": "sample" in the scheduler_config.json of mine'
     assert corrected(folder, change) == expected

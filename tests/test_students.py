@@ -11,8 +11,8 @@ from rich.console import Console
 
 import pipelines
 from dkdm.checks.memory_plan import plan
-from dkdm.checks.student_table import Measuring, StudentRow, list_students, print_students
-from dkdm.config import DistillConfig
+from dkdm.checks.student_table import StudentRow, list_students, print_students
+from dkdm.config import DistillConfig, MeasureOptions
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
@@ -115,7 +115,7 @@ def only(monkeypatch, *names):
 
 def test_listing_measures_small_networks_beside_the_teacher(teacher, monkeypatch):
     only(monkeypatch, "dit-tiny", "dit-s")
-    measuring = Measuring(batch_size=2, below=1e6, steps=10, seconds=0.0)
+    measuring = MeasureOptions(measure_batch_size=2, measure_below=1, steps=10)
     seen = []
 
     def speeds(models, batch_size, seconds):
@@ -124,7 +124,7 @@ def test_listing_measures_small_networks_beside_the_teacher(teacher, monkeypatch
         return [300.0, 100.0]
 
     monkeypatch.setattr("dkdm.checks.student_table.evaluations_in_turns", speeds)
-    small, large = list_students(teacher, measuring)
+    small, large = list_students(teacher, measuring, seconds=0.0)
     assert seen == [[small.parameters, teacher.num_parameters]]
     assert (small.samples_per_second, small.speed_ratio) == (30.0, 3.0)
     assert "10 sampler steps, batches of 2, " in small.measured
@@ -137,22 +137,23 @@ def test_sketched_teacher_is_measured_with_random_weights(tmp_path, monkeypatch)
     only(monkeypatch, "dit-tiny", "dit-xs")
     sketched = sketch_teacher(str(tmp_path), LoadOptions())
     assert sketched.device.type == "meta"
-    row, _ = list_students(sketched, Measuring(batch_size=1, seconds=0.0))
+    row, _ = list_students(sketched, MeasureOptions(measure_batch_size=1), seconds=0.0)
     assert row.samples_per_second > 0
     assert row.speed_ratio > 0
     with torch.device("meta"):
         larger = untried_student_of("dit-xs", sketched)
     assert larger.num_parameters > row.parameters
     only(monkeypatch, "dit-tiny")
-    [alone] = list_students(larger, Measuring(1, below=row.parameters, seconds=0.0))
+    below = MeasureOptions(measure_batch_size=1, measure_below=row.parameters / 1e6)
+    [alone] = list_students(larger, below, seconds=0.0)
     assert alone.samples_per_second > 0
     assert alone.speed_ratio is None
 
 
-@pytest.mark.parametrize(("batch_size", "steps"), [(0, 50), (8, 0)])
-def test_impossible_measurement_is_refused(batch_size, steps):
-    with pytest.raises(UsageError, match="give at least 1 for both"):
-        Measuring(batch_size, steps=steps)
+@pytest.mark.parametrize("name", ["measure_batch_size", "steps"])
+def test_impossible_measurement_is_refused(name):
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}.* 1 or more"):
+        MeasureOptions(**{name: 0})
 
 
 @pytest.mark.parametrize(("width", "cell"), [(160, "2.50 (1.5x)"), (80, "(1.5x)")])
@@ -161,7 +162,7 @@ def test_printed_listing_shows_measured_speed(teacher, width, cell, shape, unit)
     row = StudentRow("dit-x", "a summary that is read", 10, 0.1, 10, 0.1, 2.5, 1.5, "here")
     stream = io.StringIO()
     console, of = Console(file=stream, width=width), replace(teacher, sample_shape=shape)
-    print_students([row], of, console, Measuring())
+    print_students([row], of, console, MeasureOptions())
     text = stream.getvalue()
     assert f"{unit}: 50 sampler steps, batches of 8" in text
     assert cell in text

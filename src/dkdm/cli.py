@@ -248,13 +248,11 @@ def _inspect(args: list[str]) -> int:
 
 def _students(args: list[str]) -> int:
     options = parse(StudentsCommand, args)
-    from dkdm.checks.student_table import Measuring, list_students, print_students
+    from dkdm.checks.student_table import list_students, print_students
     from dkdm.models import chosen_teacher
 
-    how = options.measuring
     teacher = chosen_teacher(options.teacher_choice, sketched=True)
-    timed = Measuring(how.measure_batch_size, how.measure_below * 1e6, how.steps)
-    measuring = timed if how.measure else None
+    measuring = options.measuring if options.measuring.measure else None
     rows = list_students(teacher, measuring)
     if options.json:
         _print_json(rows)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 Status = Literal["ok", "warning", "problem"]
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
@@ -43,10 +43,8 @@ def not_ok(findings: Sequence[Finding]) -> list[Finding]:
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
     """Print all findings as a table, then what to do about the warnings and problems."""
-    table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    first, name = Column(no_wrap=True), Column(style="bold", no_wrap=True)
+    table = Table(first, name, Column(overflow="fold"), show_header=False)
     for finding in findings:
         colour = COLOURS[finding.status]
         usual = f" (usual: {finding.usual})" if finding.usual else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from dkdm.config import DistillConfig
@@ -57,14 +57,10 @@ class MemoryPlan:
         planned = {
             "gpus": self.gpus,
             "pool_size": self.pool_size,
-            "guided": _is_guided(self.config),
+            "guided": not self.config.guidance.is_off,
         }
-        return {
-            "choices": given | planned,
-            "device": self.device,
-            "host": self.host,
-            "device_total": self.device_total,
-        }
+        held = {"device": self.device, "host": self.host, "device_total": self.device_total}
+        return {"choices": given | planned, **held}
 
 
 _DECISIVE = (
@@ -78,10 +74,6 @@ _DECISIVE = (
     "pool_device",
     "student_factory",
 )
-
-
-def _is_guided(config: DistillConfig) -> bool:
-    return not config.guidance.is_off
 
 
 def plan(teacher: Denoiser, config: DistillConfig, gpus: int = 1) -> MemoryPlan:
@@ -110,7 +102,7 @@ def plan(teacher: Denoiser, config: DistillConfig, gpus: int = 1) -> MemoryPlan:
     if config.teacher_dtype == "int8":
         teacher_weights -= _saved_by_int8(teacher)
     with fused_attention():
-        evaluation = evaluation_mib(held, batch * (2 if _is_guided(config) else 1))
+        evaluation = evaluation_mib(held, batch * (1 if config.guidance.is_off else 2))
     on_host = {
         "teacher weights": teacher_weights if config.teacher_offload == "layers" else 0.0,
         "pool": pool if config.pool_device == "cpu" else 0.0,
@@ -221,21 +213,18 @@ _SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, console: Console) -> None:
     """Print the plan as a table, whether it fits, and what to change."""
     several, batch = found.gpus > 1, found.config.train_batch_size // found.gpus
+    whose = f"Each of {found.gpus} devices, with a" if several else "A"
     table = Table(
-        title=f"Each of {found.gpus} devices, with a batch of {batch}"
-        if several
-        else f"A batch of {batch}",
+        "",
+        *(Column(f"{each}, GiB", justify="right") for each in ("device", "host")),
+        title=f"{whose} batch of {batch}",
         title_justify="left",
     )
-    table.add_column("")
-    table.add_column("device, GiB", justify="right")
-    table.add_column("host, GiB", justify="right")
     for name in found.device:
         row = (found.device[name], found.host.get(name, 0.0))
         table.add_row(name, *(f"{value / GIB:,.2f}" if value else "-" for value in row))
-    table.add_row(
-        "at most", f"{found.device_total / GIB:,.2f}", f"{sum(found.host.values()) / GIB:,.2f}"
-    )
+    totals = (found.device_total, sum(found.host.values()))
+    table.add_row("at most", *(f"{value / GIB:,.2f}" for value in totals))
     console.print(table)
     if found.device_total <= limit_mib:
         console.print(f"[green]It fits[/green] into {limit_mib / GIB:,.1f} GiB.")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
+from dkdm.config import MeasureOptions
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.progress import track
 from dkdm.errors import UsageError
@@ -20,45 +22,6 @@ from dkdm.students import PRESETS, Preset, untried_student_of
 
 MAX_MACS_ON_CPU = 2e11
 """Of a batch: about ten seconds on one core. More expensive networks are not timed on a CPU."""
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """How speeds are measured.
-
-    batch_size: samples at once. below: networks with more parameters are not timed. steps: sampler
-    steps of one sample, each an evaluation. seconds: for each student, in turns with the teacher.
-    """
-
-    batch_size: int = 8
-    below: float = 60e6
-    steps: int = 50
-    seconds: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.steps < 1:
-            raise UsageError(
-                f"--measure-batch-size {self.batch_size}, --steps {self.steps}: give at least 1 "
-                "for both"
-            )
-
-    @property
-    def device(self) -> torch.device:
-        """The accelerator if there is one, otherwise the CPU."""
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-    @property
-    def conditions(self) -> str:
-        """Device, threads, batch and steps in words."""
-        threads = torch.get_num_threads()
-        cores = f", {threads} thread{'s' * (threads > 1)}" if self.device.type == "cpu" else ""
-        batch = f"batches of {self.batch_size}"
-        return f"{self.steps} sampler steps, {batch}, {self.device.type}{cores}"
-
-    def times(self, parameters: int, macs: int) -> bool:
-        """Whether a network is small enough to be timed."""
-        slow = self.device.type == "cpu" and macs * self.batch_size > MAX_MACS_ON_CPU
-        return parameters <= self.below and not slow
 
 
 @dataclass(frozen=True)
@@ -82,19 +45,24 @@ class StudentRow:
     misfit: str | None = None
 
 
-def list_students(teacher: Denoiser, measuring: Measuring | None = None) -> list[StudentRow]:
+def list_students(
+    teacher: Denoiser, measuring: MeasureOptions | None = None, seconds: float = 1.0
+) -> list[StudentRow]:
     """Every preset with the teacher's sample shape, conditioning and variance.
 
     The students are built on torch's meta device, which holds no numbers, and the teacher is
     evaluated once, on one sample. measuring: then build the smaller ones, with random weights, and
-    time them in turns with the teacher, which is moved to the accelerator. None: do not.
+    time each for so many seconds, alternating with the teacher, which is moved to the accelerator.
+    None: do not.
     """
     teacher_macs, rows = count_macs(teacher), []
     beside = _timed_teacher(teacher, teacher_macs, measuring) if measuring else None
     with track(len(PRESETS), 0, "students") as show:
         for preset in PRESETS.values():
             row = _row(preset, teacher, teacher_macs)
-            rows.append(_with_speed(row, teacher, beside, measuring) if measuring else row)
+            if measuring and row.parameters and _is_timed(measuring, row.parameters, row.macs or 0):
+                row = _with_speed(row, teacher, beside, measuring, seconds)
+            rows.append(row)
             show(len(rows))
     return rows
 
@@ -105,14 +73,8 @@ def _row(preset: Preset, teacher: Denoiser, teacher_macs: int) -> StudentRow:
     except UsageError as error:
         return StudentRow(preset.name, preset.summary, misfit=str(error))
     parameters, macs = student.num_parameters, count_macs(student)
-    return StudentRow(
-        name=preset.name,
-        summary=preset.summary,
-        parameters=parameters,
-        parameter_ratio=_ratio(parameters, teacher.num_parameters),
-        macs=macs,
-        mac_ratio=_ratio(macs, teacher_macs),
-    )
+    size = (parameters, _ratio(parameters, teacher.num_parameters))
+    return StudentRow(preset.name, preset.summary, *size, macs, _ratio(macs, teacher_macs))
 
 
 def _without_numbers(name: str, teacher: Denoiser) -> Denoiser:
@@ -126,12 +88,30 @@ def _ratio(number: int, of: int) -> float | None:
     return number / of if of else None
 
 
-def _timed_teacher(teacher: Denoiser, macs: int, measuring: Measuring) -> Denoiser | None:
+def _device() -> torch.device:
+    """The accelerator if there is one, otherwise the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _is_timed(how: MeasureOptions, parameters: int, macs: int) -> bool:
+    """Whether a network is small enough to be timed."""
+    slow = _device().type == "cpu" and macs * how.measure_batch_size > MAX_MACS_ON_CPU
+    return parameters <= how.measure_below * 1e6 and not slow
+
+
+def _conditions(how: MeasureOptions) -> str:
+    """Steps, batch, device and threads in words."""
+    kind, threads = _device().type, torch.get_num_threads()
+    cores = f", {threads} thread{'s' * (threads > 1)}" if kind == "cpu" else ""
+    return f"{how.steps} sampler steps, batches of {how.measure_batch_size}, {kind}{cores}"
+
+
+def _timed_teacher(teacher: Denoiser, macs: int, how: MeasureOptions) -> Denoiser | None:
     """The teacher on the device, with random weights if they were not read.
 
     None if it is too large, or a custom network that was not read.
     """
-    if not measuring.times(teacher.num_parameters, macs):
+    if not _is_timed(how, teacher.num_parameters, macs):
         return None
     if teacher.device.type == "meta":
         sketched: Any = teacher.network
@@ -140,80 +120,71 @@ def _timed_teacher(teacher: Denoiser, macs: int, measuring: Measuring) -> Denois
         network = type(sketched).from_config(sketched.config)
         network = torch.nn.Module.to(network, sketched.dtype)
         teacher = replace(teacher, network=network, call=None)
-    place(teacher, measuring.device)
+    place(teacher, _device())
     return teacher
 
 
 def _with_speed(
-    row: StudentRow, teacher: Denoiser, beside: Denoiser | None, measuring: Measuring
+    row: StudentRow, teacher: Denoiser, beside: Denoiser | None, how: MeasureOptions, seconds: float
 ) -> StudentRow:
-    """The row with the measured speed of its student, unless it is too large."""
-    if row.parameters is None or not measuring.times(row.parameters, row.macs or 0):
-        return row
+    """The row with the measured speed of its student."""
     student = untried_student_of(row.name, teacher)
-    place(student, measuring.device)
+    place(student, _device())
     models = [student] if beside is None else [student, beside]
-    speeds = evaluations_in_turns(models, measuring.batch_size, measuring.seconds)
+    speeds = evaluations_in_turns(models, how.measure_batch_size, seconds)
     return replace(
         row,
-        samples_per_second=speeds[0] / measuring.steps,
+        samples_per_second=speeds[0] / how.steps,
         speed_ratio=None if beside is None else speeds[0] / speeds[1],
-        measured=measuring.conditions,
+        measured=_conditions(how),
     )
-
-
-def print_students(
-    rows: list[StudentRow],
-    teacher: Denoiser,
-    console: Console,
-    measuring: Measuring | None = None,
-) -> None:
-    """Print the presets that fit as a table, then why the others do not."""
-    shape = " x ".join(map(str, teacher.sample_shape))
-    title = (
-        f"Students for {escape(teacher.name)}: samples of {shape}, "
-        f"{count(teacher.num_parameters)} parameters"
-    )
-    unit = "images/s" if len(teacher.sample_shape) == 3 else "samples/s"
-    if measuring:
-        title += f"\n{unit}: {measuring.conditions}, random weights"
-    table = Table(title=title, title_justify="left")
-    table.add_column("student", no_wrap=True)
-    for heading in ("parameters", "MACs a sample", *([unit] if measuring else [])):
-        table.add_column(f"{heading}\n(x teacher)", justify="right", no_wrap=True)
-    table.add_column("", ratio=1)
-    gap = " " if console.width >= WIDE else "\n"
-    misfits: dict[str, list[str]] = {}
-    for row in rows:
-        if row.misfit:
-            misfits.setdefault(row.misfit, []).append(row.name)
-            continue
-        numbers = [gap.join(parts) for parts in _numbers(row)[: 3 if measuring else 2]]
-        table.add_row(row.name, *numbers, escape(row.summary))
-    console.print(table)
-    for why, names in misfits.items():
-        verb = "do" if len(names) > 1 else "does"
-        console.print(f"{', '.join(names)} {verb} not fit: {escape(why)}")
 
 
 WIDE = 120
 """Columns a terminal needs to show a ratio beside its number, not below it."""
 
 
-def _numbers(row: StudentRow) -> list[list[str]]:
-    """Parameters, multiply-accumulates and speed, each with its ratio if there is one."""
-    missing = ["-"]
-    if row.parameters is None or row.macs is None:
-        return [missing] * 3
-    speed = row.samples_per_second
-    return [
-        [count(row.parameters), *_times(row.parameter_ratio)],
-        [count(row.macs), *_times(row.mac_ratio)],
-        missing if speed is None else [number(speed), *_times(row.speed_ratio)],
-    ]
+def print_students(
+    rows: list[StudentRow],
+    teacher: Denoiser,
+    console: Console,
+    measuring: MeasureOptions | None = None,
+) -> None:
+    """Print the presets that fit as a table, then why the others do not."""
+    shape = " x ".join(map(str, teacher.sample_shape))
+    size = f"samples of {shape}, {count(teacher.num_parameters)} parameters"
+    title = f"Students for {escape(teacher.name)}: {size}"
+    unit = "images/s" if len(teacher.sample_shape) == 3 else "samples/s"
+    if measuring:
+        title += f"\n{unit}: {_conditions(measuring)}, random weights"
+    headings = ["parameters", "MACs a sample", *([unit] if measuring else [])]
+    table = Table(
+        Column("student", no_wrap=True),
+        *(Column(f"{each}\n(x teacher)", justify="right", no_wrap=True) for each in headings),
+        Column(ratio=1),
+        title=title,
+        title_justify="left",
+    )
+    gap = " " if console.width >= WIDE else "\n"
+    misfits: dict[str, list[str]] = {}
+    for row in rows:
+        if row.misfit:
+            misfits.setdefault(row.misfit, []).append(row.name)
+            continue
+        cells = [
+            _cell(row.parameters, row.parameter_ratio, count, gap),
+            _cell(row.macs, row.mac_ratio, count, gap),
+            _cell(row.samples_per_second, row.speed_ratio, number, gap),
+        ]
+        table.add_row(row.name, *cells[: len(headings)], escape(row.summary))
+    console.print(table)
+    for why, names in misfits.items():
+        verb = "do" if len(names) > 1 else "does"
+        console.print(f"{', '.join(names)} {verb} not fit: {escape(why)}")
 
 
-def _times(ratio: float | None) -> list[str]:
-    if ratio is None:
-        return []
-    return [f"({number(ratio, 2)}x)"]
+def _cell(value: float | None, ratio: float | None, shown: Callable[[float], str], gap: str) -> str:
+    """A number with its ratio to the teacher's, if there is one."""
+    if value is None:
+        return "-"
+    return shown(value) + ("" if ratio is None else f"{gap}({number(ratio, 2)}x)")

@@ -1,27 +1,15 @@
 """What a model is, and whether it denoises as it is read."""
 
-from dkdm.checks.inspection.check import (
-    DenoisingCheck,
-    Spread,
-    check_denoising,
-    quick_check,
-)
+from dkdm.checks.inspection.check import DenoisingCheck, Spread, check_denoising, quick_check
 from dkdm.checks.inspection.denoising import LevelError
-from dkdm.checks.inspection.facts import (
-    ConditioningFacts,
-    Inspection,
-    ProcessFacts,
-    inspect_denoiser,
-)
+from dkdm.checks.inspection.facts import Inspection, inspect_denoiser
 from dkdm.checks.inspection.given import read_samples
 from dkdm.checks.inspection.tables import print_inspection
 
 __all__ = [
-    "ConditioningFacts",
     "DenoisingCheck",
     "Inspection",
     "LevelError",
-    "ProcessFacts",
     "Spread",
     "check_denoising",
     "inspect_denoiser",

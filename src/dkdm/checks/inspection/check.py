@@ -24,7 +24,7 @@ from dkdm.checks.inspection.denoising import (
     level_errors,
     samples_needed,
 )
-from dkdm.checks.inspection.readings import Cure, applied, cure_of
+from dkdm.checks.inspection.readings import MAX_TRIALS, Change, applied, cure_of
 from dkdm.checks.inspection.remedy import corrected, in_words
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import denoiser_given
@@ -41,7 +41,6 @@ NOISY_END = 0.01
 # Samples of fewer steps are far from what even a good network was trained on.
 MIN_STEPS = 10
 TRIAL_STEPS = 10
-MAX_TRIALS = 300
 MIN_TRIALS = 24
 TRIAL_SECONDS = 30.0
 QUICK_STEPS = 10
@@ -118,7 +117,7 @@ def check_denoising(
         cure = cure_of(denoiser, samples_of, seed, max_trials)
     if may_mislead and _ends_in_signal(denoiser.process) and not _is_sure(denoiser, cure):
         return result(None, warnings=warnings)
-    line = None if cure is None else corrected(denoiser, cure.change)
+    line = None if cure is None else corrected(denoiser, cure)
     failure = _failure(denoiser, levels, cure, max_trials)
     return result(False, warnings=(*warnings, failure), cure=line)
 
@@ -133,9 +132,9 @@ def _few_steps(num_steps: int) -> Finding:
     )
 
 
-def _is_sure(denoiser: Denoiser, cure: Cure | None) -> bool:
+def _is_sure(denoiser: Denoiser, cure: Change | None) -> bool:
     """Whether a cure was found on chains that begin with a state the network knows."""
-    return cure is not None and not _ends_in_signal(applied(denoiser, cure.change).process)
+    return cure is not None and not _ends_in_signal(applied(denoiser, cure).process)
 
 
 def _ends_in_signal(process: Process) -> bool:
@@ -186,7 +185,7 @@ def _spread(values: Tensor) -> Spread:
 
 
 def _failure(
-    denoiser: Denoiser, levels: tuple[LevelError, ...], cure: Cure | None, max_trials: int
+    denoiser: Denoiser, levels: tuple[LevelError, ...], cure: Change | None, max_trials: int
 ) -> Finding:
     if levels:
         what = _seen(levels)
@@ -199,8 +198,8 @@ def _failure(
         what, usual = "its samples are not finite", "finite numbers"
         remedy = "load it in float32; if they still are not finite, the weights are damaged"
     if cure is not None:
-        words = in_words(cure.change, applied(denoiser, cure.change))
-        remedy = f"with {words} it denoises: {corrected(denoiser, cure.change)}"
+        words = in_words(cure, applied(denoiser, cure))
+        remedy = f"with {words} it denoises: {corrected(denoiser, cure)}"
     return Finding("denoising", "problem", what, remedy, usual)
 
 

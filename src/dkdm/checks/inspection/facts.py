@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,78 +16,33 @@ from dkdm.checks.inspection.check import (
     affordable_trials,
     check_denoising,
 )
-from dkdm.checks.inspection.readings import ProcessKind, process_kind
+from dkdm.checks.inspection.readings import process_kind
 from dkdm.core.conditioning import Conditioning
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
-from dkdm.core.prediction import PredictionType, VarianceType
 from dkdm.core.process import Process
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
 
 
 @dataclass(frozen=True)
-class ProcessFacts:
-    """The noise process: T, SNR and network times from t = 0 to T-1, and where it came from.
-
-    clip_range, clip_quantile: as in `Clipping`; None if off.
-    """
-
-    kind: ProcessKind
-    num_levels: int
-    snr: tuple[float, float]
-    network_times: tuple[float, float]
-    scheduler: str | None
-    beta_schedule: str | None
-    clip_range: float | None
-    clip_quantile: float | None
-
-
-@dataclass(frozen=True)
-class ConditioningFacts:
-    """What the model is fed beside (x_t, t): "none", "class labels", "prompts" or the name of its
-    class."""
-
-    kind: str
-    num_classes: int | None = None
-    null_class: int | str | None = None
-    class_names: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
 class Inspection:
-    """A model's facts, costs and denoising check.
+    """A model's facts and costs, by the names of `dkdm inspect --json`, and its denoising check.
 
+    process: SNR and network times at t = 0 and T-1; clip_range, clip_quantile as in `Clipping`.
     embeds_guidance: whether the network is fed the guidance scale. pipeline, autoencoder: class
     names; None without a pipeline, or in pixel space. macs: multiply-accumulates of one evaluation
-    of one sample. weights_mib, evaluation_mib: memory of the
-    weights, and beside them of one evaluation of `batch_size` samples without gradients.
-    evaluations_per_second: samples a second, on `device`.
+    of one sample. weights_mib, evaluation_mib: memory of the weights, and beside them of one
+    evaluation of `batch_size` samples without gradients. evaluations_per_second: samples a second,
+    on `device`.
     """
 
-    name: str
-    network: str
-    parameters: int
-    dtype: str | None
-    device: str
-    sample_shape: tuple[int, ...]
-    process: ProcessFacts
-    prediction: PredictionType
-    variance: VarianceType
-    conditioning: ConditioningFacts
-    embeds_guidance: bool
-    pipeline: str | None
-    autoencoder: str | None
-    weights_mib: float
-    evaluation_mib: float
-    batch_size: int
-    macs: int
-    evaluations_per_second: float
+    facts: Mapping[str, Any]
     check: DenoisingCheck
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values, with None for numbers that are not finite."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = _plain({**self.facts, "check": dataclasses.asdict(self.check)})
         plain["check"]["concerns"] = [
             {"seen": each["what"], "expected": each["usual"], "remedy": each["remedy"]}
             for each in plain["check"].pop("warnings")
@@ -115,8 +71,9 @@ def inspect_denoiser(
 ) -> Inspection:
     """Measure a model and check that it denoises; takes num_steps evaluations and a few seconds.
 
-    The options are those of `check_denoising`; num_samples is also the batch the costs are measured
-    with. max_trials: None is as many as take about half a minute. Raises UsageError as that does.
+    The options are those of `check_denoising`; num_samples is also the batch size at which costs
+    are measured. max_trials: None is as many as take about half a minute. Raises UsageError as
+    `check_denoising`.
     """
     speed = evaluations_per_second(denoiser, num_samples, seconds=0.5)
     if max_trials is None:
@@ -129,51 +86,46 @@ def inspect_denoiser(
         images=images,
         max_trials=max_trials,
     )
-    network = denoiser.network
+    network, coder = denoiser.network, denoiser.bundle.autoencoder
     kind = type(network) if isinstance(network, nn.Module) else network
-    return Inspection(
-        name=denoiser.name,
-        network=getattr(kind, "__name__", type(network).__name__),
-        parameters=denoiser.num_parameters,
-        dtype=None if denoiser.dtype is None else str(denoiser.dtype).removeprefix("torch."),
-        device=str(denoiser.device),
-        sample_shape=tuple(denoiser.sample_shape),
-        process=_process_facts(denoiser.process, denoiser.network_time),
-        prediction=denoiser.parameterization.prediction,
-        variance=denoiser.parameterization.variance,
-        conditioning=_conditioning_facts(denoiser.conditioning),
-        embeds_guidance=denoiser.embeds_guidance,
-        pipeline=denoiser.bundle.pipeline,
-        autoencoder=_autoencoder(denoiser),
-        weights_mib=weights_mib(denoiser),
-        evaluation_mib=evaluation_mib(denoiser, num_samples),
-        batch_size=num_samples,
-        macs=count_macs(denoiser),
-        evaluations_per_second=speed,
-        check=check,
-    )
+    facts = {
+        "name": denoiser.name,
+        "network": getattr(kind, "__name__", type(network).__name__),
+        "parameters": denoiser.num_parameters,
+        "dtype": None if denoiser.dtype is None else str(denoiser.dtype).removeprefix("torch."),
+        "device": str(denoiser.device),
+        "sample_shape": tuple(denoiser.sample_shape),
+        "process": _process(denoiser.process, denoiser.network_time),
+        "prediction": denoiser.parameterization.prediction,
+        "variance": denoiser.parameterization.variance,
+        "conditioning": _conditioning(denoiser.conditioning),
+        "embeds_guidance": denoiser.embeds_guidance,
+        "pipeline": denoiser.bundle.pipeline,
+        "autoencoder": None if coder is None else coder.component.class_name,
+        "weights_mib": weights_mib(denoiser),
+        "evaluation_mib": evaluation_mib(denoiser, num_samples),
+        "batch_size": num_samples,
+        "macs": count_macs(denoiser),
+        "evaluations_per_second": speed,
+    }
+    return Inspection(facts, check)
 
 
-def _autoencoder(denoiser: Denoiser) -> str | None:
-    coder = denoiser.bundle.autoencoder
-    return None if coder is None else coder.component.class_name
+def _process(process: Process, times: Tensor) -> dict[str, Any]:
+    return {
+        "kind": process_kind(process),
+        "num_levels": process.num_levels,
+        "snr": tuple(process.snr()[[0, -1]].tolist()),
+        "network_times": tuple(times[[0, -1]].tolist()),
+        "scheduler": process.scheduler.get("_class_name"),
+        "beta_schedule": process.scheduler.get("beta_schedule"),
+        "clip_range": process.clipping.range,
+        "clip_quantile": process.clipping.quantile,
+    }
 
 
-def _process_facts(process: Process, times: Tensor) -> ProcessFacts:
-    snr = process.snr()
-    return ProcessFacts(
-        kind=process_kind(process),
-        num_levels=process.num_levels,
-        snr=(snr[0].item(), snr[-1].item()),
-        network_times=(times[0].item(), times[-1].item()),
-        scheduler=process.scheduler.get("_class_name"),
-        beta_schedule=process.scheduler.get("beta_schedule"),
-        clip_range=process.clipping.range,
-        clip_quantile=process.clipping.quantile,
-    )
-
-
-def _conditioning_facts(conditioning: Conditioning) -> ConditioningFacts:
+def _conditioning(conditioning: Conditioning) -> dict[str, Any]:
     kind = kind_of(conditioning)
-    known = {key: value for key, value in kind.facts().items() if key != "classes"}
-    return ConditioningFacts(kind.label, **known)
+    known = kind.facts()
+    names = ("num_classes", "null_class", "class_names")
+    return {"kind": kind.label, **{name: known.get(name) for name in names}}

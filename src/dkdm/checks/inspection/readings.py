@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,7 +26,7 @@ from dkdm.core.prediction import PredictionType
 from dkdm.core.process import Process
 from dkdm.core.progress import track
 from dkdm.core.schedules import karras, rectified_flow
-from dkdm.core.time import TimeKind, network_time
+from dkdm.core.time import Time, network_time
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config
 
@@ -37,79 +38,53 @@ BETAS: tuple[Mapping[str, Any], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Time:
-    """What a network may be fed for t. code: the same as an argument `time=` in Python."""
-
-    code: str
-    of: TimeKind | Callable[[Process], Tensor]
-
-
-TIMES = (
-    Time('"index"', "index"),
-    Time('"fraction"', "fraction"),
-    Time('"data_fraction"', "data_fraction"),
-    Time('"sigma"', "sigma"),
-    Time('"log_snr"', "log_snr"),
-    Time('"c_noise"', "c_noise"),
-    Time(
-        "lambda process: 1000 * process.sigma / (process.alpha + process.sigma)",
-        lambda process: 1000 * process.sigma / (process.alpha + process.sigma),
-    ),
-    Time(
-        "lambda process: 1000 * process.alpha / (process.alpha + process.sigma)",
-        lambda process: 1000 * process.alpha / (process.alpha + process.sigma),
-    ),
-    Time(
-        "lambda process: process.network_time * process.num_levels",
-        lambda process: process.network_time * process.num_levels,
-    ),
-    Time(
-        "lambda process: process.network_time / process.num_levels",
-        lambda process: process.network_time / process.num_levels,
-    ),
-    Time(
-        "lambda process: process.network_time.flip(0)",
-        lambda process: process.network_time.flip(0),
-    ),
-    Time(
-        "lambda process: 1 - process.network_time / process.num_levels",
-        lambda process: 1 - process.network_time / process.num_levels,
-    ),
-    Time(
-        "lambda process: torch.arange(1, process.num_levels + 1)",
-        lambda process: torch.arange(1, process.num_levels + 1),
-    ),
-    Time(
-        "lambda process: torch.arange(process.num_levels).flip(0)",
-        lambda process: torch.arange(process.num_levels).flip(0),
-    ),
-    Time(
-        "lambda process: (process.sigma / process.alpha).log()",
-        lambda process: (process.sigma / process.alpha).log(),
-    ),
-    Time(
-        "lambda process: 2 * (process.sigma / process.alpha).log()",
-        lambda process: 2 * (process.sigma / process.alpha).log(),
-    ),
-    Time("lambda process: process.alpha", lambda process: process.alpha),
-    Time("lambda process: process.alpha**2", lambda process: process.alpha**2),
+MAX_TRIALS = 300
+TIMES: tuple[Time, ...] = (  # the code of a function is shown as it stands here: one on a line
+    "index",
+    "fraction",
+    "data_fraction",
+    "sigma",
+    "log_snr",
+    "c_noise",
+    lambda process: 1000 * process.sigma / (process.alpha + process.sigma),
+    lambda process: 1000 * process.alpha / (process.alpha + process.sigma),
+    lambda process: process.network_time * process.num_levels,
+    lambda process: process.network_time / process.num_levels,
+    lambda process: process.network_time.flip(0),
+    lambda process: 1 - process.network_time / process.num_levels,
+    lambda process: torch.arange(1, process.num_levels + 1),
+    lambda process: torch.arange(process.num_levels).flip(0),
+    lambda process: (process.sigma / process.alpha).log(),
+    lambda process: 2 * (process.sigma / process.alpha).log(),
+    lambda process: process.alpha,
+    lambda process: process.alpha**2,
 )
+
+
+def code_of(time: Time) -> str:
+    """One of TIMES as an argument `time=` in Python."""
+    if isinstance(time, str):
+        return f'"{time}"'
+    return inspect.getsource(time).strip().removesuffix(",")
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Another noise process. code: in Python; config: of scheduler_config.json."""
+    """Another noise process.
+
+    code, words: what it is, in Python and in a sentence. config: in scheduler_config.json.
+    """
 
     process: Process
     code: str
+    words: str
     config: Mapping[str, Any]
     same_family: bool
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is read otherwise; None and False leave a part as it is."""
+    """What is read differently; None and False leave a part as it is."""
 
     schedule: Schedule | None = None
     prediction: PredictionType | None = None
@@ -118,17 +93,14 @@ class Change:
 
     @property
     def count(self) -> int:
-        """How many parts are read otherwise."""
+        """How many parts are read differently."""
         parts = (self.schedule, self.prediction, self.time)
         return sum(part is not None for part in parts) + self.negated
 
-
-@dataclass(frozen=True)
-class Cure:
-    """A change under which the network denoises, and how well (see `mean_ratio`)."""
-
-    change: Change
-    ratio: float
+    @property
+    def keeps_family(self) -> bool:
+        """Whether the process stays of its kind, so that the same time may be fed."""
+        return self.schedule is None or self.schedule.same_family
 
 
 def applied(denoiser: Denoiser, change: Change) -> Denoiser:
@@ -141,8 +113,8 @@ def applied(denoiser: Denoiser, change: Change) -> Denoiser:
     if change.prediction is not None:
         changes["parameterization"] = replace(own, prediction=change.prediction)
     if change.time is not None:
-        changes["time"] = change.time.of
-    elif change.schedule is not None and not change.schedule.same_family:
+        changes["time"] = change.time
+    elif not change.keeps_family:
         changes["time"] = None
     if change.negated:
         changes["call"] = negated(call, denoiser.sample_shape[0])
@@ -163,8 +135,8 @@ def cure_of(
     denoiser: Denoiser,
     samples_of: Callable[[Denoiser], Samples],
     seed: int,
-    max_trials: int | None = None,
-) -> Cure | None:
+    max_trials: int = MAX_TRIALS,
+) -> Change | None:
     """The change under which the same network denoises, or None.
 
     Single changes are tried first, then two at once, then three; among as many changes, the one
@@ -172,33 +144,24 @@ def cure_of(
     real: a wrong reading draws states that the network was not trained on, and no reading denoises
     those. A reading that the network cannot take is skipped.
     """
-    left = max_trials
     for changes in _by_number(denoiser):
-        changes = changes if left is None else changes[:left]
-        found = list(_cures(denoiser, changes, samples_of, seed))
-        if found:
-            return min(found, key=lambda cure: cure.ratio)
-        left = None if left is None else left - len(changes)
+        tried, ratios = changes[:max_trials], dict[Change, float]()
+        max_trials -= len(tried)
+        with track(len(tried), 0, "trying other readings") as show:
+            for number, change in enumerate(tried, 1):
+                ratio = _ratio(denoiser, change, samples_of, seed)
+                show(number)
+                if ratio is not None:
+                    ratios[change] = ratio
+        if ratios:
+            return min(ratios, key=ratios.__getitem__)
     return None
-
-
-def _cures(
-    denoiser: Denoiser,
-    changes: list[Change],
-    samples_of: Callable[[Denoiser], Samples],
-    seed: int,
-) -> Iterator[Cure]:
-    with track(len(changes), 0, "trying other readings") as show:
-        for number, change in enumerate(changes, 1):
-            ratio = _ratio(denoiser, change, samples_of, seed)
-            show(number)
-            if ratio is not None:
-                yield Cure(change, ratio)
 
 
 def _ratio(
     denoiser: Denoiser, change: Change, samples_of: Callable[[Denoiser], Samples], seed: int
 ) -> float | None:
+    """How well a reading denoises (see `mean_ratio`); None if it does not."""
     try:
         reading = applied(denoiser, change)
         if not _fits_tables(reading):
@@ -233,7 +196,7 @@ def _by_number(denoiser: Denoiser) -> Iterator[list[Change]]:
 
 def _tier(change: Change) -> int:
     """How many mistakes a change corrects: another family implies its prediction and time."""
-    if change.schedule is None or change.schedule.same_family:
+    if change.keeps_family:
         return change.count
     return 1 + max(1, change.count - 1) if change.time or change.negated else 2
 
@@ -262,7 +225,7 @@ def _other_times(denoiser: Denoiser, schedule: Schedule | None) -> list[Time]:
     found = []
     for time in TIMES:
         try:
-            times = network_time(process, time.of)
+            times = network_time(process, time)
         except UsageError:  # infinite where a flow ends in pure noise
             continue
         if times.isfinite().all() and not any(_same(times, other) for other in seen):
@@ -295,7 +258,7 @@ def _unclipped(own: Process) -> Schedule:
     entries = {key: value for key, value in off.items() if own.scheduler.get(key, True)}
     process = replace(own, clipping=Clipping(), scheduler={**own.scheduler, **entries})
     code = "dataclasses.replace(process, clipping=dkdm.Clipping())"
-    return Schedule(process, code, {"clip_sample": False}, True)
+    return Schedule(process, code, "samples that are not clipped", {"clip_sample": False}, True)
 
 
 def _beta_schedules(own: Process) -> Iterator[Schedule]:
@@ -311,7 +274,9 @@ def _beta_schedules(own: Process) -> Iterator[Schedule]:
         config = {**kept, "trained_betas": None, "rescale_betas_zero_snr": False, **betas}
         process = from_scheduler_config(config)
         shown = {**base, **betas, "clip_sample": config.get("clip_sample", True)}
-        yield Schedule(process, f"dkdm.from_scheduler_config({shown})", betas, same)
+        code = f"dkdm.from_scheduler_config({shown})"
+        words = f'the noise schedule "beta_schedule": "{betas["beta_schedule"]}"'
+        yield Schedule(process, code, words, betas, same)
 
 
 def _other_families(total: int) -> Iterator[Schedule]:
@@ -319,7 +284,8 @@ def _other_families(total: int) -> Iterator[Schedule]:
         (rectified_flow(total), f"dkdm.rectified_flow({total})"),
         (karras(total), f"dkdm.karras({total})"),
     ):
-        yield Schedule(process, code, process.scheduler, False)
+        words = f"the noise schedule {process.scheduler.get('_class_name')}"
+        yield Schedule(process, code, words, process.scheduler, False)
 
 
 def process_kind(process: Process) -> ProcessKind:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkdm.checks.inspection.readings import Change, Schedule, Time
+from dkdm.checks.inspection.readings import Change, code_of
 from dkdm.core.calls import call_of
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
@@ -100,57 +100,62 @@ def _flags(change: Change) -> str | None:
 
 def _replaced(denoiser: Denoiser, change: Change) -> str:
     """The teacher loaded in Python, with other parts."""
-    parts = [*_process(change), *_prediction(denoiser, change), *_time(denoiser, change)]
-    if change.negated:
-        parts.append(_turned("teacher.call(network, x, time, cond)", denoiser))
+    parts = _changed(denoiser, change, "teacher.call(network, x, time, cond)")
+    if not change.keeps_family and change.time is None and denoiser.time is not None:
+        parts["time"] = "None"
     loaded = f"teacher = dkdm.load_teacher({denoiser.name!r})"
-    return f"{loaded}; teacher = dataclasses.replace(teacher, {', '.join(parts)})"
-
-
-def _process(change: Change) -> list[str]:
-    return [] if change.schedule is None else [f"process={change.schedule.code}"]
-
-
-def _prediction(denoiser: Denoiser, change: Change) -> list[str]:
-    return [] if change.prediction is None else [f"parameterization={_read_as(denoiser, change)}"]
-
-
-def _time(denoiser: Denoiser, change: Change) -> list[str]:
-    if change.time is not None:
-        return [f"time={change.time.code}"]
-    if change.schedule is not None and not change.schedule.same_family:
-        return ["time=None"] if denoiser.time is not None else []
-    return []
+    return f"{loaded}; teacher = dataclasses.replace(teacher, {_arguments(parts)})"
 
 
 def python_line(denoiser: Denoiser, change: Change) -> str:
     """The whole `dkdm.Denoiser(...)` that denoises."""
-    parts = [
-        "network",
-        change.schedule.code if change.schedule else _shown_process(denoiser),
-        _read_as(denoiser, change),
-        repr(tuple(denoiser.sample_shape)),
-        *_beside(denoiser),
-    ]
+    parts = _kept(denoiser, change) | _changed(denoiser, change, _shown_call(denoiser))
+    first = [parts.pop("process"), parts.pop("parameterization")]
+    given = ["network", *first, repr(tuple(denoiser.sample_shape))]
+    return f"dkdm.Denoiser({', '.join(given)}{', ' if parts else ''}{_arguments(parts)})"
+
+
+def _arguments(parts: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={code}" for name, code in parts.items())
+
+
+def _changed(denoiser: Denoiser, change: Change, call: str) -> dict[str, str]:
+    """The arguments that a change replaces, as code; call: how the network was called so far."""
+    parts = {}
+    if change.schedule is not None:
+        parts["process"] = change.schedule.code
+    if change.prediction is not None:
+        parts["parameterization"] = _read_as(denoiser, change)
     if change.time is not None:
-        parts.append(f"time={change.time.code}")
-    elif denoiser.time is not None and (change.schedule is None or change.schedule.same_family):
-        parts.append(f"time={_shown_time(denoiser.time)}")
+        parts["time"] = code_of(change.time)
     if change.negated:
-        parts.append(_turned(_shown_call(denoiser), denoiser))
-    elif denoiser.call is not call_of(denoiser.network):
-        parts.append("call=call")
-    return f"dkdm.Denoiser({', '.join(parts)})"
+        parts["call"] = _turned(call, denoiser)
+    return parts
+
+
+def _kept(denoiser: Denoiser, change: Change) -> dict[str, str]:
+    """The arguments as they were, as code or by their names; those with their defaults left out."""
+    parts = {"process": _shown_process(denoiser), "parameterization": _read_as(denoiser, change)}
+    if kind_of(denoiser.conditioning).asks is not None:
+        parts["conditioning"] = "conditioning"
+    if denoiser.constants:
+        parts["constants"] = "constants"
+    if denoiser.value_range != (-1.0, 1.0):
+        parts["value_range"] = str(denoiser.value_range)
+    if denoiser.time is not None and change.keeps_family:
+        parts["time"] = f'"{denoiser.time}"' if isinstance(denoiser.time, str) else "time"
+    if denoiser.call is not call_of(denoiser.network):
+        parts["call"] = "call"
+    return parts
 
 
 def _shown_process(denoiser: Denoiser) -> str:
     """A straight flow in full; any other process as the variable it is."""
     total = denoiser.process.num_levels
-    flow = rectified_flow(total)
-    same = torch.equal(flow.sigma, denoiser.process.sigma)
-    own = denoiser.process.clipping.range is None
-    same = same and own and torch.equal(flow.alpha, denoiser.process.alpha)
-    return f"dkdm.rectified_flow({total})" if same else "process"
+    flow, process = rectified_flow(total), denoiser.process
+    same = torch.equal(flow.sigma, process.sigma) and torch.equal(flow.alpha, process.alpha)
+    straight = same and process.clipping.range is None
+    return f"dkdm.rectified_flow({total})" if straight else "process"
 
 
 def _read_as(denoiser: Denoiser, change: Change) -> str:
@@ -163,30 +168,14 @@ def _read_as(denoiser: Denoiser, change: Change) -> str:
     return f"dkdm.Parameterization({', '.join(parts)})"
 
 
-def _beside(denoiser: Denoiser) -> list[str]:
-    """Arguments that stay as they were, by their names."""
-    parts = []
-    if kind_of(denoiser.conditioning).asks is not None:
-        parts.append("conditioning=conditioning")
-    if denoiser.constants:
-        parts.append("constants=constants")
-    if denoiser.value_range != (-1.0, 1.0):
-        parts.append(f"value_range={denoiser.value_range}")
-    return parts
-
-
-def _shown_time(time: object) -> str:
-    return f'"{time}"' if isinstance(time, str) else "time"
-
-
 def _turned(call: str, denoiser: Denoiser) -> str:
     """The argument that turns the sign of a call's output; variance channels keep theirs."""
     channels = denoiser.sample_shape[0]
     if denoiser.parameterization.learns_variance:
         ones = f"[-1] * {channels} + [1] * {channels}"
         sides = ", ".join(["-1", *["1"] * len(denoiser.sample_shape[1:])])
-        return f"call=lambda network, x, time, cond: {call} * x.new_tensor({ones}).reshape({sides})"
-    return f"call=lambda network, x, time, cond: -{call}"
+        return f"lambda network, x, time, cond: {call} * x.new_tensor({ones}).reshape({sides})"
+    return f"lambda network, x, time, cond: -{call}"
 
 
 def _shown_call(denoiser: Denoiser) -> str:
@@ -201,28 +190,13 @@ def _shown_call(denoiser: Denoiser) -> str:
 
 def in_words(change: Change, reading: Denoiser) -> str:
     """What is wrong, in words."""
-    parts = []
-    if change.schedule is not None:
-        parts.append(_schedule_in_words(change.schedule))
+    parts = [] if change.schedule is None else [change.schedule.words]
     if change.prediction is not None:
         parts.append(f'"prediction_type": "{change.prediction}"')
     if change.time is not None:
-        parts.append(_time_in_words(change.time, reading))
+        first, last = reading.network_time[[0, -1]].tolist()
+        kind = f" ({change.time})" if isinstance(change.time, str) else ""
+        parts.append(f"times {first:.4g} to {last:.4g} fed to the network{kind}")
     if change.negated:
         parts.append("the opposite sign of its output")
     return " and ".join(parts)
-
-
-def _schedule_in_words(schedule: Schedule) -> str:
-    config = schedule.config
-    if "beta_schedule" in config:
-        return f'the noise schedule "beta_schedule": "{config["beta_schedule"]}"'
-    if "clip_sample" in config:
-        return "samples that are not clipped"
-    return f"the noise schedule {config.get('_class_name')}"
-
-
-def _time_in_words(time: Time, reading: Denoiser) -> str:
-    first, last = (float(reading.network_time[i]) for i in (0, -1))
-    kind = f" ({time.of})" if isinstance(time.of, str) else ""
-    return f"times {first:.4g} to {last:.4g} fed to the network{kind}"
