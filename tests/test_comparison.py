@@ -160,6 +160,31 @@ def test_the_models_own_class_names_come_first():
     assert compare(named, named, num_samples=4, num_steps=2, seed=0).class_names == ("cat", "dog")
 
 
+class Prompted(ClassLabels):
+    """Classes that are asked for by the key of prompts."""
+
+    def draw(self, *args):
+        return {"prompt": super().draw(*args)["class_labels"]}
+
+    def in_turns(self, count):
+        return {"prompt": super().in_turns(count)["class_labels"]}
+
+    def embed(self, cond):
+        return super().embed({"class_labels": cond["prompt"]})
+
+
+def test_what_samples_were_drawn_for_is_kept(tmp_path):
+    prompted = replace(small(), conditioning=Prompted(10, null_class=10))
+    for model, asked_for in ((small(), "class"), (prompted, "prompt")):
+        found = compare(model, model, num_samples=4, num_steps=2, seed=0)
+        found.save(tmp_path)
+        assert (found.asked_for, read_evaluation(tmp_path).asked_for) == (asked_for, asked_for)
+    written = json.loads((tmp_path / EVALUATION).read_text())
+    del written["asked_for"]  # as earlier versions wrote it
+    (tmp_path / EVALUATION).write_text(json.dumps(written))
+    assert read_evaluation(tmp_path).asked_for == "class"
+
+
 def test_what_was_saved_reads_back(tmp_path):
     found = compare(small(), small(2.0), num_samples=20, num_steps=2, seed=0, reference=FASHION)
     found.save(tmp_path)

@@ -1,6 +1,7 @@
 """A command that is refused leaves the disk as it was: no folder, no file, nothing overwritten."""
 
 import pytest
+from PIL import Image
 
 from dkdm.cli import main
 
@@ -42,6 +43,22 @@ def test_a_refused_command_leaves_the_disk_as_it_was(args, tmp_path, monkeypatch
     output = () if "--output-dir" in args else ("--output-dir", "run")
     assert main([*args, *output]) in (1, 2)
     assert "Traceback" not in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "args", [DISTILL, (*TRAIN, "--images", "pictures")], ids=["distill", "train"]
+)
+def test_a_reference_of_another_shape_is_refused_before_the_run(
+    args, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    before = tree(tmp_path)
+    assert main([*args, "--output-dir", "run", "--evaluation-reference", "fashion-test"]) == 2
+    said = "is for samples of shape (1, 16, 16) or (1, 28, 28), not (1, 8, 8): use auto or none"
+    assert f"--evaluation-reference fashion-test {said}" in capsys.readouterr().err
     assert tree(tmp_path) == before
 
 

@@ -206,6 +206,15 @@ def test_images_of_any_size_are_shown(run, shape):
     assert len(page.source) < 300_000
 
 
+@pytest.mark.parametrize("asked_for", ["class", "prompt"])
+def test_what_samples_were_drawn_for_is_named(run, asked_for):
+    replace(comparison(), asked_for=asked_for, class_names=None).save(run)
+    text = Page(write_report(run)).text
+    for said in (f"for the same {asked_for}.", f"teacher of the same {asked_for} ("):
+        assert said in text
+    assert f", by {asked_for}." in text and f"{asked_for} 2" in text
+
+
 def test_a_perfect_student_has_no_gap_to_draw(run):
     found = comparison()
     gaps = tuple(replace(gap, gap=1e-16, relative=1e-16) for gap in found.gaps)

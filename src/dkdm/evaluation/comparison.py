@@ -44,10 +44,9 @@ def compare(
 ) -> Comparison:
     """Sample both models from the same noise and measure what comes out.
 
-    Conditions come in turns; both models sample by DDIM. Distances are measured if the images fit
-    `reference`. The models' modes and evaluation counters stay as they were. Raises `UsageError`
-    for models of different sample shapes and for numbers below 1, `DkdmError` if samples to be
-    measured are not finite.
+    Conditions come in turns; both models sample by DDIM. Distances are those to `reference`. The
+    models' modes stay as they were. Raises `UsageError` for models of different sample shapes and
+    for numbers below 1, `DkdmError` for samples that are not finite or do not fit the reference.
     """
     _check_shapes(teacher, student)
     sampling = Sampling(num_samples, num_steps, seed)
@@ -60,12 +59,11 @@ def compare(
             teacher, student, drawn[:few], cond, seed, guidance_teacher, guidance_student
         )
         drawn, copied = decoded(teacher, drawn), decoded(student, copied)
-    fitting = reference if reference and reference.fits(drawn.shape[1:]) else None
     labels = cond.get("class_labels")
     shown = cond.get("prompt", labels)
     return Comparison(
-        teacher=_measure(teacher, drawn, labels, num_steps, guidance_teacher, fitting),
-        student=_measure(student, copied, labels, num_steps, guidance_student, fitting),
+        teacher=_measure(teacher, drawn, labels, num_steps, guidance_teacher, reference),
+        student=_measure(student, copied, labels, num_steps, guidance_student, reference),
         sample_shape=tuple(teacher.sample_shape),
         num_levels=teacher.process.num_levels,
         num_samples=num_samples,
@@ -76,8 +74,9 @@ def compare(
         gaps=gaps,
         same_noise_difference=_mean_difference(drawn, copied),
         other_noise_difference=_other_noise_difference(drawn, copied, shown),
-        measurement=measurement_of(fitting) if fitting else None,
-        class_names=_class_names(student.conditioning, fitting),
+        measurement=measurement_of(reference) if reference else None,
+        class_names=_class_names(student.conditioning, reference),
+        asked_for="prompt" if "prompt" in cond else "class",
         samples=_first_samples(drawn, copied, shown),
     )
 

@@ -87,12 +87,14 @@ class Comparison:
 
     - `gap_samples`: teacher samples noised again for each of `gaps`.
     - `same_noise_difference`: mean |teacher - student| over all samples and pixels.
-    - `other_noise_difference`: the same with the teacher's next sample of the same class, which has
-      other noise; None with too few samples. The first over this is 0 for a perfect copy, 1 for a
-      student that shares nothing but the class.
+    - `other_noise_difference`: the same with the teacher's next sample of the same class or prompt,
+      which has other noise; None with too few samples. The first over this is 0 for a perfect copy,
+      1 for a student that shares nothing but what was asked for.
+    - `class_names`: what the numbers in `labels` stand for, prompts of a text model.
     - `samples`: `teacher` and `student` [M, ...] for the first M samples, and `labels` int64 [M]
-      if the models have classes.
+      if the models have classes or prompts.
     - `eta`: of the sampler; 0 is DDIM.
+    - `asked_for`: what `labels` number, "class" or "prompt"; earlier versions wrote none.
     """
 
     teacher: ModelResult
@@ -111,6 +113,7 @@ class Comparison:
     class_names: tuple[str, ...] | None
     samples: Mapping[str, Tensor]
     eta: float = 0.0
+    asked_for: str = "class"
 
     @property
     def noun(self) -> str:

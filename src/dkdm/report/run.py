@@ -51,6 +51,11 @@ class Run:
         return self.comparison.noun if self.comparison else "image"
 
     @property
+    def asked_for(self) -> str:
+        """What a sample was drawn for, if it was drawn for anything: class or prompt."""
+        return self.comparison.asked_for if self.comparison else "class"
+
+    @property
     def is_distillation(self) -> bool:
         """Whether the student learned from a teacher and saw no image."""
         return isinstance(self.config, DistillConfig)

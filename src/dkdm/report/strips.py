@@ -74,7 +74,7 @@ def _class_name(run: Run, row: int) -> str:
         return ""
     label = int(labels[row])
     names = run.comparison.class_names if run.comparison else None
-    return names[label] if names and label < len(names) else f"class {label}"
+    return names[label] if names and label < len(names) else f"{run.asked_for} {label}"
 
 
 def _strip(run: Run, title: str, rows: list[int], width: int) -> Strip:

@@ -27,7 +27,7 @@ from dkdm.runs.models import (
     teacher_warning,
     with_conditions,
 )
-from dkdm.runs.outputs import compare_models, side_by_side_grids, write_results
+from dkdm.runs.outputs import compare_models, reference_of, side_by_side_grids, write_results
 from dkdm.runs.source import (
     features_of,
     objective_of,
@@ -84,6 +84,7 @@ def _distill(
     for warning in student_warnings(student, teacher):
         print(warning, file=sys.stderr)
     trainer = trainer_of(teacher, student, config, accelerator)
+    reference = reference_of(config, teacher)
     found = resume(trainer, config)
     config = claim_output(config, accelerator)
     say_what_it_takes(teacher, trainer, config)
@@ -92,7 +93,7 @@ def _distill(
         trainer.save()
     started = time.monotonic()
     finished = run_to_end(trainer)
-    comparison = compare_models(teacher, finished, config)
+    comparison = compare_models(teacher, finished, config, reference)
     seconds = time.monotonic() - started
     write_results(config, teacher, finished, comparison, seconds)
     publish(config)

@@ -12,6 +12,7 @@ from dkdm.core.matching import covered, same_levels
 from dkdm.models import place
 from dkdm.runs.cost import advice, estimated, in_words, measured
 from dkdm.runs.models import open_student, open_teacher, student_warnings
+from dkdm.runs.outputs import reference_of
 from dkdm.runs.source import planned_evaluations, pool_entries, set_size
 from dkdm.students.start import start_student
 
@@ -20,6 +21,7 @@ def describe(config: DistillConfig) -> str:
     """What a distillation would do and cost, in words; nothing is written."""
     teacher = open_teacher(config)
     student = open_student(teacher, config)
+    reference_of(config, teacher)
     odd = "".join(f"\n{warning}" for warning in student_warnings(student, teacher))
     filling, training = planned_evaluations(teacher, config)
     if config.source == "synthetic":

@@ -87,7 +87,7 @@ def sampling_guidance(config: DistillConfig, student: Denoiser) -> tuple[float, 
 
 
 def compare_models(
-    teacher: Denoiser, student: Denoiser, config: DistillConfig
+    teacher: Denoiser, student: Denoiser, config: DistillConfig, reference: Reference | None
 ) -> Comparison | None:
     if config.evaluation_samples == 0:
         return None
@@ -100,16 +100,30 @@ def compare_models(
         seed=config.seed,
         guidance_teacher=for_teacher,
         guidance_student=for_student,
-        reference=reference_of(config, teacher),
+        reference=reference,
     )
     comparison.save(config.output_dir)
     return comparison
 
 
 def reference_of(config: RunConfig, model: Denoiser) -> Reference | None:
-    """What distances are measured against: as asked, or by the model's class names."""
-    names = getattr(model.conditioning, "names", None)
-    return chosen_reference(config.evaluation_reference, names)
+    """What distances are measured against: as asked, or by the model's class names.
+
+    Raises UsageError if the reference that was asked for does not fit the model's samples.
+    """
+    choice = config.evaluation_reference
+    reference = chosen_reference(choice, getattr(model.conditioning, "names", None))
+    if reference is None:
+        return None
+    shape = tuple(decoded(model, torch.zeros(1, *model.sample_shape)).shape[1:])
+    if reference.fits(shape):
+        return reference
+    if choice == "auto":
+        return None
+    raise UsageError(
+        f"--evaluation-reference {choice} is for samples of shape "
+        f"{' or '.join(map(str, reference.shapes))}, not {shape}: use auto or none"
+    )
 
 
 def write_results(
@@ -153,7 +167,9 @@ def _ask_for_licence(config: RunConfig, licensed: bool) -> None:
         print(f"note: {NO_LICENCE} {config.output_dir}/README.md", file=sys.stderr)
 
 
-def write_results_of_training(config: TrainConfig, model: Denoiser, seconds: float) -> None:
+def write_results_of_training(
+    config: TrainConfig, model: Denoiser, reference: Reference | None, seconds: float
+) -> None:
     """Write the grid and the model card of a finished training, and measure the model."""
     rows: list[Row] = []
     metrics = None
@@ -165,8 +181,7 @@ def write_results_of_training(config: TrainConfig, model: Denoiser, seconds: flo
         samples = draw(model, cond, sampling, config.sampling_guidance_scale)
         samples = decoded(model, samples)
         _save_grid(config.output_dir, "grid", samples[:GRID_SAMPLES])
-        reference = reference_of(config, model)
-        if reference is not None and reference.fits(samples.shape[1:]):
+        if reference is not None:
             metrics = evaluate_images(samples.clamp(-1, 1), cond.get("class_labels"), reference)
             rows = metric_rows(metrics)
     how = (

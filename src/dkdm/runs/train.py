@@ -14,7 +14,7 @@ from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
 from dkdm.runs.launch import check_run_folder, claim_output, resume, run_to_end, start_accelerator
-from dkdm.runs.outputs import sample_grids, write_results_of_training
+from dkdm.runs.outputs import reference_of, sample_grids, write_results_of_training
 from dkdm.shipping.hub import publish
 from dkdm.shipping.pipeline_folder import component_name
 from dkdm.students import student_of
@@ -29,11 +29,12 @@ def train(config: TrainConfig) -> Path:
     check_run_folder(config)
     accelerator = start_accelerator(config)
     trainer = trainer_of(config, accelerator)
+    reference = reference_of(config, trainer.student)
     resume(trainer, config)
     config = claim_output(config, accelerator)
     started = time.monotonic()
     finished = run_to_end(trainer)
-    write_results_of_training(config, finished, time.monotonic() - started)
+    write_results_of_training(config, finished, reference, time.monotonic() - started)
     publish(config)
     return config.output_dir
 
