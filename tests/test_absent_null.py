@@ -100,12 +100,13 @@ def test_an_interval_of_everything_is_plain_guidance():
     torch.testing.assert_close(found, plain.predict(asked, 4.0).output, rtol=0, atol=1e-6)
 
 
-def test_outside_of_the_interval_nothing_is_evaluated_twice():
+@pytest.mark.parametrize(("interval", "scale"), [((0.9, 1.0), 4.0), ((0.0, 1.0), 1.0)])
+def test_what_is_not_guided_is_evaluated_once(interval, scale):
     plain, _ = twins()
-    model, counts = counting(replace(plain, guidance_interval=(0.9, 1.0)))
+    model, counts = counting(replace(plain, guidance_interval=interval))
     noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     cond = {"class_labels": torch.tensor([0, 1])}
-    drawn = model.sample(lambda _: noise, cond, 5, guidance_scale=4.0)
+    drawn = model.sample(lambda _: noise, cond, 5, guidance_scale=scale)
     assert torch.equal(drawn, plain.sample(lambda _: noise, cond, 5))
     assert sum(counts) == 10
 
