@@ -80,7 +80,7 @@ REFUSED = {
     "clipping": (lambda: dkdm.Clipping(range=(0, 1)), r"Clipping\(range=0.5, center=0.5\)"),
     "sigmas": (lambda: dkdm.karras(10, 80.0, 0.002), "did you mean sigma_min=0.002, sigma_max=80"),
     "levels": (lambda: dkdm.rectified_flow(1), "num_levels is 1: give a whole number from 2"),
-    "shift": (lambda: dkdm.rectified_flow(10, shift=0), "shift is 0: give a finite number above 0"),
+    "shift": (lambda: dkdm.rectified_flow(10, shift=0), "shift is 0: give a number above 0"),
     "keyword": (lambda: dkdm.rectified_flow(10, steps_ofset=1), "use steps_offset"),
     "Denoiser keyword": (lambda: model(prediction="eps"), "no 'prediction'.*use parameterization"),
     "tables": (

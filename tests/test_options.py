@@ -27,7 +27,8 @@ from dkdm.config import (
 )
 from dkdm.errors import DkdmError
 from dkdm.reading.command_line import parse
-from dkdm.reading.options import Range, as_typed, flag, helps, hints, places
+from dkdm.reading.options import as_typed, flag, helps, hints, places
+from dkdm.reading.values import Range
 from dkdm.runs.recipes import RECIPES, recipe, recipes
 
 KINDS = [kind for kind, _ in COMMANDS.values()]

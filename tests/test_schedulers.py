@@ -279,7 +279,7 @@ def test_a_solver_on_a_flow_keeps_what_pipelines_read():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "DDPMScheduler", "num_train_timesteps": 10**8}, "1 to 100000"),
+        ({"_class_name": "DDPMScheduler", "num_train_timesteps": 10**8}, "1 to 100,000"),
         ({"_class_name": "DDPMScheduler", "num_train_timesteps": "1000"}, "a whole number"),
         ({"_class_name": "DDPMScheduler", "beta_start": -1}, "beta_start is -1"),
         ({"_class_name": "DDIMScheduler", "beta_end": float("nan")}, "beta_end is nan"),

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
 from dkdm.reading.fields import is_name, read_json, shown
-from dkdm.reading.options import Grouped, Options, Range, places
+from dkdm.reading.options import Grouped, Options, places
+from dkdm.reading.values import Range
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
 FillKind = Literal["few-step", "ancestral", "none"]

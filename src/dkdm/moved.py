@@ -87,7 +87,7 @@ MOVED = {
     "toy": "core.toy",
     "trainer": "core.trainer",
     "trainset": "data.training_set",
-    "typed": "reading.typed",
+    "typed": "reading.values",
 }
 
 # Where names are now that a module had under its former name.

@@ -21,7 +21,8 @@ from dkdm.core.kinds import Conditioning as Conditioning
 from dkdm.core.kinds import Kind, Row
 from dkdm.core.process import per_sample
 from dkdm.errors import UsageError
-from dkdm.reading.arguments import NamedArguments, refuse, scalar, whole
+from dkdm.reading.arguments import NamedArguments, refuse, whole
+from dkdm.reading.values import scalar
 
 
 @dataclass(frozen=True)

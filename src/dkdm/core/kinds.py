@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dkdm.errors import UsageError
-from dkdm.reading.arguments import refuse, scalar
+from dkdm.reading.arguments import refuse
+from dkdm.reading.values import scalar
 
 Condition = dict[str, Tensor]
 

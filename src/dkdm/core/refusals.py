@@ -15,9 +15,10 @@ from dkdm.core.conditioning import Condition, Conditioning, Interval
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
 from dkdm.errors import UsageError
-from dkdm.reading.arguments import is_array, number, refuse
+from dkdm.reading.arguments import number, refuse
 from dkdm.reading.arrays import tensor
 from dkdm.reading.sizes import in_a_line
+from dkdm.reading.values import is_array
 
 FUNCTIONS = {
     "call": "call(network, x, time, cond) -> output",

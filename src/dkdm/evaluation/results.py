@@ -17,7 +17,7 @@ from dkdm.evaluation.metrics import Metrics
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
 from dkdm.reading.sizes import in_a_line
-from dkdm.reading.typed import made_of
+from dkdm.reading.values import made_of
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples/comparison.safetensors"

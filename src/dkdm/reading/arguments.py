@@ -8,13 +8,14 @@ are in `arrays`, which needs torch.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 from dkdm.errors import UsageError
-from dkdm.reading.fields import is_number, shown
+from dkdm.reading import values
+from dkdm.reading.fields import shown
+from dkdm.reading.values import FINITE, Range, WrongValueError, accept, as_type, is_array, scalar
 
 
 class NamedArguments:
@@ -72,43 +73,23 @@ def described(value: Any) -> str:
     return shown(value) if isinstance(value, plain) else f"an object of {type(value).__name__}"
 
 
-def scalar(value: Any) -> Any:
-    """A number of numpy or torch as Python's; other values as they are."""
-    return value.item() if is_array(value) and value.ndim == 0 else value
-
-
-def is_array(value: Any) -> bool:
-    """Whether this is a tensor, or an array or number of numpy; neither is imported for it."""
-    return all(hasattr(value, name) for name in ("item", "ndim", "shape")) and not isinstance(
-        value, type
-    )
-
-
 def number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+    name: str, value: Any, low: float = -FINITE, high: float = FINITE, open_low: bool = False
 ) -> float:
     """A finite number in low..high; open_low: low itself is left out."""
-    found = scalar(value)
-    legal = is_number(found) and (low < found if open_low else low <= found) and found <= high
-    return float(found) if legal else refuse(name, value, f"give {_range(low, high, open_low)}")
+    return float(_number(name, value, float, Range(low, high, open_low)))
 
 
 def whole(name: str, value: Any, low: int = 0, high: int = 2**31) -> int:
     """A whole number in low..high."""
-    found = scalar(value)
-    if isinstance(found, float) and found.is_integer():
-        found = int(found)
-    legal = type(found) is int and low <= found <= high
-    return found if legal else refuse(name, value, f"give a whole number from {low} to {high}")
+    return int(_number(name, value, int, Range(low, high)))
 
 
-def _range(low: float, high: float, open_low: bool) -> str:
-    if math.isinf(low) and math.isinf(high):
-        return "a finite number"
-    least = f"above {low:g}" if open_low else f"of {low:g} or more"
-    if math.isinf(high):
-        return f"a finite number {least}"
-    return f"a number from {low:g} to {high:g}"
+def _number(name: str, value: Any, kind: type, range: Range) -> Any:
+    try:
+        return values.number(kind, value, range)
+    except WrongValueError as error:
+        refuse(name, value, f"give {error}")
 
 
 def chosen(name: str, value: Any, allowed: Iterable[str], others: Mapping[str, str]) -> str:
@@ -125,16 +106,12 @@ def chosen(name: str, value: Any, allowed: Iterable[str], others: Mapping[str, s
 def shape(name: str, value: Any) -> tuple[int, ...]:
     """The shape (C, ...) of one sample; a number n is the shape (n,) of a vector."""
     accepted = "give the shape of one sample without the batch, such as (3, 32, 32)"
-    if type(scalar(value)) is int:
-        value = (value,)
-    if is_array(value):
-        value = value.tolist()
-    if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 5:
+    try:
+        value = (value,) if type(scalar(value)) is int else value
+        sizes = as_type(tuple[Annotated[int, Range(1)], ...], value)
+        return tuple(accept(sizes, 1 <= len(sizes) <= 5, accepted))
+    except WrongValueError:
         refuse(name, value, accepted)
-    sizes = tuple(scalar(size) for size in value)
-    if not all(type(size) is int and size >= 1 for size in sizes):
-        refuse(name, value, accepted)
-    return sizes
 
 
 def set_fields(value: Any, **fields: Any) -> None:

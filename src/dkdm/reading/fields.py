@@ -11,14 +11,15 @@ import keyword
 import math
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, overload
+from typing import Any, TypeGuard, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
 from dkdm.errors import UsageError
+from dkdm.reading.values import FINITE, Range, WrongValueError, accept, as_type, number, text, word
 
 MAX_JSON_BYTES = 32 * 2**20
 MAX_YAML = 2**20
@@ -137,127 +138,73 @@ class Fields:
     values: Mapping[str, Any]
     where: str
 
-    def _get(self, name: str, default: Any, accepted: str) -> tuple[Any, bool]:
-        """(value, whether it is the default)."""
-        if name in self.values and not (self.values[name] is None and default is None):
-            return self.values[name], False
-        if default is _REQUIRED:
-            raise UsageError(f"{self.where}: {name} is missing: give {accepted}")
-        return default, True
+    def _read(self, name: str, default: Any, check: Callable[[Any], Any]) -> Any:
+        value = self.values.get(name, default)
+        if value is default is not _REQUIRED:
+            return default
+        try:
+            return check(value)
+        except WrongValueError as error:
+            if value is not _REQUIRED:
+                raise self.wrong(name, value, str(error)) from error
+            raise UsageError(f"{self.where}: {name} is missing: give {error}") from error
 
     def wrong(self, name: str, value: Any, accepted: str) -> UsageError:
         """The error that says that an entry has a value which is not accepted."""
         return UsageError(f"{self.where}: {name} is {shown(value)}: give {accepted}")
 
-    @overload
-    def number(self, name: str, *, low: float = ..., high: float = ...) -> float: ...
-    @overload
     def number(
-        self, name: str, default: Default, *, low: float = ..., high: float = ...
-    ) -> float | Default: ...
-    def number(
-        self, name: str, default: Any = _REQUIRED, *, low: float = -1e300, high: float = 1e300
-    ) -> Any:
+        self, name: str, default: Default = _REQUIRED, *, low: float = -FINITE, high: float = FINITE
+    ) -> float | Default:
         """A finite number in low..high."""
-        accepted = _range("a number", low, high)
-        value, absent = self._get(name, default, accepted)
-        if absent:
-            return value
-        if not is_number(value) or not low <= value <= high:
-            raise self.wrong(name, value, accepted)
-        return float(value)
+        return self._read(name, default, lambda v: number(float, v, Range(low, high), strict=True))
 
-    @overload
-    def whole(self, name: str, *, low: int = ..., high: int = ...) -> int: ...
-    @overload
     def whole(
-        self, name: str, default: Default, *, low: int = ..., high: int = ...
-    ) -> int | Default: ...
-    def whole(self, name: str, default: Any = _REQUIRED, *, low: int = 0, high: int = 2**31) -> Any:
+        self, name: str, default: Default = _REQUIRED, *, low: int = 0, high: int = 2**31
+    ) -> int | Default:
         """A whole number in low..high."""
-        accepted = _range("a whole number", low, high)
-        value, absent = self._get(name, default, accepted)
-        if absent:
-            return value
-        if type(value) is not int or not low <= value <= high:
-            raise self.wrong(name, value, accepted)
-        return value
+        return self._read(name, default, lambda v: number(int, v, Range(low, high), strict=True))
 
-    @overload
-    def flag(self, name: str) -> bool: ...
-    @overload
-    def flag(self, name: str, default: Default) -> bool | Default: ...
-    def flag(self, name: str, default: Any = _REQUIRED) -> Any:
+    def flag(self, name: str, default: Default = _REQUIRED) -> bool | Default:
         """true or false."""
-        value, absent = self._get(name, default, "true or false")
-        if not absent and type(value) is not bool:
-            raise self.wrong(name, value, "true or false")
-        return value
+        return self._read(name, default, lambda v: as_type(bool, v, strict=True))
 
-    @overload
-    def text(self, name: str, *, among: Sequence[str] | None = ...) -> str: ...
-    @overload
     def text(
-        self, name: str, default: Default, *, among: Sequence[str] | None = ...
-    ) -> str | Default: ...
-    def text(
-        self, name: str, default: Any = _REQUIRED, *, among: Sequence[str] | None = None
-    ) -> Any:
+        self, name: str, default: Default = _REQUIRED, *, among: Sequence[str] | None = None
+    ) -> str | Default:
         """A string; among: the only ones accepted."""
-        accepted = "a string" if among is None else f"one of {', '.join(among)}"
-        value, absent = self._get(name, default, accepted)
-        if absent:
-            return value
-        if not isinstance(value, str) or (among is not None and value not in among):
-            raise self.wrong(name, value, accepted)
-        return value
+        return self._read(name, default, text if among is None else lambda v: word(v, among))
 
-    @overload
-    def numbers(
-        self, name: str, *, low: float = ..., high: float = ..., count: tuple[int, int] = ...
-    ) -> tuple[float, ...]: ...
-    @overload
     def numbers(
         self,
         name: str,
-        default: Default,
+        default: Default = _REQUIRED,
         *,
-        low: float = ...,
-        high: float = ...,
-        count: tuple[int, int] = ...,
-    ) -> tuple[float, ...] | Default: ...
-    def numbers(
-        self,
-        name: str,
-        default: Any = _REQUIRED,
-        *,
-        low: float = -1e300,
-        high: float = 1e300,
+        low: float = -FINITE,
+        high: float = FINITE,
         count: tuple[int, int] = (1, 100_000),
-    ) -> Any:
+    ) -> tuple[float, ...] | Default:
         """A list of finite numbers in low..high; count: fewest and most of them."""
-        fewest, most = count
-        accepted = _range(f"a list of {fewest} to {most} numbers", low, high)
-        value, absent = self._get(name, default, accepted)
-        if absent:
-            return value
-        legal = isinstance(value, (list, tuple)) and fewest <= len(value) <= most
-        if not legal or not all(is_number(v) and low <= v <= high for v in value):
-            raise self.wrong(name, value, accepted)
-        return tuple(map(float, value))
+        accepted = f"a list of {count[0]} to {count[1]:,} numbers{Range(low, high)}"
 
-    @overload
-    def inner(self, name: str) -> Fields: ...
-    @overload
-    def inner(self, name: str, default: Default) -> Fields | Default: ...
-    def inner(self, name: str, default: Any = _REQUIRED) -> Any:
+        def check(value: Any) -> tuple[float, ...]:
+            listed = isinstance(value, (list, tuple)) and count[0] <= len(value) <= count[1]
+            try:
+                each = Range(low, high)
+                return tuple(number(float, v, each, strict=True) for v in accept(value, listed, ""))
+            except WrongValueError as error:
+                raise WrongValueError(accepted) from error
+
+        return self._read(name, default, check)
+
+    def inner(self, name: str, default: Default = _REQUIRED) -> Fields | Default:
         """An object inside this one."""
-        value, absent = self._get(name, default, "an object")
-        if absent:
-            return value
-        if not isinstance(value, Mapping):
-            raise self.wrong(name, value, "an object")
-        return Fields(value, f"{self.where}: {name}")
+
+        def check(value: Any) -> Fields:
+            legal = isinstance(value, Mapping)
+            return Fields(accept(value, legal, "an object"), f"{self.where}: {name}")
+
+        return self._read(name, default, check)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -265,11 +212,3 @@ def is_number(value: Any) -> TypeGuard[float]:
     if type(value) is int:
         return abs(value) < 2**63
     return type(value) is float and math.isfinite(value)
-
-
-def _range(what: str, low: float, high: float) -> str:
-    if low <= -1e300 and high >= 1e300:
-        return what
-    if high >= 1e300:
-        return f"{what}, {low:g} or more"
-    return f"{what} from {low:g} to {high:g}"

@@ -11,47 +11,16 @@ import dataclasses
 import functools
 import inspect
 import re
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from dkdm.errors import DkdmError, UsageError
-from dkdm.reading.arguments import check_names, described, is_array, scalar
+from dkdm.reading.arguments import check_names, described
 from dkdm.reading.fields import SHOWN
-
-MAX_TEXT = 100_000  # characters of a value
-MAX_ITEMS = 100_000  # of a list
-LARGEST = 10**15  # a whole number without a bound of its own
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers an option may have; above, below: the bound itself is left out."""
-
-    low: float = -LARGEST
-    high: float = LARGEST
-    above: bool = False
-    below: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Whether a number is finite and in the range."""
-        least = self.low < value if self.above else self.low <= value
-        return least and (value < self.high if self.below else value <= self.high)
-
-    def __str__(self) -> str:
-        low, high = (f"{end:,}" for end in (self.low, self.high))
-        if self.low == -LARGEST:
-            return "" if self.high == LARGEST else f" of {high} or less"
-        if self.high == LARGEST:
-            return f" above {low}" if self.above else f" of {low} or more"
-        if self.above or self.below:
-            least = f"above {low}" if self.above else f"of {low} or more"
-            return f" {least} and {'below' if self.below else 'at most'} {high}"
-        return f" from {low} to {high}"
+from dkdm.reading.values import WrongValueError, as_type
 
 
 class Options:
@@ -184,83 +153,11 @@ helps: Callable[[type], dict[str, str]] = functools.cache(_helps)
 places: Callable[[type], dict[str, tuple[str, str]]] = functools.cache(_places)
 
 
-class _WrongError(Exception):
-    """What is accepted in place of a value."""
-
-
 def _checked(flag: str, hint: Any, value: Any) -> Any:
     """An option's value in the type that it has. Raises UsageError for any other."""
-    accepted = []
-    for kind in _kinds(hint):
-        if kind is type(None):
-            if value is None:
-                return None
-            continue
-        try:
-            return _as(kind, value)
-        except _WrongError as error:
-            accepted.append(str(error))
-    as_typed = isinstance(value, str) and value.isprintable() and len(value) <= SHOWN
-    shown = value if as_typed or isinstance(value, (int, float)) else described(value)
-    raise UsageError(f"{flag} {shown}: give {', or '.join(accepted)}")
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else (hint,)
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """A value as one of the types that options have."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return _as_number(inner[0], value, inner[1])
-    if origin is tuple:
-        return _as_tuple(inner, value)
-    if origin is Literal:
-        return _accept(
-            value,
-            type(value) is str and value in inner,
-            f"{'one of ' * (len(inner) > 1)}{', '.join(inner)}",
-        )
-    if kind is Path:
-        return Path(_accept(value, isinstance(value, Path) or _is_text(value), "a path"))
-    value = scalar(value)
-    if kind is bool:
-        return _accept(value, type(value) is bool, "True or False")
-    if kind is str:
-        plain = type(value) in (int, float) or isinstance(value, Path) or _is_text(value)
-        return str(_accept(value, plain, "a text"))
-    return _as_number(kind, value, Range())
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_TEXT and "\0" not in value
-
-
-def _as_number(kind: type, value: Any, range: Range) -> Any:
-    value = scalar(value)
-    what = "a whole number" if kind is int else "a number"
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)
-    legal = type(value) in ((int,) if kind is int else (int, float)) and range.holds(value)
-    return kind(_accept(value, legal, f"{what}{range}"))
-
-
-def _as_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    value = value.tolist() if is_array(value) and value.ndim else value
-    listed = isinstance(value, (tuple, list)) and len(value) <= MAX_ITEMS
-    if kinds[-1] is ...:
-        kinds = kinds[:1] * len(_accept(value, listed, "a list"))
-    value = _accept(value, listed and len(value) == len(kinds), f"a list of {len(kinds)}")
     try:
-        return tuple(_as(each, v) for each, v in zip(kinds, value, strict=True))
-    except _WrongError as error:
-        raise _WrongError(f"a list, each {error}") from error
-
-
-def _accept(value: Any, legal: bool, otherwise: str) -> Any:
-    """The value, if it is legal."""
-    if not legal:
-        raise _WrongError(otherwise)
-    return value
+        return as_type(hint, value)
+    except WrongValueError as error:
+        as_typed = isinstance(value, str) and value.isprintable() and len(value) <= SHOWN
+        shown = value if as_typed or isinstance(value, (int, float)) else described(value)
+        raise UsageError(f"{flag} {shown}: give {error}") from error
