@@ -12,7 +12,7 @@ import torch
 
 from dkdm.data.fashion import TONES, WORDS
 from dkdm.data.named import load_reference
-from dkdm.evaluation.metrics import class_accuracy
+from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher, with_texts
 
@@ -32,8 +32,8 @@ def main() -> None:
     images = decoded(model, draw(model, cond, sampling, args.guidance_scale)).clamp(-1, 1)
     texts = [model.conditioning.text_of(number) for number in cond["prompt"].tolist()]
     labels = torch.tensor([WORDS.index(text.split()[-1]) for text in texts])
-    accuracy = class_accuracy(images, labels, load_reference("fashion-test"))
-    print(f"class accuracy {accuracy:.1%}")
+    found = evaluate_images(images, labels, load_reference("fashion-test"))
+    print(f"class accuracy {found.class_accuracy:.1%}")
     for tone in TONES:
         asked = images[torch.tensor([tone in text.split() for text in texts])]
         inside = asked > -0.9

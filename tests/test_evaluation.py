@@ -15,7 +15,7 @@ from dkdm.data.named import REFERENCES, chosen_reference, load_reference
 from dkdm.data.reference import FeatureStatistics
 from dkdm.errors import DkdmError
 from dkdm.evaluation.frechet import frechet_distance
-from dkdm.evaluation.metrics import class_accuracy, evaluate_images, within_class_variance
+from dkdm.evaluation.metrics import evaluate_images, within_class_variance
 
 TEST = load_reference("fashion-test")
 ASSETS = files("dkdm") / "data" / "fashion" / "features"
@@ -149,7 +149,7 @@ def test_class_accuracy_is_the_share_of_labels_the_network_predicts() -> None:
     images = noise_images(8)
     labels = load_feature_network()(images).argmax(dim=1)
     labels[:2] = (labels[:2] + 1) % 10
-    assert class_accuracy(images, labels, TEST) == 0.75
+    assert evaluate_images(images, labels, TEST).class_accuracy == 0.75
 
 
 def test_collapsed_classes_have_no_variance() -> None:

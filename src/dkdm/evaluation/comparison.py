@@ -72,9 +72,9 @@ def compare(
         device=_describe(student.device),
         gap_samples=few,
         gaps=gaps,
-        same_noise_difference=_mean_difference(drawn, copied),
+        same_noise_difference=float((drawn - copied).abs().mean()),
         other_noise_difference=_other_noise_difference(drawn, copied, shown),
-        measurement=measurement_of(reference) if reference else None,
+        measurement=_measurement_of(reference) if reference else None,
         class_names=_class_names(student.conditioning, reference),
         asked_for="prompt" if "prompt" in cond else "class",
         samples=_first_samples(drawn, copied, shown),
@@ -141,7 +141,7 @@ def _measure(
     )
 
 
-def measurement_of(reference: Reference) -> Measurement:
+def _measurement_of(reference: Reference) -> Measurement:
     """Describe how distances to `reference` are measured, with the floor that real images set."""
     real, floor = reference.statistics, reference.floor
     return Measurement(
@@ -154,17 +154,10 @@ def measurement_of(reference: Reference) -> Measurement:
 
 
 def _class_names(conditioning: Conditioning, reference: Reference | None) -> tuple[str, ...] | None:
-    """The model's names; without any, those of the reference.
-
-    A text model's are its first prompts, by their numbers.
-    """
+    """The model's names or first prompts, by their numbers; without any, those of the reference."""
     kind = kind_of(conditioning)
     known = reference.class_names if reference and kind.asks == "class_labels" else None
     return kind.shown_names(MOST_SHOWN) or known
-
-
-def _mean_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().mean())
 
 
 def _other_noise_difference(
@@ -174,7 +167,7 @@ def _other_noise_difference(
     turn = 1 if labels is None else len(labels.unique())
     if len(teacher) <= turn:
         return None
-    return _mean_difference(teacher[turn:], student[:-turn])
+    return float((teacher[turn:] - student[:-turn]).abs().mean())
 
 
 def _first_samples(teacher: Tensor, student: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def count_macs(denoiser: Denoiser) -> int:
     """
     counter = FlopCounterMode(display=False)
     with undisturbed(denoiser), _plain_attention(), counter:
-        denoiser.predict(_probe(denoiser, 1))
+        denoiser.predict(probe(denoiser, 1))
     return counter.get_total_flops() // 2
 
 
@@ -52,7 +52,7 @@ def evaluations_in_turns(
     with ExitStack() as stack:
         for denoiser in denoisers:
             stack.enter_context(undisturbed(denoiser))
-        batches = [_probe(denoiser, batch_size) for denoiser in denoisers]
+        batches = [probe(denoiser, batch_size) for denoiser in denoisers]
 
         def turn() -> list[float]:
             return [_timed(*pair) for pair in zip(denoisers, batches, strict=True)]
@@ -81,7 +81,8 @@ def _timed(denoiser: Denoiser, batch: Batch) -> float:
     return time.perf_counter() - started
 
 
-def _probe(denoiser: Denoiser, count: int) -> Batch:
+def probe(denoiser: Denoiser, count: int) -> Batch:
+    """A batch to try a model with, at its middle level."""
     cond = denoiser.conditioning.draw(count, torch.Generator().manual_seed(0))
     x = torch.zeros(count, *denoiser.sample_shape, device=denoiser.device)
     t = torch.full((count,), denoiser.process.num_levels // 2)

@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.evaluation.cost import undisturbed
+from dkdm.core.denoiser import Denoiser
+from dkdm.evaluation.cost import probe, undisturbed
 
 MIB = 2**20
 
@@ -92,11 +92,8 @@ def evaluation_mib(denoiser: Denoiser, batch_size: int) -> float:
 
     Counts tensors, not what a kernel allocates inside itself.
     """
-    cond = denoiser.conditioning.draw(batch_size, torch.Generator().manual_seed(0))
-    t = torch.zeros(batch_size, dtype=torch.int64)
     with undisturbed(denoiser), LiveStorages() as storages:
-        x = torch.zeros(batch_size, *denoiser.sample_shape, device=denoiser.device)
-        denoiser.predict(Batch(x, t, cond, t))
+        denoiser.predict(probe(denoiser, batch_size))
     return storages.peak / MIB
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +40,14 @@ def evaluate_images(images: Tensor, labels: Tensor | None, reference: Reference)
     2 images. Raises `DkdmError` for other images or labels, for fewer than 2 images, and if no
     class has 2.
     """
-    images = prepared(images, reference)
+    images = _prepared(images, reference)
     features = reference.features(images)
     found = FeatureStatistics.of(features)
     accuracy = ratio_mean = ratio_min = None
     if labels is not None:
         ratios = _variance_ratios(images, labels, reference.class_variance)
         ratio_mean, ratio_min = ratios.mean().item(), ratios.min().item()
-        accuracy = _share(reference.classify(features) == labels.cpu())
+        accuracy = (reference.classify(features) == labels.cpu()).double().mean().item()
     return Metrics(
         fd=frechet_distance(found, reference.statistics),
         class_accuracy=accuracy,
@@ -57,16 +58,6 @@ def evaluate_images(images: Tensor, labels: Tensor | None, reference: Reference)
     )
 
 
-def class_accuracy(images: Tensor, labels: Tensor, reference: Reference) -> float:
-    """Return the share in [0, 1] of images whose most likely class is the one asked for.
-
-    images, labels: as in `evaluate_images`. Raises `DkdmError` for others.
-    """
-    images = prepared(images, reference)
-    _check_labels(images, labels, len(reference.class_variance))
-    return _share(reference.classify(reference.features(images)) == labels.cpu())
-
-
 def within_class_variance(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Return, per class, the mean over pixels of the unbiased variance over its images.
 
@@ -75,10 +66,14 @@ def within_class_variance(images: Tensor, labels: Tensor, num_classes: int) -> T
     """
     _check_labels(images, labels, num_classes)
     pixels, labels = images.flatten(1).double().cpu(), labels.cpu()
-    return torch.stack([_mean_variance(pixels[labels == c]) for c in range(num_classes)])
+    classes = [pixels[labels == c] for c in range(num_classes)]
+    return torch.tensor(
+        [each.var(dim=0).mean() if len(each) > 1 else math.nan for each in classes],
+        dtype=torch.float64,
+    )
 
 
-def prepared(images: Tensor, reference: Reference) -> Tensor:
+def _prepared(images: Tensor, reference: Reference) -> Tensor:
     """Images as the reference's network takes them.
 
     Raises `DkdmError` if there are none, their shape does not fit, or values are not finite.
@@ -104,16 +99,6 @@ def _variance_ratios(images: Tensor, labels: Tensor, real: Tensor) -> Tensor:
     if len(ratios) == 0:
         raise DkdmError(f"no class has 2 of the {len(images)} images: give more images a class")
     return ratios
-
-
-def _share(right: Tensor) -> float:
-    return right.double().mean().item()
-
-
-def _mean_variance(pixels: Tensor) -> Tensor:
-    if len(pixels) < 2:
-        return pixels.new_tensor(float("nan"))
-    return pixels.var(dim=0).mean()
 
 
 def _check_labels(images: Tensor, labels: Tensor, num_classes: int) -> None:

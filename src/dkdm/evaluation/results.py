@@ -136,19 +136,12 @@ def read_evaluation(run_dir: Path) -> Comparison:
 
     Raises `DkdmError` if it is missing or damaged.
     """
+    file = _written(run_dir / EVALUATION, EVALUATION)
     try:
-        values = read_json(run_dir / EVALUATION, "a comparison, written when a run ends")
+        values = read_json(file, "a comparison, written when a run ends")
         return made_of(Comparison, _renamed(values, FIELDS), EVALUATION, samples={})
     except UsageError as error:
-        if not (run_dir / EVALUATION).exists():
-            raise DkdmError(f"{EVALUATION} is missing: it is written when a run ends") from None
         raise DkdmError(f"{EVALUATION} cannot be read ({error})") from error
-
-
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
-    return value
 
 
 def read_samples(run_dir: Path) -> dict[str, Tensor]:
@@ -156,12 +149,23 @@ def read_samples(run_dir: Path) -> dict[str, Tensor]:
 
     Raises `DkdmError` if they are missing or damaged.
     """
+    file = _written(run_dir / SAMPLES, SAMPLES)
     try:
-        samples = load_file(run_dir / SAMPLES)
-    except FileNotFoundError:
-        raise DkdmError(f"{SAMPLES} is missing: it is written when a run ends") from None
+        samples = load_file(file)
     except Exception as error:  # a damaged header may raise anything
         raise DkdmError(f"{SAMPLES} cannot be read ({in_a_line(error)})") from error
     if samples.keys() - {"labels"} != {"teacher", "student"}:
         raise DkdmError(f"{SAMPLES} holds {', '.join(samples)}, not teacher and student")
     return samples
+
+
+def _written(file: Path, name: str) -> Path:
+    if not file.exists():
+        raise DkdmError(f"{name} is missing: it is written when a run ends")
+    return file
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
+    return value
