@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
@@ -78,12 +77,8 @@ def _numbers(text: str) -> list[float]:
         return []
 
 
-@dataclass(frozen=True)
-class ModelChoice(Options):
+class ModelChoice(Options, title="Model", renamed={"factory": "student_factory"}):
     """Which pretrained model, and how it is read."""
-
-    title: ClassVar[str] = "Model"
-    renamed: ClassVar[Mapping[str, str]] = {"factory": "student_factory"}
 
     model: str = "builtin:fashion"
     """A run, a diffusers folder, a hub id, a checkpoint file, builtin:NAME, or module:factory."""
@@ -120,19 +115,12 @@ class ModelChoice(Options):
     Not needed for runs made on this machine. The name that a folder gives is never trusted."""
 
 
-@dataclass(frozen=True)
-class TeacherChoice(ModelChoice):
+class TeacherChoice(ModelChoice, title="Teacher", prefix="teacher"):
     """The pretrained model to distil, and how it is read."""
 
-    title: ClassVar[str] = "Teacher"
-    prefix: ClassVar[str] = "teacher"
 
-
-@dataclass(frozen=True)
-class TeacherOptions(TeacherChoice):
+class TeacherOptions(TeacherChoice, renamed={"check": "check"}):
     """The pretrained model to distil, and how it is read."""
-
-    renamed: ClassVar[Mapping[str, str]] = {**ModelChoice.renamed, "check": "check"}
 
     offload: Literal["none", "layers"] = "none"
     """layers: keep the teacher in host memory and move one layer at a time to the device; slow, but
@@ -142,11 +130,8 @@ class TeacherOptions(TeacherChoice):
     not. The check does not change the run."""
 
 
-@dataclass(frozen=True)
-class StudentChoice(Options):
+class StudentChoice(Options, title="Student"):
     """The model to train, and how it relates to its teacher."""
-
-    title: ClassVar[str] = "Student"
 
     student: str = "dit-xs"
     """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
@@ -158,7 +143,6 @@ class StudentChoice(Options):
     scheduler_config.json. Matched with the teacher's by the signal-to-noise ratio."""
 
 
-@dataclass(frozen=True)
 class StudentOptions(StudentChoice):
     """The model to train, and how it relates to its teacher."""
 
@@ -170,11 +154,8 @@ class StudentOptions(StudentChoice):
     in the end. Default: train all weights."""
 
 
-@dataclass(frozen=True)
-class RunOptions(Options):
+class RunOptions(Options, title="Run"):
     """What comes out."""
-
-    title: ClassVar[str] = "Run"
 
     output_dir: Path = Path("runs/run")
     """Folder of the run: checkpoints, metrics, samples and, at the end, the model."""
@@ -182,41 +163,23 @@ class RunOptions(Options):
     """Every random choice of the run follows from it."""
 
 
-@dataclass(frozen=True)
-class BatchOptions(Options):
-    """How much at once, and in which precision."""
+class TrainingOptions(Options, title="Training"):
+    """How long, how much at once, and in which precision."""
 
-    title: ClassVar[str] = "Training"
-
+    max_train_steps: Count = 1000
+    """Optimizer steps."""
     train_batch_size: Count = 128
     """Samples per optimizer step, before accumulation, over all processes together."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the networks' arithmetic; weights stay float32."""
-
-
-@dataclass(frozen=True)
-class StepOptions(Options):
-    """How long."""
-
-    max_train_steps: Count = 1000
-    """Optimizer steps."""
-
-
-@dataclass(frozen=True)
-class TrainingOptions(BatchOptions, StepOptions):
-    """How long, how much at once, and in which precision."""
-
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimizer step."""
 
 
-@dataclass(frozen=True)
-class OptimizerOptions(Options):
+class OptimizerOptions(Options, title="Optimizer"):
     """AdamW, its learning rate, and the average of the weights."""
-
-    title: ClassVar[str] = "Optimizer"
 
     learning_rate: Annotated[float, Range(0, 1000)] = 1e-4
     """Peak learning rate."""
@@ -237,11 +200,8 @@ class OptimizerOptions(Options):
     n."""
 
 
-@dataclass(frozen=True)
-class WeightingOptions(Options):
+class WeightingOptions(Options, title="Loss"):
     """What is minimized."""
-
-    title: ClassVar[str] = "Loss"
 
     loss_weighting: LossWeighting = "uniform"
     """How noise levels are weighted. uniform: equally, on the student's output. snr, min-snr: by
@@ -251,7 +211,6 @@ class WeightingOptions(Options):
     """Largest signal-to-noise ratio that min-snr uses as a weight."""
 
 
-@dataclass(frozen=True)
 class LossOptions(WeightingOptions):
     """What is minimized."""
 
@@ -265,11 +224,8 @@ class LossOptions(WeightingOptions):
     TEACHER=STUDENT, such as 'mid_block=transformer_blocks.2,...'."""
 
 
-@dataclass(frozen=True)
-class ConditionOptions(Options):
+class ConditionOptions(Options, title="Condition"):
     """What the model is conditioned on."""
-
-    title: ClassVar[str] = "Condition"
 
     condition_dropout: Share = 0.0
     """Probability of replacing a condition by the null condition, without which a model cannot be
@@ -278,7 +234,6 @@ class ConditionOptions(Options):
     """Prompt that guidance leads away from, for text models."""
 
 
-@dataclass(frozen=True)
 class LearntConditions(Options):
     """The classes or prompts that the student learns."""
 
@@ -293,7 +248,6 @@ class LearntConditions(Options):
     """Use at most this many prompts; a random subset of longer files."""
 
 
-@dataclass(frozen=True)
 class TeacherConditions(ConditionOptions, LearntConditions):
     """The classes or prompts that the student learns."""
 
@@ -302,11 +256,8 @@ class TeacherConditions(ConditionOptions, LearntConditions):
     condition than its own; it falls to e^-5 of that at the lowest (arXiv 2504.02011)."""
 
 
-@dataclass(frozen=True)
-class GuidanceOptions(Options):
+class GuidanceOptions(Options, title="Guidance"):
     """How the teacher is guided."""
-
-    title: ClassVar[str] = "Guidance"
 
     guidance_scale: str = "1"
     """Guidance scale of the teacher: a number, or LOW:HIGH to draw a scale for each chain. 1 turns
@@ -345,11 +296,8 @@ class GuidanceOptions(Options):
         return self.scales == (1, 1)
 
 
-@dataclass(frozen=True)
-class StorageOptions(Options):
+class StorageOptions(Options, title="Pool"):
     """How large the pool is, and where it lies."""
-
-    title: ClassVar[str] = "Pool"
 
     pool_size: Count | None = None
     """States in the dynamic pool. Default: follows from --rho."""
@@ -359,7 +307,6 @@ class StorageOptions(Options):
     """Where the pool is stored: beside the models, or in host memory."""
 
 
-@dataclass(frozen=True)
 class SourceOptions(Options):
     """Where noisy samples come from."""
 
@@ -372,7 +319,6 @@ class SourceOptions(Options):
     can draw."""
 
 
-@dataclass(frozen=True)
 class PoolOptions(StorageOptions, SourceOptions):
     """Where noisy samples come from: a pool of states that the teacher keeps denoising."""
 
@@ -400,11 +346,8 @@ class PoolOptions(StorageOptions, SourceOptions):
         return parse_stride(self.stride)
 
 
-@dataclass(frozen=True)
-class SyntheticOptions(Options):
+class SyntheticOptions(Options, title="Synthetic set"):
     """The set of finished samples that --source synthetic learns from."""
-
-    title: ClassVar[str] = "Synthetic set"
 
     synthetic_samples: Count | None = None
     """Samples in the set. Default: as many as cost what the dynamic pool would."""
@@ -412,11 +355,8 @@ class SyntheticOptions(Options):
     """Sampler steps per sample, each one teacher evaluation."""
 
 
-@dataclass(frozen=True)
-class CheckpointOptions(Options):
+class CheckpointOptions(Options, title="Checkpoint"):
     """Checkpoints and logs."""
-
-    title: ClassVar[str] = "Checkpoint"
 
     checkpointing_steps: Count = 1000
     """Optimizer steps between checkpoints; one more is written at the end."""
@@ -431,11 +371,8 @@ class CheckpointOptions(Options):
     auto, which is TensorBoard if it is installed."""
 
 
-@dataclass(frozen=True)
-class EvaluationOptions(Options):
+class EvaluationOptions(Options, title="Evaluation"):
     """Sample grids during the run, and the comparison at its end."""
-
-    title: ClassVar[str] = "Evaluation"
 
     validation_steps: CountOrNone = 1000
     """Optimizer steps between sample grids; 0 draws no grids."""
@@ -450,11 +387,8 @@ class EvaluationOptions(Options):
     """Real images for the final distances; auto recognizes Fashion-MNIST by its class names."""
 
 
-@dataclass(frozen=True)
-class HubOptions(Options):
+class HubOptions(Options, title="Hub"):
     """The model card's licence, and upload to the Hugging Face hub."""
-
-    title: ClassVar[str] = "Hub"
 
     license: str | None = None
     """Licence of the model, by the hub's name for it (apache-2.0, mit, openrail, other, ...).
@@ -475,11 +409,8 @@ class HubOptions(Options):
             )
 
 
-@dataclass(frozen=True)
-class DataOptions(Options):
+class DataOptions(Options, title="Data"):
     """The images to learn from."""
-
-    title: ClassVar[str] = "Data"
 
     images: str = "fashion-mnist"
     """'fashion-mnist' or a folder of images; class subfolders become labels, a text file beside
@@ -490,11 +421,8 @@ class DataOptions(Options):
     """Learn the images' class labels, if there are any."""
 
 
-@dataclass(frozen=True)
-class NetworkOptions(Options):
+class NetworkOptions(Options, title="Network"):
     """The model to train."""
-
-    title: ClassVar[str] = "Network"
 
     network: str = "unet-tiny"
     """A preset, a diffusers config.json, or module:factory."""
@@ -523,57 +451,42 @@ MEANT = {
 }
 
 
-class RunConfig(Grouped):
+class RunConfig(Grouped, meant=MEANT):
     """What every training run has."""
 
-    meant: ClassVar[Mapping[str, str]] = MEANT
-
-    if TYPE_CHECKING:
-        run: RunOptions
-        training: TrainingOptions
-        conditions: ConditionOptions
-        loss: WeightingOptions
-        optimizer: OptimizerOptions
-        checkpoints: CheckpointOptions
-        evaluation: EvaluationOptions
-        hub: HubOptions
+    run: RunOptions
+    training: TrainingOptions
+    conditions: ConditionOptions
+    loss: WeightingOptions
+    optimizer: OptimizerOptions
+    checkpoints: CheckpointOptions
+    evaluation: EvaluationOptions
+    hub: HubOptions
 
 
-class TrainConfig(RunConfig):
+class TrainConfig(RunConfig, command="train"):
     """Train a model on images (a teacher, or a baseline)."""
 
-    command: ClassVar[str] = "train"
-
-    data: DataOptions = DataOptions()
-    model: NetworkOptions = NetworkOptions()
-    run: RunOptions = RunOptions()
-    training: TrainingOptions = TrainingOptions()
-    conditions: ConditionOptions = ConditionOptions()
-    loss: WeightingOptions = WeightingOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    checkpoints: CheckpointOptions = CheckpointOptions()
-    evaluation: EvaluationOptions = EvaluationOptions()
-    hub: HubOptions = HubOptions()
+    data: DataOptions
+    model: NetworkOptions
 
 
-class DistillConfig(RunConfig):
+class DistillConfig(RunConfig, command="distill"):
     """Distil a teacher into a student without images."""
 
-    command: ClassVar[str] = "distill"
-
-    teacher_choice: TeacherOptions = TeacherOptions()
-    student_choice: StudentOptions = StudentOptions()
-    run: RunOptions = RunOptions()
-    training: TrainingOptions = TrainingOptions()
-    conditions: TeacherConditions = TeacherConditions()
-    guidance: GuidanceOptions = GuidanceOptions()
-    pool: PoolOptions = PoolOptions()
-    synthetic: SyntheticOptions = SyntheticOptions()
-    loss: LossOptions = LossOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    checkpoints: CheckpointOptions = CheckpointOptions()
-    evaluation: EvaluationOptions = EvaluationOptions()
-    hub: HubOptions = HubOptions()
+    teacher_choice: TeacherOptions
+    student_choice: StudentOptions
+    run: RunOptions
+    training: TrainingOptions
+    conditions: TeacherConditions
+    guidance: GuidanceOptions
+    pool: PoolOptions
+    synthetic: SyntheticOptions
+    loss: LossOptions
+    optimizer: OptimizerOptions
+    checkpoints: CheckpointOptions
+    evaluation: EvaluationOptions
+    hub: HubOptions
 
 
 def to_json(config: RunConfig) -> str:
@@ -611,25 +524,16 @@ def read_config(path: Path) -> RunConfig:
         raise UsageError(f"{path}: {error}") from error
 
 
-@dataclass(frozen=True)
-class GivenModel(ModelChoice):
+class GivenModel(ModelChoice, positional=("model",)):
     """Which pretrained model, and how it is read."""
 
-    positional: ClassVar[tuple[str, ...]] = ("model",)
 
-
-@dataclass(frozen=True)
-class ExportedModel(GivenModel):
+class ExportedModel(GivenModel, renamed={"format": "teacher_format"}):
     """Which pretrained model, and how it is read."""
 
-    renamed: ClassVar[Mapping[str, str]] = {**ModelChoice.renamed, "format": "teacher_format"}
 
-
-@dataclass(frozen=True)
-class GivenConditions(Options):
+class GivenConditions(Options, title="Condition"):
     """What the model is given beside noise."""
-
-    title: ClassVar[str] = "Condition"
 
     prompts: str | None = None
     """For text models: a text file with one prompt a line, a pattern such as 'prompts/*.txt', or
@@ -641,11 +545,8 @@ class GivenConditions(Options):
     name, and null.NAME [1, ...] for guidance."""
 
 
-@dataclass(frozen=True)
-class SamplingOptions(Options):
+class SamplingOptions(Options, title="Sampling"):
     """What to draw, and how."""
-
-    title: ClassVar[str] = "Sampling"
 
     output: Path = Path("samples.png")
     """Image to write (.png, .jpg, .webp), or the tensor [N, C, ...] (.safetensors)."""
@@ -672,12 +573,8 @@ class SamplingOptions(Options):
         parse_interval(self.guidance_interval)
 
 
-@dataclass(frozen=True)
-class ExportOptions(Options):
+class ExportOptions(Options, title="Export", renamed={"to": "format"}):
     """What to write."""
-
-    title: ClassVar[str] = "Export"
-    renamed: ClassVar[Mapping[str, str]] = {"to": "format"}
 
     output: Path | None = None
     """File to write (its description goes beside it, as FILE.json), or the folder for int8.
@@ -700,21 +597,15 @@ class ExportOptions(Options):
         return self.output or Path(EXPORTED[self.to])
 
 
-@dataclass(frozen=True)
-class PrintOptions(Options):
+class PrintOptions(Options, title="Print"):
     """What is printed."""
-
-    title: ClassVar[str] = "Print"
 
     json: bool = False
     """Print JSON for machines."""
 
 
-@dataclass(frozen=True)
-class InspectOptions(Options):
+class InspectOptions(Options, title="Check"):
     """How the model is checked, and what is shown."""
-
-    title: ClassVar[str] = "Check"
 
     output: Path | None = None
     """Image to write with a grid of the model's samples. Default: no image."""
@@ -727,11 +618,8 @@ class InspectOptions(Options):
     was trained on (.npy, .npz, .safetensors, .pt), or a folder of images."""
 
 
-@dataclass(frozen=True)
-class MeasureOptions(Options):
+class MeasureOptions(Options, title="Measurement"):
     """How the students are timed."""
-
-    title: ClassVar[str] = "Measurement"
 
     measure: bool = True
     """Time the students, with random weights, alternating with the teacher."""
@@ -744,11 +632,8 @@ class MeasureOptions(Options):
     """Sampler steps per sample, each one network evaluation."""
 
 
-@dataclass(frozen=True)
-class CheckOptions(Options):
+class CheckOptions(Options, title="Check"):
     """What is tried."""
-
-    title: ClassVar[str] = "Check"
 
     prompts: str | None = None
     """For text models: a text file with one prompt a line, a pattern such as 'prompts/*.txt', or
@@ -761,32 +646,22 @@ class CheckOptions(Options):
     """Try torch.export."""
 
 
-@dataclass(frozen=True)
-class PlannedTeacher(TeacherChoice):
+class PlannedTeacher(TeacherChoice, positional=("model",)):
     """The pretrained model to distil. Of a pipeline, only its configs are read."""
-
-    positional: ClassVar[tuple[str, ...]] = ("model",)
 
     offload: Literal["none", "layers"] = "none"
     """layers: keep the teacher in host memory and move one layer at a time to the device."""
 
 
-@dataclass(frozen=True)
-class PlannedStudent(Options):
+class PlannedStudent(Options, title="Student", positional=("student",)):
     """The model to train."""
-
-    title: ClassVar[str] = "Student"
-    positional: ClassVar[tuple[str, ...]] = ("student",)
 
     student: str = "dit-xs"
     """A preset, a diffusers config.json, or module:factory."""
 
 
-@dataclass(frozen=True)
-class PlanOptions(Options):
+class PlanOptions(Options, title="Plan"):
     """The devices, and what is done on them."""
-
-    title: ClassVar[str] = "Plan"
 
     gpus: Annotated[int, Range(1, 10**6)] = 1
     """Devices the batch is divided among."""
@@ -796,18 +671,13 @@ class PlanOptions(Options):
     """Plan for a guided teacher, which doubles its batch."""
 
 
-@dataclass(frozen=True)
-class GivenRun(Options):
+class GivenRun(Options, title="Run", positional=("run",)):
     """Which run."""
-
-    title: ClassVar[str] = "Run"
-    positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path
     """The run's output folder."""
 
 
-@dataclass(frozen=True)
 class PushOptions(GivenRun):
     """Which run, and where it goes."""
 
@@ -817,90 +687,72 @@ class PushOptions(GivenRun):
     """Make a new repository private."""
 
 
-class SampleCommand(Grouped):
+class SampleCommand(Grouped, command="sample"):
     """Draw samples from a model."""
 
-    command: ClassVar[str] = "sample"
-
-    model_choice: GivenModel = GivenModel()
-    conditions: GivenConditions = GivenConditions()
-    sampling: SamplingOptions = SamplingOptions()
+    model_choice: GivenModel
+    conditions: GivenConditions
+    sampling: SamplingOptions
 
 
-class ExportCommand(Grouped):
+class ExportCommand(Grouped, command="export"):
     """Write a model as one file, or in int8, and check what was written."""
 
-    command: ClassVar[str] = "export"
-
-    model_choice: ExportedModel = ExportedModel()
-    conditions: GivenConditions = GivenConditions()
-    export: ExportOptions = ExportOptions()
+    model_choice: ExportedModel
+    conditions: GivenConditions
+    export: ExportOptions
 
 
-class InspectCommand(Grouped):
+class InspectCommand(Grouped, command="inspect"):
     """Show what a model is, and check that it denoises."""
 
-    command: ClassVar[str] = "inspect"
-
-    model_choice: GivenModel = GivenModel()
-    conditions: GivenConditions = GivenConditions()
-    check: InspectOptions = InspectOptions()
-    printing: PrintOptions = PrintOptions()
+    model_choice: GivenModel
+    conditions: GivenConditions
+    check: InspectOptions
+    printing: PrintOptions
 
 
-class StudentsCommand(Grouped):
+class StudentsCommand(Grouped, command="students"):
     """List the named students at a teacher's sample shape."""
 
-    command: ClassVar[str] = "students"
-
-    teacher_choice: TeacherChoice = TeacherChoice()
-    measuring: MeasureOptions = MeasureOptions()
-    printing: PrintOptions = PrintOptions()
+    teacher_choice: TeacherChoice
+    measuring: MeasureOptions
+    printing: PrintOptions
 
 
-class CheckStudentCommand(Grouped):
+class CheckStudentCommand(Grouped, command="check-student"):
     """Try everything a student goes through before its first step."""
 
-    command: ClassVar[str] = "check-student"
-
-    teacher_choice: TeacherChoice = TeacherChoice()
-    student_choice: StudentChoice = StudentChoice()
-    check: CheckOptions = CheckOptions()
-    printing: PrintOptions = PrintOptions()
+    teacher_choice: TeacherChoice
+    student_choice: StudentChoice
+    check: CheckOptions
+    printing: PrintOptions
 
 
-class PlanCommand(Grouped):
+class PlanCommand(Grouped, command="plan"):
     """Say how much memory a distillation takes, whether it fits, and what to change."""
 
-    command: ClassVar[str] = "plan"
-
-    teacher_choice: PlannedTeacher = PlannedTeacher()
-    student_choice: PlannedStudent = PlannedStudent()
-    training: BatchOptions = BatchOptions()
-    pool: StorageOptions = StorageOptions()
-    plan: PlanOptions = PlanOptions()
-    printing: PrintOptions = PrintOptions()
+    teacher_choice: PlannedTeacher
+    student_choice: PlannedStudent
+    training: TrainingOptions
+    pool: StorageOptions
+    plan: PlanOptions
+    printing: PrintOptions
 
 
-class DoctorCommand(Grouped):
+class DoctorCommand(Grouped, command="doctor"):
     """Check the environment."""
 
-    command: ClassVar[str] = "doctor"
-
-    printing: PrintOptions = PrintOptions()
+    printing: PrintOptions
 
 
-class ReportCommand(Grouped):
+class ReportCommand(Grouped, command="report"):
     """Write a run's report.html again."""
-
-    command: ClassVar[str] = "report"
 
     given: GivenRun
 
 
-class PushCommand(Grouped):
+class PushCommand(Grouped, command="push"):
     """Upload a finished run to the Hugging Face hub; log in with `hf auth login` or HF_TOKEN."""
-
-    command: ClassVar[str] = "push"
 
     given: PushOptions

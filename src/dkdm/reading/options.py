@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.arguments import check_names, described
@@ -23,19 +23,24 @@ from dkdm.reading.fields import SHOWN
 from dkdm.reading.values import WrongValueError, as_type
 
 
+@dataclass_transform(frozen_default=True)
 class Options:
     """Base of a group: its values are brought to their types, or refused with their option's name.
 
     title: of its panel in --help; the docstring's first line is its description there.
     prefix: what comes before the names of its options; the option of the field `model` is the
-    prefix alone. renamed: fields whose option has a name of its own. positional: fields that are
-    given by their place on the command line.
+    prefix alone. renamed: fields whose option has another name. positional: fields given by their
+    place on the command line. All four are keywords of a class, and inherited.
     """
 
     title: ClassVar[str] = ""
     prefix: ClassVar[str] = ""
     renamed: ClassVar[Mapping[str, str]] = {}
     positional: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, renamed: Mapping[str, str] | None = None, **given: Any) -> None:
+        _set(cls, renamed={**cls.renamed, **(renamed or {})}, **given)
+        dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
@@ -79,10 +84,17 @@ def flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
+def _set(cls: type, **given: Any) -> None:
+    for name, value in given.items():
+        setattr(cls, name, value)
+
+
 def _hints(cls: type) -> dict[str, Any]:
     """The type of each field of a dataclass, with its Range."""
     found = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: found[field.name] for field in dataclasses.fields(cls)}
+    first = cls.__annotations__ if issubclass(cls, Grouped) else ()
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: found[name] for name in (*first, *names)}
 
 
 def _helps(cls: type) -> dict[str, str]:
@@ -102,14 +114,16 @@ class Grouped:
 
     `DistillConfig(seed=1)`, `dataclasses.replace(config, seed=1)` and `config.seed` reach into the
     group that has this option. command: the one whose options these are. meant: options by the
-    names that people give them elsewhere.
+    names that people give them elsewhere. Both are keywords of a class. A class's groups come
+    before those that it inherits.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     command: ClassVar[str] = ""
     meant: ClassVar[Mapping[str, str]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **given: Any) -> None:
+        _set(cls, **given)
         dataclass(frozen=True, init=False)(cls)
 
     def __init__(self, **given: Any) -> None:
