@@ -1,6 +1,9 @@
 """The command line: one clear message on stderr, exit code 2 for usage and 1 for failure."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -37,6 +40,16 @@ def test_every_command_has_help(name, capsys):
         main([name, "--help"])
     assert stopped.value.code == 0
     assert f"dkdm {name}" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    unread, written = os.pipe()
+    os.close(unread)
+    with os.fdopen(written, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "dkdm", "push", "--help"], stdout=pipe, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_unknown_option_is_usage():

@@ -6,7 +6,21 @@ import sys
 # The current directory may be a folder that somebody else filled: what dkdm imports lies elsewhere.
 sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
 
-from dkdm.cli import main  # noqa: E402
+from dkdm import cli  # noqa: E402
+
+
+def main() -> int:
+    """Run one command; returns its exit code, or 141 if nobody reads what it prints, as in
+    `dkdm distill --help | head -1`."""
+    try:
+        try:
+            return cli.main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        return 141
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -75,7 +75,11 @@ def _dispatch(args: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module="diffusers|accelerate|huggingface_hub")
-    return COMMANDS[args[0]][1](args[1:])
+    kind, run = COMMANDS[args[0]]
+    if not issubclass(kind, RunConfig):
+        return run(parse(kind, args[1:]))
+    config, dry_run = _run_config(kind, args[1:])
+    return _describe(config) if dry_run else run(config)
 
 
 def _usage() -> str:
@@ -106,16 +110,25 @@ def _run_config(kind: type[Config], args: list[str]) -> tuple[Config, bool]:
     return parse(start, rest, also=first_of_all), known.dry_run
 
 
-def _distill(args: list[str]) -> int:
-    config, dry_run = _run_config(DistillConfig, args)
+def _describe(config: RunConfig) -> int:
+    if isinstance(config, DistillConfig):
+        from dkdm.runs.dry_run import describe
+
+        print(describe(config))
+    else:
+        _print_json(config.flat())
+    return 0
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2, default=str))
+
+
+def _distill(config: DistillConfig) -> int:
     from dkdm.evaluation.results import read_evaluation
     from dkdm.evaluation.rows import comparison_rows
     from dkdm.runs.distill import distill
-    from dkdm.runs.dry_run import describe
 
-    if dry_run:
-        print(describe(config))
-        return 0
     folder = distill(config=config)
     if config.evaluation_samples:
         print(f"{'teacher':>57s}{'student':>14s}")
@@ -126,13 +139,9 @@ def _distill(args: list[str]) -> int:
     return 0
 
 
-def _train(args: list[str]) -> int:
-    config, dry_run = _run_config(TrainConfig, args)
+def _train(config: TrainConfig) -> int:
     from dkdm.runs.train import train
 
-    if dry_run:
-        print(json.dumps(config.flat(), indent=2, default=str))
-        return 0
     folder = train(config)
     print(f"{folder}/README.md")
     _print_url(config, folder)
@@ -146,8 +155,7 @@ def _print_url(config: RunConfig, folder: Path) -> None:
         print(url_of(folder))
 
 
-def _sample(args: list[str]) -> int:
-    options = parse(SampleCommand, args)
+def _sample(options: SampleCommand) -> int:
     from dkdm.runs.outputs import check_sample_file, sample_to_file
 
     how = options.sampling
@@ -193,8 +201,7 @@ def _with_prompts(
     return with_texts(denoiser, prompts, negative)
 
 
-def _export(args: list[str]) -> int:
-    options = parse(ExportCommand, args)
+def _export(options: ExportCommand) -> int:
     what, output = options.export, options.export.path
     if options.model_choice.dtype == "int8":
         raise UsageError("--dtype int8: use --format int8 instead, which quantizes by itself")
@@ -222,8 +229,7 @@ def _export_int8(options: ExportCommand) -> int:
     return 0
 
 
-def _inspect(args: list[str]) -> int:
-    options = parse(InspectCommand, args)
+def _inspect(options: InspectCommand) -> int:
     from dkdm.checks.inspection import inspect_denoiser, print_inspection, read_samples
     from dkdm.runs.outputs import check_sample_file, sample_to_file
 
@@ -238,7 +244,7 @@ def _inspect(args: list[str]) -> int:
         images=None if how.samples is None else read_samples(how.samples, denoiser),
     )
     if options.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        _print_json(found.as_dict())
     else:
         print_inspection(found, Console())
     if how.output:
@@ -246,8 +252,7 @@ def _inspect(args: list[str]) -> int:
     return int(found.check.denoises is False)
 
 
-def _students(args: list[str]) -> int:
-    options = parse(StudentsCommand, args)
+def _students(options: StudentsCommand) -> int:
     from dkdm.checks.student_table import list_students, print_students
     from dkdm.models import chosen_teacher
 
@@ -255,18 +260,13 @@ def _students(args: list[str]) -> int:
     measuring = options.measuring if options.measuring.measure else None
     rows = list_students(teacher, measuring)
     if options.json:
-        _print_json(rows)
+        _print_json([dataclasses.asdict(row) for row in rows])
     else:
         print_students(rows, teacher, Console(), measuring)
     return 0
 
 
-def _print_json(rows: Sequence[Any]) -> None:
-    print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
-
-
-def _check_student(args: list[str]) -> int:
-    options = parse(CheckStudentCommand, args)
+def _check_student(options: CheckStudentCommand) -> int:
     from dkdm.checks.findings import print_findings
     from dkdm.checks.student import check_student
     from dkdm.models import chosen_teacher
@@ -283,7 +283,7 @@ def _check_student(args: list[str]) -> int:
         factory=options.teacher_choice.factory,
     )
     if options.json:
-        print(json.dumps([each.as_dict() for each in checkup.findings], indent=2))
+        _print_json([each.as_dict() for each in checkup.findings])
     else:
         print_findings(checkup.findings, Console())
     if checkup.failure is not None:
@@ -293,8 +293,7 @@ def _check_student(args: list[str]) -> int:
     return int(not checkup.passed)
 
 
-def _plan(args: list[str]) -> int:
-    options = parse(PlanCommand, args)
+def _plan(options: PlanCommand) -> int:
     from dkdm.checks.memory_plan import GIB, changes, device_memory_mib, plan, print_plan
     from dkdm.models import chosen_teacher
 
@@ -306,27 +305,25 @@ def _plan(args: list[str]) -> int:
     advice = changes(teacher, found, limit)
     if options.json:
         changed = [dataclasses.asdict(change) for change in advice]
-        print(json.dumps({**found.as_dict(), "limit": limit, "changes": changed}, indent=2))
+        _print_json({**found.as_dict(), "limit": limit, "changes": changed})
     else:
         print_plan(found, advice, limit, Console())
     return int(found.device_total > limit)
 
 
-def _doctor(args: list[str]) -> int:
-    options = parse(DoctorCommand, args)
+def _doctor(options: DoctorCommand) -> int:
     from dkdm.checks.doctor import examine
     from dkdm.checks.findings import print_findings
 
     findings = examine()
     if options.json:
-        print(json.dumps([each.as_dict() for each in findings], indent=2))
+        _print_json([each.as_dict() for each in findings])
     else:
         print_findings(findings, Console())
     return int(any(each.status == "problem" for each in findings))
 
 
-def _report(args: list[str]) -> int:
-    options = parse(ReportCommand, args)
+def _report(options: ReportCommand) -> int:
     check_output("the report", options.run / "report.html", overwrite=True)
     from dkdm.report import write_report
 
@@ -334,15 +331,14 @@ def _report(args: list[str]) -> int:
     return 0
 
 
-def _push(args: list[str]) -> int:
-    options = parse(PushCommand, args)
+def _push(options: PushCommand) -> int:
     from dkdm.shipping.hub import push
 
     print(push(options.run, options.hub_model_id, options.private))
     return 0
 
 
-COMMANDS: dict[str, tuple[type[Grouped], Callable[[list[str]], int]]] = {
+COMMANDS: dict[str, tuple[type[Grouped], Callable[[Any], int]]] = {
     "distill": (DistillConfig, _distill),
     "train": (TrainConfig, _train),
     "inspect": (InspectCommand, _inspect),

@@ -10,22 +10,29 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MOVED = {
-    "allowed": "reading.allowed",
+# Modules that moved to another folder and kept their name.
+KEPT = {
+    ("", "checks"): "doctor inspection",
+    ("", "core"): (
+        "bundle calls checkpoint conditioning denoiser given inputs matching modes objective "
+        "pool prediction process progress randomness sources steps toy trainer"
+    ),
+    ("", "models"): "effective prompts schedulers",
+    ("", "reading"): "allowed arguments arrays made_here places plugins quantization sizes",
+    ("", "report"): "charts plots",
+    ("", "runs"): "launch recipes",
+    ("", "shipping"): "card graph hub licence markdown",
+    ("teachers", "models.formats"): (
+        "dit edm edm2 first_stage flags guided_diffusion latent_diffusion latents lucidrains "
+        "originals single_file state_dict"
+    ),
+}
+
+# All others.
+RENAMED = {
     "api": "",
-    "arguments": "reading.arguments",
-    "arrays": "reading.arrays",
-    "bundle": "core.bundle",
-    "calls": "core.calls",
-    "card": "shipping.card",
-    "charts": "report.charts",
     "check_student": "checks.student",
-    "checkpoint": "core.checkpoint",
-    "conditioning": "core.conditioning",
     "datasets": "data.images",
-    "denoiser": "core.denoiser",
-    "doctor": "checks.doctor",
-    "effective": "models.effective",
     "estimate": "runs.cost",
     "evaluation.classes": "evaluation.metrics",
     "evaluation.features": "data.fashion.reference",
@@ -33,61 +40,26 @@ MOVED = {
     "features": "core.feature_loss",
     "finish": "runs.outputs",
     "generated": "reading.files",
-    "given": "core.given",
-    "graph": "shipping.graph",
-    "hub": "shipping.hub",
-    "inputs": "core.inputs",
-    "inspection": "checks.inspection",
     "inspection.memory": "evaluation.memory",
-    "launch": "runs.launch",
-    "licence": "shipping.licence",
     "listing": "checks.student_table",
-    "made_here": "reading.made_here",
-    "markdown": "shipping.markdown",
-    "matching": "core.matching",
-    "modes": "core.modes",
-    "objective": "core.objective",
     "own": "models.custom_network",
     "pictures": "report.grids",
-    "places": "reading.places",
     "plan": "checks.memory_plan",
-    "plots": "report.plots",
-    "plugins": "reading.plugins",
-    "pool": "core.pool",
-    "prediction": "core.prediction",
-    "process": "core.process",
-    "progress": "core.progress",
-    "prompts": "models.prompts",
-    "quantization": "reading.quantization",
     "quantized": "shipping.int8",
-    "randomness": "core.randomness",
-    "recipes": "runs.recipes",
-    "schedulers": "models.schedulers",
     "report.numbers": "evaluation.numbers",
     "ship": "shipping.custom_network",
-    "sizes": "reading.sizes",
-    "sources": "core.sources",
-    "steps": "core.steps",
     "students.other": "students.any_rank",
     "students.positions": "core.positions",
     "teachers": "models",
-    "teachers.dit": "models.formats.dit",
-    "teachers.edm": "models.formats.edm",
-    "teachers.edm2": "models.formats.edm2",
-    "teachers.first_stage": "models.formats.first_stage",
-    "teachers.flags": "models.formats.flags",
-    "teachers.guided_diffusion": "models.formats.guided_diffusion",
-    "teachers.latent_diffusion": "models.formats.latent_diffusion",
-    "teachers.latents": "models.formats.latents",
-    "teachers.lucidrains": "models.formats.lucidrains",
     "teachers.networks": "models.architectures",
-    "teachers.originals": "models.formats.originals",
-    "teachers.single_file": "models.formats.single_file",
-    "teachers.state_dict": "models.formats.state_dict",
-    "toy": "core.toy",
-    "trainer": "core.trainer",
     "trainset": "data.training_set",
     "typed": "reading.values",
+}
+
+MOVED = RENAMED | {
+    f"{old}.{name}".lstrip("."): f"{new}.{name}"
+    for (old, new), names in KEPT.items()
+    for name in names.split()
 }
 
 # Where names are now that a module had under its former name.

@@ -93,12 +93,16 @@ def _number(name: str, value: Any, kind: type, range: Range) -> Any:
 
 
 def chosen(name: str, value: Any, allowed: Iterable[str], others: Mapping[str, str]) -> str:
-    """One of the allowed words; others: what people call them elsewhere, for the message."""
+    """One of the allowed words.
+
+    others: by allowed word, what people call it elsewhere, separated by spaces, for the message.
+    """
     allowed = tuple(allowed)
     if isinstance(value, str) and value in allowed:
         return value
     key = value.lower().replace("-", "_") if isinstance(value, str) else ""
-    meant = others.get(key) or next(iter(get_close_matches(key, allowed, 1)), None)
+    named = [ours for ours, names in others.items() if key in names.split()]
+    meant = next(iter([*named, *get_close_matches(key, allowed, 1)]), None)
     hint = f"did you mean '{meant}'? It is" if meant else "give"
     refuse(name, value, f"{hint} one of {', '.join(allowed)}")
 
