@@ -33,7 +33,7 @@ from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher
 from dkdm.models.student_process import with_process
-from dkdm.report.charts import Series, standalone_chart
+from dkdm.report.charts import Series, line_chart
 from dkdm.report.grids import grid
 from dkdm.students import Interface, as_denoiser
 from dkdm.students.transformers import dit
@@ -166,7 +166,7 @@ def size_curve(results: dict[str, dict[str, float]]) -> str:
     level = [(x, results["teacher cnn"]["fd"]) for x in (points[0][0], last)]
     series = [Series("student", points, "student", markers=True), Series("teacher", level, "base")]
     colours = {"student": "#06c", "base": "#888"}
-    return standalone_chart("Size", series, "parameters", "Frechet distance", colours)
+    return str(line_chart("Size", series, "parameters", "Frechet distance", colours))
 
 
 def table(

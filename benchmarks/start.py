@@ -21,7 +21,7 @@ from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher
-from dkdm.report.charts import Series, bin_means, standalone_chart
+from dkdm.report.charts import Series, bin_means, line_chart
 from dkdm.runs.distill import distill
 from dkdm.runs.recipes import recipe
 from dkdm.students import student_of
@@ -116,7 +116,7 @@ def chart(configs: dict[str, DistillConfig]) -> str:
         metrics = read_metrics(config.output_dir / "metrics.jsonl")
         points = [(entry["step"], entry["loss"]) for entry in metrics]
         series.append(Series(name, bin_means(points, 50), name))
-    return standalone_chart("Loss by start", series, "optimizer step", "loss", COLOURS)
+    return str(line_chart("Loss by start", series, "optimizer step", "loss", COLOURS))
 
 
 def main() -> None:

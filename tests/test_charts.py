@@ -10,7 +10,6 @@ from dkdm.report.charts import (
     line_chart,
     linear_ticks,
     log_ticks,
-    standalone_chart,
 )
 
 
@@ -78,10 +77,9 @@ def test_neighbours_are_averaged():
 def test_a_chart_of_its_own_has_size_colours_and_legend():
     series = [Series("a & b", [(1, 1), (2, 3)], "first"), Series("c", [(1, 2)], "second")]
     colours = {"first": "#123", "second": "#456"}
-    text = standalone_chart("A title", series, "x", "y", colours)
+    text = line_chart("A title", series, "x", "y", colours)
     root = ElementTree.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "800"
     assert {"a & b", "c"} <= {node.text for node in root.iter()}
     assert ".line.first{stroke:#123}" in text
-    with pytest.raises(ValueError, match="nothing to draw"):
-        standalone_chart("A title", [Series("c", [(1, -1)], "first")], "x", "y", colours)
+    assert ".line.second{stroke:#456}" in text and len(list(drawn(*series).iter("style"))) == 0

@@ -9,10 +9,16 @@ from statistics import fmean
 
 from markupsafe import Markup
 
+from dkdm.reading.files import render
+
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 400, 260
-LEFT, RIGHT, TOP, BOTTOM = 66, 16, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = (
+    66,
+    384,
+    12,
+    214,
+)  # edges of the plot, as templates/chart.html.j2 has them
 
 
 @dataclass(frozen=True)
@@ -33,67 +39,43 @@ class Series:
         return [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y) and y > 0]
 
 
-@dataclass(frozen=True)
-class Frame:
-    """The scales of a chart: x linear over `x`, y logarithmic over `y`."""
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    colours: Mapping[str, str] | None = None,
+) -> Markup | None:
+    """Draw the series over a linear x and a logarithmic y; None if no point can be drawn.
 
-    x: tuple[float, float]
-    y: tuple[float, float]
-
-    def place(self, x: float, y: float) -> Point:
-        """The position of a point on the drawing."""
-        across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1.0)
-        up = math.log(y / self.y[0]) / math.log(self.y[1] / self.y[0])
-        left = LEFT + across * (WIDTH - LEFT - RIGHT)
-        return round(left, 1), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
-
-
-def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> Markup | None:
-    """Draw the series over a linear x and a logarithmic y; None if no point can be drawn."""
+    colours: of each series' style, for a file of its own, on white, with a legend; None for a part
+    of a page, whose style gives them.
+    """
     points = [point for line in series for point in line.drawable()]
     if not points:
         return None
     x_values, y_values = zip(*points, strict=True)
+    first, last = min(x_values), max(x_values)
     ticks = log_ticks(min(y_values), max(y_values))
-    frame = Frame((min(x_values), max(x_values)), (ticks[0], ticks[-1]))
-    inside = [_rule(frame, tick) for tick in ticks]
-    inside += [_mark(frame, tick) for tick in linear_ticks(*frame.x)]
-    inside += [_names(x_label, y_label)]
-    inside += [_line(line, frame, x_label) for line in series]
-    return _SVG.format(WIDTH, HEIGHT, title, Markup("").join(inside))
 
+    def place(x: float, y: float) -> Point:
+        across = (x - first) / ((last - first) or 1.0)
+        up = math.log(y / ticks[0]) / math.log(ticks[-1] / ticks[0])
+        left, top = LEFT + across * (RIGHT - LEFT), BOTTOM - up * (BOTTOM - TOP)
+        return round(left, 1), round(top, 1)
 
-_SVG = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
-
-
-def standalone_chart(
-    title: str, series: Sequence[Series], x_label: str, y_label: str, colours: Mapping[str, str]
-) -> str:
-    """The chart as the text of an SVG file, on white, with a legend.
-
-    colours: of each series' style. Raises ValueError if no point can be drawn.
-    """
-    chart = line_chart(title, series, x_label, y_label)
-    if chart is None:
-        raise ValueError(f"{title}: nothing to draw")
-    rules = "".join(
-        f".line.{style}{{stroke:{colour}}}circle.{style}{{fill:{colour}}}"
-        for style, colour in colours.items()
+    svg = render(
+        "dkdm.report",
+        "chart.html.j2",
+        title=title,
+        lines=[(each, [(*place(x, y), x, y) for x, y in each.drawable()]) for each in series],
+        x_label=x_label,
+        y_label=y_label,
+        marks=[(place(tick, ticks[0])[0], f"{tick:,.10g}") for tick in linear_ticks(first, last)],
+        rules=[(place(first, tick)[1], f"{tick:g}") for tick in ticks],
+        colours=colours,
     )
-    style = (
-        "text{font:11px sans-serif;fill:#444}.mid{text-anchor:middle}.end{text-anchor:end}"
-        f".rule{{stroke:#ddd}}.line{{fill:none;stroke-width:1.5}}{rules}"
-    )
-    legend = Markup("").join(
-        Markup('<text class="end" x="{}" y="{}" style="fill:{}">{}</text>').format(
-            WIDTH - RIGHT - 4, TOP + 14 * row, colours[line.style], line.name
-        )
-        for row, line in enumerate(series, start=1)
-    )
-    size = f'xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}"'
-    opened = f'<style>{style}</style><rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
-    sized = str(chart).replace("<svg ", f"<svg {size} ", 1).replace(">", f">{opened}", 1)
-    return sized.replace("</svg>", f"{legend}</svg>\n")
+    return Markup(svg)  # nosec: the template escapes what it is given
 
 
 def bin_means(points: Sequence[Point], bins: int) -> list[Point]:
@@ -120,35 +102,3 @@ def log_ticks(low: float, high: float) -> list[float]:
     below = max((i for i, tick in enumerate(ticks) if tick <= low), default=0)
     above = min((i for i, tick in enumerate(ticks) if tick >= high), default=len(ticks) - 1)
     return ticks[below : max(above, below + 1) + 1]
-
-
-def _rule(frame: Frame, tick: float) -> Markup:
-    _, y = frame.place(frame.x[0], tick)
-    rule = Markup('<path class="rule" d="M{} {}H{}"/><text class="end" x="{}" y="{}">{:g}</text>')
-    return rule.format(LEFT, y, WIDTH - RIGHT, LEFT - 8, y + 4, tick)
-
-
-def _mark(frame: Frame, tick: float) -> Markup:
-    x, _ = frame.place(tick, frame.y[0])
-    mark = Markup('<text class="mid" x="{}" y="{}">{}</text>')
-    return mark.format(x, HEIGHT - BOTTOM + 18, f"{tick:,.10g}")
-
-
-def _names(x_label: str, y_label: str) -> Markup:
-    below = Markup('<text class="mid name" x="{}" y="{}">{}</text>')
-    beside = Markup('<text class="mid name" transform="translate(12 {}) rotate(-90)">{}</text>')
-    return below.format((WIDTH + LEFT - RIGHT) / 2, HEIGHT - 8, x_label) + beside.format(
-        (HEIGHT - BOTTOM + TOP) / 2, y_label
-    )
-
-
-def _line(line: Series, frame: Frame, x_label: str) -> Markup:
-    places = [(frame.place(x, y), x, y) for x, y in line.drawable()]
-    path = " ".join(f"{left} {top}" for (left, top), _, _ in places)
-    drawn = (
-        Markup('<path class="line {}" d="M{}"/>').format(line.style, path) if places else Markup()
-    )
-    dot = Markup('<circle class="{}" cx="{}" cy="{}" r="3.5"><title>{}</title></circle>')
-    for (left, top), x, y in places if line.markers else []:
-        drawn += dot.format(line.style, left, top, f"{line.name}: {y:.4g} at {x_label} {x:g}")
-    return drawn
