@@ -146,7 +146,9 @@ def test_config_file_of_a_run_is_a_starting_point(tmp_path, capsys):
     assert main([*args, "--config", str(path), "--dry-run"]) == 0
     assert f"{77 * 128:,} to train" in capsys.readouterr().out
     path.write_text(json.dumps({"max_trian_steps": 77}))
-    assert "unknown option max_trian_steps" in fails(capsys, 2, "distill", "--config", path)
+    assert "no 'max_trian_steps' (given as 77): use max_train_steps" in fails(
+        capsys, 2, "distill", "--config", path
+    )
 
 
 def test_teacher_folder_and_inspect_as_json(tmp_path, capsys):

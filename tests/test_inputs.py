@@ -127,7 +127,9 @@ def curious_factory(sample_shape, out_channels, conditioning):
 
 def test_a_factory_that_asks_a_conditioning_of_ones_own_is_refused_at_the_start():
     assert isinstance(student_of("test_inputs:plain_factory", teacher()).network, Policy)
-    with pytest.raises(dkdm.UsageError, match="does not hold Robot.*raised KeyError.*without reading"):
+    with pytest.raises(
+        dkdm.UsageError, match="does not hold Robot.*raised KeyError.*without reading"
+    ):
         student_of("test_inputs:curious_factory", teacher())
 
 

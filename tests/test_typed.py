@@ -55,6 +55,13 @@ def test_what_a_config_file_may_hold():
         from_mapping(TrainConfig, {"sample_shape": [3, 8]})
 
 
+@pytest.mark.parametrize("key", ["self", "sed", "a\n\x1b[2J", "x" * 999, ""])
+def test_a_config_file_of_unknown_options_is_refused_in_a_line(key):
+    with pytest.raises(UsageError, match="there is no '.*: use ") as seen:
+        from_mapping(DistillConfig, {key: 1})
+    assert str(seen.value).isprintable() and len(str(seen.value)) < 2000
+
+
 LAUGHS = "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 

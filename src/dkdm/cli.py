@@ -124,6 +124,14 @@ def _print_json(values: Any) -> None:
     print(json.dumps(values, indent=2, default=str))
 
 
+def _show(as_json: bool, values: Any, show: Callable[[Any, Console], None], found: Any) -> None:
+    """Print values as JSON for machines, or what was found as a table."""
+    if as_json:
+        _print_json(values)
+    else:
+        show(found, Console())
+
+
 def _distill(config: DistillConfig) -> int:
     from dkdm.evaluation.results import read_evaluation
     from dkdm.evaluation.rows import comparison_rows
@@ -243,10 +251,7 @@ def _inspect(options: InspectCommand) -> int:
         num_steps=how.steps,
         images=None if how.samples is None else read_samples(how.samples, denoiser),
     )
-    if options.json:
-        _print_json(found.as_dict())
-    else:
-        print_inspection(found, Console())
+    _show(options.json, found.as_dict(), print_inspection, found)
     if how.output:
         sample_to_file(denoiser, how.output, num_samples=how.num_samples, num_steps=how.steps)
     return int(found.check.denoises is False)
@@ -282,10 +287,8 @@ def _check_student(options: CheckStudentCommand) -> int:
         export=how.export,
         factory=options.teacher_choice.factory,
     )
-    if options.json:
-        _print_json([each.as_dict() for each in checkup.findings])
-    else:
-        print_findings(checkup.findings, Console())
+    as_dicts = [each.as_dict() for each in checkup.findings]
+    _show(options.json, as_dicts, print_findings, checkup.findings)
     if checkup.failure is not None:
         raise DkdmError(
             f"nothing more could be tried: {checkup.failure}. --debug shows the traceback"
@@ -316,10 +319,7 @@ def _doctor(options: DoctorCommand) -> int:
     from dkdm.checks.findings import print_findings
 
     findings = examine()
-    if options.json:
-        _print_json([each.as_dict() for each in findings])
-    else:
-        print_findings(findings, Console())
+    _show(options.json, [each.as_dict() for each in findings], print_findings, findings)
     return int(any(each.status == "problem" for each in findings))
 
 

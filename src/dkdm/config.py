@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from dkdm.errors import UsageError
 from dkdm.names import PredictionType
-from dkdm.reading.fields import is_name, read_json, shown
-from dkdm.reading.options import Grouped, Options, places
+from dkdm.reading.fields import read_json, shown
+from dkdm.reading.options import Grouped, Options
 from dkdm.reading.values import Range
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
@@ -504,12 +504,7 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
     Raises UsageError naming options that are unknown, or have a value of another type.
     """
-    values = {key: value for key, value in values.items() if key != "kind"}
-    unknown = sorted(set(values) - set(places(cls)))
-    if unknown:
-        names = ", ".join(name if is_name(name) else shown(name) for name in unknown[:5])
-        raise UsageError(f"unknown option {names} of {cls.__name__}: remove it")
-    return cls(**values)
+    return cls(**{key: value for key, value in values.items() if key != "kind"})
 
 
 def read_config(path: Path) -> RunConfig:

@@ -41,7 +41,8 @@ def check_names(
     for name, value in given.items():
         if name not in known:
             use = f"use {meant[name]}" if meant.get(name) in known else nearest(name, known)
-            raise UsageError(f"{where}: there is no '{name}' (given as {described(value)}): {use}")
+            there = f"{where}: there is no {shown(name)}"
+            raise UsageError(f"{there} (given as {described(value)}): {use}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

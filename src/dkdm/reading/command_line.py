@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from dkdm.reading.options import Grouped, Options, flag, helps, hints
+from dkdm.reading.values import members
 
 Parsed = TypeVar("Parsed", bound=Grouped)
 _PLACES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
@@ -86,13 +86,8 @@ def _text(value: Any) -> str:
 
 def _place(hint: Any) -> str | None:
     """What stands for an option's value in the help; None for one without a value."""
-    kinds = [kind for kind in _members(hint) if kind is not type(None)]
+    kinds = [kind for kind in members(hint) if kind is not type(None)]
     return "|".join(_one(kind) for kind in kinds) if kinds != [bool] else None
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else (hint,)
 
 
 def _one(kind: Any) -> str:

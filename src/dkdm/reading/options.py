@@ -126,7 +126,7 @@ class Grouped:
         _set(cls, **given)
         dataclass(frozen=True, init=False)(cls)
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, /, **given: Any) -> None:
         groups, options = hints(type(self)), places(type(self))
         asked = {name: value for name, value in given.items() if name not in groups}
         check_names(f"{type(self).__name__}(...)", asked, options, self.meant)
