@@ -77,7 +77,7 @@ def export_graph(
     if not check["passed"]:
         raise DkdmError(
             f"{output} does not compute what the network does: its output differs by "
-            f"{difference:.2g} of the largest value, expected at most {tolerance:g} "
+            f"{difference:.2g} of the largest value, more than {tolerance:g} "
             f"({check['with']}); try another --opset, or --format torch-export"
         )
     return facts

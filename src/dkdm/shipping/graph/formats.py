@@ -61,7 +61,7 @@ def require_onnx(opset: int | None) -> None:
         raise DkdmError(f"--format onnx needs {error.name}: pip install 'dkdm[onnx]'") from error
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not OLDEST_OPSET <= opset <= newest:
-        raise UsageError(f"--opset {opset}: expected {OLDEST_OPSET} to {newest}")
+        raise UsageError(f"--opset {opset}: use {OLDEST_OPSET} to {newest}")
 
 
 def _write_onnx(program: ExportedProgram, path: Path, opset: int | None, facts: Mapping) -> None:
