@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import dkdm
 from dkdm.cli import main
-from dkdm.config import parse_interval
+from dkdm.config import SamplingOptions, parse_interval
 from dkdm.core.conditioning import ABSENT
 from dkdm.core.denoiser import Batch
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
@@ -173,8 +173,8 @@ def test_a_decoder_of_ones_own_shows_latents_and_is_not_shipped(tmp_path, capsys
     assert "custom autoencoder" in capsys.readouterr().err
     student = dkdm.load_teacher(str(tmp_path / "run"))
     with pytest.raises(dkdm.UsageError, match="latents .*give --output x.safetensors"):
-        sample_to_file(student, tmp_path / "x.png", num_samples=2, num_steps=1)
-    sample_to_file(student, tmp_path / "x.safetensors", num_samples=2, num_steps=1)
+        sample_to_file(student, SamplingOptions(tmp_path / "x.png", num_samples=2, steps=1))
+    sample_to_file(student, SamplingOptions(tmp_path / "x.safetensors", num_samples=2, steps=1))
     assert load_file(tmp_path / "x.safetensors")["samples"].shape == (2, 1, 8, 8)
     stock = DiffusionPipeline.from_pretrained(tmp_path / "run", trust_remote_code=True)
     stock.set_progress_bar_config(disable=True)

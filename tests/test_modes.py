@@ -10,6 +10,7 @@ from torch import nn
 
 import dkdm
 from dkdm.checks.inspection import check_denoising
+from dkdm.config import SamplingOptions
 from dkdm.core.modes import WAS_TRAINING, evaluating, modules_behind, put_into_evaluation
 from dkdm.runs.outputs import sample_to_file
 
@@ -169,7 +170,7 @@ def test_inspection_and_sampling_hold_the_model_still(tmp_path, capsys):
     network = Noisy().train()
     model = denoiser(lambda_over(network))
     check_denoising(model, num_steps=2, max_trials=2)
-    sample_to_file(model, tmp_path / "s.safetensors", num_samples=2, num_steps=2)
+    sample_to_file(model, SamplingOptions(tmp_path / "s.safetensors", num_samples=2, steps=2))
     model.check()
     assert network.modes == {False}
     assert network.training

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import dkdm
 from dkdm import DistillConfig, UsageError, load_teacher
+from dkdm.config import SamplingOptions
 from dkdm.core.feature_loss import match_features
 from dkdm.core.prediction import Parameterization
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
@@ -68,7 +69,7 @@ def test_the_student_comes_back_and_is_sampled(run, tmp_path):
     again = load_teacher(str(folder))
     assert again.sample_shape == SHAPES[kind]
     for name in ("x.png", "x.safetensors"):
-        sample_to_file(again, tmp_path / name, num_samples=4, num_steps=2)
+        sample_to_file(again, SamplingOptions(tmp_path / name, num_samples=4, steps=2))
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == (4 * (WIDTH + 1) - 1, HEIGHT)
     assert load_file(tmp_path / "x.safetensors")["samples"].shape == (4, *SHAPES[kind])
@@ -103,4 +104,4 @@ def test_samples_of_more_dimensions_than_a_videos_are_refused_as_pictures(tmp_pa
     with pytest.raises(
         UsageError, match=r"cannot be drawn as an image: give --output .*x\.safetensors"
     ):
-        sample_to_file(odd, tmp_path / "x.png", num_samples=1, num_steps=2)
+        sample_to_file(odd, SamplingOptions(tmp_path / "x.png", num_samples=1, steps=2))

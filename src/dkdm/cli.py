@@ -25,6 +25,7 @@ from dkdm.config import (
     ReportCommand,
     RunConfig,
     SampleCommand,
+    SamplingOptions,
     StudentsCommand,
     TrainConfig,
 )
@@ -168,18 +169,7 @@ def _sample(options: SampleCommand) -> int:
 
     how = options.sampling
     check_sample_file(how.output, how.overwrite)
-    sample_to_file(
-        _load(options),
-        how.output,
-        num_samples=how.num_samples,
-        num_steps=how.steps,
-        sampler=how.sampler,
-        seed=how.seed,
-        classes=how.classes,
-        guidance_scale=how.guidance_scale,
-        guidance_interval=how.guidance_interval,
-        overwrite=how.overwrite,
-    )
+    sample_to_file(_load(options), how)
     print(how.output)
     return 0
 
@@ -253,7 +243,8 @@ def _inspect(options: InspectCommand) -> int:
     )
     _show(options.json, found.as_dict(), print_inspection, found)
     if how.output:
-        sample_to_file(denoiser, how.output, num_samples=how.num_samples, num_steps=how.steps)
+        drawn = SamplingOptions(how.output, num_samples=how.num_samples, steps=how.steps)
+        sample_to_file(denoiser, drawn)
     return int(found.check.denoises is False)
 
 

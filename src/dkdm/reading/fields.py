@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
@@ -185,15 +185,12 @@ class Fields:
         count: tuple[int, int] = (1, 100_000),
     ) -> tuple[float, ...] | Default:
         """A list of finite numbers in low..high; count: fewest and most of them."""
-        accepted = f"a list of {count[0]} to {count[1]:,} numbers{Range(low, high)}"
+        kind = tuple[Annotated[float, Range(low, high)], ...]
 
-        def check(value: Any) -> tuple[float, ...]:
-            listed = isinstance(value, (list, tuple)) and count[0] <= len(value) <= count[1]
-            try:
-                each = Range(low, high)
-                return tuple(number(float, v, each, strict=True) for v in accept(value, listed, ""))
-            except WrongValueError as error:
-                raise WrongValueError(accepted) from error
+        def check(value: Any) -> Any:
+            found = as_type(kind, value, strict=True)
+            legal = count[0] <= len(found) <= count[1]
+            return accept(found, legal, f"a list of {count[0]} to {count[1]:,} numbers")
 
         return self._read(name, default, check)
 

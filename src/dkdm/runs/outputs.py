@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dkdm.config import DistillConfig, RunConfig, TrainConfig, parse_interval
+from dkdm.config import DistillConfig, RunConfig, SamplingOptions, TrainConfig, parse_interval
 from dkdm.core import checkpoint
 from dkdm.core.conditioning import Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
@@ -208,45 +208,31 @@ def say_what_ships(model: Denoiser) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def sample_to_file(
-    denoiser: Denoiser,
-    output: Path,
-    *,
-    num_samples: int,
-    num_steps: int,
-    sampler: str = "ddim",
-    seed: int = 0,
-    classes: tuple[int, ...] | None = None,
-    guidance_scale: float = 1.0,
-    guidance_interval: str | None = None,
-    overwrite: bool = False,
-) -> None:
+def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:
     """Draw samples and write them as an image, or as a tensor if output ends in .safetensors.
 
     An image of videos shows their middle frames, an image of vectors and signals plots them; a
     tensor of a latent model holds latents. Raises UsageError for an output that cannot be written,
-    for an image of samples with more dimensions than a video's, an unknown sampler and a class out
-    of range.
+    for an image of samples with more dimensions than a video's, and for a class out of range.
     """
-    check_sample_file(output, overwrite)
+    output = how.output
+    check_sample_file(output, how.overwrite)
     if output.suffix != TENSORS and not 1 <= len(denoiser.sample_shape) <= 4:
         raise UsageError(
             f"{output}: samples of shape {denoiser.sample_shape} cannot be drawn as an image: give "
             f"--output {output.with_suffix(TENSORS)}"
         )
-    if sampler not in ("ddim", "ddpm"):
-        raise UsageError(f"--sampler {sampler}: give ddim or ddpm")
-    conditioning = restrict_classes(denoiser.conditioning, classes)
-    interval = parse_interval(guidance_interval)
+    conditioning = restrict_classes(denoiser.conditioning, how.classes)
+    interval = parse_interval(how.guidance_interval)
     denoiser = replace(denoiser, conditioning=conditioning, guidance_interval=interval)
-    cond = conditioning.in_turns(num_samples)
-    sampling = Sampling(num_samples, num_steps, seed, eta=float(sampler == "ddpm"))
+    cond = conditioning.in_turns(how.num_samples)
+    sampling = Sampling(how.num_samples, how.steps, how.seed, eta=float(how.sampler == "ddpm"))
     with (
         evaluating(denoiser.network, denoiser.call) as changed,
-        track(num_samples, 0, "sampling") as progress,
+        track(how.num_samples, 0, "sampling") as progress,
     ):
         say_if(changed)
-        samples = draw(denoiser, cond, sampling, guidance_scale, progress)
+        samples = draw(denoiser, cond, sampling, how.guidance_scale, progress)
     _write_samples(output, denoiser, samples, cond)
 
 
