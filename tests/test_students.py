@@ -201,7 +201,7 @@ def test_presets_fit_every_conditioning_and_variance(teacher, name, conditioning
         ("factories:no_such_name", "cannot import factories:no_such_name"),
         ("factories:not_a_model", "returned list: return an nn.Module"),
         ("factories:wide_student", r"returned \(2, 3, 8, 8\).* must return \(2, 1, 8, 8\)"),
-        ("absent/config.json", "absent: expected a student's config, but config.json is missing"),
+        ("absent/config.json", "absent: config.json is missing: give a student's config"),
     ],
 )
 def test_what_is_no_student_is_refused(teacher, spec, message):

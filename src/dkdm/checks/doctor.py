@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from dkdm.checks.findings import Finding
 from dkdm.reading.machine import usable_cores, usable_memory
+from dkdm.reading.sizes import in_a_line
 
 GIB = 2**30
 
@@ -39,16 +40,12 @@ def _packages() -> Iterator[Finding]:
     try:
         lines = metadata.requires("dkdm") or []
     except metadata.PackageNotFoundError:
-        yield Finding(
-            "dkdm",
-            "warning",
-            "runs from a source folder: its requirements were not checked",
-            "run pip install -e . in that folder",
-        )
+        what = "runs from a source folder: its requirements were not checked"
+        yield Finding("dkdm", "warning", what, "run pip install -e . in that folder")
         return
     requirements = [Requirement(line) for line in lines]
     for requirement in requirements:
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if _applies(requirement):
             yield _required(requirement)
     extras = metadata.metadata("dkdm").get_all("Provides-Extra") or []
     for extra in sorted(set(extras) - {"dev"}):
@@ -67,18 +64,16 @@ def _required(requirement: Requirement) -> Finding:
 
 def _extra(extra: str, requirements: Iterable[Requirement]) -> Finding:
     """An extra; it may be missing."""
-    names = [
-        requirement.name
-        for requirement in requirements
-        if requirement.marker is not None
-        and requirement.marker.evaluate({"extra": extra})
-        and not requirement.marker.evaluate({"extra": ""})
-    ]
+    names = [r.name for r in requirements if _applies(r, extra) and not _applies(r)]
     missing = [name for name in names if _version(name) is None]
     if missing:
         what = f"optional, not installed ({', '.join(missing)})"
         return Finding(f"[{extra}]", "ok", what, f"pip install 'dkdm[{extra}]'")
     return Finding(f"[{extra}]", "ok", ", ".join(f"{name} {_version(name)}" for name in names))
+
+
+def _applies(requirement: Requirement, extra: str = "") -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def _version(name: str) -> str | None:
@@ -97,13 +92,9 @@ def _torchvision() -> Finding:
     except Exception as error:
         users = _requiring("torchvision")
         because = f" (installed for {', '.join(users)})" if users else ""
-        return Finding(
-            "torchvision",
-            "problem",
-            f"{_version('torchvision')} is installed{because} but fails to import, which breaks "
-            f"diffusers: {_short(error)}",
-            f"pip uninstall {' '.join(['torchvision', *users])}",
-        )
+        what = f"{_version('torchvision')}{because} fails to import, which breaks diffusers"
+        remedy = f"pip uninstall {' '.join(['torchvision', *users])}"
+        return Finding("torchvision", "problem", f"{what}: {in_a_line(error)}", remedy)
     return Finding("torchvision", "ok", f"{_version('torchvision')}, works; not needed")
 
 
@@ -111,15 +102,10 @@ def _requiring(name: str) -> list[str]:
     """Installed packages that require `name`."""
     found = set()
     for distribution in metadata.distributions():
-        for line in distribution.requires or []:
-            if line.startswith(name) and _is_needed(Requirement(line), name):
-                found.add(distribution.metadata["Name"])
+        lines = (line for line in distribution.requires or [] if line.startswith(name))
+        if any(each.name == name and _applies(each) for each in map(Requirement, lines)):
+            found.add(distribution.metadata["Name"])
     return sorted(found)
-
-
-def _is_needed(requirement: Requirement, name: str) -> bool:
-    marker = requirement.marker
-    return requirement.name == name and (marker is None or marker.evaluate({"extra": ""}))
 
 
 def _diffusers() -> Finding:
@@ -128,18 +114,9 @@ def _diffusers() -> Finding:
         for name in ("UNet2DModel", "DDPMScheduler", "DiffusionPipeline"):
             getattr(diffusers, name)
     except Exception as error:
-        return Finding(
-            "diffusers import",
-            "problem",
-            _short(error),
-            "solve the problems above first; otherwise pip install --force-reinstall diffusers",
-        )
+        remedy = "solve the problems above first, or pip install --force-reinstall diffusers"
+        return Finding("diffusers import", "problem", in_a_line(error), remedy)
     return Finding("diffusers import", "ok", "imports models, schedulers and pipelines")
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1]}"
 
 
 def _torch() -> Finding:
@@ -147,27 +124,19 @@ def _torch() -> Finding:
 
     build = _torch_build()
     if torch.cuda.is_available():
-        devices = [
-            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
-        ]
+        devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         shown = ", ".join(f"{each.name} {each.total_memory / GIB:.0f} GiB" for each in devices)
         return Finding("device", "ok", f"{build} build, {shown}")
     if torch.backends.mps.is_available():
         return Finding("device", "ok", f"{build} build, Apple GPU (mps)")
     if build != "CPU":
-        return Finding(
-            "device",
-            "warning",
-            f"{build} build of torch, but it finds no GPU and uses the CPU",
-            "check the driver (nvidia-smi or rocm-smi) and CUDA_VISIBLE_DEVICES",
-        )
+        what = f"{build} build of torch, but it finds no GPU and uses the CPU"
+        remedy = "check the driver (nvidia-smi or rocm-smi) and CUDA_VISIBLE_DEVICES"
+        return Finding("device", "warning", what, remedy)
     if shutil.which("nvidia-smi"):
-        return Finding(
-            "device",
-            "warning",
-            "CPU build of torch on a machine with an NVIDIA driver: it uses the CPU",
-            "install torch for CUDA as https://pytorch.org/get-started says",
-        )
+        what = "CPU build of torch on a machine with an NVIDIA driver: it uses the CPU"
+        remedy = "install torch for CUDA as https://pytorch.org/get-started says"
+        return Finding("device", "warning", what, remedy)
     return Finding("device", "ok", "CPU build of torch, no GPU")
 
 
@@ -198,12 +167,8 @@ def _memory() -> Finding:
     available = usable_memory()
     what = f"{available / GIB:.1f} GiB available"
     if available < 2 * GIB:
-        return Finding(
-            "memory",
-            "warning",
-            f"{what}: enough for the smallest models only",
-            "stop other programs, or lower --train-batch-size and --pool-size",
-        )
+        remedy = "stop other programs, or lower --train-batch-size and --pool-size"
+        return Finding("memory", "warning", f"{what}: only for the smallest models", remedy)
     return Finding("memory", "ok", what)
 
 

@@ -123,13 +123,9 @@ def check_denoising(
 
 
 def _few_steps(num_steps: int) -> Finding:
-    return Finding(
-        "steps",
-        "warning",
-        f"{num_steps} steps are too few to judge a model by its samples",
-        f"use --steps {MIN_STEPS} or more (in Python: num_steps=)",
-        f"at least {MIN_STEPS} steps",
-    )
+    what = f"{num_steps} steps are too few to judge a model by its samples"
+    remedy = f"use --steps {MIN_STEPS} or more (in Python: num_steps=)"
+    return Finding("steps", "warning", what, remedy, f"at least {MIN_STEPS} steps")
 
 
 def _is_sure(denoiser: Denoiser, cure: Change | None) -> bool:
@@ -228,30 +224,27 @@ def _about_samples(process: Process, drawn: Tensor, real: Tensor | None) -> Iter
         mine, given = _spread(drawn), _spread(real)
         alike = 2 / 3 < given.std / max(mine.std, 1e-12) < 3 / 2
         if not alike or abs(given.mean - mine.mean) >= mine.std:
-            yield Finding(
-                "samples",
-                "warning",
-                f"those given have mean {given.mean:.2f} and standard deviation {given.std:.2f}",
-                "bring them to the range it was trained on (-1..1, or scaled latents)",
-                f"about those of the model's samples, {mine.mean:.2f} and {mine.std:.2f}",
-            )
+            what = f"those given have mean {given.mean:.2f}, standard deviation {given.std:.2f}"
+            remedy = "bring them to the range it was trained on (-1..1, or scaled latents)"
+            usual = f"about {mine.mean:.2f} and {mine.std:.2f}, as the model's own samples"
+            yield Finding("samples", "warning", what, remedy, usual)
 
 
 def _about_values(process: Process, drawn: Samples) -> Iterator[Finding]:
     """Whether a working model's samples lie in the usual range."""
     spread, limit = _spread(drawn.x_0), process.clipping.range
     if drawn.clipped_share > CLIPPED_SHARE:
-        yield Finding(
-            "clipping",
-            "warning",
+        what = (
             f"clipping to -{limit:g}..{limit:g} cuts {drawn.clipped_share:.0%} of the predicted "
-            "values by more than a tenth",
-            'if it was trained on latents or another range, set "clip_sample": false in '
-            "scheduler_config.json; if on images in -1..1, check its beta schedule",
-            f"at most {CLIPPED_SHARE:.0%}",
+            "values by more than a tenth"
         )
-    lie = f"its samples lie in {spread.low:.2f}..{spread.high:.2f}"
-    what = f"{lie}, standard deviation {spread.std:.2f}"
+        remedy = (
+            'if it was trained on latents or another range, set "clip_sample": false in '
+            "scheduler_config.json; if on images in -1..1, check its beta schedule"
+        )
+        yield Finding("clipping", "warning", what, remedy, f"at most {CLIPPED_SHARE:.0%}")
+    where = f"{spread.low:.2f}..{spread.high:.2f}"
+    what = f"its samples lie in {where}, standard deviation {spread.std:.2f}"
     if limit is not None and spread.low > -0.05 and spread.high < 1.05:
         remedy = "it was trained on data in 0..1: it can be distilled, but images will look pale"
         yield Finding("range", "warning", what, remedy, "-1..1, the range of images")

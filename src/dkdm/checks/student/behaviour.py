@@ -58,12 +58,10 @@ def null_class(case: Case) -> Iterator[Finding]:
 @torch.no_grad()
 def untouched(case: Case) -> Iterator[Finding]:
     """Whether it leaves its inputs unchanged: the loss and the teacher's step read them again."""
-    call, probe = case.student.call, case.probe(3)
-    assert call is not None
-    fed = probe.copied()
-    call(case.perturbed, fed.x, fed.time, fed.cond)
-    after = fed.inputs()
-    changed = [n for n, value in probe.inputs().items() if not torch.equal(value, after[n])]
+    probe = case.probe(3)
+    fed, before = probe.copied(), probe.inputs()
+    case.call(case.perturbed, *fed)
+    changed = [n for n, value in fed.inputs().items() if not torch.equal(value, before[n])]
     if changed:
         what = f"the network changes its {' and '.join(changed)} in place"
         remedy = "write x = x + ... instead of x += ..., and call no .mul_() on an argument"
@@ -155,16 +153,11 @@ def batch_statistics(case: Case) -> Iterator[Finding]:
     if not mixes(case, network, probe, case.other_probe(probe), "x"):
         yield Finding("samples", "ok", "are independent in training")
         return
-    norms = [
-        n for n, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    ]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [name for name, module in network.named_modules() if isinstance(module, kind)]
     names = f" through BatchNorm: {listed(norms)}" if norms else ""
-    yield Finding(
-        "samples",
-        "warning",
-        f"influence one another in training{names}",
-        "use GroupNorm: a batch of training holds all noise levels, one of sampling a single one",
-    )
+    remedy = "use GroupNorm: batches hold all noise levels in training, and one level in sampling"
+    yield Finding("samples", "warning", f"influence one another in training{names}", remedy)
 
 
 def listed(names: list[str], count: int = 4) -> str:

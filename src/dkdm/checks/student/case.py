@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.calls import Network
+from dkdm.core.calls import Call, Network
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import silence_label_dropout
@@ -43,9 +43,8 @@ class Probe(NamedTuple):
 
     def copied(self) -> Probe:
         """A copy of all tensors."""
-        return Probe(
-            self.x.clone(), self.time.clone(), {k: v.clone() for k, v in self.cond.items()}
-        )
+        cond = {key: value.clone() for key, value in self.cond.items()}
+        return Probe(self.x.clone(), self.time.clone(), cond)
 
     def to(self, dtype: torch.dtype) -> Probe:
         """States and conditions in another precision; times stay float32, as in training."""
@@ -75,6 +74,12 @@ class Case:
         """The student's network as it was made; the check never changes it."""
         network: nn.Module = self.student.network  # type: ignore[assignment]
         return network
+
+    @property
+    def call(self) -> Call:
+        """How the network is called."""
+        assert self.student.call is not None
+        return self.student.call
 
     @property
     def channels(self) -> int:
@@ -136,9 +141,7 @@ class Case:
 
     def answer(self, network: Network, probe: Probe) -> Tensor:
         """One evaluation, as training calls it, on a copy of the inputs."""
-        assert self.student.call is not None
-        fed = probe.copied()
-        return self.student.call(network, fed.x, fed.time, fed.cond)
+        return self.call(network, *probe.copied())
 
     def answer_alike(self, network: nn.Module, probe: Probe) -> Tensor:
         """One evaluation that can be repeated: random numbers and buffers are restored.

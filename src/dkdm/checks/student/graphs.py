@@ -28,11 +28,10 @@ class Called(nn.Module):
     def __init__(self, case: Case, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.call = case.student.call
+        self.call = case.call
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
         """The output."""
-        assert self.call is not None
         return self.call(self.network, x, time, cond)
 
 
@@ -100,9 +99,8 @@ def devices(case: Case) -> Iterator[Finding]:
             functional_call(called, moved, (x, time, cond))
         except Exception as error:
             if " different devices" not in str(error) and "two devices" not in str(error):
-                yield Finding(
-                    "device", "ok", f"could not be checked: {in_a_line(error, called.network)}"
-                )
+                what = f"could not be checked: {in_a_line(error, called.network)}"
+                yield Finding("device", "ok", what)
                 return
             where = in_brackets(fault_line(error, called.network))
             what = f"fails on a GPU: it makes a tensor on the CPU{where}"
@@ -126,16 +124,14 @@ def exports(case: Case) -> Iterator[Finding]:
     try:
         program = trace(network, inputs, denoiser.name)
     except NotAGraphError as error:
-        remedy = (
-            "correct it to export the student as a graph; training and sampling are not affected"
-        )
+        remedy = "correct it if you need the graph; training and sampling are not affected"
         yield Finding("torch.export", "warning", f"fails: {error.reason}", remedy)
         return
     module = program.module()
     difference = largest_difference(denoiser, network, lambda fed: module(**fed), (2,))
     if not difference <= TOLERANCES[torch.float32]:
-        what = "the graph answers differently"
-        yield Finding("torch.export", "warning", what, "do not export it")
+        what, remedy = "the graph answers differently", "do not export it"
+        yield Finding("torch.export", "warning", what, remedy)
         return
     _, limit = batch_range(program)
     what = "any number of" if limit is None else f"up to {limit}"

@@ -30,42 +30,40 @@ def shared(case: Case) -> Iterator[Finding]:
             names.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
     groups = [" = ".join(group) for group in names.values() if len(group) > 1]
     if groups:
-        yield Finding(
-            "shared weights",
-            "warning",
-            listed(groups),
+        remedy = (
             "safetensors saves shared tensors once under each name: samples are the same, but "
-            "diffusers loads them as separate weights",
+            "diffusers loads them as separate weights"
         )
+        yield Finding("shared weights", "warning", listed(groups), remedy)
 
 
 def plain_tensors(case: Case) -> Iterator[Finding]:
     """Tensors that are plain attributes: they are not saved and do not change device."""
-    names = [name for name, _ in _plain(case.network)]
+    names = list(_attributes(case.network, Tensor))
     if names:
+        what = f"neither saved nor moved: {listed(names)}"
         remedy = 'use self.register_buffer("name", tensor), so that they are saved and moved'
-        yield Finding(
-            "plain tensors", "warning", f"neither saved nor moved: {listed(names)}", remedy
-        )
+        yield Finding("plain tensors", "warning", what, remedy)
 
 
-def _plain(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in network.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                yield f"{prefix}.{name}".lstrip("."), value
+def _attributes(network: nn.Module, *kinds: type) -> dict[str, Any]:
+    """The plain attributes of all layers that are of these kinds, by name."""
+    hidden = ("_modules", "_parameters", "_buffers", "training")
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, module in network.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and name not in hidden
+    }
 
 
 def plain_modules(case: Case) -> Iterator[Finding]:
     """Layers in a plain list, tuple or dict, which PyTorch does not know of."""
     known = set(case.network.modules())
     names = [
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in case.network.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, (list, tuple, dict))
-        and name not in ("_modules", "_parameters", "_buffers")
-        and any(each not in known and each.state_dict() for each in _modules(value))
+        name
+        for name, value in _attributes(case.network, list, tuple, dict).items()
+        if any(each not in known and each.state_dict() for each in _modules(value))
     ]
     if names:
         what = f"layers that are neither trained, saved nor moved: {listed(names)}"
@@ -97,40 +95,39 @@ def reload(case: Case) -> Iterator[Finding]:
             what = f"the factory makes another network each time: {str(error).partition(': ')[2]}"
             yield Finding("reload", "problem", what, "let it depend on its arguments only")
             return
-    probe = case.probe(3)
-    if not differ(
-        case.answer_alike(case.perturbed, probe), case.answer_alike(remade.eval(), probe)
-    ):
+    if _answers_alike(case, remade):
         yield Finding("reload", "ok", "gives the same output in another network from the factory")
         return
     hidden = listed(_hidden_state(case.network, remade)) or "not found: look for random numbers"
-    yield Finding(
-        "reload",
-        "problem",
-        f"with the same weights, another network answers differently; not in state_dict: {hidden}",
+    what = f"another network with the same weights answers differently; not in state_dict: {hidden}"
+    remedy = (
         "register what is random or learned as a buffer or parameter: otherwise a saved student "
-        "cannot be restored",
+        "cannot be restored"
     )
+    yield Finding("reload", "problem", what, remedy)
+
+
+def _answers_alike(case: Case, other: nn.Module) -> bool:
+    """Whether a network with the weights of the perturbed one gives the same output."""
+    probe = case.probe(3)
+    mine, theirs = (case.answer_alike(each, probe) for each in (case.perturbed, other.eval()))
+    return not differ(mine, theirs)
 
 
 def _hidden_state(one: nn.Module, other: nn.Module) -> list[str]:
     """Names of tensors and numbers that differ between two networks but are not saved."""
     saved = one.state_dict().keys()
-    mine, yours = ({**dict(n.named_buffers()), **dict(_plain(n))} for n in (one, other))
-    names = [k for k in mine.keys() & yours.keys() if k not in saved and _unlike(mine[k], yours[k])]
-    for (prefix, a), (_, b) in zip(one.named_modules(), other.named_modules(), strict=False):
-        for name, value in vars(a).items():
-            if (
-                isinstance(value, (int, float))
-                and value != vars(b).get(name)
-                and name != "training"
-            ):
-                names.append(f"{prefix}.{name}".lstrip("."))
-    return sorted(names)
+    mine, yours = (
+        {**dict(each.named_buffers()), **_attributes(each, Tensor, int, float)}
+        for each in (one, other)
+    )
+    return sorted(k for k in mine if k not in saved and _unlike(mine[k], yours.get(k)))
 
 
-def _unlike(one: Tensor, other: Tensor) -> bool:
-    return one.shape != other.shape or bool((one != other).any())
+def _unlike(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one != other)
+    return not torch.equal(one, other)
 
 
 @torch.no_grad()
@@ -148,14 +145,11 @@ def shipping(case: Case) -> Iterator[Finding]:
     try:
         shipped = _made_by_file(shipment(origin).text, origin.save_config)
         load_strict(shipped, case.perturbed.state_dict(), "the shipped file")
-        probe = case.probe(3)
-        found = case.answer_alike(shipped.eval(), probe)
-        same = not differ(case.answer_alike(case.perturbed, probe), found)
+        same = _answers_alike(case, shipped)
     except Exception as error:
+        what = f"its file does not work alone: {in_a_line(error)}"
         remedy = "let the factory's module run by itself, and read only attributes of conditioning"
-        yield Finding(
-            "shipping", "warning", f"its file does not work alone: {in_a_line(error)}", remedy
-        )
+        yield Finding("shipping", "warning", what, remedy)
         return
     if not same:
         what, remedy = "the shipped file answers differently", "see reload"

@@ -40,11 +40,8 @@ def gradients(case: Case) -> Iterator[Finding]:
         yield Finding("gradients", "ok", f"reach all {len(named)} parameter tensors")
     fixed = [name for name, weight in case.network.named_parameters() if not weight.requires_grad]
     if fixed:
-        yield Finding(
-            "fixed weights",
-            "ok",
-            f"not trained, since they do not require gradients: {listed(fixed)}",
-        )
+        what = f"not trained, since they do not require gradients: {listed(fixed)}"
+        yield Finding("fixed weights", "ok", what)
 
 
 def backward(case: Case, network: nn.Module) -> Tensor:
@@ -64,12 +61,9 @@ def learning(case: Case) -> Iterator[Finding]:
             what = f"{losses[0]:.4g} -> {min(losses):.4g} in {STEPS} steps on one batch"
             yield Finding("learns", "ok", what)
             return
-    yield Finding(
-        "learns",
-        "problem",
-        f"the loss on one batch stays at {losses[0]:.4g} for {STEPS} steps",
-        "look for a detach(), a no_grad, or an output whose range excludes the target",
-    )
+    what = f"the loss on one batch stays at {losses[0]:.4g} for {STEPS} steps"
+    remedy = "look for a detach(), a no_grad, or an output whose range excludes the target"
+    yield Finding("learns", "problem", what, remedy)
 
 
 def _losses(case: Case, learning_rate: float) -> list[float]:
@@ -104,7 +98,7 @@ def checkpointing(case: Case) -> Iterator[Finding]:
         enable_gradient_checkpointing(network)
     except UsageError:
         what = "not supported: it has no enable_gradient_checkpointing()"
-        yield Finding("checkpointing", "ok", what)
-        return
-    backward(case, network)
-    yield Finding("checkpointing", "ok", "--gradient-checkpointing works")
+    else:
+        backward(case, network)
+        what = "--gradient-checkpointing works"
+    yield Finding("checkpointing", "ok", what)
