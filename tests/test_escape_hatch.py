@@ -299,8 +299,8 @@ def test_a_given_student_that_its_scheduler_misreads_is_refused(changes, message
     student = dkdm.Denoiser(torch.nn.Conv2d(3, 3, 1), dkdm.karras(50), own, SHAPE)
     student = replace(student, call=lambda network, x, time, cond: network(x), **changes)
     with pytest.raises(UsageError, match=message):
-        given_student(student)
-    given_student(replace(student, process=replace(student.process, scheduler={})))
+        given_student(student, student)
+    given_student(replace(student, process=replace(student.process, scheduler={})), student)
 
 
 def test_a_given_student_may_round_its_times():
@@ -308,7 +308,7 @@ def test_a_given_student_may_round_its_times():
     student = dkdm.Denoiser(
         torch.nn.Conv2d(3, 3, 1), flow, own, SHAPE, call=lambda n, x, t, c: n(x)
     )
-    given_student(replace(student, time=lambda process: (50 * process.sigma).float()))
+    given_student(replace(student, time=lambda process: (50 * process.sigma).float()), student)
 
 
 def test_a_flow_on_betas_has_a_student_that_predicts_v():

@@ -183,7 +183,7 @@ def test_images_in_another_range_are_noticed():
     mixture = ten_points()
     pixels = 127.5 * (mixture.sample(32, torch.Generator().manual_seed(0)).float() + 1)
     found = check_denoising(exact(mixture=mixture), num_steps=STEPS, images=pixels, max_trials=2)
-    assert found.warnings[0].what.startswith("those given have mean")
+    assert found.warnings[0].what.startswith("the given ones have mean")
 
 
 def test_samples_that_are_not_finite_end_the_check():

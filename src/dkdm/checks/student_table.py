@@ -21,7 +21,7 @@ from dkdm.models import place
 from dkdm.students import PRESETS, Preset, untried_student_of
 
 MAX_MACS_ON_CPU = 2e11
-"""Of a batch: about ten seconds on one core. More expensive networks are not timed on a CPU."""
+"""About ten seconds a batch on one core. More expensive networks are not timed on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def list_students(
 
     The students are built on torch's meta device, which holds no numbers, and the teacher is
     evaluated once, on one sample. measuring: then build the smaller ones, with random weights, and
-    time each for so many seconds, alternating with the teacher, which is moved to the accelerator.
-    None: do not.
+    time each for `seconds`, alternating with the teacher, which is moved to the accelerator; None
+    times nothing.
     """
     teacher_macs, rows = count_macs(teacher), []
     beside = _timed_teacher(teacher, teacher_macs, measuring) if measuring else None

@@ -17,10 +17,8 @@ from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
 from dkdm.models import chosen_teacher, with_texts
 from dkdm.models.student_process import with_process
-from dkdm.runs.outputs import (
-    sampling_guidance,
-)
-from dkdm.students import as_denoiser, given_student, student_of
+from dkdm.runs.outputs import sampling_guidance
+from dkdm.students import given_student, student_of
 from dkdm.students.space import check_same_samples
 
 
@@ -61,14 +59,13 @@ def open_student(
     """Build the student that a config names, or read the network that was given in its place."""
     refuse_shared_network(teacher, given)
     if isinstance(given, Denoiser):
-        return given_student(like_teacher(given, teacher))
+        return given_student(like_teacher(given, teacher), teacher)
     own = teacher.parameterization
     if config.source == "synthetic" and own.learns_variance:  # nothing would teach it
         teacher = replace(teacher, parameterization=replace(own, variance="fixed_small"))
     reading = config.student_prediction, config.student_process
     if isinstance(given, nn.Module):
-        like = with_process(teacher, *reading)
-        return given_student(as_denoiser(type(given).__name__, given, like))
+        return given_student(given, with_process(teacher, *reading))
     return student_of(config.student, teacher, *reading, config.student_factory)
 
 

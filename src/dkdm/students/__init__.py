@@ -96,8 +96,13 @@ def _takes_text(network: nn.Module) -> bool:
 _TEXT = "encoder_hidden_states"
 
 
-def given_student(student: Denoiser) -> Denoiser:
-    """A student whose network was given as an object. Raises UsageError if it does not fit."""
+def given_student(student: Denoiser | nn.Module, like: Denoiser) -> Denoiser:
+    """A student that was given as an object; a network is read like another model.
+
+    Raises UsageError if it does not fit.
+    """
+    if isinstance(student, nn.Module):
+        student = as_denoiser(type(student).__name__, student, like)
     check_is_sampled(student)
     student.check()
     remember_object(student)

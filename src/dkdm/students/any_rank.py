@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
+from dkdm.networks import network_class
 from dkdm.students.interface import Interface, check_halvings, patch_sides, preset
 
 ATTENDED_PLACES = 1024
 
 
-def uvit(interface: Interface, width: int, depth: int, heads: int) -> nn.Module:
-    """dkdm's UVit; the patch is by `patch_sides`."""
-    from dkdm.networks.uvit import UVit
+def patched(interface: Interface, name: str, **sizes: int) -> nn.Module:
+    """One of dkdm's transformers, UVit or LinearTransformer; the patch is by `patch_sides`."""
+    fitted = _fitted(interface)
+    network: nn.Module = network_class(name)(patch_size=patch_sides(interface), **sizes, **fitted)
+    return network
 
-    patch = patch_sides(interface)
-    return UVit(patch_size=patch, width=width, depth=depth, heads=heads, **_fitted(interface))
 
-
-def linear(interface: Interface, width: int, depth: int, heads: int) -> nn.Module:
-    """dkdm's LinearTransformer; the patch is by `patch_sides`."""
-    from dkdm.networks.linear import LinearTransformer
-
-    patch, fitted = patch_sides(interface), _fitted(interface)
-    return LinearTransformer(patch_size=patch, width=width, depth=depth, heads=heads, **fitted)
+uvit = partial(patched, name="UVit")
+linear = partial(patched, name="LinearTransformer")
 
 
 def mobile(interface: Interface, channels: tuple[int, ...], blocks: int) -> nn.Module:

@@ -143,7 +143,7 @@ def half_as_deep(interface: Interface, name: str) -> nn.Module:
 
 
 def _teacher(interface: Interface, name: str, classes: Sequence[str] = ()) -> nn.Module:
-    """The network to cut from. Raises UsageError if it has none of these classes."""
+    """The network to cut from. Raises UsageError if it is of another class."""
     network = interface.teacher
     if not isinstance(network, nn.Module):
         raise UsageError(f"{name} is cut from a teacher's network, and this teacher has none")

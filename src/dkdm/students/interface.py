@@ -22,8 +22,8 @@ class Interface:
 
     sample_shape: (C, ...) of one sample; out_channels: C, or 2C with a learned variance.
     conditioning: what it is fed beside (x_t, t). teacher: the teacher's network, for students that
-    are cut from it; None, or a function, if it has no network. autoencoder: whose latents the
-    samples are; None in pixel space.
+    are cut from it; None, or a function, if it has no network. autoencoder: the one whose
+    latents the samples are; None in pixel space.
     """
 
     sample_shape: tuple[int, ...]

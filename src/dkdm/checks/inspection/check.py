@@ -187,8 +187,8 @@ def _failure(
         what = _seen(levels)
         usual = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
         remedy = (
-            f"none of {max_trials} other combinations of prediction type, time, sign and schedule "
-            "denoises: check that these are trained weights, and how the network's input is scaled"
+            f"{max_trials} other combinations of prediction type, time, sign and schedule do not "
+            "denoise either: check that these are trained weights, and how the input is scaled"
         )
     else:
         what, usual = "its samples are not finite", "finite numbers"
@@ -207,12 +207,12 @@ def _seen(levels: tuple[LevelError, ...]) -> str:
     best = min(decisive, key=lambda level: level.blind_ratio)
     return (
         f"its error is {worst.blind_ratio:.3g} times that of a blind guess at t = {worst.t}, and "
-        f"{best.blind_ratio:.3g} times at the best, t = {best.t}"
+        f"{best.blind_ratio:.3g} times at the best level, t = {best.t}"
     )
 
 
 def _about_samples(process: Process, drawn: Tensor, real: Tensor | None) -> Iterator[Finding]:
-    """Whether the samples that are noised are those that the network was trained on."""
+    """Whether the network was trained on samples like those that are noised."""
     if _ends_in_signal(process):
         remedy = "sampling and distillation start from pure noise, which it was not trained on"
         if real is None:
@@ -224,9 +224,9 @@ def _about_samples(process: Process, drawn: Tensor, real: Tensor | None) -> Iter
         mine, given = _spread(drawn), _spread(real)
         alike = 2 / 3 < given.std / max(mine.std, 1e-12) < 3 / 2
         if not alike or abs(given.mean - mine.mean) >= mine.std:
-            what = f"those given have mean {given.mean:.2f}, standard deviation {given.std:.2f}"
+            what = f"the given ones have mean {given.mean:.2f}, standard deviation {given.std:.2f}"
             remedy = "bring them to the range it was trained on (-1..1, or scaled latents)"
-            usual = f"about {mine.mean:.2f} and {mine.std:.2f}, as the model's own samples"
+            usual = f"about {mine.mean:.2f} and {mine.std:.2f}, as the samples that it draws"
             yield Finding("samples", "warning", what, remedy, usual)
 
 
@@ -249,6 +249,6 @@ def _about_values(process: Process, drawn: Samples) -> Iterator[Finding]:
         remedy = "it was trained on data in 0..1: it can be distilled, but images will look pale"
         yield Finding("range", "warning", what, remedy, "-1..1, the range of images")
     elif (process.alpha < 1).any() and not 0.05 < spread.std < 3:
-        remedy = "check the scaling factor its latents were trained with"
+        remedy = "check the scaling factor of its latents"
         usual = "a standard deviation near 1 for latents, near 0.5 for images"
         yield Finding("range", "warning", what, remedy, usual)

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.kinds import null_or_none
 from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
 from dkdm.core.steps import sample
-from dkdm.errors import UsageError
 
-# Levels where SNR times variance is between these decide: outside, every guess is as good.
+# Levels whose SNR times variance lies between these decide: outside, every guess is as good.
 DECISIVE = (0.03, 30.0)
 INNER_LEVELS = 10
 # A working model's largest and smallest ratio to the blind guess. Measured: at most 0.5 and 0.2
@@ -40,14 +40,14 @@ CURED_LEVELS = 3
 # builtin:fashion, 0.0025 for an untrained network that follows its labels alone.
 LEAST_SPREAD = 0.01
 FEW_STEPS = 10
-# More samples are drawn where one has few values, so that the ratios are known to a few percent.
+# More samples are drawn if one has few values, so that the ratios are known to a few percent.
 MIN_VALUES = 2048
 
 
 class Samples(NamedTuple):
-    """Clean samples and what they were drawn under.
+    """Clean samples and their conditions.
 
-    clipped_share: of the values predicted on the way, those that clipping cut by more than a tenth.
+    clipped_share: of the values predicted on the way, how many clipping cut by more than a tenth.
     """
 
     x_0: Tensor
@@ -88,7 +88,8 @@ def drawn_samples(
 ) -> Samples:
     """Draw from the model without noise in its steps (DDIM).
 
-    label: what the progress line says; None shows none. one_condition: all under the first one.
+    label: what the progress line says; None shows no line. one_condition: whether all are
+    drawn under the first condition.
     """
     process, shape = denoiser.process, tuple(denoiser.sample_shape)
     count = samples_needed(denoiser, num_samples)
@@ -99,7 +100,7 @@ def drawn_samples(
     start = process.start_std * torch.randn(count, *shape, generator=noise)
     steps = process.timesteps(min(num_steps, process.num_levels))
     clipped: list[float] = []
-    shown = nullcontext(_silent) if label is None else track(len(steps), 0, label)
+    shown = nullcontext(lambda _: None) if label is None else track(len(steps), 0, label)
     with shown as show:
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
@@ -114,7 +115,7 @@ def drawn_samples(
 
 
 def follows_noise(denoiser: Denoiser, seed: int) -> bool:
-    """Whether samples under one condition differ, by the noise that their chains begin with.
+    """Whether samples under one condition differ because their chains start from other noise.
 
     A network that ignores its input predicts its samples perfectly, and is no denoiser.
     """
@@ -127,10 +128,6 @@ def samples_needed(denoiser: Denoiser, at_least: int) -> int:
     return max(at_least, math.ceil(MIN_VALUES / math.prod(denoiser.sample_shape)))
 
 
-def _silent(done: int) -> None:
-    del done
-
-
 def _clipped_share(process: Process, t: int, x_0: Tensor) -> list[float]:
     """Empty if x_0 is not clipped, or the noise so strong that any prediction overshoots."""
     limit = process.clipping.range
@@ -141,9 +138,8 @@ def _clipped_share(process: Process, t: int, x_0: Tensor) -> list[float]:
 
 def given_samples(denoiser: Denoiser, images: Tensor) -> Samples:
     """Images [N, ...] as samples of the model, under its null condition if it has one."""
-    try:
-        cond = denoiser.conditioning.null(len(images))
-    except UsageError:
+    cond = null_or_none(denoiser.conditioning, len(images))
+    if cond is None:
         cond = denoiser.conditioning.in_turns(len(images))
     return Samples(images.to(denoiser.device, torch.float32), cond)
 
@@ -154,7 +150,7 @@ def level_errors(denoiser: Denoiser, samples: Samples, seed: int) -> tuple[Level
 
 
 def levels_until_bad(denoiser: Denoiser, samples: Samples, seed: int) -> tuple[LevelError, ...]:
-    """The same, up to the first level that rules the model out."""
+    """`level_errors` up to the first level that rules the model out."""
     errors = []
     for error in _errors(denoiser, samples, seed):
         errors.append(error)

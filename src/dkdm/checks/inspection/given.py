@@ -52,7 +52,7 @@ def _arrays(path: Path) -> list[Tensor]:
         )
     try:
         found = reader(path)
-    except Exception as error:  # whatever a reader raises of a damaged file
+    except Exception as error:  # a damaged file may raise anything
         raise UsageError(f"--samples {path} cannot be read: {in_a_line(error)}") from error
     return [array for array in found if array.ndim > 1 and not array.is_complex()]
 

@@ -105,13 +105,13 @@ class Change:
 
 def applied(denoiser: Denoiser, change: Change) -> Denoiser:
     """The same network, read as the change says. Raises UsageError if the parts do not fit."""
-    own, call = denoiser.parameterization, denoiser.call
+    meaning, call = denoiser.parameterization, denoiser.call
     assert call is not None
     changes: dict[str, Any] = {}
     if change.schedule is not None:
         changes["process"] = change.schedule.process
     if change.prediction is not None:
-        changes["parameterization"] = replace(own, prediction=change.prediction)
+        changes["parameterization"] = replace(meaning, prediction=change.prediction)
     if change.time is not None:
         changes["time"] = change.time
     elif not change.keeps_family:
@@ -171,7 +171,7 @@ def _ratio(
             return None
         levels = levels_until_bad(reading, samples, seed)
         found = cures(levels) and follows_noise(reading, seed)
-    except Exception:  # whatever a network raises that is read as it was not meant
+    except Exception:  # a network that is read wrongly may raise anything
         return None
     return mean_ratio(levels) if found else None
 
@@ -205,9 +205,9 @@ def _combinations(denoiser: Denoiser) -> Iterator[Change]:
     process = denoiser.process
     for schedule in (None, *_schedules(denoiser)):
         kinds = prediction_types(schedule.process if schedule else process)
-        own = denoiser.parameterization.prediction
-        predictions = [None if kind == own else kind for kind in kinds]
-        if own not in kinds and (schedule is None or schedule.same_family):
+        current = denoiser.parameterization.prediction
+        predictions = [None if kind == current else kind for kind in kinds]
+        if current not in kinds and (schedule is None or schedule.same_family):
             predictions.append(None)
         times = _other_times(denoiser, schedule)
         signs = (False, True)
@@ -226,7 +226,7 @@ def _other_times(denoiser: Denoiser, schedule: Schedule | None) -> list[Time]:
     for time in TIMES:
         try:
             times = network_time(process, time)
-        except UsageError:  # infinite where a flow ends in pure noise
+        except UsageError:  # infinite if a flow ends in pure noise
             continue
         if times.isfinite().all() and not any(_same(times, other) for other in seen):
             seen.append(times)
@@ -239,37 +239,37 @@ def _same(times: Tensor, others: Tensor) -> bool:
 
 
 def _schedules(denoiser: Denoiser) -> Iterator[Schedule]:
-    own, total = denoiser.process, denoiser.process.num_levels
-    if own.clipping.range is not None:
-        yield _unclipped(own)
-    for schedule in (*_beta_schedules(own), *_other_families(total)):
+    given, total = denoiser.process, denoiser.process.num_levels
+    if given.clipping.range is not None:
+        yield _unclipped(given)
+    for schedule in (*_beta_schedules(given), *_other_families(total)):
         process = schedule.process
         kind = process_kind(process)
-        if _same(process.alpha, own.alpha) and _same(process.sigma, own.sigma):
+        if _same(process.alpha, given.alpha) and _same(process.sigma, given.sigma):
             continue
-        if not schedule.same_family and kind == process_kind(own):
+        if not schedule.same_family and kind == process_kind(given):
             continue
         yield schedule
 
 
-def _unclipped(own: Process) -> Schedule:
+def _unclipped(given: Process) -> Schedule:
     """The same process without clipping."""
     off = {"clip_sample": False, "thresholding": False}
-    entries = {key: value for key, value in off.items() if own.scheduler.get(key, True)}
-    process = replace(own, clipping=Clipping(), scheduler={**own.scheduler, **entries})
+    entries = {key: value for key, value in off.items() if given.scheduler.get(key, True)}
+    process = replace(given, clipping=Clipping(), scheduler={**given.scheduler, **entries})
     code = "dataclasses.replace(process, clipping=dkdm.Clipping())"
     return Schedule(process, code, "samples that are not clipped", {"clip_sample": False}, True)
 
 
-def _beta_schedules(own: Process) -> Iterator[Schedule]:
-    same = process_kind(own) == "variance preserving"
-    named = own.scheduler.get("_class_name") in ("DDPMScheduler", "DDIMScheduler")
+def _beta_schedules(given: Process) -> Iterator[Schedule]:
+    same = process_kind(given) == "variance preserving"
+    named = given.scheduler.get("_class_name") in ("DDPMScheduler", "DDIMScheduler")
     base = {
         "_class_name": "DDPMScheduler",
-        "num_train_timesteps": own.num_levels,
+        "num_train_timesteps": given.num_levels,
         "clip_sample": False,
     }
-    kept = dict(own.scheduler) if same and named else base
+    kept = dict(given.scheduler) if same and named else base
     for betas in BETAS:
         config = {**kept, "trained_betas": None, "rescale_betas_zero_snr": False, **betas}
         process = from_scheduler_config(config)
@@ -301,7 +301,7 @@ def process_kind(process: Process) -> ProcessKind:
 
 
 def prediction_types(process: Process) -> Iterable[PredictionType]:
-    """Those in use with such a process; epsilon is refused where alpha = 0."""
+    """The kinds in use with such a process; epsilon says nothing of x_0 if alpha = 0."""
     if process_kind(process) == "variance exploding":
         return ("edm", "edm_v", "epsilon", "sample")
     if process_kind(process) == "flow":

@@ -1,4 +1,4 @@
-"""The corrected line: what the user types in place of what is wrong."""
+"""The corrected line: what to type instead."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def corrected(denoiser: Denoiser, change: Change) -> str:
 
     A Python teacher gets the whole `dkdm.Denoiser(...)`, in the names `network`, `process` and
     `conditioning` of its first argument, its process and its conditions; a folder the entries of
-    its scheduler_config.json; a checkpoint file the flags. What these cannot say is Python too.
+    its scheduler_config.json; a checkpoint file the flags. If these cannot say it, the line is
+    Python too.
     """
     if Path(denoiser.name).is_file():
         return _flags(change) or _replaced(denoiser, change)
@@ -61,8 +62,8 @@ def _entries(denoiser: Denoiser, change: Change) -> str | None:
         entries["prediction_type"] = change.prediction
     if not _says(entries, denoiser, change):
         return None
-    own = denoiser.process.scheduler
-    entries = {key: value for key, value in entries.items() if own.get(key) != value}
+    scheduler = denoiser.process.scheduler
+    entries = {key: value for key, value in entries.items() if scheduler.get(key) != value}
     shown = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in entries.items())
     return f"write {shown} in {_scheduler_file(denoiser)}"
 
@@ -159,12 +160,12 @@ def _shown_process(denoiser: Denoiser) -> str:
 
 
 def _read_as(denoiser: Denoiser, change: Change) -> str:
-    own = denoiser.parameterization
-    parts = [f'"{change.prediction or own.prediction}"']
-    if own.variance != "fixed_small":
-        parts.append(f'variance="{own.variance}"')
-    if own.sigma_data != 0.5:
-        parts.append(f"sigma_data={own.sigma_data}")
+    meaning = denoiser.parameterization
+    parts = [f'"{change.prediction or meaning.prediction}"']
+    if meaning.variance != "fixed_small":
+        parts.append(f'variance="{meaning.variance}"')
+    if meaning.sigma_data != 0.5:
+        parts.append(f"sigma_data={meaning.sigma_data}")
     return f"dkdm.Parameterization({', '.join(parts)})"
 
 

@@ -18,10 +18,11 @@ from dkdm.core.prediction import PredictionType
 from dkdm.core.progress import track
 from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
+from dkdm.evaluation.numbers import count
 from dkdm.models.custom_network import Factory, is_own
 from dkdm.models.student_process import with_process
 from dkdm.shipping.graph.fault_line import fault_line, in_a_line, in_brackets
-from dkdm.students import as_denoiser, given_student, untried_student_of
+from dkdm.students import given_student, untried_student_of
 
 __all__ = ["LOOKS", "Checkup", "check_student", "first_look"]
 
@@ -66,7 +67,7 @@ def check_student(
         made = _made(student, like, factory)
     except DkdmError as error:
         return Checkup([_not_made(error)], error)
-    remake = partial(_remade, student, like, factory) if isinstance(student, str) else None
+    remake = partial(_made, student, like, factory) if isinstance(student, str) else None
     try:
         case = Case(made, teacher, remake)
     except Exception as error:
@@ -125,22 +126,15 @@ def _made(
 ) -> Denoiser:
     if isinstance(student, str):
         return untried_student_of(student, teacher, factory)
-    if isinstance(student, nn.Module):
-        student = as_denoiser(type(student).__name__, student, teacher)
-    return given_student(student)
-
-
-def _remade(student: str, teacher: Denoiser, factory: Factory | None) -> nn.Module:
-    network: nn.Module = untried_student_of(student, teacher, factory).network  # type: ignore[assignment]
-    return network
+    return given_student(student, teacher)
 
 
 def _not_made(error: DkdmError) -> Finding:
     cause = error.__cause__
     what = str(error) if cause is None else f"{error}{in_brackets(fault_line(error))}"
     remedy = (
-        "make the module importable where dkdm runs: in the current folder or installed, with all "
-        "that it imports"
+        "make the module and all that it imports importable: put it into the current folder, or "
+        "install it"
         if isinstance(cause, ImportError)
         else "a factory is called as make(sample_shape, out_channels, conditioning) and returns an "
         "nn.Module"
@@ -175,8 +169,8 @@ def _speed(case: Case) -> Iterator[Finding]:
     rates = [evaluations_per_second(model, TIMED_BATCH, 0.5) for model in models]
     share = f" ({macs[0] / macs[1]:.1%} of the teacher's)" if macs[1] else ""
     what = (
-        f"{macs[0]:,} MACs an evaluation{share}; {rates[0]:,.0f} evaluations a second in batches "
-        f"of {TIMED_BATCH}, the teacher {rates[1]:,.0f}"
+        f"{count(macs[0])} MACs an evaluation{share}; {rates[0]:,.0f} evaluations a second in "
+        f"batches of {TIMED_BATCH}, the teacher {rates[1]:,.0f}"
     )
     yield Finding("speed", "ok", what)
 

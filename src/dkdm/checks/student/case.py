@@ -56,14 +56,14 @@ class Probe(NamedTuple):
 class Case:
     """A student to check.
 
-    remake: makes its network once more; None if it was given as an object. perturbed: a copy of its
+    remake: makes it once more; None if it was given as an object. perturbed: a copy of its
     network with noise on every weight, in evaluation mode. A layer that starts at zero would hide
     all layers before it; what is zero in the copy stays zero.
     """
 
     student: Denoiser
     teacher: Denoiser
-    remake: Callable[[], nn.Module] | None
+    remake: Callable[[], Denoiser] | None
     perturbed: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,8 +110,9 @@ class Case:
         last = student.process.num_levels - 1
         low, high = (1 - reach) / 2, (1 + reach) / 2
         t = (torch.linspace(low, high, count) * last).round().long().roll(seed)
-        drawn = student.conditioning.in_turns(count + seed)
-        drawn = student.conditioning.null(count) if null else _rows(drawn, seed)
+        turns = student.conditioning.in_turns(count + seed)
+        later = {name: value[seed:] for name, value in turns.items()}
+        drawn = student.conditioning.null(count) if null else later
         cond = {k: v.expand(count, *v.shape) for k, v in student.constants.items()}
         cond |= student.conditioning.embed(drawn)
         if student.embeds_guidance:
@@ -155,10 +156,6 @@ class Case:
         for buffer, value in kept:
             buffer.copy_(value)
         return output
-
-
-def _rows(cond: Condition, first: int) -> Condition:
-    return {key: value[first:] for key, value in cond.items()}
 
 
 def differ(one: Tensor, other: Tensor) -> bool:

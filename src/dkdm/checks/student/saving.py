@@ -86,7 +86,7 @@ def reload(case: Case) -> Iterator[Finding]:
     if case.remake is None:
         yield Finding("reload", "ok", "not tried: the network was given as an object")
         return
-    remade = case.remake().to(case.student.device)
+    remade: nn.Module = case.remake().network.to(case.student.device)  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
         save_network(case.perturbed, Path(folder))
         try:

@@ -22,7 +22,7 @@ LEARNING_RATES = (1e-3, 1e-4)
 
 
 def gradients(case: Case) -> Iterator[Finding]:
-    """Whether every parameter has an effect, on weights where no zero hides another."""
+    """Whether every parameter has an effect, with noise on all, so that no zero hides another."""
     network = case.copied().train().requires_grad_(True)
     network.load_state_dict(case.perturbed.state_dict())
     backward(case, network)
