@@ -23,7 +23,7 @@ from dkdm.evaluation.memory import (
     fused_attention,
     weights_mib,
 )
-from dkdm.students import untried_student_of
+from dkdm.students import sketched_student_of
 
 GIB = 2**10  # MiB
 CONTEXT_MIB = 500.0  # CUDA and its libraries on recent cards
@@ -136,9 +136,8 @@ def _saved_by_int8(teacher: Denoiser) -> float:
 
 
 def _student(teacher: Denoiser, config: DistillConfig) -> Denoiser:
-    with torch.device("meta"):
-        student = untried_student_of(config.student, teacher, config.student_factory)
-    network = student.network.to("meta")  # type: ignore[union-attr]
+    student = sketched_student_of(config.student, teacher, config.student_factory)
+    network: nn.Module = student.network  # type: ignore[assignment]
     student.check()
     silence_label_dropout(network)
     if config.gradient_checkpointing:

@@ -18,7 +18,7 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.cost import count_macs, evaluations_in_turns
 from dkdm.evaluation.numbers import count, number
 from dkdm.models import place
-from dkdm.students import PRESETS, Preset, untried_student_of
+from dkdm.students import PRESETS, Preset, sketched_student_of, untried_student_of
 
 MAX_MACS_ON_CPU = 2e11
 """About ten seconds a batch on one core. More expensive networks are not timed on a CPU."""
@@ -69,19 +69,12 @@ def list_students(
 
 def _row(preset: Preset, teacher: Denoiser, teacher_macs: int) -> StudentRow:
     try:
-        student = _without_numbers(preset.name, teacher)
+        student = sketched_student_of(preset.name, teacher)
     except UsageError as error:
         return StudentRow(preset.name, preset.summary, misfit=str(error))
     parameters, macs = student.num_parameters, count_macs(student)
     size = (parameters, _ratio(parameters, teacher.num_parameters))
     return StudentRow(preset.name, preset.summary, *size, macs, _ratio(macs, teacher_macs))
-
-
-def _without_numbers(name: str, teacher: Denoiser) -> Denoiser:
-    with torch.device("meta"):
-        student = untried_student_of(name, teacher)
-    student.network.to("meta")  # type: ignore[union-attr]  # tables made from numpy were not
-    return student
 
 
 def _ratio(number: int, of: int) -> float | None:

@@ -43,6 +43,7 @@ __all__ = [
     "as_denoiser",
     "given_student",
     "load_student",
+    "sketched_student_of",
     "student_of",
     "untried_student_of",
 ]
@@ -68,8 +69,16 @@ def student_of(
     return student
 
 
+def sketched_student_of(spec: str, teacher: Denoiser, factory: Factory | None = None) -> Denoiser:
+    """A student on torch's meta device, which holds no numbers; it was not evaluated yet."""
+    with torch.device("meta"):
+        student = untried_student_of(spec, teacher, factory)
+    student.network.to("meta")  # type: ignore[union-attr]  # tables made from numpy were not
+    return student
+
+
 def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = None) -> Denoiser:
-    """A student that was not evaluated yet; under `torch.device("meta")` it holds no numbers."""
+    """A student that was not evaluated yet."""
     learned = teacher.parameterization.learns_variance
     out_channels = teacher.sample_shape[0] * (2 if learned else 1)
     interface = Interface(

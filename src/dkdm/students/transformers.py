@@ -61,13 +61,12 @@ def mmdit(interface: Interface, width: int, depth: int, patch: int | None = None
 
 
 PRESETS = [
-    preset(
-        "dit-tiny", "a small transformer, for minutes on a CPU", dit, width=64, depth=4, heads=2
-    ),
+    preset("dit-tiny", "a small transformer, for minutes on a CPU",
+           dit, width=64, depth=4, heads=2),
     preset("dit-xs", "a small transformer, for an hour on a CPU", dit, width=96, depth=4, heads=3),
     preset("dit-s", "DiT-S", dit, width=384, depth=12, heads=6),
     preset("dit-b", "DiT-B", dit, width=768, depth=12, heads=12),
     preset("dit-l", "DiT-L", dit, width=1024, depth=24, heads=16),
     preset("mmdit-tiny", "a small SD3 transformer, for an hour on a CPU", mmdit, width=96, depth=5),
     preset("mmdit-s", "an SD3 transformer as wide and deep as DiT-S", mmdit, width=384, depth=12),
-]
+]  # fmt: skip

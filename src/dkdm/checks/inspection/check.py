@@ -137,10 +137,12 @@ def _ends_in_signal(process: Process) -> bool:
     return process.snr()[-1].item() > NOISY_END
 
 
-def affordable_trials(denoiser: Denoiser, speed: float, seconds: float) -> int:
+def affordable_trials(
+    denoiser: Denoiser, speed: float, seconds: float, least: int = MIN_TRIALS
+) -> int:
     """How many other readings can be tried in a time. speed: evaluations a second."""
     a_trial = samples_needed(denoiser, 2) * (TRIAL_STEPS + 2)
-    return max(MIN_TRIALS, min(MAX_TRIALS, int(seconds * speed / a_trial)))
+    return max(least, min(MAX_TRIALS, int(seconds * speed / a_trial)))
 
 
 def quick_check(denoiser: Denoiser, speed: float, seed: int = 0) -> DenoisingCheck | None:
@@ -149,13 +151,11 @@ def quick_check(denoiser: Denoiser, speed: float, seed: int = 0) -> DenoisingChe
     None if even its smallest form takes longer. The less time is left, the fewer other readings
     are tried.
     """
-    count = samples_needed(denoiser, 2)
     steps = min(QUICK_STEPS, denoiser.process.num_levels)
-    needed = count * (steps + INNER_LEVELS + 2)
-    if needed > QUICK_SECONDS * speed:
+    left = QUICK_SECONDS - samples_needed(denoiser, 2) * (steps + INNER_LEVELS + 2) / speed
+    if left < 0:
         return None
-    left = (QUICK_SECONDS * speed - needed) / (count * (TRIAL_STEPS + 2))
-    trials = min(MAX_TRIALS, int(left))
+    trials = affordable_trials(denoiser, speed, left, least=0)
     return check_denoising(denoiser, num_samples=2, num_steps=steps, seed=seed, max_trials=trials)
 
 
