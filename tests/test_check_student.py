@@ -184,7 +184,7 @@ def test_another_process_and_prediction_of_the_student():
 def test_a_module_that_cannot_be_imported_is_told_where_it_is_looked_for():
     [finding] = look("no_such_module:make").findings
     assert finding.status == "problem"
-    assert "importable where dkdm runs" in finding.remedy
+    assert "into the current folder, or install them" in finding.remedy
     [finding] = look("own_networks:raising_inside").findings
     assert "make(sample_shape, out_channels, conditioning)" in finding.remedy
 

@@ -136,9 +136,9 @@ def test_its_pipeline_draws_the_classes_it_learnt_and_refuses_others(of_two_clas
     assert set(drawn.tolist()) == {0, 2}
     assert torch.equal(pipeline._labels(None, 50, random.manual_seed(0)), drawn)
     assert pipeline._labels(2, 3, None).tolist() == [2, 2, 2]
-    with pytest.raises(ValueError, match="batch_size 3: expected one label or as many, not 2"):
+    with pytest.raises(ValueError, match="batch_size 3: give one label or as many, not 2"):
         pipeline._labels([0, 2], 3, None)
-    with pytest.raises(ValueError, match=r"expected some of \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"use some of \[0, 2\]"):
         pipeline(class_labels=[1], num_inference_steps=1)
     images = pipeline(class_labels=[2], num_inference_steps=1, output_type="pt").images
     assert images.shape == (1, 1, 8, 8)

@@ -133,8 +133,7 @@ def _not_made(error: DkdmError) -> Finding:
     cause = error.__cause__
     what = str(error) if cause is None else f"{error}{in_brackets(fault_line(error))}"
     remedy = (
-        "make the module and all that it imports importable: put it into the current folder, or "
-        "install it"
+        "put the module and all that it imports into the current folder, or install them"
         if isinstance(cause, ImportError)
         else "a factory is called as make(sample_shape, out_channels, conditioning) and returns an "
         "nn.Module"
