@@ -23,8 +23,7 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     Values outside are clamped, NaN is black. One or two channels give the first one in grey; more
     than three, as latents have, give the first three in colour.
     """
-    shown = images[:, : 3 if images.shape[1] >= 3 else 1].detach().float().cpu()
-    pixels = (shown.nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5
+    pixels = (_shown(images).nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5
     return pixels.round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -74,13 +73,10 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
     Black is equal, white the whole range; the colours between are `HEAT`. Returns [N, 3, H, W] in
     [-1, 1].
     """
-    apart = (to_uint8(a).astype(np.float32) - to_uint8(b).astype(np.float32)) / 255
-    place = torch.from_numpy(np.abs(apart).mean(axis=3)) * (len(HEAT) - 1)
-    stops = torch.tensor(HEAT, dtype=torch.float32)
-    low = place.long().clamp(max=len(HEAT) - 2)
-    share = (place - low)[..., None]
-    colours = stops[low] * (1 - share) + stops[low + 1] * share
-    return colours.permute(0, 3, 1, 2) / 127.5 - 1
+    apart = np.abs(to_uint8(a).astype(np.float32) - to_uint8(b)).mean(axis=3) / 255
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = [np.interp(apart, stops, channel) for channel in zip(*HEAT, strict=True)]
+    return torch.from_numpy(np.stack(colours, axis=1)).float() / 127.5 - 1
 
 
 def comparison_strip(teacher: Tensor, student: Tensor, scale: int = 1, gap: int = 1) -> Image.Image:
@@ -90,21 +86,19 @@ def comparison_strip(teacher: Tensor, student: Tensor, scale: int = 1, gap: int 
     plotted over one range, and the third row student - teacher. Returns an RGBA image.
     """
     if is_plotted(teacher):
-        return grid(torch.cat(_plotted(teacher, student)), len(teacher), scale, gap)
-    rows = [_in_colour(teacher), _in_colour(student), difference(teacher, student)]
+        low, high = value_range(torch.cat([teacher, student]))
+        half = (high - low) / 2
+        rows = [plots(samples, (low, high)) for samples in (teacher, student)]
+        rows.append(plots(student - teacher, (-half, half)))
+    else:
+        colour = [_shown(images).expand(-1, 3, -1, -1) for images in (teacher, student)]
+        rows = [*colour, difference(teacher, student)]
     return grid(torch.cat(rows), len(teacher), scale, gap)
 
 
-def _plotted(teacher: Tensor, student: Tensor) -> list[Tensor]:
-    low, high = value_range(torch.cat([teacher, student]))
-    half = (high - low) / 2
-    both = [plots(samples, (low, high)) for samples in (teacher, student)]
-    return [*both, plots(student - teacher, (-half, half))]
-
-
-def _in_colour(images: Tensor) -> Tensor:
-    shown = images.detach().float().cpu()
-    return shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
+def _shown(images: Tensor) -> Tensor:
+    """The channels that are shown: three, or the first."""
+    return images[:, : 3 if images.shape[1] >= 3 else 1].detach().float().cpu()
 
 
 def png_data_uri(image: Image.Image) -> str:

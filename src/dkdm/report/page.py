@@ -8,7 +8,6 @@ from typing import Any
 
 from dkdm.config import RunConfig, TrainConfig, to_json
 from dkdm.evaluation.numbers import count, number
-from dkdm.evaluation.results import ModelResult
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.reading.files import atomic
 from dkdm.reading.files import render as render_template
@@ -55,17 +54,18 @@ def render(run: Run) -> str:
 
 def headline(run: Run) -> str:
     """One sentence: what learned from what."""
-    config, finished = run.config, run.step >= run.config.max_train_steps
+    config = run.config
     if isinstance(config, TrainConfig):
-        return f"{config.network} {'was' if finished else 'is being'} trained on {config.images}."
-    verb = "learned" if finished else "is learning"
+        verb = "was" if run.is_finished else "is being"
+        return f"{config.network} {verb} trained on {config.images}."
+    verb = "learned" if run.is_finished else "is learning"
     if run.comparison is None:
         return f"{config.student} {verb} from {config.teacher}."
     teacher, student = run.comparison.teacher, run.comparison.student
     taught, teaching = kind(student.network), kind(teacher.network)
-    if taught == teaching:
-        return f"A {taught} {verb} from {_relative_size(teacher, student)}."
-    return f"A {taught} {verb} from a {teaching}."
+    larger = teacher.parameters - student.parameters
+    size = "one of its size" if larger == 0 else "a larger one" if larger > 0 else "a smaller one"
+    return f"A {taught} {verb} from {size if taught == teaching else f'a {teaching}'}."
 
 
 def claim(run: Run) -> str:
@@ -73,7 +73,7 @@ def claim(run: Run) -> str:
     if not run.is_distillation:
         return ""
     what = "No image" if run.noun == "image" else "No data"
-    return f"{what} {'was' if run.step >= run.config.max_train_steps else 'is'} read."
+    return f"{what} {'was' if run.is_finished else 'is'} read."
 
 
 def kind(network: str) -> str:
@@ -83,12 +83,6 @@ def kind(network: str) -> str:
     if "MLP" in network:
         return "residual MLP"
     return "convolutional UNet" if "UNet" in network else f"network ({network})"
-
-
-def _relative_size(teacher: ModelResult, student: ModelResult) -> str:
-    if teacher.parameters == student.parameters:
-        return "one of its size"
-    return "a larger one" if teacher.parameters > student.parameters else "a smaller one"
 
 
 def command_line(config: RunConfig) -> str:

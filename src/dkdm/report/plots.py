@@ -38,9 +38,8 @@ def plots(samples: Tensor, within: Range | None = None) -> Tensor:
     """Draw samples, each a plot: vectors [N, C] as bars, signals [N, C, L] as a line a channel.
 
     within: values at the lower and the upper edge; None is `value_range`. At most the first
-    `MOST_LINES` channels are drawn. Long signals are drawn as the band between the least and the
-    largest value of each column. Values that are not finite are left out. Returns [N, 3, HEIGHT,
-    WIDTH] in [-1, 1].
+    `MOST_LINES` channels are drawn, a long signal through the least and the largest value of each
+    column. Values that are not finite are left out. Returns [N, 3, HEIGHT, WIDTH] in [-1, 1].
     """
     samples = _as_signals(samples)
     low, high = within or value_range(samples)
@@ -105,9 +104,11 @@ def _bars(pen: ImageDraw.ImageDraw, heights: NDArray[np.float64], zero: float) -
 def _line(
     pen: ImageDraw.ImageDraw, heights: NDArray[np.float64], colour: tuple[int, int, int]
 ) -> None:
-    """Draw a line through all finite points, or a band if they are many."""
+    """Draw a line through all finite points; through the extremes of each column if many."""
     if len(heights) > 4 * WIDTH:
-        return _band(pen, heights, colour)
+        columns = [part[np.isfinite(part)] for part in np.array_split(heights, WIDTH)]
+        ends = [(part.min(), part.max()) if len(part) else (np.nan,) * 2 for part in columns]
+        heights = np.array(ends).flatten()
     across = np.linspace(2 * FINER, (WIDTH - 2) * FINER, len(heights))
     points = np.stack([across, heights], axis=1)
     gaps = np.flatnonzero(~np.isfinite(heights))
@@ -115,15 +116,3 @@ def _line(
         piece = piece[np.isfinite(piece).all(axis=1)]
         if len(piece) > 1:
             pen.line([tuple(point) for point in piece], fill=colour, width=2 * FINER, joint="curve")
-    return None
-
-
-def _band(
-    pen: ImageDraw.ImageDraw, heights: NDArray[np.float64], colour: tuple[int, int, int]
-) -> None:
-    for column, part in enumerate(np.array_split(heights, WIDTH)):
-        part = part[np.isfinite(part)]
-        if len(part):
-            left, right = column * FINER, (column + 1) * FINER - 1
-            top, bottom = float(part.min()), float(part.max())
-            pen.rectangle((left, top, right, max(bottom, top + 2 * FINER)), fill=colour)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from dkdm.reading.places import check_place
 from dkdm.report.grids import png_data_uri
 
 STAGES = 6  # sample grids shown of the training
-Read = TypeVar("Read")
 
 
 @dataclass
@@ -46,6 +45,11 @@ class Run:
         return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.step >= self.config.max_train_steps
+
+    @property
     def noun(self) -> str:
         """What a sample is called; an image if its shape is not known."""
         return self.comparison.noun if self.comparison else "image"
@@ -61,8 +65,7 @@ class Run:
         return isinstance(self.config, DistillConfig)
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """A grid of samples that the student drew during training."""
 
     step: int
@@ -77,24 +80,26 @@ def read_run(run_dir: Path) -> Run:
     run = Run(config, read_metrics(run_dir / "metrics.jsonl"))
     if not run.metrics:
         run.missing.append("metrics.jsonl is empty: no training step was logged.")
-    elif run.step < run.config.max_train_steps:
+    elif not run.is_finished:
         run.missing.append(
             f"The run is not finished: {run.step:,} of {run.config.max_train_steps:,} steps."
         )
     if run.is_distillation:
-        run.comparison = _or_missing(partial(read_evaluation, run_dir), run.missing)
-        run.samples = _or_missing(partial(read_samples, run_dir), run.missing) or {}
+        with _named_if_missing(run):
+            run.comparison = read_evaluation(run_dir)
+        with _named_if_missing(run):
+            run.samples = read_samples(run_dir)
     if run.config.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run
 
 
-def _or_missing(read: Callable[[], Read], missing: list[str]) -> Read | None:
+@contextmanager
+def _named_if_missing(run: Run) -> Iterator[None]:
     try:
-        return read()
+        yield
     except DkdmError as error:
-        missing.append(f"{error}.")
-        return None
+        run.missing.append(f"{error}.")
 
 
 def read_stages(folder: Path, missing: list[str]) -> list[Stage]:

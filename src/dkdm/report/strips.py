@@ -44,35 +44,33 @@ def strips(run: Run) -> tuple[list[Strip], list[Strip]]:
     if not 2 <= teacher.ndim <= 5 or teacher.shape != student.shape:
         run.missing.append(f"Samples of shape {tuple(teacher.shape[1:])} cannot be drawn.")
         return [], []
-    first = list(range(min(FIRST, len(teacher))))
-    halves = [half for half in (first[:PER_BLOCK], first[PER_BLOCK:]) if half]
-    groups = by_class(run, range(len(first), len(teacher)))
-    hero = [_strip(run, "", half, HERO) for half in halves]
-    more = [_strip(run, title, rows, BLOCK) for title, rows in groups]
+    rows = range(len(teacher))
+    hero = [_strip(run, "", half, HERO) for half in _blocks(rows[:FIRST])]
+    more = [_strip(run, title, block, BLOCK) for title, block in _by_class(run, rows[FIRST:])]
     return hero, more
 
 
-def by_class(run: Run, rows: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Cut samples into blocks of at most `PER_BLOCK`, each of one class if there are enough."""
+def _blocks(rows: Sequence[int]) -> list[list[int]]:
+    return [list(rows[i : i + PER_BLOCK]) for i in range(0, len(rows), PER_BLOCK)]
+
+
+def _by_class(run: Run, rows: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """Blocks, each with the name of its class if the classes have several samples each."""
     labels = run.samples.get("labels")
-    names = [_class_name(run, row) for row in rows]
-    if labels is None or len(set(names)) > len(rows) / 2:
-        return [("", list(rows[i : i + PER_BLOCK])) for i in range(0, len(rows), PER_BLOCK)]
     classes: dict[int, list[int]] = {}
     for row in rows:
-        classes.setdefault(int(labels[row]), []).append(row)
-    return [
-        (_class_name(run, group[0]), group[i : i + PER_BLOCK])
-        for _, group in sorted(classes.items())
-        for i in range(0, len(group), PER_BLOCK)
-    ]
+        classes.setdefault(0 if labels is None else int(labels[row]), []).append(row)
+    if len(classes) > len(rows) / 2:
+        return [("", block) for block in _blocks(rows)]
+    groups = [group for _, group in sorted(classes.items())]
+    return [(_name(run, group[0]), block) for group in groups for block in _blocks(group)]
 
 
-def _class_name(run: Run, row: int) -> str:
-    labels = run.samples.get("labels")
-    if labels is None:
+def _name(run: Run, row: int) -> str:
+    """What a sample was drawn for."""
+    if "labels" not in run.samples:
         return ""
-    label = int(labels[row])
+    label = int(run.samples["labels"][row])
     names = run.comparison.class_names if run.comparison else None
     return names[label] if names and label < len(names) else f"{run.asked_for} {label}"
 
@@ -81,10 +79,11 @@ def _strip(run: Run, title: str, rows: list[int], width: int) -> Strip:
     teacher, student = (_reduced(run.samples[key][rows]) for key in ("teacher", "student"))
     image = comparison_strip(teacher, student)
     full = PER_BLOCK * (image.width + 1) / len(rows) - 1
-    shown = title or ", ".join(filter(None, (_class_name(run, row) for row in rows)))
+    names = [] if title else [_name(run, row) for row in rows]
+    shown = title or ", ".join(filter(None, names))
     return Strip(
         title=title,
-        names=[] if title else [_class_name(run, row) for row in rows],
+        names=names,
         image=png_data_uri(image),
         width=image.width,
         height=image.height,
@@ -105,5 +104,4 @@ def _reduced(samples: Tensor) -> Tensor:
     images = None if is_plotted(samples) else as_images(samples)
     if images is None:
         return samples
-    factor = math.ceil(max(images.shape[2:]) / LARGEST_IMAGE)
-    return avg_pool2d(images.float(), factor)
+    return avg_pool2d(images.float(), math.ceil(max(images.shape[2:]) / LARGEST_IMAGE))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from dkdm.evaluation.numbers import compared, count, duration, number, percent
 from dkdm.evaluation.results import Comparison
@@ -14,32 +13,15 @@ from dkdm.report.run import Run
 
 @dataclass(frozen=True)
 class Tile:
-    """A key number; teacher and student, if given, are drawn as two bars."""
+    """A key number.
+
+    bars: who, and its length in percent of the longer one.
+    """
 
     label: str
     text: str
     detail: str
-    teacher: float | None = None
-    student: float | None = None
-
-    @property
-    def value(self) -> str:
-        """The number itself."""
-        return self.text.rpartition(" ")[0] or self.text
-
-    @property
-    def unit(self) -> str:
-        """What comes behind it in small letters."""
-        return self.text.removeprefix(self.value).strip()
-
-    @property
-    def bars(self) -> list[tuple[str, float]]:
-        """Who, and its length in percent of the longer one."""
-        if self.teacher is None or self.student is None:
-            return []
-        longest = max(self.teacher, self.student) or 1.0
-        lengths = {"teacher": self.teacher, "student": self.student}
-        return [(who, round(100 * value / longest, 1)) for who, value in lengths.items()]
+    bars: tuple[tuple[str, float], ...] = ()
 
 
 def tiles(run: Run) -> list[Tile]:
@@ -52,8 +34,7 @@ def tiles(run: Run) -> list[Tile]:
         things = f"{run.noun.capitalize()}s"
         found.append(Tile(f"{things} read", "0", "the student saw the teacher's answers only"))
     last = run.metrics[-1] if run.metrics else {}
-    evaluations: Any = last.get("teacher_evaluations")
-    rate: Any = last.get("steps_per_second")
+    evaluations, rate = last.get("teacher_evaluations"), last.get("steps_per_second")
     if is_number(evaluations) and evaluations > 0:
         detail = f"samples through the teacher in {run.step:,} steps"
         found.append(Tile("Teacher evaluations", count(evaluations), detail))
@@ -66,9 +47,12 @@ def tiles(run: Run) -> list[Tile]:
 def _tile(row: Row) -> Tile:
     """A share as it is, any other measurement as a multiple of the teacher's."""
     teacher, student = row.texts
-    text = student if row.format is percent else compared(row.student, row.teacher or 0)
+    base = row.teacher or 0
+    text = student if row.format is percent else compared(row.student, base)
     detail = f"{student} · teacher {teacher}; {row.better} is better"
-    return Tile(row.label.capitalize(), text, detail, row.teacher, row.student)
+    scale = 100 / (max(base, row.student) or 1.0)
+    bars = ("teacher", round(scale * base, 1)), ("student", round(scale * row.student, 1))
+    return Tile(row.label.capitalize(), text, detail, bars)
 
 
 def _copy_tile(comparison: Comparison) -> list[Tile]:
