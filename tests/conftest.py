@@ -22,23 +22,27 @@ os.environ.update(
 import random
 import zlib
 
-import hypothesis
-import numpy as np
 import pytest
-import torch
 
-from dkdm.evaluation import cost
 
-torch.set_num_threads(THREADS)
+def pytest_configure(config):
+    """Prepare the process that runs tests: the one that deals them out to others imports no torch."""
+    if UNDER_XDIST or not config.getoption("numprocesses", None):
+        import hypothesis
+        import torch
 
-hypothesis.settings.register_profile(
-    "dkdm", deadline=None, derandomize=True, database=None, print_blob=True
-)
-hypothesis.settings.load_profile("dkdm")
+        torch.set_num_threads(THREADS)
+        hypothesis.settings.register_profile(
+            "dkdm", deadline=None, derandomize=True, database=None, print_blob=True
+        )
+        hypothesis.settings.load_profile("dkdm")
 
 
 def seed_from_name(name: str) -> None:
     """Seed the global generators from a name: two names do not give the same noise."""
+    import numpy as np
+    import torch
+
     seed = zlib.crc32(name.encode())
     random.seed(seed)
     np.random.seed(seed)
@@ -63,6 +67,8 @@ def unchecked_teachers(request, monkeypatch):
 def short_measurements(request, monkeypatch):
     """One small batch shows the speed, three levels the gap: they would be most of a tiny run."""
     if request.node.get_closest_marker("measures") is None:
+        from dkdm.evaluation import cost
+
         timed = cost.evaluations_in_turns
         monkeypatch.setattr(cost, "evaluations_in_turns", lambda models, *_: timed(models, 2, 0.0))
         monkeypatch.setattr("dkdm.evaluation.comparison.GAP_LEVELS", 3)
