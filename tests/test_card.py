@@ -100,25 +100,20 @@ def test_measurements_are_the_hubs_index(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "free", "said"),
+    ("source", "said"),
     [
-        ("dynamic", True, "No image was read"),
-        ("shuffled", True, "No image was read"),
-        ("iterative", True, "No image was read"),
-        ("synthetic", True, "trained on samples of the teacher"),
-        ("real", False, "trained on images"),
-        ("mixed", False, "trained on images and on samples of the teacher"),
-        ("something-new", False, "`something-new`"),
+        ("dynamic", "No image was read"),
+        ("shuffled", "No image was read"),
+        ("iterative", "No image was read"),
+        ("synthetic", "trained on samples of the teacher"),
     ],
 )
-def test_what_was_read_is_said_by_the_source(tmp_path, source, free, said):
-    config = DistillConfig(output_dir=tmp_path)
-    object.__setattr__(config, "source", source)  # of other versions too, which this one refuses
-    write_card(tmp_path, denoiser(None), config)
+def test_what_was_read_is_said_by_the_source(tmp_path, source, said):
+    write_card(tmp_path, denoiser(None), DistillConfig(output_dir=tmp_path, source=source))
     card = ModelCard.load(tmp_path / "README.md")
     assert said in card.text
-    assert ("data-free" in card.data.tags) == free
-    assert ("no image was read" in card.text.lower()) == free
+    assert "data-free" in card.data.tags
+    assert "no image was read" in card.text.lower()
 
 
 def test_a_model_trained_on_images_claims_no_distillation(tmp_path):

@@ -22,16 +22,8 @@ from dkdm.shipping.pipeline_folder import shipping_notes, usage_snippet
 from dkdm.version import __version__
 
 NO_LICENCE = "the model card names no licence: give --license, or write 'license:' at the head of"
-DATA = {  # by --source; where dkdm knows no more, it does not say "no image was read"
-    "dynamic": "No image was read to train it.",
-    "shuffled": "No image was read to train it.",
-    "iterative": "No image was read to train it.",
-    "synthetic": "It was trained on samples of the teacher, noised afresh; no image was read.",
-    "real": "It was trained on images, as a baseline for data-free distillation.",
-    "mixed": "It was trained on images and on samples of the teacher together, as a baseline for "
-    "data-free distillation.",
-}
-DATA_FREE = ("dynamic", "shuffled", "iterative", "synthetic")
+NO_IMAGES = "No image was read to train it."
+SYNTHETIC = "It was trained on samples of the teacher, noised afresh; no image was read."
 
 
 def write_card(
@@ -120,8 +112,7 @@ def _task(denoiser: Denoiser) -> str | None:
 def _tags(denoiser: Denoiser, config: RunConfig) -> list[str]:
     tags = ["diffusers", "diffusion", "dkdm"]
     if isinstance(config, DistillConfig):
-        tags.append("distillation")
-        tags += ["data-free"] if config.source in DATA_FREE else []
+        tags += ["distillation", "data-free"]
     labelled = kind_of(denoiser.conditioning).asks == "class_labels"
     return tags + (["class-conditional"] if labelled else [])
 
@@ -174,7 +165,7 @@ def _lead(
         return f"{network} trained on {plain(Path(images).name)}."
     size = f" ({_sized(teacher)})" if teacher else ""
     student = f"{network} ({count(denoiser.num_parameters)} parameters)"
-    data = DATA.get(config.source, f"Its source of noisy samples was {code(config.source)}.")
+    data = SYNTHETIC if config.source == "synthetic" else NO_IMAGES
     return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
 
 
