@@ -267,14 +267,13 @@ def test_a_model_that_only_sounds_like_one_of_the_hub_is_none(tmp_path, monkeypa
     """Names of models built in Python: nothing of these names was loaded."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("own/thing", "builtin:mine"):
-        origin = origin_of(DistillConfig(teacher=name))
+        origin = origin_of(DistillConfig(teacher=name).teacher_choice)
         assert origin.base_model is None
         assert not origin.licence
 
 
-def test_a_run_without_teacher_has_no_origin_and_a_factory_no_card():
-    assert origin_of(TrainConfig()) is None
-    origin = origin_of(DistillConfig(teacher="factories:teacher"))
+def test_a_factory_has_no_card():
+    origin = origin_of(DistillConfig(teacher="factories:teacher").teacher_choice)
     assert (origin.name, origin.hub_id, origin.base_model) == ("factories:teacher", None, None)
     assert not origin.licence
 

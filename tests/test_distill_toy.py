@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dkdm.config import PoolOptions
 from dkdm.core.chains import Stride
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_few_step
@@ -63,7 +64,11 @@ def test_a_student_learns_the_mixture(process, teacher_kind, student_kind, strid
     network = Mlp(largest_time=float(process.network_time[-1]))
     student = Denoiser(network, process, Parameterization(student_kind), (2,))
     pool = empty_pool(
-        teacher, 4000, torch.device("cpu"), torch.float32, stride=Stride.parse(stride, LEVELS)
+        teacher,
+        4000,
+        torch.device("cpu"),
+        torch.float32,
+        stride=Stride.of_options(PoolOptions(stride=stride), LEVELS),
     )
     fill_few_step(pool, num_steps=10, batch_size=500)
     losses = torch.tensor(distil(student, pool, STEPS))

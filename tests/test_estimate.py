@@ -76,9 +76,9 @@ def test_durations_are_readable(seconds, words):
 def test_a_preparation_longer_than_training_is_advised_against(changes, flag):
     config = replace(CONFIG, **changes)
     long = estimated((1000, 100), 10, 0, Speeds(1.0, 1.0))
-    assert flag in advice(long, config)
-    assert "--max-train-steps" in advice(long, config)
-    assert advice(estimated((50, 100), 10, 0, Speeds(1.0, 1.0)), config) is None
+    assert flag in advice(long, config.pool)
+    assert "--max-train-steps" in advice(long, config.pool)
+    assert advice(estimated((50, 100), 10, 0, Speeds(1.0, 1.0)), config.pool) is None
 
 
 class Tracked(nn.Module):
@@ -100,7 +100,7 @@ def test_measuring_leaves_both_models_and_the_random_state_as_they_were():
     student.network.last.bias.grad = torch.ones(1)
     before = {key: value.clone() for key, value in student.network.state_dict().items()}
     random = torch.random.get_rng_state()
-    speeds = measured(teacher, student, CONFIG)
+    speeds = measured(teacher, student, CONFIG.training)
     assert speeds.evaluation > 0
     assert speeds.step > 0
     assert torch.equal(torch.random.get_rng_state(), random)

@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,7 @@ def as_own(folder):
 
 
 def carded(folder):
-    origin_of(replace(DistillConfig(), teacher=str(folder)))
+    origin_of(DistillConfig(teacher=str(folder)).teacher_choice)
 
 
 def scheduled(folder):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dkdm.config import DistillConfig
+from dkdm.config import DistillConfig, PoolOptions
 from dkdm.core.chains import Guidance, Stride
 from dkdm.core.checkpoint import read_tensors, write_parts
 from dkdm.core.conditioning import ClassLabels, Unconditional
@@ -54,7 +54,7 @@ class Squashing:
 def make(size=67, stride="1", dtype=torch.float32, process=COSINE, slope=0.5, **fields):
     """A pool of noise at levels spread evenly."""
     teacher = Denoiser(Squashing(slope), process, Parameterization("sample"), SHAPE, CLASSES)
-    law = Stride.parse(stride, process.num_levels)
+    law = Stride.of_options(PoolOptions(stride=stride), process.num_levels)
     pool = empty_pool(teacher, size, CPU, dtype, stride=law, **fields)
     pool.t.copy_(uniform_levels(size, process.num_levels, generator("cpu", "levels")))
     return pool
@@ -486,7 +486,7 @@ def test_a_state_that_is_another_pools_is_refused():
     [("1", 1, 1), ("20", 20, 20), ("99", 99, 99), ("random:1", 1, 1), ("random:50", 1, 99)],
 )
 def test_strides_are_read(text, low, high):
-    assert Stride.parse(text, LEVELS) == Stride(low, high)
+    assert Stride.of_options(PoolOptions(stride=text), LEVELS) == Stride(low, high)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +496,7 @@ def test_strides_are_read(text, low, high):
 )
 def test_garbage_is_no_stride(text):
     with pytest.raises(UsageError, match="--stride .*: give a number of levels or random:MEAN"):
-        Stride.parse(text, LEVELS)
+        Stride.of_options(PoolOptions(stride=text), LEVELS)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_garbage_is_no_stride(text):
 )
 def test_a_stride_past_all_levels_is_refused(text, reach):
     with pytest.raises(UsageError, match=f"--stride {text} moves a state by up to {reach} levels"):
-        Stride.parse(text, LEVELS)
+        Stride.of_options(PoolOptions(stride=text), LEVELS)
 
 
 def test_a_pool_too_large_for_memory_is_refused_with_its_size_and_a_remedy(monkeypatch):
@@ -525,9 +525,10 @@ def test_a_pool_too_large_for_memory_is_refused_with_its_size_and_a_remedy(monke
 def prepared(**options):
     config = DistillConfig(train_batch_size=40, fill_steps=2, rho=0.2, **options)
     teacher = Denoiser(Squashing(), COSINE, Parameterization("sample"), SHAPE, CLASSES)
-    pool = make_pool(teacher, config, CPU)
+    size = pool_entries(config.pool, config.training, LEVELS)
+    pool = make_pool(teacher, size, config.pool, config.guidance, config.conditions, 0, CPU)
     assert type(pool) is Pool
-    fill(pool, config)
+    fill(pool, config.pool, 40)
     return pool
 
 
@@ -561,9 +562,14 @@ def test_dynamic_is_many_batches_at_all_levels():
 
 def test_a_pool_holds_no_more_than_is_drawn():
     options = {"train_batch_size": 10, "rho": 0.4, "max_train_steps": 3}
-    assert pool_entries(DistillConfig(**options), LEVELS) == 30
-    assert pool_entries(DistillConfig(**options, gradient_accumulation_steps=2), LEVELS) == 60
-    assert pool_entries(DistillConfig(**options, pool_size=500), LEVELS) == 500
-    assert pool_entries(DistillConfig(**{**options, "max_train_steps": 1000}), LEVELS) == 400
+
+    def entries(**options):
+        config = DistillConfig(**options)
+        return pool_entries(config.pool, config.training, LEVELS)
+
+    assert entries(**options) == 30
+    assert entries(**options, gradient_accumulation_steps=2) == 60
+    assert entries(**options, pool_size=500) == 500
+    assert entries(**{**options, "max_train_steps": 1000}) == 400
     with pytest.raises(UsageError, match="--pool-size 9 is smaller than a batch of 10"):
-        pool_entries(DistillConfig(**options, pool_size=9), LEVELS)
+        entries(**options, pool_size=9)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dkdm.config import PoolOptions
 from dkdm.core.chains import Stride
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step, uniform_levels
@@ -68,7 +69,12 @@ def blank_pool(kind, size, levels, stride):
     )
     t = uniform_levels(size, levels, generator("cpu", "levels"))
     return kind(
-        teacher, torch.randn(size, 1), t, {}, Stride.parse(stride, levels), shards=Shards(2)
+        teacher,
+        torch.randn(size, 1),
+        t,
+        {},
+        Stride.of_options(PoolOptions(stride=stride), levels),
+        shards=Shards(2),
     )
 
 
@@ -281,7 +287,9 @@ def test_a_wrong_variance_is_noticed():
 @pytest.mark.parametrize(("stride", "cycles"), [("1", 2), ("10", 4), ("random:10", 4)])
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_states_stay_exact_through_moves_and_restarts(name, stride, cycles):
-    pool, mixture = exact_pool(name, 4096, 64, stride=Stride.parse(stride, 64))
+    pool, mixture = exact_pool(
+        name, 4096, 64, stride=Stride.of_options(PoolOptions(stride=stride), 64)
+    )
     fill_few_step(pool, 1, 512)
     assert after_cycles(pool, cycles, 2048) > 4096 * (cycles - 0.2)
     fit(pool, mixture).assert_good(f"after {cycles} cycles of stride {stride}, {name}")

@@ -38,7 +38,7 @@ CONFIG = dkdm.DistillConfig(
 def started(student="thin-50", teacher=None, **changes):
     teacher = teacher or denoiser()
     learner = student_of(student, teacher) if isinstance(student, str) else student
-    return learner, start_student(learner, teacher, replace(CONFIG, **changes))
+    return learner, start_student(learner, teacher, replace(CONFIG, **changes).student_choice)
 
 
 def evaluate(network):

@@ -69,13 +69,17 @@ def config(folder, **options):
 def test_its_size_costs_what_the_dynamic_source_would(tmp_path):
     teacher = denoiser()
     plain = config(tmp_path, max_train_steps=100)
-    dynamic = sum(planned_evaluations(teacher, replace(plain, source="dynamic")))
+
+    def asked(run):
+        return teacher, run.pool, run.training, run.guidance, run.synthetic
+
+    dynamic = sum(planned_evaluations(*asked(replace(plain, source="dynamic"))))
     assert dynamic == 16 * 2 + 100 * 4
-    assert set_size(teacher, plain) == dynamic // 3
-    assert planned_evaluations(teacher, plain) == (dynamic // 3 * 3, 0)
+    assert set_size(*asked(plain)) == dynamic // 3
+    assert planned_evaluations(*asked(plain)) == (dynamic // 3 * 3, 0)
     guided = replace(plain, guidance_scale="2")
-    assert set_size(teacher, guided) == dynamic // 3
-    assert set_size(teacher, replace(plain, synthetic_samples=9)) == 9
+    assert set_size(*asked(guided)) == dynamic // 3
+    assert set_size(*asked(replace(plain, synthetic_samples=9))) == 9
 
 
 def test_a_run_resumes_exactly_without_drawing_the_set_again(tmp_path):

@@ -139,7 +139,7 @@ def _distill(config: DistillConfig) -> int:
     from dkdm.runs.distill import distill
 
     folder = distill(config=config)
-    if config.evaluation_samples:
+    if config.evaluation.evaluation_samples:
         print(f"{'teacher':>57s}{'student':>14s}")
         for row in comparison_rows(read_evaluation(folder)):
             print(f"{row.label:43s}" + "".join(f"{text:>14s}" for text in row.texts))
@@ -158,7 +158,7 @@ def _train(config: TrainConfig) -> int:
 
 
 def _print_url(config: RunConfig, folder: Path) -> None:
-    if config.push_to_hub:
+    if config.hub.push_to_hub:
         from dkdm.shipping.hub import url_of
 
         print(url_of(folder))
@@ -241,7 +241,7 @@ def _inspect(options: InspectCommand) -> int:
         num_steps=how.steps,
         images=None if how.samples is None else read_samples(how.samples, denoiser),
     )
-    _show(options.json, found.as_dict(), print_inspection, found)
+    _show(options.printing.json, found.as_dict(), print_inspection, found)
     if how.output:
         drawn = SamplingOptions(how.output, num_samples=how.num_samples, steps=how.steps)
         sample_to_file(denoiser, drawn)
@@ -255,7 +255,7 @@ def _students(options: StudentsCommand) -> int:
     teacher = chosen_teacher(options.teacher_choice, sketched=True)
     measuring = options.measuring if options.measuring.measure else None
     rows = list_students(teacher, measuring)
-    if options.json:
+    if options.printing.json:
         _print_json([dataclasses.asdict(row) for row in rows])
     else:
         print_students(rows, teacher, Console(), measuring)
@@ -279,7 +279,7 @@ def _check_student(options: CheckStudentCommand) -> int:
         factory=options.teacher_choice.factory,
     )
     as_dicts = [each.as_dict() for each in checkup.findings]
-    _show(options.json, as_dicts, print_findings, checkup.findings)
+    _show(options.printing.json, as_dicts, print_findings, checkup.findings)
     if checkup.failure is not None:
         raise DkdmError(
             f"nothing more could be tried: {checkup.failure}. --debug shows the traceback"
@@ -293,11 +293,11 @@ def _plan(options: PlanCommand) -> int:
 
     teacher = chosen_teacher(options.teacher_choice, sketched=True)
     shared = {key: each for key, each in options.flat().items() if key in places(DistillConfig)}
-    config = DistillConfig(guidance_scale="2" if options.guidance else "1", **shared)
-    found = plan(teacher, config, options.gpus)
-    limit = device_memory_mib() if options.memory is None else options.memory * GIB
+    config = DistillConfig(guidance_scale="2" if options.plan.guidance else "1", **shared)
+    found = plan(teacher, config, options.plan.gpus)
+    limit = device_memory_mib() if options.plan.memory is None else options.plan.memory * GIB
     advice = changes(teacher, found, limit)
-    if options.json:
+    if options.printing.json:
         changed = [dataclasses.asdict(change) for change in advice]
         _print_json({**found.as_dict(), "limit": limit, "changes": changed})
     else:
@@ -310,22 +310,22 @@ def _doctor(options: DoctorCommand) -> int:
     from dkdm.checks.findings import print_findings
 
     findings = examine()
-    _show(options.json, [each.as_dict() for each in findings], print_findings, findings)
+    _show(options.printing.json, [each.as_dict() for each in findings], print_findings, findings)
     return int(any(each.status == "problem" for each in findings))
 
 
 def _report(options: ReportCommand) -> int:
-    check_output("the report", options.run / "report.html", overwrite=True)
+    check_output("the report", options.given.run / "report.html", overwrite=True)
     from dkdm.report import write_report
 
-    print(write_report(options.run))
+    print(write_report(options.given.run))
     return 0
 
 
 def _push(options: PushCommand) -> int:
     from dkdm.shipping.hub import push
 
-    print(push(options.run, options.hub_model_id, options.private))
+    print(push(options.given.run, options.given.hub_model_id, options.given.private))
     return 0
 
 

@@ -84,28 +84,28 @@ def plan(teacher: Denoiser, config: DistillConfig, gpus: int = 1) -> MemoryPlan:
     allocate inside themselves. Raises UsageError if the student does not fit the teacher, and for
     fewer samples than devices.
     """
-    if config.train_batch_size < gpus:
+    batch_size = config.training.train_batch_size
+    if batch_size < gpus:
         raise UsageError(
-            f"--gpus {gpus} --train-batch-size {config.train_batch_size}: give each GPU at least "
-            "one sample"
+            f"--gpus {gpus} --train-batch-size {batch_size}: give each GPU at least one sample"
         )
-    batch = config.train_batch_size // gpus
+    batch = batch_size // gpus
     student = _student(teacher, config)
     weights = student.num_parameters * 4 / MIB
-    pool_size = config.pool_size or round(
-        config.rho * teacher.process.num_levels * config.train_batch_size
+    pool_size = config.pool.pool_size or round(
+        config.pool.rho * teacher.process.num_levels * batch_size
     )
     values = pool_size * torch.Size(teacher.sample_shape).numel()
-    pool = values * getattr(torch, config.pool_dtype).itemsize / gpus / MIB
-    held = _in(config.teacher_dtype, teacher)
+    pool = values * getattr(torch, config.pool.pool_dtype).itemsize / gpus / MIB
+    held = _in(config.teacher_choice.dtype, teacher)
     teacher_weights = weights_mib(held)
-    if config.teacher_dtype == "int8":
+    if config.teacher_choice.dtype == "int8":
         teacher_weights -= _saved_by_int8(teacher)
     with fused_attention():
         evaluation = evaluation_mib(held, batch * (1 if config.guidance.is_off else 2))
     on_host = {
-        "teacher weights": teacher_weights if config.teacher_offload == "layers" else 0.0,
-        "pool": pool if config.pool_device == "cpu" else 0.0,
+        "teacher weights": teacher_weights if config.teacher_choice.offload == "layers" else 0.0,
+        "pool": pool if config.pool.pool_device == "cpu" else 0.0,
     }
     on_device = {
         "teacher weights": teacher_weights - on_host["teacher weights"],
@@ -113,7 +113,7 @@ def plan(teacher: Denoiser, config: DistillConfig, gpus: int = 1) -> MemoryPlan:
         "student weights": weights,
         "student gradients": weights,
         "optimizer (AdamW)": 2 * weights,
-        "EMA": weights if config.use_ema else 0.0,
+        "EMA": weights if config.optimizer.use_ema else 0.0,
         "student activations": training_mib(student, batch),
         "pool": pool - on_host["pool"],
         "CUDA context": CONTEXT_MIB,
@@ -136,13 +136,15 @@ def _saved_by_int8(teacher: Denoiser) -> float:
 
 
 def _student(teacher: Denoiser, config: DistillConfig) -> Denoiser:
-    student = sketched_student_of(config.student, teacher, config.student_factory)
+    student = sketched_student_of(
+        config.student_choice.student, teacher, config.teacher_choice.factory
+    )
     network: nn.Module = student.network  # type: ignore[assignment]
     student.check()
     silence_label_dropout(network)
-    if config.gradient_checkpointing:
+    if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(network)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.training.mixed_precision)
     network = nn.Module.to(network, half) if half else network
     return replace(student, network=network.train().requires_grad_(True))
 
@@ -189,12 +191,12 @@ def changes(teacher: Denoiser, found: MemoryPlan, limit_mib: float) -> list[Chan
         if tried.device_total < found.device_total:
             found = tried
             taken.append(Change(flag, tried.device_total))
-    batch = found.config.train_batch_size
-    while found.device_total > limit_mib and found.config.train_batch_size > found.gpus:
-        smaller = max(found.gpus, found.config.train_batch_size // 2)
+    batch = found.config.training.train_batch_size
+    while found.device_total > limit_mib and found.config.training.train_batch_size > found.gpus:
+        smaller = max(found.gpus, found.config.training.train_batch_size // 2)
         found = plan(teacher, replace(found.config, train_batch_size=smaller), found.gpus)
-    if found.config.train_batch_size < batch:
-        flag = f"--train-batch-size {found.config.train_batch_size}"
+    if found.config.training.train_batch_size < batch:
+        flag = f"--train-batch-size {found.config.training.train_batch_size}"
         flag += " (and more --gradient-accumulation-steps)"
         taken.append(Change(flag, found.device_total))
     return taken
@@ -211,7 +213,7 @@ _SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, console: Console) -> None:
     """Print the plan as a table, whether it fits, and what to change."""
-    several, batch = found.gpus > 1, found.config.train_batch_size // found.gpus
+    several, batch = found.gpus > 1, found.config.training.train_batch_size // found.gpus
     whose = f"Each of {found.gpus} devices, with a" if several else "A"
     table = Table(
         "",

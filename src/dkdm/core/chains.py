@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dkdm.config import GuidanceOptions, parse_stride
+from dkdm.config import GuidanceOptions, PoolOptions
 from dkdm.core.conditioning import Condition
 from dkdm.errors import UsageError
 
@@ -21,16 +21,13 @@ class Stride:
     high: int = 1
 
     @classmethod
-    def parse(cls, text: str, num_levels: int) -> Stride:
-        """Read '20' (always 20) or 'random:20' (uniform on 1..39, mean 20).
-
-        Raises UsageError for any other text, and for strides of T or more.
-        """
-        stride = cls(*parse_stride(text))
+    def of_options(cls, options: PoolOptions, num_levels: int) -> Stride:
+        """The law that the options name. Raises UsageError for strides of T or more."""
+        stride = cls(*options.strides)
         if stride.high >= num_levels:
             raise UsageError(
-                f"--stride {text} moves a state by up to {stride.high} levels, and the teacher has "
-                f"{num_levels}: give a smaller stride"
+                f"--stride {options.stride} moves a state by up to {stride.high} levels, and the "
+                f"teacher has {num_levels}: give a smaller stride"
             )
         return stride
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dkdm.config import RunConfig
+from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.ema import Ema
@@ -30,16 +30,21 @@ from dkdm.reading.fields import Fields
 class Trainer:
     """A student, its source, and all that changes while one learns from the other.
 
-    student: as it is saved and sampled. student_on_teacher_levels: the same as it looks from the
-        levels of the source, which is what learns.
+    output_dir: of the run; checkpoints and metrics lie in it. student: as it is saved and
+        sampled. student_on_teacher_levels: the same as it looks from the levels of the source,
+        which is what learns.
     features: projections of hidden features, which learn with the network.
     name: the network's folder in checkpoints and in the output, "unet" or "transformer".
-    validate: called with the step and a student carrying the averaged weights.
+    validate: called every `validation_steps` with the step and a student carrying the averaged
+        weights.
     frozen: names of the parameters that are not trained, because adapters are.
     merge: makes a plain network of one with adapters, in place; None for networks without.
     """
 
-    config: RunConfig
+    output_dir: Path
+    training: TrainingOptions
+    optimizing: OptimizerOptions
+    checkpoints: CheckpointOptions
     student: Denoiser
     student_on_teacher_levels: Denoiser
     source: Source
@@ -47,29 +52,31 @@ class Trainer:
     accelerator: Accelerator
     name: str = "unet"
     validate: Callable[[int, Denoiser], None] | None = None
+    validation_steps: int = 0
     features: nn.Module | None = None
     frozen: frozenset[str] = frozenset()
     merge: Callable[[nn.Module], nn.Module] | None = None
     step_number: int = 0
 
     def __post_init__(self) -> None:
-        config, device = self.config, self.accelerator.device
+        options, device = self.optimizing, self.accelerator.device
         self.network: nn.Module = self.student.network  # type: ignore[assignment]
-        learnt = prepare(self.network.to(device), self.frozen, config.gradient_checkpointing)
-        self.ema = Ema(self.network, config.ema_decay) if config.use_ema else None
+        recompute = self.training.gradient_checkpointing
+        learnt = prepare(self.network.to(device), self.frozen, recompute)
+        self.ema = Ema(self.network, options.ema_decay) if options.use_ema else None
         if self.features is not None:
             learnt += self.features.to(device).parameters()
-        optimizer, self.schedule = optimizer_of(learnt, config.optimizer, config.max_train_steps)
+        optimizer, self.schedule = optimizer_of(learnt, options, self.training.max_train_steps)
         wrapped, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         seen = self.student_on_teacher_levels
         call = autocasting(self.accelerator, seen.call)
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
-        self.finite = Finite(config.output_dir)
+        self.finite = Finite(self.output_dir)
 
     def step(self) -> Tensor:
         """One optimizer step; returns the mean loss, still on the device."""
-        losses = [self.learn() for _ in range(self.config.gradient_accumulation_steps)]
+        losses = [self.learn() for _ in range(self.training.gradient_accumulation_steps)]
         self.step_number += 1
         if self.ema is not None:
             self.ema.update(self.network, self.step_number)
@@ -79,7 +86,7 @@ class Trainer:
         """One batch: draw, predict, match, advance. Returns its mean loss."""
         student = self.student_on_teacher_levels
         with self.accelerator.accumulate(student.network):
-            batch = self.source.draw(self.config.train_batch_size)
+            batch = self.source.draw(self.training.train_batch_size)
             target = self.source.target(batch)
             loss = self.objective(student, batch, target)
             self.accelerator.backward(loss.mean())
@@ -90,7 +97,8 @@ class Trainer:
 
     def _update(self) -> None:
         if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+            limit = self.optimizing.max_grad_norm
+            self.accelerator.clip_grad_norm_(self.network.parameters(), limit)
         self.optimizer.step()
         if self.accelerator.sync_gradients:
             self.schedule.step()
@@ -98,24 +106,24 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step, with metrics, checkpoints and sample grids on the way."""
-        config, first, started = self.config, self.step_number, time.monotonic()
-        metrics = MetricsFile(config.output_dir / "metrics.jsonl", first)
-        with track(config.max_train_steps, first) as progress, without_label_dropout(self.network):
-            while self.step_number < config.max_train_steps:
+        last, first, started = self.training.max_train_steps, self.step_number, time.monotonic()
+        metrics, every = MetricsFile(self.output_dir / "metrics.jsonl", first), self.checkpoints
+        with track(last, first) as progress, without_label_dropout(self.network):
+            while self.step_number < last:
                 loss = self.step()
                 self.finite.note(loss, self.step_number)
-                if self._due(config.logging_steps):
+                if self._due(every.logging_steps):
                     self.finite.check()
                     elapsed = time.monotonic() - started
                     metrics.write(self._metrics(loss, (self.step_number - first) / elapsed))
                 progress(self.step_number, loss)
-                if self._due(config.checkpointing_steps):
+                if self._due(every.checkpointing_steps):
                     self.save()
-                if self.validate and config.validation_steps and self._due(config.validation_steps):
+                if self.validate and self.validation_steps and self._due(self.validation_steps):
                     self.validate(self.step_number, self.averaged())
 
     def _due(self, every: int) -> bool:
-        last = self.step_number == self.config.max_train_steps
+        last = self.step_number == self.training.max_train_steps
         return last or (every > 0 and self.step_number % every == 0)
 
     def _metrics(self, loss: Tensor, steps_per_second: float) -> dict[str, Any]:
@@ -163,9 +171,9 @@ class Trainer:
         """
         self.finite.check(self.network, self.step_number)
         if self.accelerator.is_main_process:
-            folder = self.config.output_dir / f"checkpoint-{self.step_number}"
+            folder = self.output_dir / f"checkpoint-{self.step_number}"
             checkpoint.write_folder(folder, self._write)
-            checkpoint.rotate(self.config.output_dir, self.config.checkpoints_total_limit)
+            checkpoint.rotate(self.output_dir, self.checkpoints.checkpoints_total_limit)
 
     def _write(self, folder: Path) -> None:
         about = {"step": self.step_number, "frozen": sorted(self.frozen)}

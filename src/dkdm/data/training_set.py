@@ -39,18 +39,18 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
     Raises UsageError for options that do not fit together, DkdmError for images, captions or a
     base that cannot be read.
     """
-    image_set = load_images(config.images, config.sample_shape)
+    image_set = load_images(config.data.images, config.data.sample_shape)
     scheduler, bundle, text = None, Bundle(), None
-    if config.base is not None:
-        with understood(f"--base {config.base}"):
-            scheduler, bundle, text = read_base(Path(config.base))
-    if config.scheduler or scheduler is None:
-        named = config.scheduler or DEFAULT_SCHEDULER
+    if config.model.base is not None:
+        with understood(f"--base {config.model.base}"):
+            scheduler, bundle, text = read_base(Path(config.model.base))
+    if config.model.scheduler or scheduler is None:
+        named = config.model.scheduler or DEFAULT_SCHEDULER
         scheduler = dict(named_config(named, None if bundle.autoencoder else 1.0))
     images = image_set.images
     conditioning, conditions = _conditions(config, image_set, text)
     if bundle.autoencoder is not None:
-        images = encoded(bundle.autoencoder, images, config.seed)
+        images = encoded(bundle.autoencoder, images, config.run.seed)
     like = Denoiser(
         lambda x, *_, **__: x,
         from_scheduler_config(scheduler),
@@ -68,10 +68,10 @@ def _conditions(
     """Captions if the base encodes text; otherwise the labels, if there are any."""
     if text is not None:
         captions = image_set.captions()
-        prompts = with_prompts(text, sorted(set(captions)), config.negative_prompt)
+        prompts = with_prompts(text, sorted(set(captions)), config.conditions.negative_prompt)
         return prompts, prompts.of(captions)
     labels = image_set.labels
-    if labels is None or not config.class_conditional:
+    if labels is None or not config.data.class_conditional:
         return Unconditional(), {}
     classes = int(labels.max()) + 1
     conditioning = ClassLabels(classes, null_class=classes, names=image_set.class_names)

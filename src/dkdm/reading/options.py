@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.arguments import check_names, described
@@ -139,11 +139,13 @@ class Grouped:
                 raise UsageError(f"{name}: give a {kind.__name__}(...)")
             object.__setattr__(self, name, dataclasses.replace(group, **inner))
 
-    def __getattr__(self, name: str) -> Any:
-        place = places(type(self)).get(name)
-        if place is None or place[0] not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__} has no option {name!r}")
-        return getattr(self.__dict__[place[0]], place[1])
+    if not TYPE_CHECKING:  # dkdm itself reads from the groups, whose types are known
+
+        def __getattr__(self, name: str) -> Any:
+            place = places(type(self)).get(name)
+            if place is None or place[0] not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__} has no option {name!r}")
+            return getattr(self.__dict__[place[0]], place[1])
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *places(type(self))]

@@ -57,10 +57,10 @@ def headline(run: Run) -> str:
     config = run.config
     if isinstance(config, TrainConfig):
         verb = "was" if run.is_finished else "is being"
-        return f"{config.network} {verb} trained on {config.images}."
+        return f"{config.model.network} {verb} trained on {config.data.images}."
     verb = "learned" if run.is_finished else "is learning"
     if run.comparison is None:
-        return f"{config.student} {verb} from {config.teacher}."
+        return f"{config.student_choice.student} {verb} from {config.teacher_choice.model}."
     teacher, student = run.comparison.teacher, run.comparison.student
     taught, teaching = kind(student.network), kind(teacher.network)
     larger = teacher.parameters - student.parameters

@@ -47,7 +47,7 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether all steps were taken."""
-        return self.step >= self.config.max_train_steps
+        return self.step >= self.config.training.max_train_steps
 
     @property
     def noun(self) -> str:
@@ -81,15 +81,14 @@ def read_run(run_dir: Path) -> Run:
     if not run.metrics:
         run.missing.append("metrics.jsonl is empty: no training step was logged.")
     elif not run.is_finished:
-        run.missing.append(
-            f"The run is not finished: {run.step:,} of {run.config.max_train_steps:,} steps."
-        )
+        last = run.config.training.max_train_steps
+        run.missing.append(f"The run is not finished: {run.step:,} of {last:,} steps.")
     if run.is_distillation:
         with _named_if_missing(run):
             run.comparison = read_evaluation(run_dir)
         with _named_if_missing(run):
             run.samples = read_samples(run_dir)
-    if run.config.validation_steps:
+    if run.config.evaluation.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run
 

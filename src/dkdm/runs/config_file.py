@@ -36,20 +36,20 @@ def config_file(kind: type[Config], path: Path, args: Sequence[str]) -> Config:
 
 
 def _refuse_upload(config: RunConfig, path: Path, typed: Set[str]) -> None:
-    if config.push_to_hub and not typed & {"push_to_hub", "no_push_to_hub"}:
+    if config.hub.push_to_hub and not typed & {"push_to_hub", "no_push_to_hub"}:
         raise UsageError(
-            f"--config {path} asks for an upload to {config.hub_model_id or 'the hub'}: say "
+            f"--config {path} asks for an upload to {config.hub.hub_model_id or 'the hub'}: say "
             "--push-to-hub on the command line too, or --no-push-to-hub"
         )
 
 
 def _refuse_output_elsewhere(config: RunConfig, path: Path, typed: Set[str]) -> None:
-    output = config.output_dir.expanduser().resolve()
+    output = config.run.output_dir.expanduser().resolve()
     inside = output.is_relative_to(Path.cwd()) or output == path.resolve().parent
     if "output_dir" not in typed and not inside:
         raise UsageError(
-            f"--config {path} writes to {config.output_dir}, outside of the current directory: say "
-            "--output-dir on the command line too"
+            f"--config {path} writes to {config.run.output_dir}, outside of the current directory: "
+            "say --output-dir on the command line too"
         )
 
 

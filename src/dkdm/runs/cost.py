@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dkdm.config import DistillConfig
+from dkdm.config import PoolOptions, TrainingOptions
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.modes import without_label_dropout
 from dkdm.evaluation.cost import undisturbed
@@ -62,13 +62,13 @@ def in_words(estimate: Estimate) -> str:
     return f"{total} in total, by the speed of one batch: {first}, {second}"
 
 
-def advice(estimate: Estimate, config: DistillConfig) -> str | None:
+def advice(estimate: Estimate, pool: PoolOptions) -> str | None:
     """What to change if preparing takes longer than training; None if it does not."""
     if estimate.preparing <= estimate.training or estimate.preparing < 1:
         return None
-    if config.source == "synthetic":
+    if pool.source == "synthetic":
         help_ = "--synthetic-samples or --synthetic-steps makes it shorter"
-    elif config.fill == "ancestral":
+    elif pool.fill == "ancestral":
         help_ = "--fill few-step, or a smaller --pool-size or --rho, makes it shorter"
     else:
         help_ = "a smaller --fill-steps, --pool-size or --rho makes it shorter"
@@ -78,22 +78,22 @@ def advice(estimate: Estimate, config: DistillConfig) -> str | None:
     )
 
 
-def measured(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> Speeds:
+def measured(teacher: Denoiser, student: Denoiser, training: TrainingOptions) -> Speeds:
     """The speeds of both models in one batch, after a warm-up of two samples.
 
     Weights, buffers, gradients, modes, counters and the global random state are as before.
     """
-    size = config.train_batch_size
-    with undisturbed(teacher), torch.no_grad(), _same_random_state():
+    size = training.train_batch_size
+    with undisturbed(teacher), torch.no_grad(), torch.random.fork_rng():
         evaluation = _seconds(lambda count: teacher.predict(_batch(teacher, count)), size) / size
 
     def step(count: int) -> None:
         output = student.predict(_batch(student, count)).output
         output.float().square().mean().backward()
 
-    with _as_before(student), _same_random_state():
+    with _as_before(student), torch.random.fork_rng():
         step_seconds = _seconds(step, size)
-    return Speeds(evaluation, step_seconds * config.gradient_accumulation_steps)
+    return Speeds(evaluation, step_seconds * training.gradient_accumulation_steps)
 
 
 def _seconds(work: Callable[[int], object], size: int) -> float:
@@ -116,12 +116,6 @@ def _batch(denoiser: Denoiser, count: int) -> Batch:
     x = torch.randn(count, *denoiser.sample_shape, generator=random).to(denoiser.device)
     t = torch.randint(denoiser.process.num_levels, (count,), generator=random)
     return Batch(x, t, cond, t)
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield
 
 
 @contextmanager

@@ -17,7 +17,13 @@ from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating, put_into_evaluation, say_if
 from dkdm.core.trainer import Trainer
 from dkdm.runs.cost import advice, estimated, in_words, measured
-from dkdm.runs.launch import check_run_folder, claim_output, resume, run_to_end, start_accelerator
+from dkdm.runs.launch import (
+    check_run_folder,
+    checkpoint_of,
+    claim_output,
+    run_to_end,
+    start_accelerator,
+)
 from dkdm.runs.models import (
     check_null_condition,
     name_of,
@@ -27,7 +33,7 @@ from dkdm.runs.models import (
     teacher_warning,
     with_conditions,
 )
-from dkdm.runs.outputs import compare_models, reference_of, side_by_side_grids, write_results
+from dkdm.runs.outputs import compare_models, reference_of, sample_grids, write_results
 from dkdm.runs.source import (
     features_of,
     objective_of,
@@ -59,11 +65,11 @@ def distill(
     config = DistillConfig() if config is None else config_given(config, DistillConfig)
     config = replace(
         config,
-        teacher=name_of(teacher) or config.teacher,
-        student=name_of(student) or config.student,
+        teacher=name_of(teacher) or config.teacher_choice.model,
+        student=name_of(student) or config.student_choice.student,
     )
     check_run_folder(config)
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config.run, config.training, config.checkpoints)
     if not isinstance(teacher, Denoiser):
         loaded = open_teacher(config)
         return _distill(loaded, open_student(loaded, config, student), config, accelerator)
@@ -83,9 +89,11 @@ def _distill(
     check_null_condition(student, config)
     for warning in student_warnings(student, teacher):
         print(warning, file=sys.stderr)
-    trainer = trainer_of(teacher, student, config, accelerator)
-    reference = reference_of(config, teacher)
-    found = resume(trainer, config)
+    found = checkpoint_of(config)
+    trainer = trainer_of(teacher, student, config, accelerator, found)
+    reference = reference_of(config.evaluation, teacher)
+    if found:
+        trainer.resume(found)
     config = claim_output(config, accelerator)
     say_what_it_takes(teacher, trainer, config)
     if not found:
@@ -96,30 +104,42 @@ def _distill(
     comparison = compare_models(teacher, finished, config, reference)
     seconds = time.monotonic() - started
     write_results(config, teacher, finished, comparison, seconds)
-    publish(config)
-    return config.output_dir
+    publish(config.hub, config.run.output_dir)
+    return config.run.output_dir
 
 
 def trainer_of(
-    teacher: Denoiser, student: Denoiser, config: DistillConfig, accelerator: Accelerator
+    teacher: Denoiser,
+    student: Denoiser,
+    config: DistillConfig,
+    accelerator: Accelerator,
+    found: Path | None,
 ) -> Trainer:
-    """A student with its first weights, its source and its objective, ready to train."""
-    start = start_student(student, teacher, config)
+    """A student with its first weights, its source and its objective, ready to train.
+
+    found: the checkpoint that the run goes on from, if any.
+    """
+    start = start_student(student, teacher, config.student_choice, found)
+    synthetic = config.pool.source == "synthetic"
     print(f"student starts from {start}", file=sys.stderr)
-    features = features_of(teacher, student, config)
+    features = features_of(teacher, student, config.loss, synthetic)
     watched = features.watched if features is not None else lambda model: model
     source = source_of(watched(teacher), student, config, accelerator.device)
     on_teacher_levels = watched(on_levels_of(student, source.process))
-    objective = objective_of(student, on_teacher_levels, teacher, config, features)
+    objective = objective_of(student, on_teacher_levels, teacher, config.loss, features, synthetic)
     return Trainer(
-        config,
+        config.run.output_dir,
+        config.training,
+        config.optimizer,
+        config.checkpoints,
         student,
         on_teacher_levels,
         source,
         objective,
         accelerator,
         component_name(student.network),  # type: ignore[arg-type]
-        side_by_side_grids(config, teacher),
+        sample_grids(config.run, config.evaluation, teacher, config.guidance),
+        config.evaluation.validation_steps,
         features=features,
         frozen=start.frozen,
         merge=merge_lora,
@@ -131,11 +151,12 @@ def say_what_it_takes(teacher: Denoiser, trainer: Trainer, config: DistillConfig
 
     The teacher of a resumed run is not checked again.
     """
-    speeds = measured(teacher, trainer.student, config)
-    done, planned = trainer.step_number, planned_evaluations(teacher, config)
-    needed = estimated(planned, config.max_train_steps, done, speeds)
-    lines = [f"this run takes {in_words(needed)}", advice(needed, config)]
-    if config.check and not done:
+    speeds = measured(teacher, trainer.student, config.training)
+    asked = teacher, config.pool, config.training, config.guidance, config.synthetic
+    done, planned = trainer.step_number, planned_evaluations(*asked)
+    needed = estimated(planned, config.training.max_train_steps, done, speeds)
+    lines = [f"this run takes {in_words(needed)}", advice(needed, config.pool)]
+    if config.teacher_choice.check and not done:
         lines.append(teacher_warning(teacher, speeds.evaluation))
     for line in lines:
         if line:

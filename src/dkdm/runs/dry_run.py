@@ -10,7 +10,9 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.learning import make_trainable
 from dkdm.core.matching import covered, same_levels
 from dkdm.models import place
+from dkdm.models.place import Offload
 from dkdm.runs.cost import advice, estimated, in_words, measured
+from dkdm.runs.launch import checkpoint_of
 from dkdm.runs.models import open_student, open_teacher, student_warnings
 from dkdm.runs.outputs import reference_of
 from dkdm.runs.source import planned_evaluations, pool_entries, set_size
@@ -21,41 +23,44 @@ def describe(config: DistillConfig) -> str:
     """What a distillation would do and cost, in words; nothing is written."""
     teacher = open_teacher(config)
     student = open_student(teacher, config)
-    reference_of(config, teacher)
+    reference_of(config.evaluation, teacher)
     odd = "".join(f"\n{warning}" for warning in student_warnings(student, teacher))
-    filling, training = planned_evaluations(teacher, config)
-    if config.source == "synthetic":
-        what, entries, width = "samples", set_size(teacher, config), 4
+    pool, training = config.pool, config.training
+    asked = teacher, pool, training, config.guidance, config.synthetic
+    planned = planned_evaluations(*asked)
+    if pool.source == "synthetic":
+        what, entries, width = "samples", set_size(*asked), 4
     else:
-        what, entries = "entries", pool_entries(config, teacher.process.num_levels)
-        width = getattr(torch, config.pool_dtype).itemsize
-    place_for_dry_run(teacher, student, config)
-    speeds = measured(teacher, student, config)
-    needed = estimated((filling, training), config.max_train_steps, 0, speeds)
-    warning = advice(needed, config)
+        what, entries = "entries", pool_entries(pool, training, teacher.process.num_levels)
+        width = getattr(torch, pool.pool_dtype).itemsize
+    place_for_dry_run(teacher, student, config.teacher_choice.offload)
+    speeds = measured(teacher, student, training)
+    needed = estimated(planned, training.max_train_steps, 0, speeds)
+    warning = advice(needed, pool)
     odd += f"\n{warning}" if warning else ""
     mebibytes = entries * torch.Size(teacher.sample_shape).numel() * width / 2**20
+    start = start_student(student, teacher, config.student_choice, checkpoint_of(config))
     return (
         f"teacher   {teacher.name}: {teacher.num_parameters:,} parameters\n"
         f"student   {student.name}: {student.num_parameters:,} parameters "
         f"({student.num_parameters / teacher.num_parameters:.1%})\n"
         f"{_kind_of(student, teacher)}"
-        f"start     {start_student(student, teacher, config)}\n"
-        f"source    {config.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
-        f"cost      {filling:,} teacher evaluations to prepare, {training:,} to train, "
+        f"start     {start}\n"
+        f"source    {pool.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
+        f"cost      {planned[0]:,} teacher evaluations to prepare, {planned[1]:,} to train, "
         "and restarts of chains\n"
         f"time      {in_words(needed)}\n"
-        f"output    {config.output_dir}{odd}"
+        f"output    {config.run.output_dir}{odd}"
     )
 
 
-def place_for_dry_run(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> None:
+def place_for_dry_run(teacher: Denoiser, student: Denoiser, offload: Offload) -> None:
     """Move both models to the device they would compute on."""
     network: nn.Module = student.network  # type: ignore[assignment]
     make_trainable(network.train())
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        place(teacher, device, config.teacher_offload)
+        place(teacher, device, offload)
         network.to(device)
 
 

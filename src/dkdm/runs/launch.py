@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from dkdm.config import RunConfig, read_config, to_json
+from dkdm.config import (
+    CheckpointOptions,
+    RunConfig,
+    RunOptions,
+    TrainingOptions,
+    read_config,
+    to_json,
+)
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.trainer import Trainer
@@ -25,14 +34,17 @@ Config = TypeVar("Config", bound=RunConfig)
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
-def start_accelerator(config: RunConfig) -> Accelerator:
-    set_seed(config.seed)
+def start_accelerator(
+    run: RunOptions, training: TrainingOptions, checkpoints: CheckpointOptions
+) -> Accelerator:
+    """Seed torch; make the accelerator of a run. Raises UsageError for several processes."""
+    set_seed(run.seed)
     AcceleratorState._reset_state()  # an earlier run in this process may have set another precision
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=_trackers(config.report_to) or None,
-        project_dir=config.output_dir / "logs",
+        mixed_precision=training.mixed_precision,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        log_with=_trackers(checkpoints.report_to) or None,
+        project_dir=run.output_dir / "logs",
     )
     if accelerator.num_processes > 1:
         raise UsageError(
@@ -57,12 +69,12 @@ def _trackers(wanted: str) -> list[str]:
 
 def check_run_folder(config: RunConfig) -> None:
     """Raise UsageError if the run cannot have its output folder; nothing is written."""
-    folder = config.output_dir
+    folder = config.run.output_dir
     files.check_output("--output-dir", folder, folder=True, overwrite=True)
     existing = folder / "config.json"
     if not existing.is_file():
         return
-    if not config.resume_from_checkpoint:
+    if not config.checkpoints.resume_from_checkpoint:
         raise UsageError(
             f"--output-dir {folder} already holds a run: give another folder, or "
             "--resume-from-checkpoint latest to go on with it"
@@ -71,16 +83,12 @@ def check_run_folder(config: RunConfig) -> None:
         raise UsageError(f"--output-dir {folder} holds a run of another command")
 
 
-def resume(trainer: Trainer, config: RunConfig) -> bool:
-    """Go on from the checkpoint that the options name; False if the run starts anew."""
-    if not config.resume_from_checkpoint:
-        return False
-    if config.output_dir.is_dir():
-        check_folder(config.output_dir)
-    found = checkpoint.resolve(config.output_dir, config.resume_from_checkpoint)
-    if found:
-        trainer.resume(found)
-    return found is not None
+def checkpoint_of(config: RunConfig) -> Path | None:
+    """The checkpoint that the run goes on from; None if it starts anew."""
+    folder, wanted = config.run.output_dir, config.checkpoints.resume_from_checkpoint
+    if wanted and folder.is_dir():
+        check_folder(folder)
+    return checkpoint.resolve(folder, wanted) if wanted else None
 
 
 def claim_output(config: Config, accelerator: Accelerator) -> Config:
@@ -88,9 +96,10 @@ def claim_output(config: Config, accelerator: Accelerator) -> Config:
 
     Returns the config with the name of its repository on the hub.
     """
-    config = reserve(config)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    with files.atomic(config.output_dir / "config.json") as partial:
+    folder = config.run.output_dir
+    config = replace(config, hub=reserve(config.hub, folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.atomic(folder / "config.json") as partial:
         partial.write_text(to_json(config))
     for name in ("teacher", "student", "network", "student_factory"):
         for spec in named_code(getattr(config, name, None)):
@@ -104,5 +113,5 @@ def run_to_end(trainer: Trainer) -> Denoiser:
     trainer.run()
     trainer.accelerator.end_training()
     finished = trainer.averaged()
-    write_pipeline(trainer.config.output_dir, finished)
+    write_pipeline(trainer.output_dir, finished)
     return finished

@@ -57,16 +57,17 @@ def open_student(
     teacher: Denoiser, config: DistillConfig, given: str | Denoiser | nn.Module | None = None
 ) -> Denoiser:
     """Build the student that a config names, or read the network that was given in its place."""
+    choice = config.student_choice
     refuse_shared_network(teacher, given)
     if isinstance(given, Denoiser):
         return given_student(like_teacher(given, teacher), teacher)
     own = teacher.parameterization
-    if config.source == "synthetic" and own.learns_variance:  # nothing would teach it
+    if config.pool.source == "synthetic" and own.learns_variance:  # nothing would teach it
         teacher = replace(teacher, parameterization=replace(own, variance="fixed_small"))
-    reading = config.student_prediction, config.student_process
+    reading = choice.student_prediction, choice.student_process
     if isinstance(given, nn.Module):
         return given_student(given, with_process(teacher, *reading))
-    return student_of(config.student, teacher, *reading, config.student_factory)
+    return student_of(choice.student, teacher, *reading, config.teacher_choice.factory)
 
 
 def refuse_shared_network(teacher: Denoiser, student: str | Denoiser | nn.Module | None) -> None:
@@ -106,7 +107,7 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
     Raises UsageError if it does not have them, if a text teacher is given no prompts, and if it
     cannot do the guidance, condition dropout or random conditioning that is asked for.
     """
-    guidance = config.guidance
+    guidance, conditions = config.guidance, config.conditions
     if teacher.embeds_guidance and guidance.chain_only:
         raise UsageError(
             "--guidance-on chain: this teacher takes the guidance scale as an input, so that one "
@@ -114,15 +115,17 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
         )
     refuse_without_rows(teacher.conditioning, teacher.name)
     try_conditioning(teacher.conditioning)
-    given = (config.prompts, config.negative_prompt, config.max_prompts, config.seed)
-    own = restrict_classes(teacher.conditioning, config.classes, config.class_weights)
-    conditioning = with_texts(replace(teacher, conditioning=own), *given).conditioning
-    guided = not guidance.is_off or config.sampling_guidance_scale != 1
-    if config.condition_dropout or (guided and not teacher.embeds_guidance):
+    given = (conditions.prompts, conditions.negative_prompt, conditions.max_prompts)
+    own = restrict_classes(teacher.conditioning, conditions.classes, conditions.class_weights)
+    conditioning = with_texts(
+        replace(teacher, conditioning=own), *given, config.run.seed
+    ).conditioning
+    guided = not guidance.is_off or config.evaluation.sampling_guidance_scale != 1
+    if conditions.condition_dropout or (guided and not teacher.embeds_guidance):
         null = conditioning.null(2)
         if guided and kind_of(conditioning).asks != "prompt":
             teacher.check(null)
-    if config.random_conditioning and kind_of(conditioning).asks is None:
+    if conditions.random_conditioning and kind_of(conditioning).asks is None:
         raise UsageError(
             "--random-conditioning: the teacher is unconditional; leave this option out"
         )
@@ -133,6 +136,7 @@ def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
 
 def check_null_condition(student: Denoiser, config: DistillConfig) -> None:
     """Evaluate a student under the null condition, if training or sampling will do so."""
-    guided = sampling_guidance(config, student)[1] != 1 and not student.embeds_guidance
-    if config.condition_dropout > 0 or guided:
+    scale = sampling_guidance(config.evaluation, config.guidance, student)[1]
+    guided = scale != 1 and not student.embeds_guidance
+    if config.conditions.condition_dropout > 0 or guided:
         student.check(student.conditioning.null(2))

@@ -6,11 +6,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dkdm.config import DistillConfig, RunConfig, SamplingOptions, TrainConfig, parse_interval
+from dkdm.config import (
+    DistillConfig,
+    EvaluationOptions,
+    GuidanceOptions,
+    RunConfig,
+    RunOptions,
+    SamplingOptions,
+    TrainConfig,
+    parse_interval,
+)
 from dkdm.core import checkpoint
 from dkdm.core.conditioning import Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
@@ -22,7 +32,7 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.comparison import compare
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.results import Comparison
-from dkdm.evaluation.rows import Row, comparison_rows, metric_rows
+from dkdm.evaluation.rows import comparison_rows, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.reading.files import atomic, check_output
 from dkdm.report import write_report
@@ -34,32 +44,30 @@ GRID_COLUMNS = 10
 GRID_SAMPLES = 40
 IMAGES = (".png", ".webp", ".jpg", ".jpeg")
 TENSORS = ".safetensors"
+UNGUIDED = GuidanceOptions()
 
 
-def side_by_side_grids(config: DistillConfig, teacher: Denoiser) -> Callable[[int, Denoiser], None]:
-    """Writes samples/step-N.png: a row of the teacher's samples, one of the student's."""
-    sampling = Sampling(GRID_COLUMNS, config.validation_sampling_steps, config.seed)
+def sample_grids(
+    run: RunOptions,
+    evaluation: EvaluationOptions,
+    teacher: Denoiser | None = None,
+    guidance: GuidanceOptions = UNGUIDED,
+) -> Callable[[int, Denoiser], None]:
+    """Writes samples/step-N.png: a row of the teacher's samples and one of the student's.
+
+    Without a teacher: samples of every class.
+    """
+    count = GRID_SAMPLES if teacher is None else GRID_COLUMNS
+    sampling = Sampling(count, evaluation.validation_sampling_steps, run.seed)
     drawn: list[Tensor] = []
 
     def write(step: int, student: Denoiser) -> None:
-        for_teacher, for_student = sampling_guidance(config, student)
-        cond = student.conditioning.in_turns(GRID_COLUMNS)
-        if not drawn:
+        for_teacher, for_student = sampling_guidance(evaluation, guidance, student)
+        cond = student.conditioning.in_turns(count)
+        if teacher is not None and not drawn:
             drawn.append(decoded(teacher, draw(teacher, cond, sampling, for_teacher)))
-        both = torch.cat([drawn[0], decoded(student, draw(student, cond, sampling, for_student))])
-        _save_grid(config.output_dir, f"step-{step:06d}", both)
-
-    return write
-
-
-def sample_grids(config: TrainConfig) -> Callable[[int, Denoiser], None]:
-    """Writes samples/step-N.png: samples of every class."""
-    sampling = Sampling(GRID_SAMPLES, config.validation_sampling_steps, config.seed)
-
-    def write(step: int, model: Denoiser) -> None:
-        cond = model.conditioning.in_turns(GRID_SAMPLES)
-        samples = decoded(model, draw(model, cond, sampling, config.sampling_guidance_scale))
-        _save_grid(config.output_dir, f"step-{step:06d}", samples)
+        own = decoded(student, draw(student, cond, sampling, for_student))
+        _save_grid(run.output_dir, f"step-{step:06d}", torch.cat([*drawn, own]))
 
     return write
 
@@ -74,14 +82,15 @@ def _save_grid(output_dir: Path, name: str, samples: Tensor) -> None:
         grid.save(partial)
 
 
-def sampling_guidance(config: DistillConfig, student: Denoiser) -> tuple[float, float]:
+def sampling_guidance(
+    evaluation: EvaluationOptions, guidance: GuidanceOptions, student: Denoiser
+) -> tuple[float, float]:
     """Guidance scales that samples of teacher and student are drawn with.
 
     A student of a guided target is sampled unguided, unless it takes the scale as an input.
     """
-    guidance = config.guidance
     if guidance.is_off or guidance.chain_only:
-        return config.sampling_guidance_scale, config.sampling_guidance_scale
+        return evaluation.sampling_guidance_scale, evaluation.sampling_guidance_scale
     middle = sum(guidance.scales) / 2
     return middle, middle if student.embeds_guidance else 1.0
 
@@ -89,29 +98,31 @@ def sampling_guidance(config: DistillConfig, student: Denoiser) -> tuple[float, 
 def compare_models(
     teacher: Denoiser, student: Denoiser, config: DistillConfig, reference: Reference | None
 ) -> Comparison | None:
-    if config.evaluation_samples == 0:
+    """Compare both models by samples from the same noise, unless --evaluation-samples is 0."""
+    evaluation, run = config.evaluation, config.run
+    if evaluation.evaluation_samples == 0:
         return None
-    for_teacher, for_student = sampling_guidance(config, student)
+    for_teacher, for_student = sampling_guidance(evaluation, config.guidance, student)
     comparison = compare(
         teacher,
         student,
-        num_samples=config.evaluation_samples,
-        num_steps=config.validation_sampling_steps,
-        seed=config.seed,
+        num_samples=evaluation.evaluation_samples,
+        num_steps=evaluation.validation_sampling_steps,
+        seed=run.seed,
         guidance_teacher=for_teacher,
         guidance_student=for_student,
         reference=reference,
     )
-    comparison.save(config.output_dir)
+    comparison.save(run.output_dir)
     return comparison
 
 
-def reference_of(config: RunConfig, model: Denoiser) -> Reference | None:
+def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | None:
     """What distances are measured against: as asked, or by the model's class names.
 
     Raises UsageError if the reference that was asked for does not fit the model's samples.
     """
-    choice = config.evaluation_reference
+    choice = evaluation.evaluation_reference
     reference = chosen_reference(choice, getattr(model.conditioning, "names", None))
     if reference is None:
         return None
@@ -134,77 +145,53 @@ def write_results(
     seconds: float,
 ) -> None:
     """Write the grids, the model card and the report of a finished distillation."""
-    rows: list[Row] = []
-    metrics = None
+    evaluation, folder = config.evaluation, config.run.output_dir
+    measured: dict[str, Any] = {}
     if comparison is not None:
         rows, metrics = comparison_rows(comparison), comparison.student.metrics
+        measured = {"rows": rows, "metrics": metrics}
         samples = comparison.samples
-        _save_grid(config.output_dir, "grid", samples["student"][:GRID_SAMPLES])
+        _save_grid(folder, "grid", samples["student"][:GRID_SAMPLES])
         rows_of_both = [samples[name][:GRID_COLUMNS] for name in ("teacher", "student")]
-        _save_grid(config.output_dir, "comparison", torch.cat(rows_of_both))
+        _save_grid(folder, "comparison", torch.cat(rows_of_both))
     how = (
-        f"{config.evaluation_samples} samples of each from the same noise, "
-        f"{config.validation_sampling_steps} DDIM steps."
+        f"{evaluation.evaluation_samples} samples of each from the same noise, "
+        f"{evaluation.validation_sampling_steps} DDIM steps."
     )
-    licensed = write_card(
-        config.output_dir,
-        student,
-        config,
-        teacher=teacher,
-        minutes=seconds / 60,
-        rows=rows,
-        metrics=metrics,
-        measured_how=how,
-        guidance_scale=sampling_guidance(config, student)[1],
-    )
-    write_report(config.output_dir)
-    _ask_for_licence(config, licensed)
-    say_what_ships(student)
-
-
-def _ask_for_licence(config: RunConfig, licensed: bool) -> None:
-    if not licensed:
-        print(f"note: {NO_LICENCE} {config.output_dir}/README.md", file=sys.stderr)
+    scale = sampling_guidance(evaluation, config.guidance, student)[1]
+    _describe(config, student, seconds, how, scale, teacher=teacher, **measured)
+    write_report(folder)
 
 
 def write_results_of_training(
     config: TrainConfig, model: Denoiser, reference: Reference | None, seconds: float
 ) -> None:
     """Write the grid and the model card of a finished training, and measure the model."""
-    rows: list[Row] = []
-    metrics = None
-    if config.evaluation_samples:
-        sampling = Sampling(
-            config.evaluation_samples, config.validation_sampling_steps, config.seed
-        )
-        cond = model.conditioning.in_turns(sampling.num_samples)
-        samples = draw(model, cond, sampling, config.sampling_guidance_scale)
-        samples = decoded(model, samples)
-        _save_grid(config.output_dir, "grid", samples[:GRID_SAMPLES])
+    evaluation, folder = config.evaluation, config.run.output_dir
+    count, num_steps = evaluation.evaluation_samples, evaluation.validation_sampling_steps
+    scale = evaluation.sampling_guidance_scale
+    measured: dict[str, Any] = {}
+    if count:
+        cond = model.conditioning.in_turns(count)
+        sampling = Sampling(count, num_steps, config.run.seed)
+        samples = decoded(model, draw(model, cond, sampling, scale))
+        _save_grid(folder, "grid", samples[:GRID_SAMPLES])
         if reference is not None:
             metrics = evaluate_images(samples.clamp(-1, 1), cond.get("class_labels"), reference)
-            rows = metric_rows(metrics)
-    how = (
-        f"{config.evaluation_samples} samples, {config.validation_sampling_steps} DDIM steps, "
-        f"guidance {config.sampling_guidance_scale}."
-    )
-    licensed = write_card(
-        config.output_dir,
-        model,
-        config,
-        minutes=seconds / 60,
-        rows=rows,
-        metrics=metrics,
-        measured_how=how,
-        guidance_scale=config.sampling_guidance_scale,
-    )
-    _ask_for_licence(config, licensed)
-    say_what_ships(model)
+            measured = {"rows": metric_rows(metrics), "metrics": metrics}
+    how = f"{count} samples, {num_steps} DDIM steps, guidance {scale}."
+    _describe(config, model, seconds, how, scale, **measured)
 
 
-def say_what_ships(model: Denoiser) -> None:
-    """Say what loading the folder requires, if anything."""
-    for note in shipping_notes(model):
+def _describe(
+    config: RunConfig, model: Denoiser, seconds: float, how: str, scale: float, **card: Any
+) -> None:
+    """Write the model card; say what it lacks, and what loading the folder requires."""
+    folder = config.run.output_dir
+    about: dict[str, Any] = {"minutes": seconds / 60, "measured_how": how, "guidance_scale": scale}
+    licensed = write_card(folder, model, config, **about, **card)
+    notes = [] if licensed else [f"{NO_LICENCE} {folder}/README.md"]
+    for note in [*notes, *shipping_notes(model)]:
         print(f"note: {note}", file=sys.stderr)
 
 

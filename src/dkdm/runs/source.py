@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from dkdm.config import DistillConfig
+from dkdm.config import (
+    DistillConfig,
+    GuidanceOptions,
+    LossOptions,
+    PoolOptions,
+    SyntheticOptions,
+    TeacherConditions,
+    TrainingOptions,
+)
 from dkdm.core.chains import Guidance, Stride
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features, match_features
@@ -24,20 +32,17 @@ def source_of(
     teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
 ) -> Pool | Synthetic:
     """What the student learns from, unfilled. Moves the teacher to the device."""
-    place(teacher, device, config.teacher_offload)
-    if config.source != "synthetic":
-        return make_pool(teacher, config, device)
-    scale = guidance_of_set(config)
-    source = empty_set(
-        teacher,
-        student,
-        set_size(teacher, config),
-        seed=config.seed,
-        condition_dropout=config.condition_dropout,
-        device=device,
-    )
+    place(teacher, device, config.teacher_choice.offload)
+    pool, training, seed = config.pool, config.training, config.run.seed
+    if pool.source != "synthetic":
+        size = pool_entries(pool, training, teacher.process.num_levels)
+        return make_pool(teacher, size, pool, config.guidance, config.conditions, seed, device)
+    size = set_size(teacher, pool, training, config.guidance, config.synthetic)
+    dropout = config.conditions.condition_dropout
+    scale = guidance_of_set(config.guidance)
+    source = empty_set(teacher, student, size, seed=seed, condition_dropout=dropout, device=device)
     if student.embeds_guidance:
-        source.conditions["guidance"] = torch.full((len(source.images),), scale)
+        source.conditions["guidance"] = torch.full((size,), scale)
     return source
 
 
@@ -45,121 +50,144 @@ def objective_of(
     student: Denoiser,
     on_teacher_levels: Denoiser,
     teacher: Denoiser,
-    config: DistillConfig,
+    loss: LossOptions,
     features: Features | None,
+    synthetic: bool,
 ) -> Objective:
     """What the student is to be like. With a synthetic set no teacher sees the batches."""
-    if config.source == "synthetic":
-        return Objective(student, None, config.loss)
-    weights = level_weights(student, teacher, config.loss.loss_weighting)
+    if synthetic:
+        return Objective(student, None, loss)
+    weights = level_weights(student, teacher, loss.loss_weighting)
     further = () if features is None else (features,)
-    return Objective(on_teacher_levels, teacher, config.loss, weights, further)
+    return Objective(on_teacher_levels, teacher, loss, weights, further)
 
 
-def features_of(teacher: Denoiser, student: Denoiser, config: DistillConfig) -> Features | None:
+def features_of(
+    teacher: Denoiser, student: Denoiser, loss: LossOptions, synthetic: bool
+) -> Features | None:
     """The hidden features to match, if any. Raises UsageError if there are none to match."""
-    if config.feature_weight == 0:
+    if loss.feature_weight == 0:
         return None
-    if config.source == "synthetic":
+    if synthetic:
         raise UsageError(
             "--feature-weight: with --source synthetic the teacher does not see the batches: "
             "remove --feature-weight, or choose another --source"
         )
-    return match_features(teacher, student, config.feature_layers, config.feature_weight)
+    return match_features(teacher, student, loss.feature_layers, loss.feature_weight)
 
 
-def set_size(teacher: Denoiser, config: DistillConfig) -> int:
+def set_size(
+    teacher: Denoiser,
+    pool: PoolOptions,
+    training: TrainingOptions,
+    guidance: GuidanceOptions,
+    synthetic: SyntheticOptions,
+) -> int:
     """Samples in the synthetic set: as asked, or for as many evaluations as the dynamic source."""
-    if config.synthetic_samples is not None:
-        return config.synthetic_samples
-    filling, training = planned_evaluations(teacher, replace(config, source="dynamic"))
-    return max(
-        config.train_batch_size,
-        int((filling + training) // (config.synthetic_steps * guidance_factor(teacher, config))),
-    )
+    if synthetic.synthetic_samples is not None:
+        return synthetic.synthetic_samples
+    dynamic = replace(pool, source="dynamic")
+    evaluations = sum(planned_evaluations(teacher, dynamic, training, guidance, synthetic))
+    each = synthetic.synthetic_steps * guidance_factor(teacher, guidance)
+    return max(training.train_batch_size, int(evaluations // each))
 
 
-def make_pool(teacher: Denoiser, config: DistillConfig, device: torch.device) -> Pool:
-    """An unfilled pool as the config describes it.
+def make_pool(
+    teacher: Denoiser,
+    size: int,
+    pool: PoolOptions,
+    guidance: GuidanceOptions,
+    conditions: TeacherConditions,
+    seed: int,
+    device: torch.device,
+) -> Pool:
+    """An unfilled pool as the options describe it.
 
     Raises UsageError if it does not fit in memory.
     """
-    storage = torch.device("cpu") if config.pool_device == "cpu" else device
     return empty_pool(
         teacher,
-        pool_entries(config, teacher.process.num_levels),
-        storage,
-        getattr(torch, config.pool_dtype),
-        stride=Stride.parse(config.stride, teacher.process.num_levels),
-        eta=config.eta,
-        guidance=Guidance.of_options(config.guidance),
-        condition_dropout=config.condition_dropout,
-        random_conditioning=config.random_conditioning,
-        seed=config.seed,
-        shards=Shards(config.shards),
+        size,
+        torch.device("cpu") if pool.pool_device == "cpu" else device,
+        getattr(torch, pool.pool_dtype),
+        Shards(pool.shards),
+        stride=Stride.of_options(pool, teacher.process.num_levels),
+        eta=pool.eta,
+        guidance=Guidance.of_options(guidance),
+        condition_dropout=conditions.condition_dropout,
+        random_conditioning=conditions.random_conditioning,
+        seed=seed,
     )
 
 
-def pool_entries(config: DistillConfig, num_levels: int) -> int:
+def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) -> int:
     """Entries of the pool: the batch, or rho * T * batch, but at most what the run draws."""
-    batch = config.train_batch_size
-    if config.source != "dynamic":
+    batch = training.train_batch_size
+    if pool.source != "dynamic":
         return batch
-    if config.pool_size is not None:
-        if config.pool_size < batch:
+    if pool.pool_size is not None:
+        if pool.pool_size < batch:
             raise UsageError(
-                f"--pool-size {config.pool_size} is smaller than a batch of {batch}: give {batch} "
+                f"--pool-size {pool.pool_size} is smaller than a batch of {batch}: give {batch} "
                 "or more"
             )
-        return config.pool_size
-    drawn = config.max_train_steps * config.gradient_accumulation_steps * batch
-    return max(batch, min(round(config.rho * num_levels * batch), drawn))
+        return pool.pool_size
+    drawn = training.max_train_steps * training.gradient_accumulation_steps * batch
+    return max(batch, min(round(pool.rho * num_levels * batch), drawn))
 
 
 def prepare(source: Source, teacher: Denoiser, config: DistillConfig) -> None:
     """Let the teacher prepare the source: fill the pool, or draw the synthetic set."""
+    batch = config.training.train_batch_size
     if isinstance(source, Pool):
-        fill(source, config)
+        fill(source, config.pool, batch)
     elif isinstance(source, Synthetic):
-        steps, batch = config.synthetic_steps, config.train_batch_size
-        draw_set(source, teacher, steps, guidance_of_set(config), batch)
+        steps, scale = config.synthetic.synthetic_steps, guidance_of_set(config.guidance)
+        draw_set(source, teacher, steps, scale, batch)
 
 
-def guidance_of_set(config: DistillConfig) -> float:
+def guidance_of_set(guidance: GuidanceOptions) -> float:
     """The guidance scale of a synthetic set. Raises UsageError for a range."""
-    low, high = config.guidance.scales
+    low, high = guidance.scales
     if low != high:
         raise UsageError(
-            f"--guidance-scale {config.guidance_scale}: --source synthetic takes one number"
+            f"--guidance-scale {guidance.guidance_scale}: --source synthetic takes one number"
         )
     return low
 
 
-def fill(pool: Pool, config: DistillConfig) -> None:
-    """Prepare the pool as the config says; the iterative source stays pure noise at T-1."""
-    if config.source == "iterative" or config.fill == "none":
+def fill(pool: Pool, options: PoolOptions, batch_size: int) -> None:
+    """Prepare the pool as asked; the iterative source stays pure noise at T-1."""
+    if options.source == "iterative" or options.fill == "none":
         return
-    if config.fill == "ancestral":
-        fill_ancestral(pool, config.train_batch_size)
+    if options.fill == "ancestral":
+        fill_ancestral(pool, batch_size)
     else:
-        fill_few_step(pool, config.fill_steps, config.train_batch_size)
+        fill_few_step(pool, options.fill_steps, batch_size)
 
 
-def guidance_factor(teacher: Denoiser, config: DistillConfig) -> float:
+def guidance_factor(teacher: Denoiser, guidance: GuidanceOptions) -> float:
     """Evaluations of the teacher that one prediction takes, over all levels equally."""
     levels = torch.arange(teacher.process.num_levels)
-    return float(teacher.evaluations_at(levels, not config.guidance.is_off).double().mean())
+    return float(teacher.evaluations_at(levels, not guidance.is_off).double().mean())
 
 
-def planned_evaluations(teacher: Denoiser, config: DistillConfig) -> tuple[int, int]:
+def planned_evaluations(
+    teacher: Denoiser,
+    pool: PoolOptions,
+    training: TrainingOptions,
+    guidance: GuidanceOptions,
+    synthetic: SyntheticOptions,
+) -> tuple[int, int]:
     """Teacher evaluations to prepare the source, and to train from it, without restarts."""
-    doubled = guidance_factor(teacher, config)
-    if config.source == "synthetic":
-        return round(set_size(teacher, config) * config.synthetic_steps * doubled), 0
-    batch = config.train_batch_size * config.gradient_accumulation_steps
-    training = round(config.max_train_steps * batch * doubled)
-    if config.source == "iterative" or config.fill == "none":
-        return 0, training
+    doubled = guidance_factor(teacher, guidance)
+    if pool.source == "synthetic":
+        size = set_size(teacher, pool, training, guidance, synthetic)
+        return round(size * synthetic.synthetic_steps * doubled), 0
+    batch = training.train_batch_size * training.gradient_accumulation_steps
+    to_train = round(training.max_train_steps * batch * doubled)
+    if pool.source == "iterative" or pool.fill == "none":
+        return 0, to_train
     levels = teacher.process.num_levels
-    per_entry = levels / 2 if config.fill == "ancestral" else config.fill_steps
-    return round(pool_entries(config, levels) * per_entry * doubled), training
+    per_entry = levels / 2 if pool.fill == "ancestral" else pool.fill_steps
+    return round(pool_entries(pool, training, levels) * per_entry * doubled), to_train

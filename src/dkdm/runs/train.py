@@ -13,7 +13,13 @@ from dkdm.core.objective import Objective
 from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
-from dkdm.runs.launch import check_run_folder, claim_output, resume, run_to_end, start_accelerator
+from dkdm.runs.launch import (
+    check_run_folder,
+    checkpoint_of,
+    claim_output,
+    run_to_end,
+    start_accelerator,
+)
 from dkdm.runs.outputs import reference_of, sample_grids, write_results_of_training
 from dkdm.shipping.hub import publish
 from dkdm.shipping.pipeline_folder import component_name
@@ -27,23 +33,25 @@ def train(config: TrainConfig) -> Path:
     """
     config = config_given(config, TrainConfig)
     check_run_folder(config)
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config.run, config.training, config.checkpoints)
     trainer = trainer_of(config, accelerator)
-    reference = reference_of(config, trainer.student)
-    resume(trainer, config)
+    reference = reference_of(config.evaluation, trainer.student)
+    found = checkpoint_of(config)
+    if found:
+        trainer.resume(found)
     config = claim_output(config, accelerator)
     started = time.monotonic()
     finished = run_to_end(trainer)
     write_results_of_training(config, finished, reference, time.monotonic() - started)
-    publish(config)
-    return config.output_dir
+    publish(config.hub, config.run.output_dir)
+    return config.run.output_dir
 
 
 def trainer_of(config: TrainConfig, accelerator: Accelerator) -> Trainer:
     """A model with random weights, its images and its objective, ready to train."""
     data, like = training_data(config)
-    model = student_of(config.network, like, factory=config.student_factory)
-    if config.sampling_guidance_scale != 1 and not model.embeds_guidance:
+    model = student_of(config.model.network, like, factory=config.model.student_factory)
+    if config.evaluation.sampling_guidance_scale != 1 and not model.embeds_guidance:
         model.conditioning.null(1)
     source = Images(
         data.images,
@@ -51,11 +59,23 @@ def trainer_of(config: TrainConfig, accelerator: Accelerator) -> Trainer:
         model.process,
         model.parameterization,
         model.conditioning,
-        config.seed,
-        config.condition_dropout,
+        config.run.seed,
+        config.conditions.condition_dropout,
         accelerator.device,
     )
     objective = Objective(model, None, config.loss)
     name = component_name(model.network)  # type: ignore[arg-type]
-    grids = sample_grids(config)
-    return Trainer(config, model, model, source, objective, accelerator, name, grids)
+    return Trainer(
+        config.run.output_dir,
+        config.training,
+        config.optimizer,
+        config.checkpoints,
+        model,
+        model,
+        source,
+        objective,
+        accelerator,
+        name,
+        sample_grids(config.run, config.evaluation),
+        config.evaluation.validation_steps,
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from dkdm.config import DistillConfig, RunConfig, TrainConfig
+from dkdm.config import DistillConfig, GuidanceOptions, RunConfig, TrainConfig, TrainingOptions
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
 from dkdm.data.named import load_reference
@@ -44,19 +44,20 @@ def write_card(
     measurements. metrics: the same for the hub's index. measured_how: how these numbers
     came about. guidance_scale: that it is to be sampled with.
     """
-    origin = origin_of(config)
+    origin = origin_of(config.teacher_choice) if isinstance(config, DistillConfig) else None
+    name = folder.absolute().name
     inherited = origin.licence if origin else {}
-    licence = licence_of_student(config.license, inherited)
+    licence = licence_of_student(config.hub.license, inherited)
     text = render(
         "dkdm.shipping",
         "card.md.j2",
-        front_matter=_yaml(_front_matter(denoiser, config, origin, licence, metrics)),
-        title=plain(config.output_dir.absolute().name),
+        front_matter=_yaml(_front_matter(name, denoiser, config, origin, licence, metrics)),
+        title=plain(name),
         lead=_lead(denoiser, config, origin, teacher),
         images=_images(folder),
-        usage=usage_snippet(config.output_dir.absolute().name, denoiser, guidance_scale),
+        usage=usage_snippet(name, denoiser, guidance_scale),
         notes=shipping_notes(denoiser),
-        details=_details(denoiser, config, teacher, minutes),
+        details=_details(denoiser, config.training, teacher, minutes),
         rows=[(row.label, *row.texts) for row in rows],
         measured_how=measured_how,
         features=load_reference(metrics.reference).features_in_words if metrics else "",
@@ -76,6 +77,7 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 
 def _front_matter(
+    name: str,
     denoiser: Denoiser,
     config: RunConfig,
     origin: Origin | None,
@@ -94,7 +96,7 @@ def _front_matter(
         **licence,
         "base_model": origin.base_model if origin else None,
         "tags": _tags(denoiser, config),
-        "model-index": _model_index(config.output_dir.absolute().name, task, metrics),
+        "model-index": _model_index(name, task, metrics),
     }
 
 
@@ -161,11 +163,11 @@ def _lead(
     """What it is, from what, and whether images were read."""
     network = type(denoiser.network).__name__
     if not isinstance(config, DistillConfig) or origin is None:
-        images = config.images if isinstance(config, TrainConfig) else ""
+        images = config.data.images if isinstance(config, TrainConfig) else ""
         return f"{network} trained on {plain(Path(images).name)}."
     size = f" ({_sized(teacher)})" if teacher else ""
     student = f"{network} ({count(denoiser.num_parameters)} parameters)"
-    data = SYNTHETIC if config.source == "synthetic" else NO_IMAGES
+    data = SYNTHETIC if config.pool.source == "synthetic" else NO_IMAGES
     return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
 
 
@@ -189,10 +191,10 @@ def _images(folder: Path) -> list[tuple[str, str]]:
 
 
 def _details(
-    denoiser: Denoiser, config: RunConfig, teacher: Denoiser | None, minutes: float | None
+    denoiser: Denoiser, training: TrainingOptions, teacher: Denoiser | None, minutes: float | None
 ) -> list[tuple[str, str]]:
     scheduler = denoiser.process.scheduler.get("_class_name", "no scheduler of diffusers")
-    steps = f"{config.max_train_steps} steps of {config.train_batch_size}"
+    steps = f"{training.max_train_steps} steps of {training.train_batch_size}"
     time = "" if minutes is None else f", {minutes:.1f} minutes in its last process"
     details = [
         ("network", _sized(denoiser)),
@@ -215,30 +217,31 @@ def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
             "It imitates its teacher and inherits its failures and biases; no filter was added. "
             "Read the teacher's card."
         )
-        guidance = config.guidance
+        guidance, scale = config.guidance, config.evaluation.sampling_guidance_scale
         if not (guidance.is_off or guidance.chain_only or denoiser.embeds_guidance):
             limits.append(
-                f"Guidance of {config.guidance_scale}{_inside(config)} is baked in: "
+                f"Guidance of {guidance.guidance_scale}{_inside(guidance)} is baked in: "
                 "sample it without guidance."
             )
-        elif config.guidance_interval is not None and config.sampling_guidance_scale != 1:
+        elif guidance.interval is not None and scale != 1:
             limits.append(
-                f"It was evaluated with guidance of {config.sampling_guidance_scale:g}"
-                f"{_inside(config)}. `pipeline.py` guides at every level; `dkdm sample "
-                f"--guidance-interval {config.guidance_interval}` guides as it was evaluated."
+                f"It was evaluated with guidance of {scale:g}"
+                f"{_inside(guidance)}. `pipeline.py` guides at every level; `dkdm sample "
+                f"--guidance-interval {guidance.guidance_interval}` guides as it was evaluated."
             )
-        if config.classes is not None:
-            limits.append(f"It learned the classes {', '.join(map(str, config.classes))} only.")
+        if config.conditions.classes is not None:
+            limits.append(
+                f"It learned the classes {', '.join(map(str, config.conditions.classes))} only."
+            )
     if kind_of(denoiser.conditioning).asks == "prompt":
         limits.append("It may do worse on prompts unlike those it was trained with.")
     return [*limits, "It draws samples of the shape above; it was not trained on other sizes."]
 
 
-def _inside(config: DistillConfig) -> str:
+def _inside(guidance: GuidanceOptions) -> str:
     """The levels that are guided, in words; empty if all are."""
-    interval = config.guidance.interval
-    low, high = interval or (0, 1)
-    return f" (at shares of noise {low:g} to {high:g})" if interval else ""
+    low, high = guidance.interval or (0, 1)
+    return f" (at shares of noise {low:g} to {high:g})" if guidance.interval else ""
 
 
 def _licence_text(

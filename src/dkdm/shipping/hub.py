@@ -10,7 +10,6 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from accelerate import PartialState
 from huggingface_hub import HfApi
@@ -20,45 +19,44 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from dkdm.config import DistillConfig, RunConfig, TrainConfig, read_config
+from dkdm.config import DistillConfig, HubOptions, RunConfig, TrainConfig, read_config
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.places import check_folder
 from dkdm.shipping.licence import CARD, origin_of
 from dkdm.version import __version__
 
-Config = TypeVar("Config", bound=RunConfig)
 STAYS_HERE = ["checkpoint-*", "logs/*", ".*"]  # what is hidden is half written, or somebody else's
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
-def reserve(config: Config) -> Config:
+def reserve(hub: HubOptions, output_dir: Path) -> HubOptions:
     """Before a run: check that its repository can be written to; create it if there is none.
 
-    Returns the config with the repository's full name, or unchanged if nothing is to be uploaded.
+    Returns the options with the repository's full name, or unchanged if nothing is to be uploaded.
     Raises UsageError if the user is not logged in or may not write, DkdmError if the hub cannot be
     reached.
     """
-    if not config.push_to_hub or not PartialState().is_main_process:
-        return config
-    wanted = config.hub_model_id or _name_of(config.output_dir)
-    return replace(config, hub_model_id=_repository(wanted, config.hub_private))
+    if not hub.push_to_hub or not PartialState().is_main_process:
+        return hub
+    wanted = hub.hub_model_id or _name_of(output_dir)
+    return replace(hub, hub_model_id=_repository(wanted, hub.hub_private))
 
 
-def publish(config: RunConfig) -> None:
+def publish(hub: HubOptions, output_dir: Path) -> None:
     """After a run: upload its folder, if that was asked for.
 
     Raises DkdmError with the command that repeats the upload; the run itself is complete.
     """
-    if not config.push_to_hub or not PartialState().is_main_process:
+    if not hub.push_to_hub or not PartialState().is_main_process:
         return
-    repo_id = str(config.hub_model_id)
+    repo_id = str(hub.hub_model_id)
     try:
-        check_folder(config.output_dir)
-        _upload(config, config.output_dir, repo_id)
+        config = read_config(check_folder(output_dir) / "config.json")
+        _upload(config, output_dir, repo_id)
     except DkdmError as error:
-        again = ["dkdm", "push", str(config.output_dir), "--hub-model-id", repo_id]
+        again = ["dkdm", "push", str(output_dir), "--hub-model-id", repo_id]
         raise DkdmError(
-            f"the run is complete in {config.output_dir}, but uploading it failed: {error}. Repeat "
+            f"the run is complete in {output_dir}, but uploading it failed: {error}. Repeat "
             f"the upload with: {shlex.join(again)}"
         ) from error
 
@@ -76,15 +74,15 @@ def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> s
             f"train`, with config.json and {CARD}, which is written at the end"
         )
     config = read_config(check_folder(run) / "config.json")
-    wanted = hub_model_id or config.hub_model_id or _name_of(run)
-    repo_id = _repository(wanted, private or config.hub_private)
+    wanted = hub_model_id or config.hub.hub_model_id or _name_of(run)
+    repo_id = _repository(wanted, private or config.hub.hub_private)
     _upload(config, run, repo_id)
     return _url(repo_id)
 
 
 def url_of(run: Path) -> str:
     """The address of a run that was uploaded."""
-    return _url(str(read_config(run / "config.json").hub_model_id))
+    return _url(str(read_config(run / "config.json").hub.hub_model_id))
 
 
 def _url(repo_id: str) -> str:
@@ -134,11 +132,11 @@ def _name_in_card(card: Path, repo_id: str) -> None:
 
 def _message(config: RunConfig) -> str:
     """What was made, in a line."""
-    origin = origin_of(config)
-    steps = f"{config.max_train_steps} steps, dkdm {__version__}"
-    if isinstance(config, DistillConfig) and origin is not None:
-        return f"{Path(config.student).name} distilled from {origin.name}: {steps}"
-    images = Path(config.images).name if isinstance(config, TrainConfig) else "images"
+    steps = f"{config.training.max_train_steps} steps, dkdm {__version__}"
+    if isinstance(config, DistillConfig):
+        origin = origin_of(config.teacher_choice)
+        return f"{Path(config.student_choice.student).name} distilled from {origin.name}: {steps}"
+    images = Path(config.data.images).name if isinstance(config, TrainConfig) else "images"
     return f"Trained on {images}: {steps}"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dkdm.config import DistillConfig, RunConfig
+from dkdm.config import TeacherOptions
 from dkdm.errors import UsageError
 from dkdm.models.locate import builtin_names, is_hub_id, locate
 from dkdm.reading.fields import read_text, read_yaml
@@ -34,13 +34,11 @@ class Origin:
     licence: Mapping[str, Any] = field(default_factory=dict)
 
 
-def origin_of(config: RunConfig) -> Origin | None:
-    """The origin of a run's teacher; None for a run without one. Nothing is downloaded."""
-    if not isinstance(config, DistillConfig):
-        return None
-    spec = config.teacher
+def origin_of(teacher: TeacherOptions) -> Origin:
+    """The origin of a run's teacher. Nothing is downloaded."""
+    spec = teacher.model
     found = _hub_id(spec)
-    card = _card_of(spec, config.teacher_subfolder, config.teacher_revision)
+    card = _card_of(spec, teacher.subfolder, teacher.revision)
     matter = front_matter(card) if card else {}
     licence = {key: matter[key] for key in LICENCE_KEYS if _is_word(matter.get(key))}
     name = found or (spec if ":" in spec else Path(spec).name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dkdm.config import DistillConfig
+from dkdm.config import StudentOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.positions import counterparts
@@ -53,21 +53,21 @@ class Start:
         )
 
 
-def start_student(student: Denoiser, teacher: Denoiser, config: DistillConfig) -> Start:
-    """Give the student's network its first weights, and the adapters that the config asks for.
+def start_student(
+    student: Denoiser, teacher: Denoiser, options: StudentOptions, resumed: Path | None = None
+) -> Start:
+    """Give the student's network its first weights, and the adapters that the options ask for.
 
-    A resumed run reads nothing but its checkpoint. Raises UsageError if `student_init` names
-    nothing, or nothing that fits; DkdmError for damaged files.
+    resumed: the checkpoint that the run goes on from, if any; nothing else is read then. Raises
+    UsageError if `student_init` names nothing, or nothing that fits; DkdmError for damaged files.
     """
-    origin, rank = config.student_init, config.lora_rank
+    origin, rank = options.student_init, options.lora_rank
     if rank is not None and origin == "random":
         raise UsageError(
             "--lora-rank adapts weights that stay fixed: add --student-init teacher, or the path "
             "of a checkpoint"
         )
     network: nn.Module = student.network  # type: ignore[assignment]
-    wanted = config.resume_from_checkpoint
-    resumed = checkpoint.resolve(config.output_dir, wanted) if wanted else None
     if resumed:
         start, inherited = Start(str(resumed)), _inherited(resumed) if rank else set()
     elif origin == "random":
