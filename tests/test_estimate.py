@@ -13,8 +13,7 @@ from dkdm.core.progress import read_metrics
 from dkdm.evaluation.numbers import duration
 from dkdm.models import with_texts
 from dkdm.models.prompts import Prompts
-from dkdm.runs.cost import Speeds, advice, estimated, in_words, measured
-from dkdm.runs.dry_run import describe
+from dkdm.runs.cost import Speeds, advice, describe, estimated, in_words, measured
 from dkdm.runs.models import teacher_warning
 from dkdm.students import student_of
 from factories import denoiser

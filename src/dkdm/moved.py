@@ -66,7 +66,7 @@ MOVED = RENAMED | {
 SPLIT = {
     "pool": ("core.chains", "core.fill"),
     "process": ("core.schedules", "core.clipping", "core.time", "core.matching"),
-    "trainer": ("core.ema",),
+    "trainer": ("core.learning",),
 }
 
 

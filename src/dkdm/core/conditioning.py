@@ -21,7 +21,7 @@ from dkdm.core.kinds import Conditioning as Conditioning
 from dkdm.core.kinds import Kind, Row
 from dkdm.core.process import per_sample
 from dkdm.errors import UsageError
-from dkdm.reading.arguments import NamedArguments, refuse, whole
+from dkdm.reading.arguments import NamedArguments, refuse, set_fields, whole
 from dkdm.reading.values import scalar
 
 
@@ -47,10 +47,6 @@ class Unconditional(NamedArguments, Kind):
         del count
         return {}
 
-    def embed(self, cond: Condition) -> Condition:
-        """The same."""
-        return cond
-
 
 ABSENT = -1  # in place of an id: the network is called without the argument
 
@@ -68,6 +64,7 @@ class ClassLabels(NamedArguments, Kind):
     """
 
     asks = "class_labels"
+    label = "class labels"
     num_classes: int
     null_class: int | Literal["absent"] | None
     classes: tuple[int, ...] | None
@@ -86,15 +83,9 @@ class ClassLabels(NamedArguments, Kind):
     ) -> None:
         if null is not None and null_class is not None:
             raise UsageError(f"ClassLabels: null is {null!r} and null_class too: give one of them")
-        given = {
-            "num_classes": num_classes,
-            "null_class": null_class if null is None else null,
-            "classes": classes,
-            "names": names,
-            "weights": weights,
-        }
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
+        null_class = null_class if null is None else null
+        set_fields(self, num_classes=num_classes, null_class=null_class)
+        set_fields(self, classes=classes, names=names, weights=weights)
         self._check_numbers()
         self.check(self.drawn)
         if not self.drawn:
@@ -111,18 +102,17 @@ class ClassLabels(NamedArguments, Kind):
     def _check_numbers(self) -> None:
         """Take whole numbers of any kind; raise UsageError for anything else."""
         count = whole("ClassLabels: num_classes", self.num_classes, 1)
-        object.__setattr__(self, "num_classes", count)
+        set_fields(self, num_classes=count)
         if self.null_class is not None and not self.null_is_absent:
             null = scalar(self.null_class)
             if type(null) is not int or not 0 <= null <= count:
                 accepted = f"give {count}, one of 0..{count - 1} that is no class, 'absent' or None"
                 refuse("ClassLabels: null_class", self.null_class, accepted)
-            object.__setattr__(self, "null_class", null)
+            set_fields(self, null_class=null)
         for name, each in (("classes", int), ("names", str), ("weights", float)):
-            if getattr(self, name) is not None:
-                object.__setattr__(
-                    self, name, _row(f"ClassLabels: {name}", getattr(self, name), each)
-                )
+            given = getattr(self, name)
+            if given is not None:
+                set_fields(self, **{name: _row(f"ClassLabels: {name}", given, each)})
         if self.names is not None and len(self.names) != count:
             refuse("ClassLabels: names", self.names, f"give {count} names, one a class")
 
@@ -180,10 +170,6 @@ class ClassLabels(NamedArguments, Kind):
         """The classes one after the other."""
         return self.of([self.drawn[i % len(self.drawn)] for i in range(count)])
 
-    def embed(self, cond: Condition) -> Condition:
-        """The same: the network embeds the ids itself."""
-        return cond
-
     def absent(self, cond: Condition) -> Tensor | None:
         """Which rows are evaluated without class_labels, bool [B]; None if there can be none."""
         return cond["class_labels"] == ABSENT if self.null_is_absent else None
@@ -193,11 +179,6 @@ class ClassLabels(NamedArguments, Kind):
         """As `Kind.table_rows`."""
         own = self.for_student()
         return max(own.num_classes, int(own.null_class or 0) + 1)
-
-    @property
-    def label(self) -> str:
-        """As `Kind.label`."""
-        return "class labels"
 
     def summary(self) -> str:
         """As `Kind.summary`."""

@@ -8,8 +8,8 @@ arXiv 1412.6550, Eq. 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -68,25 +68,11 @@ class Features(nn.Module):
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Keep the features of what is evaluated inside."""
-        handles = []
-        for side, network in enumerate(self._networks):
-            for name in {pair[side] for pair in self.pairs}:
-                module = _submodule(network, name)
-                handles.append(module.register_forward_hook(self._keep(side, name)))
-        try:
+        with ExitStack() as stack:
+            for side, network in enumerate(self._networks):
+                names = {pair[side] for pair in self.pairs}
+                stack.enter_context(kept(network, names, self.sides, self._seen[side]))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _keep(self, side: int, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            del module, args
-            found = feature_map(output, self.sides)
-            if found is not None:
-                self._seen[side][name] = found
-
-        return keep
 
     def watched(self, model: Denoiser) -> Denoiser:
         """The same model, whose evaluations leave their features here."""
@@ -125,6 +111,29 @@ class Features(nn.Module):
 
     def _forget(self) -> None:
         self._seen = [{}, {}]
+
+
+@contextmanager
+def kept(
+    network: nn.Module, names: Iterable[str], sides: tuple[int, ...], found: Maps
+) -> Iterator[None]:
+    """Keep the features of these modules in `found`, in the order in which they are computed."""
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            del module, args
+            features = feature_map(output, sides)
+            if features is not None:
+                found[name] = features
+
+        return hook
+
+    handles = [_submodule(network, name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def match_features(
@@ -189,24 +198,9 @@ def stage_maps(model: Denoiser) -> Maps:
 
     The layers of the list that returns the network's output are not stages.
     """
-    network, found, handles = _module_of(model), cast(Maps, {}), []
-    sides = model.sample_shape[1:]
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            del module, args
-            features = feature_map(output, sides)
-            if features is not None:
-                found[name] = features
-
-        return hook
-
-    for name in stage_names(network):
-        handles.append(network.get_submodule(name).register_forward_hook(keep(name)))
-    handles.append(network.register_forward_hook(keep("")))
-    model.check()
-    for handle in handles:
-        handle.remove()
+    network, found = _module_of(model), cast(Maps, {})
+    with kept(network, [*stage_names(network), ""], model.sample_shape[1:], found):
+        model.check()
     output = found.pop("", None)
     last = {_list_of(name) for name, features in found.items() if features is output}
     return {name: features for name, features in found.items() if _list_of(name) not in last}

@@ -83,6 +83,10 @@ class Kind:
         """num_classes, null_class, class_names and classes of a model with classes."""
         return {}
 
+    def embed(self, cond: Condition) -> Condition:
+        """What the network is fed for drawn conditions: the same."""
+        return cond
+
     def shown_names(self, most: int) -> tuple[str, ...] | None:
         """What the numbers that a sample was drawn for mean; of prompts the first `most`."""
         del most

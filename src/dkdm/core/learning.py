@@ -1,8 +1,9 @@
-"""A network that learns: which of its weights, in which precision, by which optimizer."""
+"""A network that learns: which weights, how, their average, and whether they stay finite."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from dkdm.config import OptimizerOptions
+from dkdm.core import checkpoint
 from dkdm.core.calls import Call, Network
-from dkdm.errors import UsageError
+from dkdm.errors import DkdmError, UsageError
 
 
 def prepare(network: nn.Module, frozen: Collection[str], recompute: bool) -> list[nn.Parameter]:
@@ -66,3 +68,62 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
             "enable_gradient_checkpointing(), as diffusers' models do; leave this option out"
         )
     enable()
+
+
+class Ema:
+    """Exponential moving average of a network's weights, warmed up as (1 + n) / (10 + n)."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move every floating-point weight towards the network's after step n; copy the others."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        new = network.state_dict()
+        floating = [k for k, v in self.weights.items() if v.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.weights[k] for k in floating], [new[k].detach() for k in floating], 1 - decay
+        )
+        for key in self.weights.keys() - set(floating):
+            self.weights[key].copy_(new[key])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights."""
+        return self.weights
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore them."""
+        self.weights = {k: state[k].to(v.device, v.dtype) for k, v in self.weights.items()}
+
+
+class Finite:
+    """Watches the losses and weights of a run, which `output_dir` holds the checkpoints of."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.first_bad_step = torch.tensor(-1)
+
+    def note(self, loss: Tensor, step: int) -> None:
+        """Remember the first step whose loss is not finite."""
+        known = self.first_bad_step.to(loss.device)
+        bad = ~loss.isfinite() & (known < 0)
+        self.first_bad_step = torch.where(bad, step, known)
+
+    def check(self, network: nn.Module | None = None, step: int = 0) -> None:
+        """Raise DkdmError if a loss was not finite, or a weight is not by this step."""
+        bad = int(self.first_bad_step)
+        if bad >= 0:
+            raise self._error(f"the loss became NaN or infinite at step {bad}")
+        weights = [p for p in network.parameters() if p.is_floating_point()] if network else []
+        if weights and not bool(torch.stack([p.isfinite().all() for p in weights]).all()):
+            raise self._error(f"the weights became NaN or infinite by step {step}")
+
+    def _error(self, what: str) -> DkdmError:
+        kept = checkpoint.checkpoints(self.output_dir)
+        return DkdmError(
+            f"{what}. The last good checkpoint is {kept[-1] if kept else '(none yet)'}. Try a "
+            "lower --learning-rate, a lower --max-grad-norm or --mixed-precision no, with "
+            "--resume-from-checkpoint latest"
+        )

@@ -11,11 +11,7 @@ from dkdm.config import LossOptions, WeightingOptions
 from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.matching import amplifies
-from dkdm.core.prediction import (
-    Prediction,
-    clip_x_0,
-    from_x_0_eps,
-)
+from dkdm.core.prediction import Prediction, clip_x_0, from_x_0_eps
 from dkdm.core.variational import variational_loss
 from dkdm.core.weighting import weights_of_levels
 from dkdm.errors import UsageError

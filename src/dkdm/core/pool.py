@@ -57,6 +57,7 @@ class Pool:
         self.entries = Entries.of(self.shards.sizes(size))
         self.evaluated = torch.zeros(len(self.entries.slices), dtype=torch.int64)
         self._step = torch.zeros((), dtype=torch.int64)
+        self._drawn: tuple[Tensor, int, tuple[Tensor, Condition]] | None = None
 
     @property
     def step(self) -> int:
@@ -173,13 +174,19 @@ class Pool:
         self.store(rows, x, t, cond)
 
     def _laws(self, rows: Tensor) -> tuple[Tensor, Condition]:
-        """What this step draws for the chains of a batch: strides, and conditions if they end."""
+        """What this step draws for the chains of a batch: strides, and conditions if they end.
+
+        It is drawn once: `advance` finds what `draw` has drawn.
+        """
+        if self._drawn and self._drawn[0] is rows and self._drawn[1] == self.step:
+            return self._drawn[2]
         strides, conds = [], []
         for shard, count in self.entries.by_shard(rows):
             host = generator("cpu", self.seed, "move", shard, self.step)
             conds.append(self.new_conditions(count, host))
             strides.append(self.stride.draw(count, host))
-        return torch.cat(strides), joined(conds)
+        self._drawn = rows, self.step, (torch.cat(strides), joined(conds))
+        return self._drawn[2]
 
     def _noise(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Noise of this step for the moves of a batch, and for chains that begin anew."""

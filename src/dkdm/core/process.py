@@ -17,14 +17,7 @@ from torch import Tensor
 
 from dkdm.core.clipping import Clipping
 from dkdm.errors import UsageError
-from dkdm.reading.arguments import (
-    NamedArguments,
-    chosen,
-    number,
-    refuse,
-    set_fields,
-    whole,
-)
+from dkdm.reading.arguments import NamedArguments, chosen, number, refuse, set_fields, whole
 from dkdm.reading.arrays import table
 
 Spacing = Literal["leading", "trailing", "linspace"]

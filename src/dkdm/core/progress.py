@@ -109,37 +109,34 @@ def _bar(console: Console, total: int, done: int, label: str) -> Iterator[Callab
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, completed=done, loss="", rate="")
-        started, last_shown = time.monotonic(), 0.0
 
-        def update(now_done: int, loss: Tensor | None = None) -> None:
-            nonlocal last_shown
-            now = time.monotonic()
-            if now - last_shown < 0.5 and now_done < total:
-                return
-            last_shown = now
-            rate = (now_done - done) / max(now - started, 1e-9)
-            shown = "" if loss is None else f"loss {float(loss):.4f}"
-            progress.update(task, completed=now_done, loss=shown, rate=f"{rate:.1f}/s")
+        def show(now_done: int, rate: float, loss: str) -> None:
+            progress.update(task, completed=now_done, loss=loss, rate=f"{rate:.1f}/s")
 
-        yield update
+        yield _every(0.5, total, done, show)
 
 
 def _lines(total: int, done: int, label: str) -> Callable[..., None]:
+    def show(now_done: int, rate: float, loss: str) -> None:
+        minutes = (total - now_done) / max(rate, 1e-9) / 60
+        shown = f"{label}: {now_done}/{total}{loss and f', {loss}'}, {rate:.2f}/s"
+        print(f"{shown}, {minutes:.1f} min left", file=sys.stderr, flush=True)
+
+    return _every(10, total, done, show)
+
+
+def _every(
+    seconds: float, total: int, done: int, show: Callable[[int, float, str], None]
+) -> Callable[..., None]:
+    """Calls `show` with what is done, its rate and the loss, so often and at the end."""
     started = last_shown = time.monotonic()
 
     def update(now_done: int, loss: Tensor | None = None) -> None:
         nonlocal last_shown
         now = time.monotonic()
-        if now - last_shown < 10 and now_done < total:
-            return
-        last_shown = now
-        rate = (now_done - done) / max(now - started, 1e-9)
-        left = (total - now_done) / max(rate, 1e-9)
-        shown = "" if loss is None else f", loss {float(loss):.4f}"
-        print(
-            f"{label}: {now_done}/{total}{shown}, {rate:.2f}/s, {left / 60:.1f} min left",
-            file=sys.stderr,
-            flush=True,
-        )
+        if now - last_shown >= seconds or now_done >= total:
+            last_shown = now
+            rate = (now_done - done) / max(now - started, 1e-9)
+            show(now_done, rate, "" if loss is None else f"loss {float(loss):.4f}")
 
     return update

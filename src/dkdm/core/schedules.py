@@ -16,14 +16,7 @@ from dkdm.reading.arguments import number, whole
 from dkdm.reading.arrays import table
 
 MAX_LEVELS = 1_000_000
-BETA_SCHEDULES = (
-    "linear",
-    "scaled_linear",
-    "squaredcos_cap_v2",
-    "sigmoid",
-    "laplace",
-    "exp",
-)
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp")
 
 
 def beta_schedule(name: str, num_levels: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
@@ -57,11 +50,7 @@ def _laplace(u: float) -> float:
     return math.sqrt(snr / (1 + snr))
 
 
-_ALPHA_BAR = {
-    "squaredcos_cap_v2": _cosine,
-    "laplace": _laplace,
-    "exp": lambda u: math.exp(-12 * u),
-}
+_ALPHA_BAR = {"squaredcos_cap_v2": _cosine, "laplace": _laplace, "exp": lambda u: math.exp(-12 * u)}
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.ema import Ema
-from dkdm.core.finite import Finite
-from dkdm.core.learning import autocasting, optimizer_of, prepare
+from dkdm.core.learning import Ema, Finite, autocasting, optimizer_of, prepare
 from dkdm.core.modes import without_label_dropout
 from dkdm.core.objective import Objective
 from dkdm.core.progress import LossPerLevel, MetricsFile, track

@@ -34,13 +34,7 @@ from dkdm.runs.models import (
     with_conditions,
 )
 from dkdm.runs.outputs import compare_models, reference_of, sample_grids, write_results
-from dkdm.runs.source import (
-    features_of,
-    objective_of,
-    planned_evaluations,
-    prepare,
-    source_of,
-)
+from dkdm.runs.source import features_of, objective_of, planned_evaluations, prepare, source_of
 from dkdm.shipping.hub import publish
 from dkdm.shipping.pipeline_folder import component_name
 from dkdm.students.lora import merge_lora
@@ -81,10 +75,7 @@ def distill(
 
 
 def _distill(
-    teacher: Denoiser,
-    student: Denoiser,
-    config: DistillConfig,
-    accelerator: Accelerator,
+    teacher: Denoiser, student: Denoiser, config: DistillConfig, accelerator: Accelerator
 ) -> Path:
     check_null_condition(student, config)
     for warning in student_warnings(student, teacher):

@@ -20,11 +20,7 @@ SHARED: Settings = {
     "validation_sampling_steps": 25,
     "evaluation_samples": 2000,
 }
-TEACHER: Settings = SHARED | {
-    "max_train_steps": 3000,
-    "lr_warmup_steps": 200,
-    "ema_decay": 0.999,
-}
+TEACHER: Settings = SHARED | {"max_train_steps": 3000, "lr_warmup_steps": 200, "ema_decay": 0.999}
 STUDENT: Settings = SHARED | {
     "max_train_steps": 2000,
     "lr_warmup_steps": 100,
