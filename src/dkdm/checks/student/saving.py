@@ -125,9 +125,9 @@ def _hidden_state(one: nn.Module, other: nn.Module) -> list[str]:
 
 
 def _unlike(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return bool(one != other)
-    return not torch.equal(one, other)
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return not torch.equal(one, other)
+    return isinstance(one, Tensor) or isinstance(other, Tensor) or bool(one != other)
 
 
 @torch.no_grad()
