@@ -400,8 +400,8 @@ def test_objects_that_only_the_user_can_make(tmp_path, capsys, network):
 
 def test_an_object_with_another_call_is_not_made_by_its_class():
     model = replace(denoiser(), network=Bare(), call=lambda n, x, t, cond: n(x, t, **cond))
-    learner = given_student(model)
-    assert origin_of(learner.network).factory is None
+    student = given_student(model, model)
+    assert origin_of(student.network).factory is None
 
 
 def test_an_object_that_does_not_fit_is_refused(tmp_path):
