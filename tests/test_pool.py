@@ -552,6 +552,16 @@ def test_shuffled_is_a_batch_at_all_levels(kind):
         assert (batch.t * 5 // LEVELS).bincount(minlength=5).min() >= 4
 
 
+def test_the_laws_of_a_step_are_drawn_once(monkeypatch):
+    pool, drawn = prepared(source="shuffled", stride="random:20", shards=4), []
+    monkeypatch.setattr(pool, "new_conditions", lambda *a: drawn.append(a) or CLASSES.draw(*a))
+    for _ in range(3):
+        batch, _ = move(pool, 40)
+        k = (batch.t - pool.t[batch.rows]) % LEVELS
+        assert ((batch.t - batch.s == k) | (batch.s == -1)).all()
+    assert len(drawn) == 3 * 4
+
+
 def test_dynamic_is_many_batches_at_all_levels():
     pool = prepared(source="dynamic")
     assert len(pool.t) == 0.2 * LEVELS * 40

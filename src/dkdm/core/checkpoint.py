@@ -327,15 +327,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DkdmError(f"{path}: cannot be read as safetensors ({in_a_line(error)})") from error
 
 
-def save_network(
-    network: nn.Module, folder: Path, weights: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write a network as diffusers does: config.json beside its weights.
-
-    weights: saved instead of the network's weights (an average of them), with the same keys.
-    """
+def save_network(network: nn.Module, folder: Path) -> None:
+    """Write a network as diffusers does: config.json beside its weights."""
     save_config(network, folder)
-    write_tensors(folder / WEIGHTS, _apart(weights or network.state_dict()))
+    write_tensors(folder / WEIGHTS, _apart(network.state_dict()))
 
 
 def save_config(network: nn.Module, folder: Path) -> None:

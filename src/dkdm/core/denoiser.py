@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -131,29 +131,26 @@ class Denoiser(NamedArguments):
         self.call = self.call or call_of(self.network)
         self.embeds_guidance = embeds_guidance(self.network)
 
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return self.network.parameters() if isinstance(self.network, nn.Module) else iter(())
+
     @property
     def device(self) -> torch.device:
         """The device of the network's parameters, or the one that they are brought to in turns."""
-        if not isinstance(self.network, nn.Module):
-            return torch.device("cpu")
-        first = next(self.network.parameters(), None)
+        first = next(self._parameters(), None)
         found = torch.device("cpu") if first is None else first.device
-        return offloaded_to(self.network) or found if found.type == "meta" else found
+        return offloaded_to(self.network) or found if found.type == "meta" else found  # type: ignore[arg-type]
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Precision of the network's parameters; None if it has no parameters."""
-        if isinstance(self.network, nn.Module):
-            for tensor in self.network.parameters():
-                return tensor.dtype
-        return None
+        first = next(self._parameters(), None)
+        return None if first is None else first.dtype
 
     @property
     def num_parameters(self) -> int:
         """How many parameters the network has."""
-        if not isinstance(self.network, nn.Module):
-            return 0
-        return sum(p.numel() for p in self.network.parameters())
+        return sum(parameter.numel() for parameter in self._parameters())
 
     def predict(self, batch: Batch, guidance_scale: float | Tensor = 1.0) -> Prediction:
         """Evaluate the network once (twice with guidance) and read its output.

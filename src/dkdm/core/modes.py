@@ -81,7 +81,7 @@ def evaluating(*callables: Any, frozen: bool = False) -> Iterator[bool]:
     modes = [module.training for module in modules]
     weights = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
     weights = weights if frozen else []
-    _evaluate(modules)
+    _set_modes(modules, [False] * len(modules))
     for weight in weights:
         weight.requires_grad_(False)
     try:
@@ -89,22 +89,14 @@ def evaluating(*callables: Any, frozen: bool = False) -> Iterator[bool]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
-        _restore(modules, modes)
+        _set_modes(modules, modes)
 
 
-def _evaluate(modules: list[nn.Module]) -> None:
-    """Call `eval` of modules in training mode, since a network may define its own, then insist."""
-    for module in modules:
-        if module.training:
-            _call_train(module, False)
-    for module in modules:
-        module.training = False
-
-
-def _restore(modules: list[nn.Module], modes: list[bool]) -> None:
+def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
+    """Call `train` of modules in another mode, since a network may define its own, then insist."""
     for module, training in zip(modules, modes, strict=True):
-        if training and not module.training:
-            _call_train(module, True)
+        if module.training != training:
+            _call_train(module, training)
     for module, training in zip(modules, modes, strict=True):
         module.training = training
 
@@ -120,7 +112,7 @@ def put_into_evaluation(*callables: Any) -> bool:
     """Put all modules behind these into evaluation mode; returns whether any was not."""
     modules = modules_behind(*callables)
     was_training = any(module.training for module in modules)
-    _evaluate(modules)
+    _set_modes(modules, [False] * len(modules))
     return was_training
 
 
