@@ -136,7 +136,6 @@ def _show(as_json: bool, values: Any, show: Callable[[Any, Console], None], foun
 def _distill(config: DistillConfig) -> int:
     from dkdm.evaluation.results import read_evaluation
     from dkdm.evaluation.rows import comparison_rows
-    from dkdm.runs.cost import describe
     from dkdm.runs.distill import distill
 
     folder = distill(config=config)
