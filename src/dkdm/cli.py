@@ -113,7 +113,7 @@ def _run_config(kind: type[Config], args: list[str]) -> tuple[Config, bool]:
 
 def _describe(config: RunConfig) -> int:
     if isinstance(config, DistillConfig):
-        from dkdm.runs.dry_run import describe
+        from dkdm.runs.cost import describe
 
         print(describe(config))
     else:
