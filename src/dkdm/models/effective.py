@@ -17,7 +17,6 @@ from packaging.version import InvalidVersion, Version
 
 from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES
-from dkdm.models.schedulers import LACKS, SAME_ARGUMENTS, argument_defaults
 from dkdm.networks import HOMES, network_class
 from dkdm.reading.fields import Fields, read_json, shown
 
@@ -92,28 +91,35 @@ def class_config(config: Mapping[str, Any], name: str, where: str) -> Config:
     skipped = config.get(_OWN_DEFAULTS)
     skipped = skipped if isinstance(skipped, list) else []
     given = {k: v for k, v in config.items() if k not in skipped and k != _OWN_DEFAULTS}
-    arguments = _arguments(name)
-    missing = [k for k, v in arguments.items() if v is inspect.Parameter.empty and k not in given]
+    known = arguments(name)
+    missing = [k for k, v in known.items() if v is inspect.Parameter.empty and k not in given]
     if missing:
         raise UsageError(f"{where}: {', '.join(missing)} is missing, and {name} has no default")
-    made = {**arguments, **given, "_class_name": name or config.get("_class_name")}
+    made = {**known, **given, "_class_name": name or config.get("_class_name")}
     made |= _written_by_constructor(name, made)
     _check(Fields(made, where))
     return made
 
 
 @lru_cache
-def _arguments(name: str) -> Config:
+def arguments(name: str) -> Config:
     """The arguments that a class takes from its config, with their defaults."""
-    if name in SAME_ARGUMENTS:
-        found = argument_defaults(name).items()
-        return {key: _as_json(value) for key, value in found if key not in LACKS.get(name, ())}
-    kind = _class(name)
+    twin, lacks = _NEEDS_A_PACKAGE.get(name, (name, ()))
+    kind = _class(twin)
     if kind is None:
         return {}
-    left_out = {"self", "kwargs", *getattr(kind, "ignore_for_config", [])}
+    left_out = {"self", "kwargs", *lacks, *getattr(kind, "ignore_for_config", [])}
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {p.name: _as_json(p.default) for p in parameters if p.name not in left_out}
+
+
+_NEEDS_A_PACKAGE = {  # scipy, torchsde: a class with the same arguments and those it lacks
+    "LMSDiscreteScheduler": (
+        "EulerDiscreteScheduler",
+        ("rescale_betas_zero_snr", "timestep_type", "final_sigmas_type"),
+    ),
+    "DPMSolverSDEScheduler": ("KDPM2DiscreteScheduler", ()),
+}
 
 
 def _as_json(value: Any) -> Any:

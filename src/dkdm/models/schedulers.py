@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,16 +23,16 @@ from dkdm.core.schedules import (
     zero_terminal_snr,
 )
 from dkdm.errors import UsageError
+from dkdm.models.effective import arguments
 from dkdm.reading.arguments import refuse
 from dkdm.reading.fields import Fields, read_json, shown
 
 Config = Mapping[str, Any]
 
 _ONE_JUMP = (
-    "maps noise to data in a few jumps and has no reverse transition p(x_prev | x_t) to learn "
+    "it maps noise to data in a few jumps and has no reverse transition p(x_prev | x_t) to learn "
     "from; distil the diffusion model it came from"
 )
-_TOKENS = "its states are tokens, not Gaussian; distil a model whose noise is Gaussian"
 _COGVIDEO = (
     "it shifts the signal-to-noise ratio; save a DDIMScheduler with trained_betas and "
     "clip_sample false"
@@ -41,21 +40,22 @@ _COGVIDEO = (
 _BACKWARDS = "it runs from data to noise; save"
 _IN_PYTHON = "wrap the model in Python, --teacher module:factory"
 _REFUSED = {
-    "CMStochasticIterativeScheduler": f"a consistency model {_ONE_JUMP}",
-    "ConsistencyDecoderScheduler": f"a consistency decoder {_ONE_JUMP}",
-    "LCMScheduler": f"a latent consistency model {_ONE_JUMP}",
-    "TCDScheduler": f"a trajectory consistency model {_ONE_JUMP}",
-    "SCMScheduler": f"a continuous-time consistency model {_ONE_JUMP}",
-    "FlowMatchLCMScheduler": f"a model distilled to few steps {_ONE_JUMP}",
-    "FlowMapEulerDiscreteScheduler": f"a flow map {_ONE_JUMP}",
-    "PiflowScheduler": f"a policy flow {_ONE_JUMP}",
-    "HeliosDMDScheduler": f"a model distilled to few steps {_ONE_JUMP}",
+    **dict.fromkeys(
+        (
+            "CMStochasticIterativeScheduler", "ConsistencyDecoderScheduler", "LCMScheduler",
+            "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "PiflowScheduler",
+            "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler",
+        ),
+        _ONE_JUMP,
+    ),
     "HeliosScheduler": f"it goes through several resolutions; {_IN_PYTHON}, one resolution alone",
-    "AmusedScheduler": _TOKENS,
-    "BlockRefinementScheduler": _TOKENS,
-    "DiscreteDDIMScheduler": _TOKENS,
-    "EntropyBoundScheduler": _TOKENS,
-    "VQDiffusionScheduler": _TOKENS,
+    **dict.fromkeys(
+        (
+            "AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler",
+            "EntropyBoundScheduler", "VQDiffusionScheduler",
+        ),
+        "its states are tokens, not Gaussian; distil a model whose noise is Gaussian",
+    ),
     "DDIMInverseScheduler": f"{_BACKWARDS} a DDIMScheduler with the same betas",
     "DPMSolverMultistepInverseScheduler": (
         f"{_BACKWARDS} a DPMSolverMultistepScheduler with the same betas"
@@ -80,7 +80,7 @@ _REFUSED = {
     "LTXEulerAncestralRFScheduler": "save a FlowMatchEulerDiscreteScheduler with the same shift",
     "MiniMaxH3Scheduler": "save a FlowMatchEulerDiscreteScheduler with the same shift",
     "RFD4ProteinaScheduler": f"its steps are of a kind of their own; {_IN_PYTHON}",
-}
+}  # fmt: skip
 MAX_LEVELS = 100_000
 _TWINS = {  # the same process by another name
     "DDPMParallelScheduler": "DDPMScheduler",
@@ -101,12 +101,9 @@ def from_scheduler_config(config: Config, image_tokens: int | None = None) -> Pr
     and for an entry of the wrong type or out of range.
     """
     read = stand_in(_config_given(config))
-    name = read["_class_name"]
-    if name == FIRST_ORDER and read.get("use_flow_sigmas"):
-        return _from_flow_solver(read)
-    if name == _FLOW:
+    if read["_class_name"] == _FLOW or read.get("use_flow_sigmas"):
         return _from_flow_config(read, image_tokens)
-    return _OTHERS[name](read)
+    return _OTHERS[read["_class_name"]](read)
 
 
 def stand_in(config: Config) -> dict[str, Any]:
@@ -153,7 +150,7 @@ def _plain(value: Any) -> Any:
 def fields_of(config: Config) -> Fields:
     """A scheduler's own arguments, those that are absent by its class's defaults."""
     return Fields(
-        _own_arguments(config), f"scheduler_config.json ({_class_name(config) or 'no class'})"
+        _arguments_of(config), f"scheduler_config.json ({_class_name(config) or 'no class'})"
     )
 
 
@@ -173,18 +170,14 @@ def prediction_type(config: Config) -> PredictionType:
     """What a scheduler's network predicts. Raises UsageError for a kind that is unknown."""
     read = stand_in(config)
     name = read["_class_name"]
-    if name == _FLOW:
+    if name == _FLOW or read.get("use_flow_sigmas"):
         return "flow_prediction"
     if name == "IPNDMScheduler":
         return "v_prediction"
-    fields = fields_of(read)
+    kinds: Mapping[str, PredictionType] = {kind: kind for kind in BETA_PREDICTIONS}
     if name in EDM_SCHEDULERS:
-        kinds: dict[str, PredictionType] = {"epsilon": "edm", "v_prediction": "edm_v"}
-        return kinds[fields.text("prediction_type", among=tuple(kinds))]
-    if read.get("use_flow_sigmas"):
-        return "flow_prediction"
-    kind: PredictionType = fields.text("prediction_type", among=BETA_PREDICTIONS)  # type: ignore[assignment]
-    return kind
+        kinds = {"epsilon": "edm", "v_prediction": "edm_v"}
+    return kinds[fields_of(read).text("prediction_type", among=tuple(kinds))]
 
 
 BETA_PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "sample", "v_prediction")
@@ -192,30 +185,16 @@ _FLOW = "FlowMatchEulerDiscreteScheduler"
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 ON_BETAS = ("DDPMScheduler", "DDIMScheduler", FIRST_ORDER)  # what is saved for betas
 MULTISTEP = (
-    "PNDMScheduler",
-    "LMSDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DPMSolverSDEScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "SASolverScheduler",
-)
+    "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler",
+    "UniPCMultistepScheduler", "SASolverScheduler",
+)  # fmt: skip
 _BETA_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "steps_offset",
-    "rescale_betas_zero_snr",
-)
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "prediction_type", "steps_offset", "rescale_betas_zero_snr",
+)  # fmt: skip
 _STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of every scheduler
 
 
@@ -232,30 +211,8 @@ def _solver_stand_in(config: Config) -> dict[str, Any]:
     kind = fields.values.get("prediction_type")
     if fields.values.get("timestep_type") == "continuous" and kind == "v_prediction":
         return _edm_stand_in(fields)
-    rederived = _solver_clipping(fields)
-    if rederived.range is None:
-        return _as_ddim(fields)
-    return _as_first_order(fields, rederived)
-
-
-def _solver_clipping(fields: Fields) -> Clipping:
-    """What a solver does to x_0: eps follows from what is left of it.
-
-    Only Heun's clips, UniPC thresholds x_0 if it predicts that.
-    """
-    if fields.flag("clip_sample", False):
-        return Clipping(fields.number("clip_sample_range", low=_TINY))
-    if fields.flag("predict_x0", True):
-        return Clipping() if not fields.flag("thresholding", False) else _thresholding(fields, True)
-    return Clipping()
-
-
-def _thresholding(fields: Fields, rederive_eps: bool) -> Clipping:
-    return Clipping(
-        fields.number("sample_max_value", low=_TINY),
-        fields.number("dynamic_thresholding_ratio", low=0, high=1),
-        rederive_eps,
-    )
+    clipping = _clipping(fields)
+    return _as_ddim(fields) if clipping.range is None else _as_first_order(fields, clipping)
 
 
 def _beta_entries(fields: Fields) -> dict[str, Any]:
@@ -333,7 +290,7 @@ def _flow_stand_in(config: Config, fields: Fields) -> dict[str, Any]:
             f"{fields.values['prediction_type']} is not supported: set prediction_type to "
             "flow_prediction"
         )
-    clipping = _solver_clipping(fields)
+    clipping = _clipping(fields)
     flow = as_flow_euler(config)
     if clipping.range is None:
         return flow
@@ -358,10 +315,7 @@ def _edm_stand_in(fields: Fields) -> dict[str, Any]:
     ln(sigma) / 4, on its betas' range of sigma, or the one that is given."""
     process = from_betas(_betas(fields))
     ratio = process.sigma / process.alpha
-    low, high = (
-        fields.number("sigma_min", None, low=_TINY),
-        fields.number("sigma_max", None, low=_TINY),
-    )
+    low, high = (fields.number(key, None, low=_TINY) for key in ("sigma_min", "sigma_max"))
     return {
         "_class_name": "EDMEulerScheduler",
         "num_train_timesteps": fields.whole("num_train_timesteps", low=1, high=MAX_LEVELS),
@@ -372,41 +326,18 @@ def _edm_stand_in(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _own_arguments(config: Config) -> dict[str, Any]:
+def _arguments_of(config: Config) -> dict[str, Any]:
     """The arguments that a scheduler's class has, as the config has them or by their defaults.
 
     Configs are handed from one class to another and keep what the new one does not read.
     """
-    name: str = config["_class_name"]
-    lacks = LACKS.get(name, ())
-    return {
-        key: config.get(key, default) if key not in lacks else default
-        for key, default in argument_defaults(name).items()
-    }
-
-
-def argument_defaults(name: str) -> dict[str, Any]:
-    """The arguments of a scheduler's class with their defaults; of a class that needs a package,
-    those of one that does not and has these, and the LACKS, too."""
-    import diffusers
-
-    cls = getattr(diffusers, SAME_ARGUMENTS.get(name, name))
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name != "self"}
-
-
-SAME_ARGUMENTS = {  # of LMS and SDE, which need scipy and torchsde
-    "LMSDiscreteScheduler": "EulerDiscreteScheduler",
-    "DPMSolverSDEScheduler": "KDPM2DiscreteScheduler",
-}
-LACKS = {
-    "LMSDiscreteScheduler": ("rescale_betas_zero_snr", "timestep_type", "final_sigmas_type"),
-}
+    defaults = arguments(str(config["_class_name"]))
+    return {key: config.get(key, default) for key, default in defaults.items()}
 
 
 def as_flow_euler(config: Config) -> dict[str, Any]:
     """A flow Euler config of the same shift as a solver's config with `use_flow_sigmas`."""
-    fields = _own_arguments(config)
+    fields = _arguments_of(config)
     kept = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
     told = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     return {
@@ -543,13 +474,9 @@ def _betas(fields: Fields) -> Tensor:
 def _from_beta_config(config: Config) -> Process:
     """DDPM, DDIM (which keeps eps if it clips x_0) or first-order DPM-Solver++."""
     fields = fields_of(config)
-    is_ddim = config["_class_name"] == "DDIMScheduler"
-    is_solver = config["_class_name"] == FIRST_ORDER
     process = from_betas(
         _betas(fields),
-        clipping=_solver_clipping(fields)
-        if is_solver
-        else _clipping(fields, rederive_eps=not is_ddim),
+        clipping=_clipping(fields, config["_class_name"] != "DDIMScheduler"),
         spacing=fields.text("timestep_spacing", among=SPACINGS),
         steps_offset=fields.whole("steps_offset", low=0, high=MAX_LEVELS),
         scheduler=dict(config),
@@ -560,12 +487,17 @@ def _from_beta_config(config: Config) -> Process:
     return replace(process, final=(float(process.alpha[0]), float(process.sigma[0])))
 
 
-def _clipping(fields: Fields, rederive_eps: bool) -> Clipping:
-    if fields.flag("thresholding"):
-        return _thresholding(fields, rederive_eps)
-    if fields.flag("clip_sample"):
-        return Clipping(fields.number("clip_sample_range", low=_TINY), rederive_eps=rederive_eps)
-    return Clipping(rederive_eps=rederive_eps)
+def _clipping(fields: Fields, rederive_eps: bool = True) -> Clipping:
+    """What a scheduler does to x_0; UniPC thresholds it only if it predicts that."""
+    if fields.flag("thresholding", False) and fields.flag("predict_x0", True):
+        return Clipping(
+            fields.number("sample_max_value", low=_TINY),
+            fields.number("dynamic_thresholding_ratio", low=0, high=1),
+            rederive_eps,
+        )
+    clips = fields.flag("clip_sample", False)
+    reach = fields.number("clip_sample_range", low=_TINY) if clips else None
+    return Clipping(reach, rederive_eps=rederive_eps)
 
 
 def beta_fields(process: Process) -> dict[str, Any]:
@@ -603,31 +535,24 @@ def clips_as(config: Config, process: Process) -> bool:
     return from_scheduler_config(config).clipping == clipping
 
 
-def _from_flow_solver(config: Config) -> Process:
-    """First-order DPM-Solver++ on a flow, for its thresholding."""
-    fields = fields_of(config)
-    levels = fields.whole("num_train_timesteps", low=1, high=MAX_LEVELS)
-    shift = fields.number("flow_shift", low=_TINY)
-    return rectified_flow(
-        levels, shift, 1 / levels, clipping=_solver_clipping(fields), scheduler=dict(config)
-    )
-
-
 def _from_flow_config(config: Config, image_tokens: int | None) -> Process:
+    """Euler on a flow or, for its thresholding, first-order DPM-Solver++."""
     fields = fields_of(config)
-    if fields.flag("invert_sigmas"):
+    if fields.flag("invert_sigmas", False):
         raise UsageError(
             f"{fields.where}: invert_sigmas is not supported: the network is fed a time that runs "
             f"from 0 at noise to 1 at data; {_IN_PYTHON}, with rectified_flow(levels, shift), "
             'time="data_fraction" and the negated output'
         )
     levels = fields.whole("num_train_timesteps", low=1, high=MAX_LEVELS)
-    shift = fields.number("shift", low=_TINY)
-    # The scheduler's set_timesteps, which every pipeline calls, shifts its lowest level twice.
-    lowest = shift / (levels + shift - 1)
-    if fields.flag("use_dynamic_shifting"):
+    by_euler = config["_class_name"] == _FLOW
+    shift = fields.number("shift" if by_euler else "flow_shift", low=_TINY)
+    # Euler's set_timesteps, which every pipeline calls, shifts its lowest level twice.
+    lowest = shift / (levels + shift - 1) if by_euler else 1 / levels
+    if fields.flag("use_dynamic_shifting", False):
         shift, lowest = dynamic_shift(config, image_tokens), 1 / levels
-    process = rectified_flow(levels, shift, lowest, scheduler=dict(config))
+    clipping = _clipping(fields)
+    process = rectified_flow(levels, shift, lowest, clipping=clipping, scheduler=dict(config))
     terminal = fields.number("shift_terminal", None, low=0, high=1 - 1e-6)
     if terminal:
         # The least noise is brought to `shift_terminal`, the rest stretched (LTX).
@@ -665,11 +590,8 @@ def dynamic_shift(config: Config, image_tokens: int | None) -> float:
 
 _SHIFTS = ("exponential", "linear")
 _ONLY_THE_GRID = (
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "stochastic_sampling",
-)
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling",
+)  # fmt: skip
 
 
 def _from_edm_config(config: Config) -> Process:
@@ -684,8 +606,7 @@ def _from_edm_config(config: Config) -> Process:
     if fields.text("sigma_schedule", among=("karras", "exponential")) == "exponential":
         log_sigma = torch.linspace(math.log(low), math.log(high), levels, dtype=torch.float64)
         process = replace(process, sigma=log_sigma.exp(), network_time=log_sigma / 4)
-    if fields.flag("thresholding", False):
-        process = replace(process, clipping=_thresholding(fields, True))
+    process = replace(process, clipping=_clipping(fields))
     if fields.text("final_sigmas_type", among=_ENDS) == "sigma_min":
         process = replace(process, final=(1.0, low))
     return process
