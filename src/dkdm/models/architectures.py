@@ -186,7 +186,7 @@ ARCHITECTURES = {
         Architecture("DhariwalUNet"),
         Architecture("EDM2UNet"),
         Architecture("LucidrainsUNet"),
-        Architecture(OWN_CLASS, _custom_shape),
+        Architecture(OWN_CLASS, _custom_shape, classes="num_classes"),
         Architecture("UVit", _any_shape, lambda _: 1),
         Architecture("LinearTransformer", _any_shape, lambda _: 1),
         Architecture("MobileUNet", _any_shape),

@@ -2,13 +2,14 @@
 
 A config on disk leaves keys out that its class has defaults for, may name a class that diffusers
 has renamed, and is corrected by the constructors of some pipelines. All who ask what a folder says
-ask here, and never the JSON. Nothing is built: defaults come from signatures.
+ask here, and never the JSON. Nothing is built: defaults come from signatures. What constructors
+write over a solver's kind is left as it is: it changes no step of dkdm.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,6 @@ def network_name(listed: str, config: Mapping[str, Any]) -> str:
     return next(found, listed)
 
 
-def is_older_name(listed: str) -> bool:
-    """Whether the class that diffusers makes under this name depends on the config."""
-    return any(known.older and known.older[0] == listed for known in ARCHITECTURES.values())
-
-
 def class_config(config: Mapping[str, Any], name: str, where: str) -> Config:
     """The config that an object of the class `name` holds when it is made from a config.
 
@@ -105,7 +101,7 @@ def class_config(config: Mapping[str, Any], name: str, where: str) -> Config:
 def arguments(name: str) -> Config:
     """The arguments that a class takes from its config, with their defaults."""
     twin, lacks = _NEEDS_A_PACKAGE.get(name, (name, ()))
-    kind = _class(twin)
+    kind = network_class(twin) if twin in HOMES else stock_class(twin)
     if kind is None:
         return {}
     left_out = {"self", "kwargs", *lacks, *getattr(kind, "ignore_for_config", [])}
@@ -126,15 +122,14 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _class(name: str) -> Any:
-    """A configurable class of diffusers or dkdm; None if neither has it."""
+def stock_class(name: object, base: str = "ConfigMixin") -> Any:
+    """A class of diffusers that derives from `base`; None if it has none of this name."""
     import diffusers
-    from diffusers.configuration_utils import ConfigMixin
 
-    if name in HOMES:
-        return network_class(name)
-    found = getattr(diffusers, name, None) if name.isidentifier() else None
-    return found if isinstance(found, type) and issubclass(found, ConfigMixin) else None
+    found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else 0
+    return (
+        found if isinstance(found, type) and issubclass(found, getattr(diffusers, base)) else None
+    )
 
 
 _CONVERTING = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
@@ -147,30 +142,13 @@ def _written_by_constructor(name: str, config: Config) -> Config:
         return {"block_out_channels": config[levels], "force_upcast": False}
     if name == "UNet2DConditionModel" and config["encoder_hid_dim"] is not None:
         return {"encoder_hid_dim_type": config["encoder_hid_dim_type"] or "text_proj"}
-    rules = _SOLVERS.get(name, {})
-    return {key: rule.get(str(config[key]), config[key]) for key, rule in rules.items()}
+    return {}
 
 
 _LEVELS = {
     "AutoencoderTiny": "decoder_block_out_channels",
     "AsymmetricAutoencoderKL": "up_block_out_channels",
     "ConsistencyDecoderVAE": "encoder_block_out_channels",
-}
-_DPM = {
-    "algorithm_type": {"deis": "dpmsolver++"},
-    "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
-}
-_SOLVERS = {
-    "DPMSolverMultistepScheduler": _DPM,
-    "DPMSolverSinglestepScheduler": _DPM,
-    "EDMDPMSolverMultistepScheduler": _DPM,
-    "DEISMultistepScheduler": {
-        "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
-        "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
-    },
-    "UniPCMultistepScheduler": {
-        "solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")
-    },
 }
 
 
@@ -179,12 +157,10 @@ def _corrected(config: Config, index: Mapping[str, Any], name: str, where: str) 
     rules = _CORRECTIONS.get(str(index.get("_class_name")), ())
     changes: Config = {}
     if name == SCHEDULER:
-        if "steps_offset" in rules and config.get("steps_offset", 1) != 1:
+        if "steps_offset" in rules and "steps_offset" in config:
             changes["steps_offset"] = 1
         if "clip_sample" in rules and config.get("clip_sample") is True:
             changes["clip_sample"] = False
-        if "skip_prk_steps" in rules and config.get("skip_prk_steps", True) is False:
-            changes["skip_prk_steps"] = True
     elif name == "unet" and "sample_size" in rules and _is_old(config, where):
         size = config.get("sample_size")
         changes |= {"sample_size": 64} if isinstance(size, int) and size < 64 else {}
@@ -204,36 +180,39 @@ def _is_old(config: Config, where: str) -> bool:
         ) from error
 
 
-_ALL = ("steps_offset", "clip_sample", "sample_size")
 _CORRECTIONS = {
-    "StableDiffusionPipeline": _ALL,
-    "StableDiffusionImg2ImgPipeline": _ALL,
-    "StableDiffusionPAGPipeline": _ALL,
-    "StableDiffusionPAGImg2ImgPipeline": _ALL,
-    "StableDiffusionPAGInpaintPipeline": _ALL,
-    "StableDiffusionPipelineSafe": _ALL,
-    "StableDiffusionInpaintPipelineLegacy": _ALL,
-    "LEditsPPPipelineStableDiffusion": _ALL,
-    "CycleDiffusionPipeline": ("steps_offset", "sample_size"),
-    "StableDiffusionInpaintPipeline": ("steps_offset", "skip_prk_steps", "sample_size"),
-    "StableDiffusionDiffEditPipeline": ("steps_offset", "skip_prk_steps", "sample_size"),
-    "StableDiffusionDepth2ImgPipeline": ("sample_size",),
-    "StableDiffusionImageVariationPipeline": ("sample_size",),
-}
+    **dict.fromkeys(
+        (
+            "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionPAGPipeline", "StableDiffusionPAGImg2ImgPipeline",
+            "StableDiffusionPAGInpaintPipeline", "StableDiffusionPipelineSafe",
+            "StableDiffusionInpaintPipelineLegacy", "LEditsPPPipelineStableDiffusion",
+        ),
+        ("steps_offset", "clip_sample", "sample_size"),
+    ),
+    **dict.fromkeys(
+        (
+            "CycleDiffusionPipeline", "StableDiffusionInpaintPipeline",
+            "StableDiffusionDiffEditPipeline",
+        ),
+        ("steps_offset", "sample_size"),
+    ),
+    **dict.fromkeys(
+        ("StableDiffusionDepth2ImgPipeline", "StableDiffusionImageVariationPipeline"),
+        ("sample_size",),
+    ),
+}  # fmt: skip
 
 
 def pipeline_entries(index: Mapping[str, Any]) -> Config:
     """The entries of model_index.json that are no components, with the pipeline's own defaults."""
-    import diffusers
-
     found = {
         name: value
         for name, value in index.items()
         if not listed_class(index, name) and not name.startswith("_")
     }
-    kind = index.get("_class_name")
-    cls = getattr(diffusers, kind, None) if isinstance(kind, str) and kind.isidentifier() else None
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+    cls = stock_class(index.get("_class_name"), "DiffusionPipeline")
+    if cls is None:
         return found
     parameters = inspect.signature(cls).parameters.values()
     defaults = {p.name: p.default for p in parameters if _is_setting(p)}
@@ -248,9 +227,11 @@ def _is_setting(parameter: inspect.Parameter) -> bool:
 
 def _check(fields: Fields) -> None:
     """Raise UsageError for an entry whose value no component can have."""
-    for name, check in _CHECKS.items():
-        if fields.values.get(name) is not None:
-            check(fields, name)
+    for name in _POSITIVE:
+        fields.whole(name, None, low=1)
+    for name in _SIDES:
+        _check_sides(fields, name)
+    fields.number("shift_factor", None)
     channels = fields.values.get("latent_channels") or fields.values.get("z_dim")
     for name in ("latents_mean", "latents_std"):
         if fields.values.get(name) is not None:
@@ -265,42 +246,26 @@ def _check(fields: Fields) -> None:
         fields.number("scaling_factor", low=1e-12)
 
 
-def _positive(fields: Fields, name: str) -> None:
-    fields.whole(name, low=1)
-
-
 _OF_VECTORS = ("sample_size", "ResidualMLP")
 
 
-def _sides(fields: Fields, name: str) -> None:
+def _check_sides(fields: Fields, name: str) -> None:
     """One whole number from 1, or a list of them; a network of vectors has none."""
-    value = fields.values[name]
-    if value in ([], ()) and (name, fields.values.get("_class_name")) == _OF_VECTORS:
+    value = fields.values.get(name)
+    of_vectors = value in ([], ()) and (name, fields.values.get("_class_name")) == _OF_VECTORS
+    if value is None or of_vectors:
         return
     each = value if isinstance(value, (list, tuple)) and value else [value]
     if any(type(v) is not int or not 1 <= v < 2**31 for v in each):
         raise fields.wrong(name, value, "a whole number, 1 or more, or a list of them")
 
 
-def _finite(fields: Fields, name: str) -> None:
-    fields.number(name)
-
-
-_CHECKS: dict[str, Callable[[Fields, str], None]] = {
-    "in_channels": _positive,
-    "out_channels": _positive,
-    "latent_channels": _positive,
-    "z_dim": _positive,
-    "num_class_embeds": _positive,
-    "num_embeds_ada_norm": _positive,
-    "sample_size": _sides,
-    "patch_size": _sides,
-    "block_out_channels": _sides,
-    "encoder_block_out_channels": _sides,
-    "scale_factor_spatial": _positive,
-    "scale_factor_temporal": _positive,
-    "cross_attention_dim": _sides,
-    "joint_attention_dim": _positive,
-    "pooled_projection_dim": _positive,
-    "shift_factor": _finite,
-}
+_POSITIVE = (
+    "in_channels", "out_channels", "latent_channels", "z_dim", "num_class_embeds",
+    "num_embeds_ada_norm", "scale_factor_spatial", "scale_factor_temporal", "joint_attention_dim",
+    "pooled_projection_dim",
+)  # fmt: skip
+_SIDES = (
+    "sample_size", "patch_size", "block_out_channels", "encoder_block_out_channels",
+    "cross_attention_dim",
+)  # fmt: skip

@@ -26,11 +26,11 @@ from dkdm.models.effective import (
     class_config,
     config_file,
     effective_config,
-    is_older_name,
     listed_class,
     network_name,
     pipeline_entries,
     place_of,
+    stock_class,
 )
 from dkdm.models.families import LEFT_OUT, check_parts, check_times, family_of
 from dkdm.models.locate import INDEX
@@ -122,14 +122,11 @@ def read_index(folder: Path) -> dict[str, Any]:
 
     Raises UsageError if the file is missing.
     """
-    import diffusers
-
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
     check_places(folder, index)
-    kind = index.get("_class_name")
-    if isinstance(kind, str) and kind.isidentifier() and hasattr(diffusers, kind):
+    if "_came_from" in index or stock_class(index.get("_class_name"), "DiffusionPipeline"):
         return index
-    return index if "_came_from" in index else {**index, "_class_name": _family(index, folder)}
+    return {**index, "_class_name": _family(index, folder)}
 
 
 def _family(index: Mapping[str, Any], folder: Path) -> str | None:
@@ -139,9 +136,8 @@ def _family(index: Mapping[str, Any], folder: Path) -> str | None:
 
 def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> str:
     """The class of a network as diffusers makes it; empty for a component that is not listed."""
-    listed = listed_class(index, component)
-    aliased = config_file(folder, component) if is_older_name(listed) else None
-    return network_name(listed, read_json(aliased, "its config") if aliased else {})
+    listed, file = listed_class(index, component), config_file(folder, component)
+    return network_name(listed, read_json(file, "its config") if listed and file.is_file() else {})
 
 
 def _denoiser(
@@ -298,13 +294,10 @@ def _lies_there(part: Component, root: Path) -> bool:
 
 def _needed_autoencoders(index: Mapping[str, Any]) -> tuple[str, ...]:
     """The autoencoders that a pipeline cannot be without; a UNet2DModel may be one of pixels."""
-    import diffusers
-
-    kind = getattr(diffusers, str(index.get("_class_name")), None)
-    known = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
-    if not known and listed_class(index, "unet") == "UNet2DModel":
+    kind = stock_class(index.get("_class_name"), "DiffusionPipeline")
+    if kind is None and listed_class(index, "unet") == "UNet2DModel":
         return ()
-    optional = getattr(kind, "_optional_components", ()) if known else ()
+    optional = getattr(kind, "_optional_components", ())
     return tuple(name for name in AUTOENCODERS if name not in optional)
 
 
@@ -340,10 +333,10 @@ def _variance(
     config: dict[str, Any], scheduler: Mapping[str, Any], shape: tuple[int, ...]
 ) -> VarianceType:
     """Twice the channels mean a learned range; only DDPM schedulers say what else it is."""
-    known = scheduler["_class_name"] == "DDPMScheduler" and scheduler.get("variance_type")
-    own: VarianceType = known or "fixed_small"
+    said = scheduler["_class_name"] == "DDPMScheduler" and scheduler.get("variance_type")
+    variance: VarianceType = said or "fixed_small"
     learns = config.get("out_channels") == 2 * shape[0]
-    return "learned_range" if learns and not own.startswith("learned") else own
+    return "learned_range" if learns and not variance.startswith("learned") else variance
 
 
 def load_network(
@@ -389,32 +382,17 @@ def _conditioning(
         return text_conditioning(folder, bundle), {}
     if "_conditions" in index:
         return from_index(index["_conditions"], str(folder / INDEX)), {}
-    if known.name == OWN_CLASS:
-        return _own_conditioning(config, index), {}
-    embedded = config.get(known.classes)
-    if not embedded:
+    classes, null = config.get(known.classes), config.get("null_class")
+    if not classes:
         return Unconditional(), {}
-    if embedded == 1:
-        return Unconditional(), {"class_labels": torch.tensor(0)}
-    null = index.get("null_class")
-    if "null_class" not in index and known.extra_row:
-        null = embedded
-    classes = embedded - 1 if null == embedded - 1 else embedded
-    return ClassLabels(classes, null, _taught(index), _class_names(index, classes)), {}
-
-
-def _own_conditioning(config: dict[str, Any], index: dict[str, Any]) -> Conditioning:
-    classes = config.get("num_classes")
-    if classes is None:
-        return Unconditional()
-    names = _class_names(index, classes)
-    return ClassLabels(classes, config.get("null_class"), _taught(index), names)
-
-
-def _taught(index: dict[str, Any]) -> tuple[int, ...] | None:
-    """The classes that a student learnt, if these are not all."""
-    taught = index.get("classes")
-    return None if taught is None else tuple(map(int, taught))
+    if known.name != OWN_CLASS:
+        if classes == 1:
+            return Unconditional(), {"class_labels": torch.tensor(0)}
+        null = index.get("null_class", classes if known.extra_row else None)
+        classes -= null == classes - 1
+    learnt = index.get("classes")
+    learnt = None if learnt is None else tuple(map(int, learnt))
+    return ClassLabels(classes, null, learnt, _class_names(index, classes)), {}
 
 
 def _class_names(index: dict[str, Any], classes: int) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,36 +62,28 @@ class SingleFile:
 
 def recognize(shapes: Shapes) -> SingleFile | str | None:
     """What a file is by its names and shapes: a model, why it is refused, or None if unknown."""
-    if refusal := _no_model(shapes):
-        return refusal
+    for pattern, what in _NO_MODEL:
+        if any(re.search(pattern, key) for key in shapes):
+            return what
     whole = any(key.startswith((*TEXT, "text_encoders.")) for key in shapes)
-    inner = {key.removeprefix(UNET) for key in shapes}
     if f"{UNET}input_blocks.0.0.weight" in shapes:
         return _stable_diffusion(shapes, whole)
-    found = next((make for key, make in _TRANSFORMERS if key in inner), None)
-    return None if found is None else replace(found(inner), whole=whole)
-
-
-def _no_model(shapes: Shapes) -> str | None:
-    """Why a file is no model of its own; None if it may be one."""
-    return next((what for holds, what in _NO_MODEL if any(holds(key) for key in shapes)), None)
-
-
-def _matches(pattern: str) -> Callable[[str], bool]:
-    return lambda key: re.search(pattern, key) is not None
+    inner = {key.removeprefix(UNET) for key in shapes}
+    found = next((kind for key, kind in _TRANSFORMERS if key in inner), None)
+    return None if found is None else replace(found, whole=whole)
 
 
 _NO_MODEL = (
     (
-        _matches(r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|_lora\.(up|down)\.|hada_w1|lokr_w"),
+        r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|_lora\.(up|down)\.|hada_w1|lokr_w",
         "a LoRA, which changes a model: give that model, and this file as --teacher-lora",
     ),
     (
-        _matches(r"^control_model\.|^controlnet_|^input_hint_block|^controlnet_blocks\."),
+        r"^control_model\.|^controlnet_|^input_hint_block|^controlnet_blocks\.",
         "a ControlNet, which is fed an image too and has no noise process of its own: give the "
         "model that it was made for",
     ),
-    (_matches(r"^string_to_(token|param)$|^emb_params$"), "a textual inversion and no model"),
+    (r"^string_to_(token|param)$|^emb_params$", "a textual inversion and no model"),
 )
 
 
@@ -132,22 +124,17 @@ _SDXL = replace(
 )
 
 
-def _flux(names: set[str]) -> SingleFile:
-    dev = any(name.startswith("guidance_in.") for name in names)
-    kind = "dev" if dev else "schnell"
-    return SingleFile(f"a Flux {kind} file", "FluxPipeline", f"black-forest-labs/FLUX.1-{kind}")
-
-
-def _always(what: str, pipeline: str, repository: str) -> Callable[[set[str]], SingleFile]:
-    return lambda _: SingleFile(what, pipeline, repository)
-
-
-# A name that only this model has, and what the file is.
-_TRANSFORMERS: tuple[tuple[str, Callable[[set[str]], SingleFile]], ...] = (
-    ("double_blocks.0.img_attn.qkv.weight", _flux),
+_FLUX = SingleFile("a Flux schnell file", "FluxPipeline", "black-forest-labs/FLUX.1-schnell")
+# A name that only this model has, and what the file is; the first that is found counts.
+_TRANSFORMERS = (
+    (
+        "guidance_in.in_layer.weight",
+        replace(_FLUX, what="a Flux dev file", repository="black-forest-labs/FLUX.1-dev"),
+    ),
+    ("double_blocks.0.img_attn.qkv.weight", _FLUX),
     (
         "joint_blocks.0.context_block.adaLN_modulation.1.bias",
-        _always(
+        SingleFile(
             "a Stable Diffusion 3 file",
             "StableDiffusion3Pipeline",
             "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -155,15 +142,17 @@ _TRANSFORMERS: tuple[tuple[str, Callable[[set[str]], SingleFile]], ...] = (
     ),
     (
         "cap_embedder.0.weight",
-        _always("a Lumina 2 file", "Lumina2Pipeline", "Alpha-VLLM/Lumina-Image-2.0"),
+        SingleFile("a Lumina 2 file", "Lumina2Pipeline", "Alpha-VLLM/Lumina-Image-2.0"),
     ),
     (
         "blocks.0.cross_attn.q_linear.weight",
-        _always("a SANA file", "SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
+        SingleFile(
+            "a SANA file", "SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"
+        ),
     ),
     (
         "head.modulation",
-        _always("a Wan file", "WanPipeline", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        SingleFile("a Wan file", "WanPipeline", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     ),
 )
 
@@ -226,8 +215,7 @@ def _cached(repository: str) -> Path | None:
 
 
 def _loaded(path: Path, kind: SingleFile, config: Path, options: LoadOptions) -> Denoiser:
-    precision = "bfloat16" if options.dtype == "int8" else options.dtype
-    arguments = {"torch_dtype": getattr(torch, precision), "local_files_only": True}
+    arguments = {"torch_dtype": getattr(torch, options.dtype), "local_files_only": True}
     if config.is_dir():
         _check_parts(config)
         arguments["config"] = str(config)
