@@ -36,7 +36,7 @@ def read_choices(choices: Iterable[LoraChoice] | LoraChoice) -> tuple[Lora, ...]
         return (read_choice(choices),)
     found: tuple[Any, ...] = tuple(choices)
     if len(found) == 2 and is_number(found[1]):
-        return (read_choice(found),)
+        found = (found,)
     return tuple(map(read_choice, found))
 
 
@@ -46,17 +46,15 @@ def read_choice(choice: LoraChoice) -> Lora:
     The name of a file that exists is never taken apart, whatever colons are in it. Raises
     UsageError for a missing file and for a weight that is not a number.
     """
-    if isinstance(choice, tuple):
-        file, weight = choice if len(choice) == 2 else (choice, None)
-        if not (isinstance(file, (str, Path)) and is_number(weight)):
-            raise UsageError(f"--teacher-lora {shown(choice)}: give FILE or (FILE, WEIGHT)")
-        return Lora(_existing(Path(file)), float(weight))
-    if not isinstance(choice, (str, Path)):
-        raise UsageError(f"--teacher-lora {shown(choice)}: give FILE or FILE:WEIGHT")
-    weighted = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", str(choice))
-    if weighted and not Path(choice).expanduser().exists():
-        return Lora(_existing(Path(weighted[1])), float(weighted[2]))
-    return Lora(_existing(Path(choice)))
+    file, weight = choice if isinstance(choice, tuple) and len(choice) == 2 else (choice, 1.0)
+    if not (isinstance(file, (str, Path)) and is_number(weight)):
+        raise UsageError(
+            f"--teacher-lora {shown(choice)}: give FILE, FILE:WEIGHT or (FILE, WEIGHT)"
+        )
+    weighted = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", str(file))
+    if file is choice and weighted and not Path(file).expanduser().exists():
+        file, weight = weighted[1], float(weighted[2])
+    return Lora(_existing(Path(file)), float(weight))
 
 
 def _existing(path: Path) -> Path:

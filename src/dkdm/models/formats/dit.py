@@ -21,19 +21,10 @@ from dkdm.models.formats.flags import read_flags
 from dkdm.models.formats.latents import latent_bundle
 from dkdm.models.formats.state_dict import Weights, expect_keys, frozen
 from dkdm.models.options import LoadOptions
-from dkdm.models.schedulers import from_scheduler_config
+from dkdm.models.schedulers import NAMED, from_scheduler_config
 
 FLAGS = {"num_heads": int, "vae": str}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the sizes S, B, L and XL
-_SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "clip_sample": False,
-    "prediction_type": "epsilon",
-}
 _PATCH = "x_embedder.proj.weight"
 _LABELS = "y_embedder.embedding_table.weight"
 _LAST = "final_layer.linear.weight"
@@ -79,7 +70,7 @@ def load_dit(weights: Weights, options: LoadOptions) -> Denoiser:
     variance: VarianceType = "learned_range" if learned else "fixed_large"
     return Denoiser(
         network,
-        from_scheduler_config({**_SCHEDULER, "variance_type": variance}),
+        from_scheduler_config({**NAMED["ddpm-linear"], "variance_type": variance}),
         Parameterization("epsilon", variance),
         _sample_shape(network),
         _classes(network),

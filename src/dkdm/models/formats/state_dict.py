@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,10 @@ __all__ = ["Weights", "load_strict", "read_weights"]
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint: its state dict, and the plain values that lay beside it.
-
-    tensors: the weights, averaged ones if asked for and there. extra: everything else at the
-    top of the file (configs, steps), as it was.
-    """
+    """The state dict of a checkpoint, of averaged weights if asked for and there."""
 
     path: Path
     tensors: dict[str, Tensor]
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_weights(path: Path, ema: bool = True) -> Weights:
@@ -61,9 +57,9 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
     loaded = _unpickle(path)
     if not isinstance(loaded, Mapping):
         raise DkdmError(f"{path}: not a state dict but {type(loaded).__name__}")
-    tensors, extra = _split(path, dict(loaded), ema)
+    tensors = _chosen(path, loaded, ema)
     _check_claims(path, tensors)
-    return Weights(path, unwrapped(tensors), extra)
+    return Weights(path, unwrapped(tensors))
 
 
 def _check_claims(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -86,18 +82,21 @@ def _check_claims(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, without its values. Raises as `read_weights`."""
     refuse_other_content(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
+    with _opened(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def read_header(path: Path) -> dict[str, str]:
     """The texts in a safetensors header. Raises DkdmError if it cannot be read."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            yield file
     except (OSError, SafetensorError) as error:
         raise DkdmError(f"{path}: cannot be read as safetensors ({error})") from error
 
@@ -149,14 +148,12 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def _split(
-    path: Path, loaded: Mapping[Any, Any], ema: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a checkpoint, averaged ones where they lie beside them, and the rest.
+def _chosen(path: Path, loaded: Mapping[Any, Any], ema: bool) -> dict[str, Tensor]:
+    """The weights of a checkpoint, averaged ones if they lie beside them.
 
     Averages that are a list without names, as of torch_ema and improved-diffusion, get those of the
     plain weights, in their order. Raises UsageError if the two do not correspond, DkdmError
-    where there are no weights.
+    if there are no weights.
     """
     plain = _find(loaded, _PLAIN, levels=4) or _tensors(loaded)
     average = _average(loaded) if ema else None
@@ -167,10 +164,7 @@ def _split(
         raise DkdmError(
             f"{path}: no weights in it (found {', '.join(map(str, loaded)) or 'nothing'})"
         )
-    beside = {
-        k: v for k, v in loaded.items() if not isinstance(v, Tensor) and not _holds(v, tensors)
-    }
-    return tensors, beside
+    return tensors
 
 
 def _average(loaded: Mapping[Any, Any]) -> dict[str, Tensor] | list[Tensor] | None:
@@ -180,16 +174,6 @@ def _average(loaded: Mapping[Any, Any]) -> dict[str, Tensor] | list[Tensor] | No
     places = [loaded, *(state for state in states if isinstance(state, Mapping))]
     found = (_find(place, _AVERAGED, levels=4) for place in places)
     return next((average for average in found if average), None)
-
-
-def _holds(value: Any, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the weights were found here."""
-    if not isinstance(value, Mapping):
-        return False
-    inner = {key: entry for key, entry in value.items() if isinstance(entry, Tensor)}
-    return any(entry is tensors.get(key) for key, entry in inner.items()) or any(
-        _holds(entry, tensors) for entry in value.values() if isinstance(entry, Mapping)
-    )
 
 
 def _tensors(values: Any) -> dict[str, Tensor]:
@@ -223,15 +207,15 @@ def _listed(value: Sequence[Any]) -> list[Tensor]:
 
 def _named(path: Path, average: list[Tensor], plain: Any) -> dict[str, Tensor]:
     """A list of averages by the names of the plain weights, whose buffers stay as they are."""
-    own = plain if isinstance(plain, dict) else {}
-    learned = {k: v for k, v in own.items() if not _is_buffer(k, v)}
-    for names in (list(own), list(learned)):
-        shapes = [own[name].shape for name in names]
+    plain = plain if isinstance(plain, dict) else {}
+    learned = {k: v for k, v in plain.items() if not _is_buffer(k, v)}
+    for names in (list(plain), list(learned)):
+        shapes = [plain[name].shape for name in names]
         if shapes == [value.shape for value in average]:
-            return own | dict(zip(names, average, strict=True))
+            return plain | dict(zip(names, average, strict=True))
     raise UsageError(
         f"{path}: its averaged weights are a list of {len(average)} tensors without names, which "
-        f"do not correspond to its {len(own)} weights with names. Save them with names first: "
+        f"do not correspond to its {len(plain)} weights with names. Save them with names first: "
         "ema.copy_to(network.parameters()); torch.save(network.state_dict(), FILE)"
     )
 
