@@ -65,8 +65,8 @@ _ATTENTION = (None, "eager", "sdpa")
 def _refuse_fetched_code(folder: Path) -> None:
     """Raise UsageError for what lets transformers fetch more than the folder holds.
 
-    An attention of another name may be code of the hub, adapters name a model of their own, and
-    `auto_map` names code of the parts of a model; the model's own is ignored for a class of
+    An attention of another name may be code of the hub, adapters name another model, and
+    `auto_map` names code of the parts of a model; that of the whole model is ignored for a class of
     transformers.
     """
     if (folder / "adapter_config.json").exists():

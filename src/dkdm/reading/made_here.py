@@ -1,4 +1,4 @@
-"""What this machine made itself, so that a run of one's own is opened without naming its code.
+"""What this machine made itself, so that it opens its runs without being given their code.
 
 A record is a small file in the user's data directory, outside of every run: the hash of what a run
 names (a factory with all that it is called with), and the files that it was imported from. A folder

@@ -156,7 +156,7 @@ class Grouped:
 
 
 def _places(cls: type) -> dict[str, tuple[str, str]]:
-    """Where each option is: its group, and its field there."""
+    """The group of each option, and its field there."""
     return {
         kind.option(field): (group, field)
         for group, kind in hints(cls).items()

@@ -1,7 +1,7 @@
 """Where the files of a model's folder may lie: in it, as files and folders, and nowhere else.
 
 A name that a file gives is joined to the folder by `inside`; everything below the folder is looked
-at by `check_folder` before it is opened, and copied by `copy_folder`. A link is followed where it
+at by `check_folder` before it is opened, and copied by `copy_folder`. A link is followed if it
 stays in the folder, or leads to the blobs of the same repository in the hub's cache.
 """
 
@@ -132,7 +132,7 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
                 yield path
             if count > MAX_ENTRIES:
                 raise UsageError(
-                    f"{root} holds more than {MAX_ENTRIES:,} files: name the model's own folder"
+                    f"{root} holds more than {MAX_ENTRIES:,} files: name the folder of the model"
                 )
 
 

@@ -35,7 +35,7 @@ def import_object(spec: str) -> Any:
             return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"cannot import {spec}: {error}{_why(module)}") from error
-    except Exception as error:  # whatever the module's own code raises
+    except Exception as error:  # whatever the module's code raises
         raise UsageError(f"cannot import {spec}: {type(error).__name__}: {error}") from error
 
 
@@ -67,7 +67,7 @@ def split(spec: str) -> tuple[str, str]:
 
 
 def places_of(module: str) -> list[Path]:
-    """Files and folders that importing a module would run or look into, the module's own last.
+    """Files and folders that importing a module would run or look into, the module's file last.
 
     Nothing is imported; empty if it is not found.
     """
@@ -105,7 +105,7 @@ def is_installed(path: Path) -> bool:
 
 
 def installed_folders() -> set[Path]:
-    """Where packages are installed, and Python's own library."""
+    """Where packages are installed, and Python's library."""
     names = ("purelib", "platlib", "stdlib", "platstdlib")
     paths = [sysconfig.get_path(name) for name in names]
     paths += [*site.getsitepackages(), site.getusersitepackages()]

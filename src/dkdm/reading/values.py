@@ -1,6 +1,6 @@
 """Check a value against a type: of an option, of an entry in a file, of a Python argument.
 
-Those who ask say where the value stands; what is accepted in its place comes from here.
+The caller names the place of the value; this module says what is accepted there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dkdm.errors import UsageError
 
 MAX_TEXT = 100_000  # characters of a text
 MAX_ITEMS = 100_000  # of a list
-LARGEST = 10**15  # a whole number without a bound of its own
+LARGEST = 10**15  # an option's number without a bound
 FINITE = 1e300  # numbers beyond it overflow in the next product
 Made = TypeVar("Made")
 
