@@ -26,7 +26,7 @@ import pytest
 
 
 def pytest_configure(config):
-    """Prepare the process that runs tests: the one that deals them out to others imports no torch."""
+    """Prepare a process that runs tests; the one that deals them out imports no torch."""
     if UNDER_XDIST or not config.getoption("numprocesses", None):
         import hypothesis
         import torch

@@ -1,7 +1,8 @@
-"""Every option of a run, in groups: one a line, typed, with its range and unit.
+"""The options of every command, in groups: one a line, typed, with its range and unit.
 
-Each group is a panel of `dkdm distill --help`; a field `train_batch_size` is `--train-batch-size`.
-Groups parse and refuse by themselves, before a model is loaded.
+Each group is a panel of its command's `--help`. A field `train_batch_size` is
+`--train-batch-size`, unless its group says a prefix or another name. Groups parse and refuse by
+themselves, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class ModelChoice(Options, title="Model", renamed={"factory": "student_factory"}
     """Which pretrained model, and how it is read."""
 
     model: str = "builtin:fashion"
-    """A run, a diffusers folder, a hub id, a checkpoint file, builtin:NAME, or module:factory."""
+    """The output folder of a run, a diffusers folder, a hub id, a checkpoint file, builtin:NAME, or
+    module:factory."""
     subfolder: str | None = None
     """Subfolder of the pipeline inside the folder or repository."""
     revision: str | None = None
@@ -151,7 +153,7 @@ class StudentOptions(StudentChoice):
     its checkpoints, a diffusers folder, or a file of weights."""
     lora_rank: Count | None = None
     """Train adapters of this rank; the weights they adapt stay fixed, and the adapters are merged
-    in the end. Default: train all weights."""
+    at the end. Default: train all weights."""
 
 
 class RunOptions(Options, title="Run"):
@@ -160,7 +162,7 @@ class RunOptions(Options, title="Run"):
     output_dir: Path = Path("runs/run")
     """Folder of the run: checkpoints, metrics, samples and, at the end, the model."""
     seed: Seed = 0
-    """Every random choice of the run follows from it."""
+    """Seed of every random choice in the run."""
 
 
 class TrainingOptions(Options, title="Training"):
@@ -169,11 +171,13 @@ class TrainingOptions(Options, title="Training"):
     max_train_steps: Count = 1000
     """Optimizer steps."""
     train_batch_size: Count = 128
-    """Samples per optimizer step, before accumulation, over all processes together."""
+    """Samples in a batch, over all devices together. An optimizer step takes
+    --gradient-accumulation-steps of them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the networks' arithmetic; weights stay float32."""
+    """Precision of the student's arithmetic; its weights stay float32. For the teacher see
+    --teacher-dtype."""
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimizer step."""
 
@@ -190,14 +194,13 @@ class OptimizerOptions(Options, title="Optimizer"):
     lr_warmup_steps: CountOrNone = 0
     """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Range(0, 10)] = 0.0
-    """Weight decay."""
+    """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Range(0, above=True)] = 1.0
-    """Scale gradients down to this L2 norm."""
+    """Largest L2 norm of the gradient; a larger one is scaled down to it."""
     use_ema: bool = True
     """Keep an exponential moving average of the weights, and ship it."""
     ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.9999
-    """Decay of that average per step. It starts lower and warms up: (1 + n) / (10 + n) at step
-    n."""
+    """Decay of that average per step, and never more than (1 + n) / (10 + n) at step n."""
 
 
 class WeightingOptions(Options, title="Loss"):
@@ -228,8 +231,8 @@ class ConditionOptions(Options, title="Condition"):
     """What the model is conditioned on."""
 
     condition_dropout: Share = 0.0
-    """Probability of replacing a condition by the null condition, without which a model cannot be
-    sampled with guidance."""
+    """Probability of replacing a condition by the null condition. A model trained with 0 cannot be
+    guided when it samples."""
     negative_prompt: str = ""
     """Prompt that guidance leads away from, for text models."""
 
@@ -245,7 +248,7 @@ class LearntConditions(Options):
     """Text file with one prompt a line, or a pattern such as 'prompts/*.txt'. Text models need
     it."""
     max_prompts: Count = 50_000
-    """Use at most this many prompts; a random subset of longer files."""
+    """Use at most this many prompts, drawn at random from longer files."""
 
 
 class TeacherConditions(ConditionOptions, LearntConditions):
@@ -300,7 +303,7 @@ class StorageOptions(Options, title="Pool"):
     """How large the pool is, and where it lies."""
 
     pool_size: Count | None = None
-    """States in the dynamic pool. Default: follows from --rho."""
+    """Noisy samples in the dynamic pool, a batch or more. Default: follows from --rho."""
     pool_dtype: Literal["float32", "float16"] = "float32"
     """Precision the pool is stored in."""
     pool_device: Literal["device", "cpu"] = "device"
@@ -315,8 +318,8 @@ class SourceOptions(Options):
     levels. iterative: as large as a batch, all at one level. synthetic: a baseline, finished
     samples of the teacher with fresh noise."""
     rho: Annotated[float, Range(0, 1000, above=True)] = 0.4
-    """Size of the dynamic pool as a multiple of T * batch, for T noise levels; at most what the run
-    can draw."""
+    """Size of the dynamic pool as a multiple of T * batch, for T noise levels; at least a batch, at
+    most what the run can draw. --pool-size replaces it."""
 
 
 class PoolOptions(StorageOptions, SourceOptions):
@@ -326,13 +329,13 @@ class PoolOptions(StorageOptions, SourceOptions):
     """Logical parts of the pool, each with its own random numbers. Do not change it when resuming a
     run."""
     fill: FillKind = "few-step"
-    """How the pool is filled. few-step: samples in a few steps, with fresh noise. ancestral: exact
-    chains. none: pure noise."""
+    """How the pool is filled. few-step: finished samples, drawn in a few steps and noised afresh.
+    ancestral: exact chains (slow). none: pure noise."""
     fill_steps: Count = 20
-    """Teacher evaluations per state of the few-step fill."""
+    """Teacher evaluations that the few-step fill spends on each noisy sample."""
     stride: str = "1"
-    """Noise levels that a state moves at once: a number, or random:M to draw it uniformly with mean
-    M."""
+    """Noise levels that a noisy sample moves at once, fewer than the teacher has: a number, or
+    random:M to draw it uniformly from 1 to 2M - 1."""
     eta: Share = 1.0
     """Noise added when a state moves: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
 
@@ -367,8 +370,8 @@ class CheckpointOptions(Options, title="Checkpoint"):
     logging_steps: Count = 10
     """Optimizer steps between lines in metrics.jsonl."""
     report_to: str = "auto"
-    """Trackers beside metrics.jsonl, separated by commas: tensorboard, trackio, wandb; none; or
-    auto, which is TensorBoard if it is installed."""
+    """Trackers in addition to metrics.jsonl, separated by commas (tensorboard, trackio, wandb);
+    none; or auto: TensorBoard if it is installed."""
 
 
 class EvaluationOptions(Options, title="Evaluation"):
@@ -552,7 +555,7 @@ class SamplingOptions(Options, title="Sampling"):
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """ddim (deterministic) or ddpm (ancestral)."""
     seed: Seed = 0
-    """Sample i depends on (seed, i)."""
+    """Random seed. Sample i depends on nothing but the seed and i."""
     classes: tuple[ClassId, ...] | None = None
     """Class ids, repeated in turn. Default: all classes in turn."""
     guidance_scale: Scale = 1.0
@@ -605,7 +608,7 @@ class InspectOptions(Options, title="Check"):
     output: Path | None = None
     """Image to write with a grid of the model's samples. Default: no image."""
     num_samples: Annotated[int, Range(1, 10**6)] = 8
-    """Samples for the check."""
+    """Number of samples drawn for the check."""
     steps: Count = 50
     """Sampler steps of the check."""
     samples: Path | None = None
@@ -619,7 +622,7 @@ class MeasureOptions(Options, title="Measurement"):
     measure: bool = True
     """Time the students, with random weights, alternating with the teacher."""
     measure_batch_size: Count = 8
-    """Samples in a batch when students are timed."""
+    """Batch size used for timing."""
     measure_below: Annotated[float, Range(0)] = 60.0
     """Do not time networks with more parameters than this, in millions. On a CPU, very slow
     networks are not timed either."""
@@ -708,7 +711,7 @@ class InspectCommand(Grouped, command="inspect"):
 
 
 class StudentsCommand(Grouped, command="students"):
-    """List the named students at a teacher's sample shape."""
+    """List the presets that fit a teacher, with their sizes and speeds."""
 
     teacher_choice: TeacherChoice
     measuring: MeasureOptions
@@ -716,7 +719,7 @@ class StudentsCommand(Grouped, command="students"):
 
 
 class CheckStudentCommand(Grouped, command="check-student"):
-    """Try everything a student goes through before its first step."""
+    """Before the first training step, try everything that a student goes through."""
 
     teacher_choice: TeacherChoice
     student_choice: StudentChoice
