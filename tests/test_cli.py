@@ -151,7 +151,9 @@ def test_config_file_of_a_run_is_a_starting_point(tmp_path, capsys):
     )
 
 
-def test_teacher_folder_and_inspect_as_json(tmp_path, capsys):
+def test_teacher_folder_and_inspect_as_json(tmp_path, capsys, monkeypatch):
+    """Of other readings, only as many are tried as every speed allows."""
+    monkeypatch.setattr("dkdm.checks.inspection.facts.TRIAL_SECONDS", 0.0)
     write_pipeline(tmp_path, denoiser(3))
     asked = ["inspect", str(tmp_path), "--json", "--num-samples", "2", "--steps"]
     assert main([*asked, "3"]) == 0  # too few steps to say anything against it

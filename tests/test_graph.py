@@ -89,8 +89,18 @@ def own_network(name):
 
 
 SIZES = {"flux": (8, 8), "sana": (16, 16), "wan": (2, 2, 2)}
-QUICK = ("edm", "sana", "wan")
-SLOW = ("class_conditional", "dit", "ldm_kl", "stable_diffusion", "sdxl", "pixart", "sd3", "flux")
+QUICK = ("sana", "wan")  # a UNet is written as ONNX, and its program with it
+SLOW = (
+    "edm",
+    "class_conditional",
+    "dit",
+    "ldm_kl",
+    "stable_diffusion",
+    "sdxl",
+    "pixart",
+    "sd3",
+    "flux",
+)
 SLOW += ("dance",)
 
 

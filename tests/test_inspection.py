@@ -22,7 +22,7 @@ from dkdm.models import load_teacher
 from dkdm.models.schedulers import from_scheduler_config
 from factories import denoiser as untrained
 
-STEPS = 20
+STEPS = 12
 DDPM = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000}
 COSINE = from_scheduler_config({**DDPM, "beta_schedule": "squaredcos_cap_v2"})
 LINEAR = from_scheduler_config(DDPM)
@@ -142,9 +142,25 @@ def test_wrong_unit_of_time_is_named():
     assert "times 0 to 9.99e+05 fed to the network" in found.warnings[0].remedy
 
 
+class Convolved(nn.Module):
+    """A small network of random weights that sees its neighbours and the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 3, padding=1)
+        )
+
+    def forward(self, x, time):
+        place = time[:, None, None, None].expand(len(x), 1, *x.shape[2:]) / 50
+        return self.layers(torch.cat([x, place], dim=1))
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_random_weights_do_not_denoise_under_any_reading(kind):
     model = untrained(classes=None, scheduler={"prediction_type": kind})
+    if kind == "epsilon":  # beside the UNet, at a tenth of its cost
+        model = replace(model, network=Convolved())
     found = check_denoising(model, num_steps=10, max_trials=30)
     assert found.denoises is False
     assert "trained weights" in found.warnings[0].remedy
@@ -189,7 +205,7 @@ def test_images_in_another_range_are_noticed():
 def test_samples_that_are_not_finite_end_the_check():
     model = exact()
     broken = replace(model, network=lambda x, time: model.network(x, time) * math.nan)
-    found = inspect_denoiser(broken, num_samples=4, num_steps=10)
+    found = inspect_denoiser(broken, num_samples=4, num_steps=10, max_trials=20)
     assert not found.check.denoises
     assert found.check.levels == ()
     assert "not finite" in shown(found)
@@ -200,7 +216,7 @@ def test_samples_that_are_not_finite_end_the_check():
 def test_samples_that_are_all_alike_do_not_pass():
     model = exact(kind="sample")
     constant = replace(model, network=lambda x, time: 0 * x + 0.5 + 0 * time[0])
-    found = check_denoising(constant, num_steps=10)
+    found = check_denoising(constant, num_steps=10, max_trials=30)
     assert not found.denoises
     assert "all alike" in found.warnings[0].what
 
@@ -320,6 +336,6 @@ def test_trained_teacher_passes_as_it_was_trained_only():
     found = check_denoising(teacher, num_samples=4, num_steps=10)
     assert found.denoises
     assert found.warnings == ()
-    wrong = check_denoising(misread(teacher, "epsilon"), num_samples=4, num_steps=10)
+    wrong = check_denoising(misread(teacher, "epsilon"), num_samples=2, num_steps=10)
     assert not wrong.denoises
     assert f'"{teacher.parameterization.prediction}"' in wrong.warnings[0].remedy
