@@ -104,7 +104,7 @@ def test_underscores_are_accepted(tmp_path, capsys):
         (("--student", "no-such-preset"), "unknown student"),
         (("--student", "factories:wide_student"), "it must return (2, 1, 8, 8)"),
         (("--student", "factories:not_a_model"), "returned list: return an nn.Module"),
-        (("--classes", "7"), "class id 7 out of range: expected 0..2"),
+        (("--classes", "7"), "class id 7 out of range: use 0..2"),
         (("--stride", "fast"), "--stride 'fast'"),
         (("--recipe", "no-such-recipe"), "--recipe 'no-such-recipe': give one of demo"),
         (("--pool-size", "2"), "--pool-size 2 is smaller than a batch of 8"),

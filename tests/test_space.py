@@ -123,7 +123,7 @@ def test_a_student_of_fewer_classes_says_so_when_loaded(of_two_classes):
     model = dkdm.load_teacher(str(of_two_classes))
     assert model.conditioning.drawn == (0, 2)
     assert model.conditioning.null_class == 3
-    with pytest.raises(UsageError, match="class 1 was not taught to this model: expected 0, 2"):
+    with pytest.raises(UsageError, match="class 1 was not taught to this model: use 0, 2"):
         restrict_classes(model.conditioning, (0, 1))
     assert restrict_classes(model.conditioning, (2,)).drawn == (2,)
 

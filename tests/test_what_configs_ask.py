@@ -69,7 +69,7 @@ def test_the_null_class_is_named_and_not_drawn(eleven, tmp_path, null):
 
 @pytest.mark.parametrize("null", [-1, 11])
 def test_a_null_class_that_is_not_embedded_is_refused(eleven, null):
-    with pytest.raises(UsageError, match=r"expected an id that the network embeds, 0\.\.10"):
+    with pytest.raises(UsageError, match=r"give an id that the network embeds, 0\.\.10"):
         dkdm.load_teacher(str(eleven), options=LoadOptions(null_class=null))
 
 

@@ -89,14 +89,14 @@ class ClassLabels(NamedArguments, Kind):
         self._check_numbers()
         self.check(self.drawn)
         if not self.drawn:
-            raise UsageError("classes: expected at least one class id, found none")
+            raise UsageError("classes: give at least one class id")
         if self.weights is None:
             return
         legal = all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)
         if len(self.weights) != len(self.drawn) or not legal:
             raise UsageError(
-                f"class weights: expected {len(self.drawn)} numbers >= 0 that are not all 0, one "
-                f"for each class, found {', '.join(map(str, self.weights))}"
+                f"class weights {', '.join(map(str, self.weights))}: give {len(self.drawn)} "
+                "numbers >= 0 that are not all 0, one for each class"
             )
 
     def _check_numbers(self) -> None:
@@ -135,8 +135,7 @@ class ClassLabels(NamedArguments, Kind):
         )
         if wrong:
             raise UsageError(
-                f"class id {', '.join(map(str, wrong))} out of range: "
-                f"expected 0..{self.num_classes - 1}"
+                f"class id {', '.join(map(str, wrong))} out of range: use 0..{self.num_classes - 1}"
             )
 
     def of(self, labels: Sequence[int]) -> Condition:
@@ -276,7 +275,7 @@ def restrict_classes(
     strangers = sorted(set(classes or ()) - set(taught or conditioning.drawn))
     if taught is not None and strangers:
         raise UsageError(
-            f"class {', '.join(map(str, strangers))} was not taught to this model: expected "
+            f"class {', '.join(map(str, strangers))} was not taught to this model: use "
             f"{', '.join(map(str, taught))}"
         )
     ids = taught if classes is None else classes
@@ -301,7 +300,7 @@ def with_null_class(conditioning: Conditioning, null: int | Literal["none"]) -> 
     if not 0 <= null < classes or classes == 1:
         extra = "" if conditioning.null_class is None else f", {conditioning.null_class}"
         raise UsageError(
-            f"--teacher-null-class {null}: expected an id that the network embeds, "
+            f"--teacher-null-class {null}: give an id that the network embeds, "
             f"0..{classes - 1}{extra}, or none"
         )
     drawn = tuple(i for i in conditioning.drawn if i != null)
