@@ -29,7 +29,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SOURCE = "source/"
 AVERAGE = "_ema/"
 OPTIONS = {AVERAGE: "an average (--use-ema)", "features": "feature distillation (--feature-weight)"}
-ORIGIN = "dkdm_origin"  # attribute of a network that cannot write its config itself; see own.py
+ORIGIN = "dkdm_origin"  # attribute of a network without a config; see models/custom_network.py
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

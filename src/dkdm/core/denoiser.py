@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
     x: [B, ...] on the device; t: int64 [B] on the CPU; cond: rows per sample; rows: where in its
     source each sample came from, which only the source reads; s: int64 [B] on the CPU, the level
-    that each sample moves to (-1 is the clean end), None if it stays.
+    that each sample moves to (-1 is the end of its chain), None if it stays.
     """
 
     x: Tensor
@@ -163,7 +163,7 @@ class Denoiser(NamedArguments):
     def predict_both(
         self, batch: Batch, guidance_scale: float | Tensor = 1.0
     ) -> tuple[Prediction, Prediction]:
-        """The prediction without and with guidance, at the cost of the second alone."""
+        """(unguided, guided) predictions; they cost no more than the guided one alone."""
         if self.rescale is not None:
             factor = per_sample(self.rescale[batch.t.cpu()], batch.x)
             batch = batch._replace(x=factor * batch.x)

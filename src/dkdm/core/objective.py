@@ -1,4 +1,4 @@
-"""The DKDM objective: L_simple (Eq. 20) + lambda * L_vlb (Eq. 21), per sample, weighted over t."""
+"""The DKDM objective per sample: L_simple (Eq. 20), weighted over t, + lambda * L_vlb (Eq. 21)."""
 
 from __future__ import annotations
 

@@ -145,8 +145,9 @@ class Pool:
         """Replace the batch's entries by their next states.
 
         A state at t goes to t - k. Below 0 its chain is finished, and the entry starts again at
-        (t - k) mod T, which keeps t uniform whatever the law of k. For k = 1 that is pure noise at
-        T-1, the paper's rule.
+        (t - k) mod T, which keeps t uniform for any law of k that does not depend on t. For k = 1
+        that is pure noise at T-1, the paper's rule. Where a chain is finished, the move's result
+        is thrown away and its noise serves the new chain.
         """
         strides, fresh = self._laws(batch.rows)
         z, start = self._noise(batch)

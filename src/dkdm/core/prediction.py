@@ -77,8 +77,8 @@ Row = tuple[Coefficient, Coefficient, Coefficient]
 class Linear(NamedTuple):
     """A parameterization as one linear map at given levels; coefficients are float64 [B] or int.
 
-    x_0, eps: rows (p, q, n), read (p x + q output) / n. output: the inverse of the two, a row read
-    (p x_0 + q eps) / n. shown: what x is multiplied with before the network is shown it.
+    x_0, eps: (p, q, n), read as x_0 = (p x + q output) / n and likewise for eps. output: (p, q, n),
+    read as output = (p x_0 + q eps) / n. shown: the factor of x before the network sees it.
     """
 
     x_0: Row
@@ -99,7 +99,7 @@ def _edm(a: Tensor, s: Tensor, sigma_data: float, sign: int = 1) -> Linear:
     return Linear((skip, out, 1), (left, -a * out, s), (left, -s * skip, out), total.rsqrt())
 
 
-# One row a kind, of alpha, sigma and sigma_data. Sources: epsilon DDPM (arXiv 2006.11239); v
+# For each kind, its map at (alpha, sigma, sigma_data). Sources: epsilon DDPM (arXiv 2006.11239); v
 # progressive distillation (arXiv 2202.00512, app. D); flow velocity eps - x_0, rectified flow
 # (arXiv 2209.03003).
 KINDS: dict[PredictionType, Callable[[Tensor, Tensor, float], Linear]] = {
@@ -171,7 +171,7 @@ def x_0_slope(
 
 
 def scale_input(kind: PredictionType, x: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """What the network is shown for x [B, ...] at sigma [B], whatever alpha is."""
+    """What the network sees for x [B, ...] at sigma [B]: c_in x for EDM (alpha is 1); else x."""
     shown = KINDS[kind](torch.ones_like(sigma), sigma, sigma_data).shown
     return x if isinstance(shown, int) else x * per_sample(shown, x)
 

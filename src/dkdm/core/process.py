@@ -29,7 +29,7 @@ class Process(NamedArguments):
 
     alpha, sigma: float64 [T], sigma > 0 everywhere; sigma / alpha grows with t.
     network_time: float64 [T], the number the network is fed at each t.
-    final: (alpha, sigma) of the clean end, s = -1.
+    final: (alpha, sigma) of the end of a chain, s = -1; clean if its sigma is 0.
     scheduler: the diffusers scheduler config (with `_class_name`) that samples this process.
     """
 

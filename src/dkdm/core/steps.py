@@ -32,9 +32,9 @@ def reverse_step(
     """Move each state from its level t to its level s (DKDM, Eqs. 3-7).
 
     x, z: [B, ...], z standard normal noise; t, s: int64 [B] with -1 <= s < t, where -1 is the
-    clean end and adds no noise. eta: 1 is DDPM (arXiv 2006.11239, Eq. 7), 0 is DDIM (arXiv
-    2010.02502, Eq. 12) and Euler on a flow. Fixed-large and learned variances need eta = 1 and act
-    on the noise alone, never on the mean. Returns x_prev [B, ...].
+    end of a chain (`process.final`). eta: 1 is DDPM (arXiv 2006.11239, Eq. 7), 0 is DDIM (arXiv
+    2010.02502, Eq. 12) and Euler on a flow. Fixed-large and learned variances need eta = 1, act
+    on the noise alone, never on the mean, and add none at the end. Returns x_prev [B, ...].
     """
     _check_move(parameterization, t, s, eta)
     alpha_t, sigma_t = process.at(t)

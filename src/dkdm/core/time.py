@@ -22,8 +22,8 @@ def network_time(process: Process, time: Time) -> Tensor:
 
     "index": t itself. "fraction": the noise's share of the way, sigma / (alpha + sigma), 0 at the
     data and 1 at noise (on a flow: its time). "data_fraction": one minus that, 1 at the data.
-    "sigma": sigma / alpha. "log_snr": ln(alpha^2 / sigma^2). "c_noise": ln(sigma) / 4 (EDM, arXiv
-    2206.00364, table 1). Or a function of the process.
+    "sigma": sigma / alpha. "log_snr": ln(alpha^2 / sigma^2). "c_noise": ln(sigma / alpha) / 4
+    (EDM, arXiv 2206.00364, table 1). Or a function of the process.
     """
     if isinstance(time, type):
         refuse("time", time, "give a word, or a function of the process that returns [T] numbers")

@@ -1,4 +1,4 @@
-"""The loop: draw, predict, match, advance."""
+"""The loop: draw, target, loss, update, advance."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Trainer:
         return torch.stack(losses).mean()
 
     def learn(self) -> Tensor:
-        """One batch: draw, predict, match, advance. Returns its mean loss."""
+        """One batch: draw, target, loss, update, advance. Returns its mean loss."""
         student = self.student_on_teacher_levels
         with self.accelerator.accumulate(student.network):
             batch = self.source.draw(self.training.train_batch_size)
