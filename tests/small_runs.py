@@ -22,7 +22,8 @@ SMALL = dkdm.DistillConfig(
 
 def run(tmp_path, teacher=None, student=None, **changes):
     teacher = teacher or denoiser()
+    student = student_of("dit-tiny", teacher) if student is None else student
     config = replace(SMALL, output_dir=tmp_path / "run", **changes)
-    folder = dkdm.distill(teacher, student or student_of("dit-tiny", teacher), config)
+    folder = dkdm.distill(teacher, student, config)
     metrics = read_metrics(folder / "metrics.jsonl")
     return folder, metrics, metrics[-1]["teacher_evaluations"]

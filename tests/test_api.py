@@ -171,11 +171,14 @@ def test_one_step_of_a_same_architecture_student_starts_at_its_own_loss(tmp_path
 
 
 class Blowing(nn.Module):
-    """A finite loss whose gradient is not a number."""
+    """A finite loss whose gradient is not a number; as a container it is empty, and so false."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+
+    def __len__(self):
+        return 0
 
     def forward(self, x, t, class_labels):
         del class_labels

@@ -150,6 +150,8 @@ def test_groups_and_options_reach_each_other():
     assert DistillConfig(stride=1).pool.strides == (1, 1)
     with pytest.raises(UsageError, match="^pool: give a PoolOptions"):
         DistillConfig(pool=RunOptions())
+    with pytest.raises(UsageError, match=r"DistillConfig\('runs/a'\): name each option"):
+        DistillConfig("runs/a")
     with pytest.raises(AttributeError, match="DistillConfig has no option 'sed'"):
         _ = config.sed
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -116,7 +116,8 @@ class Finite:
         bad = int(self.first_bad_step)
         if bad >= 0:
             raise self._error(f"the loss became NaN or infinite at step {bad}")
-        weights = [p for p in network.parameters() if p.is_floating_point()] if network else []
+        given = () if network is None else network.parameters()
+        weights = [p for p in given if p.is_floating_point()]
         if weights and not bool(torch.stack([p.isfinite().all() for p in weights]).all()):
             raise self._error(f"the weights became NaN or infinite by step {step}")
 

@@ -126,7 +126,10 @@ class Grouped:
         _set(cls, **given)
         dataclass(frozen=True, init=False)(cls)
 
-    def __init__(self, /, **given: Any) -> None:
+    def __init__(self, /, *unnamed: object, **given: Any) -> None:
+        if unnamed:
+            name = type(self).__name__
+            raise UsageError(f"{name}({described(unnamed[0])}): name each option: {name}(seed=1)")
         groups, options = hints(type(self)), places(type(self))
         asked = {name: value for name, value in given.items() if name not in groups}
         check_names(f"{type(self).__name__}(...)", asked, options, self.meant)
