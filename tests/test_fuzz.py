@@ -280,7 +280,7 @@ def with_hashes(folder, whole, file, data):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file", RESUMED_FROM)
 def test_a_checkpoint_that_somebody_wrote_is_resumed_or_refused_in_a_line(trainer, apart, file):
-    whole = checkpoint.checkpoints(trainer.config.output_dir)[-1]
+    whole = checkpoint.checkpoints(trainer.output_dir)[-1]
     trainer.resume(whole)
     good, wrong = (whole / file).read_bytes(), []
     for number in range(8):
