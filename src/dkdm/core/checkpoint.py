@@ -1,4 +1,7 @@
-"""Checkpoints: a dict of parts, in a folder of safetensors and JSON, hashed, renamed into place."""
+"""Checkpoints: a dict of parts, in a folder of safetensors and JSON, hashed, renamed into place.
+
+Which parts a checkpoint holds is `Trainer.parts` and its source's `parts`.
+"""
 
 from __future__ import annotations
 

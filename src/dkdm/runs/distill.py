@@ -33,8 +33,9 @@ from dkdm.runs.models import (
     teacher_warning,
     with_conditions,
 )
+from dkdm.runs.objective import features_of, objective_of
 from dkdm.runs.outputs import compare_models, reference_of, sample_grids, write_results
-from dkdm.runs.source import features_of, objective_of, planned_evaluations, prepare, source_of
+from dkdm.runs.source import planned_evaluations, prepare, source_of
 from dkdm.shipping.hub import publish
 from dkdm.shipping.pipeline_folder import component_name
 from dkdm.students.lora import merge_lora

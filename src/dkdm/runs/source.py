@@ -9,7 +9,6 @@ import torch
 from dkdm.config import (
     DistillConfig,
     GuidanceOptions,
-    LossOptions,
     PoolOptions,
     SyntheticOptions,
     TeacherConditions,
@@ -17,10 +16,7 @@ from dkdm.config import (
 )
 from dkdm.core.chains import Guidance, Stride
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.feature_loss import Features, match_features
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
-from dkdm.core.matching import level_weights
-from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
 from dkdm.core.shards import Shards
 from dkdm.core.sources import Source, Synthetic, draw_set, empty_set
@@ -44,36 +40,6 @@ def source_of(
     if student.embeds_guidance:
         source.conditions["guidance"] = torch.full((size,), scale)
     return source
-
-
-def objective_of(
-    student: Denoiser,
-    on_teacher_levels: Denoiser,
-    teacher: Denoiser,
-    loss: LossOptions,
-    features: Features | None,
-    synthetic: bool,
-) -> Objective:
-    """What the student is to be like. With a synthetic set no teacher sees the batches."""
-    if synthetic:
-        return Objective(student, None, loss)
-    weights = level_weights(student, teacher, loss.loss_weighting)
-    further = () if features is None else (features,)
-    return Objective(on_teacher_levels, teacher, loss, weights, further)
-
-
-def features_of(
-    teacher: Denoiser, student: Denoiser, loss: LossOptions, synthetic: bool
-) -> Features | None:
-    """The hidden features to match, if any. Raises UsageError if there are none to match."""
-    if loss.feature_weight == 0:
-        return None
-    if synthetic:
-        raise UsageError(
-            "--feature-weight: with --source synthetic the teacher does not see the batches: "
-            "remove --feature-weight, or choose another --source"
-        )
-    return match_features(teacher, student, loss.feature_layers, loss.feature_weight)
 
 
 def set_size(

@@ -1,0 +1,40 @@
+"""The objective of a run, from its options: enter a new term of the loss here."""
+
+from __future__ import annotations
+
+from dkdm.config import LossOptions
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.feature_loss import Features, match_features
+from dkdm.core.matching import level_weights
+from dkdm.core.objective import Objective
+from dkdm.errors import UsageError
+
+
+def objective_of(
+    student: Denoiser,
+    on_teacher_levels: Denoiser,
+    teacher: Denoiser,
+    loss: LossOptions,
+    features: Features | None,
+    synthetic: bool,
+) -> Objective:
+    """What the student is to be like. With a synthetic set no teacher sees the batches."""
+    if synthetic:
+        return Objective(student, None, loss)
+    weights = level_weights(student, teacher, loss.loss_weighting)
+    further = () if features is None else (features,)
+    return Objective(on_teacher_levels, teacher, loss, weights, further)
+
+
+def features_of(
+    teacher: Denoiser, student: Denoiser, loss: LossOptions, synthetic: bool
+) -> Features | None:
+    """The hidden features to match, if any. Raises UsageError if there are none to match."""
+    if loss.feature_weight == 0:
+        return None
+    if synthetic:
+        raise UsageError(
+            "--feature-weight: with --source synthetic the teacher does not see the batches: "
+            "remove --feature-weight, or choose another --source"
+        )
+    return match_features(teacher, student, loss.feature_layers, loss.feature_weight)
