@@ -6,7 +6,7 @@ import typing
 import diffusers
 import pytest
 
-from dkdm.core.calls import CALLS, call_of
+from dkdm.core.calls import CALLS
 from dkdm.models.architectures import ARCHITECTURES, architecture_of, with_layout
 from dkdm.models.custom_network import OWN_CLASS
 from dkdm.models.pipelines import PIPELINES, encoding_of, text_pipelines
@@ -25,10 +25,8 @@ def arguments(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_network_of_the_class_is_called_as_its_record_says(name):
-    network = type(name, (), {})()
-    assert architecture_of(network) is ARCHITECTURES[name]
-    assert call_of(network) is ARCHITECTURES[name].call
+def test_a_record_is_found_by_the_class_of_a_network(name):
+    assert architecture_of(type(name, (), {})()) is ARCHITECTURES[name]
 
 
 def test_every_network_of_dkdm_has_a_record():
@@ -45,7 +43,7 @@ def test_entries_are_arguments_of_the_class(name):
     known = ARCHITECTURES[name]
     entries = set(known.refused)
     entries |= {known.classes} if known.extra_row else set()
-    entries |= {*known.text_widths} if known.needs_text({}) else set()
+    entries |= {*known.text_widths}
     entries |= {"attention_head_dim"} if known.layout else set()
     assert entries <= arguments(name).keys()
 

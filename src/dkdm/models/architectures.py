@@ -13,69 +13,12 @@ from typing import Any, Literal
 import torch
 
 from dkdm.core.bundle import Bundle
-from dkdm.core.calls import CALLS, Call, plain
 from dkdm.core.conditioning import Condition
 from dkdm.errors import UsageError
 from dkdm.models.custom_network import OWN_CLASS
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
-
-
-def _spatial(configured: Any, asked: Shape | None, dimensions: int) -> Shape:
-    if asked is not None:
-        if len(asked) != dimensions:
-            raise UsageError(
-                f"--teacher-size: this network takes samples with {dimensions} sides, found {asked}"
-            )
-        return asked
-    if configured is None:
-        raise UsageError(
-            f"the network's config has no sample_size: give --teacher-size with the {dimensions} "
-            "sides of a sample as the network sees it, without its channels"
-        )
-    return (configured,) * dimensions if isinstance(configured, int) else tuple(configured)
-
-
-def _image_shape(config: Config, asked: Shape | None) -> Shape:
-    """(channels, height, width) by `sample_size`."""
-    return int(config["in_channels"]), *_spatial(config.get("sample_size"), asked, 2)
-
-
-def _audio_shape(config: Config, asked: Shape | None) -> Shape:
-    """(channels, length)."""
-    return int(config["in_channels"]), *_spatial(config.get("sample_size"), asked, 1)
-
-
-def _video_shape(config: Config, asked: Shape | None) -> Shape:
-    """(channels, frames, height, width), which the config does not say."""
-    return int(config["in_channels"]), *_spatial(None, asked, 3)
-
-
-def _custom_shape(config: Config, asked: Shape | None) -> Shape:
-    """The `sample_shape` that a user's network was made for."""
-    channels, *sides = config["sample_shape"]
-    return int(channels), *_spatial(sides, asked, len(sides))
-
-
-def _flux_shape(config: Config, asked: Shape | None) -> Shape:
-    """Tokens hold 2x2 latents; Flux is made for 1024x1024 pixels."""
-    return int(config["in_channels"]) // 4, *_spatial(128, asked, 2)
-
-
-def _any_shape(config: Config, asked: Shape | None) -> Shape:
-    """(channels, ...) of a network that names every side of its samples; vectors have no sides."""
-    configured = tuple(config["sample_size"])
-    return int(config["in_channels"]), *_spatial(configured, asked, len(configured))
-
-
-def _patch_size(config: Config) -> int:
-    return int(config.get("patch_size") or 1)
-
-
-def _nothing(config: Config, shape: Shape, bundle: Bundle) -> Condition:
-    del config, shape, bundle
-    return {}
 
 
 def _sdxl_sizes(config: Config, shape: Shape, bundle: Bundle) -> Condition:
@@ -114,18 +57,8 @@ def pixels(shape: Shape, bundle: Bundle) -> tuple[int, int]:
     return shape[-2] * factor, shape[-1] * factor
 
 
-def _always(config: Config) -> bool:
-    del config
-    return True
-
-
-def _never(config: Config) -> bool:
-    del config
-    return False
-
-
 def _attends(config: Config) -> bool:
-    """Whether a UNet2DConditionModel has blocks that attend to a text."""
+    """Whether a network has blocks that attend to a text; only UNets may have none."""
     middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     blocks = [middle, *config.get("down_block_types", ["CrossAttn"])]
     return any("CrossAttn" in str(block) for block in [*blocks, *config.get("up_block_types", [])])
@@ -143,12 +76,12 @@ _IMAGES = "embeddings of images"
 class Architecture:
     """A network class of diffusers or dkdm.
 
-    shape: (config, asked sides) -> (C, ...) of a sample. patch: side of a token, from the config;
-        it decides the length of the sequence.
-    constants: (config, shape, bundle) -> what is always fed.
-    needs_text: whether a network of this config is fed the embedding of a prompt.
+    sides: of a sample, beside its channels, where the config does not list them.
+    packed: whether its channels hold the 2x2 values of a sample that make a token.
+    constants: (config, shape, bundle) -> what is always fed; None: nothing.
     text_widths, pooled_widths: entries of the config that may say how wide the embeddings of a
-        token and of a whole prompt are; the first that is set does.
+        token and of a whole prompt are; the first that is set does. Without text_widths it reads
+        no text.
     classes: entry with the number of classes. extra_row: whether its table of classes has one row
         more, for no class.
     refused: entry -> {value: what it feeds the network, which neither classes nor prompts give}.
@@ -158,11 +91,10 @@ class Architecture:
     """
 
     name: str
-    shape: Callable[[Config, Shape | None], Shape] = _image_shape
-    patch: Callable[[Config], int] = _patch_size
-    constants: Callable[[Config, Shape, Bundle], Condition] = _nothing
-    needs_text: Callable[[Config], bool] = _never
-    text_widths: tuple[str, ...] = ("cross_attention_dim",)
+    sides: int = 2
+    packed: bool = False
+    constants: Callable[[Config, Shape, Bundle], Condition] | None = None
+    text_widths: tuple[str, ...] = ()
     pooled_widths: tuple[str, ...] = ("pooled_projection_dim",)
     classes: str = "num_class_embeds"
     extra_row: bool = False
@@ -171,10 +103,38 @@ class Architecture:
     counts_heads: bool = False
     older: tuple[str, str] | None = None
 
-    @property
-    def call(self) -> Call:
-        """How it is called: what a Denoiser finds by the name of its network's class."""
-        return CALLS.get(self.name, plain)
+    def shape(self, config: Config, asked: Shape | None) -> Shape:
+        """(C, ...) of a sample, by the config and the sides that were asked for.
+
+        Raises UsageError for another number of sides, and if neither names them.
+        """
+        if self.name == OWN_CLASS:
+            channels, *configured = config["sample_shape"]
+        else:
+            channels, configured = config["in_channels"], config.get("sample_size")
+        if self.packed:  # Flux is made for 1024x1024 pixels
+            channels, configured = channels // 4, configured or 128
+        number = len(configured) if isinstance(configured, (list, tuple)) else self.sides
+        if asked is not None and len(asked) != number:
+            raise UsageError(
+                f"--teacher-size: this network takes samples with {number} sides, found {asked}"
+            )
+        if asked is None and configured is None:
+            raise UsageError(
+                f"the network's config has no sample_size: give --teacher-size with the {number} "
+                "sides of a sample as the network sees it, without its channels"
+            )
+        sides = (configured,) * number if isinstance(configured, int) else configured
+        return int(channels), *(sides if asked is None else asked)
+
+    def patch(self, config: Config) -> int:
+        """Side of a token, which decides the length of the sequence."""
+        found = 2 if self.packed else config.get("patch_size")
+        return found if isinstance(found, int) and found else 1
+
+    def needs_text(self, config: Config) -> bool:
+        """Whether a network of this config is fed the embedding of a prompt."""
+        return bool(self.text_widths) and _attends(config)
 
 
 ARCHITECTURES = {
@@ -186,12 +146,12 @@ ARCHITECTURES = {
         Architecture("DhariwalUNet"),
         Architecture("EDM2UNet"),
         Architecture("LucidrainsUNet"),
-        Architecture(OWN_CLASS, _custom_shape, classes="num_classes"),
-        Architecture("UVit", _any_shape, lambda _: 1),
-        Architecture("LinearTransformer", _any_shape, lambda _: 1),
-        Architecture("MobileUNet", _any_shape),
-        Architecture("ResidualMLP", _any_shape),
-        Architecture("UNet1DModel", _audio_shape),
+        Architecture(OWN_CLASS, classes="num_classes"),
+        Architecture("UVit"),
+        Architecture("LinearTransformer"),
+        Architecture("MobileUNet"),
+        Architecture("ResidualMLP"),
+        Architecture("UNet1DModel", sides=1),
         Architecture(
             "DiTTransformer2DModel",
             classes="num_embeds_ada_norm",
@@ -202,7 +162,6 @@ ARCHITECTURES = {
         Architecture(
             "UNet2DConditionModel",
             constants=_sdxl_sizes,
-            needs_text=_attends,
             text_widths=("encoder_hid_dim", "cross_attention_dim"),
             pooled_widths=("projection_class_embeddings_input_dim",),
             refused={
@@ -220,38 +179,21 @@ ARCHITECTURES = {
         Architecture(
             "PixArtTransformer2DModel",
             constants=_pixart_sizes,
-            needs_text=_always,
             text_widths=("caption_channels", "cross_attention_dim"),
             older=("Transformer2DModel", "ada_norm_single"),
         ),
         Architecture(
             "SD3Transformer2DModel",
-            needs_text=_always,
             text_widths=("joint_attention_dim",),
             layout="transformer",
         ),
-        Architecture(
-            "FluxTransformer2DModel",
-            _flux_shape,
-            lambda _: 2,
-            needs_text=_always,
-            text_widths=("joint_attention_dim",),
-        ),
+        Architecture("FluxTransformer2DModel", packed=True, text_widths=("joint_attention_dim",)),
         Architecture(
             "SanaTransformer2DModel",
-            needs_text=_always,
             text_widths=("caption_channels", "cross_attention_dim"),
         ),
-        Architecture(
-            "Lumina2Transformer2DModel", needs_text=_always, text_widths=("cap_feat_dim",)
-        ),
-        Architecture(
-            "WanTransformer3DModel",
-            _video_shape,
-            lambda _: 1,
-            needs_text=_always,
-            text_widths=("text_dim",),
-        ),
+        Architecture("Lumina2Transformer2DModel", text_widths=("cap_feat_dim",)),
+        Architecture("WanTransformer3DModel", sides=3, text_widths=("text_dim",)),
     )
 }
 

@@ -159,7 +159,7 @@ def _denoiser(
     process = replace(process, scheduler=saved_config(scheduler, tokens))
     _check_channels(folder, config, shape, bundle)
     conditioning, constants = _conditioning(folder, known, config, index, bundle)
-    constants |= known.constants(config, shape, bundle)
+    constants |= known.constants(config, shape, bundle) if known.constants else {}
     return Denoiser(
         _placeholder,
         process,
