@@ -12,7 +12,7 @@ from huggingface_hub import constants
 import pipelines
 from dkdm import load_teacher
 from dkdm.errors import UsageError
-from dkdm.models.downloads import download, needed_files
+from dkdm.models.locate import download, needed_files
 from hub_stand_in import Hub
 
 INDEX = {

@@ -22,7 +22,6 @@ from dkdm.core.conditioning import Unconditional
 from dkdm.core.denoiser import Batch
 from dkdm.models import LoadOptions
 from dkdm.models.effective import _CORRECTIONS, class_config, effective_config, pipeline_entries
-from dkdm.models.pipeline_folder import load_network_folder
 from dkdm.shipping.pipeline_folder import write_pipeline
 from pipelines import PARTS, edit, plain, strip
 
@@ -275,14 +274,12 @@ def test_shards_by_their_old_names(copied):
 
 def test_a_network_alone_with_a_scheduler(folders):
     teacher = load_teacher(str(folders("ddpm")))
-    alone = load_network_folder(
-        folders("ddpm") / "unet", {"_class_name": "DDPMScheduler"}, LoadOptions()
-    )
+    noise = LoadOptions(scheduler=folders("ddpm") / "scheduler")
+    alone = load_teacher(str(folders("ddpm") / "unet"), options=noise)
     assert alone.process.clipping == teacher.process.clipping
     torch.testing.assert_close(alone.network.state_dict(), teacher.network.state_dict())
     with pytest.raises(UsageError, match="conditioned on text"):
-        folder = folders("stable-diffusion") / "unet"
-        load_network_folder(folder, {"_class_name": "DDPMScheduler"}, LoadOptions())
+        load_teacher(str(folders("stable-diffusion") / "unet"), options=noise)
 
 
 @pytest.mark.parametrize(

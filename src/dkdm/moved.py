@@ -51,6 +51,8 @@ RENAMED = {
     "students.other": "students.any_rank",
     "students.positions": "core.positions",
     "teachers": "models",
+    "teachers.downloads": "models.locate",
+    "teachers.families": "models.pipelines",
     "teachers.networks": "models.architectures",
     "trainset": "data.training_set",
     "typed": "reading.values",

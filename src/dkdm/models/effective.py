@@ -37,7 +37,7 @@ def effective_config(root: Path, index: Mapping[str, Any], name: str) -> Config:
     """
     file = config_file(root, name)
     raw = read_json(file, f"the config of its {name}")
-    kind = network_name(listed_class(index, name) or str(raw.get("_class_name")), raw)
+    kind = network_name(listed(index).get(name) or str(raw.get("_class_name")), raw)
     config = class_config(raw, kind, str(file))
     if name == SCHEDULER:
         converted = _CONVERTING.get(str(index.get("_class_name")))
@@ -57,25 +57,27 @@ def place_of(root: Path, name: str) -> Path:
     return root / name if (root / name).is_dir() else root
 
 
-def listed_class(index: Mapping[str, Any], name: str) -> str:
-    """The class that model_index.json lists for a component; empty if it lists none.
+def listed(index: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each component that model_index.json lists.
 
     A component is [library, class]; [null, null] is one that is not there.
     """
-    value = index.get(name)
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or name in _LISTS:
-        return ""
-    return str(value[1]) if all(isinstance(v, str) for v in value) else ""
+    pairs = {name: v for name, v in index.items() if isinstance(v, (list, tuple)) and len(v) == 2}
+    return {
+        name: kind
+        for name, (library, kind) in pairs.items()
+        if isinstance(library, str) and isinstance(kind, str) and name not in _LISTS
+    }
 
 
 _LISTS = ("_class_name", "class_names")  # of two names, and no component
 
 
-def network_name(listed: str, config: Mapping[str, Any]) -> str:
+def network_name(kind: str, config: Mapping[str, Any]) -> str:
     """The class that diffusers makes where this one is listed."""
-    older = (listed, str(config.get("norm_type")))
+    older = (kind, str(config.get("norm_type")))
     found = (name for name, known in ARCHITECTURES.items() if known.older == older)
-    return next(found, listed)
+    return next(found, kind)
 
 
 def class_config(config: Mapping[str, Any], name: str, where: str) -> Config:
@@ -206,11 +208,8 @@ _CORRECTIONS = {
 
 def pipeline_entries(index: Mapping[str, Any]) -> Config:
     """The entries of model_index.json that are no components, with the pipeline's own defaults."""
-    found = {
-        name: value
-        for name, value in index.items()
-        if not listed_class(index, name) and not name.startswith("_")
-    }
+    parts = listed(index)
+    found = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
     cls = stock_class(index.get("_class_name"), "DiffusionPipeline")
     if cls is None:
         return found

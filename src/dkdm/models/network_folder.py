@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dkdm.core.bundle import Bundle
+from dkdm.core.checkpoint import refuse_other_contents
 from dkdm.core.denoiser import Denoiser
 from dkdm.errors import UsageError
+from dkdm.models.architectures import ARCHITECTURES, Architecture
+from dkdm.models.effective import class_config, network_name
 from dkdm.models.locate import INDEX
 from dkdm.models.lora import IN_FOLDER
 from dkdm.models.options import LoadOptions
-from dkdm.models.pipeline_folder import load_network_folder, lone_architecture
+from dkdm.models.pipeline_folder import describe, load_network
 from dkdm.models.schedulers import NAMED, named_config
 from dkdm.reading.fields import Fields, as_named, read_json
+from dkdm.reading.sizes import check_numbers
 
 PARTS = ("unet_ema", "transformer_ema", "unet", "transformer")
 _PARTS_ALONE = (
@@ -28,19 +34,21 @@ STATES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.saf
 def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
     """Load a network from a folder with its config and weights, on the noise of options.scheduler.
 
-    Raises UsageError, with what to give instead, for a folder of another kind and without a
-    scheduler; otherwise as `load_network_folder`.
+    Raises UsageError, with what to give instead, for a folder of another kind, without a scheduler,
+    and for a network that dkdm does not know or that reads text; DkdmError if its weights are
+    missing or do not match.
     """
     lora = next((name for name in (ADAPTER, *IN_FOLDER) if (folder / name).is_file()), None)
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise UsageError(_no_network(folder) if lora is None else _an_adapter(folder, lora))
-    config = read_json(folder / "config.json", "a network's config")
-    kind = Fields(config, str(folder / "config.json")).text("_class_name", "")
+    config = read_json(file, "a network's config")
+    kind = Fields(config, str(file)).text("_class_name", "")
     if refusal := _no_denoiser(kind, config):
         raise UsageError(f"{folder}: {refusal}: {_whole(folder)}")
     if options.scheduler is None and (folder.parent / INDEX).is_file():
         raise UsageError(f"{folder}: one part of a pipeline: {_whole(folder)}")
-    lone_architecture(folder, config)
+    known = _architecture(folder, config)
     if options.scheduler is None:
         raise UsageError(_no_scheduler(folder, kind))
     if options.lora:
@@ -49,7 +57,27 @@ def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
             "of LoRA files: remove this option"
         )
     scheduler = scheduler_config(str(options.scheduler), clips=config.get("in_channels") in (1, 3))
-    return load_network_folder(folder, scheduler, options)
+    refuse_other_contents(folder)
+    config = class_config(config, known.name, str(file))
+    check_numbers(config, str(file))
+    noise = class_config(scheduler, str(scheduler.get("_class_name")), "the scheduler's config")
+    denoiser = describe(folder, known, config, noise, {}, Bundle(), options)
+    return replace(denoiser, network=load_network(folder, known.name, options), call=None)
+
+
+def _architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
+    name = network_name(str(config.get("_class_name")), config)
+    known = ARCHITECTURES.get(name)
+    if known is None:
+        raise UsageError(
+            f"{folder}: its network is {as_named(name)}; dkdm reads {', '.join(ARCHITECTURES)}"
+        )
+    if known.needs_text(config):
+        raise UsageError(
+            f"{folder}: {name} is conditioned on text: give the pipeline folder that has its text "
+            "encoders, with this network in place of its network"
+        )
+    return known
 
 
 def scheduler_config(spec: str, clips: bool) -> Mapping[str, Any]:

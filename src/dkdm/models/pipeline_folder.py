@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,19 +23,25 @@ from dkdm.models.architectures import ARCHITECTURES, Architecture, check_embeddi
 from dkdm.models.components import Autoencoder, Component, weight_variant
 from dkdm.models.custom_network import OWN_CLASS, load_own, read_origin
 from dkdm.models.effective import (
-    class_config,
     config_file,
     effective_config,
-    listed_class,
+    listed,
     network_name,
     pipeline_entries,
     place_of,
     stock_class,
 )
-from dkdm.models.families import LEFT_OUT, check_parts, check_times, family_of
 from dkdm.models.locate import INDEX
 from dkdm.models.lora import merge_loras, read_choices
 from dkdm.models.options import LoadOptions
+from dkdm.models.pipelines import (
+    AUTOENCODERS,
+    DENOISERS,
+    LEFT_OUT,
+    check_parts,
+    check_times,
+    family_of,
+)
 from dkdm.models.prompts import Prompts
 from dkdm.models.schedulers import from_scheduler_config, prediction_type, saved_config
 from dkdm.models.text import text_conditioning
@@ -44,9 +50,6 @@ from dkdm.reading.fields import as_named, is_name, read_json, shown
 from dkdm.reading.places import check_folder, check_place
 from dkdm.reading.plugins import distrust
 from dkdm.reading.sizes import building, check_numbers, check_sample
-
-DENOISERS = ("unet", "transformer")
-AUTOENCODERS = ("vae", "vqvae")
 
 
 def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
@@ -57,8 +60,7 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     """
     loras = read_choices(options.lora)
     distrust(folder)
-    denoiser = describe_pipeline_folder(folder, options)
-    component, known = network_of(read_index(folder), folder)
+    denoiser, component, known, _ = describe_pipeline_folder(folder, options)
     place = place_of(folder, component)
     for part in {place, *(one.folder for one in denoiser.bundle.components.values())}:
         refuse_other_contents(part)
@@ -67,44 +69,20 @@ def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     return replace(denoiser, network=network, call=None)
 
 
-def load_network_folder(
-    folder: Path, scheduler: Mapping[str, Any], options: LoadOptions
-) -> Denoiser:
-    """Load a network that lies alone, with its config.json, as the denoiser of a scheduler.
+class Described(NamedTuple):
+    """Everything of a pipeline folder but its network's weights.
 
-    scheduler: the config of the scheduler it was trained with, with its `_class_name`. Raises
-    UsageError for a network that dkdm does not know or that reads text, DkdmError if its weights
-    are missing or do not match.
+    denoiser: its network is a placeholder. component: the network's name in model_index.json.
     """
-    config = read_json(folder / "config.json", "a network's config")
-    known = lone_architecture(folder, config)
-    refuse_other_contents(folder)
-    config = class_config(config, known.name, str(folder / "config.json"))
-    check_numbers(config, str(folder / "config.json"))
-    noise = class_config(scheduler, str(scheduler.get("_class_name")), "the scheduler's config")
-    denoiser = _denoiser(folder, known, config, noise, {}, Bundle(), options)
-    return replace(denoiser, network=load_network(folder, known.name, options), call=None)
+
+    denoiser: Denoiser
+    component: str
+    architecture: Architecture
+    config: dict[str, Any]
 
 
-def lone_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
-    """What is known of a network without a pipeline. Raises UsageError for one that dkdm does not
-    know or that reads text."""
-    name = network_name(str(config.get("_class_name")), config)
-    known = ARCHITECTURES.get(name)
-    if known is None:
-        raise UsageError(
-            f"{folder}: its network is {as_named(name)}; dkdm reads {', '.join(ARCHITECTURES)}"
-        )
-    if known.needs_text(config):
-        raise UsageError(
-            f"{folder}: {name} is conditioned on text: give the pipeline folder that has its text "
-            "encoders, with this network in place of its network"
-        )
-    return known
-
-
-def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
-    """Everything of a pipeline folder but its network's weights: the network is a placeholder."""
+def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Described:
+    """What the JSON files of a pipeline folder say."""
     index = read_index(folder)
     component, known = network_of(index, folder)
     config = effective_config(folder, index, component)
@@ -112,8 +90,9 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:
     if known.name == OWN_CLASS:
         read_origin(config, place_of(folder, component))
     scheduler = effective_config(folder, index, "scheduler")
-    bundle = _bundle(folder, index, component, options.variant)
-    return _denoiser(folder, known, config, scheduler, index, bundle, options)
+    bundle = _bundle(folder, index, options.variant)
+    denoiser = describe(folder, known, config, scheduler, index, bundle, options)
+    return Described(denoiser, component, known, config)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -130,17 +109,17 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _family(index: Mapping[str, Any], folder: Path) -> str | None:
-    listed = next((name for name in DENOISERS if listed_class(index, name)), "")
-    return family_of(index, _class_of(index, listed, folder), folder)
+    component = next((name for name in DENOISERS if name in listed(index)), "")
+    return family_of(index, _class_of(index, component, folder), folder)
 
 
 def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> str:
     """The class of a network as diffusers makes it; empty for a component that is not listed."""
-    listed, file = listed_class(index, component), config_file(folder, component)
-    return network_name(listed, read_json(file, "its config") if listed and file.is_file() else {})
+    kind, file = listed(index).get(component, ""), config_file(folder, component)
+    return network_name(kind, read_json(file, "its config") if kind and file.is_file() else {})
 
 
-def _denoiser(
+def describe(
     folder: Path,
     known: Architecture,
     config: dict[str, Any],
@@ -181,7 +160,7 @@ def check_places(folder: Path, index: dict[str, Any]) -> None:
     """Raise UsageError unless the components have plain names and lie in the folder, as files."""
     for name in (INDEX, "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"):
         check_place(folder / name, folder)
-    for name in (name for name in index if listed_class(index, name)):
+    for name in listed(index):
         if not is_name(name):
             raise UsageError(
                 f"{folder / INDEX}: {shown(name)} cannot name a component: rename it to letters, "
@@ -206,10 +185,7 @@ def _saved_range(index: dict[str, Any]) -> tuple[float, float]:
 def read_base(folder: Path) -> tuple[dict[str, Any] | None, Bundle, Prompts | None]:
     """Scheduler config, other components and prompts of a pipeline folder without a denoiser."""
     index = read_index(folder)
-    bundle = _bundle(folder, index, "")
-    bundle = replace(
-        bundle, components={k: v for k, v in bundle.components.items() if k not in DENOISERS}
-    )
+    bundle = _bundle(folder, index)
     text = text_conditioning(folder, bundle) if _reads_text(bundle) else None
     scheduler = config_file(folder, "scheduler").is_file()
     return effective_config(folder, index, "scheduler") if scheduler else None, bundle, text
@@ -257,16 +233,12 @@ def _check_library(folder: Path, component: str, named: list[Any]) -> None:
         )
 
 
-def _bundle(
-    folder: Path, index: dict[str, Any], denoiser: str, variant: str | None = None
-) -> Bundle:
+def _bundle(folder: Path, index: dict[str, Any], variant: str | None = None) -> Bundle:
     """The other components that lie in the folder, and what else its index says."""
     components = {
-        name: Component(place_of(folder, name), value[0], value[1], variant)
-        for name, value in index.items()
-        if listed_class(index, name)
-        and name not in (denoiser, "scheduler", *LEFT_OUT)
-        and not name.startswith("_")
+        name: Component(place_of(folder, name), index[name][0], kind, variant)
+        for name, kind in listed(index).items()
+        if name not in (*DENOISERS, "scheduler", *LEFT_OUT) and not name.startswith("_")
     }
     missing = [name for name, part in components.items() if not _lies_there(part, folder)]
     if missing:
@@ -295,7 +267,7 @@ def _lies_there(part: Component, root: Path) -> bool:
 def _needed_autoencoders(index: Mapping[str, Any]) -> tuple[str, ...]:
     """The autoencoders that a pipeline cannot be without; a UNet2DModel may be one of pixels."""
     kind = stock_class(index.get("_class_name"), "DiffusionPipeline")
-    if kind is None and listed_class(index, "unet") == "UNet2DModel":
+    if kind is None and listed(index).get("unet") == "UNet2DModel":
         return ()
     optional = getattr(kind, "_optional_components", ())
     return tuple(name for name in AUTOENCODERS if name not in optional)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dkdm.core.bundle import Bundle
+from dkdm.errors import UsageError
+from dkdm.models.effective import listed
+from dkdm.reading.fields import as_named
 
 EMBEDS, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
-_NOT_TEXT = (
-    "unet", "transformer", "transformer_2", "vae", "safety_checker", "feature_extractor",
-    "image_encoder",
+DENOISERS = ("unet", "transformer")
+_SECOND = ("transformer_2", "unet_2")
+AUTOENCODERS = ("vae", "vqvae")
+LEFT_OUT = (
+    "safety_checker", "feature_extractor", "image_encoder", "movq", "mel", "watermark",
 )  # fmt: skip
+_NOT_TEXT = (*DENOISERS, *_SECOND, *AUTOENCODERS, *LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -211,3 +218,61 @@ def encoding_of(pipeline: str | None) -> Encoding | None:
 def text_pipelines() -> list[str]:
     """The pipelines whose prompts dkdm can encode."""
     return [name for name, each in PIPELINES.items() if each.encoding]
+
+
+def family_of(index: Mapping[str, Any], network: str, where: Path) -> str | None:
+    """The pipeline whose conventions hold; None if nothing depends on it.
+
+    network: class of the denoiser. Raises UsageError for text encoders of no pipeline that dkdm
+    reads, and for parts that none has.
+    """
+    kind = index.get("_class_name")
+    name = kind if isinstance(kind, str) else ""
+    if name in PIPELINES:
+        return name
+    encoders = {k: v for k, v in listed(index).items() if k.startswith("text_encoder")}
+    if not encoders:
+        return name or None
+    found = [known.name for known in PIPELINES.values() if known.is_like(name, network, encoders)]
+    if not found:
+        parts = ", ".join(f"{part} {value}" for part, value in encoders.items())
+        raise UsageError(
+            f"{where}: how {name or 'this pipeline'} encodes prompts is not known ({network}, "
+            f"{parts}): dkdm reads the parts of {', '.join(text_pipelines())}"
+        )
+    return found[0]
+
+
+def check_parts(index: Mapping[str, Any], where: Path) -> None:
+    """Raise UsageError for components that no pipeline has which dkdm reads."""
+    known = ("scheduler", *DENOISERS, *_SECOND, *AUTOENCODERS, *LEFT_OUT)
+    others = [
+        f"{as_named(name)} ({as_named(kind)})"
+        for name, kind in listed(index).items()
+        if not name.startswith(("_", "text_encoder", "tokenizer")) and name not in known
+    ]
+    if others:
+        raise UsageError(
+            f"{where}: {as_named(index.get('_class_name'))} has parts that dkdm does not know: "
+            f"{', '.join(others)}. If the model denoises without them, set them to [null, null] in "
+            "model_index.json"
+        )
+
+
+def check_times(index: Mapping[str, Any], where: Path) -> None:
+    """Raise UsageError for a pipeline that asks another network, or other times, at some levels."""
+    kind = as_named(index.get("_class_name"))
+    second = next((name for name in _SECOND if name in listed(index)), None)
+    if second or index.get("boundary_ratio") is not None:
+        named = second or "boundary_ratio"
+        raise UsageError(
+            f"{where}: {kind} has two denoisers, one for each half of the noise levels ({named} in "
+            "model_index.json), and a teacher is one network. Wrap both in a network that chooses "
+            "by its time, and give it as --teacher module:factory"
+        )
+    if index.get("expand_timesteps"):
+        raise UsageError(
+            f"{where}: {kind} feeds its network a time for each token (expand_timesteps in "
+            "model_index.json), and a teacher is fed one for each sample. Wrap the network in "
+            "Python, --teacher module:factory"
+        )

@@ -11,10 +11,10 @@ import torch
 from dkdm.core.denoiser import Denoiser
 from dkdm.models.architectures import Architecture
 from dkdm.models.custom_network import OWN_CLASS, BlankEmbeddings, make, read_origin
-from dkdm.models.effective import config_file, effective_config, place_of
+from dkdm.models.effective import config_file, place_of
 from dkdm.models.locate import INDEX, locate
 from dkdm.models.options import LoadOptions
-from dkdm.models.pipeline_folder import describe_pipeline_folder, network_of, read_index
+from dkdm.models.pipeline_folder import describe_pipeline_folder
 from dkdm.models.pipelines import EMBEDS, MASK, POOLED, encoding_of
 from dkdm.models.prompts import Prompts
 from dkdm.networks import network_class
@@ -44,10 +44,7 @@ def sketch_teacher(
 
 def _sketch(folder: Path, options: LoadOptions, name: str) -> Denoiser:
     distrust(folder)
-    denoiser = describe_pipeline_folder(folder, options)
-    index = read_index(folder)
-    component, known = network_of(index, folder)
-    config = effective_config(folder, index, component)
+    denoiser, component, known, config = describe_pipeline_folder(folder, options)
     with torch.device("meta"):
         if config.get("_class_name") == OWN_CLASS:
             origin = read_origin(config, place_of(folder, component))

@@ -11,7 +11,8 @@ from dkdm.core.given import path_given
 from dkdm.errors import UsageError
 from dkdm.models.custom_network import OWN_CLASS, Factory
 from dkdm.models.options import LoadOptions
-from dkdm.models.pipeline_folder import DENOISERS, load_network
+from dkdm.models.pipeline_folder import load_network
+from dkdm.models.pipelines import DENOISERS
 from dkdm.networks import network_class
 from dkdm.reading.arguments import refuse
 from dkdm.reading.fields import read_json

@@ -10,7 +10,7 @@ from dkdm.core.bundle import Coder
 from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.effective import class_config, network_name
-from dkdm.models.pipeline_folder import AUTOENCODERS, DENOISERS
+from dkdm.models.pipelines import AUTOENCODERS, DENOISERS
 from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_place
 from dkdm.students.interface import Interface

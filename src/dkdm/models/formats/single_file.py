@@ -250,7 +250,7 @@ def _with_network(
     import diffusers
 
     loras = read_choices(options.lora)
-    described = describe_pipeline_folder(folder, options)
+    described = describe_pipeline_folder(folder, options).denoiser
     cls = getattr(diffusers, kind.network)
     network = cls.from_single_file(str(path), subfolder=kind.component, **arguments).eval()
     merge_loras(network, kind.pipeline, kind.component, loras)
