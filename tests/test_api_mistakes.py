@@ -9,7 +9,8 @@ from torch import nn
 
 import dkdm
 from dkdm.checks.inspection import check_denoising
-from dkdm.runs.models import with_conditions
+from dkdm.config import EvaluationOptions, GuidanceOptions, TeacherConditions
+from dkdm.runs.models import ready_teacher
 from factories import denoiser
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)
@@ -244,6 +245,6 @@ def test_a_null_class_without_a_row_is_found_before_a_guided_run():
         network=lambda x, t, class_labels: x + table(class_labels).reshape(-1, 1, 1, 1),
         conditioning=dkdm.ClassLabels(3, null_class=3),
     )
-    with_conditions(labelled, dkdm.DistillConfig())
+    ready_teacher(labelled, TeacherConditions(), GuidanceOptions(), EvaluationOptions())
     with pytest.raises(dkdm.UsageError, match=r"class_labels \[3, 3\].*and null_class"):
-        with_conditions(labelled, dkdm.DistillConfig(guidance_scale="2"))
+        ready_teacher(labelled, TeacherConditions(), GuidanceOptions("2"), EvaluationOptions())

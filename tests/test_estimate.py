@@ -15,6 +15,7 @@ from dkdm.models import with_texts
 from dkdm.models.prompts import Prompts
 from dkdm.runs.cost import Speeds, advice, describe, estimated, in_words, measured
 from dkdm.runs.models import teacher_warning
+from dkdm.runs.source import SourcePlan
 from dkdm.students import student_of
 from factories import denoiser
 
@@ -30,19 +31,19 @@ CONFIG = dkdm.DistillConfig(
 
 
 def test_seconds_are_evaluations_and_steps_at_their_speeds():
-    found = estimated((1000, 400), 10, 0, Speeds(evaluation=0.5, step=3.0))
+    found = estimated(SourcePlan(0, 1000, 400), 10, 0, Speeds(evaluation=0.5, step=3.0))
     assert (found.preparing, found.training) == (500.0, 400 * 0.5 + 10 * 3.0)
     assert (found.evaluations, found.steps) == ((1000, 400), 10)
 
 
 def test_a_resumed_run_has_its_rest_ahead_and_nothing_to_prepare():
-    found = estimated((1000, 400), 10, 4, Speeds(0.5, 3.0))
+    found = estimated(SourcePlan(0, 1000, 400), 10, 4, Speeds(0.5, 3.0))
     assert (found.preparing, found.training) == (0.0, 240 * 0.5 + 6 * 3.0)
-    assert estimated((1000, 400), 10, 10, Speeds(0.5, 3.0)).training == 0
+    assert estimated(SourcePlan(0, 1000, 400), 10, 10, Speeds(0.5, 3.0)).training == 0
 
 
 def test_words_say_both_parts():
-    text = in_words(estimated((1_024_000, 128_000), 1000, 0, Speeds(0.001, 0.1)))
+    text = in_words(estimated(SourcePlan(0, 1_024_000, 128_000), 1000, 0, Speeds(0.001, 0.1)))
     assert "21 min in total" in text
     assert "17 min to prepare (1,024,000 teacher evaluations)" in text
     assert "3.8 min to train (1,000 steps, 128,000 teacher evaluations)" in text
@@ -74,10 +75,10 @@ def test_durations_are_readable(seconds, words):
 )
 def test_a_preparation_longer_than_training_is_advised_against(changes, flag):
     config = replace(CONFIG, **changes)
-    long = estimated((1000, 100), 10, 0, Speeds(1.0, 1.0))
+    long = estimated(SourcePlan(0, 1000, 100), 10, 0, Speeds(1.0, 1.0))
     assert flag in advice(long, config.pool)
     assert "--max-train-steps" in advice(long, config.pool)
-    assert advice(estimated((50, 100), 10, 0, Speeds(1.0, 1.0)), config.pool) is None
+    assert advice(estimated(SourcePlan(0, 50, 100), 10, 0, Speeds(1.0, 1.0)), config.pool) is None
 
 
 class Tracked(nn.Module):

@@ -12,7 +12,7 @@ from dkdm.cli import main
 from dkdm.core.denoiser import Batch
 from dkdm.core.inputs import GivenRows, from_index, to_index, with_rows
 from dkdm.core.kinds import kind_of
-from dkdm.runs.models import with_conditions
+from dkdm.runs.models import ready_teacher
 from dkdm.students import student_of
 
 PROCESS = dkdm.from_betas(torch.linspace(1e-4, 0.02, 50))
@@ -133,12 +133,17 @@ def test_a_factory_that_asks_a_conditioning_of_ones_own_is_refused_at_the_start(
         student_of("test_inputs:curious_factory", teacher())
 
 
+def ready(model):
+    run = dkdm.DistillConfig()
+    return ready_teacher(model, run.conditions, run.guidance, run.evaluation)
+
+
 def test_a_run_as_teacher_asks_for_its_conditioning():
     rows = GivenRows(kind_of(Robot()).fed())
     with pytest.raises(dkdm.UsageError, match="--teacher module:function.*conditioning=") as caught:
-        with_conditions(teacher(rows), dkdm.DistillConfig())
+        ready(teacher(rows))
     assert "--cond" not in str(caught.value)
-    with_conditions(teacher(), dkdm.DistillConfig())
+    ready(teacher())
 
 
 def test_a_missing_method_is_named():

@@ -62,6 +62,15 @@ def test_a_reference_of_another_shape_is_refused_before_the_run(
     assert tree(tmp_path) == before
 
 
+def test_a_distance_of_one_sample_is_refused_before_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    embedded = ("--teacher", "builtin:fashion", "--student", "dit-tiny")
+    assert main([*DISTILL, *embedded, "--evaluation-samples", "1"]) == 2
+    said = "too few for a distance to fashion-test: give 2 or more, or --evaluation-reference none"
+    assert f"--evaluation-samples 1 is {said}" in capsys.readouterr().err
+    assert tree(tmp_path) == {}
+
+
 @pytest.mark.parametrize(
     "changes",
     [("--pool-size", "12"), ("--shards", "3"), ("--feature-weight", "1"), ("--stride", "60")],

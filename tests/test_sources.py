@@ -147,8 +147,12 @@ def folder_config(folder, **fields):
     return TrainConfig(images=spec, **{"sample_shape": (1, 4, 4), **fields})
 
 
+def read_data(run):
+    return training_data(run.data, run.model)
+
+
 def test_class_folders_become_labels_with_a_null_class(tmp_path):
-    data, like = training_data(folder_config(tmp_path))
+    data, like = read_data(folder_config(tmp_path))
     assert data.images.shape == (4, 1, 4, 4)
     assert data.conditions["class_labels"].tolist() == [0, 0, 1, 2]
     assert like.conditioning == ClassLabels(3, null_class=3)
@@ -162,14 +166,14 @@ def test_pixels_are_clipped_to_their_range_and_latents_are_not(tmp_path):
     pipelines.ldm_kl().save_pretrained(base)
     shutil.rmtree(base / "scheduler")
     size = {"sample_shape": (3, 16, 16), "class_conditional": False}
-    _, pixels = training_data(folder_config(tmp_path / "images", **size))
-    _, latents = training_data(folder_config(tmp_path / "images", base=str(base), **size))
+    _, pixels = read_data(folder_config(tmp_path / "images", **size))
+    _, latents = read_data(folder_config(tmp_path / "images", base=str(base), **size))
     assert (pixels.process.clipping.range, latents.process.clipping.range) == (1.0, None)
     assert torch.equal(latents.process.alpha, pixels.process.alpha)
 
 
 def test_labels_may_be_left_aside(tmp_path):
-    data, like = training_data(folder_config(tmp_path, class_conditional=False))
+    data, like = read_data(folder_config(tmp_path, class_conditional=False))
     assert data.conditions == {}
     assert isinstance(like.conditioning, Unconditional)
     own = like.parameterization
@@ -182,7 +186,7 @@ def test_the_scheduler_may_be_another(tmp_path):
     file.write_text(
         '{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 100}'
     )
-    _, like = training_data(folder_config(tmp_path / "images", scheduler=str(file)))
+    _, like = read_data(folder_config(tmp_path / "images", scheduler=str(file)))
     assert like.parameterization.prediction == "flow_prediction"
     assert like.process.num_levels == 100
 
@@ -205,7 +209,7 @@ def test_a_scheduler_that_cannot_be_read_is_named(tmp_path, content, message):
     if content is not None:
         file.write_text(content)
     with pytest.raises(UsageError, match=message):
-        training_data(folder_config(tmp_path / "images", scheduler=str(file)))
+        read_data(folder_config(tmp_path / "images", scheduler=str(file)))
 
 
 def test_guided_samples_of_an_unconditional_model_are_refused_before_training(tmp_path):

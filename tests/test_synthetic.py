@@ -15,7 +15,7 @@ from dkdm.core.sources import draw_set, empty_set
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
 from dkdm.runs.models import open_student
-from dkdm.runs.source import planned_evaluations, set_size
+from dkdm.runs.source import plan_source
 from factories import counting, denoiser
 
 MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], classes=[0, 1])
@@ -70,16 +70,14 @@ def test_its_size_costs_what_the_dynamic_source_would(tmp_path):
     teacher = denoiser()
     plain = config(tmp_path, max_train_steps=100)
 
-    def asked(run):
-        return teacher, run.pool, run.training, run.guidance, run.synthetic
+    def planned(run):
+        return plan_source(teacher, run.pool, run.training, run.guidance, run.synthetic)
 
-    dynamic = sum(planned_evaluations(*asked(replace(plain, source="dynamic"))))
-    assert dynamic == 16 * 2 + 100 * 4
-    assert set_size(*asked(plain)) == dynamic // 3
-    assert planned_evaluations(*asked(plain)) == (dynamic // 3 * 3, 0)
-    guided = replace(plain, guidance_scale="2")
-    assert set_size(*asked(guided)) == dynamic // 3
-    assert set_size(*asked(replace(plain, synthetic_samples=9))) == 9
+    assert planned(replace(plain, source="dynamic")) == (16, 16 * 2, 100 * 4)
+    size = (16 * 2 + 100 * 4) // 3
+    assert planned(plain) == (size, size * 3, 0)
+    assert planned(replace(plain, guidance_scale="2")) == (size, size * 3 * 2, 0)
+    assert planned(replace(plain, synthetic_samples=9)) == (9, 9 * 3, 0)
 
 
 def test_a_run_resumes_exactly_without_drawing_the_set_again(tmp_path):
@@ -102,7 +100,8 @@ def test_a_run_resumes_exactly_without_drawing_the_set_again(tmp_path):
 
 def test_nothing_teaches_a_variance(tmp_path):
     teacher = denoiser(out_channels=2, scheduler={"variance_type": "learned_range"})
-    student = open_student(teacher, config(tmp_path, student="unet-tiny"))
+    run = config(tmp_path, student="unet-tiny")
+    student = open_student(teacher, run.student_choice, run.pool.source)
     assert student.parameterization == Parameterization("v_prediction")
     assert student.network.config.out_channels == 1
 

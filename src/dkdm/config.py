@@ -181,6 +181,11 @@ class TrainingOptions(Options, title="Training"):
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimizer step."""
 
+    @property
+    def samples_drawn(self) -> int:
+        """Samples in all batches of the run."""
+        return self.max_train_steps * self.gradient_accumulation_steps * self.train_batch_size
+
 
 class OptimizerOptions(Options, title="Optimizer"):
     """AdamW, its learning rate, and the average of the weights."""
@@ -347,6 +352,11 @@ class PoolOptions(StorageOptions, SourceOptions):
     def strides(self) -> tuple[int, int]:
         """Smallest and largest stride."""
         return parse_stride(self.stride)
+
+    @property
+    def starts_as_noise(self) -> bool:
+        """Whether nothing fills the pool."""
+        return self.source == "iterative" or self.fill == "none"
 
 
 class SyntheticOptions(Options, title="Synthetic set"):

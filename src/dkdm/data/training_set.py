@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dkdm.config import TrainConfig
+from dkdm.config import DataOptions, NetworkOptions
 from dkdm.core.bundle import Bundle, Coder
 from dkdm.core.conditioning import ClassLabels, Condition, Conditioning, Unconditional
 from dkdm.core.denoiser import Denoiser
@@ -33,24 +33,29 @@ class TrainingData(NamedTuple):
     conditions: Condition
 
 
-def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
+def training_data(
+    data: DataOptions, network: NetworkOptions, negative_prompt: str = "", seed: int = 0
+) -> tuple[TrainingData, Denoiser]:
     """Read, encode and caption the images; also return a model that has no network yet.
 
     Raises UsageError for options that do not fit together, DkdmError for images, captions or a
     base that cannot be read.
     """
-    image_set = load_images(config.data.images, config.data.sample_shape)
+    image_set = load_images(data.images, data.sample_shape)
     scheduler, bundle, text = None, Bundle(), None
-    if config.model.base is not None:
-        with understood(f"--base {config.model.base}"):
-            scheduler, bundle, text = read_base(Path(config.model.base))
-    if config.model.scheduler or scheduler is None:
-        named = config.model.scheduler or DEFAULT_SCHEDULER
+    if network.base is not None:
+        with understood(f"--base {network.base}"):
+            scheduler, bundle, text = read_base(Path(network.base))
+    if network.scheduler or scheduler is None:
+        named = network.scheduler or DEFAULT_SCHEDULER
         scheduler = dict(named_config(named, None if bundle.autoencoder else 1.0))
     images = image_set.images
-    conditioning, conditions = _conditions(config, image_set, text)
+    if text is not None:
+        conditioning, conditions = _captions(image_set, text, negative_prompt)
+    else:
+        conditioning, conditions = _labels(image_set, data.class_conditional)
     if bundle.autoencoder is not None:
-        images = encoded(bundle.autoencoder, images, config.run.seed)
+        images = encoded(bundle.autoencoder, images, seed)
     like = Denoiser(
         lambda x, *_, **__: x,
         from_scheduler_config(scheduler),
@@ -62,16 +67,17 @@ def training_data(config: TrainConfig) -> tuple[TrainingData, Denoiser]:
     return TrainingData(images, conditions), like
 
 
-def _conditions(
-    config: TrainConfig, image_set: ImageSet, text: Prompts | None
+def _captions(
+    image_set: ImageSet, text: Prompts, negative_prompt: str
 ) -> tuple[Conditioning, Condition]:
-    """Captions if the base encodes text; otherwise the labels, if there are any."""
-    if text is not None:
-        captions = image_set.captions()
-        prompts = with_prompts(text, sorted(set(captions)), config.conditions.negative_prompt)
-        return prompts, prompts.of(captions)
+    captions = image_set.captions()
+    prompts = with_prompts(text, sorted(set(captions)), negative_prompt)
+    return prompts, prompts.of(captions)
+
+
+def _labels(image_set: ImageSet, asked_for: bool) -> tuple[Conditioning, Condition]:
     labels = image_set.labels
-    if labels is None or not config.data.class_conditional:
+    if labels is None or not asked_for:
         return Unconditional(), {}
     classes = int(labels.max()) + 1
     conditioning = ClassLabels(classes, null_class=classes, names=image_set.class_names)

@@ -17,12 +17,12 @@ from dkdm.core.matching import covered, same_levels
 from dkdm.core.modes import without_label_dropout
 from dkdm.evaluation.cost import undisturbed
 from dkdm.evaluation.numbers import duration
-from dkdm.models import place
+from dkdm.models import chosen_teacher, place
 from dkdm.models.place import Offload
-from dkdm.runs.launch import checkpoint_of
-from dkdm.runs.models import open_student, open_teacher, student_warnings
+from dkdm.runs.launch import checkpoint_to_resume
+from dkdm.runs.models import open_student, ready_teacher, student_warnings
 from dkdm.runs.outputs import reference_of
-from dkdm.runs.source import planned_evaluations, pool_entries, set_size
+from dkdm.runs.source import SourcePlan, plan_source
 from dkdm.students.start import start_student
 
 
@@ -45,14 +45,14 @@ class Estimate:
     steps: int
 
 
-def estimated(evaluations: tuple[int, int], steps: int, done: int, speeds: Speeds) -> Estimate:
-    """What is left of a run: evaluations to prepare it and to train it whole, of `steps` steps.
+def estimated(plan: SourcePlan, steps: int, done: int, speeds: Speeds) -> Estimate:
+    """What is left of a run of `steps` steps.
 
     done: steps that a resumed run has behind it; then nothing is to be prepared.
     """
     left = max(0, steps - done)
-    preparing = 0 if done else evaluations[0]
-    training = round(evaluations[1] * left / max(1, steps))
+    preparing = 0 if done else plan.preparing
+    training = round(plan.training * left / max(1, steps))
     return Estimate(
         preparing * speeds.evaluation,
         training * speeds.evaluation + left * speeds.step,
@@ -89,33 +89,32 @@ def advice(estimate: Estimate, pool: PoolOptions) -> str | None:
 
 def describe(config: DistillConfig) -> str:
     """What a distillation would do and cost, in words; nothing is written."""
-    teacher = open_teacher(config)
-    student = open_student(teacher, config)
+    pool, training, guidance = config.pool, config.training, config.guidance
+    found = checkpoint_to_resume(config.run, config.checkpoints, DistillConfig)
+    teacher = chosen_teacher(config.teacher_choice)
+    asked = config.conditions, guidance, config.evaluation, config.run.seed
+    teacher = ready_teacher(teacher, *asked)
+    factory = config.teacher_choice.factory
+    student = open_student(teacher, config.student_choice, pool.source, factory)
     reference_of(config.evaluation, teacher)
-    odd = "".join(f"\n{warning}" for warning in student_warnings(student, teacher))
-    pool, training = config.pool, config.training
-    asked = teacher, pool, training, config.guidance, config.synthetic
-    planned = planned_evaluations(*asked)
-    if pool.source == "synthetic":
-        what, entries, width = "samples", set_size(*asked), 4
-    else:
-        what, entries = "entries", pool_entries(pool, training, teacher.process.num_levels)
-        width = getattr(torch, pool.pool_dtype).itemsize
+    plan = plan_source(teacher, pool, training, guidance, config.synthetic)
     place_for_dry_run(teacher, student, config.teacher_choice.offload)
-    speeds = measured(teacher, student, training)
-    needed = estimated(planned, training.max_train_steps, 0, speeds)
-    warning = advice(needed, pool)
-    odd += f"\n{warning}" if warning else ""
-    mebibytes = entries * torch.Size(teacher.sample_shape).numel() * width / 2**20
-    start = start_student(student, teacher, config.student_choice, checkpoint_of(config))
+    needed = estimated(plan, training.max_train_steps, 0, measured(teacher, student, training))
+    is_set = pool.source == "synthetic"
+    what, held_in = ("samples", "float32") if is_set else ("entries", pool.pool_dtype)
+    width = getattr(torch, held_in).itemsize
+    mebibytes = plan.entries * torch.Size(teacher.sample_shape).numel() * width / 2**20
+    warnings = [*student_warnings(student, teacher), advice(needed, pool)]
+    odd = "".join(f"\n{warning}" for warning in warnings if warning)
+    start = start_student(student, teacher, config.student_choice, found)
     return (
         f"teacher   {teacher.name}: {teacher.num_parameters:,} parameters\n"
         f"student   {student.name}: {student.num_parameters:,} parameters "
         f"({student.num_parameters / teacher.num_parameters:.1%})\n"
         f"{_kind_of(student, teacher)}"
         f"start     {start}\n"
-        f"source    {pool.source}: {entries:,} {what}, {mebibytes:,.1f} MiB\n"
-        f"cost      {planned[0]:,} teacher evaluations to prepare, {planned[1]:,} to train, "
+        f"source    {pool.source}: {plan.entries:,} {what}, {mebibytes:,.1f} MiB\n"
+        f"cost      {plan.preparing:,} teacher evaluations to prepare, {plan.training:,} to train, "
         "and restarts of chains\n"
         f"time      {in_words(needed)}\n"
         f"output    {config.run.output_dir}{odd}"

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
 
-from dkdm.config import DistillConfig
+from dkdm.config import DistillConfig, PoolOptions, TrainingOptions
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import config_given, student_given, teacher_given
 from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating, put_into_evaluation, say_if
 from dkdm.core.trainer import Trainer
+from dkdm.models import chosen_teacher, place
 from dkdm.runs.cost import advice, estimated, in_words, measured
-from dkdm.runs.launch import (
-    check_run_folder,
-    checkpoint_of,
-    claim_output,
-    run_to_end,
-    start_accelerator,
-)
+from dkdm.runs.launch import carry_out, checkpoint_to_resume, start_accelerator
 from dkdm.runs.models import (
     check_null_condition,
     name_of,
     open_student,
-    open_teacher,
+    ready_teacher,
     student_warnings,
     teacher_warning,
-    with_conditions,
 )
 from dkdm.runs.objective import features_of, objective_of
-from dkdm.runs.outputs import compare_models, reference_of, sample_grids, write_results
-from dkdm.runs.source import planned_evaluations, prepare, source_of
-from dkdm.shipping.hub import publish
+from dkdm.runs.outputs import (
+    Measured,
+    compare_models,
+    reference_of,
+    sample_grids,
+    sampling_guidance,
+)
+from dkdm.runs.source import SourcePlan, plan_source, prepare, source_of
 from dkdm.shipping.pipeline_folder import component_name
 from dkdm.students.lora import merge_lora
 from dkdm.students.start import start_student
@@ -63,92 +61,105 @@ def distill(
         teacher=name_of(teacher) or config.teacher_choice.model,
         student=name_of(student) or config.student_choice.student,
     )
-    check_run_folder(config)
+    found = checkpoint_to_resume(config.run, config.checkpoints, DistillConfig)
     accelerator = start_accelerator(config.run, config.training, config.checkpoints)
     if not isinstance(teacher, Denoiser):
-        loaded = open_teacher(config)
-        return _distill(loaded, open_student(loaded, config, student), config, accelerator)
+        teacher = chosen_teacher(config.teacher_choice)
     called = teacher.network, teacher.call, teacher.decode
     say_if(put_into_evaluation(*called))
     with evaluating(*called, frozen=True):
-        teacher = with_conditions(teacher, config)
-        return _distill(teacher, open_student(teacher, config, student), config, accelerator)
+        teacher = ready_teacher(
+            teacher, config.conditions, config.guidance, config.evaluation, config.run.seed
+        )
+        student = open_student(
+            teacher,
+            config.student_choice,
+            config.pool.source,
+            config.teacher_choice.factory,
+            student,
+        )
+        return _distill(teacher, student, config, accelerator, found)
 
 
 def _distill(
-    teacher: Denoiser, student: Denoiser, config: DistillConfig, accelerator: Accelerator
-) -> Path:
-    check_null_condition(student, config)
-    for warning in student_warnings(student, teacher):
-        print(warning, file=sys.stderr)
-    found = checkpoint_of(config)
-    trainer = trainer_of(teacher, student, config, accelerator, found)
-    reference = reference_of(config.evaluation, teacher)
-    if found:
-        trainer.resume(found)
-    config = claim_output(config, accelerator)
-    say_what_it_takes(teacher, trainer, config)
-    if not found:
-        prepare(trainer.source, teacher, config)
-        trainer.save()
-    started = time.monotonic()
-    finished = run_to_end(trainer)
-    comparison = compare_models(teacher, finished, config, reference)
-    seconds = time.monotonic() - started
-    write_results(config, teacher, finished, comparison, seconds)
-    publish(config.hub, config.run.output_dir)
-    return config.run.output_dir
-
-
-def trainer_of(
     teacher: Denoiser,
     student: Denoiser,
     config: DistillConfig,
     accelerator: Accelerator,
     found: Path | None,
-) -> Trainer:
-    """A student with its first weights, its source and its objective, ready to train.
-
-    found: the checkpoint that the run goes on from, if any.
-    """
+) -> Path:
+    run, training, evaluation = config.run, config.training, config.evaluation
+    pool, conditions, guidance = config.pool, config.conditions, config.guidance
+    guided = sampling_guidance(evaluation, guidance, student)[1] != 1
+    check_null_condition(student, guided, conditions.condition_dropout)
+    for warning in student_warnings(student, teacher):
+        print(warning, file=sys.stderr)
+    plan = plan_source(teacher, pool, training, guidance, config.synthetic)
     start = start_student(student, teacher, config.student_choice, found)
-    synthetic = config.pool.source == "synthetic"
     print(f"student starts from {start}", file=sys.stderr)
-    features = features_of(teacher, student, config.loss, synthetic)
+    place(teacher, accelerator.device, config.teacher_choice.offload)
+    features = features_of(teacher, student, config.loss, pool.source)
     watched = features.watched if features is not None else lambda model: model
-    source = source_of(watched(teacher), student, config, accelerator.device)
+    source = source_of(
+        watched(teacher),
+        student,
+        plan.entries,
+        pool,
+        guidance,
+        conditions,
+        run.seed,
+        accelerator.device,
+    )
     on_teacher_levels = watched(on_levels_of(student, source.process))
-    objective = objective_of(student, on_teacher_levels, teacher, config.loss, features, synthetic)
-    return Trainer(
-        config.run.output_dir,
-        config.training,
+    trainer = Trainer(
+        run.output_dir,
+        training,
         config.optimizer,
         config.checkpoints,
         student,
         on_teacher_levels,
         source,
-        objective,
+        objective_of(student, on_teacher_levels, teacher, config.loss, features, pool.source),
         accelerator,
         component_name(student.network),  # type: ignore[arg-type]
-        sample_grids(config.run, config.evaluation, teacher, config.guidance),
-        config.evaluation.validation_steps,
+        sample_grids(run, evaluation, teacher, guidance),
+        evaluation.validation_steps,
         features=features,
         frozen=start.frozen,
         merge=merge_lora,
     )
+    reference = reference_of(evaluation, teacher)
+
+    def begin() -> None:
+        check = config.teacher_choice.check
+        say_what_it_takes(teacher, student, plan, trainer.step_number, pool, training, check)
+        if not found:
+            prepare(source, teacher, pool, guidance, config.synthetic, training.train_batch_size)
+            trainer.save()
+
+    def measure(finished: Denoiser) -> Measured:
+        return compare_models(teacher, finished, run, evaluation, guidance, reference)
+
+    return carry_out(config, trainer, found, measure, begin, teacher)
 
 
-def say_what_it_takes(teacher: Denoiser, trainer: Trainer, config: DistillConfig) -> None:
+def say_what_it_takes(
+    teacher: Denoiser,
+    student: Denoiser,
+    plan: SourcePlan,
+    done: int,
+    pool: PoolOptions,
+    training: TrainingOptions,
+    check: bool,
+) -> None:
     """Say how long the run takes, and warn about a teacher that does not denoise.
 
-    The teacher of a resumed run is not checked again.
+    done: steps that a resumed run has behind it; its teacher is not checked again.
     """
-    speeds = measured(teacher, trainer.student, config.training)
-    asked = teacher, config.pool, config.training, config.guidance, config.synthetic
-    done, planned = trainer.step_number, planned_evaluations(*asked)
-    needed = estimated(planned, config.training.max_train_steps, done, speeds)
-    lines = [f"this run takes {in_words(needed)}", advice(needed, config.pool)]
-    if config.teacher_choice.check and not done:
+    speeds = measured(teacher, student, training)
+    needed = estimated(plan, training.max_train_steps, done, speeds)
+    lines = [f"this run takes {in_words(needed)}", advice(needed, pool)]
+    if check and not done:
         lines.append(teacher_warning(teacher, speeds.evaluation))
     for line in lines:
         if line:

@@ -1,7 +1,10 @@
-"""Starting a run: devices, trackers, the output folder."""
+"""What every run does: it starts, trains, measures and publishes."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +30,11 @@ from dkdm.reading import files
 from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
 from dkdm.reading.plugins import named_code, split
-from dkdm.shipping.hub import reserve
-from dkdm.shipping.pipeline_folder import write_pipeline
+from dkdm.report import write_report
+from dkdm.runs.outputs import Measured
+from dkdm.shipping.card import NO_LICENCE, write_card
+from dkdm.shipping.hub import publish, reserve
+from dkdm.shipping.pipeline_folder import shipping_notes, write_pipeline
 
 Config = TypeVar("Config", bound=RunConfig)
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -67,28 +73,57 @@ def _trackers(wanted: str) -> list[str]:
     return names
 
 
-def check_run_folder(config: RunConfig) -> None:
-    """Raise UsageError if the run cannot have its output folder; nothing is written."""
-    folder = config.run.output_dir
+def checkpoint_to_resume(
+    run: RunOptions, checkpoints: CheckpointOptions, command: type[RunConfig]
+) -> Path | None:
+    """The checkpoint that a run of this command goes on from; None if it starts anew.
+
+    Raises UsageError if the run cannot have its output folder; nothing is written.
+    """
+    folder, wanted = run.output_dir, checkpoints.resume_from_checkpoint
     files.check_output("--output-dir", folder, folder=True, overwrite=True)
     existing = folder / "config.json"
-    if not existing.is_file():
-        return
-    if not config.checkpoints.resume_from_checkpoint:
+    if existing.is_file() and not wanted:
         raise UsageError(
             f"--output-dir {folder} already holds a run: give another folder, or "
             "--resume-from-checkpoint latest to go on with it"
         )
-    if type(read_config(existing)) is not type(config):
+    if existing.is_file() and type(read_config(existing)) is not command:
         raise UsageError(f"--output-dir {folder} holds a run of another command")
-
-
-def checkpoint_of(config: RunConfig) -> Path | None:
-    """The checkpoint that the run goes on from; None if it starts anew."""
-    folder, wanted = config.run.output_dir, config.checkpoints.resume_from_checkpoint
     if wanted and folder.is_dir():
         check_folder(folder)
     return checkpoint.resolve(folder, wanted) if wanted else None
+
+
+def carry_out(
+    config: RunConfig,
+    trainer: Trainer,
+    found: Path | None,
+    measure: Callable[[Denoiser], Measured],
+    before: Callable[[], None] = lambda: None,
+    teacher: Denoiser | None = None,
+) -> Path:
+    """Train, measure the student, describe and publish it; returns the output folder.
+
+    found: the checkpoint that the run goes on from, if any. before: what is done first in the
+    folder of the run. teacher: of a distillation.
+    """
+    if found:
+        trainer.resume(found)
+    config = claim_output(config, trainer.accelerator)
+    before()
+    started = time.monotonic()
+    student = run_to_end(trainer)
+    minutes = (time.monotonic() - started) / 60
+    folder, card = config.run.output_dir, measure(student)._asdict()
+    licensed = write_card(folder, student, config, teacher=teacher, minutes=minutes, **card)
+    notes = [] if licensed else [f"{NO_LICENCE} {folder}/README.md"]
+    for note in [*notes, *shipping_notes(student)]:
+        print(f"note: {note}", file=sys.stderr)
+    if teacher is not None:
+        write_report(folder)
+    publish(config.hub, folder)
+    return folder
 
 
 def claim_output(config: Config, accelerator: Accelerator) -> Config:

@@ -8,16 +8,21 @@ from torch import nn
 
 from dkdm.checks.inspection import quick_check
 from dkdm.checks.student import first_look
-from dkdm.config import DistillConfig
+from dkdm.config import (
+    EvaluationOptions,
+    GuidanceOptions,
+    SourceKind,
+    StudentOptions,
+    TeacherConditions,
+)
 from dkdm.core.conditioning import for_student, restrict_classes
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.inputs import refuse_without_rows, try_conditioning
 from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
-from dkdm.models import chosen_teacher, with_texts
+from dkdm.models import with_texts
 from dkdm.models.student_process import with_process
-from dkdm.runs.outputs import sampling_guidance
 from dkdm.students import given_student, student_of
 from dkdm.students.space import check_same_samples
 
@@ -48,26 +53,27 @@ def name_of(model: str | Denoiser | nn.Module | None) -> str | None:
     return model.name if isinstance(model, Denoiser) else model
 
 
-def open_teacher(config: DistillConfig) -> Denoiser:
-    """Load the teacher a config names."""
-    return with_conditions(chosen_teacher(config.teacher_choice), config)
-
-
 def open_student(
-    teacher: Denoiser, config: DistillConfig, given: str | Denoiser | nn.Module | None = None
+    teacher: Denoiser,
+    choice: StudentOptions,
+    source: SourceKind,
+    factory: str | None = None,
+    given: str | Denoiser | nn.Module | None = None,
 ) -> Denoiser:
-    """Build the student that a config names, or read the network that was given in its place."""
-    choice = config.student_choice
+    """Build the student that the options choose, or read the network that was given in its place.
+
+    factory: the code that makes a folder's custom network.
+    """
     refuse_shared_network(teacher, given)
     if isinstance(given, Denoiser):
         return given_student(like_teacher(given, teacher), teacher)
-    own = teacher.parameterization
-    if config.pool.source == "synthetic" and own.learns_variance:  # nothing would teach it
-        teacher = replace(teacher, parameterization=replace(own, variance="fixed_small"))
+    read_as = teacher.parameterization
+    if source == "synthetic" and read_as.learns_variance:  # nothing would teach it
+        teacher = replace(teacher, parameterization=replace(read_as, variance="fixed_small"))
     reading = choice.student_prediction, choice.student_process
     if isinstance(given, nn.Module):
         return given_student(given, with_process(teacher, *reading))
-    return student_of(choice.student, teacher, *reading, config.teacher_choice.factory)
+    return student_of(choice.student, teacher, *reading, factory)
 
 
 def refuse_shared_network(teacher: Denoiser, student: str | Denoiser | nn.Module | None) -> None:
@@ -101,42 +107,51 @@ def student_warnings(student: Denoiser, teacher: Denoiser) -> list[str]:
     return [f"warning: {each}" for each in first_look(student, teacher)]
 
 
-def with_conditions(teacher: Denoiser, config: DistillConfig) -> Denoiser:
-    """The same teacher, which draws the classes or prompts that the config names.
+def ready_teacher(
+    teacher: Denoiser,
+    conditions: TeacherConditions,
+    guidance: GuidanceOptions,
+    evaluation: EvaluationOptions,
+    seed: int = 0,
+) -> Denoiser:
+    """The same teacher, which draws the classes or prompts and is guided as the options say.
 
     Raises UsageError if it does not have them, if a text teacher is given no prompts, and if it
     cannot do the guidance, condition dropout or random conditioning that is asked for.
     """
-    guidance, conditions = config.guidance, config.conditions
     if teacher.embeds_guidance and guidance.chain_only:
         raise UsageError(
             "--guidance-on chain: this teacher takes the guidance scale as an input, so that one "
             "evaluation cannot be guided and unguided; use --guidance-on target"
         )
+    interval = guidance.interval or teacher.guidance_interval
+    teacher = replace(with_conditions(teacher, conditions, seed), guidance_interval=interval)
+    guided = not guidance.is_off or evaluation.sampling_guidance_scale != 1
+    check_null_condition(teacher, guided, conditions.condition_dropout)
+    return teacher
+
+
+def with_conditions(teacher: Denoiser, conditions: TeacherConditions, seed: int) -> Denoiser:
+    """The same teacher, which draws the classes or prompts that the options name."""
     refuse_without_rows(teacher.conditioning, teacher.name)
     try_conditioning(teacher.conditioning)
+    chosen = restrict_classes(teacher.conditioning, conditions.classes, conditions.class_weights)
     given = (conditions.prompts, conditions.negative_prompt, conditions.max_prompts)
-    own = restrict_classes(teacher.conditioning, conditions.classes, conditions.class_weights)
-    conditioning = with_texts(
-        replace(teacher, conditioning=own), *given, config.run.seed
-    ).conditioning
-    guided = not guidance.is_off or config.evaluation.sampling_guidance_scale != 1
-    if conditions.condition_dropout or (guided and not teacher.embeds_guidance):
-        null = conditioning.null(2)
-        if guided and kind_of(conditioning).asks != "prompt":
-            teacher.check(null)
+    conditioning = with_texts(replace(teacher, conditioning=chosen), *given, seed).conditioning
     if conditions.random_conditioning and kind_of(conditioning).asks is None:
         raise UsageError(
             "--random-conditioning: the teacher is unconditional; leave this option out"
         )
     decode = None if teacher.decode is no_decoder else teacher.decode
-    interval = config.guidance.interval or teacher.guidance_interval
-    return replace(teacher, conditioning=conditioning, decode=decode, guidance_interval=interval)
+    return replace(teacher, conditioning=conditioning, decode=decode)
 
 
-def check_null_condition(student: Denoiser, config: DistillConfig) -> None:
-    """Evaluate a student under the null condition, if training or sampling will do so."""
-    scale = sampling_guidance(config.evaluation, config.guidance, student)[1]
-    guided = scale != 1 and not student.embeds_guidance
-    if config.conditions.condition_dropout > 0 or guided:
-        student.check(student.conditioning.null(2))
+def check_null_condition(model: Denoiser, guided: bool, dropout: float = 0.0) -> None:
+    """Evaluate a model under the null condition, if training or sampling will do so.
+
+    The null condition of a text model is a prompt like any other.
+    """
+    if dropout or (guided and not model.embeds_guidance):
+        null = model.conditioning.null(2)
+        if kind_of(model.conditioning).asks != "prompt":
+            model.check(null)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dkdm.config import LossOptions
+from dkdm.config import LossOptions, SourceKind
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features, match_features
 from dkdm.core.matching import level_weights
@@ -16,10 +16,10 @@ def objective_of(
     teacher: Denoiser,
     loss: LossOptions,
     features: Features | None,
-    synthetic: bool,
+    source: SourceKind,
 ) -> Objective:
     """What the student is to be like. With a synthetic set no teacher sees the batches."""
-    if synthetic:
+    if source == "synthetic":
         return Objective(student, None, loss)
     weights = level_weights(student, teacher, loss.loss_weighting)
     further = () if features is None else (features,)
@@ -27,12 +27,12 @@ def objective_of(
 
 
 def features_of(
-    teacher: Denoiser, student: Denoiser, loss: LossOptions, synthetic: bool
+    teacher: Denoiser, student: Denoiser, loss: LossOptions, source: SourceKind
 ) -> Features | None:
     """The hidden features to match, if any. Raises UsageError if there are none to match."""
     if loss.feature_weight == 0:
         return None
-    if synthetic:
+    if source == "synthetic":
         raise UsageError(
             "--feature-weight: with --source synthetic the teacher does not see the batches: "
             "remove --feature-weight, or choose another --source"

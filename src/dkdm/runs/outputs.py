@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dkdm.config import (
-    DistillConfig,
     EvaluationOptions,
     GuidanceOptions,
-    RunConfig,
     RunOptions,
     SamplingOptions,
-    TrainConfig,
     parse_interval,
 )
 from dkdm.core import checkpoint
@@ -30,15 +26,11 @@ from dkdm.data.named import chosen_reference
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.comparison import compare
-from dkdm.evaluation.metrics import evaluate_images
-from dkdm.evaluation.results import Comparison
-from dkdm.evaluation.rows import comparison_rows, metric_rows
+from dkdm.evaluation.metrics import Metrics, evaluate_images
+from dkdm.evaluation.rows import Row, comparison_rows, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.reading.files import atomic, check_output
-from dkdm.report import write_report
 from dkdm.report.grids import sample_grid
-from dkdm.shipping.card import NO_LICENCE, write_card
-from dkdm.shipping.pipeline_folder import shipping_notes
 
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
@@ -95,104 +87,91 @@ def sampling_guidance(
     return middle, middle if student.embeds_guidance else 1.0
 
 
+class Measured(NamedTuple):
+    """What was measured of a finished model, as its card takes it.
+
+    measured_how: how the numbers came about. guidance_scale: that it is to be sampled with.
+    """
+
+    measured_how: str
+    guidance_scale: float
+    rows: Sequence[Row] = ()
+    metrics: Metrics | None = None
+
+
 def compare_models(
-    teacher: Denoiser, student: Denoiser, config: DistillConfig, reference: Reference | None
-) -> Comparison | None:
-    """Compare both models by samples from the same noise, unless --evaluation-samples is 0."""
-    evaluation, run = config.evaluation, config.run
-    if evaluation.evaluation_samples == 0:
-        return None
-    for_teacher, for_student = sampling_guidance(evaluation, config.guidance, student)
+    teacher: Denoiser,
+    student: Denoiser,
+    run: RunOptions,
+    evaluation: EvaluationOptions,
+    guidance: GuidanceOptions,
+    reference: Reference | None,
+) -> Measured:
+    """Compare both models by samples from the same noise; write evaluation.json and the grids."""
+    count, num_steps = evaluation.evaluation_samples, evaluation.validation_sampling_steps
+    scales = sampling_guidance(evaluation, guidance, student)
+    how = f"{count} samples of each from the same noise, {num_steps} DDIM steps."
+    if count == 0:
+        return Measured(how, scales[1])
     comparison = compare(
         teacher,
         student,
-        num_samples=evaluation.evaluation_samples,
-        num_steps=evaluation.validation_sampling_steps,
+        num_samples=count,
+        num_steps=num_steps,
         seed=run.seed,
-        guidance_teacher=for_teacher,
-        guidance_student=for_student,
+        guidance_teacher=scales[0],
+        guidance_student=scales[1],
         reference=reference,
     )
     comparison.save(run.output_dir)
-    return comparison
+    samples = [comparison.samples[name] for name in ("teacher", "student")]
+    _save_grid(run.output_dir, "grid", samples[1][:GRID_SAMPLES])
+    _save_grid(run.output_dir, "comparison", torch.cat([each[:GRID_COLUMNS] for each in samples]))
+    return Measured(how, scales[1], comparison_rows(comparison), comparison.student.metrics)
+
+
+def measure_model(
+    model: Denoiser, run: RunOptions, evaluation: EvaluationOptions, reference: Reference | None
+) -> Measured:
+    """Measure a model by its samples alone; write a grid of them."""
+    count, num_steps = evaluation.evaluation_samples, evaluation.validation_sampling_steps
+    scale = evaluation.sampling_guidance_scale
+    found = Measured(f"{count} samples, {num_steps} DDIM steps, guidance {scale}.", scale)
+    if count == 0:
+        return found
+    cond = model.conditioning.in_turns(count)
+    samples = decoded(model, draw(model, cond, Sampling(count, num_steps, run.seed), scale))
+    _save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
+    if reference is None:
+        return found
+    metrics = evaluate_images(samples.clamp(-1, 1), cond.get("class_labels"), reference)
+    return found._replace(rows=metric_rows(metrics), metrics=metrics)
 
 
 def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | None:
     """What distances are measured against: as asked, or by the model's class names.
 
-    Raises UsageError if the reference that was asked for does not fit the model's samples.
+    Raises UsageError if the reference that was asked for does not fit the model's samples, and for
+    a distance of one sample.
     """
     choice = evaluation.evaluation_reference
     reference = chosen_reference(choice, getattr(model.conditioning, "names", None))
     if reference is None:
         return None
     shape = tuple(decoded(model, torch.zeros(1, *model.sample_shape)).shape[1:])
-    if reference.fits(shape):
-        return reference
-    if choice == "auto":
-        return None
-    raise UsageError(
-        f"--evaluation-reference {choice} is for samples of shape "
-        f"{' or '.join(map(str, reference.shapes))}, not {shape}: use auto or none"
-    )
-
-
-def write_results(
-    config: DistillConfig,
-    teacher: Denoiser,
-    student: Denoiser,
-    comparison: Comparison | None,
-    seconds: float,
-) -> None:
-    """Write the grids, the model card and the report of a finished distillation."""
-    evaluation, folder = config.evaluation, config.run.output_dir
-    measured: dict[str, Any] = {}
-    if comparison is not None:
-        rows, metrics = comparison_rows(comparison), comparison.student.metrics
-        measured = {"rows": rows, "metrics": metrics}
-        samples = comparison.samples
-        _save_grid(folder, "grid", samples["student"][:GRID_SAMPLES])
-        rows_of_both = [samples[name][:GRID_COLUMNS] for name in ("teacher", "student")]
-        _save_grid(folder, "comparison", torch.cat(rows_of_both))
-    how = (
-        f"{evaluation.evaluation_samples} samples of each from the same noise, "
-        f"{evaluation.validation_sampling_steps} DDIM steps."
-    )
-    scale = sampling_guidance(evaluation, config.guidance, student)[1]
-    _describe(config, student, seconds, how, scale, teacher=teacher, **measured)
-    write_report(folder)
-
-
-def write_results_of_training(
-    config: TrainConfig, model: Denoiser, reference: Reference | None, seconds: float
-) -> None:
-    """Write the grid and the model card of a finished training, and measure the model."""
-    evaluation, folder = config.evaluation, config.run.output_dir
-    count, num_steps = evaluation.evaluation_samples, evaluation.validation_sampling_steps
-    scale = evaluation.sampling_guidance_scale
-    measured: dict[str, Any] = {}
-    if count:
-        cond = model.conditioning.in_turns(count)
-        sampling = Sampling(count, num_steps, config.run.seed)
-        samples = decoded(model, draw(model, cond, sampling, scale))
-        _save_grid(folder, "grid", samples[:GRID_SAMPLES])
-        if reference is not None:
-            metrics = evaluate_images(samples.clamp(-1, 1), cond.get("class_labels"), reference)
-            measured = {"rows": metric_rows(metrics), "metrics": metrics}
-    how = f"{count} samples, {num_steps} DDIM steps, guidance {scale}."
-    _describe(config, model, seconds, how, scale, **measured)
-
-
-def _describe(
-    config: RunConfig, model: Denoiser, seconds: float, how: str, scale: float, **card: Any
-) -> None:
-    """Write the model card; say what it lacks, and what loading the folder requires."""
-    folder = config.run.output_dir
-    about: dict[str, Any] = {"minutes": seconds / 60, "measured_how": how, "guidance_scale": scale}
-    licensed = write_card(folder, model, config, **about, **card)
-    notes = [] if licensed else [f"{NO_LICENCE} {folder}/README.md"]
-    for note in [*notes, *shipping_notes(model)]:
-        print(f"note: {note}", file=sys.stderr)
+    if not reference.fits(shape):
+        if choice == "auto":
+            return None
+        raise UsageError(
+            f"--evaluation-reference {choice} is for samples of shape "
+            f"{' or '.join(map(str, reference.shapes))}, not {shape}: use auto or none"
+        )
+    if evaluation.evaluation_samples == 1:
+        raise UsageError(
+            f"--evaluation-samples 1 is too few for a distance to {reference.name}: give 2 or "
+            "more, or --evaluation-reference none"
+        )
+    return reference
 
 
 def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from dkdm.config import (
-    DistillConfig,
     GuidanceOptions,
     PoolOptions,
     SyntheticOptions,
@@ -19,43 +19,63 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
 from dkdm.core.pool import Pool
 from dkdm.core.shards import Shards
-from dkdm.core.sources import Source, Synthetic, draw_set, empty_set
+from dkdm.core.sources import Synthetic, draw_set, empty_set
 from dkdm.errors import UsageError
-from dkdm.models import place
 
 
-def source_of(
-    teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
-) -> Pool | Synthetic:
-    """What the student learns from, unfilled. Moves the teacher to the device."""
-    place(teacher, device, config.teacher_choice.offload)
-    pool, training, seed = config.pool, config.training, config.run.seed
-    if pool.source != "synthetic":
-        size = pool_entries(pool, training, teacher.process.num_levels)
-        return make_pool(teacher, size, pool, config.guidance, config.conditions, seed, device)
-    size = set_size(teacher, pool, training, config.guidance, config.synthetic)
-    dropout = config.conditions.condition_dropout
-    scale = guidance_of_set(config.guidance)
-    source = empty_set(teacher, student, size, seed=seed, condition_dropout=dropout, device=device)
-    if student.embeds_guidance:
-        source.conditions["guidance"] = torch.full((size,), scale)
-    return source
+class SourcePlan(NamedTuple):
+    """The size of a source and what it costs.
+
+    entries: noisy samples in the pool, or finished ones in the synthetic set. preparing, training:
+    teacher evaluations before and during training, without restarts of chains.
+    """
+
+    entries: int
+    preparing: int
+    training: int
 
 
-def set_size(
+def plan_source(
     teacher: Denoiser,
     pool: PoolOptions,
     training: TrainingOptions,
     guidance: GuidanceOptions,
     synthetic: SyntheticOptions,
-) -> int:
-    """Samples in the synthetic set: as asked, or for as many evaluations as the dynamic source."""
-    if synthetic.synthetic_samples is not None:
-        return synthetic.synthetic_samples
-    dynamic = replace(pool, source="dynamic")
-    evaluations = sum(planned_evaluations(teacher, dynamic, training, guidance, synthetic))
-    each = synthetic.synthetic_steps * guidance_factor(teacher, guidance)
-    return max(training.train_batch_size, int(evaluations // each))
+) -> SourcePlan:
+    """What the options come to. A synthetic set of no given size costs what a dynamic pool does."""
+    each = guidance_factor(teacher, guidance)
+    if pool.source == "synthetic":
+        steps, size = synthetic.synthetic_steps, synthetic.synthetic_samples
+        if size is None:
+            dynamic = replace(pool, source="dynamic")
+            _, *costs = plan_source(teacher, dynamic, training, guidance, synthetic)
+            size = max(training.train_batch_size, int(sum(costs) // (steps * each)))
+        return SourcePlan(size, round(size * steps * each), 0)
+    levels = teacher.process.num_levels
+    size = pool_entries(pool, training, levels)
+    per_entry = levels / 2 if pool.fill == "ancestral" else pool.fill_steps
+    preparing = 0 if pool.starts_as_noise else round(size * per_entry * each)
+    return SourcePlan(size, preparing, round(training.samples_drawn * each))
+
+
+def source_of(
+    teacher: Denoiser,
+    student: Denoiser,
+    size: int,
+    pool: PoolOptions,
+    guidance: GuidanceOptions,
+    conditions: TeacherConditions,
+    seed: int,
+    device: torch.device,
+) -> Pool | Synthetic:
+    """What the student learns from, of so many entries, unfilled."""
+    if pool.source != "synthetic":
+        return make_pool(teacher, size, pool, guidance, conditions, seed, device)
+    dropout, scale = conditions.condition_dropout, guidance_of_set(guidance)
+    source = empty_set(teacher, student, size, seed=seed, condition_dropout=dropout, device=device)
+    if student.embeds_guidance:
+        source.conditions["guidance"] = torch.full((size,), scale)
+    return source
 
 
 def make_pool(
@@ -98,18 +118,23 @@ def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) 
                 "or more"
             )
         return pool.pool_size
-    drawn = training.max_train_steps * training.gradient_accumulation_steps * batch
-    return max(batch, min(round(pool.rho * num_levels * batch), drawn))
+    return max(batch, min(round(pool.rho * num_levels * batch), training.samples_drawn))
 
 
-def prepare(source: Source, teacher: Denoiser, config: DistillConfig) -> None:
+def prepare(
+    source: Pool | Synthetic,
+    teacher: Denoiser,
+    pool: PoolOptions,
+    guidance: GuidanceOptions,
+    synthetic: SyntheticOptions,
+    batch_size: int,
+) -> None:
     """Let the teacher prepare the source: fill the pool, or draw the synthetic set."""
-    batch = config.training.train_batch_size
     if isinstance(source, Pool):
-        fill(source, config.pool, batch)
-    elif isinstance(source, Synthetic):
-        steps, scale = config.synthetic.synthetic_steps, guidance_of_set(config.guidance)
-        draw_set(source, teacher, steps, scale, batch)
+        fill(source, pool, batch_size)
+    else:
+        scale = guidance_of_set(guidance)
+        draw_set(source, teacher, synthetic.synthetic_steps, scale, batch_size)
 
 
 def guidance_of_set(guidance: GuidanceOptions) -> float:
@@ -124,7 +149,7 @@ def guidance_of_set(guidance: GuidanceOptions) -> float:
 
 def fill(pool: Pool, options: PoolOptions, batch_size: int) -> None:
     """Prepare the pool as asked; the iterative source stays pure noise at T-1."""
-    if options.source == "iterative" or options.fill == "none":
+    if options.starts_as_noise:
         return
     if options.fill == "ancestral":
         fill_ancestral(pool, batch_size)
@@ -136,24 +161,3 @@ def guidance_factor(teacher: Denoiser, guidance: GuidanceOptions) -> float:
     """Evaluations of the teacher that one prediction takes, over all levels equally."""
     levels = torch.arange(teacher.process.num_levels)
     return float(teacher.evaluations_at(levels, not guidance.is_off).double().mean())
-
-
-def planned_evaluations(
-    teacher: Denoiser,
-    pool: PoolOptions,
-    training: TrainingOptions,
-    guidance: GuidanceOptions,
-    synthetic: SyntheticOptions,
-) -> tuple[int, int]:
-    """Teacher evaluations to prepare the source, and to train from it, without restarts."""
-    doubled = guidance_factor(teacher, guidance)
-    if pool.source == "synthetic":
-        size = set_size(teacher, pool, training, guidance, synthetic)
-        return round(size * synthetic.synthetic_steps * doubled), 0
-    batch = training.train_batch_size * training.gradient_accumulation_steps
-    to_train = round(training.max_train_steps * batch * doubled)
-    if pool.source == "iterative" or pool.fill == "none":
-        return 0, to_train
-    levels = teacher.process.num_levels
-    per_entry = levels / 2 if pool.fill == "ancestral" else pool.fill_steps
-    return round(pool_entries(pool, training, levels) * per_entry * doubled), to_train
