@@ -315,7 +315,7 @@ def fits_or_says_why(kind, names):
         why = reason if name in misfits else ""
         why = "text|for images|square" if name in OF_TEXT else why
         why = "for audio" if name == "unet-1d-tiny" and kind != "sound" else why
-        why = "an MLP is for vectors" if name.startswith("mlp-") and len(shape) > 2 else why
+        why = "for vectors" if name.startswith("mlp-") and len(shape) > 2 else why
         if why:
             with pytest.raises(UsageError, match=why), torch.device("meta"):
                 untried_student_of(name, teacher)

@@ -273,5 +273,5 @@ def test_a_student_without_text_does_not_fit_a_teacher_with(tmp_path, monkeypatc
     rows = {row.name: row for row in list_students(with_texts(teacher, None))}
     assert "reads no text" in rows["unet-tiny"].misfit
     assert rows["text-unet-tiny"].parameters
-    with pytest.raises(UsageError, match="unet-tiny reads no text, and its teacher"):
+    with pytest.raises(UsageError, match="unet-tiny: the student reads no text, and the teacher"):
         plan(teacher, DistillConfig(student="unet-tiny", pool_size=8))

@@ -49,6 +49,7 @@ RENAMED = {
     "report.numbers": "evaluation.numbers",
     "ship": "shipping.custom_network",
     "students.other": "students.any_rank",
+    "students.presets": "students",
     "students.positions": "core.positions",
     "teachers": "models",
     "teachers.downloads": "models.locate",

@@ -71,7 +71,8 @@ def _row(preset: Preset, teacher: Denoiser, teacher_macs: int) -> StudentRow:
     try:
         student = sketched_student_of(preset.name, teacher)
     except UsageError as error:
-        return StudentRow(preset.name, preset.summary, misfit=str(error))
+        why = str(error).removeprefix(f"{preset.name}: ")  # the table says its name
+        return StudentRow(preset.name, preset.summary, misfit=why)
     parameters, macs = student.num_parameters, count_macs(student)
     size = (parameters, _ratio(parameters, teacher.num_parameters))
     return StudentRow(preset.name, preset.summary, *size, macs, _ratio(macs, teacher_macs))

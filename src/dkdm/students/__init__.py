@@ -31,9 +31,9 @@ from dkdm.networks import network_class
 from dkdm.reading.fields import read_json
 from dkdm.reading.plugins import distrust, import_object
 from dkdm.reading.sizes import make_network
+from dkdm.students import any_rank, cut, transformers, unets
 from dkdm.students.interface import Interface, Preset
 from dkdm.students.loading import load_student
-from dkdm.students.presets import PRESETS
 from dkdm.students.space import check_config, config_in
 
 __all__ = [
@@ -47,6 +47,10 @@ __all__ = [
     "student_of",
     "untried_student_of",
 ]
+
+PRESETS: dict[str, Preset] = {
+    each.name: each for family in (unets, transformers, any_rank, cut) for each in family.PRESETS
+}
 
 
 def student_of(
@@ -91,8 +95,8 @@ def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = N
     network = build_network(spec, interface, factory)
     if kind_of(teacher.conditioning).asks == "prompt" and not _takes_text(network):
         raise UsageError(
-            f"{spec} reads no text, and its teacher is conditioned on text: use a student that "
-            "does, such as text-unet-tiny (`dkdm students` lists those that fit)"
+            f"{spec}: the student reads no text, and the teacher is conditioned on text: use one "
+            "that does, such as text-unet-tiny (`dkdm students` lists those that fit)"
         )
     return as_denoiser(spec, network, teacher)
 
@@ -137,8 +141,11 @@ def _constants(network: nn.Module) -> Condition:
 def build_network(spec: str, interface: Interface, factory: Factory | None = None) -> nn.Module:
     """The network that a spec names. Raises UsageError if it names nothing."""
     if spec in PRESETS:
-        _refuse_custom_conditions(spec, interface)
-        return PRESETS[spec].build(interface)
+        try:
+            _refuse_custom_conditions(interface)
+            return PRESETS[spec].build(interface)
+        except UsageError as error:
+            raise UsageError(f"{spec}: {error}") from error
     if spec.endswith(".json"):
         return _from_diffusers_config(Path(spec), interface, factory)
     if Path(spec).is_dir():
@@ -156,33 +163,28 @@ def build_network(spec: str, interface: Interface, factory: Factory | None = Non
 _KNOWN_CONDITIONS = ("class_labels", "encoder_hidden_states", "pooled_projections")
 
 
-def _refuse_custom_conditions(preset: str, interface: Interface) -> None:
+def _refuse_custom_conditions(interface: Interface) -> None:
     """Raise UsageError for a conditioning that presets have no inputs for."""
     kind = kind_of(interface.conditioning)
     others = [n for n in kind.fed() if n not in _KNOWN_CONDITIONS] if kind.asks == "cond" else []
     if others:
         names = ", ".join(f"'{name}'" for name in others)
         raise UsageError(
-            f"{preset} takes class ids or text, and {kind.label} gives {names}: use a custom "
-            "network as the student, a module in Python or module:factory"
+            f"presets take class ids or text, and {kind.label} gives {names}: use a custom network "
+            "as the student, a module in Python or module:factory"
         )
 
 
 def _from_diffusers_config(path: Path, interface: Interface, factory: Factory | None) -> nn.Module:
-    config = read_json(path, "a student's config")
-    cls = network_class(str(config.get("_class_name")))
+    config, where = read_json(path, "a student's config"), f"student config {path}"
     if config.get("_class_name") == OWN_CLASS:
         return make(read_origin(config, path.parent), path.parent, factory)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
-        raise UsageError(f"student config {path}: '_class_name' must name a diffusers model")
-    check_config({**_defaults(cls), **config}, interface, f"student config {path}")
-    return make_network(cls, config, f"student config {path}")
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """Defaults of the arguments that a config may leave out."""
-    parameters = inspect.signature(cls).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    cls = network_class(str(config.get("_class_name")))
+    if not hasattr(cls, "from_config"):
+        raise UsageError(f"{where}: '_class_name' must name a diffusers model")
+    check_config(config, interface, where)
+    network: nn.Module = make_network(cls, config, where)
+    return network
 
 
 def _from_factory(spec: str, interface: Interface) -> nn.Module:

@@ -16,27 +16,21 @@ from dkdm.students.interface import Interface, check_halvings, patch_sides, pres
 ATTENDED_PLACES = 1024
 
 
-def patched(interface: Interface, name: str, **sizes: int) -> nn.Module:
-    """One of dkdm's transformers, UVit or LinearTransformer; the patch is by `patch_sides`."""
-    fitted = _fitted(interface)
-    network: nn.Module = network_class(name)(patch_size=patch_sides(interface), **sizes, **fitted)
-    return network
-
-
-uvit = partial(patched, name="UVit")
-linear = partial(patched, name="LinearTransformer")
+def transformer(interface: Interface, name: str, **sizes: int) -> nn.Module:
+    """One of dkdm's transformers, UVit or LinearTransformer. Raises as `patch_sides`."""
+    return _network(interface, name, patch_size=patch_sides(interface), **sizes)
 
 
 def mobile(interface: Interface, channels: tuple[int, ...], blocks: int) -> nn.Module:
     """dkdm's MobileUNet, with more levels if attention would be over too many places.
 
-    Raises UsageError if a side cannot be halved as often as there are levels.
+    Raises UsageError for vectors, and if a side cannot be halved as often as there are levels.
     """
-    from dkdm.networks.mobile import MobileUNet
-
-    fitted, channels = _fitted(interface), _deep_enough(interface, channels)
+    sides = interface.shape_of("audio", "images", "videos")[1:]
+    channels = _deep_enough(sides, channels)
     check_halvings(interface, len(channels))
-    return MobileUNet(block_out_channels=channels, layers_per_block=blocks, **fitted)
+    sizes = {"block_out_channels": channels, "layers_per_block": blocks}
+    return _network(interface, "MobileUNet", **sizes)
 
 
 def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
@@ -47,17 +41,15 @@ def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
     """
     from diffusers import UNet1DModel
 
-    if len(interface.sample_shape) != 2 or kind_of(interface.conditioning).asks:
-        raise UsageError(
-            "UNet1DModel is for audio (channels, length) without classes or text, and this "
-            f"teacher's samples have shape {interface.sample_shape}{interface.for_vectors}"
-        )
-    channels = _deep_enough(interface, channels)
+    in_channels, length = interface.shape_of("audio")
+    if kind_of(interface.conditioning).asks:
+        raise UsageError("UNet1DModel takes no classes and no text, which this teacher has")
+    channels = _deep_enough((length,), channels)
     check_halvings(interface, len(channels) + 1)
     inner = len(channels) - 1
     return UNet1DModel(
-        sample_size=interface.sides[0],
-        in_channels=interface.sample_shape[0],
+        sample_size=length,
+        in_channels=in_channels,
         out_channels=interface.out_channels,
         extra_in_channels=channels[0],  # the sinusoids of the time
         time_embedding_type="positional",
@@ -68,55 +60,45 @@ def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
 
 
 def mlp(interface: Interface, width: int, depth: int) -> nn.Module:
-    """dkdm's ResidualMLP, for vectors and signals, which it flattens.
-
-    Raises UsageError for images and videos.
-    """
-    from dkdm.networks.mlp import ResidualMLP
-
-    sides = interface.sample_shape[1:]
-    if len(sides) > 1:
-        raise UsageError(
-            "an MLP is for vectors (channels,) and audio (channels, length), since it knows no "
-            f"neighbours; the samples have shape {interface.sample_shape}"
-        )
-    return ResidualMLP(sample_size=sides, width=width, depth=depth, **_channels(interface))
+    """dkdm's ResidualMLP, which flattens its samples. Raises UsageError for images and videos."""
+    interface.shape_of("vectors", "audio")  # it knows no neighbours
+    return _network(interface, "ResidualMLP", width=width, depth=depth)
 
 
-def _fitted(interface: Interface) -> dict[str, Any]:
-    """What the networks of this file have in common."""
-    return {"sample_size": interface.sides, **_channels(interface)}
+def _network(interface: Interface, name: str, **sizes: Any) -> nn.Module:
+    """One of dkdm's networks that fits the interface."""
+    network: nn.Module = network_class(name)(
+        sample_size=interface.sample_shape[1:],
+        in_channels=interface.sample_shape[0],
+        out_channels=interface.out_channels,
+        num_class_embeds=interface.num_class_embeds,
+        cross_attention_dim=interface.text_width("encoder_hidden_states"),
+        pooled_projection_dim=interface.text_width("pooled_projections"),
+        **sizes,
+    )
+    return network
 
 
-def _channels(interface: Interface) -> dict[str, Any]:
-    """What a network takes and gives, but for the sides of its samples."""
-    return {
-        "in_channels": interface.sample_shape[0],
-        "out_channels": interface.out_channels,
-        "num_class_embeds": interface.num_class_embeds,
-        "cross_attention_dim": interface.text_width,
-        "pooled_projection_dim": interface.pooled_width,
-    }
-
-
-def _deep_enough(interface: Interface, channels: tuple[int, ...]) -> tuple[int, ...]:
+def _deep_enough(sides: tuple[int, ...], channels: tuple[int, ...]) -> tuple[int, ...]:
     """Add levels of the last width while the lowest has many places and can be halved."""
-    sides = [side >> (len(channels) - 1) for side in interface.sides]
+    sides = tuple(side >> (len(channels) - 1) for side in sides)
     while math.prod(sides) > ATTENDED_PLACES and not any(side % 2 for side in sides):
-        channels, sides = (*channels, channels[-1]), [side // 2 for side in sides]
+        channels, sides = (*channels, channels[-1]), tuple(side // 2 for side in sides)
     return channels
 
 
+UVIT = partial(transformer, name="UVit")
+LINEAR = partial(transformer, name="LinearTransformer")
 CPU = "for minutes on a CPU"
 VECTORS = "a residual MLP for vectors and short signals"
 PRESETS = [
-    preset("uvit-tiny", f"a small U-ViT, {CPU}", uvit, width=96, depth=5, heads=3),
-    preset("uvit-s", "U-ViT-S (arXiv 2209.12152)", uvit, width=512, depth=13, heads=8),
-    preset("uvit-m", "U-ViT-M (arXiv 2209.12152)", uvit, width=768, depth=17, heads=12),
+    preset("uvit-tiny", f"a small U-ViT, {CPU}", UVIT, width=96, depth=5, heads=3),
+    preset("uvit-s", "U-ViT-S (arXiv 2209.12152)", UVIT, width=512, depth=13, heads=8),
+    preset("uvit-m", "U-ViT-M (arXiv 2209.12152)", UVIT, width=768, depth=17, heads=12),
     preset("linear-tiny", f"a small transformer of linear attention, {CPU}",
-           linear, width=96, depth=4, heads=3),
+           LINEAR, width=96, depth=4, heads=3),
     preset("linear-s", "linear attention in the size of DiT-S, for many tokens",
-           linear, width=384, depth=12, heads=12),
+           LINEAR, width=384, depth=12, heads=12),
     preset("mobile-tiny", f"depthwise-separable convolutions, {CPU}",
            mobile, channels=(32, 64, 96), blocks=1),
     preset("mobile-s", "depthwise-separable convolutions",

@@ -7,7 +7,7 @@ variance and the rest stay. `start.py` gives them their weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from dkdm.core.positions import evenly
 from dkdm.errors import UsageError
 from dkdm.models.architectures import architecture_of, with_layout
-from dkdm.students.interface import Interface, Preset, preset
+from dkdm.students.interface import Interface, preset
 
 Config = Mapping[str, Any]
 
@@ -29,30 +29,29 @@ _PER_STAGE = (
 )
 
 
-def fewer_blocks(interface: Interface, name: str, mid_block: bool, innermost: bool) -> nn.Module:
+def fewer_blocks(interface: Interface, mid_block: bool, innermost: bool) -> nn.Module:
     """A UNet with the first residual block of each stage down, the first and last of each up.
 
     mid_block, innermost: whether these stages are kept. Source: BK-SDM (arXiv 2305.15798,
     sec. 3.1). Raises UsageError for other networks, and if there is nothing to remove.
     """
-    network = _teacher(interface, name, with_layout("unet"))
-    config: Config = network.config  # type: ignore[assignment]
+    network = _teacher(interface, with_layout("unet"))
+    config: Config = network.config
     changes: dict[str, Any] = {"layers_per_block": 1}
     if not mid_block:
         changes["mid_block_type"] = None
     if not innermost:
-        changes |= _without_innermost(config, name)
+        changes |= _without_innermost(config)
     layers = config["layers_per_block"]
     same = {"layers_per_block": layers if isinstance(layers, int) else max(layers)}
     if all({**config, **same}[key] == value for key, value in changes.items()):
-        raise UsageError(f"{name}: the teacher's stages have one residual block each already")
-    return _like(network, name, changes, interface)
+        raise UsageError("the teacher's stages have one residual block each already")
+    return _like(network, changes, interface)
 
 
-def _without_innermost(config: Config, name: str) -> dict[str, Any]:
-    stages = len(config["block_out_channels"])
-    if stages == 1:
-        raise UsageError(f"{name} removes the innermost stage, and the teacher has only one")
+def _without_innermost(config: Config) -> dict[str, Any]:
+    if len(config["block_out_channels"]) == 1:
+        raise UsageError("the teacher has a single stage, and the innermost one is to be removed")
     cut = {
         key: tuple(config[key][:-1])
         for key in _PER_STAGE
@@ -62,23 +61,23 @@ def _without_innermost(config: Config, name: str) -> dict[str, Any]:
     return cut | {key: tuple(config[key][1:]) for key in up_ordered if config.get(key)}
 
 
-def narrower(interface: Interface, name: str, share: float) -> nn.Module:
+def narrower(interface: Interface, share: float) -> nn.Module:
     """The teacher's network with a share of every width, in whole heads and groups.
 
     Heads keep their width; the number of groups of a normalization shrinks with the widths. Raises
     UsageError for other networks, and if no width can shrink.
     """
-    network = _teacher(interface, name, with_layout("unet", "transformer"))
-    config: Config = network.config  # type: ignore[assignment]
+    network = _teacher(interface, with_layout("unet", "transformer"))
+    config: Config = network.config
     is_unet = architecture_of(network).layout == "unet"
     changes = _thin_unet(network, share) if is_unet else _fewer_heads(config, share)
     if all(config[key] == value for key, value in changes.items()):
-        raise UsageError(f"{name}: the teacher's widths are one head or one group each already")
-    return _like(network, name, changes, interface)
+        raise UsageError("the teacher's widths are one head or one group each already")
+    return _like(network, changes, interface)
 
 
-def _thin_unet(network: nn.Module, share: float) -> dict[str, Any]:
-    config: Config = network.config  # type: ignore[assignment]
+def _thin_unet(network: Any, share: float) -> dict[str, Any]:
+    config: Config = network.config
     heads = _widths_of_heads(network)
     groups = max(1, _nearest((config["norm_num_groups"] or 1) * share))
     units = [head or groups for head in heads]
@@ -98,9 +97,9 @@ def _thin_unet(network: nn.Module, share: float) -> dict[str, Any]:
     return changes
 
 
-def _widths_of_heads(network: nn.Module) -> list[int | None]:
+def _widths_of_heads(network: Any) -> list[int | None]:
     """Width of an attention head in each stage; None for a stage without attention."""
-    config: Config = network.config  # type: ignore[assignment]
+    config: Config = network.config
     widths, kinds = config["block_out_channels"], config["down_block_types"]
     attends = ["Attn" in kind for kind in kinds]
     attends[-1] |= config["mid_block_type"] is not None and config.get("add_attention", True)
@@ -119,56 +118,56 @@ def _fewer_heads(config: Config, share: float) -> dict[str, Any]:
     return changes
 
 
-def half_as_deep(interface: Interface, name: str) -> nn.Module:
+def half_as_deep(interface: Interface) -> nn.Module:
     """A transformer with half of the blocks, evenly spaced in the teacher.
 
     Raises UsageError for networks whose config has no `num_layers`, and for a single block.
     """
-    network = _teacher(interface, name)
+    network = _teacher(interface)
     config: Config = getattr(network, "config", {})
     if not isinstance(config, Mapping) or "num_layers" not in config:
         raise UsageError(
-            f"{name} halves the blocks of a diffusers transformer, the num_layers of its config; "
-            f"the teacher's network is a {type(network).__name__} without num_layers"
+            "only a diffusers transformer, with num_layers in its config, can be half as deep; the "
+            f"teacher's network is a {type(network).__name__} without num_layers"
         )
     counts = {key: config[key] for key in ("num_layers", "num_single_layers") if config.get(key)}
     if max(counts.values()) == 1:
-        raise UsageError(f"{name}: the teacher has a single block")
+        raise UsageError("the teacher has a single block")
     changes: dict[str, Any] = {key: (count + 1) // 2 for key, count in counts.items()}
     if config.get("dual_attention_layers"):
         kept = enumerate(evenly(changes["num_layers"], config["num_layers"]))
         dual = config["dual_attention_layers"]
         changes["dual_attention_layers"] = tuple(i for i, there in kept if there in dual)
-    return _like(network, name, changes, interface)
+    return _like(network, changes, interface)
 
 
-def _teacher(interface: Interface, name: str, classes: Sequence[str] = ()) -> nn.Module:
+def _teacher(interface: Interface, classes: Sequence[str] = ()) -> Any:
     """The network to cut from. Raises UsageError if it is of another class."""
     network = interface.teacher
     if not isinstance(network, nn.Module):
-        raise UsageError(f"{name} is cut from a teacher's network, and this teacher has none")
+        raise UsageError("this teacher has no network that a student could be cut from")
     if classes and type(network).__name__ not in classes:
         raise UsageError(
-            f"{name} is cut from {', '.join(classes[:-1])} or {classes[-1]}; the teacher's network "
-            f"is a {type(network).__name__}"
+            f"this preset is cut from {', '.join(classes[:-1])} or {classes[-1]}; the teacher's "
+            f"network is a {type(network).__name__}"
         )
     return network
 
 
-def _like(network: nn.Module, name: str, changes: Config, interface: Interface) -> nn.Module:
+def _like(network: Any, changes: Config, interface: Interface) -> nn.Module:
     """A new network of the same class and config, but for the changes.
 
     It returns half of the teacher's channels if the variance is not learned.
     """
-    cls: Any = type(network)
-    given: Config = network.config  # type: ignore[assignment]
-    config = {key: value for key, value in given.items() if not key.startswith("_")}
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
     if config.get("out_channels") == 2 * interface.out_channels:
         config["out_channels"] = interface.out_channels
     try:
-        return cls.from_config({**config, **changes})
+        made: nn.Module = network.from_config({**config, **changes})
+        return made
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{name}: {cls.__name__} refuses {dict(changes)}: {error}") from error
+        kind = type(network).__name__
+        raise UsageError(f"{kind} refuses {dict(changes)}: {error}") from error
 
 
 def _nearest(number: float) -> int:
@@ -179,19 +178,14 @@ def _largest_divisor(number: int, limit: int) -> int:
     return max(n for n in range(1, limit + 1) if number % n == 0)
 
 
-def _cut(name: str, summary: str, build: Callable[..., nn.Module], **sizes: Any) -> Preset:
-    """A preset whose messages say its name."""
-    return preset(name, summary, build, name=name, **sizes)
-
-
 PRESETS = [
-    _cut("bk-base", "the teacher's UNet, one block a stage down and two up",
-         fewer_blocks, mid_block=True, innermost=True),
-    _cut("bk-small", "bk-base without the middle block",
-         fewer_blocks, mid_block=False, innermost=True),
-    _cut("bk-tiny", "bk-small without the innermost stage",
-         fewer_blocks, mid_block=False, innermost=False),
-    *(_cut(f"thin-{percent}", f"the teacher's network with {percent} % of every width",
-           narrower, share=percent / 100) for percent in (75, 50, 25)),
-    _cut("shallow-50", "the teacher's transformer with half of its blocks", half_as_deep),
+    preset("bk-base", "the teacher's UNet, one block a stage down and two up",
+           fewer_blocks, mid_block=True, innermost=True),
+    preset("bk-small", "bk-base without the middle block",
+           fewer_blocks, mid_block=False, innermost=True),
+    preset("bk-tiny", "bk-small without the innermost stage",
+           fewer_blocks, mid_block=False, innermost=False),
+    *(preset(f"thin-{percent}", f"the teacher's network with {percent} % of every width",
+             narrower, share=percent / 100) for percent in (75, 50, 25)),
+    preset("shallow-50", "the teacher's transformer with half of its blocks", half_as_deep),
 ]  # fmt: skip

@@ -15,6 +15,17 @@ from dkdm.core.conditioning import Conditioning, Unconditional
 from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
 
+KINDS = {
+    "vectors": ("channels",),
+    "audio": ("channels", "length"),
+    "images": ("channels", "height", "width"),
+    "videos": ("channels", "frames", "height", "width"),
+}
+TEXTS = {
+    "encoder_hidden_states": "text embedding",
+    "pooled_projections": "pooled text embedding",
+}
+
 
 @dataclass(frozen=True)
 class Interface:
@@ -32,41 +43,19 @@ class Interface:
     teacher: nn.Module | Callable[..., Any] | None = None
     autoencoder: Coder | None = None
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, height, width). Raises UsageError for samples that are no images."""
+    def shape_of(self, *kinds: str) -> tuple[int, ...]:
+        """The shape of a sample. Raises UsageError unless it is one of these `KINDS`."""
         shape = self.sample_shape
-        if len(shape) != 3:
-            raise UsageError(
-                "this preset is for images (channels, height, width); the samples have shape "
-                f"{shape}{self.for_vectors}"
-            )
-        return shape[0], shape[1], shape[2]
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """The sample's sides: (length,), (height, width) or (frames, height, width).
-
-        Raises UsageError for samples that are neither audio, images nor videos.
-        """
-        sides = self.sample_shape[1:]
-        if not 1 <= len(sides) <= 3:
-            raise UsageError(
-                "this preset is for audio (channels, length), images (channels, height, width) "
-                "and videos (channels, frames, height, width); the samples have shape "
-                f"{self.sample_shape}{self.for_vectors}"
-            )
-        return sides
-
-    @property
-    def for_vectors(self) -> str:
-        """A hint on what to use for vectors; empty for other samples."""
-        return ": use mlp-tiny for vectors" if len(self.sample_shape) == 1 else ""
+        if len(shape) not in (len(KINDS[kind]) for kind in kinds):
+            known = " and ".join(f"{kind} ({', '.join(KINDS[kind])})" for kind in kinds)
+            hint = ": use mlp-tiny for vectors" if len(shape) == 1 else ""
+            raise UsageError(f"this preset is for {known}; the samples have shape {shape}{hint}")
+        return shape
 
     @property
     def sample_size(self) -> int | tuple[int, int]:
         """Height and width, as in diffusers' configs: one number if they are the same."""
-        _, height, width = self.image_shape
+        _, height, width = self.shape_of("images")
         return height if height == width else (height, width)
 
     @property
@@ -74,26 +63,18 @@ class Interface:
         """Rows of a table of class embeddings, the null class included; None without classes."""
         return kind_of(self.conditioning).table_rows
 
-    @property
-    def text_width(self) -> int | None:
-        """Features of a token's text embedding (`encoder_hidden_states`); None without text."""
-        return self._width_of("encoder_hidden_states")
-
-    @property
-    def pooled_width(self) -> int | None:
-        """Features of the pooled text embedding (`pooled_projections`); None without one."""
-        return self._width_of("pooled_projections")
-
-    def _width_of(self, name: str) -> int | None:
+    def text_width(self, name: str) -> int | None:
+        """Features of an embedding of `TEXTS`, of each token; None if the teacher has none."""
         kind = kind_of(self.conditioning)
         row = kind.fed().get(name) if kind.asks == "prompt" else None
         return None if row is None else row.shape[-1]
 
-    def needs_text(self, what: str) -> int:
-        """Features of a token's text embedding. Raises UsageError for a teacher without text."""
-        if self.text_width is None:
-            raise UsageError(f"{what} needs a text-conditional teacher")
-        return self.text_width
+    def needed_text_width(self, name: str) -> int:
+        """`text_width`. Raises UsageError if the teacher has none."""
+        width = self.text_width(name)
+        if width is None:
+            raise UsageError(f"this preset needs a {TEXTS[name]}, and the teacher has none")
+        return width
 
 
 @dataclass(frozen=True)
@@ -124,29 +105,14 @@ def check_halvings(interface: Interface, levels: int) -> None:
         )
 
 
-def patch_size(interface: Interface, patch: int | None, what: str) -> int:
-    """Side of a transformer's patch: as given, or the largest of 8, 4, 2, 1 that leaves 8x8 tokens.
-
-    Raises UsageError for samples that are not square or not divisible by it.
-    """
-    _, height, columns = interface.image_shape
-    side = patch or next(p for p in (8, 4, 2, 1) if height >= 8 * p or p == 1)
-    if height != columns or height % side:
-        raise UsageError(
-            f"{what} with patches of {side} needs square samples divisible by {side}; "
-            f"the samples are {height}x{columns}"
-        )
-    return side
-
-
 def patch_sides(interface: Interface) -> tuple[int, ...]:
     """Sides of a transformer's patch, for samples of any rank: 64 values a channel at most.
 
     For an image or a frame: 8, 4, 2 or 1, the largest that divides both sides and leaves 8 tokens
     along each. For audio: the largest power of 2 up to 64 that leaves 64 tokens. Two frames share a
-    patch if that leaves 8 or more. Raises UsageError as `Interface.sides`.
+    patch if that leaves 8 or more. Raises UsageError for vectors.
     """
-    sides = interface.sides
+    sides = interface.shape_of("audio", "images", "videos")[1:]
     if len(sides) == 1:
         return (_largest((64, 32, 16, 8, 4, 2), sides, 64),)
     plane = _largest((8, 4, 2), sides[-2:], 8)

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dkdm.models.architectures import architecture_of
-
 Tensors = Mapping[str, Tensor]
 Parts = list[tuple[int, int]]  # lengths in the narrow and in the wide network
 
@@ -38,10 +36,13 @@ class Pair(NamedTuple):
         return self.narrow[self.name].shape[dim], self.wide[self.other].shape[dim]
 
 
-def taken(pair: Pair, layout: Layout) -> Tensor | None:
-    """The counterpart's entries that belong to the narrow tensor, in its shape; None for none."""
+def taken(pair: Pair, layout: Layout | None) -> Tensor | None:
+    """The counterpart's entries that belong to the narrow tensor, in its shape; None for none.
+
+    layout: of the network's class; None if what its axes mean is not known.
+    """
     narrow, found = pair.narrow[pair.name], pair.wide[pair.other]
-    if narrow.ndim != found.ndim:
+    if layout is None or narrow.ndim != found.ndim:
         return None
     for dim in range(narrow.ndim):
         if pair.lengths(dim)[0] == pair.lengths(dim)[1]:
@@ -164,18 +165,8 @@ _PATCHES = "pos_embed.proj.weight"
 _OUTPUT = re.compile(r"proj_out(_2)?\.")
 
 
-def unknown(pair: Pair, dim: int) -> None:
-    """Any other network: what its axes mean is not known, and nothing is sliced."""
-    del pair, dim
-
-
 _HEADS = {  # axes that are rows of heads: what goes into them, and what comes out
     True: re.compile(r"\.(to_[qkv]|add_[qkv]_proj)\.(weight|bias)$"),
     False: re.compile(r"\.(to_out\.0|to_add_out)\.weight$"),
 }
-
-
-def layout_of(network: object) -> Layout:
-    """How the axes of a network's tensors are sliced."""
-    layouts: dict[str | None, Layout] = {"unet": unet, "transformer": transformer}
-    return layouts.get(architecture_of(network).layout, unknown)
+LAYOUTS: dict[str | None, Layout] = {"unet": unet, "transformer": transformer}

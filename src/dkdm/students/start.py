@@ -13,13 +13,14 @@ from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.positions import counterparts
 from dkdm.errors import UsageError
+from dkdm.models.architectures import architecture_of
 from dkdm.models.formats.state_dict import read_weights
 from dkdm.models.locate import INDEX, locate
 from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_folder
 from dkdm.students.loading import denoiser_folder
 from dkdm.students.lora import add_lora, inherited_names, merged_weights
-from dkdm.students.slices import Pair, layout_of, taken
+from dkdm.students.slices import LAYOUTS, Pair, taken
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def inherit(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> St
     found = counterparts(state, source)
     pairs = [Pair(name, other, state, source) for name, other in found.items()]
     whole = {pair.name: source[pair.other] for pair in pairs if pair.is_whole}
-    layout = layout_of(network)
+    layout = LAYOUTS.get(architecture_of(network).layout)
     wider = [pair for pair in pairs if pair.name in parameters and not pair.is_whole]
     parts = {pair.name: taken(pair, layout) for pair in wider}
     sliced = {name: part for name, part in parts.items() if part is not None}

@@ -6,58 +6,55 @@ from torch import nn
 
 from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
-from dkdm.students.interface import Interface, patch_size, preset
+from dkdm.students.interface import Interface, patch_sides, preset
 
 
-def dit(
-    interface: Interface, width: int, depth: int, heads: int, patch: int | None = None
-) -> nn.Module:
-    """diffusers' DiTTransformer2DModel; patch: side in pixels, None is by the resolution.
-
-    Raises UsageError for samples that are not square or not divisible by the patch.
-    """
+def dit(interface: Interface, width: int, depth: int, heads: int) -> nn.Module:
+    """diffusers' DiTTransformer2DModel. Raises UsageError for samples that are not square."""
     from diffusers import DiTTransformer2DModel
 
-    in_channels, height, _ = interface.image_shape
     classes = interface.num_class_embeds or 1
     has_null = kind_of(interface.conditioning).facts().get("null_class") is not None
     return DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=width // heads,
-        in_channels=in_channels,
+        in_channels=interface.sample_shape[0],
         out_channels=interface.out_channels,
         num_layers=depth,
-        sample_size=height,
-        patch_size=patch_size(interface, patch, "a DiT"),
+        **_square(interface),
         num_embeds_ada_norm=classes - 1 if has_null else classes,
     )
 
 
-def mmdit(interface: Interface, width: int, depth: int, patch: int | None = None) -> nn.Module:
+def mmdit(interface: Interface, width: int, depth: int) -> nn.Module:
     """diffusers' SD3Transformer2DModel: image and text tokens attend to each other (MM-DiT).
 
-    patch: as in `dit`. Raises UsageError for a teacher without text.
+    Raises UsageError for samples that are not square, and for a teacher without text or without a
+    pooled embedding of it.
     """
     from diffusers import SD3Transformer2DModel
 
-    in_channels, height, _ = interface.image_shape
-    side = patch_size(interface, patch, "an MM-DiT")
-    text, pooled = interface.needs_text("an MM-DiT"), interface.pooled_width
-    if pooled is None:
-        raise UsageError("an MM-DiT needs a pooled text embedding, and the teacher has none")
+    sizes = _square(interface)
     return SD3Transformer2DModel(
-        sample_size=height,
-        patch_size=side,
-        in_channels=in_channels,
+        in_channels=interface.sample_shape[0],
         out_channels=interface.out_channels,
         num_layers=depth,
         attention_head_dim=32,
         num_attention_heads=width // 32,
-        joint_attention_dim=text,
+        joint_attention_dim=interface.needed_text_width("encoder_hidden_states"),
         caption_projection_dim=width,
-        pooled_projection_dim=pooled,
-        pos_embed_max_size=height // side,
+        pooled_projection_dim=interface.needed_text_width("pooled_projections"),
+        pos_embed_max_size=sizes["sample_size"] // sizes["patch_size"],
+        **sizes,
     )
+
+
+def _square(interface: Interface) -> dict[str, int]:
+    """Sides of the samples and of a patch. Raises UsageError for samples that are not square."""
+    _, height, width = interface.shape_of("images")
+    if height != width:
+        raise UsageError(f"this preset needs square samples; the samples are {height}x{width}")
+    return {"sample_size": height, "patch_size": patch_sides(interface)[0]}
 
 
 PRESETS = [

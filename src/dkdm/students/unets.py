@@ -31,7 +31,7 @@ def unet(
     """
     from diffusers import UNet2DModel
 
-    in_channels, height, _ = interface.image_shape
+    in_channels, height, _ = interface.shape_of("images")
     check_halvings(interface, len(channels))
     attends = [height // 2**level in attention for level in range(len(channels))]
     down, up = _PLAIN_BLOCKS[resample]
@@ -75,7 +75,7 @@ def adm(
     """
     from dkdm.networks.adm import AdmUNet
 
-    in_channels, height, _ = interface.image_shape
+    in_channels, height, _ = interface.shape_of("images")
     check_halvings(interface, len(channels))
     factors = tuple(2**level for level in range(len(channels)))
     return AdmUNet(
@@ -105,13 +105,13 @@ def text_unet(interface: Interface, channels: tuple[int, ...], blocks: int) -> n
     down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     return UNet2DConditionModel(
         sample_size=interface.sample_size,
-        in_channels=interface.image_shape[0],
+        in_channels=interface.shape_of("images")[0],
         out_channels=interface.out_channels,
         layers_per_block=blocks,
         block_out_channels=channels,
         down_block_types=tuple(down[a] for a in attends),
         up_block_types=tuple(up[a] for a in reversed(attends)),
-        cross_attention_dim=interface.needs_text("this UNet"),
+        cross_attention_dim=interface.needed_text_width("encoder_hidden_states"),
         attention_head_dim=tuple(max(1, c // 32) for c in channels),
         norm_num_groups=group_size(*channels),
     )
