@@ -9,6 +9,9 @@ INSTALLED := $(VENV)/.installed
 OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); test $$n -lt 4 && echo $$n || echo 4)
 export OMP_NUM_THREADS
 
+# Kept, what Python compiled: each process of the tests would otherwise compile dkdm and the tests again.
+export PYTHONDONTWRITEBYTECODE :=
+
 DEMO_DIR := runs/demo
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 

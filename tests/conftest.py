@@ -24,6 +24,8 @@ import zlib
 
 import pytest
 
+import programs
+
 
 def pytest_configure(config):
     """Prepare a process that runs tests; the one that deals them out imports no torch."""
@@ -32,6 +34,7 @@ def pytest_configure(config):
         import torch
 
         torch.set_num_threads(THREADS)
+        programs.begin()
         hypothesis.settings.register_profile(
             "dkdm", deadline=None, derandomize=True, database=None, print_blob=True
         )

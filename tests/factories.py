@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.prediction import Parameterization
 from dkdm.models.schedulers import from_scheduler_config
 
@@ -61,6 +61,13 @@ def counting(model):
         return call(network, x, time, cond)
 
     return replace(model, call=counted), counts
+
+
+def some_batch(model, count=3):
+    random = torch.Generator().manual_seed(3)
+    cond = model.conditioning.draw(count, random)
+    t = torch.randint(model.process.num_levels, (count,), generator=random)
+    return Batch(torch.randn(count, *model.sample_shape, generator=random), t, cond, t)
 
 
 def teacher():

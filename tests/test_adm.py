@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import without_dkdm
+import programs
 from dkdm.core.checkpoint import load_strict
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.errors import DkdmError, UsageError
@@ -14,7 +14,7 @@ from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import Interface, as_denoiser, build_network
 from factories import denoiser
 from formula_weights import few, filled, numbers
-from without_dkdm import SAMPLED
+from programs import SAMPLED
 
 SMALL = {"sample_size": 8, "num_res_blocks": 1, "channel_mult": (1, 2), "model_channels": 32}
 UPDOWN = {**SMALL, "attention_resolutions": (2,), "out_channels": 6, "resblock_updown": True}
@@ -159,5 +159,5 @@ def test_student_samples_without_dkdm_and_loads_again(tmp_path):
     assert (tmp_path / "unet" / "adm.py").is_file()
     again = load_teacher(str(tmp_path))
     assert isinstance(again.network, AdmUNet)
-    done = without_dkdm.run(SAMPLED, tmp_path)
+    done = programs.run(SAMPLED, tmp_path)
     assert "sampled" in done.stdout, done.stderr

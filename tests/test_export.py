@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-import without_dkdm
+import programs
 from dkdm import load_teacher
 from dkdm.core.conditioning import ClassLabels
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import student_of
-from factories import denoiser
-from without_dkdm import SAMPLED, some_batch
+from factories import denoiser, some_batch
+from programs import SAMPLED
 
 
 @pytest.mark.parametrize("classes", [None, 3])
@@ -65,7 +65,7 @@ def test_other_folders_sample_without_dkdm(tmp_path, classes, spec):
     model = denoiser(classes)
     model = model if spec == "unet" else student_of(spec, model)
     write_pipeline(tmp_path, model)
-    done = without_dkdm.run(SAMPLED, tmp_path)
+    done = programs.run(SAMPLED, tmp_path)
     assert "sampled" in done.stdout, done.stderr
     assert "trust_remote_code=True" in usage_snippet("folder", model)
 

@@ -3,6 +3,7 @@
 Each kind of network is traced and written; most of them only where slow tests run.
 """
 
+import functools
 import importlib.util
 import json
 import sys
@@ -109,14 +110,21 @@ def mostly_slow(quick, slow):
     return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
 
 
-def difference(model, path, format):
+@pytest.fixture
+def difference(monkeypatch):
     """Of a written file and its network, at batches that the check of an export does not try."""
-    network = GraphNetwork(model, random_inputs(model, 3))
-    return largest_difference(model, network, opened(path, format), (1, 4, 7, 70))
+    known = functools.cache(opened)  # opening a program takes as long as writing it
+    monkeypatch.setattr("dkdm.shipping.graph.opened", known)
+
+    def largest(model, path, format):
+        network = GraphNetwork(model, random_inputs(model, 3))
+        return largest_difference(model, network, known(path, format), (1, 4, 7, 70))
+
+    return largest
 
 
 @pytest.mark.parametrize("name", mostly_slow(QUICK, SLOW))
-def test_a_network_of_diffusers_as_an_exported_program(name, folders, tmp_path):
+def test_a_network_of_diffusers_as_an_exported_program(name, folders, difference, tmp_path):
     model = folders(name, SIZES.get(name))
     facts = export_graph(model, tmp_path / "x.pt2", format="torch-export")
     assert facts["check"]["passed"]
@@ -127,7 +135,7 @@ def test_a_network_of_diffusers_as_an_exported_program(name, folders, tmp_path):
 @pytest.mark.parametrize(
     "name", mostly_slow(["guided-diffusion"], [k for k in OWN if k != "guided-diffusion"])
 )
-def test_a_network_of_our_own_as_an_exported_program(name, tmp_path):
+def test_a_network_of_our_own_as_an_exported_program(name, difference, tmp_path):
     model = own_network(name)
     facts = export_graph(model, tmp_path / "x.pt2", format="torch-export")
     channels = OWN[name][1].get("out_channels", model.sample_shape[0])
@@ -137,7 +145,7 @@ def test_a_network_of_our_own_as_an_exported_program(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
-def test_a_network_of_our_own_as_onnx(name, tmp_path):
+def test_a_network_of_our_own_as_onnx(name, difference, tmp_path):
     model = own_network(name)
     inputs = random_inputs(model, 1)
     assert GraphNetwork(model, inputs)(**inputs).abs().max() > 0
@@ -150,7 +158,7 @@ SLOW_ONNX += ("flux", "sana", "wan", "dance")
 
 
 @pytest.mark.parametrize("name", mostly_slow(["sd3"], SLOW_ONNX))
-def test_a_network_of_diffusers_as_onnx(name, folders, tmp_path):
+def test_a_network_of_diffusers_as_onnx(name, folders, difference, tmp_path):
     model = folders(name, SIZES.get(name))
     facts = export_graph(model, tmp_path / "x.onnx")
     assert facts["check"]["largest_difference"] <= 1e-4

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
 import pipelines
-import without_dkdm
+import programs
 from dkdm import UsageError, load_teacher
 from dkdm.core.conditioning import ClassLabels
 from dkdm.models import with_texts
@@ -433,7 +433,7 @@ def test_folders_sample_without_dkdm(text_teachers, tmp_path):
     for kind in ("sound", "vector"):
         write_pipeline(tmp_path / f"mlp-{kind}", student_of("mlp-tiny", toy(SHAPES[kind])))
         folders[str(tmp_path / f"mlp-{kind}")] = SHAPES[kind]
-    done = without_dkdm.run(SAMPLED, *folders)
+    done = programs.run(SAMPLED, *folders)
     assert not done.returncode, done.stderr
     drawn = [line.split() for line in done.stdout.splitlines()]
     assert {folder: tuple(map(int, shape)) for folder, _, *shape in drawn} == folders

@@ -12,7 +12,7 @@ from torch import nn
 
 import dkdm
 import own_networks
-import without_dkdm
+import programs
 from dkdm.cli import main
 from dkdm.core.checkpoint import read_tensors, save_network
 from dkdm.errors import DkdmError, UsageError
@@ -21,9 +21,9 @@ from dkdm.models.custom_network import origin_of, read_origin
 from dkdm.shipping.custom_network import shipment, shipping_note
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import given_student, student_of
-from factories import denoiser
+from factories import denoiser, some_batch
+from programs import SAMPLED
 from small_runs import SMALL
-from without_dkdm import SAMPLED, some_batch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = replace(SMALL, max_train_steps=5, checkpointing_steps=3, evaluation_samples=0)
@@ -61,7 +61,7 @@ def test_without_dkdm_the_folder_samples_and_its_network_is_the_student(run, tmp
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.0, 7.0, 49.0])
     given = {"x": x, "t": t, "class_labels": torch.tensor([0, 1, 3])}
     save_file(given, tmp_path / "given")
-    done = without_dkdm.run(OUTPUTS, run, tmp_path / "given", tmp_path / "output")
+    done = programs.run(OUTPUTS, run, tmp_path / "given", tmp_path / "output")
     assert "sampled" in done.stdout, done.stderr
     found = read_tensors(tmp_path / "output")["output"]
     assert torch.equal(found, student(x, t, given["class_labels"]))
@@ -280,7 +280,7 @@ def test_its_folder_samples_where_the_package_is(project, tmp_path):
     write(project, "pack/nets.py", "from .blocks import nothing")
     (project / "pack" / "blocks.py").write_text("nothing = None\n")
     write_pipeline(tmp_path / "run", student_of("pack.nets:make", denoiser()))
-    done = without_dkdm.run(SAMPLED, tmp_path / "run", path=project)
+    done = programs.run(SAMPLED, tmp_path / "run", path=project)
     assert "sampled" in done.stdout, done.stderr
 
 
@@ -317,7 +317,7 @@ def test_a_factory_that_asks_for_dkdms_classes_is_told_them_where_it_is_shipped(
     write_pipeline(tmp_path / "run", student_of("typed:picky", denoiser()))
     code = f"import sys\ndel sys.modules['dkdm']\n{SAMPLED}"
     source = dkdm.__path__[0].removesuffix("dkdm")
-    done = without_dkdm.run(code, tmp_path / "run", path=source)
+    done = programs.run(code, tmp_path / "run", path=source)
     assert "sampled" in done.stdout, done.stderr
 
 

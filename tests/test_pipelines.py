@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import dkdm
 import pipelines
-import without_dkdm
+import programs
 from dkdm import DkdmError, UsageError, load_teacher
 from dkdm.core.denoiser import Batch
 from dkdm.core.process import Process
@@ -429,7 +429,7 @@ def test_other_students_sample_without_dkdm(tmp_path, opened, distilled):
         folders[f"{name} {kind}"] = tmp_path / f"{name}-{kind}"
         student = as_denoiser(kind, network_for(teacher, kind), teacher)
         write_pipeline(folders[f"{name} {kind}"], student)
-    done = without_dkdm.run(SAMPLED, *folders.values())
+    done = programs.run(SAMPLED, *folders.values())
     assert not done.returncode, done.stderr
     for name, folder in folders.items():
         again = reloaded(folder, opened(name.partition(" ")[0]))
@@ -458,7 +458,7 @@ def test_students_that_are_fed_sizes_sample_on_another_process(tmp_path, opened,
         like = with_process(with_texts(teacher, prompts), None, "flow")
         network = varied(teacher.network, out_channels=4)
         write_pipeline(tmp_path / name, as_denoiser(name, network, like))
-    done = without_dkdm.run(SAMPLED, *(tmp_path / name for name in teachers))
+    done = programs.run(SAMPLED, *(tmp_path / name for name in teachers))
     assert not done.returncode, done.stderr
     for name, teacher in teachers.items():
         again = with_texts(load_teacher(str(tmp_path / name)), prompts)

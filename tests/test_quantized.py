@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-import without_dkdm
+import programs
 from dkdm import Denoiser, DkdmError, Parameterization, UsageError, load_teacher, rectified_flow
 from dkdm.models import LoadOptions
 from dkdm.shipping.int8 import write_int8_folder
@@ -52,7 +52,7 @@ def test_stock_diffusers_reads_the_folder(tmp_path):
     pytest.importorskip("torchao", reason="torchao is an extra")
     whole, folder = load_teacher("builtin:fashion"), tmp_path / "small"
     write_int8_folder(whole, folder)
-    done = without_dkdm.run(LOADS, folder)
+    done = programs.run(LOADS, folder)
     assert done.returncode == 0, done.stderr
     (weights,) = (folder / "unet").glob("*.safetensors")
     assert weights.stat().st_size < 2 * whole.num_parameters

@@ -4,16 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 import dkdm
+import programs
 from dkdm.cli import main
 from dkdm.core import checkpoint
 from dkdm.errors import DkdmError, UsageError
@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 
 def command(folder, *more):
     return [
-        *(sys.executable, "-m", "dkdm", "distill", "--output-dir", str(folder)),
+        *("distill", "--output-dir", str(folder)),
         *("--teacher", "factories:teacher", "--student", "factories:student"),
         *("--max-train-steps", str(STEPS), "--train-batch-size", "10", "--pool-size", "24"),
         *("--stride", "random:6", "--fill-steps", "2", "--checkpointing-steps", "3"),
@@ -36,16 +36,9 @@ def command(folder, *more):
     ]
 
 
-def start(folder, *more):
-    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | threads
-    return subprocess.Popen(command(folder, *more), env=env, stderr=subprocess.PIPE, text=True)
-
-
 def finish(folder, *more):
     """The same command in this process; the one that is killed has a process of its own."""
-    assert main(command(folder, *more)[3:]) == 0
+    assert main(command(folder, *more)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +52,17 @@ def whole(tmp_path_factory):
 def killed(tmp_path_factory):
     """Killed without warning after step 7, when checkpoint-6 is the last."""
     folder = tmp_path_factory.mktemp("killed") / "run"
-    process = start(folder)
+    code = "import sys; from dkdm.cli import main; main(sys.argv[1:])"
+    program = programs.start(code, *command(folder), path=TESTS, absent=())
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < 7:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert time.monotonic() < deadline
+        if not psutil.pid_exists(program.process):
+            pytest.fail(program.wait().stderr)
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    os.kill(program.process, signal.SIGKILL)
+    assert program.wait().returncode == -signal.SIGKILL
     assert not (folder / f"checkpoint-{STEPS}").exists(), "the run ended before it was killed"
     return folder
 
@@ -119,7 +115,7 @@ def test_a_checkpoint_of_the_former_layout_is_resumed_exactly(whole, tmp_path):
         copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
         copy(whole / name, folder / name)
     as_formerly(folder / "checkpoint-6")
-    assert main([*command(folder, "--resume-from-checkpoint", "latest")[3:]]) == 0
+    assert main(command(folder, "--resume-from-checkpoint", "latest")) == 0
     expected, resumed = (
         checkpoint.read_tensors(run / f"checkpoint-{STEPS}" / file)
         for run in (whole, folder)
