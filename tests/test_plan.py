@@ -25,6 +25,11 @@ def teacher():
     return denoiser()
 
 
+@pytest.fixture(scope="module")
+def small(teacher):
+    return plan(teacher, SMALL)
+
+
 def test_activations_on_the_meta_device_are_those_of_a_real_step(teacher):
     student = replace(teacher, network=copy.deepcopy(teacher.network).train())
     sketched = replace(student, network=copy.deepcopy(student.network).to("meta"))
@@ -36,20 +41,19 @@ def test_activations_on_the_meta_device_are_those_of_a_real_step(teacher):
     assert training_mib(sketched, 8) == pytest.approx((real.peak - gradients) / MIB, rel=0.1)
 
 
-def test_parts_are_what_they_are_named(teacher):
-    found = plan(teacher, SMALL)
-    weights = found.device["student weights"]
-    assert found.device["optimizer (AdamW)"] == 2 * weights
-    assert found.device["student gradients"] == found.device["EMA"] == weights
-    assert found.device["teacher weights"] == pytest.approx(
+def test_parts_are_what_they_are_named(teacher, small):
+    weights = small.device["student weights"]
+    assert small.device["optimizer (AdamW)"] == 2 * weights
+    assert small.device["student gradients"] == small.device["EMA"] == weights
+    assert small.device["teacher weights"] == pytest.approx(
         teacher.num_parameters * 4 / MIB, rel=0.05
     )
-    assert found.device["pool"] == 100 * 64 * 4 / MIB
-    assert found.device_total < sum(found.device.values())
+    assert small.device["pool"] == 100 * 64 * 4 / MIB
+    assert small.device_total < sum(small.device.values())
 
 
-def test_several_devices_share_batch_and_pool(teacher):
-    one, two = plan(teacher, SMALL), plan(teacher, SMALL, gpus=2)
+def test_several_devices_share_batch_and_pool(teacher, small):
+    one, two = small, plan(teacher, SMALL, gpus=2)
     assert two.device["pool"] == one.device["pool"] / 2
     assert two.device["student activations"] < 0.6 * one.device["student activations"]
     assert two.device["student weights"] == one.device["student weights"]
@@ -63,8 +67,8 @@ def test_several_devices_share_batch_and_pool(teacher):
         ({"pool_dtype": "float16"}, "pool"),
     ],
 )
-def test_half_precision_halves_its_part(teacher, fields, part):
-    whole = plan(teacher, SMALL).device[part]
+def test_half_precision_halves_its_part(teacher, small, fields, part):
+    whole = small.device[part]
     half = plan(teacher, replace(SMALL, **fields)).device[part]
     assert half == pytest.approx(whole / 2, rel=0.3)  # some arithmetic stays in float32
 
@@ -100,16 +104,16 @@ def test_fewer_samples_than_devices_are_refused(teacher):
         plan(teacher, replace(SMALL, train_batch_size=2), gpus=4)
 
 
-def test_options_of_the_run_decide(teacher):
-    guided, plain = plan(teacher, replace(SMALL, guidance_scale="4")), plan(teacher, SMALL)
-    assert guided.device["teacher evaluation"] > 1.9 * plain.device["teacher evaluation"]
+def test_options_of_the_run_decide(teacher, small):
+    guided = plan(teacher, replace(SMALL, guidance_scale="4"))
+    assert guided.device["teacher evaluation"] > 1.9 * small.device["teacher evaluation"]
     assert plan(teacher, replace(SMALL, use_ema=False)).device["EMA"] == 0
     by_rho = plan(teacher, replace(SMALL, pool_size=None, rho=0.5))
     assert by_rho.pool_size == 0.5 * teacher.process.num_levels * 8
 
 
 def test_command_says_by_its_exit_code_whether_it_fits(capsys):
-    command = ["plan", "builtin:fashion", "dit-tiny", "--train-batch-size", "4", "--json"]
+    command = ["plan", "factories:teacher", "dit-tiny", "--train-batch-size", "4", "--json"]
     assert main([*command, "--memory", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["device_total"] <= found["limit"] == 1024
