@@ -520,16 +520,17 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return cls(**{key: value for key, value in values.items() if key != "kind"})
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path) -> TrainConfig | DistillConfig:
     """Read a `config.json`. Raises UsageError if it is missing or not a config."""
-    kinds = {cls.__name__: cls for cls in (TrainConfig, DistillConfig)}
+    kinds: dict[str, Any] = {cls.__name__: cls for cls in (TrainConfig, DistillConfig)}
     values = read_json(path, "the config.json of a run")
     if not isinstance(values.get("kind"), str) or values["kind"] not in kinds:
         raise UsageError(f"{path}: 'kind' must be one of {', '.join(kinds)}")
     try:
-        return from_mapping(kinds[values["kind"]], values)
+        config: TrainConfig | DistillConfig = from_mapping(kinds[values["kind"]], values)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
+    return config
 
 
 class GivenModel(ModelChoice, positional=("model",)):

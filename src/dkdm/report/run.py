@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def read_run(run_dir: Path) -> Run:
     """Read what a run folder holds. Raises UsageError without a `config.json` of a run."""
     for name in ("config.json", "metrics.jsonl", EVALUATION, SAMPLES):
         check_place(run_dir / name, run_dir)
-    config = cast("DistillConfig | TrainConfig", read_config(run_dir / "config.json"))
+    config = read_config(run_dir / "config.json")
     run = Run(config, read_metrics(run_dir / "metrics.jsonl"))
     if not run.metrics:
         run.missing.append("metrics.jsonl is empty: no training step was logged.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 from dkdm.core import calls
@@ -23,10 +22,8 @@ def call_source(call: Callable[..., Any] | None) -> str:
 
 def _with_needed(function: Any) -> list[Any]:
     """A function of `calls` after all those that it uses."""
-    tree = ast.parse(inspect.getsource(function))
-    names = dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
-    used = [getattr(calls, name, None) for name in names if name != function.__name__]
-    ours = [f for f in used if isinstance(f, FunctionType) and f.__module__ == calls.__name__]
+    used = inspect.getclosurevars(function).globals.values()
+    ours = [f for f in used if inspect.isfunction(f) and f.__module__ == calls.__name__]
     needed = [each for f in ours for each in _with_needed(f)]
     return list(dict.fromkeys([*needed, function]))
 

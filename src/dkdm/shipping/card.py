@@ -6,9 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+from huggingface_hub import EvalResult, ModelCardData, constants
 
-from dkdm.config import DistillConfig, GuidanceOptions, RunConfig, TrainConfig, TrainingOptions
+from dkdm.config import (
+    DistillConfig,
+    GuidanceOptions,
+    SourceKind,
+    TeacherConditions,
+    TrainConfig,
+    TrainingOptions,
+)
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
 from dkdm.data.named import load_reference
@@ -29,7 +36,7 @@ SYNTHETIC = "It was trained on samples of the teacher, noised afresh; no image w
 def write_card(
     folder: Path,
     denoiser: Denoiser,
-    config: RunConfig,
+    config: DistillConfig | TrainConfig,
     *,
     teacher: Denoiser | None = None,
     minutes: float | None = None,
@@ -44,60 +51,75 @@ def write_card(
     measurements. metrics: the same for the hub's index. measured_how: how these numbers
     came about. guidance_scale: that it is to be sampled with.
     """
-    origin = origin_of(config.teacher_choice) if isinstance(config, DistillConfig) else None
     name = folder.absolute().name
+    if isinstance(config, DistillConfig):
+        origin = origin_of(config.teacher_choice)
+        lead = _lead_of_distilled(denoiser, origin, teacher, config.pool.source)
+        scale = config.evaluation.sampling_guidance_scale
+        limits = _limits_of_distilled(denoiser, config.guidance, config.conditions, scale)
+    else:
+        origin, limits = None, []
+        images = plain(Path(config.data.images).name)
+        lead = f"{type(denoiser.network).__name__} trained on {images}."
     inherited = origin.licence if origin else {}
     licence = licence_of_student(config.hub.license, inherited)
     text = render(
         "dkdm.shipping",
         "card.md.j2",
-        front_matter=_yaml(_front_matter(name, denoiser, config, origin, licence, metrics)),
+        front_matter=_front_matter(name, denoiser, origin, licence, metrics),
         title=plain(name),
-        lead=_lead(denoiser, config, origin, teacher),
-        images=_images(folder),
+        lead=lead,
+        images=[(caption, path) for path, caption in _IMAGES.items() if (folder / path).is_file()],
         usage=usage_snippet(name, denoiser, guidance_scale),
         notes=shipping_notes(denoiser),
         details=_details(denoiser, config.training, teacher, minutes),
         rows=[(row.label, *row.texts) for row in rows],
         measured_how=measured_how,
         features=load_reference(metrics.reference).features_in_words if metrics else "",
-        limits=_limits(denoiser, config),
+        limits=limits,
+        prompted=kind_of(denoiser.conditioning).asks == "prompt",
         licence=_licence_text(licence, inherited, origin),
-        hyperparameters=_hyperparameters(config),
-        distilled=isinstance(config, DistillConfig),
+        hyperparameters=_hyperparameters(config.flat()),
+        distilled=origin is not None,
         version=__version__,
     )
     (folder / CARD).write_text(text, encoding="utf-8")
     return bool(licence)
 
 
-def _yaml(values: Mapping[str, Any]) -> str:
-    known = {key: value for key, value in values.items() if value is not None}
-    return str(yaml.safe_dump(known, sort_keys=False, allow_unicode=True)).strip()
+_IMAGES = {
+    "samples/grid.png": "samples",
+    "samples/comparison.png": "upper row the teacher, lower row the student, from the same noise",
+}
 
 
 def _front_matter(
     name: str,
     denoiser: Denoiser,
-    config: RunConfig,
     origin: Origin | None,
     licence: Mapping[str, Any],
     metrics: Metrics | None,
-) -> dict[str, Any]:
-    """What the hub reads.
+) -> str:
+    """What the hub reads, as YAML.
 
     There is no `base_model_relation`: the hub has none for a distillation (adapter, merge,
     quantized, finetune).
     """
     task = _task(denoiser)
-    return {
-        "library_name": "diffusers",
-        "pipeline_tag": task,
+    results = _results(task, metrics) if task and metrics else None
+    tags = ["diffusers", "diffusion", "dkdm"]
+    tags += ["distillation", "data-free"] if origin else []
+    tags += ["class-conditional"] if kind_of(denoiser.conditioning).asks == "class_labels" else []
+    matter = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=task,
         **licence,
-        "base_model": origin.base_model if origin else None,
-        "tags": _tags(denoiser, config),
-        "model-index": _model_index(name, task, metrics),
-    }
+        base_model=origin.base_model if origin else None,
+        tags=tags,
+        eval_results=results,
+        model_name=name if results else None,
+    )
+    return str(matter.to_yaml())
 
 
 _DIMENSIONS = {3: "image", 4: "video"}  # of a sample; a sound has 2
@@ -111,14 +133,6 @@ def _task(denoiser: Denoiser) -> str | None:
     return "unconditional-image-generation" if kind == "image" else None
 
 
-def _tags(denoiser: Denoiser, config: RunConfig) -> list[str]:
-    tags = ["diffusers", "diffusion", "dkdm"]
-    if isinstance(config, DistillConfig):
-        tags += ["distillation", "data-free"]
-    labelled = kind_of(denoiser.conditioning).asks == "class_labels"
-    return tags + (["class-conditional"] if labelled else [])
-
-
 _MEASURES = {  # of Metrics: type and name in the hub's index
     "fd": ("frechet-distance", "Frechet distance ({features})"),
     "class_accuracy": ("accuracy", "Class accuracy of samples, by that classifier"),
@@ -126,27 +140,21 @@ _MEASURES = {  # of Metrics: type and name in the hub's index
 }
 
 
-def _model_index(name: str, task: str | None, metrics: Metrics | None) -> list[Any] | None:
-    """The measurements as the hub's model-index."""
-    if metrics is None or task is None:
-        return None
+def _results(task: str, metrics: Metrics) -> list[EvalResult]:
+    """The measurements, for the hub's model-index."""
     reference = load_reference(metrics.reference)
-    measures = [
-        {
-            "type": kind,
-            "name": title.format(features=reference.features_in_words),
-            "value": value,
-            "args": {"samples": metrics.num_samples},
-        }
+    dataset: Any = {f"dataset_{key}": value for key, value in reference.dataset.items()}
+    return [
+        EvalResult(
+            task_type=task,
+            **dataset,
+            metric_type=kind,
+            metric_name=title.format(features=reference.features_in_words),
+            metric_value=value,
+            metric_args={"samples": metrics.num_samples},
+        )
         for key, (kind, title) in _MEASURES.items()
         if (value := getattr(metrics, key)) is not None
-    ]
-    dataset = dict(reference.dataset)
-    return [
-        {
-            "name": name,
-            "results": [{"task": {"type": task}, "dataset": dataset, "metrics": measures}],
-        }
     ]
 
 
@@ -157,37 +165,20 @@ def _sized(denoiser: Denoiser) -> str:
 _PAPER = "DKDM ([arXiv 2409.03550](https://arxiv.org/abs/2409.03550))"
 
 
-def _lead(
-    denoiser: Denoiser, config: RunConfig, origin: Origin | None, teacher: Denoiser | None
+def _lead_of_distilled(
+    denoiser: Denoiser, origin: Origin, teacher: Denoiser | None, source: SourceKind
 ) -> str:
     """What it is, from what, and whether images were read."""
-    network = type(denoiser.network).__name__
-    if not isinstance(config, DistillConfig) or origin is None:
-        images = config.data.images if isinstance(config, TrainConfig) else ""
-        return f"{network} trained on {plain(Path(images).name)}."
     size = f" ({_sized(teacher)})" if teacher else ""
-    student = f"{network} ({count(denoiser.num_parameters)} parameters)"
-    data = SYNTHETIC if config.pool.source == "synthetic" else NO_IMAGES
+    student = f"{type(denoiser.network).__name__} ({count(denoiser.num_parameters)} parameters)"
+    data = SYNTHETIC if source == "synthetic" else NO_IMAGES
     return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
 
 
 def _shown_name(origin: Origin) -> str:
-    from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
-
     if origin.hub_id is None:
         return code(origin.name)
-    return link(origin.hub_id, f"{HUGGINGFACE_CO_URL_HOME}{origin.hub_id}")
-
-
-def _images(folder: Path) -> list[tuple[str, str]]:
-    """(caption, path) of the images in the folder."""
-    known = {
-        "samples": "samples/grid.png",
-        "upper row the teacher, lower row the student, from the same noise": (
-            "samples/comparison.png"
-        ),
-    }
-    return [(caption, path) for caption, path in known.items() if (folder / path).is_file()]
+    return link(origin.hub_id, f"{constants.HUGGINGFACE_CO_URL_HOME}{origin.hub_id}")
 
 
 def _details(
@@ -209,33 +200,25 @@ def _details(
     return [(name, plain(value)) for name, value in details if value]
 
 
-def _limits(denoiser: Denoiser, config: RunConfig) -> list[str]:
-    """What a user should not expect."""
+def _limits_of_distilled(
+    denoiser: Denoiser, guidance: GuidanceOptions, conditions: TeacherConditions, scale: float
+) -> list[str]:
+    """What a user should not expect of a student; scale: of the guidance it was evaluated with."""
     limits = []
-    if isinstance(config, DistillConfig):
+    if not (guidance.is_off or guidance.chain_only or denoiser.embeds_guidance):
         limits.append(
-            "It imitates its teacher and inherits its failures and biases; no filter was added. "
-            "Read the teacher's card."
+            f"Guidance of {guidance.guidance_scale}{_inside(guidance)} is baked in: "
+            "sample it without guidance."
         )
-        guidance, scale = config.guidance, config.evaluation.sampling_guidance_scale
-        if not (guidance.is_off or guidance.chain_only or denoiser.embeds_guidance):
-            limits.append(
-                f"Guidance of {guidance.guidance_scale}{_inside(guidance)} is baked in: "
-                "sample it without guidance."
-            )
-        elif guidance.interval is not None and scale != 1:
-            limits.append(
-                f"It was evaluated with guidance of {scale:g}"
-                f"{_inside(guidance)}. `pipeline.py` guides at every level; `dkdm sample "
-                f"--guidance-interval {guidance.guidance_interval}` guides as it was evaluated."
-            )
-        if config.conditions.classes is not None:
-            limits.append(
-                f"It learned the classes {', '.join(map(str, config.conditions.classes))} only."
-            )
-    if kind_of(denoiser.conditioning).asks == "prompt":
-        limits.append("It may do worse on prompts unlike those it was trained with.")
-    return [*limits, "It draws samples of the shape above; it was not trained on other sizes."]
+    elif guidance.interval is not None and scale != 1:
+        limits.append(
+            f"It was evaluated with guidance of {scale:g}"
+            f"{_inside(guidance)}. `pipeline.py` guides at every level; `dkdm sample "
+            f"--guidance-interval {guidance.guidance_interval}` guides as it was evaluated."
+        )
+    if conditions.classes is not None:
+        limits.append(f"It learned the classes {', '.join(map(str, conditions.classes))} only.")
+    return limits
 
 
 def _inside(guidance: GuidanceOptions) -> str:
@@ -266,43 +249,26 @@ def _licence_text(
 
 def _licence_name(licence: Mapping[str, Any]) -> str:
     name = licence.get("license_name") or licence.get("license") or "unnamed"
-    names = ", ".join(map(str, name)) if isinstance(name, list) else str(name)
-    return link(names, str(licence.get("license_link", "")))
+    return link(name, licence.get("license_link", ""))
 
 
-_ELSEWHERE = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "teacher",
-    "teacher_flags",  # may hold paths
-    "images",
-    "license",
-)
-_HUB = ("push_to_hub", "hub_model_id", "hub_private")
-_MAY_BE_PATHS = (
-    "student",
-    "student_init",
-    "student_process",
-    "teacher_lora",
-    "teacher_scheduler",
-    "network",
-    "scheduler",
-    "base",
-    "prompts",
-)
+_LEFT_OUT = {
+    *("output_dir", "resume_from_checkpoint", "teacher", "teacher_flags", "images"),
+    *("license", "push_to_hub", "hub_model_id", "hub_private"),
+}
+_NO_PATHS = ("negative_prompt", "teacher_revision", "teacher_subfolder")
 
 
-def _hyperparameters(config: RunConfig) -> list[tuple[str, str]]:
+def _hyperparameters(options: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The options of the run, without the paths of this machine."""
     return [
-        (name, plain(_without_path(value, name in _MAY_BE_PATHS)))
-        for name, value in config.flat().items()
-        if name not in (*_ELSEWHERE, *_HUB)
+        (name, plain(value if name in _NO_PATHS else _without_path(value)))
+        for name, value in options.items()
+        if name not in _LEFT_OUT
     ]
 
 
-def _without_path(value: Any, may_be_path: bool) -> Any:
+def _without_path(value: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(_without_path(item, may_be_path) for item in value)
-    is_path = isinstance(value, Path) or (may_be_path and isinstance(value, str))
-    return Path(value).name if is_path else value
+        return tuple(map(_without_path, value))
+    return Path(value).name if isinstance(value, Path) or "/" in str(value) else value

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from dkdm.config import DistillConfig, HubOptions, RunConfig, TrainConfig, read_config
+from dkdm.config import DistillConfig, HubOptions, read_config
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.places import check_folder
 from dkdm.shipping.licence import CARD, origin_of
@@ -38,7 +38,7 @@ def reserve(hub: HubOptions, output_dir: Path) -> HubOptions:
     """
     if not hub.push_to_hub or not PartialState().is_main_process:
         return hub
-    wanted = hub.hub_model_id or _name_of(output_dir)
+    wanted = hub.hub_model_id or output_dir.absolute().name
     return replace(hub, hub_model_id=_repository(wanted, hub.hub_private))
 
 
@@ -49,12 +49,10 @@ def publish(hub: HubOptions, output_dir: Path) -> None:
     """
     if not hub.push_to_hub or not PartialState().is_main_process:
         return
-    repo_id = str(hub.hub_model_id)
     try:
-        config = read_config(check_folder(output_dir) / "config.json")
-        _upload(config, output_dir, repo_id)
+        push(output_dir, hub.hub_model_id, hub.hub_private)
     except DkdmError as error:
-        again = ["dkdm", "push", str(output_dir), "--hub-model-id", repo_id]
+        again = ["dkdm", "push", str(output_dir), "--hub-model-id", str(hub.hub_model_id)]
         raise DkdmError(
             f"the run is complete in {output_dir}, but uploading it failed: {error}. Repeat "
             f"the upload with: {shlex.join(again)}"
@@ -74,10 +72,29 @@ def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> s
             f"train`, with config.json and {CARD}, which is written at the end"
         )
     config = read_config(check_folder(run) / "config.json")
-    wanted = hub_model_id or config.hub.hub_model_id or _name_of(run)
+    wanted = hub_model_id or config.hub.hub_model_id or run.absolute().name
     repo_id = _repository(wanted, private or config.hub.hub_private)
-    _upload(config, run, repo_id)
+    if isinstance(config, DistillConfig):
+        teacher = origin_of(config.teacher_choice).name
+        made = f"{Path(config.student_choice.student).name} distilled from {teacher}"
+    else:
+        made = f"Trained on {Path(config.data.images).name}"
+    steps = f"{config.training.max_train_steps} steps, dkdm {__version__}"
+    _upload(run, repo_id, f"{made}: {steps}")
     return _url(repo_id)
+
+
+def _upload(run: Path, repo_id: str, message: str) -> None:
+    _name_in_card(run / CARD, repo_id)
+    try:
+        HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=run,
+            ignore_patterns=list(STAYS_HERE),
+            commit_message=message,
+        )
+    except Exception as error:
+        raise _explained(error, repo_id) from error
 
 
 def url_of(run: Path) -> str:
@@ -87,10 +104,6 @@ def url_of(run: Path) -> str:
 
 def _url(repo_id: str) -> str:
     return f"{HfApi().endpoint}/{repo_id}"
-
-
-def _name_of(run: Path) -> str:
-    return run.absolute().name
 
 
 def _repository(wanted: str, private: bool) -> str:
@@ -109,35 +122,12 @@ def _repository(wanted: str, private: bool) -> str:
     return repo_id
 
 
-def _upload(config: RunConfig, run: Path, repo_id: str) -> None:
-    _name_in_card(run / CARD, repo_id)
-    try:
-        HfApi().upload_folder(
-            repo_id=repo_id,
-            folder_path=run,
-            ignore_patterns=list(STAYS_HERE),
-            commit_message=_message(config),
-        )
-    except Exception as error:
-        raise _explained(error, repo_id) from error
-
-
 def _name_in_card(card: Path, repo_id: str) -> None:
     """Let the card's lines load the model from the hub, whatever they loaded it from before."""
     text = card.read_text(encoding="utf-8")
     quoted = json.dumps(repo_id)
     named = re.sub(r'(\.from_pretrained\()"[^"]*"', lambda match: match[1] + quoted, text)
     card.write_text(named, encoding="utf-8")
-
-
-def _message(config: RunConfig) -> str:
-    """What was made, in a line."""
-    steps = f"{config.training.max_train_steps} steps, dkdm {__version__}"
-    if isinstance(config, DistillConfig):
-        origin = origin_of(config.teacher_choice)
-        return f"{Path(config.student_choice.student).name} distilled from {origin.name}: {steps}"
-    images = Path(config.data.images).name if isinstance(config, TrainConfig) else "images"
-    return f"Trained on {images}: {steps}"
 
 
 def _explained(error: Exception, repo_id: str) -> DkdmError:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
+
 from dkdm.config import TeacherOptions
 from dkdm.errors import UsageError
 from dkdm.models.locate import builtin_names, is_hub_id, locate
@@ -69,37 +72,26 @@ def front_matter(card: Path) -> dict[str, Any]:
 
 def _hub_id(spec: str) -> str | None:
     """The hub id that was downloaded, or whose snapshot in the hub's cache a path points into."""
-    if is_hub_id(spec) and _cache_of(spec).is_dir():
-        return spec
+    if is_hub_id(spec):
+        cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=spec, repo_type="model")
+        return spec if cached.is_dir() else None
     parts = Path(spec).expanduser().absolute().parts
     snapshots = [a for a, b in zip(parts, parts[1:], strict=False) if b == "snapshots"]
     found = next((name for name in snapshots if name.startswith("models--")), "")
     return found.removeprefix("models--").replace("--", "/", 1) or None
 
 
-def _cache_of(repo_id: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
-
-
 def _card_of(spec: str, subfolder: str | None, revision: str | None) -> Path | None:
     """The teacher's card on this machine."""
     if is_hub_id(spec):
-        return _cached_card(spec, revision)
+        path = try_to_load_from_cache(spec, CARD, revision=revision)
+        return Path(path) if isinstance(path, str) else None
     builtin = spec in [f"builtin:{name}" for name in builtin_names()]
     if ":" in spec and not builtin:
         return None
     folder = locate(spec) if builtin else Path(spec).expanduser()
     places = (folder / (subfolder or "") / CARD, folder / CARD)
     return next((path for path in places if path.is_file()), None)
-
-
-def _cached_card(repo_id: str, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(repo_id, CARD, revision=revision)
-    return Path(path) if isinstance(path, str) else None
 
 
 def _named(base_model: Any) -> str | list[str] | None:
@@ -111,11 +103,9 @@ def _named(base_model: Any) -> str | list[str] | None:
 
 def _linked(licence: dict[str, Any], repo_id: str | None) -> dict[str, Any]:
     """A link to a file beside the teacher's card, made whole; dropped if it leads nowhere."""
-    from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
-
     link = str(licence.get("license_link", ""))
     if not link or "://" in link:
         return licence
     rest = {key: value for key, value in licence.items() if key != "license_link"}
-    whole = f"{HUGGINGFACE_CO_URL_HOME}{repo_id}/blob/main/{link}"
+    whole = f"{constants.HUGGINGFACE_CO_URL_HOME}{repo_id}/blob/main/{link}"
     return {**rest, "license_link": whole} if repo_id else rest

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from torch import nn
 
 from dkdm.core.checkpoint import save_network
@@ -74,7 +75,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
             copy_folder(part.folder, folder / name, part.root, part.owns)
     index: dict[str, Any] = {
         "_class_name": stock or ["pipeline", "DenoiserPipeline"],
-        "_diffusers_version": _diffusers_version(),
+        "_diffusers_version": diffusers.__version__,
         component: home,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         **{name: [part.library, part.class_name] for name, part in components.items()},
@@ -82,20 +83,11 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     if sides := denoiser.sample_shape[1:]:  # vectors have none
         index["_sample_size"] = "x".join(map(str, sides))
     if stock is None:
-        index |= _class_index(denoiser) | _origin(denoiser) | _samples_index(denoiser)
+        index |= _class_index(denoiser) | _index_for_dkdm(denoiser)
         (folder / "pipeline.py").write_text(_pipeline_source(denoiser, component, components))
     else:
         index = {**denoiser.bundle.entries, **index}
     _write_json(folder / "model_index.json", index)
-
-
-def _origin(denoiser: Denoiser) -> dict[str, Any]:
-    """The pipeline whose components these are, for dkdm's eyes; diffusers skips such names."""
-    if denoiser.bundle.pipeline is None:
-        return {}
-    entries, width = dict(denoiser.bundle.entries), _token_width(denoiser.conditioning)
-    entries |= {} if width is None else {"joint_attention_dim": width}
-    return {"_came_from": {"pipeline": denoiser.bundle.pipeline, "entries": entries}}
 
 
 def shipping_notes(denoiser: Denoiser) -> list[str]:
@@ -117,14 +109,22 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
     return notes
 
 
-def _samples_index(denoiser: Denoiser) -> dict[str, Any]:
-    """What samples are and what they are drawn for, for dkdm's eyes."""
-    own = own_rows(denoiser)
-    return (
-        _value_range(denoiser)
-        | ({"_conditions": to_index(own)} if own else {})
-        | ({} if denoiser.decode is None else {"_latents": "true"})
-    )
+def _index_for_dkdm(denoiser: Denoiser) -> dict[str, Any]:
+    """What samples are, what they are drawn for, and the pipeline whose components these are.
+
+    diffusers skips names with an underscore.
+    """
+    own, bundle = own_rows(denoiser), denoiser.bundle
+    index: dict[str, Any] = _value_range(denoiser)
+    if own:
+        index["_conditions"] = to_index(own)
+    if denoiser.decode is not None:
+        index["_latents"] = "true"
+    if bundle.pipeline is not None:
+        width = _token_width(denoiser.conditioning)
+        widths = {} if width is None else {"joint_attention_dim": width}
+        index["_came_from"] = {"pipeline": bundle.pipeline, "entries": {**bundle.entries, **widths}}
+    return index
 
 
 def own_rows(denoiser: Denoiser) -> dict[str, Row]:
@@ -175,10 +175,9 @@ _NULL_CLASS_OF_DIT = 1000  # DiTPipeline guides with this one, whatever the netw
 
 def _stock_pipeline(denoiser: Denoiser) -> str | None:
     """The diffusers pipeline that feeds this network and decodes its samples, if there is one."""
-    kind, autoencoder = _feeding_pipeline(denoiser), denoiser.bundle.autoencoder
-    if kind is None or autoencoder is None:
-        return kind
-    return kind if autoencoder.standard(kind) == autoencoder.standard() else None
+    kind, coder = _feeding_pipeline(denoiser), denoiser.bundle.autoencoder
+    decodes = kind is None or coder is None or coder.standard(kind) == coder.standard()
+    return kind if decodes else None
 
 
 def _feeding_pipeline(denoiser: Denoiser) -> str | None:
@@ -229,10 +228,8 @@ def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
 
 def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dict[str, Component]:
     """The components by the names that the pipeline has for them."""
-    coder = "vqvae" if pipeline == "LDMPipeline" else "vae"
-    names = (
-        {"vae": coder, "vqvae": coder} if pipeline in ("LDMPipeline", "DiTPipeline", None) else {}
-    )
+    coder = {None: "vae", "DiTPipeline": "vae", "LDMPipeline": "vqvae"}.get(pipeline)
+    names = {"vae": coder, "vqvae": coder} if coder else {}
     return {identifier(names.get(key, key)): part for key, part in components.items()}
 
 
@@ -240,38 +237,30 @@ def _pipeline_source(
     denoiser: Denoiser, component: str, components: Mapping[str, Component]
 ) -> str:
     """The text of `pipeline.py`."""
-    asks = kind_of(denoiser.conditioning).asks
-    bundle, scheduler = denoiser.bundle, denoiser.process.scheduler["_class_name"]
-    first_sigma, last_sigma = flow_grid(denoiser.process.scheduler)
+    asks, bundle, coder = kind_of(denoiser.conditioning).asks, denoiser.bundle, None
+    if "vae" in components and bundle.autoencoder is not None:
+        coder = bundle.autoencoder
+    scheduler = denoiser.process.scheduler["_class_name"]
     family = encoding_of(bundle.pipeline) if asks == "prompt" else None
-    as_lists = {name: value.tolist() for name, value in denoiser.constants.items()}
-    latent = bundle.autoencoder is not None and "vae" in components
     return render(
         "dkdm.shipping",
         "pipeline.py.j2",
+        denoiser=denoiser,
         component=component,
         labelled=asks == "class_labels" or bool(denoiser.constants),
         components=list(components),
-        latent_standard=bundle.autoencoder.standard() if bundle.autoencoder and latent else None,
-        text_pipeline=bundle.pipeline,
+        latent_standard=coder and coder.standard(),
         encoders=[name for name in components if name.startswith(("text_encoder", "tokenizer"))],
         family=family,
         zero_empty=family is not None and bundle.entries.get(family.zero_empty or "", False),
-        arguments=family.all_arguments(bundle) if family else {},
-        constants={} if family is None else as_lists,
         call_source=call_source(denoiser.call),
         call_name=getattr(denoiser.call, "__name__", ""),
-        embeds_guidance=denoiser.embeds_guidance,
         flow=scheduler.startswith("FlowMatch"),
-        first_sigma=first_sigma,
-        last_sigma=last_sigma,
-        start_std=denoiser.process.start_std,
+        flow_grid=flow_grid(denoiser.process.scheduler),
         random_step=scheduler != "IPNDMScheduler",
         drops_variance=denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler",
-        sample_shape=tuple(denoiser.sample_shape),
         value_range=denoiser.value_range if _value_range(denoiser) else None,
         own_rows={key: (row.shape, row.dtype) for key, row in own_rows(denoiser).items()},
-        latents_only=denoiser.decode is not None,
         token_width=_token_width(denoiser.conditioning),
     )
 
@@ -285,24 +274,18 @@ def _token_width(conditioning: Conditioning) -> int | None:
 def _class_index(denoiser: Denoiser) -> dict[str, Any]:
     """Classes by id and name: diffusers takes a list of two for a component."""
     facts = kind_of(denoiser.conditioning).facts()
-    index = {key: facts.get(key) for key in ("num_classes", "null_class", "class_names", "classes")}
-    names, classes = index["class_names"], index["classes"]
-    if names:
-        index["class_names"] = dict(enumerate(names))
-    if classes is not None:
-        index["classes"] = {i: names[i] if names else str(i) for i in classes}
-    return index
+    names, classes = facts.get("class_names"), facts.get("classes")
+    return {
+        "num_classes": facts.get("num_classes"),
+        "null_class": facts.get("null_class"),
+        "class_names": names and dict(enumerate(names)),
+        "classes": classes and {i: names[i] if names else str(i) for i in classes},
+    }
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, default=str) + "\n")
-
-
-def _diffusers_version() -> str:
-    import diffusers
-
-    return str(diffusers.__version__)
 
 
 def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) -> str:
@@ -312,24 +295,19 @@ def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) 
     """
     if not denoiser.process.scheduler:
         return _network_alone(folder, denoiser)
-    stock = _stock_pipeline(denoiser)
+    stock, kind = _stock_pipeline(denoiser), kind_of(denoiser.conditioning)
     given = [json.dumps(folder, ensure_ascii=False)]
     given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
+    arguments = [kind.usage(), *_usage_size(denoiser, stock), "num_inference_steps=50"]
+    if kind.asks and (stock or guidance_scale != 1.0):  # pipelines of diffusers have each a default
+        arguments.append(f"guidance_scale={guidance_scale}")
     result = PIPELINES[stock].output if stock in PIPELINES else "images"
     imports = "import torch\n" if own_rows(denoiser) else ""
     return (
         f"{imports}from diffusers import DiffusionPipeline\n\n"
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join(given)})\n"
-        f"{result} = pipeline({_usage_call(denoiser, stock)}, num_inference_steps=50"
-        f"{_usage_guidance(denoiser, stock, guidance_scale)}).{result}"
+        f"{result} = pipeline({', '.join(arguments)}).{result}"
     )
-
-
-def _usage_guidance(denoiser: Denoiser, stock: str | None, scale: float) -> str:
-    """The scale, unless it is the pipeline's default; pipelines of diffusers each have another."""
-    if kind_of(denoiser.conditioning).asks is None or (stock is None and scale == 1.0):
-        return ""
-    return f", guidance_scale={scale}"
 
 
 def _network_alone(folder: str, denoiser: Denoiser) -> str:
@@ -346,26 +324,19 @@ def _network_alone(folder: str, denoiser: Denoiser) -> str:
 
 def _absent(stock: str, denoiser: Denoiser) -> list[str]:
     """Arguments that say that a component is absent, if diffusers asks for it."""
-    import diffusers
-
     pipeline = getattr(diffusers, stock)
     wanted = inspect.signature(pipeline.__init__).parameters.keys() - pipeline._optional_components
     entries = denoiser.bundle.entries.items()
     return [f"{k}=None" for k, value in entries if value == [None, None] and k in wanted]
 
 
-def _usage_call(denoiser: Denoiser, stock: str | None) -> str:
-    kind = kind_of(denoiser.conditioning)
-    return kind.usage() + (_usage_size(denoiser, stock) if kind.asks == "prompt" else "")
-
-
-def _usage_size(denoiser: Denoiser, stock: str | None) -> str:
+def _usage_size(denoiser: Denoiser, stock: str | None) -> list[str]:
     """The size in pixels, for pipelines that do not find it in the network's config."""
     if stock not in PIPELINES or not PIPELINES[stock].asks_size:
-        return ""
+        return []
     height, width = pixels(denoiser.sample_shape, denoiser.bundle)
-    size = f", height={height}, width={width}"
+    size = [f"height={height}", f"width={width}"]
     if len(denoiser.sample_shape) < 4 or denoiser.bundle.autoencoder is None:
         return size
     factor = denoiser.bundle.autoencoder.config.get("scale_factor_temporal", 4)
-    return f"{size}, num_frames={(denoiser.sample_shape[1] - 1) * factor + 1}"
+    return [*size, f"num_frames={(denoiser.sample_shape[1] - 1) * factor + 1}"]

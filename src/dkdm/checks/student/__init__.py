@@ -21,7 +21,7 @@ from dkdm.evaluation.cost import count_macs, evaluations_per_second
 from dkdm.evaluation.numbers import count
 from dkdm.models.custom_network import Factory, is_own
 from dkdm.models.student_process import with_process
-from dkdm.shipping.graph.fault_line import fault_line, in_a_line, in_brackets
+from dkdm.shipping.graph.fault_line import fault_line, in_a_line
 from dkdm.students import given_student, untried_student_of
 
 __all__ = ["LOOKS", "Checkup", "check_student", "first_look"]
@@ -131,7 +131,7 @@ def _made(
 
 def _not_made(error: DkdmError) -> Finding:
     cause = error.__cause__
-    what = str(error) if cause is None else f"{error}{in_brackets(fault_line(error))}"
+    what = str(error) if cause is None else f"{error}{fault_line(error)}"
     remedy = (
         "put the module and all that it imports into the current folder, or install them"
         if isinstance(cause, ImportError)

@@ -17,7 +17,7 @@ from dkdm.checks.findings import Finding
 from dkdm.checks.student.case import Case, Probe
 from dkdm.core.conditioning import Condition
 from dkdm.shipping.graph import TOLERANCES, largest_difference
-from dkdm.shipping.graph.fault_line import at_line, fault_line, in_a_line, in_brackets
+from dkdm.shipping.graph.fault_line import at_line, fault_line, in_a_line
 from dkdm.shipping.graph.network import GraphNetwork, random_inputs
 from dkdm.shipping.graph.tracing import NotAGraphError, batch_range, quiet, trace
 
@@ -102,7 +102,7 @@ def devices(case: Case) -> Iterator[Finding]:
                 what = f"could not be checked: {in_a_line(error, called.network)}"
                 yield Finding("device", "ok", what)
                 return
-            where = in_brackets(fault_line(error, called.network))
+            where = fault_line(error, called.network)
             what = f"fails on a GPU: it makes a tensor on the CPU{where}"
             remedy = "make it on x.device, as in torch.arange(n, device=x.device), or as a buffer"
             yield Finding("device", "warning", what, remedy)

@@ -27,8 +27,6 @@ TRACED_ROWS = 3
 CHECKED_BATCHES = (1, 2, 5)
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-_PRECISIONS = "float32, float16 or bfloat16"
-
 
 def export_graph(
     denoiser: Denoiser,
@@ -96,8 +94,7 @@ def largest_difference(
         inputs = random_inputs(denoiser, batch, seed=1)
         expected = network(**inputs)
         found = evaluate(inputs)
-        both = torch.stack([found, expected]) if found.shape == expected.shape else None
-        if both is None or not both.isfinite().all():
+        if found.shape != expected.shape or not torch.stack([found, expected]).isfinite().all():
             return float("nan")
         largest = expected.abs().max().item() or 1.0
         worst = max(worst, (found - expected).abs().max().item() / largest)
@@ -115,7 +112,8 @@ def check_files(output: Path, format: Format, overwrite: bool = False) -> tuple[
 
 def _check(denoiser: Denoiser, format: Format, opset: int | None) -> None:
     if denoiser.dtype not in (*TOLERANCES, None):
-        raise UsageError(f"{denoiser.name} is in {denoiser.dtype}: load it in {_PRECISIONS}")
+        legal = "float32, float16 or bfloat16"
+        raise UsageError(f"{denoiser.name} is in {denoiser.dtype}: load it in {legal}")
     if denoiser.device.type != "cpu":
         raise UsageError(f"{denoiser.name} is on {denoiser.device}: move it to the CPU")
     if format == "torch-export":

@@ -66,17 +66,17 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_CLASSES = {
+    "num_classes": "count",
+    "null_class": "null",
+    "class_names": "names",
+    "classes": "learnt",
+}
+
+
 def _classes(denoiser: Denoiser) -> dict[str, Any] | None:
-    facts = kind_of(denoiser.conditioning).facts()
-    keys = {
-        "count": "num_classes",
-        "null": "null_class",
-        "names": "class_names",
-        "learnt": "classes",
-    }
-    found = {name: facts.get(key) for name, key in keys.items()}
-    as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
-    return as_json if facts else None
+    facts = kind_of(denoiser.conditioning).facts().items()
+    return {_CLASSES[k]: list(v) if isinstance(v, tuple) else v for k, v in facts} or None
 
 
 def _clipping(clipping: Clipping) -> dict[str, Any] | None:

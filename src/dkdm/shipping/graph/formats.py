@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from dkdm.core.conditioning import Condition
 from dkdm.errors import DkdmError, UsageError
+from dkdm.shipping.graph.fault_line import causes
 from dkdm.shipping.graph.tracing import quiet
 
 Format = Literal["onnx", "torch-export"]
@@ -100,27 +101,18 @@ def _name_batch(model: Any) -> None:
 
 def _culprit(error: Exception, program: ExportedProgram) -> str:
     """The module and operator at which the translation stopped."""
-    causes = _chain(error)
-    found = re.search(r"translating node %(\w+?)(_\d+)? ", "\n".join(map(str, causes)))
+    chain = list(causes(error))
+    found = re.search(r"translating node %(\w+?)(_\d+)? ", "\n".join(map(str, chain)))
     nodes = [node for node in program.graph.nodes if found and found[1] in str(node.target)]
     stacks = [list((node.meta.get("nn_module_stack") or {}).values()) for node in nodes]
     if not stacks or not stacks[0]:
-        return f"{type(causes[-1]).__name__}: {str(causes[-1]).splitlines()[0]}"
+        return f"{type(chain[-1]).__name__}: {str(chain[-1]).splitlines()[0]}"
     path, kind = stacks[0][-1]
     place = path.removeprefix("network").removeprefix(".") or "the network itself"
     return (
         f"{place} ({str(kind).rpartition('.')[2]}) uses {nodes[0].target}, which has no "
         "counterpart there; write it with other operations, or use --format torch-export"
     )
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error and its causes, the first cause last."""
-    found = []
-    while error is not None:
-        found.append(error)
-        error = error.__cause__
-    return found
 
 
 def _opened_onnx(path: Path) -> Evaluate:
@@ -140,10 +132,4 @@ def _opened_onnx(path: Path) -> Evaluate:
 
 def _opened_program(path: Path) -> Evaluate:
     module = torch.export.load(path).module()
-
-    def evaluate(inputs: Condition) -> Tensor:
-        with torch.no_grad():
-            found: Tensor = module(**inputs)
-        return found
-
-    return evaluate
+    return torch.no_grad()(lambda inputs: module(**inputs))

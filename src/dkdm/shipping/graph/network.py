@@ -46,13 +46,10 @@ class GraphNetwork(nn.Module):
 
     def evaluate(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """One evaluation; `sample.shape[0]`, never `len`, keeps the batch variable."""
-        fed = {name: self._repeated(name, sample.shape[0]) for name in self.fixed}
+        fixed = {name: getattr(self, f"constant_{name}") for name in self.fixed}
+        fed = {name: row.expand(sample.shape[0], *row.shape) for name, row in fixed.items()}
         fed |= {name: self._cast(value) for name, value in conditions.items()}
         return self.call(self.network, self._cast(sample), timestep, fed).float()
-
-    def _repeated(self, name: str, count: int) -> Tensor:
-        value: Tensor = getattr(self, f"constant_{name}")
-        return value.expand(count, *value.shape)
 
     def _cast(self, value: Tensor) -> Tensor:
         floating = value.is_floating_point() and self.dtype is not None

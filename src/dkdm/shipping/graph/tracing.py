@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -16,20 +15,16 @@ from torch.export import Dim, ExportedProgram
 
 from dkdm.core.conditioning import Condition
 from dkdm.errors import UsageError
+from dkdm.shipping.graph.fault_line import HINT, Trail, reason
 from dkdm.shipping.graph.network import GraphNetwork
-from dkdm.shipping.graph.trail import HINT, Trail, reason
 
 
 class NotAGraphError(UsageError):
-    """A network that cannot be traced.
+    """A network that cannot be traced. reason: what failed, in which module, at which line."""
 
-    reason: what failed, in which module, at which line. bounds: of the batches it takes, if other
-    ones are all that fails.
-    """
-
-    def __init__(self, name: str, reason: str, bounds: dict[str, int]) -> None:
+    def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} cannot be exported as a graph: {reason}; {HINT}")
-        self.reason, self.bounds = reason, bounds
+        self.reason = reason
 
 
 def trace(network: GraphNetwork, inputs: Condition, name: str) -> ExportedProgram:
@@ -38,37 +33,21 @@ def trace(network: GraphNetwork, inputs: Condition, name: str) -> ExportedProgra
     inputs: examples of 3 rows. Raises NotAGraphError naming the module that cannot be traced.
     """
     network.eval()
-    try:
-        return _traced(network, inputs, name, Dim("batch"))
-    except NotAGraphError as error:
-        if not error.bounds:
-            raise
-        return _traced(network, inputs, name, Dim("batch", **error.bounds))
-
-
-def _traced(network: GraphNetwork, inputs: Condition, name: str, batch: Any) -> ExportedProgram:
     trail = Trail(network)
-    shapes: Any = {key: {0: batch} for key in inputs}
+    shapes: Any = {key: {0: Dim.DYNAMIC} for key in inputs}
     try:
         with torch.no_grad(), quiet(), plain_upsampling():
             program = torch.export.export(
                 network, (), kwargs=inputs, dynamic_shapes=shapes, strict=False
             )
     except Exception as error:
-        bounds = _bounds(str(error)) if trail.fixed_in is None else {}
-        raise NotAGraphError(name, reason(error, trail), bounds) from error
+        raise NotAGraphError(name, reason(error, trail)) from error
     finally:
         trail.remove()
     drop_idle_squeezes(program)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines and paths of this machine
     return program
-
-
-def _bounds(message: str) -> dict[str, int]:
-    """The range that torch.export proposes: `batch = Dim('batch', min=2, max=63)`."""
-    found = re.search(r"Dim\('batch', ([^)]*)\)", message)
-    return {k: int(v) for k, v in re.findall(r"(min|max)=(\d+)", found[1])} if found else {}
 
 
 def batch_range(program: ExportedProgram) -> tuple[int, int | None]:
