@@ -228,8 +228,8 @@ def test_its_student_ships_with_them(tmp_path):
     student = student_of("unet-tiny", teacher)
     write_pipeline(tmp_path, student)
     assert shipping_notes(student) == [
-        "its chain was clipped to 0..1; of diffusers' schedulers only DDPM and DDIM clip, "
-        "around 0, and the folder's does not do the same"
+        "its chain was clipped to 0..1, and the folder's scheduler does not: "
+        "only DDPM and DDIM of diffusers clip, and only around 0"
     ]
     again = dkdm.load_teacher(str(tmp_path))
     assert again.value_range == (0.0, 1.0)

@@ -47,9 +47,9 @@ def write_card(
 ) -> bool:
     """Write `README.md`, the model card; returns whether it names a licence.
 
-    teacher: of a distillation. minutes: that the training took. rows: of the table of
-    measurements. metrics: the same for the hub's index. measured_how: how these numbers
-    came about. guidance_scale: that it is to be sampled with.
+    teacher: given for a distillation. minutes: the training's duration. rows: the table of
+    measurements. metrics: the same numbers for the hub's index. measured_how: how they were
+    measured. guidance_scale: the scale to sample with.
     """
     name = folder.absolute().name
     if isinstance(config, DistillConfig):

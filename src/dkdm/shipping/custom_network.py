@@ -16,17 +16,16 @@ from dkdm.models.custom_network import OWN_CLASS, Origin, origin_of
 from dkdm.reading.files import render
 from dkdm.reading.plugins import installed_folders, places_of
 
-# What is there wherever the folder is loaded, since diffusers asks for it or is asked for.
+# Installed wherever the folder is loaded: diffusers and what it requires.
 _ALWAYS_THERE = {"torch", "diffusers", "numpy", "safetensors", "huggingface_hub", "packaging"}
 
 
 @dataclass(frozen=True)
 class Shipment:
-    """What goes into the folder of a network made by a factory.
+    """The Python file of a network that a factory makes.
 
-    file: name of the Python file. text: what is in it. package: the top-level package that it
-    imports the factory from, if its source could not be shipped; None if the source is in the text.
-    requires: other packages that the text imports.
+    file: its name. text: its content. package: the top-level package that it imports the factory
+    from; None if the text holds the factory's source. requires: other packages that it imports.
     """
 
     file: str
@@ -72,10 +71,8 @@ def _source_of(module: str) -> str | None:
 
 
 def _imported_packages(source: str, module: str) -> set[str]:
-    """Top-level names that a source imports, but foreign ones that it can go on without.
-
-    A relative import is of its own package.
-    """
+    """Top-level packages that a source needs: all that it imports, except foreign ones in a `try`
+    that goes on without them. A relative import counts as the module's package."""
     tree = ast.parse(source)
     nodes = list(ast.walk(tree))
     tried = {inner for node in nodes for inner in _tried(node)}
@@ -99,7 +96,7 @@ _MISSING = ("ImportError", "ModuleNotFoundError", "Exception", "BaseException")
 
 
 def _tried(node: ast.AST) -> list[ast.AST]:
-    """What stands in the body of a `try` that catches a missing package and goes on."""
+    """The body of a `try` that catches a missing package and goes on; empty for other nodes."""
     if not isinstance(node, ast.Try):
         return []
     raising = [h for h in node.handlers if any(isinstance(n, ast.Raise) for n in ast.walk(h))]
@@ -110,7 +107,7 @@ def _tried(node: ast.AST) -> list[ast.AST]:
 
 
 def _beside(module: str) -> set[str]:
-    """The module's own package, and the modules that lie beside it where nothing is installed."""
+    """The module's package and, unless it is installed, the modules that lie beside it."""
     top = module.partition(".")[0]
     places = places_of(top)
     if not places or places[-1].is_dir():
@@ -123,7 +120,7 @@ def _beside(module: str) -> set[str]:
 
 
 def shipping_note(network: nn.Module) -> str | None:
-    """What loading the folder needs beside diffusers; None if nothing."""
+    """What loading the folder requires besides diffusers; None for nothing."""
     origin = origin_of(network)
     if origin is None:
         return None

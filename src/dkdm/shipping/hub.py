@@ -1,6 +1,6 @@
 """A finished run on the Hugging Face hub.
 
-The token is the one of `hf auth login` or HF_TOKEN: dkdm never holds it, so it is in no file.
+The token comes from `hf auth login` or HF_TOKEN; dkdm never holds it and writes it to no file.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from dkdm.reading.places import check_folder
 from dkdm.shipping.licence import CARD, origin_of
 from dkdm.version import __version__
 
-STAYS_HERE = ["checkpoint-*", "logs/*", ".*"]  # what is hidden is half written, or somebody else's
+STAYS_HERE = ["checkpoint-*", "logs/*", ".*"]  # hidden files are half written, or not dkdm's
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
 def reserve(hub: HubOptions, output_dir: Path) -> HubOptions:
-    """Before a run: check that its repository can be written to; create it if there is none.
+    """Before a run: check that its repository can be written to; create a missing one.
 
-    Returns the options with the repository's full name, or unchanged if nothing is to be uploaded.
+    Returns the options with the repository's full name; unchanged without --push-to-hub.
     Raises UsageError if the user is not logged in or may not write, DkdmError if the hub cannot be
     reached.
     """
@@ -43,7 +43,7 @@ def reserve(hub: HubOptions, output_dir: Path) -> HubOptions:
 
 
 def publish(hub: HubOptions, output_dir: Path) -> None:
-    """After a run: upload its folder, if that was asked for.
+    """After a run: upload its folder if --push-to-hub is given.
 
     Raises DkdmError with the command that repeats the upload; the run itself is complete.
     """
@@ -63,7 +63,7 @@ def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> s
     """Upload a finished run; returns its address.
 
     hub_model_id: USER/NAME; None takes the run's, or the folder's name under the token's user.
-    private: whether a repository that is made now is. Raises UsageError for a folder that is no
+    private: whether a new repository is private. Raises UsageError for a folder that is no
     finished run, and as `reserve` does.
     """
     if not all((run / name).is_file() for name in ("config.json", CARD)):
@@ -123,7 +123,7 @@ def _repository(wanted: str, private: bool) -> str:
 
 
 def _name_in_card(card: Path, repo_id: str) -> None:
-    """Let the card's lines load the model from the hub, whatever they loaded it from before."""
+    """Let the card's lines load the model from this repository."""
     text = card.read_text(encoding="utf-8")
     quoted = json.dumps(repo_id)
     named = re.sub(r'(\.from_pretrained\()"[^"]*"', lambda match: match[1] + quoted, text)

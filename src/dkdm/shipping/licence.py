@@ -22,7 +22,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class Origin:
-    """What may be said of a teacher elsewhere: no path of this machine is in it.
+    """What others may read of a teacher; it holds no path of this machine.
 
     - `name`: hub id, `builtin:NAME`, `module:factory`, or the last part of a path.
     - `hub_id`: of the teacher itself; None if it is not known to be on the hub.
@@ -49,7 +49,7 @@ def origin_of(teacher: TeacherOptions) -> Origin:
 
 
 def licence_of_student(given: str | None, inherited: Mapping[str, Any]) -> dict[str, Any]:
-    """The licence keys of a student's card: as given, or the teacher's; empty if unknown."""
+    """The licence keys of a student's card: those given or the teacher's; empty if unknown."""
     if given in (None, inherited.get("license"), inherited.get("license_name")):
         return dict(inherited)
     return {"license": given}

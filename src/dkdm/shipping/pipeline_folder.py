@@ -36,7 +36,7 @@ from dkdm.reading.places import copy_folder
 from dkdm.shipping.call_source import call_source
 from dkdm.shipping.custom_network import shipment, shipping_note
 
-# Components that a pipeline of dkdm's own has a parameter for, beside denoiser and scheduler.
+# Components that `pipeline.py` has a parameter for, besides denoiser and scheduler.
 COMPONENTS = (
     *("vae", "vqvae", "image_encoder", "feature_extractor", "safety_checker", "movq"),
     *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
@@ -49,7 +49,7 @@ def component_name(network: nn.Module) -> str:
 
 
 def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
-    """Write network, scheduler, index and all that came with the teacher, as diffusers does.
+    """Write network, scheduler, index and the teacher's other components, as diffusers does.
 
     The folder samples with a pipeline of diffusers if one can feed the network; otherwise it holds
     a short `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm. A network made by
@@ -91,7 +91,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
 
 
 def shipping_notes(denoiser: Denoiser) -> list[str]:
-    """What whoever loads the folder must know or have, if anything."""
+    """What a user who loads the folder must know or install."""
     network, clipping = denoiser.network, denoiser.process.clipping
     own = shipping_note(network) if isinstance(network, nn.Module) else None
     notes = [] if own is None else [own]
@@ -103,8 +103,8 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
     if clipping.range is not None and not clips_as(scheduler_config(denoiser), denoiser.process):
         low, high = clipping.center - clipping.range, clipping.center + clipping.range
         notes.append(
-            f"its chain was clipped to {low:g}..{high:g}; of diffusers' schedulers only DDPM and "
-            "DDIM clip, around 0, and the folder's does not do the same"
+            f"its chain was clipped to {low:g}..{high:g}, and the folder's scheduler does not: "
+            "only DDPM and DDIM of diffusers clip, and only around 0"
         )
     return notes
 
@@ -323,7 +323,7 @@ def _network_alone(folder: str, denoiser: Denoiser) -> str:
 
 
 def _absent(stock: str, denoiser: Denoiser) -> list[str]:
-    """Arguments that say that a component is absent, if diffusers asks for it."""
+    """Arguments for components that diffusers requires and the folder lacks."""
     pipeline = getattr(diffusers, stock)
     wanted = inspect.signature(pipeline.__init__).parameters.keys() - pipeline._optional_components
     entries = denoiser.bundle.entries.items()

@@ -38,12 +38,12 @@ def export_graph(
 ) -> dict[str, Any]:
     """Write a denoiser's network as a graph, a description beside it, and check the file.
 
-    output: the file; its description is the same with .json appended. format: "onnx" or
-    "torch-export" (a .pt2 file). opset: of ONNX, 18 or newer; None is the exporter's own choice.
+    output: the file; .json is appended for its description. format: "onnx" or "torch-export" (a
+    .pt2 file). opset: of ONNX, 18 or newer; None leaves the choice to the exporter.
     The network is put into evaluation mode. The file computes in the network's precision; inputs
     and output are float32. Returns the description. Raises UsageError for files that exist and for
-    a network that is not a graph, naming the module; DkdmError if packages are missing or if the
-    file computes something else than the network (it is kept).
+    a network that cannot be traced, naming the module; DkdmError if packages are missing or if the
+    file computes something else than the network (the file is kept).
     """
     denoiser = denoiser_given("export_graph: denoiser", denoiser)
     output = path_given("export_graph: output", output, "give the file to write")
@@ -87,7 +87,7 @@ def largest_difference(
 ) -> float:
     """Largest |difference| between file and network over batches, by the largest |output|.
 
-    Not a number where either output is not finite; of an output of zeros, what the other has.
+    nan if either output is not finite; for an output of zeros, the other's largest value.
     """
     worst = 0.0
     for batch in batches:

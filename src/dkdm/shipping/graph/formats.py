@@ -1,4 +1,4 @@
-"""Graph files: a traced program written as ONNX or as PyTorch's own .pt2, and opened again."""
+"""Graph files: a traced program written as ONNX or as PyTorch's .pt2, and opened again."""
 
 from __future__ import annotations
 
