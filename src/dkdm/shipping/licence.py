@@ -75,10 +75,9 @@ def _hub_id(spec: str) -> str | None:
     if is_hub_id(spec):
         cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=spec, repo_type="model")
         return spec if cached.is_dir() else None
-    parts = Path(spec).expanduser().absolute().parts
-    snapshots = [a for a, b in zip(parts, parts[1:], strict=False) if b == "snapshots"]
-    found = next((name for name in snapshots if name.startswith("models--")), "")
-    return found.removeprefix("models--").replace("--", "/", 1) or None
+    path = Path(spec).expanduser().absolute().as_posix()
+    found = re.search(r"/models--([^/]+)/snapshots(?:/|$)", path)
+    return found[1].replace("--", "/", 1) if found else None
 
 
 def _card_of(spec: str, subfolder: str | None, revision: str | None) -> Path | None:

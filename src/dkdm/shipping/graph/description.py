@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from dkdm.core.clipping import Clipping
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of
+from dkdm.core.kinds import kind_of, rows_of
 from dkdm.core.prediction import EDM
 from dkdm.shipping.pipeline_folder import scheduler_config
 from dkdm.version import __version__
@@ -29,9 +27,12 @@ def describe_graph(
         "made_with": f"dkdm {__version__}",
         "network": type(denoiser.network).__name__,
         "parameters": denoiser.num_parameters,
-        "precision": _name(denoiser.dtype),
+        "precision": str(denoiser.dtype).removeprefix("torch."),
         "batch": {"min": batch[0], "max": batch[1]},
-        "inputs": [_input(name, value) for name, value in inputs.items()],
+        "inputs": [
+            {"name": name, "shape": ["batch", *row.shape], "dtype": row.dtype}
+            for name, row in rows_of(inputs).items()
+        ],
         "outputs": [{**output, "dtype": "float32"}],
         "prediction_type": own.prediction,
         "variance_type": own.variance,
@@ -56,14 +57,6 @@ def sampling_tables(denoiser: Denoiser) -> dict[str, Any]:
         "steps_offset": process.steps_offset,
         "clipping": _clipping(process.clipping),
     }
-
-
-def _input(name: str, value: Tensor) -> dict[str, Any]:
-    return {"name": name, "shape": ["batch", *value.shape[1:]], "dtype": _name(value.dtype)}
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _CLASSES = {
