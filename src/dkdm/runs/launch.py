@@ -16,8 +16,10 @@ from accelerate.utils import set_seed
 
 from dkdm.config import (
     CheckpointOptions,
+    DistillConfig,
     RunConfig,
     RunOptions,
+    TrainConfig,
     TrainingOptions,
     read_config,
     to_json,
@@ -96,7 +98,7 @@ def checkpoint_to_resume(
 
 
 def carry_out(
-    config: RunConfig,
+    config: DistillConfig | TrainConfig,
     trainer: Trainer,
     found: Path | None,
     measure: Callable[[Denoiser], Measured],
