@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from dkdm.checks.memory_plan import changes, plan, training_mib
+from dkdm.checks.memory_plan import PlannedRun, changes, plan, training_mib
 from dkdm.cli import main
-from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Batch
 from dkdm.errors import UsageError
 from dkdm.evaluation.memory import MIB, LiveStorages, fused_attention
 from factories import denoiser
 
-SMALL = DistillConfig(student="dit-tiny", train_batch_size=8, pool_size=100)
+SMALL = PlannedRun(student="dit-tiny", train_batch_size=8, pool_size=100)
 
 
 @pytest.fixture(scope="module")

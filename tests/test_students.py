@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 import pipelines
-from dkdm.checks.memory_plan import plan
+from dkdm.checks.memory_plan import PlannedRun, plan
 from dkdm.checks.student_table import StudentRow, list_students, print_students
-from dkdm.config import DistillConfig, MeasureOptions
+from dkdm.config import MeasureOptions
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
@@ -274,4 +274,4 @@ def test_a_student_without_text_does_not_fit_a_teacher_with(tmp_path, monkeypatc
     assert "reads no text" in rows["unet-tiny"].misfit
     assert rows["text-unet-tiny"].parameters
     with pytest.raises(UsageError, match="unet-tiny: the student reads no text, and the teacher"):
-        plan(teacher, DistillConfig(student="unet-tiny", pool_size=8))
+        plan(teacher, PlannedRun(student="unet-tiny", pool_size=8))

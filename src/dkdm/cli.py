@@ -288,13 +288,20 @@ def _check_student(options: CheckStudentCommand) -> int:
 
 
 def _plan(options: PlanCommand) -> int:
-    from dkdm.checks.memory_plan import GIB, changes, device_memory_mib, plan, print_plan
+    from dkdm.checks.memory_plan import (
+        GIB,
+        PlannedRun,
+        changes,
+        device_memory_mib,
+        plan,
+        print_plan,
+    )
     from dkdm.models import chosen_teacher
 
     teacher = chosen_teacher(options.teacher_choice, sketched=True)
-    shared = {key: each for key, each in options.flat().items() if key in places(DistillConfig)}
-    config = DistillConfig(guidance_scale="2" if options.plan.guidance else "1", **shared)
-    found = plan(teacher, config, options.plan.gpus)
+    shared = {key: each for key, each in options.flat().items() if key in places(PlannedRun)}
+    run = PlannedRun(guidance_scale="2" if options.plan.guidance else "1", **shared)
+    found = plan(teacher, run, options.plan.gpus)
     limit = device_memory_mib() if options.plan.memory is None else options.plan.memory * GIB
     advice = changes(teacher, found, limit)
     if options.printing.json:

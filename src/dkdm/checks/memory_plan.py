@@ -11,9 +11,17 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from dkdm.config import DistillConfig
+from dkdm.config import (
+    GuidanceOptions,
+    OptimizerOptions,
+    PoolOptions,
+    Precision,
+    StudentChoice,
+    TeacherOptions,
+    TrainingOptions,
+)
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.learning import enable_gradient_checkpointing
+from dkdm.core.learning import prepare
 from dkdm.core.modes import silence_label_dropout
 from dkdm.errors import UsageError
 from dkdm.evaluation.memory import (
@@ -23,10 +31,22 @@ from dkdm.evaluation.memory import (
     fused_attention,
     weights_mib,
 )
+from dkdm.reading.options import Grouped
 from dkdm.students import sketched_student_of
 
 GIB = 2**10  # MiB
 CONTEXT_MIB = 500.0  # CUDA and its libraries on recent cards
+
+
+class PlannedRun(Grouped):
+    """The groups of a run's options that its memory depends on."""
+
+    teacher_choice: TeacherOptions
+    student_choice: StudentChoice
+    training: TrainingOptions
+    guidance: GuidanceOptions
+    pool: PoolOptions
+    optimizer: OptimizerOptions
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class MemoryPlan:
     gpus: devices that share the batch and the pool. pool_size: entries on all of them.
     """
 
-    config: DistillConfig
+    run: PlannedRun
     gpus: int
     pool_size: int
     device: dict[str, float]
@@ -53,14 +73,11 @@ class MemoryPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan and the options it depends on, as JSON values."""
-        given = {name: getattr(self.config, name) for name in _DECISIVE}
-        planned = {
-            "gpus": self.gpus,
-            "pool_size": self.pool_size,
-            "guided": not self.config.guidance.is_off,
-        }
+        choices = {name: getattr(self.run, name) for name in _DECISIVE}
+        choices |= {"gpus": self.gpus, "pool_size": self.pool_size}
+        choices["guided"] = not self.run.guidance.is_off
         held = {"device": self.device, "host": self.host, "device_total": self.device_total}
-        return {"choices": given | planned, **held}
+        return {"choices": choices, **held}
 
 
 _DECISIVE = (
@@ -76,7 +93,7 @@ _DECISIVE = (
 )
 
 
-def plan(teacher: Denoiser, config: DistillConfig, gpus: int = 1) -> MemoryPlan:
+def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
     """The memory that a run takes, measured on torch's meta device: nothing is allocated or loaded.
 
     teacher: its network may be on the meta device. Activations are those of one forward and
@@ -84,69 +101,58 @@ def plan(teacher: Denoiser, config: DistillConfig, gpus: int = 1) -> MemoryPlan:
     allocate inside themselves. Raises UsageError if the student does not fit the teacher, and for
     fewer samples than devices.
     """
-    batch_size = config.training.train_batch_size
+    batch_size, pool, choice = run.training.train_batch_size, run.pool, run.teacher_choice
     if batch_size < gpus:
         raise UsageError(
             f"--gpus {gpus} --train-batch-size {batch_size}: give each GPU at least one sample"
         )
     batch = batch_size // gpus
-    student = _student(teacher, config)
+    student = sketched_student_of(run.student_choice.student, teacher, choice.factory)
+    student.check()
     weights = student.num_parameters * 4 / MIB
-    pool_size = config.pool.pool_size or round(
-        config.pool.rho * teacher.process.num_levels * batch_size
-    )
+    pool_size = pool.pool_size or round(pool.rho * teacher.process.num_levels * batch_size)
     values = pool_size * torch.Size(teacher.sample_shape).numel()
-    pool = values * getattr(torch, config.pool.pool_dtype).itemsize / gpus / MIB
-    held = _in(config.teacher_choice.dtype, teacher)
-    teacher_weights = weights_mib(held)
-    if config.teacher_choice.dtype == "int8":
-        teacher_weights -= _saved_by_int8(teacher)
+    pool_mib = values * getattr(torch, pool.pool_dtype).itemsize / gpus / MIB
+    held, teacher_mib = _held(teacher, choice.dtype)
     with fused_attention():
-        evaluation = evaluation_mib(held, batch * (1 if config.guidance.is_off else 2))
+        evaluation = evaluation_mib(held, batch * (1 if run.guidance.is_off else 2))
     on_host = {
-        "teacher weights": teacher_weights if config.teacher_choice.offload == "layers" else 0.0,
-        "pool": pool if config.pool.pool_device == "cpu" else 0.0,
+        "teacher weights": teacher_mib if choice.offload == "layers" else 0.0,
+        "pool": pool_mib if pool.pool_device == "cpu" else 0.0,
     }
     on_device = {
-        "teacher weights": teacher_weights - on_host["teacher weights"],
+        "teacher weights": teacher_mib - on_host["teacher weights"],
         "teacher evaluation": evaluation,
         "student weights": weights,
         "student gradients": weights,
         "optimizer (AdamW)": 2 * weights,
-        "EMA": weights if config.optimizer.use_ema else 0.0,
-        "student activations": training_mib(student, batch),
-        "pool": pool - on_host["pool"],
+        "EMA": weights if run.optimizer.use_ema else 0.0,
+        "student activations": training_mib(_in_training(student, run.training), batch),
+        "pool": pool_mib - on_host["pool"],
         "CUDA context": CONTEXT_MIB,
     }
-    return MemoryPlan(config, gpus, pool_size, on_device, on_host)
+    return MemoryPlan(run, gpus, pool_size, on_device, on_host)
 
 
-def _in(dtype: str, teacher: Denoiser) -> Denoiser:
-    """The teacher in this precision, on the meta device."""
+def _held(teacher: Denoiser, precision: Precision) -> tuple[Denoiser, float]:
+    """The teacher in this precision, on the meta device, and the MiB of its weights."""
     network: nn.Module = copy.deepcopy(teacher.network)  # type: ignore[assignment]
-    held = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
-    return replace(teacher, network=nn.Module.to(network, "meta", held))
+    dtype = torch.bfloat16 if precision == "int8" else getattr(torch, precision)
+    held = replace(teacher, network=nn.Module.to(network, "meta", dtype))
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    one_byte_each = sum(layer.weight.numel() for layer in linear) if precision == "int8" else 0
+    return held, weights_mib(held) - one_byte_each / MIB
 
 
-def _saved_by_int8(teacher: Denoiser) -> float:
-    """What one byte instead of two for each weight of a linear layer saves, in MiB."""
-    network: nn.Module = teacher.network  # type: ignore[assignment]
-    linear = (m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
-    return sum(linear) / MIB
-
-
-def _student(teacher: Denoiser, config: DistillConfig) -> Denoiser:
-    student = sketched_student_of(
-        config.student_choice.student, teacher, config.teacher_choice.factory
-    )
+def _in_training(student: Denoiser, options: TrainingOptions) -> Denoiser:
+    """The student as it is trained; its network is changed in place."""
     network: nn.Module = student.network  # type: ignore[assignment]
-    student.check()
     silence_label_dropout(network)
-    if config.training.gradient_checkpointing:
-        enable_gradient_checkpointing(network)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.training.mixed_precision)
-    network = nn.Module.to(network, half) if half else network
-    return replace(student, network=network.train().requires_grad_(True))
+    prepare(network, (), options.gradient_checkpointing)
+    return replace(student, network=nn.Module.to(network, _DTYPES[options.mixed_precision]))
+
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def training_mib(student: Denoiser, batch_size: int) -> float:
@@ -180,24 +186,23 @@ class Change:
 
 def changes(teacher: Denoiser, found: MemoryPlan, limit_mib: float) -> list[Change]:
     """Options to take one after the other until a run fits, those that cost nothing first."""
-    taken: list[Change] = []
+    taken, batch = list[Change](), found.run.training.train_batch_size
     for flag, options in _SAVINGS:
         if found.device_total <= limit_mib:
             break
         try:
-            tried = plan(teacher, replace(found.config, **options), found.gpus)
+            tried = plan(teacher, replace(found.run, **options), found.gpus)
         except UsageError:
             continue  # a network that cannot recompute its activations
         if tried.device_total < found.device_total:
             found = tried
             taken.append(Change(flag, tried.device_total))
-    batch = found.config.training.train_batch_size
-    while found.device_total > limit_mib and found.config.training.train_batch_size > found.gpus:
-        smaller = max(found.gpus, found.config.training.train_batch_size // 2)
-        found = plan(teacher, replace(found.config, train_batch_size=smaller), found.gpus)
-    if found.config.training.train_batch_size < batch:
-        flag = f"--train-batch-size {found.config.training.train_batch_size}"
-        flag += " (and more --gradient-accumulation-steps)"
+    smaller = batch
+    while found.device_total > limit_mib and smaller > found.gpus:
+        smaller = max(found.gpus, smaller // 2)
+        found = plan(teacher, replace(found.run, train_batch_size=smaller), found.gpus)
+    if smaller < batch:
+        flag = f"--train-batch-size {smaller} (and more --gradient-accumulation-steps)"
         taken.append(Change(flag, found.device_total))
     return taken
 
@@ -213,7 +218,7 @@ _SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, console: Console) -> None:
     """Print the plan as a table, whether it fits, and what to change."""
-    several, batch = found.gpus > 1, found.config.training.train_batch_size // found.gpus
+    several, batch = found.gpus > 1, found.run.training.train_batch_size // found.gpus
     whose = f"Each of {found.gpus} devices, with a" if several else "A"
     table = Table(
         "",
