@@ -11,10 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dkdm.core.conditioning import dropped
@@ -29,6 +26,7 @@ from dkdm.core.kinds import (
     kind_of,
 )
 from dkdm.errors import UsageError
+from dkdm.reading.arrays import read_arrays
 from dkdm.reading.fields import Fields, is_name, shown
 
 NULL = "null."  # before the names of what guidance leads away from
@@ -219,15 +217,16 @@ def refuse_without_rows(conditioning: Conditioning, name: str) -> None:
 def with_rows(conditioning: Conditioning, path: Path | None) -> Conditioning:
     """A model's conditioning with the rows of a file; None changes nothing.
 
-    path: .safetensors or .npz with a tensor [N, ...] by each name; `null.NAME`, one row, is what
-    guidance leads away from. Raises UsageError for a model without such conditions, and for rows
+    path: a file with a tensor [N, ...] by each name; `null.NAME`, one row, is what guidance leads
+    away from. Raises UsageError for a model without such conditions, and for rows
     with other names or shapes.
     """
     if path is None:
         return conditioning
     if not isinstance(conditioning, GivenRows):
         raise UsageError(f"--cond {path}: this model has no custom conditions: remove --cond")
-    found = {key: _as_row(conditioning, key, v, path) for key, v in _read(path).items()}
+    arrays = read_arrays(f"--cond {path}", path)
+    found = {key: _as_row(conditioning, key, v, path) for key, v in arrays.items()}
     rows = {key: value for key, value in found.items() if not key.startswith(NULL)}
     nulls = {key.removeprefix(NULL): v for key, v in found.items() if key.startswith(NULL)}
     _complete(conditioning, rows, path, "")
@@ -258,16 +257,3 @@ def _as_row(conditioning: GivenRows, key: str, value: Tensor, path: Path) -> Ten
             f"{', '.join(map(str, row.shape))})"
         )
     return value.to(DTYPES[row.dtype])
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. Raises UsageError for a file that holds none; nothing is unpickled."""
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        if path.suffix == ".safetensors":
-            return load_file(path)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UsageError(f"--cond {path} cannot be read: {error}") from error
-    raise UsageError(f"--cond {path}: give a .safetensors or .npz file")

@@ -1,16 +1,19 @@
-"""Tables and tensors that a Python user hands over as a tensor, a numpy array or a list."""
+"""Tables and tensors that a user hands over: a tensor, a numpy array, a list, or a file of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dkdm.errors import UsageError
 from dkdm.reading.arguments import refuse
+from dkdm.reading.sizes import in_a_line
 
 
 def table(name: str, value: Any, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -35,3 +38,39 @@ def tensor(
         return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError, RuntimeError):
         refuse(name, value, accepted)
+
+
+def read_arrays(name: str, path: Path, others: str = "") -> dict[str, Tensor]:
+    """The tensors of a file by their names, "" in a .npy file; nothing is unpickled.
+
+    name: the option and the path, for messages. others: what may be given instead of a file.
+    Raises UsageError for a file of another kind, and for one that cannot be read.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"{name}: give a {', '.join(_READERS)} file{others}")
+    try:
+        return reader(path)
+    except Exception as error:  # a damaged file may raise anything
+        raise UsageError(f"{name} cannot be read: {in_a_line(error)}") from error
+
+
+def _numpy(path: Path) -> dict[str, Tensor]:
+    loaded = np.load(path, allow_pickle=False)
+    arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
+
+
+def _torch(path: Path) -> dict[str, Tensor]:
+    loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    values = loaded if isinstance(loaded, dict) else {"": loaded}
+    return {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+
+
+_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".safetensors": load_file,
+    ".npz": _numpy,
+    ".npy": _numpy,
+    ".pt": _torch,
+    ".pth": _torch,
+}

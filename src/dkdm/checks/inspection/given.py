@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from dkdm.core.checkpoint import read_tensors
 from dkdm.core.denoiser import Denoiser
 from dkdm.data.images import load_image_folder
 from dkdm.errors import DkdmError, UsageError
-from dkdm.reading.sizes import in_a_line
+from dkdm.reading.arrays import read_arrays
 
 MOST = 64
 
@@ -29,11 +25,12 @@ def read_samples(path: Path, denoiser: Denoiser) -> Tensor:
         return _images(path, denoiser)
     if not path.is_file():
         raise UsageError(f"--samples {path}: there is no such file or folder")
-    arrays = _arrays(path)
+    arrays = read_arrays(f"--samples {path}", path, ", or a folder of images").values()
+    rows = [array for array in arrays if array.ndim > 1 and not array.is_complex()]
     shape = tuple(denoiser.sample_shape)
-    fitting = [array for array in arrays if tuple(array.shape[1:]) == shape and len(array) > 1]
+    fitting = [array for array in rows if tuple(array.shape[1:]) == shape and len(array) > 1]
     if not fitting:
-        found = ", ".join(str(tuple(array.shape)) for array in arrays[:4]) or "no arrays"
+        found = ", ".join(str(tuple(array.shape)) for array in rows[:4]) or "no arrays"
         raise UsageError(
             f"--samples {path}: the model takes samples of shape {shape}, found {found}; give an "
             f"array of shape (N, {', '.join(map(str, shape))}) with at least 2 samples"
@@ -42,40 +39,6 @@ def read_samples(path: Path, denoiser: Denoiser) -> Tensor:
     if not samples.isfinite().all():
         raise UsageError(f"--samples {path}: some values are not finite; give finite samples")
     return samples
-
-
-def _arrays(path: Path) -> list[Tensor]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(
-            f"--samples {path}: give a {', '.join(_READERS)} file, or a folder of images"
-        )
-    try:
-        found = reader(path)
-    except Exception as error:  # a damaged file may raise anything
-        raise UsageError(f"--samples {path} cannot be read: {in_a_line(error)}") from error
-    return [array for array in found if array.ndim > 1 and not array.is_complex()]
-
-
-def _numpy(path: Path) -> list[Tensor]:
-    loaded = np.load(path, allow_pickle=False)
-    arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[key] for key in loaded]
-    return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-
-
-def _torch(path: Path) -> list[Tensor]:
-    loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    values = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-_READERS = {
-    ".npy": _numpy,
-    ".npz": _numpy,
-    ".safetensors": lambda path: list(read_tensors(path).values()),
-    ".pt": _torch,
-    ".pth": _torch,
-}
 
 
 def _images(path: Path, denoiser: Denoiser) -> Tensor:
