@@ -17,11 +17,11 @@ from dkdm.core.progress import track
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import count_macs, evaluations_in_turns
 from dkdm.evaluation.numbers import count, number
-from dkdm.models import place
+from dkdm.models.place import device_of_run, place
 from dkdm.students import PRESETS, Preset, sketched_student_of, untried_student_of
 
-MAX_MACS_ON_CPU = 2e11
-"""About ten seconds a batch on one core. More expensive networks are not timed on a CPU."""
+MAX_MACS_ON_CPU = 2e11  # of a batch that is timed there: about ten seconds on one core
+WIDE = 120  # columns that a terminal needs to show a ratio beside its number, not below it
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,15 @@ def _ratio(number: int, of: int) -> float | None:
     return number / of if of else None
 
 
-def _device() -> torch.device:
-    """The accelerator if there is one, otherwise the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def _is_timed(how: MeasureOptions, parameters: int, macs: int) -> bool:
     """Whether a network is small enough to be timed."""
-    slow = _device().type == "cpu" and macs * how.measure_batch_size > MAX_MACS_ON_CPU
+    slow = device_of_run().type == "cpu" and macs * how.measure_batch_size > MAX_MACS_ON_CPU
     return parameters <= how.measure_below * 1e6 and not slow
 
 
 def _conditions(how: MeasureOptions) -> str:
     """Steps, batch, device and threads in words."""
-    kind, threads = _device().type, torch.get_num_threads()
+    kind, threads = device_of_run().type, torch.get_num_threads()
     cores = f", {threads} thread{'s' * (threads > 1)}" if kind == "cpu" else ""
     return f"{how.steps} sampler steps, batches of {how.measure_batch_size}, {kind}{cores}"
 
@@ -114,7 +109,7 @@ def _timed_teacher(teacher: Denoiser, macs: int, how: MeasureOptions) -> Denoise
         network = type(sketched).from_config(sketched.config)
         network = torch.nn.Module.to(network, sketched.dtype)
         teacher = replace(teacher, network=network, call=None)
-    place(teacher, _device())
+    place(teacher, device_of_run())
     return teacher
 
 
@@ -123,7 +118,7 @@ def _with_speed(
 ) -> StudentRow:
     """The row with the measured speed of its student."""
     student = untried_student_of(row.name, teacher)
-    place(student, _device())
+    place(student, device_of_run())
     models = [student] if beside is None else [student, beside]
     speeds = evaluations_in_turns(models, how.measure_batch_size, seconds)
     return replace(
@@ -132,10 +127,6 @@ def _with_speed(
         speed_ratio=None if beside is None else speeds[0] / speeds[1],
         measured=_conditions(how),
     )
-
-
-WIDE = 120
-"""Columns a terminal needs to show a ratio beside its number, not below it."""
 
 
 def print_students(

@@ -148,6 +148,11 @@ class Denoiser(NamedArguments):
         return None if first is None else first.dtype
 
     @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: C, or 2C with a learned variance."""
+        return self.sample_shape[0] * (2 if self.parameterization.learns_variance else 1)
+
+    @property
     def num_parameters(self) -> int:
         """How many parameters the network has."""
         return sum(parameter.numel() for parameter in self._parameters())
@@ -219,8 +224,7 @@ class Denoiser(NamedArguments):
         shown = scale_input(meaning.prediction, x, self.process.at(t)[1], meaning.sigma_data)
         time = self.network_time[t.cpu()].to(x.device, torch.float32)
         output = self._called(self._cast(shown), time, cond)
-        channels = self.sample_shape[0] * (2 if meaning.learns_variance else 1)
-        check_output(self.name, output, x, channels)
+        check_output(self.name, output, x, self.out_channels)
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def _called(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:

@@ -105,9 +105,7 @@ def remember_object(denoiser: Denoiser) -> None:
     network = denoiser.network
     if not isinstance(network, nn.Module) or not is_own(network) or origin_of(network):
         return
-    learned = denoiser.parameterization.learns_variance
-    channels = denoiser.sample_shape[0] * (2 if learned else 1)
-    facts = _facts(denoiser.sample_shape, channels, denoiser.conditioning)
+    facts = _facts(denoiser.sample_shape, denoiser.out_channels, denoiser.conditioning)
     kind, factory, arguments = type(network), None, None
     if _is_importable(kind) and denoiser.call is call_of(network):
         arguments = next((a for a in _candidates(network) if _makes(kind, a, denoiser)), None)

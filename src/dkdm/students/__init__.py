@@ -83,11 +83,9 @@ def sketched_student_of(spec: str, teacher: Denoiser, factory: Factory | None = 
 
 def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = None) -> Denoiser:
     """A student that was not evaluated yet."""
-    learned = teacher.parameterization.learns_variance
-    out_channels = teacher.sample_shape[0] * (2 if learned else 1)
     interface = Interface(
         teacher.sample_shape,
-        out_channels,
+        teacher.out_channels,
         for_student(teacher.conditioning),
         teacher.network,
         teacher.bundle.autoencoder,

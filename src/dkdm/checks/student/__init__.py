@@ -17,7 +17,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import PredictionType
 from dkdm.core.progress import track
 from dkdm.errors import DkdmError
-from dkdm.evaluation.cost import count_macs, evaluations_per_second
+from dkdm.evaluation.cost import count_macs, evaluations_in_turns
 from dkdm.evaluation.numbers import count
 from dkdm.models.custom_network import Factory, is_own
 from dkdm.models.student_process import with_process
@@ -63,11 +63,15 @@ def check_student(
     nothing but torch's compiler cache, which is emptied.
     """
     like = with_process(teacher, prediction, process)
+    remake: Callable[[], Denoiser] | None = None
     try:
-        made = _made(student, like, factory)
+        if isinstance(student, str):
+            remake = partial(untried_student_of, student, like, factory)
+            made = remake()
+        else:
+            made = given_student(student, like)
     except DkdmError as error:
         return Checkup([_not_made(error)], error)
-    remake = partial(_made, student, like, factory) if isinstance(student, str) else None
     try:
         case = Case(made, teacher, remake)
     except Exception as error:
@@ -121,14 +125,6 @@ def _ended(before: list[Finding], last: Finding, what: str, error: Exception) ->
     return Checkup([*before, last], failure)
 
 
-def _made(
-    student: str | Denoiser | nn.Module, teacher: Denoiser, factory: Factory | None
-) -> Denoiser:
-    if isinstance(student, str):
-        return untried_student_of(student, teacher, factory)
-    return given_student(student, teacher)
-
-
 def _not_made(error: DkdmError) -> Finding:
     cause = error.__cause__
     what = str(error) if cause is None else f"{error}{fault_line(error)}"
@@ -142,7 +138,7 @@ def _not_made(error: DkdmError) -> Finding:
 
 
 def _not_called(case: Case, error: Exception) -> Finding:
-    names = "".join(f", {name}=..." for name in case.probe(1).cond)
+    names = "".join(f", {name}=..." for name in case.probe(1) if name not in ("x", "t"))
     remedy = f"it is called as network(x_t, t{names}), with t as one float for each sample"
     return Finding("forward", "problem", in_a_line(error, case.network), remedy)
 
@@ -161,17 +157,17 @@ def _size(case: Case) -> Finding:
     return Finding("network", "ok", f"{type(case.network).__name__}, {mine:,} parameters{share}")
 
 
-def _speed(case: Case) -> Iterator[Finding]:
+def _speed(case: Case) -> list[Finding]:
     """Multiply-accumulates and evaluations a second, beside the teacher's."""
     models = case.student, case.teacher
     macs = [count_macs(model) for model in models]
-    rates = [evaluations_per_second(model, TIMED_BATCH, 0.5) for model in models]
+    rates = evaluations_in_turns(models, TIMED_BATCH, 0.5)
     share = f" ({macs[0] / macs[1]:.1%} of the teacher's)" if macs[1] else ""
     what = (
         f"{count(macs[0])} MACs an evaluation{share}; {rates[0]:,.0f} evaluations a second in "
         f"batches of {TIMED_BATCH}, the teacher {rates[1]:,.0f}"
     )
-    yield Finding("speed", "ok", what)
+    return [Finding("speed", "ok", what)]
 
 
 LOOKS: dict[str, Look] = {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from dkdm.checks.findings import Finding, Status
-from dkdm.checks.student.case import Case, Probe, differ
-from dkdm.errors import UsageError
+from dkdm.checks.student.case import Case, Probe, differ, with_rows_of
+from dkdm.core.kinds import null_or_none
 from dkdm.shipping.graph.fault_line import in_a_line
 
 
@@ -20,16 +21,16 @@ def shapes(case: Case) -> Iterator[Finding]:
     for count, training, reach in ((3, False, 0.8), (1, False, 0.8), (3, True, 0.8), (2, False, 1)):
         probe = case.probe(count, reach=reach)
         output = case.answer(network.train(training), probe)
-        wanted = (count, case.channels, *probe.x.shape[2:])
+        wanted = (count, case.student.out_channels, *probe["x"].shape[2:])
         if tuple(output.shape) != wanted:
             mode = "training" if training else "evaluation"
-            given = f"{count} samples of {tuple(probe.x.shape[1:])}"
+            given = f"{count} samples of {tuple(case.student.sample_shape)}"
             what = f"gives {tuple(output.shape)} for {given} in {mode} mode, instead of {wanted}"
             remedy = "return as many channels as the factory's second argument says"
             yield Finding("shapes", "problem", what, remedy)
             return
         if not output.isfinite().all():
-            times = ", ".join(f"{time:g}" for time in probe.time.tolist())
+            times = ", ".join(f"{time:g}" for time in probe["t"].tolist())
             what = f"not finite for {count} random samples at t = {times}"
             remedy = "look for a division by zero, a log or a root of the times, or empty weights"
             yield Finding("shapes", "problem", what, remedy)
@@ -38,41 +39,36 @@ def shapes(case: Case) -> Iterator[Finding]:
 
 
 @torch.no_grad()
-def null_class(case: Case) -> Iterator[Finding]:
+def null_class(case: Case) -> list[Finding]:
     """Whether it takes the null condition, which guidance and condition dropout need."""
+    if not null_or_none(case.student.conditioning, 2):
+        return []
     try:
-        probe = case.probe(2, null=True)
-    except UsageError:  # this teacher has no such condition
-        return
-    if not probe.cond:
-        return
-    try:
-        case.answer(case.perturbed, probe)
+        case.answer(case.perturbed, case.probe(2, null=True))
     except Exception as error:
         remedy = "with null_class, a table of classes needs max(num_classes, null_class + 1) rows"
-        yield Finding("null condition", "problem", in_a_line(error, case.perturbed), remedy)
-    else:
-        yield Finding("null condition", "ok", "works")
+        return [Finding("null condition", "problem", in_a_line(error, case.perturbed), remedy)]
+    return [Finding("null condition", "ok", "works")]
 
 
 @torch.no_grad()
-def untouched(case: Case) -> Iterator[Finding]:
+def untouched(case: Case) -> list[Finding]:
     """Whether it leaves its inputs unchanged: the loss and the teacher's step read them again."""
-    probe = case.probe(3)
-    fed, before = probe.copied(), probe.inputs()
-    case.call(case.perturbed, *fed)
-    changed = [n for n, value in fed.inputs().items() if not torch.equal(value, before[n])]
-    if changed:
-        what = f"the network changes its {' and '.join(changed)} in place"
-        remedy = "write x = x + ... instead of x += ..., and call no .mul_() on an argument"
-        yield Finding("inputs", "problem", what, remedy)
+    before = case.probe(3)
+    fed = {name: value.clone() for name, value in before.items()}
+    case.evaluate(case.perturbed, fed)
+    changed = [name for name in fed if not torch.equal(fed[name], before[name])]
+    what = f"the network changes its {' and '.join(changed)} in place"
+    remedy = "write x = x + ... instead of x += ..., and call no .mul_() on an argument"
+    return [Finding("inputs", "problem", what, remedy)] if changed else []
 
 
 @torch.no_grad()
 def precision(case: Case) -> Iterator[Finding]:
     """bfloat16, as weights and by autocast."""
     probe = case.probe(3)
-    half = probe.to(torch.bfloat16)
+    floating = {n: v for n, v in probe.items() if v.is_floating_point() and n != "t"}
+    half = probe | {name: value.bfloat16() for name, value in floating.items()}
 
     def as_weights() -> Tensor:
         network = nn.Module.to(case.copied(), torch.bfloat16)  # diffusers' own to() logs advice
@@ -109,12 +105,14 @@ def dependence(case: Case) -> Iterator[Finding]:
         remedy = "draw random numbers in training mode only; what it depends on was not checked"
         yield Finding("deterministic", "warning", what, remedy)
         return
-    for name in case.inputs:
-        if name in one.cond and torch.equal(one.cond[name], other.cond[name]):
+    for name in one:
+        if name in case.student.constants or name == "guidance":
+            continue
+        if torch.equal(one[name], other[name]):
             what = f"could not be checked: {name} has a single value"
             yield Finding(f"uses {name}", "ok", what)
             continue
-        changed = case.answer(case.perturbed, one.with_rows_of(other, name, range(3)))
+        changed = case.answer(case.perturbed, {**one, name: other[name]})
         if not differ(output, changed):
             status: Status = "problem" if name in ("x", "t") else "warning"
             what = f"the output does not depend on {name}"
@@ -138,26 +136,23 @@ def mixes(case: Case, network: nn.Module, one: Probe, other: Probe, name: str) -
     """Whether a sample's output changes with another sample's input."""
     before = case.answer_alike(network, one)
     for rows, rest in (([0], [1, 2]), ([1, 2], [0])):
-        after = case.answer_alike(network, one.with_rows_of(other, name, rows))
+        after = case.answer_alike(network, with_rows_of(one, other, name, rows))
         if differ(before[rest], after[rest]):
             return True
     return False
 
 
 @torch.no_grad()
-def batch_statistics(case: Case) -> Iterator[Finding]:
+def batch_statistics(case: Case) -> list[Finding]:
     """Whether samples influence one another in training mode, as with BatchNorm."""
-    network = case.copied().train()
-    network.load_state_dict(case.perturbed.state_dict())
-    probe = case.probe(3)
+    network, probe = copy.deepcopy(case.perturbed).train(), case.probe(3)
     if not mixes(case, network, probe, case.other_probe(probe), "x"):
-        yield Finding("samples", "ok", "are independent in training")
-        return
+        return [Finding("samples", "ok", "are independent in training")]
     kind = nn.modules.batchnorm._BatchNorm
     norms = [name for name, module in network.named_modules() if isinstance(module, kind)]
     names = f" through BatchNorm: {listed(norms)}" if norms else ""
     remedy = "use GroupNorm: batches hold all noise levels in training, and one level in sampling"
-    yield Finding("samples", "warning", f"influence one another in training{names}", remedy)
+    return [Finding("samples", "warning", f"influence one another in training{names}", remedy)]
 
 
 def listed(names: list[str], count: int = 4) -> str:

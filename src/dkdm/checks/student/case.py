@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.calls import Call, Network
-from dkdm.core.conditioning import Condition
+from dkdm.core.calls import Network
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import silence_label_dropout
 from dkdm.models.custom_network import awakened
@@ -20,36 +18,8 @@ from dkdm.models.custom_network import awakened
 # changes by hundreds of times as much when it is replaced by something else.
 TOLERANCE = 1e-5
 
-
-class Probe(NamedTuple):
-    """What a network is fed: x [B, ...], time float [B], cond as embedded."""
-
-    x: Tensor
-    time: Tensor
-    cond: Condition
-
-    def with_rows_of(self, other: Probe, what: str, rows: Iterable[int]) -> Probe:
-        """This probe with some rows of one input ("x", "t" or a condition) from another."""
-        index = list(rows)
-        mixed = self.inputs()[what].clone()
-        mixed[index] = other.inputs()[what][index]
-        if what in self.cond:
-            return self._replace(cond={**self.cond, what: mixed})
-        return self._replace(x=mixed) if what == "x" else self._replace(time=mixed)
-
-    def inputs(self) -> dict[str, Tensor]:
-        """All inputs by name."""
-        return {"x": self.x, "t": self.time, **self.cond}
-
-    def copied(self) -> Probe:
-        """A copy of all tensors."""
-        cond = {key: value.clone() for key, value in self.cond.items()}
-        return Probe(self.x.clone(), self.time.clone(), cond)
-
-    def to(self, dtype: torch.dtype) -> Probe:
-        """States and conditions in another precision; times stay float32, as in training."""
-        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.cond.items()}
-        return Probe(self.x.to(dtype), self.time, cond)
+# What a network is fed, by name: x [B, ...], t float [B], and conditions as they are embedded.
+Probe = dict[str, Tensor]
 
 
 @dataclass(eq=False)
@@ -68,30 +38,13 @@ class Case:
 
     def __post_init__(self) -> None:
         self.perturbed = awakened(self.network).eval()
+        silence_label_dropout(self.perturbed)
 
     @property
     def network(self) -> nn.Module:
         """The student's network as it was made; the check never changes it."""
         network: nn.Module = self.student.network  # type: ignore[assignment]
         return network
-
-    @property
-    def call(self) -> Call:
-        """How the network is called."""
-        assert self.student.call is not None
-        return self.student.call
-
-    @property
-    def channels(self) -> int:
-        """How many channels it has to give."""
-        learned = self.student.parameterization.learns_variance
-        return self.student.sample_shape[0] * (2 if learned else 1)
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of all its inputs."""
-        constant = set(self.student.constants) | {"guidance"}
-        return ["x", "t", *(name for name in self.probe(2).cond if name not in constant)]
 
     def copied(self) -> nn.Module:
         """A copy of the network, to be changed."""
@@ -106,30 +59,30 @@ class Case:
         """
         student = self.student
         random = torch.Generator().manual_seed(seed)
-        x = torch.randn(count, *student.sample_shape, generator=random).to(student.device)
-        last = student.process.num_levels - 1
-        low, high = (1 - reach) / 2, (1 + reach) / 2
-        t = (torch.linspace(low, high, count) * last).round().long().roll(seed)
+        shares = torch.linspace((1 - reach) / 2, (1 + reach) / 2, count)
+        t = (shares * (student.process.num_levels - 1)).round().long().roll(seed)
+        fed = {
+            "x": torch.randn(count, *student.sample_shape, generator=random),
+            "t": student.network_time[t].float(),
+            **{
+                name: value.expand(count, *value.shape) for name, value in student.constants.items()
+            },
+        }
         turns = student.conditioning.in_turns(count + seed)
         later = {name: value[seed:] for name, value in turns.items()}
-        drawn = student.conditioning.null(count) if null else later
-        cond = {k: v.expand(count, *v.shape) for k, v in student.constants.items()}
-        cond |= student.conditioning.embed(drawn)
+        fed |= student.conditioning.embed(student.conditioning.null(count) if null else later)
         if student.embeds_guidance:
-            cond["guidance"] = torch.full((count,), 2.0)
-        on_device = {key: value.to(x.device) for key, value in cond.items()}
-        return Probe(x, student.network_time[t].to(x.device, torch.float32), on_device)
+            fed["guidance"] = torch.full((count,), 2.0)
+        return {name: value.to(student.device) for name, value in fed.items()}
 
     def other_probe(self, probe: Probe) -> Probe:
         """Inputs for as many samples that differ from the given ones in every row.
 
         If there is a single prompt or class, its embedding or id is replaced by an invented one.
         """
-        other = self.probe(len(probe.x), seed=1)
-        for name, value in other.cond.items():
-            if torch.equal(value, probe.cond[name]):
-                other.cond[name] = self._unlike(name, value)
-        return other
+        other = self.probe(len(probe["x"]), seed=1)
+        same = [name for name, value in other.items() if torch.equal(value, probe[name])]
+        return other | {name: self._unlike(name, other[name]) for name in same}
 
     def _unlike(self, name: str, value: Tensor) -> Tensor:
         if "mask" in name:  # only the first token counts
@@ -140,9 +93,15 @@ class Case:
         null = getattr(self.student.conditioning, "null_class", None)
         return value if null is None else torch.full_like(value, null)
 
+    def evaluate(self, network: Network, probe: Probe) -> Tensor:
+        """One evaluation, as training calls it."""
+        cond = {name: value for name, value in probe.items() if name not in ("x", "t")}
+        assert self.student.call is not None
+        return self.student.call(network, probe["x"], probe["t"], cond)
+
     def answer(self, network: Network, probe: Probe) -> Tensor:
-        """One evaluation, as training calls it, on a copy of the inputs."""
-        return self.call(network, *probe.copied())
+        """One evaluation on a copy of the inputs."""
+        return self.evaluate(network, {name: value.clone() for name, value in probe.items()})
 
     def answer_alike(self, network: nn.Module, probe: Probe) -> Tensor:
         """One evaluation that can be repeated: random numbers and buffers are restored.
@@ -162,3 +121,10 @@ def differ(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs differ by more than rounding."""
     largest = one.abs().max().clamp(min=1e-12)
     return bool((one - other).abs().max() > TOLERANCE * largest)
+
+
+def with_rows_of(probe: Probe, other: Probe, name: str, rows: list[int]) -> Probe:
+    """A probe with some rows of one input from another."""
+    mixed = probe[name].clone()
+    mixed[rows] = other[name][rows]
+    return {**probe, name: mixed}

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
 from dkdm.checks.findings import Finding
 from dkdm.checks.student.case import Case, Probe
-from dkdm.core.conditioning import Condition
 from dkdm.shipping.graph import TOLERANCES, largest_difference
 from dkdm.shipping.graph.fault_line import at_line, fault_line, in_a_line
 from dkdm.shipping.graph.network import GraphNetwork, random_inputs
 from dkdm.shipping.graph.tracing import NotAGraphError, batch_range, quiet, trace
-
-
-class Called(nn.Module):
-    """A network as training calls it, with positional arguments."""
-
-    def __init__(self, case: Case, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.call = case.call
-
-    def forward(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-        """The output."""
-        return self.call(self.network, x, time, cond)
 
 
 @contextmanager
@@ -47,35 +33,34 @@ def _anew() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def compiles(case: Case, backend: str = "aot_eager") -> Iterator[Finding]:
+def compiles(case: Case, backend: str = "aot_eager") -> list[Finding]:
     """torch.compile, forward and backward; graph breaks are counted and located."""
-    called, probe = Called(case, case.copied().eval().requires_grad_(True)), case.probe(3)
+    called = partial(case.evaluate, case.copied().eval().requires_grad_(True))
+    probe = case.probe(3)
     with torch.no_grad():
-        expected = called(*probe)
+        expected = called(probe)
     with _anew():
         try:
-            output = torch.compile(called, backend=backend)(*probe)
+            output = torch.compile(called, backend=backend)(probe)
             output.sum().backward()
         except Exception as error:
             what = f"fails ({backend}): {in_a_line(error, case.network)}"
-            yield Finding("torch.compile", "warning", what, "train it without torch.compile")
-            return
+            return [Finding("torch.compile", "warning", what, "train it without torch.compile")]
         broken = bool(counters["graph_break"])
         places = _breaks(called, probe, case.network) if broken else []
     if broken:
         where = f", {len(places)}: {', '.join(places)}" if places else ""
         what = f"works ({backend}), with graph breaks{where}"
         remedy = "avoid .item(), print and Python control flow on values of tensors there"
-        yield Finding("torch.compile", "warning", what, remedy)
-    elif (output - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1e-6):
+        return [Finding("torch.compile", "warning", what, remedy)]
+    if (output - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1e-6):
         what, remedy = f"({backend}) answers differently", "do not compile it"
-        yield Finding("torch.compile", "warning", what, remedy)
-    else:
-        yield Finding("torch.compile", "ok", f"works ({backend}), without graph breaks")
+        return [Finding("torch.compile", "warning", what, remedy)]
+    return [Finding("torch.compile", "ok", f"works ({backend}), without graph breaks")]
 
 
-def _breaks(called: Called, probe: Probe, network: nn.Module) -> list[str]:
-    explained: Any = torch._dynamo.explain(called)(*probe)
+def _breaks(called: Callable[[Probe], Tensor], probe: Probe, network: nn.Module) -> list[str]:
+    explained: Any = torch._dynamo.explain(called)(probe)
     found = []
     for reason in explained.break_reasons:
         stack = [frame for frame in reason.user_stack if "/dkdm/" not in frame.filename]
@@ -85,38 +70,27 @@ def _breaks(called: Called, probe: Probe, network: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def devices(case: Case) -> Iterator[Finding]:
+def devices(case: Case) -> list[Finding]:
     """Whether it makes tensors on the CPU when all others are on another device, the meta one.
 
     What depends on the values of tensors cannot be checked there; only a real GPU can.
     """
-    called, probe = Called(case, case.copied().eval()), case.probe(3)
+    network = nn.Module.to(case.copied().eval(), "meta")
+    probe = {name: value.to("meta") for name, value in case.probe(3).items()}
     with _anew(), FakeTensorMode(allow_non_fake_inputs=True):
-        state = [*called.named_parameters(), *called.named_buffers()]
-        moved = {name: torch.empty_like(value, device="meta") for name, value in state}
-        x, time, cond = (_elsewhere(value) for value in probe)
         try:
-            functional_call(called, moved, (x, time, cond))
+            case.evaluate(network, probe)
         except Exception as error:
             if " different devices" not in str(error) and "two devices" not in str(error):
-                what = f"could not be checked: {in_a_line(error, called.network)}"
-                yield Finding("device", "ok", what)
-                return
-            where = fault_line(error, called.network)
-            what = f"fails on a GPU: it makes a tensor on the CPU{where}"
+                what = f"could not be checked: {in_a_line(error, network)}"
+                return [Finding("device", "ok", what)]
+            what = f"fails on a GPU: it makes a tensor on the CPU{fault_line(error, network)}"
             remedy = "make it on x.device, as in torch.arange(n, device=x.device), or as a buffer"
-            yield Finding("device", "warning", what, remedy)
-        else:
-            yield Finding("device", "ok", "works on any device")
+            return [Finding("device", "warning", what, remedy)]
+    return [Finding("device", "ok", "works on any device")]
 
 
-def _elsewhere(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty_like(value, device="meta")
-    return {name: _elsewhere(each) for name, each in value.items()}
-
-
-def exports(case: Case) -> Iterator[Finding]:
+def exports(case: Case) -> list[Finding]:
     """torch.export with any number of samples."""
     denoiser = replace(case.student, network=nn.Module.to(case.copied(), "cpu"))
     inputs = random_inputs(denoiser, 3)
@@ -125,14 +99,12 @@ def exports(case: Case) -> Iterator[Finding]:
         program = trace(network, inputs, denoiser.name)
     except NotAGraphError as error:
         remedy = "correct it if you need the graph; training and sampling are not affected"
-        yield Finding("torch.export", "warning", f"fails: {error.reason}", remedy)
-        return
+        return [Finding("torch.export", "warning", f"fails: {error.reason}", remedy)]
     module = program.module()
     difference = largest_difference(denoiser, network, lambda fed: module(**fed), (2,))
     if not difference <= TOLERANCES[torch.float32]:
         what, remedy = "the graph answers differently", "do not export it"
-        yield Finding("torch.export", "warning", what, remedy)
-        return
+        return [Finding("torch.export", "warning", what, remedy)]
     _, limit = batch_range(program)
     what = "any number of" if limit is None else f"up to {limit}"
-    yield Finding("torch.export", "ok", f"works for {what} samples")
+    return [Finding("torch.export", "ok", f"works for {what} samples")]

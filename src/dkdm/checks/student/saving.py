@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dkdm.checks.findings import Finding
 from dkdm.checks.student.behaviour import listed
@@ -63,7 +64,7 @@ def plain_modules(case: Case) -> Iterator[Finding]:
     names = [
         name
         for name, value in _attributes(case.network, list, tuple, dict).items()
-        if any(each not in known and each.state_dict() for each in _modules(value))
+        if any(each not in known and each.state_dict() for each in _modules_in(value))
     ]
     if names:
         what = f"layers that are neither trained, saved nor moved: {listed(names)}"
@@ -71,21 +72,16 @@ def plain_modules(case: Case) -> Iterator[Finding]:
         yield Finding("plain modules", "problem", what, remedy)
 
 
-def _modules(value: Any) -> Iterator[nn.Module]:
+def _modules_in(value: Any) -> list[nn.Module]:
     """The modules in a list, tuple or dict, however deep."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _modules(each)
+    return [each for each in tree_leaves(value) if isinstance(each, nn.Module)]
 
 
 @torch.no_grad()
-def reload(case: Case) -> Iterator[Finding]:
+def reload(case: Case) -> list[Finding]:
     """The weights in another network from the same factory."""
     if case.remake is None:
-        yield Finding("reload", "ok", "not tried: the network was given as an object")
-        return
+        return [Finding("reload", "ok", "not tried: the network was given as an object")]
     remade: nn.Module = case.remake().network.to(case.student.device)  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
         save_network(case.perturbed, Path(folder))
@@ -93,18 +89,17 @@ def reload(case: Case) -> Iterator[Finding]:
             load_network_weights(remade, Path(folder))
         except DkdmError as error:
             what = f"the factory makes another network each time: {str(error).partition(': ')[2]}"
-            yield Finding("reload", "problem", what, "let it depend on its arguments only")
-            return
+            return [Finding("reload", "problem", what, "let it depend on its arguments only")]
     if _answers_alike(case, remade):
-        yield Finding("reload", "ok", "gives the same output in another network from the factory")
-        return
+        what = "gives the same output in another network from the factory"
+        return [Finding("reload", "ok", what)]
     hidden = listed(_hidden_state(case.network, remade)) or "not found: look for random numbers"
     what = f"another network with the same weights answers differently; not in state_dict: {hidden}"
     remedy = (
         "register what is random or learned as a buffer or parameter: otherwise a saved student "
         "cannot be restored"
     )
-    yield Finding("reload", "problem", what, remedy)
+    return [Finding("reload", "problem", what, remedy)]
 
 
 def _answers_alike(case: Case, other: nn.Module) -> bool:
@@ -131,17 +126,14 @@ def _unlike(one: Any, other: Any) -> bool:
 
 
 @torch.no_grad()
-def shipping(case: Case) -> Iterator[Finding]:
+def shipping(case: Case) -> list[Finding]:
     """The file that a finished run holds, loaded as diffusers loads it."""
-    origin = origin_of(case.network)
+    origin, note = origin_of(case.network), shipping_note(case.network)
     if origin is None:
-        name = type(case.network).__name__
-        yield Finding("shipping", "ok", f"diffusers loads {name} from the folder that dkdm writes")
-        return
-    note = shipping_note(case.network)
+        what = f"diffusers loads {type(case.network).__name__} from the folder that dkdm writes"
+        return [Finding("shipping", "ok", what)]
     if origin.factory is None:
-        yield Finding("shipping", "warning", str(note), "give module:factory instead of an object")
-        return
+        return [Finding("shipping", "warning", str(note), "give module:factory, not an object")]
     try:
         shipped = _made_by_file(shipment(origin).text, origin.save_config)
         load_strict(shipped, case.perturbed.state_dict(), "the shipped file")
@@ -149,15 +141,14 @@ def shipping(case: Case) -> Iterator[Finding]:
     except Exception as error:
         what = f"its file does not work alone: {in_a_line(error)}"
         remedy = "let the factory's module run by itself, and read only attributes of conditioning"
-        yield Finding("shipping", "warning", what, remedy)
-        return
+        return [Finding("shipping", "warning", what, remedy)]
     if not same:
-        what, remedy = "the shipped file answers differently", "see reload"
-        yield Finding("shipping", "warning", what, remedy)
-    elif note:
-        yield Finding("shipping", "warning", note, "put all of its code into one file")
-    else:
-        yield Finding("shipping", "ok", "as one file; diffusers loads it without dkdm")
+        return [
+            Finding("shipping", "warning", "the shipped file answers differently", "see reload")
+        ]
+    if note:
+        return [Finding("shipping", "warning", note, "put all of its code into one file")]
+    return [Finding("shipping", "ok", "as one file; diffusers loads it without dkdm")]
 
 
 def _made_by_file(text: str, save_config: Any) -> Any:

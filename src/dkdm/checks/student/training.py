@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dkdm.checks.findings import Finding
 from dkdm.checks.student.behaviour import listed
@@ -15,6 +16,7 @@ from dkdm.core.denoiser import Batch
 from dkdm.core.learning import enable_gradient_checkpointing
 from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import Objective
+from dkdm.core.process import per_sample
 from dkdm.errors import UsageError
 
 STEPS = 10
@@ -23,8 +25,7 @@ LEARNING_RATES = (1e-3, 1e-4)
 
 def gradients(case: Case) -> Iterator[Finding]:
     """Whether every parameter has an effect, with noise on all, so that no zero hides another."""
-    network = case.copied().train().requires_grad_(True)
-    network.load_state_dict(case.perturbed.state_dict())
+    network = copy.deepcopy(case.perturbed).train().requires_grad_(True)
     backward(case, network)
     named = list(network.named_parameters())
     absent = [name for name, weight in named if weight.grad is None]
@@ -44,26 +45,24 @@ def gradients(case: Case) -> Iterator[Finding]:
         yield Finding("fixed weights", "ok", what)
 
 
-def backward(case: Case, network: nn.Module) -> Tensor:
-    """Compute gradients of a random weighting of the output; returns the output."""
+def backward(case: Case, network: nn.Module) -> None:
+    """Compute gradients of a random weighting of the output."""
     output = case.answer(network, case.probe(3))
     random = torch.Generator().manual_seed(1)
     weights = torch.randn(output.shape, generator=random).to(output)
     (output * weights).sum().backward()
-    return output.detach()
 
 
-def learning(case: Case) -> Iterator[Finding]:
+def learning(case: Case) -> list[Finding]:
     """Whether the loss on one batch falls within a few steps."""
     for rate in LEARNING_RATES:
         losses = _losses(case, rate)
         if min(losses) < 0.99 * losses[0]:
             what = f"{losses[0]:.4g} -> {min(losses):.4g} in {STEPS} steps on one batch"
-            yield Finding("learns", "ok", what)
-            return
+            return [Finding("learns", "ok", what)]
     what = f"the loss on one batch stays at {losses[0]:.4g} for {STEPS} steps"
     remedy = "look for a detach(), a no_grad, or an output whose range excludes the target"
-    yield Finding("learns", "problem", what, remedy)
+    return [Finding("learns", "problem", what, remedy)]
 
 
 def _losses(case: Case, learning_rate: float) -> list[float]:
@@ -87,18 +86,17 @@ def _batch(case: Case) -> Batch:
     """States as the teacher reaches them."""
     process, probe = case.teacher.process, case.probe(4)
     t = torch.linspace(0.1, 0.9, 4).mul(process.num_levels - 1).round().long()
-    scale = process.at(t)[1].clamp(min=1).reshape(-1, *[1] * (probe.x.ndim - 1)).to(probe.x)
-    return Batch(probe.x * scale, t, case.student.conditioning.in_turns(4), t)
+    scale = per_sample(process.at(t)[1].clamp(min=1), probe["x"])
+    return Batch(probe["x"] * scale, t, case.student.conditioning.in_turns(4), t)
 
 
-def checkpointing(case: Case) -> Iterator[Finding]:
+def checkpointing(case: Case) -> list[Finding]:
     """Whether the backward pass can recompute activations."""
     network = case.copied().train().requires_grad_(True)
     try:
         enable_gradient_checkpointing(network)
     except UsageError:
         what = "not supported: it has no enable_gradient_checkpointing()"
-    else:
-        backward(case, network)
-        what = "--gradient-checkpointing works"
-    yield Finding("checkpointing", "ok", what)
+        return [Finding("checkpointing", "ok", what)]
+    backward(case, network)
+    return [Finding("checkpointing", "ok", "--gradient-checkpointing works")]

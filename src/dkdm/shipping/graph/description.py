@@ -21,8 +21,10 @@ def describe_graph(
     inputs: examples, of which shapes and types are taken. batch: smallest and largest.
     """
     own, coder = denoiser.parameterization, denoiser.bundle.autoencoder
-    channels = denoiser.sample_shape[0] * (2 if own.learns_variance else 1)
-    output = {"name": "output", "shape": ["batch", channels, *denoiser.sample_shape[1:]]}
+    output = {
+        "name": "output",
+        "shape": ["batch", denoiser.out_channels, *denoiser.sample_shape[1:]],
+    }
     return {
         "made_with": f"dkdm {__version__}",
         "network": type(denoiser.network).__name__,
