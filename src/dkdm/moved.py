@@ -41,6 +41,7 @@ RENAMED = {
     "finish": "runs.outputs",
     "generated": "reading.files",
     "inspection.memory": "evaluation.memory",
+    "inspection.tables": "checks.inspection.facts",
     "listing": "checks.student_table",
     "own": "models.custom_network",
     "pictures": "report.grids",

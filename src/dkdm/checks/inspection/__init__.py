@@ -2,9 +2,8 @@
 
 from dkdm.checks.inspection.check import DenoisingCheck, Spread, check_denoising, quick_check
 from dkdm.checks.inspection.denoising import LevelError
-from dkdm.checks.inspection.facts import Inspection, inspect_denoiser
+from dkdm.checks.inspection.facts import Inspection, inspect_denoiser, print_inspection
 from dkdm.checks.inspection.given import read_samples
-from dkdm.checks.inspection.tables import print_inspection
 
 __all__ = [
     "DenoisingCheck",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from dkdm.checks.inspection.denoising import (
     level_errors,
     samples_needed,
 )
-from dkdm.checks.inspection.readings import MAX_TRIALS, Change, applied, cure_of
+from dkdm.checks.inspection.readings import MAX_TRIALS, applied, cure_of
 from dkdm.checks.inspection.remedy import corrected, in_words
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import denoiser_given
@@ -88,9 +88,8 @@ def check_denoising(
     images: [N, ...] to noise instead of the samples, in the model's range and shape. max_trials:
     how many other readings of the same network are tried if it does not denoise. If the schedule
     does not end in noise, or with fewer than ten steps, samples say nothing against the model, and
-    without images there is no verdict. A schedule that is only a little off may pass. The mode and
-    the evaluation counter are restored.
-    Raises UsageError for fewer than two samples or images, and for images of another shape.
+    without images there is no verdict. A schedule that is only a little off may pass. The mode is
+    restored. Raises UsageError for fewer than two samples or images, and for other shapes.
     """
     denoiser = denoiser_given("check_denoising: denoiser", denoiser)
     real = None if images is None else as_tensor("check_denoising: images", images).float()
@@ -106,7 +105,7 @@ def check_denoising(
         drawn = drawn_samples(denoiser, num_samples, num_steps, seed, "denoising check")
         used = drawn if real is None else given_samples(denoiser, real)
         diverged = real is None and not bool(drawn.x_0.isfinite().all())
-        levels = () if diverged else level_errors(denoiser, used, seed)
+        levels = () if diverged else tuple(level_errors(denoiser, used, seed))
         warnings = () if diverged else (*_about_samples(denoiser.process, drawn.x_0, real),)
         result = partial(DenoisingCheck, levels=levels, samples=_spread(drawn.x_0))
         if denoises(levels):
@@ -115,22 +114,22 @@ def check_denoising(
         if may_mislead and num_steps < min(MIN_STEPS, denoiser.process.num_levels):
             return result(None, warnings=(*warnings, _few_steps(num_steps)))
         cure = cure_of(denoiser, samples_of, seed, max_trials)
-    if may_mislead and _ends_in_signal(denoiser.process) and not _is_sure(denoiser, cure):
+    reading = denoiser if cure is None else applied(denoiser, cure)
+    # Chains that begin with a state which the network does not know prove nothing.
+    if may_mislead and all(_ends_in_signal(each.process) for each in (denoiser, reading)):
         return result(None, warnings=warnings)
-    line = None if cure is None else corrected(denoiser, cure)
-    failure = _failure(denoiser, levels, cure, max_trials)
-    return result(False, warnings=(*warnings, failure), cure=line)
+    failure = _failure(levels, max_trials)
+    if cure is None:
+        return result(False, warnings=(*warnings, failure))
+    line = corrected(denoiser, cure)
+    remedy = f"with {in_words(cure, reading)} it denoises: {line}"
+    return result(False, warnings=(*warnings, replace(failure, remedy=remedy)), cure=line)
 
 
 def _few_steps(num_steps: int) -> Finding:
     what = f"{num_steps} steps are too few to judge a model by its samples"
     remedy = f"use --steps {MIN_STEPS} or more (in Python: num_steps=)"
     return Finding("steps", "warning", what, remedy, f"at least {MIN_STEPS} steps")
-
-
-def _is_sure(denoiser: Denoiser, cure: Change | None) -> bool:
-    """Whether a cure was found on chains that begin with a state the network knows."""
-    return cure is not None and not _ends_in_signal(applied(denoiser, cure).process)
 
 
 def _ends_in_signal(process: Process) -> bool:
@@ -180,23 +179,18 @@ def _spread(values: Tensor) -> Spread:
     return Spread(exact.min().item(), exact.max().item(), exact.mean().item(), exact.std().item())
 
 
-def _failure(
-    denoiser: Denoiser, levels: tuple[LevelError, ...], cure: Change | None, max_trials: int
-) -> Finding:
-    if levels:
-        what = _seen(levels)
-        usual = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
-        remedy = (
-            f"{max_trials} other combinations of prediction type, time, sign and schedule do not "
-            "denoise either: check that these are trained weights, and how the input is scaled"
-        )
-    else:
-        what, usual = "its samples are not finite", "finite numbers"
+def _failure(levels: tuple[LevelError, ...], max_trials: int) -> Finding:
+    """What is wrong with a model that no other reading cures."""
+    if not levels:
         remedy = "load it in float32; if they still are not finite, the weights are damaged"
-    if cure is not None:
-        words = in_words(cure, applied(denoiser, cure))
-        remedy = f"with {words} it denoises: {corrected(denoiser, cure)}"
-    return Finding("denoising", "problem", what, remedy, usual)
+        what = "its samples are not finite"
+        return Finding("denoising", "problem", what, remedy, "finite numbers")
+    usual = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
+    remedy = (
+        f"{max_trials} other combinations of prediction type, time, sign and schedule do not "
+        "denoise either: check that these are trained weights, and how the input is scaled"
+    )
+    return Finding("denoising", "problem", _seen(levels), remedy, usual)
 
 
 def _seen(levels: tuple[LevelError, ...]) -> str:

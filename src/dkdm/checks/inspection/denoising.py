@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -77,6 +77,11 @@ class LevelError:
     blind_ratio: float
     decisive: bool
 
+    @property
+    def may_denoise(self) -> bool:
+        """Whether this level does not rule out that the model denoises."""
+        return not self.decisive or self.blind_ratio <= WORST_RATIO
+
 
 def drawn_samples(
     denoiser: Denoiser,
@@ -84,20 +89,14 @@ def drawn_samples(
     num_steps: int,
     seed: int,
     label: str | None = None,
-    one_condition: bool = False,
 ) -> Samples:
     """Draw from the model without noise in its steps (DDIM).
 
-    label: what the progress line says; None shows no line. one_condition: whether all are
-    drawn under the first condition.
+    label: what the progress line says; None shows no line.
     """
-    process, shape = denoiser.process, tuple(denoiser.sample_shape)
-    count = samples_needed(denoiser, num_samples)
+    process, count = denoiser.process, samples_needed(denoiser, num_samples)
     cond = denoiser.conditioning.in_turns(count)
-    if one_condition:
-        cond = {key: value[:1].expand_as(value).clone() for key, value in cond.items()}
-    noise = generator("cpu", seed, "denoising check", "start")
-    start = process.start_std * torch.randn(count, *shape, generator=noise)
+    start = (process.start_std * _start(denoiser, count, seed)).to(denoiser.device)
     steps = process.timesteps(min(num_steps, process.num_levels))
     clipped: list[float] = []
     shown = nullcontext(lambda _: None) if label is None else track(len(steps), 0, label)
@@ -109,9 +108,13 @@ def drawn_samples(
             show(steps.index(int(t[0])) + 1)
             return prediction
 
-        first = start.to(denoiser.device)
-        x_0 = sample(predict, process, denoiser.parameterization, first, steps, torch.zeros)
+        x_0 = sample(predict, process, denoiser.parameterization, start, steps, torch.zeros)
     return Samples(x_0, cond, sum(clipped) / max(1, len(clipped)))
+
+
+def _start(denoiser: Denoiser, count: int, seed: int) -> Tensor:
+    random = generator("cpu", seed, "denoising check", "start")
+    return torch.randn(count, *denoiser.sample_shape, generator=random)
 
 
 def follows_noise(denoiser: Denoiser, seed: int) -> bool:
@@ -119,7 +122,10 @@ def follows_noise(denoiser: Denoiser, seed: int) -> bool:
 
     A network that ignores its input predicts its samples perfectly, and is no denoiser.
     """
-    x_0 = drawn_samples(denoiser, 4, FEW_STEPS, seed, one_condition=True).x_0.double()
+    count, steps = samples_needed(denoiser, 4), min(FEW_STEPS, denoiser.process.num_levels)
+    row = denoiser.conditioning.in_turns(1)
+    cond = {name: value.repeat_interleave(count, 0) for name, value in row.items()}
+    x_0 = denoiser.sample(lambda _: _start(denoiser, count, seed), cond, steps).double()
     return bool(x_0.var(dim=0).mean() > LEAST_SPREAD * x_0.var())
 
 
@@ -144,22 +150,8 @@ def given_samples(denoiser: Denoiser, images: Tensor) -> Samples:
     return Samples(images.to(denoiser.device, torch.float32), cond)
 
 
-def level_errors(denoiser: Denoiser, samples: Samples, seed: int) -> tuple[LevelError, ...]:
+def level_errors(denoiser: Denoiser, samples: Samples, seed: int) -> Iterator[LevelError]:
     """The errors at about 12 levels, least noise first; one evaluation a sample and level."""
-    return tuple(_errors(denoiser, samples, seed))
-
-
-def levels_until_bad(denoiser: Denoiser, samples: Samples, seed: int) -> tuple[LevelError, ...]:
-    """`level_errors` up to the first level that rules the model out."""
-    errors = []
-    for error in _errors(denoiser, samples, seed):
-        errors.append(error)
-        if error.decisive and not error.blind_ratio <= WORST_RATIO:
-            break
-    return tuple(errors)
-
-
-def _errors(denoiser: Denoiser, samples: Samples, seed: int) -> Iterator[LevelError]:
     process, x_0 = denoiser.process, samples.x_0
     var = max(x_0.double().var(dim=0).mean().item(), 1e-12)
     noise = generator("cpu", seed, "denoising check", "noise")
@@ -200,22 +192,22 @@ def _level_error(
     )
 
 
-def denoises(levels: tuple[LevelError, ...]) -> bool:
+def denoises(levels: Sequence[LevelError]) -> bool:
     """Whether a model with these errors is read as it was trained, and trained at all."""
-    ratios = _ratios(levels)
-    return all(ratio <= WORST_RATIO for ratio in ratios) and any(r <= BEST_RATIO for r in ratios)
+    good = any(ratio <= BEST_RATIO for ratio in _ratios(levels))
+    return good and all(level.may_denoise for level in levels)
 
 
-def cures(levels: tuple[LevelError, ...]) -> bool:
+def cures(levels: Sequence[LevelError]) -> bool:
     """Whether a reading found among many has these errors by merit and not by chance."""
     ratios = _ratios(levels)
     return denoises(levels) and len(ratios) >= CURED_LEVELS and min(ratios) <= CURED_RATIO
 
 
-def mean_ratio(levels: tuple[LevelError, ...]) -> float:
+def mean_ratio(levels: Sequence[LevelError]) -> float:
     """Geometric mean of the ratio to the blind guess over the decisive levels."""
     return statistics.geometric_mean(max(ratio, 1e-12) for ratio in _ratios(levels))
 
 
-def _ratios(levels: tuple[LevelError, ...]) -> list[float]:
+def _ratios(levels: Sequence[LevelError]) -> list[float]:
     return [level.blind_ratio for level in levels if level.decisive]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from dkdm.checks.inspection.denoising import (
     Samples,
     cures,
     follows_noise,
-    levels_until_bad,
+    level_errors,
     mean_ratio,
 )
 from dkdm.core.calls import Call
@@ -105,30 +105,43 @@ class Change:
 
 def applied(denoiser: Denoiser, change: Change) -> Denoiser:
     """The same network, read as the change says. Raises UsageError if the parts do not fit."""
-    meaning, call = denoiser.parameterization, denoiser.call
-    assert call is not None
-    changes: dict[str, Any] = {}
+    parts = parts_of(change, denoiser)
+    return replace(denoiser, **{name: value for name, (value, _) in parts.items()})
+
+
+def parts_of(change: Change, teacher: Denoiser) -> dict[str, tuple[Any, str]]:
+    """The fields of `teacher` that a change replaces: each one's value, and its code in Python."""
+    parts: dict[str, tuple[Any, str]] = {}
     if change.schedule is not None:
-        changes["process"] = change.schedule.process
+        parts["process"] = change.schedule.process, change.schedule.code
     if change.prediction is not None:
-        changes["parameterization"] = replace(meaning, prediction=change.prediction)
+        meaning = replace(teacher.parameterization, prediction=change.prediction)
+        code = f'dataclasses.replace(teacher.parameterization, prediction="{change.prediction}")'
+        parts["parameterization"] = meaning, code
     if change.time is not None:
-        changes["time"] = change.time
-    elif not change.keeps_family:
-        changes["time"] = None
+        parts["time"] = change.time, code_of(change.time)
+    elif not change.keeps_family and teacher.time is not None:
+        parts["time"] = None, "None"
     if change.negated:
-        changes["call"] = negated(call, denoiser.sample_shape[0])
-    return replace(denoiser, **changes)
+        parts["call"] = _negated(teacher)
+    return parts
 
 
-def negated(call: Call, channels: int) -> Call:
-    """The same call with the sign of what is predicted turned; variance channels keep theirs."""
+def _negated(teacher: Denoiser) -> tuple[Call, str]:
+    """The call with the sign of what is predicted turned; variance channels keep theirs."""
+    call, channels = teacher.call, teacher.sample_shape[0]
+    assert call is not None
 
     def turned(network: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = call(network, x, time, cond)
         return torch.cat([-output[:, :channels], output[:, channels:]], dim=1)
 
-    return turned
+    code = "-teacher.call(network, x, time, cond)"
+    if teacher.parameterization.learns_variance:
+        sides = ", ".join(["-1", *["1"] * len(teacher.sample_shape[1:])])
+        signs = f"x.new_tensor([-1] * {channels} + [1] * {channels}).reshape({sides})"
+        code = f"{signs} * teacher.call(network, x, time, cond)"
+    return turned, f"lambda network, x, time, cond: {code}"
 
 
 def cure_of(
@@ -144,9 +157,10 @@ def cure_of(
     real: a wrong reading draws states that the network was not trained on, and no reading denoises
     those. A reading that the network cannot take is skipped.
     """
-    for changes in _by_number(denoiser):
-        tried, ratios = changes[:max_trials], dict[Change, float]()
-        max_trials -= len(tried)
+    every = list(_combinations(denoiser))
+    for count in (1, 2, 3):
+        tried = [change for change in every if _tier(change) == count][:max_trials]
+        max_trials, ratios = max_trials - len(tried), dict[Change, float]()
         with track(len(tried), 0, "trying other readings") as show:
             for number, change in enumerate(tried, 1):
                 ratio = _ratio(denoiser, change, samples_of, seed)
@@ -169,7 +183,11 @@ def _ratio(
         samples = samples_of(reading)
         if not samples.x_0.isfinite().all():
             return None
-        levels = levels_until_bad(reading, samples, seed)
+        levels = []
+        for error in level_errors(reading, samples, seed):
+            if not error.may_denoise:
+                return None
+            levels.append(error)
         found = cures(levels) and follows_noise(reading, seed)
     except Exception:  # a network that is read wrongly may raise anything
         return None
@@ -187,13 +205,6 @@ def _fits_tables(reading: Denoiser) -> bool:
     return all(float(times.min()) >= 0 and float(times.max()) < rows for rows in tables)
 
 
-def _by_number(denoiser: Denoiser) -> Iterator[list[Change]]:
-    """The changes to try, in lists of one, two and three at once."""
-    every = list(_combinations(denoiser))
-    for count in (1, 2, 3):
-        yield [change for change in every if _tier(change) == count]
-
-
 def _tier(change: Change) -> int:
     """How many mistakes a change corrects: another family implies its prediction and time."""
     if change.keeps_family:
@@ -202,16 +213,14 @@ def _tier(change: Change) -> int:
 
 
 def _combinations(denoiser: Denoiser) -> Iterator[Change]:
-    process = denoiser.process
+    current = denoiser.parameterization.prediction
     for schedule in (None, *_schedules(denoiser)):
-        kinds = prediction_types(schedule.process if schedule else process)
-        current = denoiser.parameterization.prediction
+        kinds = prediction_types(schedule.process if schedule else denoiser.process)
         predictions = [None if kind == current else kind for kind in kinds]
         if current not in kinds and (schedule is None or schedule.same_family):
             predictions.append(None)
-        times = _other_times(denoiser, schedule)
-        signs = (False, True)
-        for prediction, time, sign in product(predictions, (None, *times), signs):
+        times = (None, *_other_times(denoiser, schedule))
+        for prediction, time, sign in product(predictions, times, (False, True)):
             change = Change(schedule, prediction, time, sign)
             if 0 < change.count <= 3:
                 yield change
@@ -239,17 +248,13 @@ def _same(times: Tensor, others: Tensor) -> bool:
 
 
 def _schedules(denoiser: Denoiser) -> Iterator[Schedule]:
-    given, total = denoiser.process, denoiser.process.num_levels
+    given = denoiser.process
     if given.clipping.range is not None:
         yield _unclipped(given)
-    for schedule in (*_beta_schedules(given), *_other_families(total)):
+    for schedule in (*_beta_schedules(given), *_other_families(given)):
         process = schedule.process
-        kind = process_kind(process)
-        if _same(process.alpha, given.alpha) and _same(process.sigma, given.sigma):
-            continue
-        if not schedule.same_family and kind == process_kind(given):
-            continue
-        yield schedule
+        if not (_same(process.alpha, given.alpha) and _same(process.sigma, given.sigma)):
+            yield schedule
 
 
 def _unclipped(given: Process) -> Schedule:
@@ -257,7 +262,7 @@ def _unclipped(given: Process) -> Schedule:
     off = {"clip_sample": False, "thresholding": False}
     entries = {key: value for key, value in off.items() if given.scheduler.get(key, True)}
     process = replace(given, clipping=Clipping(), scheduler={**given.scheduler, **entries})
-    code = "dataclasses.replace(process, clipping=dkdm.Clipping())"
+    code = "dataclasses.replace(teacher.process, clipping=dkdm.Clipping())"
     return Schedule(process, code, "samples that are not clipped", {"clip_sample": False}, True)
 
 
@@ -279,13 +284,13 @@ def _beta_schedules(given: Process) -> Iterator[Schedule]:
         yield Schedule(process, code, words, betas, same)
 
 
-def _other_families(total: int) -> Iterator[Schedule]:
-    for process, code in (
-        (rectified_flow(total), f"dkdm.rectified_flow({total})"),
-        (karras(total), f"dkdm.karras({total})"),
-    ):
-        words = f"the noise schedule {process.scheduler.get('_class_name')}"
-        yield Schedule(process, code, words, process.scheduler, False)
+def _other_families(given: Process) -> Iterator[Schedule]:
+    for make in (rectified_flow, karras):
+        process = make(given.num_levels)
+        if process_kind(process) != process_kind(given):
+            code = f"dkdm.{make.__name__}({given.num_levels})"
+            words = f"the noise schedule {process.scheduler.get('_class_name')}"
+            yield Schedule(process, code, words, process.scheduler, False)
 
 
 def process_kind(process: Process) -> ProcessKind:
@@ -300,12 +305,11 @@ def process_kind(process: Process) -> ProcessKind:
     return "other"
 
 
-def prediction_types(process: Process) -> Iterable[PredictionType]:
+def prediction_types(process: Process) -> tuple[PredictionType, ...]:
     """The kinds in use with such a process; epsilon says nothing of x_0 if alpha = 0."""
     if process_kind(process) == "variance exploding":
         return ("edm", "edm_v", "epsilon", "sample")
     if process_kind(process) == "flow":
         return ("flow_prediction", "sample")
-    if (process.alpha == 0).any():
-        return ("sample", "v_prediction")
-    return ("epsilon", "sample", "v_prediction")
+    others: tuple[PredictionType, ...] = ("sample", "v_prediction")
+    return others if (process.alpha == 0).any() else ("epsilon", *others)
