@@ -194,7 +194,8 @@ def test_prompts_are_embedded_as_by_the_pipeline(name, opened):
 def test_a_prompt_is_encoded_once(name, opened, monkeypatch):
     """Loaded again from the same folder, with the same prompts: the text encoders stay on disk."""
     found = opened(name)
-    monkeypatch.setattr("dkdm.models.text.LazyEncoders.load", lambda self: pytest.fail("loaded"))
+    loads = property(lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr("dkdm.models.text.LazyEncoders.pipeline", loads)
     again = load_teacher(str(found.folder), options=LoadOptions(sample_size=found.case.size))
     negative = found.case.call.get("negative_prompt", [""])[0]
     again = with_texts(again, str(found.folder.parent / "prompts.txt"), negative)

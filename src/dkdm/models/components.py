@@ -16,12 +16,9 @@ from dkdm.errors import DkdmError
 from dkdm.models.effective import class_config
 from dkdm.models.pipelines import PIPELINES
 from dkdm.reading.allowed import component_class
-from dkdm.reading.fields import Fields, read_json
+from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_folder
 from dkdm.reading.sizes import building
-
-SMALLEST = 1e-6  # of factors that latents are divided by
-
 
 TILED_FROM = 128  # latents this wide or wider are decoded in tiles, where diffusers can
 
@@ -149,22 +146,16 @@ class Autoencoder:
         return None if found is None else int(found)
 
     def standard(self, pipeline: str | None = None) -> tuple[list[float], list[float]]:
-        """(shift, scale), one number each, or one for every channel, as a pipeline reads them.
-
-        Raises UsageError for values of the config that are no numbers.
-        """
+        """(shift, scale), one number each, or one for every channel, as a pipeline reads them."""
         config = self.config
         known = PIPELINES.get(str(pipeline or self.pipeline))
         if known and known.factors is not None:
             config = {key: value for key, value in config.items() if key in known.factors}
-        if config.get("latents_mean") is None or config.get("latents_std") is None:
-            config |= {"latents_mean": None, "latents_std": None}
-        fields = Fields(config, str(self.component.folder / "config.json"))
-        one = fields.number("shift_factor", None) or 0.0
-        shift = fields.numbers("latents_mean", None) or (one,)
-        scale = fields.number("scaling_factor", None, low=SMALLEST) or 1.0
-        stds = fields.numbers("latents_std", None, low=SMALLEST) or (1.0,)
-        return list(shift), [scale / std for std in stds]
+        means, stds = config.get("latents_mean"), config.get("latents_std")
+        if means is None or stds is None:
+            means, stds = [config.get("shift_factor") or 0.0], [1.0]
+        scale = config.get("scaling_factor", 1.0)
+        return list(map(float, means)), [scale / std for std in stds]
 
     def _standard(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The same, each [1 or C, 1, ...]."""

@@ -20,10 +20,12 @@ from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.networks import HOMES, network_class
 from dkdm.reading.fields import Fields, read_json, shown
+from dkdm.reading.values import FINITE
 
 Config = dict[str, Any]
 
 SCHEDULER = "scheduler"
+SMALLEST = 1e-6  # of factors that latents are divided by
 _OWN_DEFAULTS = "_use_default_values"  # keys that diffusers saw no value for
 
 
@@ -234,7 +236,7 @@ def _check(fields: Fields) -> None:
     channels = fields.values.get("latent_channels") or fields.values.get("z_dim")
     for name in ("latents_mean", "latents_std"):
         if fields.values.get(name) is not None:
-            low = 1e-12 if name == "latents_std" else -1e300
+            low = SMALLEST if name == "latents_std" else -FINITE
             length = len(fields.numbers(name, low=low))
             if isinstance(channels, int) and length != channels:
                 raise UsageError(
@@ -242,7 +244,7 @@ def _check(fields: Fields) -> None:
                     "each channel of the latents"
                 )
     if "scaling_factor" in fields.values:
-        fields.number("scaling_factor", low=1e-12)
+        fields.number("scaling_factor", low=SMALLEST)
 
 
 _OF_VECTORS = ("sample_size", "ResidualMLP")

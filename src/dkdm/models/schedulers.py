@@ -23,7 +23,7 @@ from dkdm.core.schedules import (
     zero_terminal_snr,
 )
 from dkdm.errors import UsageError
-from dkdm.models.effective import arguments
+from dkdm.models.effective import arguments, class_config
 from dkdm.reading.arguments import refuse
 from dkdm.reading.fields import Fields, read_json, shown
 
@@ -148,10 +148,13 @@ def _plain(value: Any) -> Any:
 
 
 def fields_of(config: Config) -> Fields:
-    """A scheduler's own arguments, those that are absent by its class's defaults."""
-    return Fields(
-        _arguments_of(config), f"scheduler_config.json ({_class_name(config) or 'no class'})"
-    )
+    """The arguments that a scheduler's class has, as the config has them or by their defaults.
+
+    Configs are handed from one class to another and keep what the new one does not read.
+    """
+    defaults = arguments(str(config["_class_name"]))
+    values = {key: config.get(key, default) for key, default in defaults.items()}
+    return Fields(values, f"scheduler_config.json ({_class_name(config) or 'no class'})")
 
 
 def _config_given(value: Any) -> Config:
@@ -195,6 +198,10 @@ _BETA_KEYS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "steps_offset", "rescale_betas_zero_snr",
 )  # fmt: skip
+_FLOW_KEYS = (
+    "num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal",
+)  # fmt: skip
+_DYNAMIC_KEYS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 _STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of every scheduler
 
 
@@ -290,8 +297,13 @@ def _flow_stand_in(config: Config, fields: Fields) -> dict[str, Any]:
             f"{fields.values['prediction_type']} is not supported: set prediction_type to "
             "flow_prediction"
         )
-    clipping = _clipping(fields)
-    flow = as_flow_euler(config)
+    clipping, values = _clipping(fields), fields.values
+    flow = {
+        "_class_name": _FLOW,
+        **{key: values[key] for key in _FLOW_KEYS if key in values},
+        **{key: config[key] for key in _DYNAMIC_KEYS if key in config},  # pipelines read these
+        "shift": values["flow_shift"],
+    }
     if clipping.range is None:
         return flow
     if flow.get("use_dynamic_shifting") or flow.get("shift_terminal"):
@@ -326,28 +338,6 @@ def _edm_stand_in(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _arguments_of(config: Config) -> dict[str, Any]:
-    """The arguments that a scheduler's class has, as the config has them or by their defaults.
-
-    Configs are handed from one class to another and keep what the new one does not read.
-    """
-    defaults = arguments(str(config["_class_name"]))
-    return {key: config.get(key, default) for key, default in defaults.items()}
-
-
-def as_flow_euler(config: Config) -> dict[str, Any]:
-    """A flow Euler config of the same shift as a solver's config with `use_flow_sigmas`."""
-    fields = _arguments_of(config)
-    kept = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
-    told = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-    return {
-        "_class_name": _FLOW,
-        **{key: fields[key] for key in kept if key in fields},
-        **{key: config[key] for key in told if key in config},  # pipelines read these
-        "shift": fields["flow_shift"],
-    }
-
-
 def saved_config(config: Config, image_tokens: int | None = None) -> dict[str, Any]:
     """The config a student is saved with: the teacher's own, or what stands for it.
 
@@ -359,39 +349,16 @@ def saved_config(config: Config, image_tokens: int | None = None) -> dict[str, A
     return read
 
 
-NAMED: dict[str, dict[str, Any]] = {
-    "ddpm-linear": {
-        "_class_name": "DDPMScheduler",
-        "beta_schedule": "linear",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-        "variance_type": "fixed_small",
-        "clip_sample": False,
-    },
+NAMED: dict[str, dict[str, Any]] = {  # what is not the default of the class
+    "ddpm-linear": {"_class_name": "DDPMScheduler", "clip_sample": False},
     "ddpm-cosine": {
         "_class_name": "DDPMScheduler",
         "beta_schedule": "squaredcos_cap_v2",
-        "num_train_timesteps": 1000,
         "prediction_type": "v_prediction",
-        "variance_type": "fixed_small",
         "clip_sample": False,
     },
-    "flow": {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
-    },
-    "edm": {
-        "_class_name": "EDMEulerScheduler",
-        "num_train_timesteps": 1000,
-        "sigma_min": 0.002,
-        "sigma_max": 80.0,
-        "rho": 7.0,
-        "sigma_data": 0.5,
-        "prediction_type": "epsilon",
-    },
+    "flow": {"_class_name": _FLOW},
+    "edm": {"_class_name": "EDMEulerScheduler"},
 }
 
 
@@ -402,9 +369,9 @@ def named_config(spec: str, clip_range: float | None = None) -> Config:
     neither, and for a file that is not one.
     """
     if spec in NAMED:
-        clips = {"clip_sample": True, "clip_sample_range": clip_range}
-        can = clip_range is not None and "clip_sample" in NAMED[spec]
-        return NAMED[spec] | (clips if can else {})
+        config = class_config(NAMED[spec], NAMED[spec]["_class_name"], spec)
+        clips = clip_range is not None and "clip_sample" in config
+        return config | ({"clip_sample": True, "clip_sample_range": clip_range} if clips else {})
     try:
         return saved_config(read_json(Path(spec), "a scheduler_config.json"))
     except UsageError as error:

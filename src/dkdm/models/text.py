@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,25 +55,25 @@ def _is_text(name: str) -> bool:
     return name.startswith(("text_encoder", "tokenizer"))
 
 
+@dataclass(frozen=True)
 class LazyEncoders:
     """A pipeline without denoiser and autoencoder, loaded when the first prompt is encoded."""
 
-    def __init__(self, folder: Path, bundle: Bundle, encoding: Encoding) -> None:
-        self.folder, self.bundle, self.encoding = folder, bundle, encoding
-        self.pipeline: Any = None
+    folder: Path
+    bundle: Bundle
+    encoding: Encoding
 
-    def load(self) -> Any:
-        if self.pipeline is None:
-            self.pipeline = self._load()
-        return self.pipeline
-
-    def _load(self) -> Any:
+    @cached_property
+    def pipeline(self) -> Any:
+        """The pipeline, until `release`."""
         import diffusers
 
-        kind = str(self.bundle.pipeline)
-        parts = {name: part for name, part in self.bundle.components.items() if _is_text(name)}
-        loaded = {name: part.load(**_options(name)) for name, part in parts.items()}
-        unused = dict.fromkeys(["scheduler", *self.encoding.absent(kind, list(parts))])
+        kind, loaded = str(self.bundle.pipeline), {}
+        for name, part in self.bundle.components.items():
+            if _is_text(name):
+                options = {"dtype": torch.float32} if name.startswith("text_encoder") else {}
+                loaded[name] = part.load(**options)
+        unused = dict.fromkeys(["scheduler", *self.encoding.absent(kind, list(loaded))])
         with self._fitting():
             pipeline = getattr(diffusers, kind)(**loaded, **unused)
         pipeline = pipeline.to(device_of_run())
@@ -97,15 +99,13 @@ class LazyEncoders:
 
     def _encode(self, prompts: Sequence[str], negative: bool = False) -> Condition:
         """What the pipeline makes of prompts, or of negative prompts."""
-        pipeline, outputs = self.load(), self.encoding.outputs
+        pipeline, outputs = self.pipeline, self.encoding.outputs
         arguments = self.encoding.all_arguments(self.bundle)
+        arguments |= {"prompt": list(prompts), "device": pipeline.device}
         if negative:
             arguments |= {"do_classifier_free_guidance": True, "negative_prompt": list(prompts)}
-        device = next(
-            part.device for name, part in pipeline.components.items() if _is_encoder(name, part)
-        )
         with self._fitting():
-            encoded = pipeline.encode_prompt(prompt=list(prompts), device=device, **arguments)
+            encoded = pipeline.encode_prompt(**arguments)
         found = zip(outputs, encoded[len(outputs) if negative else 0 :], strict=False)
         return {name: value.cpu() for name, value in found if name is not None}
 
@@ -125,7 +125,7 @@ class LazyEncoders:
             ) from error
 
     def release(self) -> None:
-        self.pipeline = None
+        vars(self).pop("pipeline", None)
 
 
 def token_width(folder: Path, bundle: Bundle) -> int:
@@ -151,11 +151,3 @@ def encoder_width(part: Component) -> int:
     except Exception as error:
         raise UsageError(f"{file} is not of a {part.class_name}: {in_a_line(error)}") from error
     return Fields(values, str(file)).whole("hidden_size", low=1)
-
-
-def _options(name: str) -> dict[str, Any]:
-    return {"dtype": torch.float32} if name.startswith("text_encoder") else {}
-
-
-def _is_encoder(name: str, part: Any) -> bool:
-    return name.startswith("text_encoder") and part is not None
