@@ -281,7 +281,7 @@ def test_conditions_are_numbers_and_texts_can_be_had_back(tmp_path):
     assert conditioning.of(["number 3", "number 0"])["prompt"].tolist() == [4, 1]
     assert conditioning.null(2)["prompt"].tolist() == [0, 0]
     assert conditioning.in_turns(12)["prompt"].tolist() == [*range(1, 11), 1, 2]
-    assert [conditioning.text_of(i) for i in (0, 4)] == ["ugly", "number 3"]
+    assert conditioning.shown_names(4) == ("ugly", *(f"number {i}" for i in range(4)))
     with pytest.raises(UsageError, match="'number 11' is not among the 10 given"):
         conditioning.of(["number 3", "number 11"])
 

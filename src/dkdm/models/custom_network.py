@@ -10,27 +10,28 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from dkdm.core.calls import call_of
 from dkdm.core.checkpoint import ORIGIN, load_network_weights, load_strict
-from dkdm.core.conditioning import ClassLabels, Condition, Conditioning, Unconditional
+from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.kinds import kind_of
 from dkdm.errors import DkdmError, UsageError
-from dkdm.models.prompts import EmbeddingCache, Prompts, TextEncoders
+from dkdm.models.prompts import BlankEmbeddings, Prompts, TextEncoders
 from dkdm.reading.fields import shown
 from dkdm.reading.made_here import remember, was_made_here
 from dkdm.reading.plugins import import_object, is_spec, is_strange, places_of, split
+from dkdm.reading.values import Range, made_of
 
 OWN_CLASS = "OwnNetwork"  # the class of the file that is shipped, and `_class_name` in config.json
 WAKING_STD = 0.02
-Shapes = Mapping[str, tuple[int, ...]]
+Size = Annotated[int, Range(0)]
 Factory = str | Callable[..., Any]
 
 
@@ -47,11 +48,11 @@ class Origin:
 
     network: str
     factory: str | None
-    sample_shape: tuple[int, ...]
-    out_channels: int
-    num_classes: int | None = None
-    null_class: int | None = None
-    embeddings: Shapes = field(default_factory=dict)
+    sample_shape: tuple[Size, ...]
+    out_channels: Size
+    num_classes: Size | None = None
+    null_class: Size | None = None
+    embeddings: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
     arguments: Mapping[str, Any] | None = None
 
     def save_config(self, folder: Path) -> None:
@@ -66,7 +67,7 @@ class Origin:
     def conditioning(self) -> Conditioning:
         """What the factory knows about conditions: text without prompts and encoders."""
         if self.embeddings:
-            return Prompts(_NO_ENCODERS, ("",), "", BlankEmbeddings(Path(), shapes=self.embeddings))
+            return Prompts(_NO_ENCODERS, ("",), "", BlankEmbeddings(self.embeddings))
         if self.num_classes is None:
             return Unconditional()
         return ClassLabels(self.num_classes, self.null_class)
@@ -93,7 +94,7 @@ def remember_factory(
 ) -> None:
     """Attach to a network that it is what `factory` makes of these."""
     facts = _facts(sample_shape, out_channels, conditioning)
-    _attach(network, Origin(type(network).__name__, factory, **facts))
+    setattr(network, ORIGIN, Origin(type(network).__name__, factory, **facts))
 
 
 def remember_object(denoiser: Denoiser) -> None:
@@ -110,11 +111,7 @@ def remember_object(denoiser: Denoiser) -> None:
     if _is_importable(kind) and denoiser.call is call_of(network):
         arguments = next((a for a in _candidates(network) if _makes(kind, a, denoiser)), None)
         factory = None if arguments is None else f"{kind.__module__}:{kind.__name__}"
-    _attach(network, Origin(kind.__name__, factory, **facts, arguments=arguments))
-
-
-def _attach(network: nn.Module, origin: Origin) -> None:
-    setattr(network, ORIGIN, origin)
+    setattr(network, ORIGIN, Origin(kind.__name__, factory, **facts, arguments=arguments))
 
 
 def _facts(
@@ -184,39 +181,13 @@ def read_origin(config: Mapping[str, Any], folder: Path) -> Origin:
 
     Nothing is imported. folder: for the message.
     """
-    known = {entry.name for entry in fields(Origin)}
-    values = {key: value for key, value in config.items() if key in known}
-    try:
-        values["sample_shape"] = _sizes(values["sample_shape"])
-        embeddings = _mapping(values.get("embeddings") or {})
-        values["embeddings"] = {str(name): _sizes(shape) for name, shape in embeddings.items()}
-        for name in ("out_channels", "num_classes", "null_class"):
-            if values.get(name) is not None:
-                [values[name]] = _sizes([values[name]])
-        if not str(values["network"]).isidentifier():
-            raise ValueError(f"network is {shown(values['network'])}: give a class's name")
-        if values.get("factory") is not None and not is_spec(values["factory"]):
-            raise ValueError(f"factory is {shown(values['factory'])}: give module:name")
-        if values.get("arguments") is not None:
-            _mapping(values["arguments"])
-        return Origin(**values | {"network": str(values["network"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{folder / 'config.json'} was not written by dkdm for a custom network: {error}"
-        ) from error
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{shown(value)} is not an object")
-    return value
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    """Whole numbers, and nothing else."""
-    if not isinstance(values, (list, tuple)) or any(type(v) is not int or v < 0 for v in values):
-        raise ValueError(f"{shown(values)} are not whole numbers")
-    return tuple(values)
+    where = f"{folder / 'config.json'} was not written by dkdm for a custom network"
+    origin = made_of(Origin, config, where)
+    if not origin.network.isidentifier():
+        raise UsageError(f"{where}: network is {shown(origin.network)}: give a class's name")
+    if origin.factory is not None and not is_spec(origin.factory):
+        raise UsageError(f"{where}: factory is {shown(origin.factory)}: give module:name")
+    return origin
 
 
 def load_own(folder: Path, config: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
@@ -255,7 +226,7 @@ def make(origin: Origin, folder: Path, factory: Factory | None = None) -> nn.Mod
         ) from error
     if not isinstance(network, nn.Module):
         raise UsageError(f"{folder}: {name or called} made no nn.Module; {_OTHERWISE}")
-    _attach(network, known)
+    setattr(network, ORIGIN, known)
     return network
 
 
@@ -285,7 +256,6 @@ def _named(origin: Origin, folder: Path, given: Any) -> str:
 
 
 def _imported(name: str, folder: Path) -> Any:
-    split(name)
     _refuse_code_of_models(name, folder)
     try:
         return import_object(name)
@@ -318,16 +288,3 @@ def _no_encoder(*_: Any) -> Any:
 
 
 _NO_ENCODERS = TextEncoders(_no_encoder, lambda: None, "")
-
-
-@dataclass(eq=False)
-class BlankEmbeddings(EmbeddingCache):
-    """Embeddings that are all zeros. shapes: of one row, by name."""
-
-    shapes: Shapes | None = None
-
-    def rows(self, numbers: Tensor) -> Condition:
-        """Zeros for every number."""
-        return {
-            key: torch.zeros(len(numbers), *shape) for key, shape in (self.shapes or {}).items()
-        }

@@ -12,7 +12,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -59,7 +59,7 @@ class Prompts(Kind):
     encoders: TextEncoders
     texts: tuple[str, ...] = ()
     negative: str = ""
-    cache: EmbeddingCache | None = field(default=None, repr=False)
+    cache: EmbeddingCache | BlankEmbeddings | None = field(default=None, repr=False)
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
         """Uniform prompts. Raises UsageError if none were given."""
@@ -108,7 +108,7 @@ class Prompts(Kind):
 
     def usage(self) -> str:
         """As `Kind.usage`."""
-        return repr(self.text_of(1))
+        return repr(self.texts[0])
 
     def in_turns(self, count: int) -> Condition:
         """The prompts one after the other. Raises UsageError if none were given."""
@@ -121,10 +121,6 @@ class Prompts(Kind):
             raise UsageError(NO_PROMPTS)
         rest = {key: value for key, value in cond.items() if key != "prompt"}
         return {**rest, **self.cache.rows(cond["prompt"].cpu())}
-
-    def text_of(self, number: int) -> str:
-        """The prompt of a number."""
-        return self.texts[number - 1] if number else self.negative
 
     def _check(self) -> None:
         if not self.texts:
@@ -284,6 +280,17 @@ class EmbeddingCache:
                 raise self._damaged(error) from error
             self.opened[number] = tensors
         return self.opened[number]
+
+
+@dataclass(frozen=True, eq=False)
+class BlankEmbeddings:
+    """Embeddings that are all zeros. shapes: of one row, by name."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def rows(self, numbers: Tensor) -> Condition:
+        """Zeros for every number."""
+        return {key: torch.zeros(len(numbers), *shape) for key, shape in self.shapes.items()}
 
 
 def _hash(text: str) -> str:

@@ -10,13 +10,13 @@ import torch
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.models.architectures import Architecture
-from dkdm.models.custom_network import OWN_CLASS, BlankEmbeddings, make, read_origin
+from dkdm.models.custom_network import OWN_CLASS, make, read_origin
 from dkdm.models.effective import config_file, place_of
 from dkdm.models.locate import INDEX, locate
 from dkdm.models.options import LoadOptions
 from dkdm.models.pipeline_folder import describe_pipeline_folder
 from dkdm.models.pipelines import EMBEDS, MASK, POOLED, encoding_of
-from dkdm.models.prompts import Prompts
+from dkdm.models.prompts import BlankEmbeddings, Prompts
 from dkdm.networks import network_class
 from dkdm.reading.plugins import distrust
 from dkdm.reading.sizes import check_sample, make_network, understood
@@ -58,11 +58,7 @@ def _sketch(folder: Path, options: LoadOptions, name: str) -> Denoiser:
         shapes = _shapes(config, known, denoiser)
         for embedding, shape in shapes.items():
             check_sample(shape, f"{folder}: {embedding}")
-        conditioning = replace(
-            conditioning,
-            texts=("",),
-            cache=BlankEmbeddings(folder, shapes=shapes),
-        )
+        conditioning = replace(conditioning, texts=("",), cache=BlankEmbeddings(shapes))
     return replace(denoiser, network=network, call=None, conditioning=conditioning, name=name)
 
 

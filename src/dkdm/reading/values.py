@@ -57,8 +57,9 @@ _UNBOUNDED = {int: Range(-(2**63) + 1, 2**63 - 1), float: Range(-FINITE, FINITE)
 
 
 def as_type(hint: Any, value: Any, strict: bool = False) -> Any:
-    """A value in a type: bool, int, float, str, Path, None, a Literal, tuple, dataclass or union.
+    """A value in a type.
 
+    hint: bool, int, float, str, Path, None, Any, a Literal, tuple, Mapping, dataclass or union.
     `Annotated[int, Range(1)]` bounds a number. strict: as JSON has values. Otherwise numbers and
     arrays of numpy and torch, whole numbers such as 3.0, and numbers and paths for a text are taken
     too. Raises WrongValueError with what is accepted.
@@ -143,6 +144,12 @@ def _tuple(hint: Any, value: Any, strict: bool) -> tuple[Any, ...]:
         raise WrongValueError(f"a list, each {error}") from error
 
 
+def _mapping(hint: Any, value: Any, strict: bool) -> dict[str, Any]:
+    _, kind = typing.get_args(hint)
+    entries = accept(value, isinstance(value, Mapping), "an object").items()
+    return {str(key): as_type(kind, item, strict) for key, item in entries}
+
+
 def made_of(cls: type[Made], values: object, where: str, **given: Any) -> Made:
     """A dataclass from the entries of a JSON object, each of the type of its field.
 
@@ -187,6 +194,8 @@ _READERS: dict[Any, Callable[[Any, Any, bool], Any]] = {
     ),
     Literal: lambda hint, value, _: word(value, typing.get_args(hint)),
     tuple: _tuple,
+    Mapping: _mapping,
+    Any: lambda _, value, __: value,
     bool: _flag,
     int: lambda kind, value, strict: number(kind, value, _UNBOUNDED[kind], strict),
     float: lambda kind, value, strict: number(kind, value, _UNBOUNDED[kind], strict),
