@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.core.calls import call_of
-from dkdm.core.checkpoint import ORIGIN, load_network_weights, load_strict
+from dkdm.core.checkpoint import ORIGIN, load_strict
 from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.kinds import kind_of
@@ -107,10 +107,11 @@ def remember_object(denoiser: Denoiser) -> None:
     if not isinstance(network, nn.Module) or not is_own(network) or origin_of(network):
         return
     facts = _facts(denoiser.sample_shape, denoiser.out_channels, denoiser.conditioning)
-    kind, factory, arguments = type(network), None, None
-    if _is_importable(kind) and denoiser.call is call_of(network):
-        arguments = next((a for a in _candidates(network) if _makes(kind, a, denoiser)), None)
-        factory = None if arguments is None else f"{kind.__module__}:{kind.__name__}"
+    kind = type(network)
+    named = _name_of(kind) if denoiser.call is call_of(network) else None
+    tried = _candidates(network) if named else []
+    arguments = next((a for a in tried if _makes(kind, a, denoiser)), None)
+    factory = None if arguments is None else named
     setattr(network, ORIGIN, Origin(kind.__name__, factory, **facts, arguments=arguments))
 
 
@@ -123,11 +124,6 @@ def _facts(
     if kind.asks == "prompt":
         found["embeddings"] = {name: row.shape for name, row in kind.fed().items()}
     return found
-
-
-def _is_importable(kind: type[nn.Module]) -> bool:
-    module = sys.modules.get(kind.__module__)
-    return kind.__module__ != "__main__" and getattr(module, kind.__qualname__, None) is kind
 
 
 def _candidates(network: nn.Module) -> list[dict[str, Any]]:
@@ -188,17 +184,6 @@ def read_origin(config: Mapping[str, Any], folder: Path) -> Origin:
     if origin.factory is not None and not is_spec(origin.factory):
         raise UsageError(f"{where}: factory is {shown(origin.factory)}: give module:name")
     return origin
-
-
-def load_own(folder: Path, config: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
-    """Make a network as its config says, and load the weights beside it, in evaluation mode.
-
-    factory: see `make`. Raises UsageError if it cannot be made here, DkdmError if the weights are
-    not its own.
-    """
-    network = make(read_origin(config, folder), folder, factory)
-    load_network_weights(network, folder)
-    return network.eval()
 
 
 _OTHERWISE = "dkdm.load_student(FOLDER, network=...) loads the weights into one that you make"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dkdm.core.bundle import Bundle
-from dkdm.core.checkpoint import refuse_other_contents
+from dkdm.core.checkpoint import load_network_weights, refuse_other_contents
 from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
@@ -21,7 +21,7 @@ from dkdm.core.prediction import Parameterization, VarianceType
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.architectures import ARCHITECTURES, Architecture, check_embeddings
 from dkdm.models.components import Autoencoder, Component, weight_variant
-from dkdm.models.custom_network import OWN_CLASS, load_own, read_origin
+from dkdm.models.custom_network import OWN_CLASS, make, read_origin
 from dkdm.models.effective import (
     config_file,
     effective_config,
@@ -321,8 +321,9 @@ def load_network(
     """
     if name == OWN_CLASS:
         config = read_json(folder / "config.json", "its config")
-        network = load_own(folder, config, options.factory)
-        return network.to(getattr(torch, options.dtype)).requires_grad_(False)
+        made = make(read_origin(config, folder), folder, options.factory)
+        load_network_weights(made, folder)
+        return made.eval().to(getattr(torch, options.dtype)).requires_grad_(False)
     cls = network_class(name)
     config = read_json(check_folder(folder, root) / "config.json", "its config")
     with building(config, str(folder / "config.json"), name, folder):
