@@ -100,7 +100,7 @@ def test_what_is_missing_is_named(run, tmp_path):
     )
     assert "give a diffusers pipeline folder" in refused(tmp_path)
     message = refused(checkpoint / "unet", scheduler=tmp_path)
-    assert "no scheduler_config.json in this folder" in message
+    assert "is not a file: give a scheduler_config.json or a folder with one" in message
     assert "ddpm-lin" in refused(checkpoint / "unet", scheduler="ddpm-lin")
     (tmp_path / "a.safetensors").touch()
     message = refused(checkpoint / "unet", scheduler="flow", lora=(tmp_path / "a.safetensors",))

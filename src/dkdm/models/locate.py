@@ -190,11 +190,9 @@ def _weights(files: Sequence[str], variant: str | None) -> set[str]:
 
 def _pattern(suffix: str, variant: str | None) -> str:
     """Weights, their shards and the index of these, by today's names and by older ones."""
-    if variant is None:
-        return rf"({_STEMS})({_SHARD})?\.{suffix}|({_STEMS})\.{suffix}\.index\.json"
-    v = re.escape(variant)
-    files = rf"({_STEMS})(\.{v}({_SHARD})?|{_SHARD}\.{v})\.{suffix}"
-    return rf"{files}|({_STEMS})\.{suffix}\.(index\.{v}|{v}\.index)\.json"
+    mark = rf"\.{re.escape(variant)}" if variant else ""
+    files = rf"({_STEMS})({_SHARD})?{mark}({_SHARD})?\.{suffix}"
+    return rf"{files}|({_STEMS})\.{suffix}(\.index{mark}|{mark}\.index)\.json"
 
 
 def _no_pipeline(repo_id: str, names: Sequence[str], subfolder: str | None) -> UsageError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from dkdm.reading.fields import Fields, as_named, read_json
 from dkdm.reading.sizes import check_numbers
 
 PARTS = ("unet_ema", "transformer_ema", "unet", "transformer")
-_PARTS_ALONE = (
-    ("scheduler_config.json", "a scheduler"),
-    ("tokenizer_config.json", "a tokenizer"),
-    ("preprocessor_config.json", "a feature extractor"),
-)
+_PARTS_ALONE = {
+    "scheduler_config.json": "a scheduler",
+    "tokenizer_config.json": "a tokenizer",
+    "preprocessor_config.json": "a feature extractor",
+}
 ADAPTER = "adapter_config.json"
 STATES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 
@@ -38,10 +38,9 @@ def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
     and for a network that dkdm does not know or that reads text; DkdmError if its weights are
     missing or do not match.
     """
-    lora = next((name for name in (ADAPTER, *IN_FOLDER) if (folder / name).is_file()), None)
     file = folder / "config.json"
     if not file.is_file():
-        raise UsageError(_no_network(folder) if lora is None else _an_adapter(folder, lora))
+        raise UsageError(f"{folder}: {_no_network(folder)}")
     config = read_json(file, "a network's config")
     kind = Fields(config, str(file)).text("_class_name", "")
     if refusal := _no_denoiser(kind, config):
@@ -50,13 +49,18 @@ def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
         raise UsageError(f"{folder}: one part of a pipeline: {_whole(folder)}")
     known = _architecture(folder, config)
     if options.scheduler is None:
-        raise UsageError(_no_scheduler(folder, kind))
+        raise UsageError(
+            f"{folder}: a network alone ({kind or 'of no class'}), which does not say how noise is "
+            "added: give --teacher-scheduler with the scheduler that it was trained with: "
+            f"{', '.join(NAMED)}, or a scheduler_config.json or its folder"
+        )
     if options.lora:
         raise UsageError(
             f"--teacher-lora: {folder} is a network without its pipeline, which knows the formats "
             "of LoRA files: remove this option"
         )
-    scheduler = scheduler_config(str(options.scheduler), clips=config.get("in_channels") in (1, 3))
+    in_pixels = config.get("in_channels") in (1, 3)
+    scheduler = named_config(str(options.scheduler), clip_range=1.0 if in_pixels else None)
     refuse_other_contents(folder)
     config = class_config(config, known.name, str(file))
     check_numbers(config, str(file))
@@ -80,21 +84,6 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
     return known
 
 
-def scheduler_config(spec: str, clips: bool) -> Mapping[str, Any]:
-    """The config of a scheduler by name, by its JSON file, or by a folder that has one.
-
-    clips: whether one given by name clips x_0 to [-1, 1], as for pixels. Raises UsageError.
-    """
-    path = Path(spec).expanduser()
-    if spec not in NAMED and path.is_dir():
-        places = (path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            raise UsageError(f"--teacher-scheduler {spec}: no scheduler_config.json in this folder")
-        path = found
-    return named_config(spec if spec in NAMED else str(path), 1.0 if clips else None)
-
-
 def _no_denoiser(kind: str, config: Mapping[str, Any]) -> str | None:
     """What else the config of a folder is of; None if it may be a denoiser's."""
     if not kind and ("model_type" in config or "architectures" in config):
@@ -113,46 +102,39 @@ def _whole(folder: Path) -> str:
     return f"give the folder that has {INDEX}, with all parts of a model"
 
 
-def _an_adapter(folder: Path, name: str) -> str:
-    if name == ADAPTER:
+def _no_network(folder: Path) -> str:
+    """What a folder without a config.json holds, and what to give in its place."""
+    if (folder / ADAPTER).is_file():
         return (
-            f"{folder}: an adapter of peft ({name}), which changes another model: merge the two, "
+            f"an adapter of peft ({ADAPTER}), which changes another model: merge the two, "
             "PeftModel.from_pretrained(network, FOLDER).merge_and_unload(), and give the pipeline "
             "that you save with the result"
         )
-    return (
-        f"{folder}: a LoRA ({name}), which changes a model: give that model, and this folder as "
-        "--teacher-lora"
-    )
-
-
-def _no_scheduler(folder: Path, kind: str) -> str:
-    return (
-        f"{folder}: a network alone ({kind or 'of no class'}), which does not say how noise is "
-        "added: give --teacher-scheduler with the scheduler that it was trained "
-        f"with: {', '.join(NAMED)}, or a scheduler_config.json or its folder"
-    )
-
-
-def _no_network(folder: Path) -> str:
+    if lora := _first_in(folder, IN_FOLDER):
+        return (
+            f"a LoRA ({lora}), which changes a model: give that model, and this folder as "
+            "--teacher-lora"
+        )
     parts = [name for name in PARTS if (folder / name / "config.json").is_file()]
     if parts:
         others = f" (there is {', '.join(parts[1:])} too)" if parts[1:] else ""
         return (
-            f"{folder}: a checkpoint of a trainer: give one network of it, {folder / parts[0]}"
-            f"{others}, and --teacher-scheduler"
+            f"a checkpoint of a trainer: give one network of it, {folder / parts[0]}{others}, and "
+            "--teacher-scheduler"
         )
-    states = [name for name in STATES if (folder / name).is_file()]
-    if states:
+    if state := _first_in(folder, STATES):
         return (
-            f"{folder}: {states[0]} without a config.json, as accelerate saves a run: load it into "
-            "your network and save that, network.load_state_dict(...); "
-            "network.save_pretrained(FOLDER), or give the file itself"
+            f"{state} without a config.json, as accelerate saves a run: load it into your network "
+            "and save that, network.load_state_dict(...); network.save_pretrained(FOLDER), or give "
+            "the file itself"
         )
-    alone = next((what for name, what in _PARTS_ALONE if (folder / name).is_file()), None)
-    if alone is not None:
-        return f"{folder}: {alone} alone, and no denoiser: {_whole(folder)}"
+    if alone := _first_in(folder, _PARTS_ALONE):
+        return f"{_PARTS_ALONE[alone]} alone, and no denoiser: {_whole(folder)}"
     return (
-        f"{folder}: give a diffusers pipeline folder (with {INDEX}), a network's folder (with "
-        "config.json) or a checkpoint file"
+        f"give a diffusers pipeline folder (with {INDEX}), a network's folder (with config.json) "
+        "or a checkpoint file"
     )
+
+
+def _first_in(folder: Path, names: Iterable[str]) -> str | None:
+    return next((name for name in names if (folder / name).is_file()), None)

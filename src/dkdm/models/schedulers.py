@@ -363,7 +363,7 @@ NAMED: dict[str, dict[str, Any]] = {  # what is not the default of the class
 
 
 def named_config(spec: str, clip_range: float | None = None) -> Config:
-    """A scheduler's config by its name in NAMED or the path of its JSON.
+    """A scheduler's config by its name in NAMED, or by the path of its JSON or of a folder with it.
 
     clip_range: of a named one that can clip; None does not. Raises UsageError for a name that is
     neither, and for a file that is not one.
@@ -372,8 +372,11 @@ def named_config(spec: str, clip_range: float | None = None) -> Config:
         config = class_config(NAMED[spec], NAMED[spec]["_class_name"], spec)
         clips = clip_range is not None and "clip_sample" in config
         return config | ({"clip_sample": True, "clip_sample_range": clip_range} if clips else {})
+    path = Path(spec).expanduser()
+    places = (path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
+    file = next((place for place in places if place.is_file()), path)
     try:
-        return saved_config(read_json(Path(spec), "a scheduler_config.json"))
+        return saved_config(read_json(file, "a scheduler_config.json or a folder with one"))
     except UsageError as error:
         raise UsageError(
             f"noise process '{spec}': give {', '.join(NAMED)}, or the path of a "

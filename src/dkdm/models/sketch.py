@@ -52,7 +52,8 @@ def _sketch(folder: Path, options: LoadOptions, name: str) -> Denoiser:
         else:
             kind, file = network_class(known.name), config_file(folder, component)
             network = make_network(kind, config, str(file))
-    network = torch.nn.Module.to(network, "meta", getattr(torch, _precision(options.dtype)))
+    dtype = "bfloat16" if options.dtype == "int8" else options.dtype
+    network = torch.nn.Module.to(network, "meta", getattr(torch, dtype))
     conditioning = denoiser.conditioning
     if isinstance(conditioning, Prompts):
         shapes = _shapes(config, known, denoiser)
@@ -60,10 +61,6 @@ def _sketch(folder: Path, options: LoadOptions, name: str) -> Denoiser:
             check_sample(shape, f"{folder}: {embedding}")
         conditioning = replace(conditioning, texts=("",), cache=BlankEmbeddings(shapes))
     return replace(denoiser, network=network, call=None, conditioning=conditioning, name=name)
-
-
-def _precision(dtype: str) -> str:
-    return "bfloat16" if dtype == "int8" else dtype
 
 
 def _shapes(

@@ -147,7 +147,10 @@ def _tuple(hint: Any, value: Any, strict: bool) -> tuple[Any, ...]:
 def _mapping(hint: Any, value: Any, strict: bool) -> dict[str, Any]:
     _, kind = typing.get_args(hint)
     entries = accept(value, isinstance(value, Mapping), "an object").items()
-    return {str(key): as_type(kind, item, strict) for key, item in entries}
+    try:
+        return {key: as_type(kind, item, strict) for key, item in entries}
+    except WrongValueError as error:
+        raise WrongValueError(f"an object, each {error}") from error
 
 
 def made_of(cls: type[Made], values: object, where: str, **given: Any) -> Made:
@@ -164,7 +167,7 @@ def made_of(cls: type[Made], values: object, where: str, **given: Any) -> Made:
 
 def _object(cls: Any, value: Any, strict: bool, given: Mapping[str, Any] | None = None) -> Any:
     accept(value, isinstance(value, Mapping), "an object")
-    hints, made = typing.get_type_hints(cls), dict(given or {})
+    hints, made = typing.get_type_hints(cls, include_extras=True), dict(given or {})
     for entry in dataclasses.fields(cls):
         required = entry.default is entry.default_factory is dataclasses.MISSING
         if entry.name not in made and (required or entry.name in value):
