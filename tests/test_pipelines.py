@@ -36,7 +36,8 @@ from dkdm.core.schedules import rectified_flow
 from dkdm.core.steps import reverse_step
 from dkdm.models import LoadOptions, with_texts
 from dkdm.models.prompts import Prompts
-from dkdm.models.schedulers import MULTISTEP, from_scheduler_config
+from dkdm.models.schedulers import from_scheduler_config
+from dkdm.models.stand_ins import MULTISTEP
 from dkdm.models.student_process import with_process
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import as_denoiser

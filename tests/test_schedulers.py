@@ -20,8 +20,8 @@ from dkdm.models.schedulers import (
     named_config,
     prediction_type,
     saved_config,
-    stand_in,
 )
+from dkdm.models.stand_ins import stand_in
 
 pytestmark = [  # numpy's, of diffusers' `np.array(tensor)`; and diffusers' own
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),

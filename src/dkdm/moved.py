@@ -70,6 +70,7 @@ MOVED = RENAMED | {
 SPLIT = {
     "pool": ("core.chains", "core.fill"),
     "process": ("core.schedules", "core.clipping", "core.time", "core.matching"),
+    "schedulers": ("models.stand_ins",),
     "trainer": ("core.learning",),
 }
 

@@ -14,15 +14,13 @@ from dkdm.core.prediction import EDM, Parameterization, PredictionType
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import (
     BETA_PREDICTIONS,
-    EDM_SCHEDULERS,
     NAMED,
-    ON_BETAS,
-    Config,
     from_scheduler_config,
     named_config,
     prediction_type,
     within,
 )
+from dkdm.models.stand_ins import EDM_SCHEDULERS, ON_BETAS, Config
 
 
 def with_process(

@@ -22,15 +22,8 @@ from dkdm.models.architectures import component_of, pixels
 from dkdm.models.components import Component
 from dkdm.models.custom_network import OWN_CLASS, origin_of
 from dkdm.models.pipelines import PIPELINES, Pipeline, encoding_of
-from dkdm.models.schedulers import (
-    EDM_SCHEDULERS,
-    FIRST_ORDER,
-    ON_BETAS,
-    SIGMA_RANGE,
-    beta_fields,
-    clips_as,
-    flow_grid,
-)
+from dkdm.models.schedulers import SIGMA_RANGE, beta_fields, clips_as, flow_grid
+from dkdm.models.stand_ins import EDM_SCHEDULERS, FIRST_ORDER, ON_BETAS
 from dkdm.reading.files import identifier, render
 from dkdm.reading.places import copy_folder
 from dkdm.shipping.call_source import call_source
