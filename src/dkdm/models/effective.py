@@ -110,7 +110,8 @@ def arguments(name: str) -> Config:
         return {}
     left_out = {"self", "kwargs", *lacks, *getattr(kind, "ignore_for_config", [])}
     parameters = inspect.signature(kind.__init__).parameters.values()
-    return {p.name: _as_json(p.default) for p in parameters if p.name not in left_out}
+    defaults = {p.name: p.default for p in parameters if p.name not in left_out}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 
 _NEEDS_A_PACKAGE = {  # scipy, torchsde: a class with the same arguments and those it lacks
@@ -122,18 +123,13 @@ _NEEDS_A_PACKAGE = {  # scipy, torchsde: a class with the same arguments and tho
 }
 
 
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def stock_class(name: object, base: str = "ConfigMixin") -> Any:
     """A class of diffusers that derives from `base`; None if it has none of this name."""
     import diffusers
 
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else 0
-    return (
-        found if isinstance(found, type) and issubclass(found, getattr(diffusers, base)) else None
-    )
+    known = isinstance(found, type) and issubclass(found, getattr(diffusers, base))
+    return found if known else None
 
 
 _CONVERTING = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
@@ -158,14 +154,14 @@ _LEVELS = {
 
 def _corrected(config: Config, index: Mapping[str, Any], name: str, where: str) -> Config:
     """What the constructor of Stable Diffusion's pipelines makes of old configs."""
-    rules = _CORRECTIONS.get(str(index.get("_class_name")), ())
+    made_by = [rule for rule, kinds in _CORRECTIONS.items() if index.get("_class_name") in kinds]
     changes: Config = {}
     if name == SCHEDULER:
-        if "steps_offset" in rules and "steps_offset" in config:
+        if "steps_offset" in made_by and "steps_offset" in config:
             changes["steps_offset"] = 1
-        if "clip_sample" in rules and config.get("clip_sample") is True:
+        if "clip_sample" in made_by and config.get("clip_sample") is True:
             changes["clip_sample"] = False
-    elif name == "unet" and "sample_size" in rules and _is_old(config, where):
+    elif name == "unet" and "sample_size" in made_by and _is_old(config, where):
         size = config.get("sample_size")
         changes |= {"sample_size": 64} if isinstance(size, int) and size < 64 else {}
     return config | changes
@@ -184,28 +180,21 @@ def _is_old(config: Config, where: str) -> bool:
         ) from error
 
 
-_CORRECTIONS = {
-    **dict.fromkeys(
-        (
-            "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
-            "StableDiffusionPAGPipeline", "StableDiffusionPAGImg2ImgPipeline",
-            "StableDiffusionPAGInpaintPipeline", "StableDiffusionPipelineSafe",
-            "StableDiffusionInpaintPipelineLegacy", "LEditsPPPipelineStableDiffusion",
-        ),
-        ("steps_offset", "clip_sample", "sample_size"),
-    ),
-    **dict.fromkeys(
-        (
-            "CycleDiffusionPipeline", "StableDiffusionInpaintPipeline",
-            "StableDiffusionDiffEditPipeline",
-        ),
-        ("steps_offset", "sample_size"),
-    ),
-    **dict.fromkeys(
-        ("StableDiffusionDepth2ImgPipeline", "StableDiffusionImageVariationPipeline"),
-        ("sample_size",),
-    ),
-}  # fmt: skip
+_CLIPPING = (
+    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionPAGPipeline",
+    "StableDiffusionPAGImg2ImgPipeline", "StableDiffusionPAGInpaintPipeline",
+    "StableDiffusionPipelineSafe", "StableDiffusionInpaintPipelineLegacy",
+    "LEditsPPPipelineStableDiffusion",
+)  # fmt: skip
+_STEPPING = (
+    "CycleDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionDiffEditPipeline",
+)  # fmt: skip
+_SIZED = ("StableDiffusionDepth2ImgPipeline", "StableDiffusionImageVariationPipeline")
+_CORRECTIONS = {  # entry: the pipelines that correct it
+    "clip_sample": _CLIPPING,
+    "steps_offset": (*_CLIPPING, *_STEPPING),
+    "sample_size": (*_CLIPPING, *_STEPPING, *_SIZED),
+}
 
 
 def pipeline_entries(index: Mapping[str, Any]) -> Config:
@@ -215,15 +204,13 @@ def pipeline_entries(index: Mapping[str, Any]) -> Config:
     cls = stock_class(index.get("_class_name"), "DiffusionPipeline")
     if cls is None:
         return found
-    parameters = inspect.signature(cls).parameters.values()
-    defaults = {p.name: p.default for p in parameters if _is_setting(p)}
-    return {**defaults, **found}
-
-
-def _is_setting(parameter: inspect.Parameter) -> bool:
-    """Whether a pipeline's parameter is a setting with a default, and no component."""
-    kinds = (bool, int, float, str)
-    return isinstance(parameter.default, kinds) or parameter.name in ("boundary_ratio",)
+    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values()}
+    settings = {
+        name: value
+        for name, value in defaults.items()
+        if isinstance(value, (bool, int, float, str)) or name == "boundary_ratio"
+    }
+    return {**settings, **found}
 
 
 def _check(fields: Fields) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dkdm.models.formats.state_dict import read_header, read_weights
 from dkdm.reading.fields import Fields, is_number, shown
 
 LoraChoice = Path | str | tuple[Path | str, float]
+_DOWN = ".lora_A.weight"  # rows of these, in peft's names, are a layer's rank
 METADATA = "lora_adapter_metadata"  # the entry of a safetensors header that diffusers writes
 IN_FOLDER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
@@ -225,18 +226,12 @@ def _metadata(
         raise UsageError(f"{where}: its {METADATA} is {shown(values)}, not an object")
     prefix = f"{component}."
     own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-    layers = dict(_layers(tensors, prefix))
+    down = {k: v for k, v in tensors.items() if k.startswith(prefix) and k.endswith(_DOWN)}
+    layers = {k.removeprefix(prefix).removesuffix(_DOWN): len(v) for k, v in down.items()}
     if not own or not layers:
         return None
     checked = _checked(Fields(own, f"{where}: {METADATA}"), max(layers.values()))
     return {prefix + k: v for k, v in (checked | {"target_modules": sorted(layers)}).items()}
-
-
-def _layers(tensors: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, int]]:
-    """(layer, rank) of the network's layers in peft's names."""
-    for key, value in tensors.items():
-        if key.startswith(prefix) and key.endswith(".lora_A.weight"):
-            yield key.removeprefix(prefix).removesuffix(".lora_A.weight"), value.shape[0]
 
 
 def _checked(fields: Fields, largest: int) -> dict[str, Any]:
