@@ -19,7 +19,6 @@ from dkdm.models.schedulers import (
     from_scheduler_config,
     named_config,
     prediction_type,
-    saved_config,
 )
 from dkdm.models.stand_ins import stand_in
 
@@ -58,6 +57,11 @@ LEVELS = (80, 60, 40)
 
 def config_of(name, options):
     return {"_class_name": name, **options}
+
+
+def saved_config(config, image_tokens=None):
+    """What a student of this process is saved with."""
+    return from_scheduler_config(config, image_tokens).scheduler
 
 
 def step_of(peer, level, following, output, x):

@@ -16,7 +16,7 @@ from dkdm.models.effective import class_config, network_name
 from dkdm.models.locate import INDEX
 from dkdm.models.lora import IN_FOLDER
 from dkdm.models.options import LoadOptions
-from dkdm.models.pipeline_folder import describe, load_network
+from dkdm.models.pipeline_folder import denoiser_of, load_network
 from dkdm.models.schedulers import NAMED, named_config
 from dkdm.reading.fields import Fields, as_named, read_json
 from dkdm.reading.sizes import check_numbers
@@ -65,7 +65,7 @@ def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
     config = class_config(config, known.name, str(file))
     check_numbers(config, str(file))
     noise = class_config(scheduler, str(scheduler.get("_class_name")), "the scheduler's config")
-    denoiser = describe(folder, known, config, noise, {}, Bundle(), options)
+    denoiser = denoiser_of(folder, known, config, noise, {}, Bundle(), options)
     return replace(denoiser, network=load_network(folder, known.name, options), call=None)
 
 

@@ -43,7 +43,7 @@ from dkdm.models.pipelines import (
     family_of,
 )
 from dkdm.models.prompts import Prompts
-from dkdm.models.schedulers import from_scheduler_config, prediction_type, saved_config
+from dkdm.models.schedulers import from_scheduler_config, prediction_type
 from dkdm.models.text import text_conditioning
 from dkdm.networks import HOMES, network_class
 from dkdm.reading.fields import as_named, is_name, read_json, shown
@@ -91,7 +91,7 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Described:
         read_origin(config, place_of(folder, component))
     scheduler = effective_config(folder, index, "scheduler")
     bundle = _bundle(folder, index, options.variant)
-    denoiser = describe(folder, known, config, scheduler, index, bundle, options)
+    denoiser = denoiser_of(folder, known, config, scheduler, index, bundle, options)
     return Described(denoiser, component, known, config)
 
 
@@ -119,7 +119,7 @@ def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> str:
     return network_name(kind, read_json(file, "its config") if kind and file.is_file() else {})
 
 
-def describe(
+def denoiser_of(
     folder: Path,
     known: Architecture,
     config: dict[str, Any],
@@ -135,7 +135,6 @@ def describe(
     check_sample(shape, f"{folder}: by its config.json", patch if patch > 1 else None)
     tokens = math.prod(shape[1:]) // patch**2
     process = from_scheduler_config(scheduler, tokens)
-    process = replace(process, scheduler=saved_config(scheduler, tokens))
     _check_channels(folder, config, shape, bundle)
     conditioning, constants = _conditioning(folder, known, config, index, bundle)
     constants |= known.constants(config, shape, bundle) if known.constants else {}

@@ -56,6 +56,7 @@ class Prompts(Kind):
     """
 
     asks = "prompt"
+    label = "prompts"
     encoders: TextEncoders
     texts: tuple[str, ...] = ()
     negative: str = ""
@@ -84,13 +85,7 @@ class Prompts(Kind):
         row = self.fed().get(name)
         return None if row is None else row.shape
 
-    @property
-    def label(self) -> str:
-        """As `Kind.label`."""
-        return "prompts"
-
     def summary(self) -> str:
-        """As `Kind.summary`."""
         return f"text; trained with {len(self.texts):,} prompts"
 
     def shown_names(self, most: int) -> tuple[str, ...]:
@@ -98,7 +93,6 @@ class Prompts(Kind):
         return (self.negative, *self.texts[:most])
 
     def example(self, count: int) -> Condition | None:
-        """As `Kind.example`."""
         return None if self.cache is None else self.null(count)
 
     def fed(self) -> dict[str, Row]:
@@ -107,7 +101,6 @@ class Prompts(Kind):
             return rows_of(self.embed(self.null(1)))
 
     def usage(self) -> str:
-        """As `Kind.usage`."""
         return repr(self.texts[0])
 
     def in_turns(self, count: int) -> Condition:

@@ -41,8 +41,9 @@ def from_scheduler_config(config: Config, image_tokens: int | None = None) -> Pr
 
     config: as in `scheduler_config.json`; absent entries take the defaults of its class. Schedulers
     that solve the same equation in several evaluations or with a memory (PNDM, Euler, DPM-Solver,
-    UniPC, ...) are rebuilt as one-step solvers on their betas, see `stand_in`. image_tokens: length
-    of the network's image sequence, for a flow whose shift depends on it. Raises UsageError for a
+    UniPC, ...) are rebuilt as one-step solvers on their betas, see `stand_in`, whose config is the
+    process's `scheduler`: what a student is saved with. image_tokens: length of the network's image
+    sequence, for a flow whose shift depends on it. Raises UsageError for a
     scheduler that defines no one-step transition or is not supported, naming what to do instead,
     and for an entry of the wrong type or out of range.
     """
@@ -81,17 +82,6 @@ def prediction_type(config: Config) -> PredictionType:
 BETA_PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "sample", "v_prediction")
 
 
-def saved_config(config: Config, image_tokens: int | None = None) -> dict[str, Any]:
-    """The config a student is saved with: the teacher's own, or what stands for it.
-
-    A dynamic shift is beside it the `shift` that it amounts to, which diffusers does not read.
-    """
-    read = stand_in(config)
-    if read.get("use_dynamic_shifting"):
-        return {**read, "shift": dynamic_shift(read, image_tokens)}
-    return read
-
-
 NAMED: dict[str, dict[str, Any]] = {  # what is not the default of the class
     "ddpm-linear": {"_class_name": "DDPMScheduler", "clip_sample": False},
     "ddpm-cosine": {
@@ -119,7 +109,7 @@ def named_config(spec: str, clip_range: float | None = None) -> Config:
     places = (path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
     file = next((place for place in places if place.is_file()), path)
     try:
-        return saved_config(read_json(file, "a scheduler_config.json or a folder with one"))
+        return stand_in(read_json(file, "a scheduler_config.json or a folder with one"))
     except UsageError as error:
         raise UsageError(
             f"noise process '{spec}': give {', '.join(NAMED)}, or the path of a "
@@ -236,6 +226,7 @@ def _from_flow_config(config: Config, image_tokens: int | None) -> Process:
     lowest = shift / (levels + shift - 1) if by_euler else 1 / levels
     if fields.flag("use_dynamic_shifting", False):
         shift, lowest = dynamic_shift(config, image_tokens), 1 / levels
+        config = {**config, "shift": shift}  # what it amounts to; diffusers does not read it
     clipping = clipping_of(fields)
     process = rectified_flow(levels, shift, lowest, clipping=clipping, scheduler=dict(config))
     terminal = fields.number("shift_terminal", None, low=0, high=1 - 1e-6)
