@@ -5,6 +5,7 @@ Of a hub repository, the files are downloaded that a pipeline needs, and no othe
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -15,6 +16,7 @@ from dkdm.errors import DkdmError, UsageError
 from dkdm.models.effective import listed
 from dkdm.models.pipelines import LEFT_OUT
 from dkdm.reading.fields import read_json
+from dkdm.reading.sizes import in_a_line
 
 BUILTIN = Path(str(resources.files("dkdm"))) / "models" / "builtin"
 INDEX = "model_index.json"
@@ -102,7 +104,7 @@ def download(
         raise _no_pipeline(repo_id, names, subfolder)
     needed = needed_files(inside, index, variant)
     chosen = [name for name in needed if weights or name.endswith(".json")]
-    return _snapshot(repo_id, revision, [_literally(f"{prefix}{name}") for name in chosen])
+    return _snapshot(repo_id, revision, [glob.escape(f"{prefix}{name}") for name in chosen])
 
 
 def _listing(repo_id: str, revision: str | None) -> list[str] | None:
@@ -127,15 +129,10 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Pa
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # of the network, the hub, the disk: all end the download
         at = f" at revision {revision}" if revision else ""
-        why = " ".join(str(error).split()) or type(error).__name__
         raise DkdmError(
-            f"'{repo_id}' is no folder here, and the hub did not give it{at}: {why}"
+            f"'{repo_id}' is no folder here, and the hub did not give it{at}: "
+            f"{in_a_line(error, 1000)}"
         ) from error
-
-
-def _literally(name: str) -> str:
-    """A pattern that only this name matches."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def needed_files(

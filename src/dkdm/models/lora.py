@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.formats.state_dict import read_header, read_weights
 from dkdm.reading.fields import Fields, is_number, shown
+from dkdm.reading.sizes import in_a_line
 
 LoraChoice = Path | str | tuple[Path | str, float]
 _DOWN = ".lora_A.weight"  # rows of these, in peft's names, are a layer's rank
@@ -139,8 +140,7 @@ def _load(holder: Any, component: str, name: str, file: Path) -> None:
     except (ImportError, DkdmError):
         raise
     except Exception as error:  # the conversions of diffusers raise whatever a name leads to
-        first = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DkdmError(f"{where}: does not fit this network: {first}") from error
+        raise DkdmError(f"{where}: does not fit this network: {in_a_line(error)}") from error
     _check_all_used(vars(holder)[component], name, tensors, where)
 
 
