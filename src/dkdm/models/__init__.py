@@ -70,7 +70,7 @@ def load_teacher(
     denoiser.name = spec
     denoiser = _with_null_class(denoiser, options)
     example = kind_of(denoiser.conditioning).example(2)
-    if example is not None:  # else it is tried when prompts are given
+    if example is not None:  # otherwise it is tried when prompts are given
         denoiser.check(example)
     return denoiser
 
@@ -108,8 +108,8 @@ def with_texts(
 ) -> Denoiser:
     """A text model with the prompts that `spec` names: files, or a prompt itself.
 
-    Any other model as it is. Raises UsageError for prompts without a text model, for a text model
-    without prompts, and where `spec` names files that cannot be read.
+    Other models are returned as they are. Raises UsageError for prompts without a text model, for a
+    text model without prompts, and if `spec` names files that cannot be read.
     """
     conditioning = denoiser.conditioning
     if not isinstance(conditioning, Prompts):

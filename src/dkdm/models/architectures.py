@@ -76,7 +76,7 @@ _IMAGES = "embeddings of images"
 class Architecture:
     """A network class of diffusers or dkdm.
 
-    sides: of a sample, beside its channels, where the config does not list them.
+    sides: how many a sample has beside its channels, if the config does not list them.
     packed: whether its channels hold the 2x2 values of a sample that make a token.
     constants: (config, shape, bundle) -> what is always fed; None: nothing.
     text_widths, pooled_widths: entries of the config that may say how wide the embeddings of a

@@ -174,7 +174,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Standardized latents of pixels in [-1, 1]; a sample of them where they are random.
+        """Standardized latents of pixels in [-1, 1]; a sample of them if they are random.
 
         generator: on the images' device; None takes the mean.
         """

@@ -1,4 +1,4 @@
-"""A user's own network: what is written down of it, and how it is made again.
+"""A custom network: what a run records of it, and how it is made again.
 
 Networks of diffusers and of dkdm know how they were made. Of any other, `Origin` is attached to the
 network when it comes in, and written as the config.json beside its weights.
@@ -92,16 +92,16 @@ def remember_factory(
     out_channels: int,
     conditioning: Conditioning,
 ) -> None:
-    """Attach to a network that it is what `factory` makes of these."""
+    """Record on a network that `factory` makes it of these."""
     facts = _facts(sample_shape, out_channels, conditioning)
     setattr(network, ORIGIN, Origin(type(network).__name__, factory, **facts))
 
 
 def remember_object(denoiser: Denoiser) -> None:
-    """Attach to a network that came without a factory how its class makes it, if that is found.
+    """Record on a network that came without a factory how its class makes it, if that is found.
 
-    Tried are its own `config`, then no arguments; either must give the same output with the same
-    weights. Nothing happens to networks of diffusers and dkdm, and to what came from a factory.
+    Its `config` is tried first, then no arguments; either must give the same output with the same
+    weights. Networks of diffusers and dkdm, and those that came from a factory, stay as they are.
     """
     network = denoiser.network
     if not isinstance(network, nn.Module) or not is_own(network) or origin_of(network):

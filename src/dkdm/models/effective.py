@@ -76,7 +76,7 @@ _LISTS = ("_class_name", "class_names")  # of two names, and no component
 
 
 def network_name(kind: str, config: Mapping[str, Any]) -> str:
-    """The class that diffusers makes where this one is listed."""
+    """The class that diffusers makes of a listed one."""
     older = (kind, str(config.get("norm_type")))
     found = (name for name, known in ARCHITECTURES.items() if known.older == older)
     return next(found, kind)

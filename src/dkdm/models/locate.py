@@ -87,7 +87,7 @@ def download(
 ) -> Path:
     """A hub repository's folder in the cache, with the files that a pipeline in it needs.
 
-    weights: whether these are needed too, or JSON files are enough. Where the hub cannot list the
+    weights: whether these are needed too, or JSON files are enough. If the hub cannot list the
     repository, everything that may be needed is taken: offline, from the cache. Raises UsageError
     for a repository without a pipeline, DkdmError if the hub does not give it.
     """
@@ -159,7 +159,7 @@ def needed_files(
 
 
 def _parts(index: Mapping[str, Any]) -> Iterator[str]:
-    """The components that an index lists; the root's network where there is no index."""
+    """The components that an index lists; without an index, the network in the root."""
     if not index:
         yield ""
     for name in listed(index):
@@ -175,7 +175,7 @@ def _of_part(files: Sequence[str], variant: str | None) -> set[str]:
 
 
 def _weights(files: Sequence[str], variant: str | None) -> set[str]:
-    """Of one kind: the variant's before plain ones, safetensors before .bin."""
+    """The weights of one kind: the variant's before plain ones, safetensors before .bin."""
     for asked in dict.fromkeys((variant, None)):
         for suffix in ("safetensors", "bin"):
             pattern = re.compile(_pattern(suffix, asked))

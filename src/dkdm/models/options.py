@@ -17,7 +17,7 @@ class LoadOptions:
     variant: of the weight files, such as fp16. dtype: of the weights. sample_size: (height, width)
         or (length,) or (frames, height, width) of a sample as the network sees it; None is what its
         config says. config: a config file of the original repository. flags: its command-line
-        flags, as one string. ema: whether averaged weights are taken where a file has both.
+        flags, as one string. ema: whether averaged weights are taken if a file has both.
     scheduler: of a network that lies alone: a name such as ddpm-linear, a scheduler_config.json or
         a folder with one.
     lora: files of low-rank updates merged into the network, each as FILE, "FILE:WEIGHT" or

@@ -70,7 +70,7 @@ _REFUSED = {
     ),
     "LTXEulerAncestralRFScheduler": "save a FlowMatchEulerDiscreteScheduler with the same shift",
     "MiniMaxH3Scheduler": "save a FlowMatchEulerDiscreteScheduler with the same shift",
-    "RFD4ProteinaScheduler": f"its steps are of a kind of their own; {IN_PYTHON}",
+    "RFD4ProteinaScheduler": f"its steps are like no other scheduler's; {IN_PYTHON}",
 }  # fmt: skip
 TINY = 1e-9
 _TWINS = {  # the same process by another name

@@ -28,11 +28,11 @@ def with_process(
 ) -> Denoiser:
     """The teacher's description with another parameterization or noise process, for a student.
 
-    prediction: None is the teacher's, or what the process's scheduler takes where it does not take
-    that. process: "teacher", one of `schedulers.NAMED`, or the path of a scheduler_config.json; of
-    its levels those are kept whose signal-to-noise ratio the teacher has. A learned variance stays
-    with the teacher's process only. Raises UsageError if no scheduler of diffusers takes the two
-    together.
+    prediction: None is the teacher's, if the process's scheduler takes it, and otherwise the
+    scheduler's. process: "teacher", one of `schedulers.NAMED`, or the path of a
+    scheduler_config.json; it keeps the levels whose signal-to-noise ratio the teacher has. A
+    learned variance stays with the teacher's process only. Raises UsageError if no scheduler of
+    diffusers takes the two together.
     """
     own = teacher.parameterization
     if process == "teacher":
@@ -48,7 +48,7 @@ def with_process(
 
 
 def _with_prediction(teacher: Denoiser, prediction: PredictionType | None) -> Denoiser:
-    """The teacher's description with another parameterization, where its scheduler takes it."""
+    """The teacher's description with another parameterization, which its scheduler must take."""
     own, config = teacher.parameterization, teacher.process.scheduler
     if prediction is None:
         prediction = _default_prediction(own, config) if config else own.prediction

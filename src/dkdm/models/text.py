@@ -41,12 +41,12 @@ def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
     if find_spec("transformers") is None:
         raise DkdmError(f"{folder}: prompts need transformers: pip install 'dkdm[text]'")
     encoders = {name: part for name, part in bundle.components.items() if _is_text(name)}
-    told = repr(encoding.all_arguments(bundle))
-    told += repr([part.class_name for part in encoders.values()])
+    described = repr(encoding.all_arguments(bundle))
+    described += repr([part.class_name for part in encoders.values()])
     if encoding.asks_transformer:
-        told += f" {token_width(folder, bundle)}"
+        described += f" {token_width(folder, bundle)}"
     folders = [part.folder for part in encoders.values()]
-    fingerprint = folder_fingerprint(folders, str(bundle.pipeline), told)
+    fingerprint = folder_fingerprint(folders, str(bundle.pipeline), described)
     loaded = LazyEncoders(folder, bundle, encoding)
     return Prompts(TextEncoders(loaded.encode, loaded.release, fingerprint))
 
@@ -129,7 +129,7 @@ class LazyEncoders:
 
 
 def token_width(folder: Path, bundle: Bundle) -> int:
-    """Width of a text token: the denoiser's, or all encoders' together where there is none."""
+    """Width of a text token: the denoiser's, or without one that of all encoders together."""
     file = folder / "transformer" / "config.json"
     raw = read_json(file, "the config of its transformer") if file.is_file() else {}
     own = class_config(raw, str(raw.get("_class_name")), str(file)) if raw else {}
