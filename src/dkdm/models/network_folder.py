@@ -50,8 +50,8 @@ def load_lone_network(folder: Path, options: LoadOptions) -> Denoiser:
     known = _architecture(folder, config)
     if options.scheduler is None:
         raise UsageError(
-            f"{folder}: a network alone ({kind or 'without a class'}), which does not say how noise "
-            "is added: give --teacher-scheduler with the scheduler that it was trained with: "
+            f"{folder}: a network alone ({kind or 'without a class'}), which does not say how "
+            "noise is added: give --teacher-scheduler with the scheduler that it was trained with: "
             f"{', '.join(NAMED)}, or a scheduler_config.json or its folder"
         )
     if options.lora:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,37 @@ _SCALE, _SHIFT, _EACH = ("scaling_factor",), ("shift_factor",), ("latents_mean",
 _CLIP, _PROJECTED, _T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
 _GEMMA = ("Gemma2Model", "Gemma2PreTrainedModel", "Gemma2ForCausalLM", "AutoModel")
 _UNGUIDED = {"do_classifier_free_guidance": False}
-_SEVERAL = {"prompt_2": None}
 _LENGTH = "max_sequence_length"
+
+_STABLE_DIFFUSION = Encoding(
+    {"text_encoder": _CLIP}, (EMBEDS,), {**_UNGUIDED, "num_images_per_prompt": 1}
+)
+_SDXL = Encoding(
+    {"text_encoder": _CLIP, "text_encoder_2": _PROJECTED},
+    (EMBEDS, None, POOLED),
+    {**_UNGUIDED, "prompt_2": None},
+    zero_empty="force_zeros_for_empty_prompt",
+)
+_SD3 = Encoding(
+    {"text_encoder": _PROJECTED, "text_encoder_2": _PROJECTED, "text_encoder_3": _T5},
+    (EMBEDS, None, POOLED),
+    {**_UNGUIDED, "prompt_2": None, "prompt_3": None},
+    (_LENGTH,),
+    asks_transformer=True,
+)
+_FLUX = Encoding(
+    {"text_encoder": _CLIP, "text_encoder_2": _T5}, (EMBEDS, POOLED), {"prompt_2": None}, (_LENGTH,)
+)
 _PIXART = Encoding({"text_encoder": _T5}, (EMBEDS, MASK), _UNGUIDED, (_LENGTH,))
+_SANA = Encoding(
+    {"text_encoder": _GEMMA},
+    (EMBEDS, MASK),
+    _UNGUIDED,
+    (_LENGTH, "complex_human_instruction"),
+    bare_empty=True,
+)
+_LUMINA = replace(_SANA, defaults=(_LENGTH, "system_prompt"))
+_WAN = Encoding({"text_encoder": ("UMT5EncoderModel",)}, (EMBEDS,), _UNGUIDED, (_LENGTH,))
 
 PIPELINES = {
     each.name: each
@@ -113,10 +141,7 @@ PIPELINES = {
         Pipeline("LDMPipeline", "UNet2DModel", _SCALE),
         Pipeline("AudioDiffusionPipeline", "UNet2DModel", _SCALE),
         Pipeline(
-            "DanceDiffusionPipeline",
-            "UNet1DModel",
-            schedulers=("IPNDMScheduler",),
-            output="audios",
+            "DanceDiffusionPipeline", "UNet1DModel", schedulers=("IPNDMScheduler",), output="audios"
         ),
         Pipeline(
             "DiTPipeline",
@@ -124,75 +149,27 @@ PIPELINES = {
             _SCALE,
             schedulers=("DDPMScheduler", "DDIMScheduler"),
         ),
-        Pipeline(
-            "StableDiffusionPipeline",
-            "UNet2DConditionModel",
-            _SCALE,
-            Encoding({"text_encoder": _CLIP}, (EMBEDS,), {**_UNGUIDED, "num_images_per_prompt": 1}),
-        ),
-        Pipeline(
-            "StableDiffusionXLPipeline",
-            "UNet2DConditionModel",
-            _SCALE + _EACH,
-            Encoding(
-                {"text_encoder": _CLIP, "text_encoder_2": _PROJECTED},
-                (EMBEDS, None, POOLED),
-                {**_UNGUIDED, **_SEVERAL},
-                zero_empty="force_zeros_for_empty_prompt",
-            ),
-        ),
+        Pipeline("StableDiffusionPipeline", "UNet2DConditionModel", _SCALE, _STABLE_DIFFUSION),
+        Pipeline("StableDiffusionXLPipeline", "UNet2DConditionModel", _SCALE + _EACH, _SDXL),
         Pipeline("PixArtAlphaPipeline", "PixArtTransformer2DModel", _SCALE, _PIXART, "Alpha"),
         Pipeline("PixArtSigmaPipeline", "PixArtTransformer2DModel", _SCALE, _PIXART, "Sigma"),
         Pipeline(
-            "StableDiffusion3Pipeline",
-            "SD3Transformer2DModel",
-            _SCALE + _SHIFT,
-            Encoding(
-                {"text_encoder": _PROJECTED, "text_encoder_2": _PROJECTED, "text_encoder_3": _T5},
-                (EMBEDS, None, POOLED),
-                {**_UNGUIDED, **_SEVERAL, "prompt_3": None},
-                (_LENGTH,),
-                asks_transformer=True,
-            ),
-            flow=True,
+            "StableDiffusion3Pipeline", "SD3Transformer2DModel", _SCALE + _SHIFT, _SD3, flow=True
         ),
         Pipeline(
             "FluxPipeline",
             "FluxTransformer2DModel",
             _SCALE + _SHIFT,
-            Encoding(
-                {"text_encoder": _CLIP, "text_encoder_2": _T5},
-                (EMBEDS, POOLED),
-                _SEVERAL,
-                (_LENGTH,),
-            ),
+            _FLUX,
             flow=True,
             asks_size=True,
         ),
-        Pipeline(
-            "SanaPipeline",
-            "SanaTransformer2DModel",
-            _SCALE,
-            Encoding(
-                {"text_encoder": _GEMMA},
-                (EMBEDS, MASK),
-                _UNGUIDED,
-                (_LENGTH, "complex_human_instruction"),
-                bare_empty=True,
-            ),
-            flow=True,
-        ),
+        Pipeline("SanaPipeline", "SanaTransformer2DModel", _SCALE, _SANA, flow=True),
         Pipeline(
             "Lumina2Pipeline",
             "Lumina2Transformer2DModel",
             _SCALE + _SHIFT,
-            Encoding(
-                {"text_encoder": _GEMMA},
-                (EMBEDS, MASK),
-                _UNGUIDED,
-                (_LENGTH, "system_prompt"),
-                bare_empty=True,
-            ),
+            _LUMINA,
             flow=True,
             asks_size=True,
         ),
@@ -200,7 +177,7 @@ PIPELINES = {
             "WanPipeline",
             "WanTransformer3DModel",
             _EACH,
-            Encoding({"text_encoder": ("UMT5EncoderModel",)}, (EMBEDS,), _UNGUIDED, (_LENGTH,)),
+            _WAN,
             flow=True,
             output="frames",
             asks_size=True,
