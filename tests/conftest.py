@@ -42,14 +42,20 @@ def pytest_configure(config):
 
 
 def seed_from_name(name: str) -> None:
-    """Seed the global generators from a name: two names do not give the same noise."""
+    """Seed the global generators from a name: two names do not give the same noise.
+
+    `torch.manual_seed` formats the whole stack for each kind of accelerator that is not in use:
+    milliseconds, several times a test.
+    """
     import numpy as np
     import torch
 
     seed = zlib.crc32(name.encode())
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -41,7 +41,7 @@ def tiny_unet(classes=None, out_channels=1, dropout=0.0, layers_per_block=1):
 def denoiser(classes=3, scheduler=None, seed=0, **sizes):
     """A tiny class-conditional denoiser with random weights; classes=None is unconditional."""
     scheduler = SCHEDULER | (scheduler or {})
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     parameterization = Parameterization(
         scheduler["prediction_type"], scheduler.get("variance_type", "fixed_small")
     )
