@@ -29,7 +29,7 @@ from dkdm.models import load_teacher
 from dkdm.models.components import Autoencoder, Component
 from dkdm.models.schedulers import from_scheduler_config
 
-STEPS = 20
+STEPS = 12
 FLOW = rectified_flow(1000)
 LINEAR = from_scheduler_config({"_class_name": "DDPMScheduler", "clip_sample": False})
 EDM = karras(1000)
