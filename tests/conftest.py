@@ -19,6 +19,7 @@ os.environ.update(
     DKDM_DATA_HOME=DATA_HOME.name,
 )
 
+import gc
 import random
 import zlib
 
@@ -30,6 +31,8 @@ import programs
 def pytest_configure(config):
     """Prepare a process that runs tests; the one that deals them out imports no torch."""
     if UNDER_XDIST or not config.getoption("numprocesses", None):
+        gc.disable()  # until all is imported
+
         import hypothesis
         import torch
 
@@ -39,6 +42,12 @@ def pytest_configure(config):
             "dkdm", deadline=None, derandomize=True, database=None, print_blob=True
         )
         hypothesis.settings.load_profile("dkdm")
+
+
+def pytest_collection_finish():
+    """What is imported stays: no garbage is looked for in it, a third of a second each time."""
+    gc.freeze()
+    gc.enable()
 
 
 def seed_from_name(name: str) -> None:

@@ -7,6 +7,7 @@ cached.
 """
 
 import faulthandler
+import gc
 import json
 import os
 import socket
@@ -43,6 +44,8 @@ def begin() -> None:
 
 def leave_pytest(kept: int) -> None:
     """Close every file but one, and forget the tests."""
+    gc.freeze()
+    gc.enable()
     faulthandler.disable()
     os.closerange(3, kept)
     os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
