@@ -1,10 +1,7 @@
 """Finished runs are uploaded to a hub: to a stand-in on this machine, by huggingface_hub itself."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import huggingface_hub
@@ -13,6 +10,7 @@ import yaml
 from huggingface_hub import constants
 
 import dkdm
+import programs
 from dkdm.cli import main
 from dkdm.config import read_config
 from dkdm.errors import DkdmError, UsageError
@@ -106,21 +104,29 @@ def test_the_token_is_in_no_file(tmp_path):
     assert not [path for path in written if WRITE.encode() in path.read_bytes()]
 
 
+FROM_THE_STAND_IN = """
+import sys
+from huggingface_hub import constants, hf_api
+url, constants.HF_HUB_CACHE = sys.argv[1:]
+template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+constants.HUGGINGFACE_CO_URL_TEMPLATE = template
+constants.ENDPOINT = hf_api.api.endpoint = url
+constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
+"""
+
+
 def test_what_the_card_says_runs_on_what_was_uploaded(hub, finished, tmp_path):
     """In a process of its own, in which there is no dkdm and nothing was downloaded yet."""
     assert push(finished, "pushed") == f"{hub.url}/{USER}/pushed"
     card = hub.files(f"{USER}/pushed")["README.md"].decode()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert f'.from_pretrained("{USER}/pushed", trust_remote_code=True)' in code
-    code = "import sys\nsys.modules['dkdm'] = None\n" + code.replace("steps=50", "steps=2")
-    env = {
-        **os.environ,
-        **{"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
-        **{"TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""},
-    }
-    command = [sys.executable, "-c", f"{code}\nprint(len(images), images[0].size)"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    code = FROM_THE_STAND_IN + code.replace("steps=50", "steps=2")
+    code += "\nprint(len(images), images[0].size)"
+    open_to_all = {"TRANSFORMERS_OFFLINE": "0", "HF_TOKEN": "", "NO_PROXY": "127.0.0.1"}
+    done = programs.run(code, hub.url, tmp_path / "cache", environment=open_to_all)
     assert done.stdout.strip() == "3 (8, 8)", done.stderr
+    assert [*(tmp_path / "cache").glob(f"models--{USER}--pushed/snapshots/*/model_index.json")]
 
 
 def test_command_uploads_and_prints_the_address(hub, finished, capsys):
