@@ -13,12 +13,7 @@ from dkdm.reading.files import render
 
 Point = tuple[float, float]
 
-LEFT, RIGHT, TOP, BOTTOM = (
-    66,
-    384,
-    12,
-    214,
-)  # edges of the plot, as templates/chart.html.j2 has them
+LEFT, RIGHT, TOP, BOTTOM = 66, 384, 12, 214  # the plot, as templates/chart.html.j2 has it
 
 
 @dataclass(frozen=True)
@@ -48,8 +43,8 @@ def line_chart(
 ) -> Markup | None:
     """Draw the series over a linear x and a logarithmic y; None if no point can be drawn.
 
-    colours: of each series' style, for a file of its own, on white, with a legend; None for a part
-    of a page, whose style gives them.
+    colours: of each series' style, for a separate file, on white, with a legend; None for a part of
+    a page, whose style gives them.
     """
     points = [point for line in series for point in line.drawable()]
     if not points:

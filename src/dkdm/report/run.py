@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dkdm.config import DistillConfig, TrainConfig, read_config
+from dkdm.core.positions import evenly
 from dkdm.core.progress import read_metrics
 from dkdm.data.images import open_image
 from dkdm.errors import DkdmError
@@ -106,10 +107,8 @@ def read_stages(folder: Path, missing: list[str]) -> list[Stage]:
     found = sorted((int(m[1]), p) for p in folder.glob("*.png") if (m := _STEP.fullmatch(p.name)))
     if not found:
         missing.append("samples/step-*.png are missing: no sample grid was drawn during training.")
-    count = min(STAGES, len(found))
-    places = {round(i * (len(found) - 1) / max(count - 1, 1)) for i in range(count)}
     stages = []
-    for step, path in (found[i] for i in sorted(places)):
+    for step, path in (found[i] for i in evenly(min(STAGES, len(found)), len(found))):
         try:
             image = open_image(check_place(path, folder.parent))
             image.thumbnail((640, 640))

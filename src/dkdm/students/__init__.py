@@ -32,7 +32,7 @@ from dkdm.reading.fields import read_json
 from dkdm.reading.plugins import distrust, import_object
 from dkdm.reading.sizes import make_network
 from dkdm.students import any_rank, cut, transformers, unets
-from dkdm.students.interface import Interface, Preset
+from dkdm.students.interface import TEXTS, Interface, Preset
 from dkdm.students.loading import load_student
 from dkdm.students.space import check_config, config_in
 
@@ -101,10 +101,8 @@ def untried_student_of(spec: str, teacher: Denoiser, factory: Factory | None = N
 
 def _takes_text(network: nn.Module) -> bool:
     """Whether a network has an input for text; True for custom networks, which may have one."""
-    return is_own(network) or _TEXT in inspect.signature(network.forward).parameters
-
-
-_TEXT = "encoder_hidden_states"
+    taken = inspect.signature(network.forward).parameters
+    return is_own(network) or "encoder_hidden_states" in taken
 
 
 def given_student(student: Denoiser | nn.Module, like: Denoiser) -> Denoiser:
@@ -158,15 +156,12 @@ def build_network(spec: str, interface: Interface, factory: Factory | None = Non
     )
 
 
-_KNOWN_CONDITIONS = ("class_labels", "encoder_hidden_states", "pooled_projections")
-
-
 def _refuse_custom_conditions(interface: Interface) -> None:
     """Raise UsageError for a conditioning that presets have no inputs for."""
     kind = kind_of(interface.conditioning)
-    others = [n for n in kind.fed() if n not in _KNOWN_CONDITIONS] if kind.asks == "cond" else []
+    others = kind.fed().keys() - {"class_labels", *TEXTS} if kind.asks == "cond" else ()
     if others:
-        names = ", ".join(f"'{name}'" for name in others)
+        names = ", ".join(f"'{name}'" for name in sorted(others))
         raise UsageError(
             f"presets take class ids or text, and {kind.label} gives {names}: use a custom network "
             "as the student, a module in Python or module:factory"

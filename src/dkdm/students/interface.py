@@ -64,7 +64,7 @@ class Interface:
         return kind_of(self.conditioning).table_rows
 
     def text_width(self, name: str) -> int | None:
-        """Features of an embedding of `TEXTS`, of each token; None if the teacher has none."""
+        """Width of a text embedding, one of `TEXTS`; None if the teacher has none."""
         kind = kind_of(self.conditioning)
         row = kind.fed().get(name) if kind.asks == "prompt" else None
         return None if row is None else row.shape[-1]

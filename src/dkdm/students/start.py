@@ -97,8 +97,7 @@ def inherit(network: nn.Module, source: Mapping[str, Tensor], origin: str) -> St
     sliced if the layout of the network's class is known. Raises UsageError if nothing fits.
     """
     state, parameters = network.state_dict(), dict(network.named_parameters())
-    found = counterparts(state, source)
-    pairs = [Pair(name, other, state, source) for name, other in found.items()]
+    pairs = [Pair(*names, state, source) for names in counterparts(state, source).items()]
     whole = {pair.name: source[pair.other] for pair in pairs if pair.is_whole}
     layout = LAYOUTS.get(architecture_of(network).layout)
     wider = [pair for pair in pairs if pair.name in parameters and not pair.is_whole]
