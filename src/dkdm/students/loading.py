@@ -54,7 +54,7 @@ def load_student(
 
 def denoiser_folder(folder: Path) -> Path:
     """The denoiser's folder in a pipeline or checkpoint (averaged, if the run averages)."""
-    averaged = "_ema" if (folder / MANIFEST).is_file() and averages(folder.parent) else ""
+    averaged = "_ema" if (folder / MANIFEST).is_file() and _averages(folder.parent) else ""
     within = [folder / f"{name}{averaged}" for name in DENOISERS]
     return next((each for each in within if each.is_dir()), folder)
 
@@ -70,7 +70,7 @@ def _network_folder(folder: Path) -> Path:
     raise UsageError(f"{folder} has no {missing}{started}")
 
 
-def averages(run: Path) -> bool:
+def _averages(run: Path) -> bool:
     """Whether a run uses its averaged weights."""
     try:
         return bool(read_json(run / "config.json", "a run's config").get("use_ema", True))

@@ -21,8 +21,7 @@ _WHY = "the student learns from the teacher's states, which cannot be resized"
 def config_in(folder: Path, interface: Interface) -> Path:
     """The config.json of the network in a pipeline or component folder.
 
-    Raises UsageError if there is none, and if the pipeline has another autoencoder than the
-    teacher.
+    Raises UsageError for a folder without one, or with another autoencoder than the teacher's.
     """
     for name in AUTOENCODERS:
         if (folder / name / "config.json").is_file():

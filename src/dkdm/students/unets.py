@@ -68,7 +68,7 @@ def adm(
     attention: Container[int],
     dropout: float = 0.0,
 ) -> nn.Module:
-    """dkdm's AdmUNet: the paper's own network, weight for weight (arXiv 2105.05233).
+    """dkdm's AdmUNet: the paper's network, weight for weight (arXiv 2105.05233).
 
     attention: heights as in `unet`. Raises UsageError if the sample shape cannot be halved as often
     as there are levels.
