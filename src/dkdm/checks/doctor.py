@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from packaging.requirements import Requirement
 
 from dkdm.checks.findings import Finding
 from dkdm.reading.machine import usable_cores, usable_memory
-from dkdm.reading.sizes import in_a_line
-
-GIB = 2**30
+from dkdm.reading.sizes import GIB, in_a_line
 
 
 def examine() -> list[Finding]:
@@ -120,8 +119,6 @@ def _diffusers() -> Finding:
 
 
 def _torch() -> Finding:
-    import torch
-
     build = _torch_build()
     if torch.cuda.is_available():
         devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -141,16 +138,12 @@ def _torch() -> Finding:
 
 
 def _torch_build() -> str:
-    import torch
-
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
 
 
 def _threads() -> Finding:
-    import torch
-
     threads, cores = torch.get_num_threads(), usable_cores()
     what = f"{threads} on {cores:g} cores"
     if threads > math.ceil(cores):

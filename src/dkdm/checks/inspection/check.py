@@ -162,16 +162,12 @@ def _check_request(
     denoiser: Denoiser, num_samples: int, num_steps: int, images: Tensor | None
 ) -> None:
     if num_samples < 2 or num_steps < 1:
-        raise UsageError(
-            f"the denoising check needs at least 2 samples and 1 step, not {num_samples} and "
-            f"{num_steps}"
-        )
+        asked = f"{num_samples} samples in {num_steps} steps"
+        raise UsageError(f"the denoising check of {asked}: give at least 2 samples and 1 step")
     shape = tuple(denoiser.sample_shape)
     if images is not None and (tuple(images.shape[1:]) != shape or len(images) < 2):
-        raise UsageError(
-            f"the denoising check needs at least 2 images of shape {shape}, not "
-            f"{tuple(images.shape)}"
-        )
+        found = tuple(images.shape)
+        raise UsageError(f"the denoising check of images of shape {found}: give 2 or more {shape}")
 
 
 def _spread(values: Tensor) -> Spread:

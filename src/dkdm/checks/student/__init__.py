@@ -131,15 +131,15 @@ def _not_made(error: DkdmError) -> Finding:
     remedy = (
         "put the module and all that it imports into the current folder, or install them"
         if isinstance(cause, ImportError)
-        else "a factory is called as make(sample_shape, out_channels, conditioning) and returns an "
-        "nn.Module"
+        else "write a factory that is called as make(sample_shape, out_channels, conditioning) and "
+        "returns an nn.Module"
     )
     return Finding("factory", "problem", what, remedy)
 
 
 def _not_called(case: Case, error: Exception) -> Finding:
     names = "".join(f", {name}=..." for name in case.probe(1) if name not in ("x", "t"))
-    remedy = f"it is called as network(x_t, t{names}), with t as one float for each sample"
+    remedy = f"let it be called as network(x_t, t{names}), with t as one float for each sample"
     return Finding("forward", "problem", in_a_line(error, case.network), remedy)
 
 
