@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,22 +55,13 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values, with None for numbers that are not finite."""
-        plain: dict[str, Any] = _plain({**self.facts, "check": dataclasses.asdict(self.check)})
+        text = json.dumps({**self.facts, "check": dataclasses.asdict(self.check)}, default=str)
+        plain: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
         plain["check"]["concerns"] = [
             {"seen": each["what"], "expected": each["usual"], "remedy": each["remedy"]}
             for each in plain["check"].pop("warnings")
         ]
         return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def inspect_denoiser(
