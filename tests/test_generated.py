@@ -21,7 +21,7 @@ from dkdm.models.components import Component
 from dkdm.models.prompts import with_prompts
 from dkdm.models.schedulers import from_scheduler_config
 from dkdm.models.text import encoder_width
-from dkdm.networks import HOMES, network_class
+from dkdm.networks import HOMES, network_class, shipped_source
 from dkdm.reading.allowed import component_class, library_class
 from dkdm.reading.files import dotted, identifier, literal
 from dkdm.shipping.call_source import call_source
@@ -313,6 +313,16 @@ def test_no_network(name):
 
 def test_networks_of_dkdm_are_known():
     assert all(network_class(name).__name__ == name for name in HOMES)
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_the_file_of_a_network_needs_no_dkdm_and_defines_each_name_once(name):
+    tree = ast.parse(shipped_source(network_class(name)))
+    defined = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    assert name in defined
+    assert len(defined) == len(set(defined))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [node for node in imports if "dkdm" in ast.unparse(node)]
 
 
 @pytest.mark.parametrize(

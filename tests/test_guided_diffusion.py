@@ -145,7 +145,7 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
     state = filled(AdmUNet(**GUIDED)).state_dict()
     for missing, message in (
         ("middle_block.2.in_layers.0.bias", "1 missing .*Nothing was loaded"),
-        ("input_blocks.1.0.emb_layers.1.weight", "not all the weights"),
+        ("input_blocks.1.0.emb_layers.1.weight", "not a whole checkpoint"),
     ):
         path = tmp_path / "part.pt"
         torch.save({key: value for key, value in state.items() if key != missing}, path)
@@ -160,5 +160,5 @@ def test_other_files_are_refused(tmp_path):
     torch.save(tiny_unet().state_dict(), tmp_path / "other.pt")
     with pytest.raises(UsageError, match="the weights of a diffusers network without its config"):
         load(str(tmp_path / "other.pt"), GUIDED_FLAGS)
-    with pytest.raises(DkdmError, match="not the weights of a guided-diffusion UNet"):
+    with pytest.raises(DkdmError, match="not a whole checkpoint of openai/guided-diffusion"):
         load_teacher(str(tmp_path / "other.pt"), format="guided-diffusion")

@@ -23,7 +23,7 @@ KEPT = {
     ("", "runs"): "launch recipes",
     ("", "shipping"): "card graph hub licence markdown",
     ("teachers", "models.formats"): (
-        "dit edm edm2 first_stage flags guided_diffusion latent_diffusion latents lucidrains "
+        "dit edm edm2 first_stage flags guided_diffusion latent_diffusion lucidrains "
         "originals single_file state_dict"
     ),
 }
@@ -55,6 +55,7 @@ RENAMED = {
     "teachers": "models",
     "teachers.downloads": "models.locate",
     "teachers.families": "models.pipelines",
+    "teachers.latents": "models.formats.first_stage",
     "teachers.networks": "models.architectures",
     "trainset": "data.training_set",
     "typed": "reading.values",

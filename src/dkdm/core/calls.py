@@ -96,15 +96,9 @@ def pixart(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]
     return sample_of(network(x, timestep=time, added_cond_kwargs=sizes, **fed))
 
 
-def sd3(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """SD3Transformer2DModel."""
+def transformer(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """SD3Transformer2DModel and WanTransformer3DModel."""
     fed = chosen(cond, "encoder_hidden_states", "pooled_projections")
-    return sample_of(network(hidden_states=x, timestep=time, **fed))
-
-
-def wan(network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """WanTransformer3DModel."""
-    fed = chosen(cond, "encoder_hidden_states")
     return sample_of(network(hidden_states=x, timestep=time, **fed))
 
 
@@ -191,11 +185,11 @@ CALLS: dict[str, Call] = {
     "UNet2DConditionModel": text_unet,
     "UNet3DConditionModel": text_unet,
     "PixArtTransformer2DModel": pixart,
-    "SD3Transformer2DModel": sd3,
+    "SD3Transformer2DModel": transformer,
     "FluxTransformer2DModel": flux,
     "SanaTransformer2DModel": sana,
     "Lumina2Transformer2DModel": lumina,
-    "WanTransformer3DModel": wan,
+    "WanTransformer3DModel": transformer,
 }
 
 IN_FLOAT32 = ("time_ids", "resolution", "aspect_ratio", "guidance")  # embedded as times are

@@ -178,12 +178,8 @@ def _listed(maps: Maps) -> str:
 
 def by_name(teacher: Maps, student: Maps) -> list[tuple[str, str]]:
     """Stages of the same size at the same place: those that a student cut from the teacher has."""
-    pairs = counterparts(student, teacher).items()
-    return [
-        (theirs, own)
-        for own, theirs in pairs
-        if teacher[theirs].shape[2:] == student[own].shape[2:]
-    ]
+    pairs = [(theirs, own) for own, theirs in counterparts(student, teacher).items()]
+    return [(a, b) for a, b in pairs if teacher[a].shape[2:] == student[b].shape[2:]]
 
 
 def by_resolution(teacher: Maps, student: Maps) -> list[tuple[str, str]]:
@@ -202,12 +198,8 @@ def stage_maps(model: Denoiser) -> Maps:
     with kept(network, [*stage_names(network), ""], model.sample_shape[1:], found):
         model.check()
     output = found.pop("", None)
-    last = {_list_of(name) for name, features in found.items() if features is output}
-    return {name: features for name, features in found.items() if _list_of(name) not in last}
-
-
-def _list_of(name: str) -> str:
-    return name.partition(".")[0]
+    last = {name.split(".")[0] for name, features in found.items() if features is output}
+    return {name: found[name] for name in found if name.split(".")[0] not in last}
 
 
 def stage_names(network: nn.Module) -> list[str]:

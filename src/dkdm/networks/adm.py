@@ -1,7 +1,7 @@
 """The UNet of ADM (arXiv 2105.05233), in pixels and, with cross-attention, in latents.
 
 Its weights have the names that they have in openai/guided-diffusion, openai/improved-diffusion,
-forever208/DDPM-IP and CompVis/latent-diffusion. This file needs torch and diffusers alone.
+forever208/DDPM-IP and CompVis/latent-diffusion.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin, Transformer2DModel
+from diffusers import Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from dkdm.networks.parts import Network, zeroed
+
 GROUPS = 32
 
 
-class AdmUNet(ModelMixin, ConfigMixin):
+class AdmUNet(Network):
     """A UNet of residual blocks with self-attention, or with cross-attention to a class token.
 
     attention_resolutions: attention is where the image is this many times smaller. channel_mult:
@@ -31,8 +33,6 @@ class AdmUNet(ModelMixin, ConfigMixin):
     added to the time; None is unconditional. context_dim: width of the token that the class is
     instead, attended to by `transformer_depth` transformer blocks.
     """
-
-    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(  # noqa: PLR0913
@@ -58,7 +58,6 @@ class AdmUNet(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         del sample_size  # said for others: the network takes any size it can halve
-        self.gradient_checkpointing = False
         width = 4 * model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width)
@@ -92,7 +91,7 @@ class AdmUNet(ModelMixin, ConfigMixin):
         self.out = nn.Sequential(
             nn.GroupNorm(GROUPS, widths[0]),
             nn.SiLU(),
-            _zeroed(nn.Conv2d(widths[0], out_channels, 3, padding=1)),
+            zeroed(nn.Conv2d(widths[0], out_channels, 3, padding=1)),
         )
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -120,11 +119,6 @@ class AdmUNet(ModelMixin, ConfigMixin):
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
-
-    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(stage, h, emb, context)
-        return stage(h, emb, context)
 
 
 class Stage(nn.Sequential):
@@ -171,7 +165,7 @@ class ResBlock(nn.Module):
             nn.GroupNorm(GROUPS, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = (
             nn.Identity()
@@ -202,7 +196,7 @@ class AttentionBlock(nn.Module):
         self.split_before_heads = split_before_heads
         self.norm = nn.GroupNorm(GROUPS, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]."""
@@ -310,12 +304,5 @@ def _cross_attention(channels: int, heads: int, depth: int, context_dim: int) ->
     transformer = Transformer2DModel(
         heads, channels // heads, channels, num_layers=depth, cross_attention_dim=context_dim
     )
-    _zeroed(transformer.proj_out)
+    zeroed(transformer.proj_out)
     return transformer
-
-
-def _zeroed(module: nn.Module) -> nn.Module:
-    """A layer that adds nothing at first."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module

@@ -1,75 +1,33 @@
 """The UNets of EDM (arXiv 2206.00364, table 7): DDPM++, NCSN++ and ADM.
 
-Their weights have the names that they have in NVlabs/edm. This file needs torch and diffusers
-alone.
+Their weights have the names that they have in NVlabs/edm.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-Resample = Literal["up", "down"]
+from dkdm.networks.parts import Network, Resample, encoder_and_decoder, levels_of, one_hot, zeroed
+
 MIN_GROUP = 4  # channels that are normalized together, at least
 MAX_GROUPS = 32
 
 
-class EdmUNet(ModelMixin, ConfigMixin):
-    """Encoder and decoder of residual blocks, in modules that are named by their resolution."""
+class EdmUNet(Network):
+    """A UNet whose decoder is fed what each layer of its encoder returned."""
 
-    _supports_gradient_checkpointing = True
-    gradient_checkpointing = False
-
-    def _build(
-        self,
-        first: Conv,
-        levels: Sequence[tuple[int, int]],
-        blocks: int,
-        attends: Container[int],
-        style: Style,
-        all_attend: bool,
-    ) -> None:
-        """Make encoder and decoder.
-
-        first: convolution of the image. levels: (resolution, width), the highest resolution
-        first. blocks: of a level of the encoder; the decoder has one more. attends: resolutions
-        with attention; all_attend: in all blocks of the decoder, else in the last one only.
-        """
-        top, lowest = levels[0][0], levels[-1][0]
-        self.enc, self.dec = nn.ModuleDict({f"{top}x{top}_conv": first}), nn.ModuleDict()
-        width = first.out_channels
-        skips = [width]
-        for size, wanted in levels:
-            if size != top:
-                self.enc[f"{size}x{size}_down"] = Block(width, width, style, "down")
-                skips.append(width)
-            for i in range(blocks):
-                self.enc[f"{size}x{size}_block{i}"] = Block(
-                    width, wanted, style, attends=size in attends
-                )
-                width = wanted
-                skips.append(width)
-        self.dec[f"{lowest}x{lowest}_in0"] = Block(width, width, style, attends=True)
-        self.dec[f"{lowest}x{lowest}_in1"] = Block(width, width, style)
-        for size, wanted in reversed(levels):
-            if size != lowest:
-                self.dec[f"{size}x{size}_up"] = Block(width, width, style, "up")
-            for i in range(blocks + 1):
-                here = size in attends and (all_attend or i == blocks)
-                self.dec[f"{size}x{size}_block{i}"] = Block(
-                    width + skips.pop(), wanted, style, attends=here
-                )
-                width = wanted
+    enc: nn.ModuleDict
+    dec: nn.ModuleDict
 
     def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
         for name, layer in self.dec.items():
@@ -78,18 +36,6 @@ class EdmUNet(ModelMixin, ConfigMixin):
             if isinstance(layer, Block):
                 x = self._run(layer, x, emb)
         return x
-
-    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, x, emb)
-        output: Tensor = block(x, emb)
-        return output
-
-    def _one_hot(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
-        """[B, num_class_embeds]; without labels, zeros."""
-        if class_labels is None:
-            return like.new_zeros(like.shape[0], self.config.num_class_embeds)
-        return F.one_hot(class_labels, self.config.num_class_embeds).to(like)
 
 
 class SongUNet(EdmUNet):
@@ -134,9 +80,11 @@ class SongUNet(EdmUNet):
             projects=True,
             dropout=dropout,
         )
-        levels = _levels(sample_size, block_out_channels)
-        first = Conv(in_channels, model_channels, 3)
-        self._build(first, levels, layers_per_block, attention_resolutions, style, False)
+        levels = levels_of(sample_size, block_out_channels)
+        first, block = Conv(in_channels, model_channels, 3), partial(Block, style=style)
+        self.enc, self.dec = encoder_and_decoder(
+            first, levels, layers_per_block, attention_resolutions, block, block, all_attend=False
+        )
         channels = in_channels
         for (_, above), (size, _) in pairwise(levels if residual_input else ()):
             name = f"{size}x{size}_aux_residual"
@@ -163,8 +111,7 @@ class SongUNet(EdmUNet):
             skips.append(x)
         x = self._decode(x, skips, emb)
         norm, conv = (layer for name, layer in self.dec.items() if "_aux_" in name)
-        output: Tensor = conv(F.silu(norm(x)))
-        return output
+        return conv(F.silu(norm(x)))
 
     def _embedded(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
         """Noise level and class as one vector [B, emb_channels]."""
@@ -174,8 +121,8 @@ class SongUNet(EdmUNet):
             emb = get_timestep_embedding(timesteps, self.config.noise_channels)
         emb = emb.to(self.dtype)
         if self.map_label is not None:
-            scale = math.sqrt(self.config.num_class_embeds)
-            emb = emb + self.map_label(scale * self._one_hot(class_labels, emb))
+            classes = self.config.num_class_embeds
+            emb = emb + self.map_label(math.sqrt(classes) * one_hot(class_labels, classes, emb))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
 
@@ -206,9 +153,11 @@ class DhariwalUNet(EdmUNet):
         self.map_layer0 = nn.Linear(model_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
         style = Style(emb_channels, head_channels=64, dropout=dropout)
-        levels = _levels(sample_size, block_out_channels)
-        first = Conv(in_channels, block_out_channels[0], 3)
-        self._build(first, levels, layers_per_block, attention_resolutions, style, True)
+        levels = levels_of(sample_size, block_out_channels)
+        first, block = Conv(in_channels, block_out_channels[0], 3), partial(Block, style=style)
+        self.enc, self.dec = encoder_and_decoder(
+            first, levels, layers_per_block, attention_resolutions, block, block
+        )
         self.out_norm = group_norm(block_out_channels[0])
         self.out_conv = zeroed(Conv(block_out_channels[0], out_channels, 3))
 
@@ -218,14 +167,13 @@ class DhariwalUNet(EdmUNet):
         emb = get_timestep_embedding(timesteps, width, True, 0).to(self.dtype)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
-            emb = emb + self.map_label(self._one_hot(class_labels, emb))
+            emb = emb + self.map_label(one_hot(class_labels, self.config.num_class_embeds, emb))
         emb, skips = F.silu(emb), []
         for layer in self.enc.values():
             x = self._run(layer, x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         x = self._decode(x, skips, emb)
-        output: Tensor = self.out_conv(F.silu(self.out_norm(x)))
-        return output
+        return self.out_conv(F.silu(self.out_norm(x)))
 
 
 @dataclass(frozen=True)
@@ -295,8 +243,7 @@ class Block(nn.Module):
         parts = self.qkv(self.norm2(x)).unflatten(1, (self.heads, -1, 3)).flatten(4)
         q, k, v = parts.permute(3, 0, 1, 4, 2)
         attended = F.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.proj(attended.transpose(2, 3).reshape(x.shape))
-        return projected
+        return self.proj(attended.transpose(2, 3).reshape(x.shape))
 
 
 class Conv(nn.Module):
@@ -363,11 +310,6 @@ class Fourier(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _levels(size: int, widths: Sequence[int]) -> list[tuple[int, int]]:
-    """(resolution, width) of each level."""
-    return [(size >> level, width) for level, width in enumerate(widths)]
-
-
 def outer(filter: Sequence[int]) -> Tensor:
     """A separable filter [1, 1, K, K] whose numbers sum to 1."""
     line = torch.tensor(filter, dtype=torch.float32) / sum(filter)
@@ -386,12 +328,3 @@ def filtered(x: Tensor, kernel: Tensor, direction: Resample) -> Tensor:
 def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     """Normalization of groups of at least four channels, 32 groups at most."""
     return nn.GroupNorm(min(MAX_GROUPS, channels // MIN_GROUP), channels, eps)
-
-
-def zeroed(conv: Conv) -> Conv:
-    """The last convolution of a branch starts at nothing."""
-    assert conv.weight is not None
-    assert conv.bias is not None
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return conv

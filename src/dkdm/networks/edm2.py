@@ -1,38 +1,34 @@
 """The magnitude-preserving UNet of EDM2 (arXiv 2312.02696, figure 21).
 
-Its weights have the names that they have in NVlabs/edm2. Equations are of the paper. This file
-needs torch and diffusers alone.
+Its weights have the names that they have in NVlabs/edm2. Equations are of the paper.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+from dkdm.networks.parts import Network, Resample, encoder_and_decoder, levels_of, one_hot
 
 EPS = 1e-4
 SILU_MAGNITUDE = 0.596
 HEAD_CHANNELS = 64
 RESIDUAL_SHARE = 0.3  # of a block's residual branch, and of its attention
 LARGEST = 256.0  # activations are clipped there
-Resample = Literal["up", "down"]
 
 
-class EDM2UNet(ModelMixin, ConfigMixin):
+class EDM2UNet(Network):
     """A UNet whose layers neither grow nor shrink their activations.
 
     sample_size: height and width. block_out_channels: widths of the levels. layers_per_block:
     blocks of a level of the encoder; the decoder has one more. attention_resolutions: in pixels.
     noise_channels, emb_channels: of the noise level before and after its layer.
     """
-
-    _supports_gradient_checkpointing = True
-    gradient_checkpointing = False
 
     @register_to_config
     def __init__(
@@ -53,39 +49,15 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         self.emb_noise = UnitConv(noise_channels, emb_channels)
         self.emb_label = UnitConv(num_class_embeds, emb_channels) if num_class_embeds else None
         self.out_gain = nn.Parameter(torch.zeros(()))
-        levels = [
-            (f"{size}x{size}", size in attention_resolutions, width)
-            for size, width in (
-                (sample_size >> i, width) for i, width in enumerate(block_out_channels)
-            )
-        ]
-
-        def block(flavor: type[Block], width: int, wanted: int, **how: object) -> Block:
-            return flavor(width, wanted, emb_channels, dropout, **how)  # type: ignore[arg-type]
-
-        width = block_out_channels[0]
-        self.enc = nn.ModuleDict({f"{levels[0][0]}_conv": UnitConv(in_channels + 1, width, 3)})
-        skips = [width]
-        for level, (name, attends, wanted) in enumerate(levels):
-            if level > 0:
-                self.enc[f"{name}_down"] = block(EncoderBlock, width, width, resample="down")
-                skips.append(width)
-            for i in range(layers_per_block):
-                self.enc[f"{name}_block{i}"] = block(EncoderBlock, width, wanted, attends=attends)
-                width = wanted
-                skips.append(width)
-        lowest = levels[-1][0]
-        self.dec = nn.ModuleDict()
-        self.dec[f"{lowest}_in0"] = block(DecoderBlock, width, width, attends=True)
-        self.dec[f"{lowest}_in1"] = block(DecoderBlock, width, width)
-        for name, attends, wanted in reversed(levels):
-            if name != lowest:
-                self.dec[f"{name}_up"] = block(DecoderBlock, width, width, resample="up")
-            for i in range(layers_per_block + 1):
-                joined = width + skips.pop()
-                self.dec[f"{name}_block{i}"] = block(DecoderBlock, joined, wanted, attends=attends)
-                width = wanted
-        self.out_conv = UnitConv(width, out_channels, 3)
+        self.enc, self.dec = encoder_and_decoder(
+            UnitConv(in_channels + 1, block_out_channels[0], 3),
+            levels_of(sample_size, block_out_channels),
+            layers_per_block,
+            attention_resolutions,
+            partial(EncoderBlock, emb_channels=emb_channels, dropout=dropout),
+            partial(DecoderBlock, emb_channels=emb_channels, dropout=dropout),
+        )
+        self.out_conv = UnitConv(block_out_channels[0], out_channels, 3)
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """F of EDM's preconditioning.
@@ -102,23 +74,14 @@ class EDM2UNet(ModelMixin, ConfigMixin):
             if "_block" in name:
                 x = joined(x, skips.pop())
             x = self._run(layer, x, emb)
-        output: Tensor = self.out_conv(x, self.out_gain)
-        return output
-
-    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, x, emb)
-        output: Tensor = block(x, emb)
-        return output
+        return self.out_conv(x, self.out_gain)
 
     def _embedded(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
         """Noise level and class as one vector [B, emb_channels]."""
         emb = self.emb_noise(self.emb_fourier(timesteps).to(self.dtype))
         if self.emb_label is not None:
             classes = self.config.num_class_embeds
-            label = emb.new_zeros(emb.shape[0], classes)
-            if class_labels is not None:
-                label = math.sqrt(classes) * F.one_hot(class_labels, classes).to(emb)
+            label = math.sqrt(classes) * one_hot(class_labels, classes, emb)
             emb = balanced(emb, self.emb_label(label), 0.5)
         return silu(emb)
 
@@ -157,8 +120,7 @@ class Block(nn.Module):
     def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
         told = 1 + self.emb_linear(emb, self.emb_gain)
         y = silu(self.conv_res0(silu(x)) * told[:, :, None, None])
-        output: Tensor = self.conv_res1(F.dropout(y, self.dropout, self.training))
-        return output
+        return self.conv_res1(F.dropout(y, self.dropout, self.training))
 
     def _finished(self, x: Tensor) -> Tensor:
         """Attention, where there is one, and clipping."""

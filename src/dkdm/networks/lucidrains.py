@@ -1,6 +1,6 @@
 """The UNet of lucidrains/denoising-diffusion-pytorch, with linear and full attention.
 
-Its weights have the names that they have there. This file needs torch and diffusers alone.
+Its weights have the names that they have there.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
+
+from dkdm.networks.parts import Network
 
 MEMORIES = 4  # keys and values that every attention layer learns
 
 
-class LucidrainsUNet(ModelMixin, ConfigMixin):
+class LucidrainsUNet(Network):
     """A UNet of two residual blocks and one attention layer a level.
 
     first_channels: width of the first convolution. block_out_channels: widths that the levels
@@ -29,9 +30,6 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
     itself goes with them. emb_channels: of the time after its layers. norm_groups: of the
     normalization in blocks, until version 1.11.1; None normalizes each pixel.
     """
-
-    _supports_gradient_checkpointing = True
-    gradient_checkpointing = False
 
     @register_to_config
     def __init__(  # noqa: PLR0913
@@ -53,7 +51,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
         super().__init__()
         del sample_size  # said for others: the network takes any size it can halve
         self.time_mlp = nn.Sequential(
-            Fourier(time_channels) if fourier else Sinusoids(time_channels),
+            Fourier(time_channels) if fourier else Timesteps(time_channels, False, 1),
             nn.Linear(time_channels + 1 if fourier else time_channels, emb_channels),
             nn.GELU(),
             nn.Linear(emb_channels, emb_channels),
@@ -70,7 +68,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
         for i, (here, below, attention, count, size) in enumerate(levels):
             last = i == len(levels) - 1
             layers = [block(here, here), block(here, here), attention(here, count, size)]
-            leave = conv3(here, below) if last else Down(here, below)
+            leave = conv3(here, below) if last else halved(here, below)
             self.downs.append(nn.ModuleList([*layers, leave]))
         inner = widths[-1]
         self.mid_block1 = block(inner, inner)
@@ -80,7 +78,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
         for i, (above, here, attention, count, size) in reversed([*enumerate(levels)]):
             wide = here + above
             layers = [block(wide, here), block(wide, here), attention(here, count, size)]
-            enter = Up(here, above) if i > 0 else conv3(here, above)
+            enter = doubled(here, above) if i > 0 else conv3(here, above)
             self.ups.append(nn.ModuleList([*layers, enter]))
         self.final_res_block = block(2 * first_channels, first_channels)
         self.final_conv = nn.Conv2d(first_channels, out_channels, 1)
@@ -104,14 +102,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
             x = self._run(block2, torch.cat([x, skips.pop()], dim=1), emb)
             x = leave(x + attention(x))
         x = self._run(self.final_res_block, torch.cat([x, first], dim=1), emb)
-        output: Tensor = self.final_conv(x)
-        return output
-
-    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, x, emb)
-        output: Tensor = block(x, emb)
-        return output
+        return self.final_conv(x)
 
 
 def _levels(levels: Any) -> Iterator[tuple[Any, ...]]:
@@ -143,8 +134,7 @@ class ResBlock(nn.Module):
         scale, shift = self.mlp(emb)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(self.block1(x) * (1 + scale) + shift)
         h = F.silu(self.block2(F.dropout(h, self.dropout, self.training)))
-        output: Tensor = h + self.res_conv(x)
-        return output
+        return h + self.res_conv(x)
 
 
 class ConvNorm(nn.Module):
@@ -157,8 +147,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]."""
-        normed: Tensor = self.norm(self.proj(x))
-        return normed
+        return self.norm(self.proj(x))
 
 
 class PixelNorm(nn.Module):
@@ -189,8 +178,7 @@ class LinearAttention(nn.Module):
         k, v = _remembered(self.mem_kv, k, v, dim=3)
         summary = k.softmax(dim=3) @ v.transpose(2, 3)
         attended = summary.transpose(2, 3) @ (q.softmax(dim=2) / math.sqrt(q.shape[2]))
-        output: Tensor = self.to_out(attended.flatten(1, 2).unflatten(2, x.shape[2:]))
-        return output
+        return self.to_out(attended.flatten(1, 2).unflatten(2, x.shape[2:]))
 
 
 class FullAttention(nn.Module):
@@ -208,8 +196,7 @@ class FullAttention(nn.Module):
         q, k, v = _heads(self.to_qkv(self.norm(x)), self.mem_kv.shape[1]).transpose(3, 4)
         k, v = _remembered(self.mem_kv, k, v, dim=2)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
-        output: Tensor = self.to_out(attended.flatten(1, 2).unflatten(2, x.shape[2:]))
-        return output
+        return self.to_out(attended.flatten(1, 2).unflatten(2, x.shape[2:]))
 
 
 def _heads(qkv: Tensor, heads: int) -> Tensor:
@@ -223,35 +210,19 @@ def _remembered(memory: Tensor, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor,
     return torch.cat([both[0], k], dim), torch.cat([both[1], v], dim)
 
 
-class Down(nn.Sequential):
-    """Halves the resolution: 2x2 pixels become channels, which a 1x1 convolution mixes."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(nn.PixelUnshuffle(2), nn.Conv2d(4 * in_channels, out_channels, 1))
+def halved(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Half the resolution: 2x2 pixels become channels, which a 1x1 convolution mixes."""
+    return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * in_channels, out_channels, 1))
 
 
-class Up(nn.Sequential):
-    """Doubles the resolution by repetition, and convolves."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(nn.Upsample(scale_factor=2), conv3(in_channels, out_channels))
+def doubled(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Twice the resolution by repetition, and a convolution."""
+    return nn.Sequential(nn.Upsample(scale_factor=2), conv3(in_channels, out_channels))
 
 
 def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the resolution."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
-
-
-class Sinusoids(nn.Module):
-    """Sines and cosines of the time (arXiv 1706.03762, sec. 3.5)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, times: Tensor) -> Tensor:
-        """times: [B]. Returns [B, channels]."""
-        return get_timestep_embedding(times, self.channels)
 
 
 class Fourier(nn.Module):

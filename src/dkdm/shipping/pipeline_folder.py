@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dkdm.models.custom_network import OWN_CLASS, origin_of
 from dkdm.models.pipelines import PIPELINES, Pipeline, encoding_of
 from dkdm.models.schedulers import SIGMA_RANGE, beta_fields, clips_as, flow_grid
 from dkdm.models.stand_ins import EDM_SCHEDULERS, FIRST_ORDER, ON_BETAS
+from dkdm.networks import shipped_source
 from dkdm.reading.files import identifier, render
 from dkdm.reading.places import copy_folder
 from dkdm.shipping.call_source import call_source
@@ -143,8 +143,9 @@ def _write_source(network: nn.Module, folder: Path) -> list[str]:
         (folder / shipped.file).write_text(shipped.text, encoding="utf-8")
         return [shipped.file.removesuffix(".py"), OWN_CLASS]
     if kind.__module__.startswith("dkdm.networks."):
-        shutil.copy(str(inspect.getsourcefile(kind)), folder)
-        return [kind.__module__.rpartition(".")[2], kind.__name__]
+        module = kind.__module__.rpartition(".")[2]
+        (folder / f"{module}.py").write_text(shipped_source(kind), encoding="utf-8")
+        return [module, kind.__name__]
     return [kind.__module__.partition(".")[0], kind.__name__]
 
 

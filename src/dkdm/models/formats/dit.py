@@ -17,9 +17,9 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization, VarianceType
 from dkdm.core.schedules import rectified_flow
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models.formats.first_stage import latent_bundle
 from dkdm.models.formats.flags import read_flags
-from dkdm.models.formats.latents import latent_bundle
-from dkdm.models.formats.state_dict import Weights, expect_keys, frozen
+from dkdm.models.formats.state_dict import Weights, frozen
 from dkdm.models.options import LoadOptions
 from dkdm.models.schedulers import NAMED, from_scheduler_config
 
@@ -118,7 +118,6 @@ def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
     """Build the network that the shapes tell of, and load it."""
     from diffusers import DiTTransformer2DModel
 
-    expect_keys(weights, "a DiT", *_KEYS)
     tensors = dict(weights.tensors)
     positions = tensors.pop("pos_embed")
     width, channels, side, _ = tensors[_PATCH].shape

@@ -11,7 +11,7 @@ from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import karras
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.flags import one_of, read_flags
 from dkdm.models.formats.state_dict import Weights, frozen, without_prefix
@@ -32,17 +32,14 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
 
     The file does not say how the UNet was preconditioned: for one trained with VP or VE
     (`--precond`), the numbers would be wrong. Raises UsageError for iDDPM's, which shows in its
-    table, and DkdmError for weights that are not whole.
+    table, KeyError for weights that are missing.
     """
     read_flags(options.flags, FLAGS)
     if "u" in weights.tensors:
         raise UsageError(f"{weights.path}: iDDPM's preconditioning is not supported, only EDM's")
     tensors = _of_the_unet(weights.tensors)
-    try:
-        cls = DhariwalUNet if "out_conv.weight" in tensors else SongUNet
-        config = _adm_config(tensors) if cls is DhariwalUNet else _song_config(tensors)
-    except KeyError as error:
-        raise DkdmError(f"{weights.path}: not the weights of an EDM UNet: no {error}") from error
+    cls = DhariwalUNet if "out_conv.weight" in tensors else SongUNet
+    config = _adm_config(tensors) if cls is DhariwalUNet else _song_config(tensors)
     used = {key: value for key, value in tensors.items() if key != AUGMENT}
     return edm_denoiser(frozen(cls(**config), used, weights.path, options.dtype), options)
 

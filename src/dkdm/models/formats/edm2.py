@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dkdm.core.denoiser import Denoiser
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import UsageError
 from dkdm.models.formats.edm import attention, edm_denoiser, levels
+from dkdm.models.formats.first_stage import latent_bundle
 from dkdm.models.formats.flags import read_flags
-from dkdm.models.formats.latents import latent_bundle
-from dkdm.models.formats.state_dict import Weights, frozen, without_prefix
+from dkdm.models.formats.state_dict import Weights, frozen
 from dkdm.models.options import LoadOptions
 from dkdm.networks.edm2 import EDM2UNet
 
@@ -23,29 +23,26 @@ LATENTS = (
 
 
 def recognizes(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights of its UNet, with or without preconditioning around it."""
-    return "emb_fourier.freqs" in _of_the_unet(tensors)
+    """Whether these are weights of its UNet."""
+    return "emb_fourier.freqs" in tensors
 
 
 def load(weights: Weights, options: LoadOptions) -> Denoiser:
     """The UNet under EDM's preconditioning, on 1000 levels of its noise.
 
-    The head that estimates uncertainty is left out: only training uses it. Raises DkdmError for
-    weights that are not whole, UsageError for an autoencoder whose config is not EDM2's.
+    The head that estimates uncertainty is left out: only training uses it. Raises KeyError for
+    weights that are missing, UsageError for an autoencoder whose config is not EDM2's.
     """
     flags = read_flags(options.flags, FLAGS)
-    tensors = _of_the_unet(weights.tensors)
-    try:
-        config = levels(tensors, "conv_res0")
-        network = EDM2UNet(
-            **config | {"in_channels": config["in_channels"] - 1},  # one is constant
-            out_channels=len(tensors["out_conv.weight"]),
-            attention_resolutions=attention(tensors, config, "attn_qkv"),
-            noise_channels=len(tensors["emb_fourier.freqs"]),
-            emb_channels=len(tensors["emb_noise.weight"]),
-        )
-    except KeyError as error:
-        raise DkdmError(f"{weights.path}: not the weights of an EDM2 UNet: no {error}") from error
+    tensors = weights.tensors
+    config = levels(tensors, "conv_res0")
+    network = EDM2UNet(
+        **config | {"in_channels": config["in_channels"] - 1},  # one is constant
+        out_channels=len(tensors["out_conv.weight"]),
+        attention_resolutions=attention(tensors, config, "attn_qkv"),
+        noise_channels=len(tensors["emb_fourier.freqs"]),
+        emb_channels=len(tensors["emb_noise.weight"]),
+    )
     frozen(network, tensors, weights.path, options.dtype)
     bundle = latent_bundle(flags.get("vae"), config["in_channels"] - 1)
     if bundle.autoencoder and not bundle.autoencoder.config.get("latents_mean"):
@@ -54,7 +51,3 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
             f"in its config.json {LATENTS}"
         )
     return edm_denoiser(network, options, bundle=bundle)
-
-
-def _of_the_unet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return without_prefix(tensors, "unet.") or dict(tensors)

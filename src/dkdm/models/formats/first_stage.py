@@ -1,6 +1,7 @@
-"""The autoencoder in a CompVis/latent-diffusion checkpoint, as diffusers' VQModel or AutoencoderKL.
+"""The autoencoder of a latent model: in its checkpoint, or in a folder beside it.
 
-It is written once, under $DKDM_CACHE or ~/.cache/dkdm, so that a student can ship it.
+One in a checkpoint of CompVis/latent-diffusion becomes diffusers' VQModel or AutoencoderKL, and is
+written once, under $DKDM_CACHE or ~/.cache/dkdm, so that a student can ship it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,33 @@ from dkdm.errors import UsageError
 from dkdm.models.components import Autoencoder, Component
 from dkdm.models.formats.state_dict import frozen
 from dkdm.reading.files import cache_dir, cached_folder
+from dkdm.reading.places import check_folder
 
 Config = Mapping[str, Any]
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+
+
+def latent_bundle(folder: str | None, channels: int, pipeline: str | None = None) -> Bundle:
+    """A diffusers AutoencoderKL in `folder` as what comes with a model; None is no autoencoder.
+
+    channels: of the latents. pipeline: the diffusers pipeline that takes both. Raises UsageError
+    where there is no autoencoder, or one of other latents.
+    """
+    if folder is None:
+        return Bundle()
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise UsageError(
+            f"--vae {folder}: give the folder of a diffusers AutoencoderKL, with config.json"
+        )
+    component = Component(check_folder(path), "diffusers", "AutoencoderKL")
+    autoencoder = Autoencoder(component)
+    if autoencoder.latent_channels != channels:
+        raise UsageError(
+            f"--vae {folder}: its latents have {autoencoder.latent_channels} channels, the "
+            f"network's samples {channels}: they do not belong together"
+        )
+    return Bundle(pipeline, {"vae": component}, autoencoder)
 
 
 def autoencoder_bundle(

@@ -23,7 +23,7 @@ def read_flags(flags: str, known: Mapping[str, Callable[[str], Any]]) -> dict[st
         if not flag.startswith("--") or name not in known:
             raise UsageError(
                 f"--teacher-flags: unknown '{flag}': this format takes "
-                f"{', '.join(map(spelled, known)) or 'no flags'}"
+                f"{', '.join(map(_spelled, known)) or 'no flags'}"
             )
         if value is None:
             raise UsageError(f"--teacher-flags: {flag} needs a value")
@@ -34,8 +34,7 @@ def read_flags(flags: str, known: Mapping[str, Callable[[str], Any]]) -> dict[st
     return found
 
 
-def spelled(name: str) -> str:
-    """A flag as it is typed."""
+def _spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 

@@ -19,10 +19,10 @@ from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.flags import one_of, read_flags
-from dkdm.models.formats.state_dict import Weights, expect_keys, frozen
+from dkdm.models.formats.state_dict import Weights, frozen
 from dkdm.models.options import LoadOptions
 from dkdm.models.schedulers import from_scheduler_config
 from dkdm.networks.adm import AdmUNet
@@ -44,10 +44,9 @@ def recognizes(tensors: Mapping[str, Tensor]) -> bool:
 def load(weights: Weights, options: LoadOptions) -> Denoiser:
     """The model whose flags are `options.flags`, as `image_sample.py` of its repository reads them.
 
-    Raises UsageError for flags that are missing, unknown or contradicted by the weights, DkdmError
-    for weights that are not whole.
+    Raises UsageError for flags that are missing, unknown or contradicted by the weights, KeyError
+    for weights that are missing.
     """
-    expect_keys(weights, "a guided-diffusion UNet", *_OWN_KEYS)
     said = _said_by_shapes(weights)
     flags = _flags(options.flags, weights.path, said)
     _check_agreement(flags, said, weights.path)
@@ -66,29 +65,24 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
 def _said_by_shapes(weights: Weights) -> dict[str, Any]:
     """The part of AdmUNet's config that names and shapes determine."""
     shapes = {name: tuple(value.shape) for name, value in weights.tensors.items()}
-    try:
-        blocks, levels, updown = _levels(list(shapes))
-        channels = shapes["time_embed.0.weight"][1]
-        starts = [1 + level * (blocks + 1) for level in range(levels)]
-        widths = [shapes[f"input_blocks.{i}.0.in_layers.2.weight"][0] for i in starts]
-        time = shapes["input_blocks.1.0.emb_layers.1.weight"][0]
-        return {
-            "in_channels": shapes["input_blocks.0.0.weight"][1],
-            "out_channels": shapes["out.2.weight"][0],
-            "model_channels": channels,
-            "num_res_blocks": blocks,
-            "channel_mult": tuple(width / channels for width in widths),
-            "attention_resolutions": tuple(
-                2**k for k, i in enumerate(starts) if f"input_blocks.{i}.1.qkv.weight" in shapes
-            ),
-            "use_scale_shift_norm": time == 2 * widths[0],
-            "resblock_updown": updown,
-            "num_class_embeds": shapes.get("label_emb.weight", (None,))[0],
-        }
-    except KeyError as error:
-        raise DkdmError(
-            f"{weights.path}: not all the weights of a guided-diffusion UNet: {error} is missing"
-        ) from error
+    channels = shapes["time_embed.0.weight"][1]
+    blocks, levels, updown = _levels(list(shapes))
+    starts = [1 + level * (blocks + 1) for level in range(levels)]
+    widths = [shapes[f"input_blocks.{i}.0.in_layers.2.weight"][0] for i in starts]
+    time = shapes["input_blocks.1.0.emb_layers.1.weight"][0]
+    return {
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "model_channels": channels,
+        "num_res_blocks": blocks,
+        "channel_mult": tuple(width / channels for width in widths),
+        "attention_resolutions": tuple(
+            2**k for k, i in enumerate(starts) if f"input_blocks.{i}.1.qkv.weight" in shapes
+        ),
+        "use_scale_shift_norm": time == 2 * widths[0],
+        "resblock_updown": updown,
+        "num_class_embeds": shapes.get("label_emb.weight", (None,))[0],
+    }
 
 
 def _levels(names: list[str]) -> tuple[int, int, bool]:
@@ -98,7 +92,7 @@ def _levels(names: list[str]) -> tuple[int, int, bool]:
     """
     found = [re.match(r"output_blocks\.(\d+)\.(\d)\.(\w+)\.", name) for name in names]
     stages = [(int(one[1]), int(one[2]), one[3]) for one in found if one]
-    count = 1 + max(stage for stage, _, _ in stages)
+    count = 1 + max((stage for stage, _, _ in stages), default=0)
     ups = [one for one in stages if one[1] > 0 and one[2] in ("conv", "in_layers")]
     blocks = min((stage for stage, _, _ in ups), default=count - 1)
     return blocks, count // (blocks + 1), any(kind == "in_layers" for _, _, kind in ups)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization, PredictionType
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import UsageError
 from dkdm.models.formats.flags import one_of, read_flags
 from dkdm.models.formats.state_dict import Weights, frozen, without_prefix
 from dkdm.models.options import LoadOptions
@@ -28,26 +28,20 @@ FLAGS: dict[str, Callable[[str], Any]] = {
 
 
 def recognizes(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights of a GaussianDiffusion around its Unet, averaged or not."""
-    return "model.final_res_block.block1.proj.weight" in _diffusion(tensors)
+    """Whether these are weights of a GaussianDiffusion around its Unet."""
+    return "model.final_res_block.block1.proj.weight" in tensors
 
 
 def load(weights: Weights, options: LoadOptions) -> Denoiser:
     """The Unet on the betas in the file, with x_0 clipped to [-1, 1], as `p_sample` does.
 
     Raises UsageError if image size or objective are not known, and for networks that are fed
-    their own prediction or learn the variance; DkdmError for weights that are not whole.
+    their own prediction or learn the variance; KeyError for weights that are missing.
     """
     flags = read_flags(options.flags, FLAGS)
-    tensors = _diffusion(weights.tensors)
-    unet = without_prefix(tensors, "model.")
-    try:
-        config, betas = _config(unet, flags.get("resnet_block_groups", 8)), tensors["betas"]
-        objective = flags.get("objective") or _objective(tensors)
-    except KeyError as error:
-        raise DkdmError(
-            f"{weights.path}: not a GaussianDiffusion with a Unet: no {error}"
-        ) from error
+    tensors, unet = weights.tensors, without_prefix(weights.tensors, "model.")
+    config, betas = _config(unet, flags.get("resnet_block_groups", 8)), tensors["betas"]
+    objective = flags.get("objective") or _objective(tensors)
     if objective is None:
         raise UsageError(
             f"{weights.path} does not say what its network predicts: give --teacher-flags "
@@ -74,11 +68,6 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
         Parameterization(OBJECTIVES[objective], "fixed_small"),
         (config["in_channels"], *size),
     )
-
-
-def _diffusion(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights and tables of the GaussianDiffusion: the averaged one of an EMA, or itself."""
-    return without_prefix(tensors, "ema_model.") or dict(tensors)
 
 
 def _objective(tensors: Mapping[str, Tensor]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dkdm.core.denoiser import Denoiser
-from dkdm.errors import UsageError
+from dkdm.errors import DkdmError, UsageError
 from dkdm.models.formats import dit, edm, edm2, guided_diffusion, latent_diffusion, lucidrains
 from dkdm.models.formats.single_file import SingleFile, load_single_file, part_of_a_model, recognize
 from dkdm.models.formats.state_dict import Weights, read_shapes, read_weights, views
@@ -68,7 +68,13 @@ def load_original(path: Path, name: str | None, options: LoadOptions) -> Denoise
         raise _unknown(weights, part_of_a_model(path, shapes))
     _refuse_unused(path, name, options)
     with building({}, str(path), FORMATS[name].summary, path):
-        return FORMATS[name].load(weights, options)
+        try:
+            return FORMATS[name].load(weights, options)
+        except KeyError as error:
+            raise DkdmError(
+                f"{path}: not a whole checkpoint of {FORMATS[name].summary}: {error} is missing. "
+                f"Its weights begin with {', '.join(list(weights.tensors)[:3])}"
+            ) from error
 
 
 def _single_file(path: Path, known: SingleFile | str, options: LoadOptions) -> Denoiser:

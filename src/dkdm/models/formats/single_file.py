@@ -69,7 +69,7 @@ def recognize(shapes: Shapes) -> SingleFile | str | None:
     if f"{UNET}input_blocks.0.0.weight" in shapes:
         return _stable_diffusion(shapes, whole)
     inner = {key.removeprefix(UNET) for key in shapes}
-    found = next((kind for key, kind in _TRANSFORMERS if key in inner), None)
+    found = next((kind for key, kind in _TRANSFORMERS.items() if key in inner), None)
     return None if found is None else replace(found, whole=whole)
 
 
@@ -110,51 +110,36 @@ _SD1 = SingleFile(
     "StableDiffusionPipeline",
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
 )
-_SD2 = replace(
-    _SD1,
-    what="a Stable Diffusion 2 file (it does not say whether it predicts noise or v: compare "
+_SD2 = SingleFile(
+    "a Stable Diffusion 2 file (it does not say whether it predicts noise or v: compare "
     "prediction_type in the scheduler's config with the model's page)",
-    repository="stabilityai/stable-diffusion-2-1",
+    "StableDiffusionPipeline",
+    "stabilityai/stable-diffusion-2-1",
 )
-_SDXL = replace(
-    _SD1,
-    what="an SDXL file",
-    pipeline="StableDiffusionXLPipeline",
-    repository="stabilityai/stable-diffusion-xl-base-1.0",
+_SDXL = SingleFile(
+    "an SDXL file", "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"
 )
-
-
-_FLUX = SingleFile("a Flux schnell file", "FluxPipeline", "black-forest-labs/FLUX.1-schnell")
 # A name that only this model has, and what the file is; the first that is found counts.
-_TRANSFORMERS = (
-    (
-        "guidance_in.in_layer.weight",
-        replace(_FLUX, what="a Flux dev file", repository="black-forest-labs/FLUX.1-dev"),
+_TRANSFORMERS = {
+    "guidance_in.in_layer.weight": SingleFile(
+        "a Flux dev file", "FluxPipeline", "black-forest-labs/FLUX.1-dev"
     ),
-    ("double_blocks.0.img_attn.qkv.weight", _FLUX),
-    (
-        "joint_blocks.0.context_block.adaLN_modulation.1.bias",
-        SingleFile(
-            "a Stable Diffusion 3 file",
-            "StableDiffusion3Pipeline",
-            "stabilityai/stable-diffusion-3-medium-diffusers",
-        ),
+    "double_blocks.0.img_attn.qkv.weight": SingleFile(
+        "a Flux schnell file", "FluxPipeline", "black-forest-labs/FLUX.1-schnell"
     ),
-    (
-        "cap_embedder.0.weight",
-        SingleFile("a Lumina 2 file", "Lumina2Pipeline", "Alpha-VLLM/Lumina-Image-2.0"),
+    "joint_blocks.0.context_block.adaLN_modulation.1.bias": SingleFile(
+        "a Stable Diffusion 3 file",
+        "StableDiffusion3Pipeline",
+        "stabilityai/stable-diffusion-3-medium-diffusers",
     ),
-    (
-        "blocks.0.cross_attn.q_linear.weight",
-        SingleFile(
-            "a SANA file", "SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"
-        ),
+    "cap_embedder.0.weight": SingleFile(
+        "a Lumina 2 file", "Lumina2Pipeline", "Alpha-VLLM/Lumina-Image-2.0"
     ),
-    (
-        "head.modulation",
-        SingleFile("a Wan file", "WanPipeline", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "blocks.0.cross_attn.q_linear.weight": SingleFile(
+        "a SANA file", "SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"
     ),
-)
+    "head.modulation": SingleFile("a Wan file", "WanPipeline", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+}
 
 
 def part_of_a_model(path: Path, shapes: Shapes) -> str | None:

@@ -243,24 +243,26 @@ def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-# What training code puts before a network's names, averages first.
+# What training code puts before a network's names.
+_AVERAGES = ("ema_model.", "model_ema.", "ema.")
 _HOLDERS = (
-    "ema_model.", "model_ema.", "ema.", "module.", "model.", "online_model.", "net.", "network.",
-    "diffusion_model.", "denoiser.", "unet.", "state_dict.",
+    "module.", "model.", "online_model.", "net.", "network.", "diffusion_model.", "denoiser.",
+    "unet.", "state_dict.",
 )  # fmt: skip
 
 
 def views(weights: Weights, ema: bool = True, levels: int = 3) -> Iterator[Weights]:
     """The same weights, and what lies in them behind the names of what held the network.
 
-    ema: averages come before plain weights. levels: of names inside each other.
+    ema: averages come before plain weights, otherwise after them. levels: of names inside each
+    other.
     """
     yield weights
     if levels == 0:
         return
     if ema and (average := _flat_average(weights.tensors)):
         yield from views(replace(weights, tensors=average), ema, levels - 1)
-    for holder in _HOLDERS if ema else _HOLDERS[3:]:
+    for holder in (*_AVERAGES, *_HOLDERS) if ema else (*_HOLDERS, *_AVERAGES):
         inner = unwrapped(without_prefix(weights.tensors, holder))
         if inner:
             yield from views(replace(weights, tensors=inner), ema, levels - 1)
@@ -279,16 +281,6 @@ def _flat_average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not average or not average.keys() <= names.keys():
         return {}
     return plain | {names[name]: value for name, value in average.items()}
-
-
-def expect_keys(weights: Weights, what: str, *keys: str) -> None:
-    """Raise DkdmError unless all these weights are there; `what` says whose they are."""
-    missing = [key for key in keys if key not in weights.tensors]
-    if missing:
-        raise DkdmError(
-            f"{weights.path}: not the weights of {what}: {', '.join(missing)} missing. "
-            f"Found {', '.join(list(weights.tensors)[:3])}, ..."
-        )
 
 
 def frozen(
