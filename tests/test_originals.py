@@ -9,7 +9,7 @@ from dkdm import UsageError, load_teacher
 from dkdm.models import FORMATS, LoadOptions
 from dkdm.models.formats.originals import _format_of
 from dkdm.models.formats.single_file import recognize
-from dkdm.models.formats.state_dict import Weights, read_weights
+from dkdm.models.formats.state_dict import Weights, read_weights, without_prefix
 from dkdm.networks.adm import AdmUNet
 from formula_weights import filled
 from original_files import dit, edm, guided, latent, lucidrains
@@ -18,7 +18,7 @@ FILES = {
     "dit": [dit.checkpoint()],
     "sit": [dit.sit_checkpoint()],
     "edm": [edm.checkpoint(kind) for kind in ("ddpmpp", "ncsnpp", "adm")],
-    "edm2": [edm.checkpoint(kind) for kind in ("edm2", "edm2-pixels")],
+    "edm2": [without_prefix(edm.checkpoint(kind), "unet.") for kind in ("edm2", "edm2-pixels")],
     "lucidrains": [lucidrains.checkpoint()],
     "guided-diffusion": [
         filled(AdmUNet(**config)).state_dict()
@@ -44,6 +44,7 @@ HOLDERS = (
     "model.module.",
     "_forward_module.model._orig_mod.",
     "diffusion_model.",
+    "unet.",
     "state_dict.module.net.",
 )
 

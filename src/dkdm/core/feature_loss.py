@@ -146,7 +146,8 @@ def match_features(
     "mid_block=transformer_blocks.2,...". Raises UsageError if no pair is found.
     """
     if "=" in layers:
-        pairs = [_explicit(text) for text in layers.split(",")]
+        halves = [text.partition("=") for text in layers.split(",")]
+        pairs = [(theirs.strip(), own.strip()) for theirs, _, own in halves]
         return Features(teacher, student, pairs, weight)
     kinds = {"name": by_name, "resolution": by_resolution}
     if layers != "auto" and layers not in kinds:
@@ -164,11 +165,6 @@ def match_features(
         f"teacher has {_listed(maps[0])}; the student {_listed(maps[1])}; give pairs such as "
         "mid_block=transformer_blocks.2"
     )
-
-
-def _explicit(text: str) -> tuple[str, str]:
-    theirs, _, own = text.strip().partition("=")
-    return theirs.strip(), own.strip()
 
 
 def _listed(maps: Maps) -> str:

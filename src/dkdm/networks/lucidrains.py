@@ -6,7 +6,6 @@ Its weights have the names that they have there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ class LucidrainsUNet(Network):
         def block(wide: int, wanted: int) -> ResBlock:
             return ResBlock(wide, wanted, emb_channels, norm_groups, dropout)
 
-        self.downs = nn.ModuleList()
+        self.downs: Any = nn.ModuleList()
         for i, (here, below, attention, count, size) in enumerate(levels):
             last = i == len(levels) - 1
             layers = [block(here, here), block(here, here), attention(here, count, size)]
@@ -74,7 +73,7 @@ class LucidrainsUNet(Network):
         self.mid_block1 = block(inner, inner)
         self.mid_attn = FullAttention(inner, heads[-1], head_channels[-1])
         self.mid_block2 = block(inner, inner)
-        self.ups = nn.ModuleList()
+        self.ups: Any = nn.ModuleList()
         for i, (above, here, attention, count, size) in reversed([*enumerate(levels)]):
             wide = here + above
             layers = [block(wide, here), block(wide, here), attention(here, count, size)]
@@ -88,7 +87,7 @@ class LucidrainsUNet(Network):
         emb = self.time_mlp[1:](self.time_mlp[0](timesteps.float()).to(x.dtype))
         x = first = self.init_conv(x)
         skips = []
-        for block1, block2, attention, leave in _levels(self.downs):
+        for block1, block2, attention, leave in self.downs:
             x = self._run(block1, x, emb)
             skips.append(x)
             x = self._run(block2, x, emb)
@@ -97,17 +96,12 @@ class LucidrainsUNet(Network):
             x = leave(x)
         x = self._run(self.mid_block1, x, emb)
         x = self._run(self.mid_block2, x + self.mid_attn(x), emb)
-        for block1, block2, attention, leave in _levels(self.ups):
+        for block1, block2, attention, leave in self.ups:
             x = self._run(block1, torch.cat([x, skips.pop()], dim=1), emb)
             x = self._run(block2, torch.cat([x, skips.pop()], dim=1), emb)
             x = leave(x + attention(x))
         x = self._run(self.final_res_block, torch.cat([x, first], dim=1), emb)
         return self.final_conv(x)
-
-
-def _levels(levels: Any) -> Iterator[tuple[Any, ...]]:
-    """The layers of each level."""
-    return map(tuple, levels)
 
 
 class ResBlock(nn.Module):

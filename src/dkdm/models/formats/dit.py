@@ -17,6 +17,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization, VarianceType
 from dkdm.core.schedules import rectified_flow
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models.architectures import architecture_of
 from dkdm.models.formats.first_stage import latent_bundle
 from dkdm.models.formats.flags import read_flags
 from dkdm.models.formats.state_dict import Weights, frozen
@@ -72,7 +73,7 @@ def load_dit(weights: Weights, options: LoadOptions) -> Denoiser:
         network,
         from_scheduler_config({**NAMED["ddpm-linear"], "variance_type": variance}),
         Parameterization("epsilon", variance),
-        _sample_shape(network),
+        architecture_of(network).shape(network.config, None),
         _classes(network),
         bundle=latent_bundle(flags.get("vae"), channels, "DiTPipeline"),
     )
@@ -89,7 +90,7 @@ def load_sit(weights: Weights, options: LoadOptions) -> Denoiser:
         network,
         rectified_flow(1000),
         Parameterization("flow_prediction"),
-        _sample_shape(network),
+        architecture_of(network).shape(network.config, None),
         _classes(network),
         time="data_fraction",
         call=velocity_to_noise,
@@ -102,11 +103,6 @@ def velocity_to_noise(
 ) -> Tensor:
     """SiT's velocity leads to the data: the negative of a flow's; variance channels are unused."""
     return -plain(network, x, time, cond)[:, : x.shape[1]]
-
-
-def _sample_shape(network: Any) -> tuple[int, int, int]:
-    config = network.config
-    return config.in_channels, config.sample_size, config.sample_size
 
 
 def _classes(network: Any) -> ClassLabels:
@@ -122,7 +118,12 @@ def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
     positions = tensors.pop("pos_embed")
     width, channels, side, _ = tensors[_PATCH].shape
     depth = sum(key.endswith(".attn.qkv.weight") for key in tensors)
-    heads = heads or _heads(width)
+    if not heads and width not in HEADS:
+        raise UsageError(
+            f"a DiT of width {width}: the file does not say how many heads it has: give "
+            '--teacher-flags "--num-heads N"'
+        )
+    heads = heads or HEADS[width]
     if width % heads:
         raise UsageError(f"--num-heads {heads}: give a divisor of the width, {width}")
     network = DiTTransformer2DModel(
@@ -145,15 +146,6 @@ def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
     frozen(network, dict(_renamed(tensors, depth)), weights.path, options.dtype)
     network.pos_embed.pos_embed.copy_(positions)
     return network
-
-
-def _heads(width: int) -> int:
-    if width not in HEADS:
-        raise UsageError(
-            f"a DiT of width {width}: the file does not say how many heads it has: give "
-            '--teacher-flags "--num-heads N"'
-        )
-    return HEADS[width]
 
 
 def _use_original_frequencies(network: nn.Module) -> None:

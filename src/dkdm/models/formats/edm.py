@@ -71,7 +71,7 @@ def levels(tensors: Mapping[str, Tensor], conv: str) -> dict[str, Any]:
         raise KeyError("enc")
     top = sizes[0]
     blocks = [f"enc.{size}x{size}_block0" for size in sizes]
-    label = _label_weight(tensors)
+    label = tensors.get("map_label.weight", tensors.get("emb_label.weight"))
     return {
         "sample_size": top,
         "in_channels": tensors[f"enc.{top}x{top}_conv.weight"].shape[1],
@@ -87,10 +87,6 @@ def levels(tensors: Mapping[str, Tensor], conv: str) -> dict[str, Any]:
 def _size(key: str) -> int:
     """16 of `enc.16x16_block0.norm0.weight`."""
     return int(key.split(".")[1].partition("x")[0])
-
-
-def _label_weight(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    return tensors.get("map_label.weight", tensors.get("emb_label.weight"))
 
 
 def attention(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization, PredictionType
+from dkdm.core.prediction import Parameterization
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.first_stage import autoencoder_bundle
@@ -53,7 +53,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
     return Denoiser(
         frozen(network, tensors, weights.path, options.dtype),
         from_scheduler_config(_scheduler(config)),
-        Parameterization(_prediction(config)),
+        Parameterization("sample" if config.get("parameterization") == "x0" else "epsilon"),
         ARCHITECTURES["AdmUNet"].shape(dict(network.config), options.sample_size),
         _conditioning(classes),
         bundle=autoencoder_bundle(config["first_stage_config"], coder, scale, weights.path),
@@ -189,7 +189,3 @@ _SCHEDULES = {
     "sqrt_linear": "linear",
     "cosine": "squaredcos_cap_v2",
 }
-
-
-def _prediction(config: Config) -> PredictionType:
-    return "sample" if config.get("parameterization", "eps") == "x0" else "epsilon"
