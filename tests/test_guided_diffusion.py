@@ -123,7 +123,7 @@ def test_without_flags_it_says_what_is_known_and_what_is_missing(tmp_path):
         (GUIDED_FLAGS + " --image_size 16", "--attention_resolutions 8, at --image_size 16"),
         (GUIDED_FLAGS + " --attention_resolutions none", "give sizes in pixels"),
         (GUIDED_FLAGS + " --num_head_channels 48", "cannot have heads of 48"),
-        ("--image_size 8", "their defaults, where left out"),
+        ("--image_size 8", "their defaults, if left out"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(tmp_path, flags, message):

@@ -50,7 +50,7 @@ class Features(nn.Module):
             teacher.check()
             student.check()
         self.projections = nn.ModuleList(self._projection(*pair) for pair in pairs)
-        self._forget()
+        self._seen = [{}, {}]
 
     def _projection(self, theirs: str, own: str) -> nn.Module:
         maps = self._seen[0].get(theirs), self._seen[1].get(own)
@@ -106,11 +106,8 @@ class Features(nn.Module):
             target = resized(target, found.shape[2:])
             power = target.square().mean().clamp(min=1e-12)
             apart.append((found - target).square().flatten(1).mean(1) / power)
-        self._forget()
-        return self.weight * torch.stack(apart).mean(0)
-
-    def _forget(self) -> None:
         self._seen = [{}, {}]
+        return self.weight * torch.stack(apart).mean(0)
 
 
 @contextmanager

@@ -168,9 +168,8 @@ class ExactNetwork(nn.Module):
         state = shown / scale_input(meaning.prediction, ones, sigma, meaning.sigma_data)
         x_0 = self.mixture.posterior_mean(state, alpha, sigma, class_labels)
         eps = (state - per_sample(alpha, state) * x_0) / per_sample(sigma, state)
-        return from_x_0_eps(meaning.prediction, x_0, eps, alpha, sigma, meaning.sigma_data).to(
-            x.dtype
-        )
+        output = from_x_0_eps(meaning.prediction, x_0, eps, alpha, sigma, meaning.sigma_data)
+        return output.to(x.dtype)
 
 
 def mixture_denoiser(

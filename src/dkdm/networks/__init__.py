@@ -30,7 +30,7 @@ HOMES: dict[str, str] = {
 
 
 def network_class(name: str) -> Any:
-    """The class of a network by its name: one of dkdm's own, or diffusers'; None if neither."""
+    """The class of a network by its name: from dkdm or diffusers; None if neither has it."""
     if name in HOMES:
         return getattr(importlib.import_module(f"dkdm.networks.{HOMES[name]}"), name)
     found = library_class("diffusers", name)

@@ -28,7 +28,7 @@ class AdmUNet(Network):
     widths of the levels, in `model_channels`. num_head_channels: width of a head; None takes
     `num_heads` heads (`num_heads_upsample` on the way up, None is as many). use_scale_shift_norm:
     time scales and shifts the normalization, instead of being added. resblock_updown: residual
-    blocks resample; else a convolution does (`conv_resample`), or nothing learned.
+    blocks resample; otherwise a convolution does (`conv_resample`), or nothing learned.
     use_new_attention_order: q, k and v are split before the heads. num_class_embeds: class ids,
     added to the time; None is unconditional. context_dim: width of the token that the class is
     instead, attended to by `transformer_depth` transformer blocks.
@@ -284,7 +284,7 @@ def _way_up(
 
 
 def _resampling(block: Build | None, learned: bool, kind: Build, channels: int) -> nn.Module:
-    """A residual block that resamples, where one is given, else the resampling alone."""
+    """A residual block that resamples; without a block, the resampling alone."""
     if block is None:
         return kind(channels, learned)
     return block(channels, channels, resample=kind(channels, False))

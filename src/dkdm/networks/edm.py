@@ -43,7 +43,7 @@ class SongUNet(EdmUNet):
 
     block_out_channels: widths of the levels; model_channels: of the first convolution;
     noise_channels, emb_channels: of the time before and after its layers. attention_resolutions:
-    in pixels. fourier: time as random Fourier features, else as sinusoids. residual_input: the
+    in pixels. fourier: time as random Fourier features, otherwise as sinusoids. residual_input: the
     image enters the encoder at each resolution, as features that are passed on. resample_filter:
     one dimension of it.
     """
@@ -180,10 +180,10 @@ class DhariwalUNet(EdmUNet):
 class Style:
     """What the blocks of a UNet have in common.
 
-    emb_channels: width of what they are told. head_channels: width of an attention head; None is
-    one head. scales: the noise level scales and shifts the normalization, instead of being added.
-    output_scale: of both sums. filter: of resampling, one dimension of it. projects: the skip
-    connection has weights wherever it resamples.
+    emb_channels: width of the embedded time and class. head_channels: width of an attention head;
+    None is one head. scales: the noise level scales and shifts the normalization, instead of being
+    added. output_scale: of both sums. filter: of resampling, one dimension of it. projects: the
+    skip connection has weights wherever it resamples.
     """
 
     emb_channels: int
@@ -227,12 +227,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: [B, C, H, W]; emb: [B, emb_channels]."""
         h = self.conv0(F.silu(self.norm0(x)))
-        told = self.affine(emb)[:, :, None, None]
+        shift = self.affine(emb)[:, :, None, None]
         if self.style.scales:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = shift.chunk(2, dim=1)
             h = self.norm1(h) * (1 + scale) + shift
         else:
-            h = self.norm1(h + told)
+            h = self.norm1(h + shift)
         h = self.conv1(F.dropout(F.silu(h), self.style.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.style.output_scale
         if self.heads:

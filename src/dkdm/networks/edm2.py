@@ -118,12 +118,12 @@ class Block(nn.Module):
             self.attn_proj = UnitConv(out_channels, out_channels, 1)
 
     def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
-        told = 1 + self.emb_linear(emb, self.emb_gain)
-        y = silu(self.conv_res0(silu(x)) * told[:, :, None, None])
+        scale = 1 + self.emb_linear(emb, self.emb_gain)
+        y = silu(self.conv_res0(silu(x)) * scale[:, :, None, None])
         return self.conv_res1(F.dropout(y, self.dropout, self.training))
 
     def _finished(self, x: Tensor) -> Tensor:
-        """Attention, where there is one, and clipping."""
+        """Attention, if the block has any, and clipping."""
         if self.heads:
             parts = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)
             q, k, v = normalized(parts, (2,)).permute(3, 0, 1, 4, 2)

@@ -83,7 +83,7 @@ class LinearTransformer(ConditionedNetwork):
 
 
 class Block(nn.Module):
-    """Linear attention, attention to the text where there is one, and an MLP; nothing at first."""
+    """Linear attention, attention to the text, if there is one, and an MLP; nothing at first."""
 
     def __init__(self, width: int, heads: int, hidden: int, rank: int, reads: bool) -> None:
         super().__init__()

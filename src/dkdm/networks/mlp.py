@@ -1,6 +1,6 @@
 """A residual MLP for vectors and short signals: every value of a sample is seen at once.
 
-Blocks are those of a transformer without attention, told time and conditions as a DiT's are
+Blocks are those of a transformer without attention; time and conditions modulate them as in a DiT
 (adaLN-Zero, arXiv 2212.09748, sec. 3.2).
 """
 

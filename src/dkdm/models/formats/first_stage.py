@@ -31,7 +31,7 @@ def latent_bundle(folder: str | None, channels: int, pipeline: str | None = None
     """A diffusers AutoencoderKL in `folder` as what comes with a model; None is no autoencoder.
 
     channels: of the latents. pipeline: the diffusers pipeline that takes both. Raises UsageError
-    where there is no autoencoder, or one of other latents.
+    if there is no autoencoder, or one of other latents.
     """
     if folder is None:
         return Bundle()

@@ -1,6 +1,6 @@
 """Checkpoints of openai/guided-diffusion, openai/improved-diffusion and forever208/DDPM-IP.
 
-A file of theirs holds the weights alone; everything else is in the flags of the command that wrote
+A file of theirs holds the weights alone; the rest is in the flags of the command that wrote
 or sampled it. What the shapes of the weights say is checked against these.
 """
 
@@ -188,7 +188,7 @@ def _check_agreement(flags: SimpleNamespace, said: Mapping[str, Any], path: Path
     wrong = {key: value for key, value in asked.items() if value != found[key]}
     if wrong:
         raise UsageError(
-            f"{path}: --teacher-flags say {_shown(wrong)} (their defaults, where left out), the "
+            f"{path}: --teacher-flags say {_shown(wrong)} (their defaults, if left out), the "
             f"weights {_shown({key: found[key] for key in wrong})}, at --image_size "
             f"{flags.image_size}"
         )
@@ -247,7 +247,7 @@ def _variance(flags: SimpleNamespace) -> Any:
 
 
 def _rescales_time(flags: SimpleNamespace) -> bool:
-    """Whether the network is fed t * 1000 / T; the two repositories differ where it is left out."""
+    """Whether the network is fed t * 1000 / T; without the flag, the two repositories differ."""
     if flags.rescale_timesteps is not None or flags.diffusion_steps == 1000:
         return bool(flags.rescale_timesteps)
     improved = any(name in flags.given for name in _ONLY_IMPROVED)

@@ -38,7 +38,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
     """The model of the YAML file `options.config`; its averaged weights if asked for and there.
 
     Raises UsageError if there is no such file or it describes a model of another kind, DkdmError
-    where the weights are not those of that model.
+    if the weights are not those of that model.
     """
     config = _model_config(options.config, weights.path)
     tensors = _unet_tensors(weights, options.ema)

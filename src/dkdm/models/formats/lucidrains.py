@@ -71,7 +71,7 @@ def load(weights: Weights, options: LoadOptions) -> Denoiser:
 
 
 def _objective(tensors: Mapping[str, Tensor]) -> str | None:
-    """What the network predicts, by the weight of the loss where SNR is about 1/2; None if unknown.
+    """What the network predicts, by the weight of the loss at an SNR of about 1/2; None if unknown.
 
     That weight is 1, SNR or SNR / (SNR + 1), whether or not a large SNR is clipped.
     """
@@ -105,7 +105,7 @@ def _check_channels(weights: Weights, config: Mapping[str, Any]) -> None:
 def _config(unet: Mapping[str, Tensor], groups: int) -> dict[str, Any]:
     """What the names and shapes say of the network. Raises KeyError for a missing name.
 
-    groups: of the normalization, where it is of groups (until version 1.11.1).
+    groups: of a normalization by groups (until version 1.11.1).
     """
     count = sum(key.startswith("downs.") and key.endswith(".2.mem_kv") for key in unet)
     full = tuple(f"downs.{i}.2.to_out.weight" in unet for i in range(count))

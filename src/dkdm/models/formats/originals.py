@@ -86,7 +86,7 @@ def _single_file(path: Path, known: SingleFile | str, options: LoadOptions) -> D
 def _format_of(weights: Weights, name: str | None, ema: bool) -> tuple[str | None, Weights]:
     """The format that knows the weights, and these by the names that it knows them by.
 
-    name: the only one that is asked; it gets them as they are where it does not know them.
+    name: the only one that is asked; it gets them as they are if it does not know them.
     """
     for view in views(weights, ema):
         for key in FORMATS if name is None else (name,):

@@ -192,7 +192,7 @@ def load_single_file(path: Path, kind: SingleFile, options: LoadOptions) -> Deno
 
 
 def _cached(repository: str) -> Path | None:
-    """The folder of a repository in the hub's cache, where its index lies there."""
+    """The folder of a repository in the hub's cache, if its index lies there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, INDEX)

@@ -198,7 +198,7 @@ def _find(
 
 
 def _listed(value: Sequence[Any]) -> list[Tensor]:
-    """The tensors of a list, or of the first list in it where it has one for each decay rate."""
+    """The tensors of a list, or of the first list in it if it has one for each decay rate."""
     first = value[0] if value else None
     if isinstance(first, (list, tuple)):
         return _listed(first)
