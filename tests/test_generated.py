@@ -17,6 +17,7 @@ from dkdm.core.calls import CALLS
 from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, load_teacher
+from dkdm.models.architectures import component_of
 from dkdm.models.components import Component
 from dkdm.models.prompts import with_prompts
 from dkdm.models.schedulers import from_scheduler_config
@@ -26,7 +27,7 @@ from dkdm.reading.allowed import component_class, library_class
 from dkdm.reading.files import dotted, identifier, literal
 from dkdm.shipping.call_source import call_source
 from dkdm.shipping.hub import _name_in_card
-from dkdm.shipping.pipeline_folder import COMPONENTS, component_name, usage_snippet, write_pipeline
+from dkdm.shipping.pipeline_folder import COMPONENTS, usage_snippet, write_pipeline
 from factories import SCHEDULER
 
 HOSTILE = (
@@ -221,7 +222,7 @@ def test_a_pipeline_calls_a_text_network_as_training_does(tmp_path, name):
     shipped = {}
     exec((tmp_path / "out" / "pipeline.py").read_text(), shipped)
     pipeline = SimpleNamespace(
-        **{component_name(model.network): model.network},
+        **{component_of(type(model.network).__name__): model.network},
         scheduler=SimpleNamespace(scale_model_input=lambda x, t: x),
     )
     pipeline._call = shipped["DenoiserPipeline"]._call

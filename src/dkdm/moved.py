@@ -40,6 +40,7 @@ RENAMED = {
     "features": "core.feature_loss",
     "finish": "runs.outputs",
     "generated": "reading.files",
+    "graph.trail": "shipping.graph.fault_line",
     "inspection.memory": "evaluation.memory",
     "inspection.tables": "checks.inspection.facts",
     "listing": "checks.student_table",

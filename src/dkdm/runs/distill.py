@@ -16,6 +16,7 @@ from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating, put_into_evaluation, say_if
 from dkdm.core.trainer import Trainer
 from dkdm.models import chosen_teacher, place
+from dkdm.models.architectures import component_of
 from dkdm.runs.cost import advice, estimated, in_words, measured
 from dkdm.runs.launch import carry_out, checkpoint_to_resume, start_accelerator
 from dkdm.runs.models import (
@@ -35,7 +36,6 @@ from dkdm.runs.outputs import (
     sampling_guidance,
 )
 from dkdm.runs.source import SourcePlan, plan_source, prepare, source_of
-from dkdm.shipping.pipeline_folder import component_name
 from dkdm.students.lora import merge_lora
 from dkdm.students.start import start_student
 
@@ -121,7 +121,7 @@ def _distill(
         source,
         objective_of(student, on_teacher_levels, teacher, config.loss, features, pool.source),
         accelerator,
-        component_name(student.network),  # type: ignore[arg-type]
+        component_of(type(student.network).__name__),
         sample_grids(run, evaluation, teacher, guidance),
         evaluation.validation_steps,
         features=features,

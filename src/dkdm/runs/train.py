@@ -11,10 +11,10 @@ from dkdm.core.objective import Objective
 from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
+from dkdm.models.architectures import component_of
 from dkdm.runs.launch import carry_out, checkpoint_to_resume, start_accelerator
 from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import measure_model, reference_of, sample_grids
-from dkdm.shipping.pipeline_folder import component_name
 from dkdm.students import student_of
 
 
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> Path:
         source,
         Objective(model, None, config.loss),
         accelerator,
-        component_name(model.network),  # type: ignore[arg-type]
+        component_of(type(model.network).__name__),
         sample_grids(run, evaluation),
         evaluation.validation_steps,
     )

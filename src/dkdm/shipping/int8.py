@@ -10,8 +10,9 @@ import torch
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models.architectures import component_of
 from dkdm.reading.files import check_output
-from dkdm.shipping.pipeline_folder import component_name, write_pipeline
+from dkdm.shipping.pipeline_folder import write_pipeline
 
 NEEDED = "--format int8 needs torchao 0.16 or newer: pip install 'dkdm[quant]'"
 
@@ -34,7 +35,7 @@ def write_int8_folder(denoiser: Denoiser, folder: Path, overwrite: bool = False)
         warnings.simplefilter("ignore")  # torchao's own, about its kernels
         config = _int8_config()
         write_pipeline(folder, denoiser)
-        part = folder / component_name(network)
+        part = folder / component_of(type(network).__name__)
         quantized = type(network).from_pretrained(
             part, quantization_config=config, torch_dtype=torch.bfloat16
         )

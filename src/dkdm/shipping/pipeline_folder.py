@@ -36,11 +36,6 @@ COMPONENTS = (
 )
 
 
-def component_name(network: nn.Module) -> str:
-    """The folder a network is saved in, as diffusers names it: unet or transformer."""
-    return component_of(type(network).__name__)
-
-
 def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     """Write network, scheduler, index and the teacher's other components, as diffusers does.
 
@@ -50,7 +45,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     network is written alone.
     """
     network: Any = denoiser.network
-    component = component_name(network)
+    component = component_of(type(network).__name__)
     save_network(network, folder / component)
     home = _write_source(network, folder / component)
     stock = _stock_pipeline(denoiser) if denoiser.process.scheduler else None
@@ -306,7 +301,7 @@ def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) 
 
 def _network_alone(folder: str, denoiser: Denoiser) -> str:
     network: Any = denoiser.network
-    kind, component = type(network), component_name(network)
+    kind, component = type(network), component_of(type(network).__name__)
     quoted = json.dumps(folder, ensure_ascii=False)
     if kind.__module__.partition(".")[0] != "diffusers":
         return f"import dkdm\n\nnetwork = dkdm.load_student({quoted})"
