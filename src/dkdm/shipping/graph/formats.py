@@ -40,7 +40,10 @@ def opened(path: Path, format: Format) -> Evaluate:
     """The written file as a function of inputs by name. Raises DkdmError if it does not load."""
     try:
         with quiet():
-            return _opened_onnx(path) if format == "onnx" else _opened_program(path)
+            if format == "onnx":
+                return _opened_onnx(path)
+            module = torch.export.load(path).module()
+            return torch.no_grad()(lambda inputs: module(**inputs))
     except Exception as error:
         raise DkdmError(f"{path} was written, but does not load again: {error}") from error
 
@@ -128,8 +131,3 @@ def _opened_onnx(path: Path) -> Evaluate:
         return torch.from_numpy(session.run(["output"], fed)[0])
 
     return evaluate
-
-
-def _opened_program(path: Path) -> Evaluate:
-    module = torch.export.load(path).module()
-    return torch.no_grad()(lambda inputs: module(**inputs))
