@@ -14,6 +14,7 @@ import torch
 import pipelines
 from dkdm.core import calls
 from dkdm.core.calls import CALLS
+from dkdm.core.conditioning import ClassLabels
 from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, load_teacher
@@ -86,6 +87,15 @@ def test_text_of_a_folder_is_a_literal_in_the_program(sana, tmp_path, text):
 def latent(tmp_path):
     pipelines.dit().save_pretrained(tmp_path / "dit")
     return load_teacher(str(tmp_path / "dit"))
+
+
+def test_a_dit_of_few_named_classes_brings_its_own_pipeline(tmp_path):
+    names = ("shirt", "coat", "bag")
+    model = replace(latent(tmp_path), conditioning=ClassLabels(3, 3, names=names))
+    write_pipeline(tmp_path / "out", model)
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "DenoiserPipeline"]
+    assert tuple(index["class_names"].values()) == names
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,7 @@ def _source_of(module: str) -> str | None:
 def _imported_packages(source: str, module: str) -> set[str]:
     """Top-level packages that a source needs: all that it imports, except foreign ones in a `try`
     that goes on without them. A relative import counts as the module's package."""
-    tree = ast.parse(source)
-    nodes = list(ast.walk(tree))
+    nodes = list(ast.walk(ast.parse(source)))
     tried = {inner for node in nodes for inner in _tried(node)}
     needed = _names([node for node in nodes if node not in tried], module)
     return needed | (_names(nodes, module) & (_beside(module) | {"dkdm"}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,6 @@ def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
     return config
 
 
-_NULL_CLASS_OF_DIT = 1000  # DiTPipeline guides with this one, whatever the network
-
-
 def _stock_pipeline(denoiser: Denoiser) -> str | None:
     """The diffusers pipeline that feeds this network and decodes its samples, if there is one."""
     kind, coder = _feeding_pipeline(denoiser), denoiser.bundle.autoencoder
@@ -179,19 +177,23 @@ def _feeding_pipeline(denoiser: Denoiser) -> str | None:
     known = PIPELINES.get(str(kind))
     if not known or known.network != network or not _stock_process(known, denoiser.process):
         return None
-    names = getattr(denoiser.conditioning, "names", None)
-    imagenet = ClassLabels(_NULL_CLASS_OF_DIT, _NULL_CLASS_OF_DIT, None, names)
-    if kind == "DiTPipeline" and denoiser.conditioning != imagenet:
-        return None
     added = getattr(getattr(denoiser.network, "config", None), "addition_embed_type", None)
-    if kind == "StableDiffusionXLPipeline" and added is None:
-        return None
-    return kind
+    fits = {
+        "DiTPipeline": _asks_as_dit(denoiser.conditioning),
+        "StableDiffusionXLPipeline": added is not None,
+    }
+    return kind if fits.get(str(kind), True) else None
+
+
+def _asks_as_dit(conditioning: Conditioning) -> bool:
+    """Whether these are the labels of DiTPipeline, which guides with class 1000 in any case."""
+    known = isinstance(conditioning, ClassLabels) and replace(conditioning, names=None)
+    return known == ClassLabels(num_classes=1000, null_class=1000)
 
 
 def _stock_process(pipeline: Pipeline, process: Process) -> bool:
-    """Whether a pipeline can sample a process: each knows flows or the others, and starts a flow at
-    pure noise."""
+    """Whether a pipeline can sample a process: it takes either flows or the others, and starts a
+    flow at pure noise."""
     scheduler = process.scheduler["_class_name"]
     odd = process.scheduler.get("use_flow_sigmas", False)  # pipelines pass sigmas of their own
     if scheduler not in (pipeline.schedulers or (scheduler,)) or odd:
@@ -205,14 +207,14 @@ def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
     learned = denoiser.parameterization.learns_variance and scheduler != "DDPMScheduler"
     if learned or kind_of(denoiser.conditioning).asks or denoiser.constants:
         return None
-    pixels = {
+    in_pixels = {
         "DDPMScheduler": "DDPMPipeline",
         "DDIMScheduler": "DDIMPipeline",
         FIRST_ORDER: "DDPMPipeline",
     }.get(scheduler)
     if denoiser.bundle.autoencoder is None:
-        return pixels
-    return "LDMPipeline" if pixels or scheduler.startswith("EDM") else None
+        return in_pixels
+    return "LDMPipeline" if in_pixels or scheduler.startswith("EDM") else None
 
 
 def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dict[str, Component]:

@@ -1,4 +1,4 @@
-"""What a graph file is, for whoever samples from it: everything but the network, as JSON."""
+"""What a sampler must know of a graph file besides its network, as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def describe_graph(
 ) -> dict[str, Any]:
     """Inputs, output and meaning of a graph, small enough to lie inside the file.
 
-    inputs: examples, of which shapes and types are taken. batch: smallest and largest.
+    inputs: examples, which give shapes and types. batch: smallest and largest.
     """
     own, coder = denoiser.parameterization, denoiser.bundle.autoencoder
     output = {
