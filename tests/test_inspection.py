@@ -167,6 +167,12 @@ def test_random_weights_do_not_denoise_under_any_reading(kind):
     assert found.cure is None
 
 
+def test_other_readings_are_named_only_if_they_were_tried():
+    model = replace(untrained(classes=None), network=Convolved())
+    found = check_denoising(model, num_samples=2, num_steps=10, max_trials=0)
+    assert found.warnings[-1].remedy.startswith("check that these are trained weights")
+
+
 def test_samples_of_few_steps_say_nothing_against_a_model():
     model = untrained(classes=None, scheduler={})
     found = check_denoising(model, num_steps=9, max_trials=1)

@@ -182,10 +182,10 @@ def _failure(levels: tuple[LevelError, ...], max_trials: int) -> Finding:
         what = "its samples are not finite"
         return Finding("denoising", "problem", what, remedy, "finite numbers")
     usual = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
-    remedy = (
-        f"{max_trials} other combinations of prediction type, time, sign and schedule do not "
-        "denoise either: check that these are trained weights, and how the input is scaled"
-    )
+    remedy = "check that these are trained weights, and how the input is scaled"
+    if max_trials:
+        others = f"{max_trials} other combinations of prediction type, time, sign and schedule"
+        remedy = f"{others} do not denoise either: {remedy}"
     return Finding("denoising", "problem", _seen(levels), remedy, usual)
 
 
