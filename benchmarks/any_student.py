@@ -124,8 +124,8 @@ def measured(model: Denoiser, samples: int, steps: int) -> tuple[dict[str, float
     found = {
         "parameters": model.num_parameters,
         "macs": count_macs(model),
-        "fd": metrics.fd,
-        "class_accuracy": metrics.class_accuracy,
+        "fd": metrics["fd"],
+        "class_accuracy": metrics["class_accuracy"],
     }
     return found, images[:SHOWN]
 

@@ -83,7 +83,7 @@ def distance(config: DistillConfig, teacher: Denoiser, step: int, samples: int) 
     sampling = Sampling(samples, config.validation_sampling_steps, config.seed)
     images = decoded(student, draw(student, cond, sampling, config.sampling_guidance_scale))
     reference = load_reference("fashion-test")
-    return evaluate_images(images.clamp(-1, 1), cond["class_labels"], reference).fd
+    return evaluate_images(images.clamp(-1, 1), cond["class_labels"], reference)["fd"]
 
 
 def marks(steps: tuple[int, ...], last: int) -> list[int]:

@@ -94,8 +94,8 @@ def measure(autoencoder: AutoencoderKL, output_dir: Path) -> dict[str, float]:
     metrics = evaluate_images(decoded, labels, load_reference("fashion-test"))
     return {
         "mean_squared_error": (decoded - images).square().mean().item(),
-        "frechet_distance": metrics.fd,
-        "class_accuracy": metrics.class_accuracy,
+        "frechet_distance": metrics["fd"],
+        "class_accuracy": metrics["class_accuracy"],
     }
 
 

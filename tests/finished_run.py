@@ -15,7 +15,16 @@ CONFIG = DistillConfig(max_train_steps=200, learning_rate=1e-3, classes=(1, 2), 
 
 
 def model(name: str, network: str, parameters: int, fd: float) -> ModelResult:
-    metrics = Metrics(fd, 0.9, 0.8, 0.7, 1000, "fashion-test")
+    metrics = Metrics(
+        {
+            "fd": fd,
+            "class_accuracy": 0.9,
+            "variance_ratio_mean": 0.8,
+            "variance_ratio_min": 0.7,
+        },
+        1000,
+        "fashion-test",
+    )
     return ModelResult(name, network, parameters, 50 * parameters, 1e8 / parameters, 1.0, metrics)
 
 

@@ -80,7 +80,9 @@ def test_a_distilled_model_says_what_it_is(tmp_path):
 
 
 def test_measurements_are_the_hubs_index(tmp_path):
-    metrics = Metrics(1.25, 0.9, 0.8, None, 400, "fashion-test")
+    metrics = Metrics(
+        {"fd": 1.25, "class_accuracy": 0.9, "variance_ratio_mean": 0.8}, 400, "fashion-test"
+    )
     rows = metric_rows(metrics)
     card = card_of(tmp_path, denoiser(3), DistillConfig(), metrics=metrics, rows=rows)
     found = {result.metric_name: result for result in card.data.eval_results}

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dkdm.errors import DkdmError
+
+
+class Features(NamedTuple):
+    """What a network sees in N images, float32 on the CPU; None is what it does not give.
+
+    - `features`: [N, D], the penultimate activations.
+    - `spatial`: [N, S], activations of single places, for sFID.
+    - `logits`: [N, K], of the network's classes.
+    - `pixels`: [N, P], what diversity within a class is measured on.
+    """
+
+    features: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+    pixels: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """The features of several batches as those of one."""
+        columns = zip(*parts, strict=True)
+        return cls(*(None if None in column else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,40 +43,79 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureStatistics:
-        """Summarize features `[N, D]`. Raises `DkdmError` if N < 2."""
+        """Summarize features `[N, D]`. Raises `DkdmError` if N < 2 or values are not finite."""
         if len(features) < 2:
             raise DkdmError(f"{len(features)} image(s) have no covariance: give at least 2")
         wide = features.double()
+        if not wide.isfinite().all():
+            broken = int((~wide.isfinite()).any(dim=1).sum())
+            raise DkdmError(f"the features of {broken} of {len(wide)} images are not finite")
         return cls(mean=wide.mean(dim=0), covariance=wide.T.cov(), count=len(wide))
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
-    """Real images to compare with, and the network whose features are compared.
+class FeatureExtractor:
+    """A network whose view of images is compared.
 
-    - `features_in_words`: for a reader of the distances.
-    - `dataset`: type, name and split, as the hub's model index wants them.
-    - `shapes`: of samples that can be measured; the first is the network's.
-    - `prepare`: brings images of these shapes to the network's.
-    - `features`: `[N, D]`, float32 on the CPU, of prepared images.
-    - `classify`: the most likely class `[N]` of features.
-    - `statistics`, `class_variance`: of the real images; the second is the mean over pixels of the
-      variance within each class, `[C]`.
-    - `floor`: statistics of other real images, the best that a generator can be asked for.
+    - `name`: its version, the same for the same features; part of what statistics are kept under.
+    - `in_words`: what a reader of the distances is told, with how images are brought to its size.
+    - `compute`: the `Features` of images [N, C, H, W] in [-1, 1] of shapes that fit.
+    - `fits`: whether images of a shape (C, H, W) can be measured.
+    - `sizes`: which shapes fit, in words.
+    - `gives`: which of `Features` it gives, beside `features`.
+    - `class_names`: of its logits, if these are the classes that models are asked for.
     """
 
     name: str
-    features_in_words: str
-    dataset: Mapping[str, str]
-    shapes: tuple[tuple[int, ...], ...]
-    class_names: tuple[str, ...]
-    prepare: Callable[[Tensor], Tensor]
-    features: Callable[[Tensor], Tensor]
-    classify: Callable[[Tensor], Tensor]
+    in_words: str
+    compute: Callable[[Tensor], Features]
+    fits: Callable[[Sequence[int]], bool]
+    sizes: str
+    gives: frozenset[str] = frozenset()
+    class_names: tuple[str, ...] | None = None
+
+    def __call__(self, images: Tensor) -> Features:
+        """Return the features of images [N, C, H, W] in [-1, 1]; values outside are clipped.
+
+        Raises `DkdmError` if there are none, their shape does not fit, or they are not finite.
+        """
+        if len(images) == 0 or not self.fits(images.shape[1:]):
+            raise DkdmError(
+                f"images of shape {list(images.shape)} cannot be compared by {self.in_words}: "
+                f"give at least one image, of shape {self.sizes}"
+            )
+        broken = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+        if broken:
+            raise DkdmError(
+                f"{broken} of {len(images)} images hold NaN or infinity, the model has diverged: "
+                "evaluate an earlier checkpoint or train it with a lower learning rate"
+            )
+        with torch.no_grad():
+            return self.compute(images.clamp(-1, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Real images to compare with, summarized.
+
+    - `statistics`, `spatial`: of the features of `network`; None if it gives none.
+    - `features`: reads [M, D] of the images, for what needs single images; None if only their
+      statistics are known.
+    - `floor`: statistics of other real images, the best that a generator can be asked for; None if
+      no others are known.
+    - `class_variance`: [C], mean over pixels of the variance within each class; None if unknown.
+    - `dataset`: type, name and split, as the hub's model index wants them.
+    """
+
+    name: str
+    network: FeatureExtractor
     statistics: FeatureStatistics
-    floor: FeatureStatistics
-    class_variance: Tensor
+    spatial: FeatureStatistics | None = None
+    features: Callable[[], Tensor] | None = None
+    floor: FeatureStatistics | None = None
+    class_variance: Tensor | None = None
+    dataset: Mapping[str, str] = field(default_factory=dict)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether samples of this shape can be measured."""
-        return tuple(shape) in self.shapes
+        return self.network.fits(shape)

@@ -128,7 +128,7 @@ def _measure(
     guidance_scale: float,
     reference: Reference | None,
 ) -> ModelResult:
-    metrics = evaluate_images(images.clamp(-1, 1), labels, reference) if reference else None
+    metrics = evaluate_images(images, labels, reference) if reference else None
     return ModelResult(
         name=denoiser.name,
         network=type(denoiser.network).__name__,
@@ -145,18 +145,18 @@ def _measurement_of(reference: Reference) -> Measurement:
     """Describe how distances to `reference` are measured, with the floor that real images set."""
     real, floor = reference.statistics, reference.floor
     return Measurement(
-        features=reference.features_in_words,
+        features=reference.network.in_words,
         reference=reference.name,
         reference_images=real.count,
-        real_images=floor.count,
-        real_distance=frechet_distance(floor, real),
+        real_images=floor.count if floor else None,
+        real_distance=frechet_distance(floor, real) if floor else None,
     )
 
 
 def _class_names(conditioning: Conditioning, reference: Reference | None) -> tuple[str, ...] | None:
     """The model's names or first prompts, by their numbers; without any, those of the reference."""
     kind = kind_of(conditioning)
-    known = reference.class_names if reference and kind.asks == "class_labels" else None
+    known = reference.network.class_names if reference and kind.asks == "class_labels" else None
     return kind.shown_names(MOST_SHOWN) or known
 
 

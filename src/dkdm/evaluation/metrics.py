@@ -1,64 +1,207 @@
-"""What generated images are worth beside real ones: distance, class accuracy, diversity."""
+"""What generated images are worth beside real ones: every metric is a row of `METRICS`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from dkdm.data.reference import FeatureStatistics, Reference
-from dkdm.errors import DkdmError
+from dkdm.data.reference import Features, FeatureStatistics, Reference
+from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.frechet import frechet_distance
+from dkdm.evaluation.kernel import kernel_distance
+from dkdm.evaluation.neighbours import Coverage, coverage
+from dkdm.evaluation.numbers import number, percent
+
+SPLIT = 5000  # images of an Inception Score
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Samples of a model to be measured: as a network sees them, and the classes asked for, [N]."""
+
+    features: Features
+    labels: Tensor | None = None
+
+
+Measure = Callable[[Sampled, Reference], float | None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a set of samples beside a reference.
+
+    - `measure`: gives it; None if these samples do not have it.
+    - `needs`: what of samples and reference it is made from, see `missing`.
+    - `format`: makes text of it.
+    - `better`: which values are better, for what makes a headline; None for details.
+    - `least`: fewer samples than this give a number that cannot be compared with published ones.
+    """
+
+    label: str
+    measure: Measure
+    needs: frozenset[str] = frozenset()
+    format: Callable[[float], str] = number
+    better: Literal["lower", "higher"] | None = None
+    least: int = 2
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The measurements of one set of images; those that need labels are None without them.
+    """The measurements of one set of samples, by their names in `METRICS`."""
 
-    - `fd`: Frechet distance to the reference, >= 0; it falls with more images, so compare at one
-      `num_samples` only.
-    - `class_accuracy`: share in [0, 1] of images the classifier puts in the class asked for.
-    - `variance_ratio_mean`, `variance_ratio_min`: within-class pixel variance over that of the real
-      images, over classes; 1 is as diverse as real, near 0 a collapsed class.
-    """
-
-    fd: float
-    class_accuracy: float | None
-    variance_ratio_mean: float | None
-    variance_ratio_min: float | None
+    values: Mapping[str, float]
     num_samples: int
     reference: str
 
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+    def get(self, name: str) -> float | None:
+        """The measurement, or None if it was not made."""
+        return self.values.get(name)
+
 
 def evaluate_images(images: Tensor, labels: Tensor | None, reference: Reference) -> Metrics:
-    """Measure images in [-1, 1] against the real ones of a reference.
+    """Measure images in [-1, 1] against the real ones of a reference, by its usual metrics.
 
-    images: `[N, *shape]` of a shape that fits the reference. labels: `[N]`, the classes asked for;
-    None leaves the measurements per class None. The variance ratios cover the classes with at least
-    2 images, and are None if no class has 2. Raises `DkdmError` for other images or labels, and
-    for fewer than 2 images.
+    images: `[N, *shape]` of a shape that fits the reference. labels: `[N]`, the classes asked for.
+    Raises `DkdmError` for other images or labels, and for fewer than 2 images.
     """
-    images = _prepared(images, reference)
-    features = reference.features(images)
-    found = FeatureStatistics.of(features)
-    accuracy = ratio_mean = ratio_min = None
-    if labels is not None:
-        real = reference.class_variance
-        ratios = within_class_variance(images, labels, len(real)) / real
-        ratios = ratios[ratios.isfinite()]
-        if len(ratios):
-            ratio_mean, ratio_min = ratios.mean().item(), ratios.min().item()
-        accuracy = (reference.classify(features) == labels.cpu()).double().mean().item()
-    return Metrics(
-        fd=frechet_distance(found, reference.statistics),
-        class_accuracy=accuracy,
-        variance_ratio_mean=ratio_mean,
-        variance_ratio_min=ratio_min,
-        num_samples=found.count,
-        reference=reference.name,
+    sampled = Sampled(reference.network(images), labels)
+    return measure(sampled, reference, usual(reference))
+
+
+def measure(sampled: Sampled, reference: Reference, names: Iterable[str]) -> Metrics:
+    """Measure samples by the named metrics; those that they do not have are left out.
+
+    Raises `UsageError` for an unknown metric, and for one that the reference cannot serve.
+    """
+    check(names := tuple(names), reference)
+    count = len(sampled.features.features)
+    found = {name: METRICS[name].measure(sampled, reference) for name in names}
+    values = {name: value for name, value in found.items() if value is not None}
+    return Metrics(values, count, reference.name)
+
+
+def usual(reference: Reference) -> tuple[str, ...]:
+    """What is measured if nothing else is asked for: what needs no single real images."""
+    return tuple(
+        name
+        for name, metric in METRICS.items()
+        if "real" not in metric.needs and not missing(metric, reference) and name != "is"
     )
+
+
+def check(names: Iterable[str], reference: Reference) -> None:
+    """Raise `UsageError` for an unknown metric, and for one that the reference cannot serve."""
+    for name in names:
+        if name not in METRICS:
+            raise UsageError(f"there is no metric {name!r}: use {', '.join(METRICS)}")
+        lacks = missing(METRICS[name], reference)
+        if lacks:
+            raise UsageError(f"{name} cannot be measured against {reference.name}: {lacks}")
+
+
+def missing(metric: Metric, reference: Reference) -> str:
+    """What the reference lacks for a metric, in words; empty if nothing."""
+    network = reference.network
+    lacks = {
+        "inception": not network.name.startswith("inception"),
+        "other": network.name.startswith("inception"),
+        "logits": "logits" not in network.gives,
+        "spatial": "spatial" not in network.gives or reference.spatial is None,
+        "real": reference.features is None,
+        "classes": network.class_names is None,
+        "variance": reference.class_variance is None or "pixels" not in network.gives,
+    }
+    return next((_LACKS[need] for need in sorted(metric.needs) if lacks[need]), "")
+
+
+_LACKS = {
+    "inception": "its features are not those of the Inception network; use fd",
+    "other": "its features are those of the Inception network; use fid",
+    "logits": "its network gives no classes; give --feature-network the full file",
+    "spatial": "it has no statistics of spatial features; make it from images",
+    "real": "it holds statistics only; give a folder of images as --reference",
+    "classes": "the classes of its network are not those of the model",
+    "variance": "it does not know the variance of real images within a class",
+}
+
+
+def _frechet(sampled: Sampled, reference: Reference) -> float:
+    found = FeatureStatistics.of(sampled.features.features)
+    return frechet_distance(found, reference.statistics)
+
+
+def _spatial(sampled: Sampled, reference: Reference) -> float:
+    assert sampled.features.spatial is not None and reference.spatial is not None  # by `check`
+    return frechet_distance(FeatureStatistics.of(sampled.features.spatial), reference.spatial)
+
+
+def _kernel(sampled: Sampled, reference: Reference) -> float:
+    assert reference.features is not None  # by `check`
+    return kernel_distance(sampled.features.features, reference.features())
+
+
+def _covered(part: str) -> Measure:
+    def measure(sampled: Sampled, reference: Reference) -> float:
+        return float(getattr(_coverage(sampled, reference), part))
+
+    return measure
+
+
+@lru_cache(maxsize=1)
+def _coverage(sampled: Sampled, reference: Reference) -> Coverage:
+    """All four at once: the distances of all pairs take the time."""
+    assert reference.features is not None  # by `check`
+    return coverage(reference.features(), sampled.features.features)
+
+
+def _inception_score(sampled: Sampled, _: Reference) -> float:
+    assert sampled.features.logits is not None  # by `check`
+    return inception_score(sampled.features.logits)
+
+
+def inception_score(logits: Tensor) -> float:
+    """Return exp E KL(p(y | x) || p(y)) of logits [N, K], the mean over splits of 5,000 images.
+
+    Source: Salimans et al., Improved Techniques for Training GANs (2016), section 4.
+    """
+    scores = []
+    for split in logits.double().split(SPLIT):
+        single = split.log_softmax(dim=1)
+        mean = single.exp().mean(dim=0).log()
+        each = kl_div(mean.expand_as(single), single, reduction="batchmean", log_target=True)
+        scores.append(each.exp())
+    return float(torch.stack(scores).mean())
+
+
+def _class_accuracy(sampled: Sampled, reference: Reference) -> float | None:
+    if sampled.labels is None:
+        return None
+    assert sampled.features.logits is not None and reference.network.class_names is not None
+    labels = _labels(sampled.labels, len(sampled.features.logits), reference.network.class_names)
+    return float((sampled.features.logits.argmax(dim=1) == labels).double().mean())
+
+
+def _diversity(summary: Callable[[Tensor], Tensor]) -> Measure:
+    def measure(sampled: Sampled, reference: Reference) -> float | None:
+        if sampled.labels is None:
+            return None
+        assert sampled.features.pixels is not None and reference.class_variance is not None
+        real = reference.class_variance
+        ratios = within_class_variance(sampled.features.pixels, sampled.labels, len(real)) / real
+        ratios = ratios[ratios.isfinite()]
+        return float(summary(ratios)) if len(ratios) else None
+
+    return measure
 
 
 def within_class_variance(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -67,8 +210,8 @@ def within_class_variance(images: Tensor, labels: Tensor, num_classes: int) -> T
     images: `[N, ...]`; labels: `[N]` in 0..num_classes-1. The result is float64 `[num_classes]`,
     NaN for a class of fewer than 2 images. Raises `DkdmError` for other labels.
     """
-    _check_labels(images, labels, num_classes)
-    pixels, labels = images.flatten(1).double().cpu(), labels.cpu()
+    labels = _labels(labels, len(images), range(num_classes))
+    pixels = images.flatten(1).double().cpu()
     classes = [pixels[labels == c] for c in range(num_classes)]
     return torch.tensor(
         [each.var(dim=0).mean() if len(each) > 1 else math.nan for each in classes],
@@ -76,33 +219,40 @@ def within_class_variance(images: Tensor, labels: Tensor, num_classes: int) -> T
     )
 
 
-def _prepared(images: Tensor, reference: Reference) -> Tensor:
-    """Images as the reference's network takes them.
-
-    Raises `DkdmError` if there are none, their shape does not fit, or values are not finite.
-    """
-    if not reference.fits(images.shape[1:]) or len(images) == 0:
-        shapes = " or ".join(map(str, reference.shapes))
-        raise DkdmError(
-            f"images of shape {list(images.shape)} cannot be compared with {reference.name}: "
-            f"give at least one image, of shape {shapes}"
-        )
-    broken = int((~images.isfinite()).flatten(1).any(dim=1).sum())
-    if broken:
-        raise DkdmError(
-            f"{broken} of {len(images)} images hold NaN or infinity, the model has diverged: "
-            "evaluate an earlier checkpoint or train it with a lower learning rate"
-        )
-    return reference.prepare(images)
-
-
-def _check_labels(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
+def _labels(labels: Tensor, count: int, classes: Any) -> Tensor:
+    if labels.shape != (count,) or labels.is_floating_point():
         raise DkdmError(
             f"labels are {labels.dtype} {list(labels.shape)}: give one integer for each of "
-            f"{len(images)} images"
+            f"{count} images"
         )
-    if labels.min() < 0 or labels.max() >= num_classes:
+    if labels.min() < 0 or labels.max() >= len(classes):
         raise DkdmError(
-            f"labels lie in {int(labels.min())}..{int(labels.max())}: use 0..{num_classes - 1}"
+            f"labels lie in {int(labels.min())}..{int(labels.max())}: use 0..{len(classes) - 1}"
         )
+    return labels.cpu()
+
+
+METRICS: dict[str, Metric] = {
+    "fd": Metric("Frechet distance", _frechet, frozenset({"other"}), better="lower"),
+    "fid": Metric("FID", _frechet, frozenset({"inception"}), better="lower", least=2048),
+    "sfid": Metric("sFID", _spatial, frozenset({"spatial"}), better="lower", least=2048),
+    "is": Metric("Inception Score", _inception_score, frozenset({"logits"}), better="higher"),
+    "kid": Metric("kernel distance (KID)", _kernel, frozenset({"real"}), better="lower"),
+    "precision": Metric(
+        "precision", _covered("precision"), frozenset({"real"}), percent, "higher", 6
+    ),
+    "recall": Metric("recall", _covered("recall"), frozenset({"real"}), percent, "higher", 6),
+    "density": Metric("density", _covered("density"), frozenset({"real"}), least=6),
+    "coverage": Metric("coverage", _covered("coverage"), frozenset({"real"}), percent, least=6),
+    "class_accuracy": Metric(
+        "class accuracy", _class_accuracy, frozenset({"logits", "classes"}), percent, "higher"
+    ),
+    "variance_ratio_mean": Metric(
+        "diversity within a class (1 = real images)",
+        _diversity(torch.mean),
+        frozenset({"variance"}),
+    ),
+    "variance_ratio_min": Metric(
+        "the same, least diverse class", _diversity(torch.min), frozenset({"variance"})
+    ),
+}

@@ -71,14 +71,15 @@ class Measurement:
     """How the distances were measured, so that a reader can judge them.
 
     - `reference_images`: how many real images the reference summarizes.
-    - `real_distance`: the distance of `real_images` other real images, the floor.
+    - `real_distance`: the distance of `real_images` other real images, the floor; None
+      if there are no others.
     """
 
     features: str
     reference: str
     reference_images: int
-    real_images: int
-    real_distance: float
+    real_images: int | None
+    real_distance: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,10 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return every field but the samples as JSON-ready values, by their published names."""
-        return _renamed(asdict(replace(self, samples={})), PUBLISHED) | {"samples": SAMPLES}
+        values = asdict(replace(self, samples={})) | {"samples": SAMPLES}
+        for model in ("teacher", "student"):
+            values[model]["metrics"] = as_published(getattr(self, model).metrics)
+        return values
 
     def save(self, run_dir: Path) -> None:
         """Write `evaluation.json` and `samples/comparison.safetensors` into a run folder."""
@@ -139,7 +143,11 @@ def read_evaluation(run_dir: Path) -> Comparison:
     file = _written(run_dir / EVALUATION, EVALUATION)
     try:
         values = read_json(file, "a comparison, written when a run ends")
-        return made_of(Comparison, _renamed(values, FIELDS), EVALUATION, samples={})
+        for model in ("teacher", "student"):
+            fields = values.get(model)
+            if isinstance(fields, dict):
+                fields["metrics"] = _from_published(fields.get("metrics"))
+        return made_of(Comparison, values, EVALUATION, samples={})
     except UsageError as error:
         raise DkdmError(f"{EVALUATION} cannot be read ({error})") from error
 
@@ -165,7 +173,17 @@ def _written(file: Path, name: str) -> Path:
     return file
 
 
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
-    return value
+def as_published(metrics: Metrics | None) -> dict[str, Any] | None:
+    """Measurements as they lie in files: one flat object, by their published names."""
+    if metrics is None:
+        return None
+    values = {PUBLISHED.get(name, name): value for name, value in metrics.values.items()}
+    return values | {"num_samples": metrics.num_samples, "reference": metrics.reference}
+
+
+def _from_published(entries: Any) -> Any:
+    if not isinstance(entries, dict):
+        return entries
+    values = {FIELDS.get(name, name): value for name, value in entries.items()}
+    about = {name: values.pop(name) for name in ("num_samples", "reference") if name in values}
+    return about | {"values": {name: x for name, x in values.items() if x is not None}}

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from dkdm.evaluation.metrics import Metrics
-from dkdm.evaluation.numbers import count, number, percent, ratio
+from dkdm.evaluation.metrics import METRICS, Metrics
+from dkdm.evaluation.numbers import count, number, ratio
 from dkdm.evaluation.results import Comparison
 
 
@@ -53,17 +53,16 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
 
 
 def metric_rows(student: Metrics, teacher: Metrics | None = None) -> list[Row]:
-    """What was measured of one model or two; without classes, the distance alone."""
+    """What was measured of one model, or of both."""
+    measured = student.values.keys() & (teacher or student).values.keys()
     return [
-        Row(label, getattr(teacher, key, None), getattr(student, key), form, better)
-        for label, key, form, better in _METRICS
-        if all(getattr(each, key) is not None for each in (student, teacher) if each)
+        Row(
+            each.label,
+            teacher.get(name) if teacher else None,
+            student[name],
+            each.format,
+            each.better,
+        )
+        for name, each in METRICS.items()
+        if name in measured
     ]
-
-
-_METRICS: tuple[tuple[str, str, Callable[[float], str], Literal["lower", "higher"] | None], ...] = (
-    ("Frechet distance", "fd", number, "lower"),
-    ("class accuracy", "class_accuracy", percent, "higher"),
-    ("diversity within a class (1 = real images)", "variance_ratio_mean", number, None),
-    ("the same, least diverse class", "variance_ratio_min", number, None),
-)

@@ -144,7 +144,7 @@ def measure_model(
     _save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
     if reference is None:
         return found
-    metrics = evaluate_images(samples.clamp(-1, 1), cond.get("class_labels"), reference)
+    metrics = evaluate_images(samples, cond.get("class_labels"), reference)
     return found._replace(rows=metric_rows(metrics), metrics=metrics)
 
 
@@ -164,7 +164,7 @@ def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | 
             return None
         raise UsageError(
             f"--evaluation-reference {choice} is for samples of shape "
-            f"{' or '.join(map(str, reference.shapes))}, not {shape}: use auto or none"
+            f"{reference.network.sizes}, not {shape}: use auto or none"
         )
     if evaluation.evaluation_samples == 1:
         raise UsageError(

@@ -75,7 +75,7 @@ def write_card(
         details=_details(denoiser, config.training, teacher, minutes),
         rows=[(row.label, *row.texts) for row in rows],
         measured_how=measured_how,
-        features=load_reference(metrics.reference).features_in_words if metrics else "",
+        features=load_reference(metrics.reference).network.in_words if metrics else "",
         limits=limits,
         prompted=kind_of(denoiser.conditioning).asks == "prompt",
         licence=_licence_text(licence, inherited, origin),
@@ -149,12 +149,12 @@ def _results(task: str, metrics: Metrics) -> list[EvalResult]:
             task_type=task,
             **dataset,
             metric_type=kind,
-            metric_name=title.format(features=reference.features_in_words),
+            metric_name=title.format(features=reference.network.in_words),
             metric_value=value,
             metric_args={"samples": metrics.num_samples},
         )
         for key, (kind, title) in _MEASURES.items()
-        if (value := getattr(metrics, key)) is not None
+        if (value := metrics.get(key)) is not None
     ]
 
 

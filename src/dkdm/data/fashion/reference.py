@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Literal
 
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from dkdm.data.fashion import CLASS_NAMES, SHAPES, halve
-from dkdm.data.reference import FeatureStatistics, Reference
+from dkdm.data.fashion import CLASS_NAMES, SHAPES, halve, load_fashion_mnist
+from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 
-SPLITS = {"fashion-test": "test", "fashion-train": "train"}
+SPLITS: dict[str, Literal["train", "test"]] = {"fashion-test": "test", "fashion-train": "train"}
 FLOORS = {"fashion-test": "fashion-train", "fashion-train": "fashion-test"}
 NUM_FEATURES = 64
 BATCH = 500
@@ -46,16 +47,6 @@ class FeatureNetwork(nn.Module):
         """Return the class logits `[N, 10]` of images `[N, 1, 16, 16]`."""
         return self.head(self.features(x))
 
-    @torch.no_grad()
-    def features_in_batches(self, images: Tensor) -> Tensor:
-        """Return the features `[N, 64]`, float32 on the CPU, of any number of images."""
-        return torch.cat([self.features(batch.cpu().float()) for batch in images.split(BATCH)])
-
-    @torch.no_grad()
-    def classify(self, features: Tensor) -> Tensor:
-        """Return the most likely class `[N]` of features `[N, 64]`."""
-        return self.head(features).argmax(dim=1)
-
 
 def load_feature_network() -> FeatureNetwork:
     """Return the packaged network in evaluation mode, on the CPU, without gradients."""
@@ -65,25 +56,46 @@ def load_feature_network() -> FeatureNetwork:
     return network.eval().requires_grad_(False)
 
 
+def feature_extractor() -> FeatureExtractor:
+    """The packaged network as distances use it: images of 28x28 are brought to 16x16."""
+    network = load_feature_network()
+
+    def compute(images: Tensor) -> Features:
+        images = halve(images) if images.shape[-1] == 28 else images
+        parts = [network.features(batch.cpu().float()) for batch in images.split(BATCH)]
+        features = torch.cat(parts)
+        return Features(features, logits=network.head(features), pixels=images.flatten(1).cpu())
+
+    return FeatureExtractor(
+        name="fashion-16",
+        in_words="64 features of dkdm's packaged 16x16 Fashion-MNIST classifier",
+        compute=compute,
+        fits=lambda shape: tuple(shape) in SHAPES,
+        sizes=" or ".join(map(str, SHAPES)),
+        gives=frozenset({"logits", "pixels"}),
+        class_names=CLASS_NAMES,
+    )
+
+
 def fashion_reference(name: str) -> Reference:
     """Return "fashion-test", the 10,000 test images, or "fashion-train", the 60,000 others."""
-    tensors, network = _load_asset("statistics.safetensors"), load_feature_network()
+    tensors, network, split = (
+        _load_asset("statistics.safetensors"),
+        feature_extractor(),
+        SPLITS[name],
+    )
     return Reference(
         name=name,
-        features_in_words="64 features of dkdm's packaged 16x16 Fashion-MNIST classifier",
+        network=network,
+        statistics=_statistics(tensors, name),
+        features=lambda: network(load_fashion_mnist(split)[0]).features,
+        floor=_statistics(tensors, FLOORS[name]),
+        class_variance=tensors[f"{name}.class_variance"],
         dataset={
             "type": "zalando-datasets/fashion_mnist",
             "name": "Fashion-MNIST at 16x16",
-            "split": SPLITS[name],
+            "split": split,
         },
-        shapes=SHAPES,
-        class_names=CLASS_NAMES,
-        prepare=lambda images: halve(images) if images.shape[-1] == 28 else images,
-        features=network.features_in_batches,
-        classify=network.classify,
-        statistics=_statistics(tensors, name),
-        floor=_statistics(tensors, FLOORS[name]),
-        class_variance=tensors[f"{name}.class_variance"],
     )
 
 
