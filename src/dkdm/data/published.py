@@ -1,0 +1,101 @@
+"""Published files of weights, recognized by their hash: fetched once, kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.files import atomic, cache_dir
+
+DOWNLOAD = "download"
+TIMEOUT = 60.0
+PIECE = 2**20
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of weights, perhaps in several forms.
+
+    - `name`: what it is, for messages.
+    - `option`: the command-line option that names it.
+    - `forms`: SHA-256 of a form, or the first 8 digits that its authors give, and its name.
+    - `address`: where `download` fetches it.
+    """
+
+    name: str
+    option: str
+    forms: Mapping[str, str]
+    address: str
+
+    def find(self, given: str | Path | None = None) -> tuple[Path, str]:
+        """The file, and which form it is.
+
+        given: the file itself, which is then kept in the cache folder; "download", which fetches
+        it there; None takes what is in the cache folder. Raises `UsageError` if it is not there or
+        is another file, `DkdmError` if it cannot be fetched.
+        """
+        if given is None:
+            return self._cached()
+        if str(given) == DOWNLOAD:
+            return self._downloaded()
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UsageError(f"{self.option} {given}: there is no such file")
+        return self._kept(path, f"{self.option} {given}")
+
+    def _cached(self) -> tuple[Path, str]:
+        for path in sorted(cache_dir("features").glob("*")):
+            form = self._form(path.name)
+            if form and _sha256(path) == path.name:
+                return path, form
+        raise UsageError(
+            f"{self.name} is not in {cache_dir('features')}: give {self.option} {DOWNLOAD}, which "
+            f"fetches it from {self.address}, or {self.option} FILE"
+        )
+
+    def _downloaded(self) -> tuple[Path, str]:
+        folder = cache_dir("features")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with (
+                urllib.request.urlopen(self.address, timeout=TIMEOUT) as answer,
+                tempfile.NamedTemporaryFile(dir=folder) as file,
+            ):
+                shutil.copyfileobj(answer, file, PIECE)
+                file.flush()
+                return self._kept(Path(file.name), self.address)
+        except OSError as error:  # an URLError is one too
+            raise DkdmError(
+                f"{self.address} cannot be fetched ({error}): fetch it on a machine with a network "
+                f"and give {self.option} FILE"
+            ) from error
+
+    def _kept(self, path: Path, shown: str) -> tuple[Path, str]:
+        """A copy of the file in the cache folder, under its hash."""
+        found = _sha256(path)
+        form = self._form(found)
+        if form is None:
+            raise UsageError(
+                f"{shown} is not {self.name}: its SHA-256 is {found}, not "
+                f"{' or '.join(self.forms)}; give the published file"
+            )
+        kept = cache_dir("features") / found
+        if not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(kept) as partial:
+                shutil.copyfile(path, partial)
+        return kept, form
+
+    def _form(self, digest: str) -> str | None:
+        return next((form for known, form in self.forms.items() if digest.startswith(known)), None)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
