@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from dkdm.evaluation.comparison import compare, level_gaps
 from dkdm.evaluation.cost import evaluations_per_step
 from dkdm.evaluation.results import EVALUATION, SAMPLES, read_evaluation, read_samples
 from dkdm.evaluation.same_noise import Sampling, draw
+from dkdm.names import Sampler
 from factories import counting
 
 PROCESS = from_betas(beta_schedule("squaredcos_cap_v2", 50))
@@ -97,11 +99,11 @@ def test_models_stay_as_they_were():
     assert student.network.training
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_samples_do_not_depend_on_the_batch_size(eta):
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_samples_do_not_depend_on_the_batch_size(sampler):
     model = small()
     cond = model.conditioning.in_turns(7)
-    whole, parts = (draw(model, cond, Sampling(7, 4, 0, eta, size)) for size in (7, 3))
+    whole, parts = (draw(model, cond, Sampling(7, 4, 0, sampler, size)) for size in (7, 3))
     torch.testing.assert_close(whole, parts)
     assert not torch.equal(whole[0], whole[1])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from dkdm.errors import UsageError
-from dkdm.names import PredictionType
+from dkdm.names import PredictionType, Sampler
 from dkdm.reading.fields import read_json, shown
 from dkdm.reading.options import Grouped, Options
 from dkdm.reading.values import Range
@@ -562,9 +562,10 @@ class SamplingOptions(Options, title="Sampling"):
     num_samples: Annotated[int, Range(1, 10**6)] = 40
     """Number of samples."""
     steps: Count = 25
-    """Sampler steps, each one network evaluation per sample."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """ddim (deterministic) or ddpm (ancestral)."""
+    """Sampler steps. Each is one network evaluation per sample, with heun two."""
+    sampler: Sampler = "ddim"
+    """ddim, which is euler too; ddpm, which adds noise; heun and dpm (DPM-Solver++), which are of
+    second order and need fewer steps."""
     seed: Seed = 0
     """Random seed. Sample i depends on nothing but the seed and i."""
     classes: tuple[ClassId, ...] | None = None

@@ -3,3 +3,4 @@
 from typing import Literal
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm", "edm_v"]
+Sampler = Literal["ddim", "ddpm", "euler", "heun", "dpm"]

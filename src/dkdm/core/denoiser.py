@@ -43,6 +43,7 @@ from dkdm.core.refusals import (
     interval_given,
     parameterization_given,
 )
+from dkdm.core.solvers import Solver
 from dkdm.core.steps import sample
 from dkdm.core.time import Time, network_time
 from dkdm.reading.arguments import NamedArguments, refuse, shape
@@ -298,12 +299,13 @@ class Denoiser(NamedArguments):
         eta: float = 0.0,
         guidance_scale: float | Tensor = 1.0,
         spacing: Spacing | None = None,
+        solver: Solver | None = None,
     ) -> Tensor:
-        """Draw samples with `num_steps` evaluations each.
+        """Draw samples in `num_steps` steps.
 
         noise: step -> [B, ...] standard normal; step -1 asks for the starting noise. cond: one row
-        a sample; spacing: of the steps, None is the process's. Returns x_0 [B, ...], drawn in
-        evaluation mode.
+        a sample; spacing: of the steps, None is the process's. solver: of second order, instead of
+        DDPM and DDIM by `eta`. Returns x_0 [B, ...], drawn in evaluation mode.
         """
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
@@ -312,6 +314,8 @@ class Denoiser(NamedArguments):
         x = self.process.start_std * noise(-1).to(self.device)
         steps = self.process.timesteps(num_steps, spacing)
         with evaluating(self.network, self.call):
+            if solver is not None:
+                return solver(predict, self.process, x, steps)
             return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
 
 

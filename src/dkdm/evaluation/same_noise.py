@@ -11,17 +11,23 @@ from torch import Tensor
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.randomness import generator
+from dkdm.core.solvers import SOLVERS
 from dkdm.errors import UsageError
+from dkdm.names import Sampler
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn: sample i depends on (seed, i) and never on `batch_size`."""
+    """How samples are drawn: sample i depends on (seed, i) and never on `batch_size`.
+
+    sampler: ddim and euler are one step of first order, ddpm adds noise, heun and dpm are of second
+    order (see `core.solvers`).
+    """
 
     num_samples: int
     num_steps: int
     seed: int
-    eta: float = 0.0
+    sampler: Sampler = "ddim"
     batch_size: int = 256
 
     def __post_init__(self) -> None:
@@ -46,7 +52,14 @@ def draw(
         indices = range(first, min(first + sampling.batch_size, sampling.num_samples))
         rows = {key: value[indices.start : indices.stop] for key, value in cond.items()}
         noise = shared_noise(denoiser, sampling.seed, indices)
-        sampled = denoiser.sample(noise, rows, sampling.num_steps, sampling.eta, guidance_scale)
+        sampled = denoiser.sample(
+            noise,
+            rows,
+            sampling.num_steps,
+            eta=float(sampling.sampler == "ddpm"),
+            guidance_scale=guidance_scale,
+            solver=SOLVERS.get(sampling.sampler),
+        )
         parts.append(sampled.cpu())
         if progress is not None:
             progress(indices.stop)

@@ -192,7 +192,7 @@ def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:
     interval = parse_interval(how.guidance_interval)
     denoiser = replace(denoiser, conditioning=conditioning, guidance_interval=interval)
     cond = conditioning.in_turns(how.num_samples)
-    sampling = Sampling(how.num_samples, how.steps, how.seed, eta=float(how.sampler == "ddpm"))
+    sampling = Sampling(how.num_samples, how.steps, how.seed, how.sampler)
     with (
         evaluating(denoiser.network, denoiser.call) as changed,
         track(how.num_samples, 0, "sampling") as progress,
