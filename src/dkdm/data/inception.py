@@ -9,11 +9,8 @@ the padding, and a maximum in the pooling branch of its last block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 SIZE = 299
 FEATURES, SPATIAL, CLASSES = 2048, 2023, 1008
@@ -176,32 +173,3 @@ class Inception(nn.Module):
         spatial = next(self.middle.children())(x)[:, :SPATIAL_CHANNELS].flatten(1)
         features = self.after(self.middle(x))
         return features, spatial, self.head(features)
-
-
-def resized(pixels: Tensor, how: str, size: int = SIZE) -> Tensor:
-    """Bring pixels [N, C, H, W] in 0..255 to size x size, as float32.
-
-    how: "bilinear" takes pixel centres at half integers and does not smooth (pytorch-fid);
-    "tensorflow" is bilinear with corners at integers, which the first FID code and ADM's tables
-    use; "bicubic" smooths when it makes smaller, as PIL does (clean-fid).
-    """
-    pixels = pixels.float()
-    if how == "tensorflow":
-        rows, columns = (_corner_bilinear(n, size).to(pixels) for n in pixels.shape[-2:])
-        return rows @ pixels @ columns.T
-    antialias = how == "bicubic"
-    return functional.interpolate(
-        pixels, (size, size), mode=how, align_corners=False, antialias=antialias
-    )
-
-
-RESIZES: Sequence[str] = ("bilinear", "tensorflow", "bicubic")
-
-
-def _corner_bilinear(before: int, after: int) -> Tensor:
-    """The matrix [after, before] that interpolates between pixels at 0, 1, ..., before - 1."""
-    at = torch.arange(after, dtype=torch.float64) * before / after
-    low = at.long().clamp(max=before - 1)
-    high, share = (low + 1).clamp(max=before - 1), at - low
-    every = torch.eye(before, dtype=torch.float64)
-    return (1 - share)[:, None] * every[low] + share[:, None] * every[high]

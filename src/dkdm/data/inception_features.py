@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dkdm.data.inception import RESIZES, Inception, resized
+from dkdm.data.inception import SIZE, Inception
 from dkdm.data.published import Published
 from dkdm.data.reference import FeatureExtractor, Features
+from dkdm.data.resizing import RESIZES, eight_bits, resized
 from dkdm.errors import UsageError
 
 BATCH = 50
@@ -45,9 +46,9 @@ def inception_extractor(
 ) -> FeatureExtractor:
     """The features that FID, sFID and the Inception Score rest on.
 
-    given: see `Published.find`. resize: see `resized`. Images are rounded to whole pixels in 0..255
-    first, as files hold them; grey ones are seen as RGB. Raises `UsageError` for an unknown resize
-    or another file.
+    given: see `Published.find`. resize: see `resizing.resized`. Images are rounded to whole pixels
+    in 0..255 first, as files hold them; grey ones are seen as RGB. Raises `UsageError` for an
+    unknown resize or another file.
     """
     if resize not in RESIZES:
         raise UsageError(f"there is no resize {resize!r}: use {', '.join(RESIZES)}")
@@ -70,8 +71,7 @@ def inception_extractor(
 
 
 def _prepared(images: Tensor, resize: str, device: str) -> Tensor:
-    pixels = (images.to(device).float() * 127.5 + 127.5).round().clamp(0, 255)
-    return (resized(pixels.expand(-1, 3, -1, -1), resize) - 128) / 128
+    return (resized(eight_bits(images.to(device)), resize, SIZE, SIZE) - 128) / 128
 
 
 @cache

@@ -36,15 +36,18 @@ class Published:
     def find(self, given: str | Path | None = None) -> tuple[Path, str]:
         """The file, and which form it is.
 
-        given: the file itself, which is then kept in the cache folder; "download", which fetches
-        it there; None takes what is in the cache folder. Raises `UsageError` if it is not there or
-        is another file, `DkdmError` if it cannot be fetched.
+        given: the file itself, or a folder that holds it under any name, which is then kept in the
+        cache folder; "download", which fetches it there; None takes what is in the cache folder.
+        Raises `UsageError` if it is not there or is another file, `DkdmError` if it cannot be
+        fetched.
         """
         if given is None:
             return self._cached()
         if str(given) == DOWNLOAD:
             return self._downloaded()
         path = Path(given).expanduser()
+        if path.is_dir():
+            return self._in_folder(path)
         if not path.is_file():
             raise UsageError(f"{self.option} {given}: there is no such file")
         return self._kept(path, f"{self.option} {given}")
@@ -57,6 +60,14 @@ class Published:
         raise UsageError(
             f"{self.name} is not in {cache_dir('features')}: give {self.option} {DOWNLOAD}, which "
             f"fetches it from {self.address}, or {self.option} FILE"
+        )
+
+    def _in_folder(self, folder: Path) -> tuple[Path, str]:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and self._form(_sha256(path)):
+                return self._kept(path, str(path))
+        raise UsageError(
+            f"{self.option} {folder}: {self.name} is not in it; fetch {self.address} into it"
         )
 
     def _downloaded(self) -> tuple[Path, str]:

@@ -19,12 +19,17 @@ class Features(NamedTuple):
     - `spatial`: [N, S], activations of single places, for sFID.
     - `logits`: [N, K], of the network's classes.
     - `pixels`: [N, P], what diversity within a class is measured on.
+    - `lpips`, `lpips_diversity`, `clip`: [N], numbers of single images, made while these are at
+      hand (`evaluation.per_sample`); NaN for an image that has none.
     """
 
     features: Tensor
     spatial: Tensor | None = None
     logits: Tensor | None = None
     pixels: Tensor | None = None
+    lpips: Tensor | None = None
+    lpips_diversity: Tensor | None = None
+    clip: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Features]) -> Features:

@@ -19,7 +19,7 @@ from dkdm.evaluation.kernel import kernel_distance
 from dkdm.evaluation.neighbours import Coverage, coverage
 from dkdm.evaluation.numbers import number, percent
 
-SPLIT = 5000  # images of an Inception Score
+SPLIT = 5000  # images of an Inception Score, at least
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,14 @@ def evaluate_images(images: Tensor, labels: Tensor | None, reference: Reference)
 def measure(sampled: Sampled, reference: Reference, names: Iterable[str]) -> Metrics:
     """Measure samples by the named metrics; those that they do not have are left out.
 
-    Raises `UsageError` for an unknown metric, and for one that the reference cannot serve.
+    Raises `UsageError` for an unknown metric, and for one that the reference cannot serve,
+    `DkdmError` for features that are not finite.
     """
     check(names := tuple(names), reference)
     count = len(sampled.features.features)
+    broken = int((~sampled.features.features.isfinite()).any(dim=1).sum())
+    if broken:
+        raise DkdmError(f"the features of {broken} of {count} images are not finite")
     found = {name: METRICS[name].measure(sampled, reference) for name in names}
     values = {name: value for name, value in found.items() if value is not None}
     return Metrics(values, count, reference.name)
@@ -170,12 +174,14 @@ def _inception_score(sampled: Sampled, _: Reference) -> float:
 
 
 def inception_score(logits: Tensor) -> float:
-    """Return exp E KL(p(y | x) || p(y)) of logits [N, K], the mean over splits of 5,000 images.
+    """Return exp E KL(p(y | x) || p(y)) of logits [N, K], the mean over equal parts.
+
+    A part has 5,000 images or more, 50,000 make the usual 10; fewer images are one part.
 
     Source: Salimans et al., Improved Techniques for Training GANs (2016), section 4.
     """
     scores = []
-    for split in logits.double().split(SPLIT):
+    for split in logits.double().tensor_split(max(1, len(logits) // SPLIT)):
         single = split.log_softmax(dim=1)
         mean = single.exp().mean(dim=0).log()
         each = kl_div(mean.expand_as(single), single, reduction="batchmean", log_target=True)
@@ -232,6 +238,20 @@ def _labels(labels: Tensor, count: int, classes: Any) -> Tensor:
     return labels.cpu()
 
 
+def _mean_of(column: str) -> Measure:
+    """The mean of a column of `Features` over the images that have a value."""
+
+    def measure(sampled: Sampled, _: Reference) -> float | None:
+        values = getattr(sampled.features, column)
+        if values is None or values.isnan().all():
+            return None
+        return float(values.double().nanmean())
+
+    return measure
+
+
+PER_SAMPLE = ("lpips", "lpips_diversity", "clip")  # names of metrics, and columns of `Features`
+
 METRICS: dict[str, Metric] = {
     "fd": Metric("Frechet distance", _frechet, frozenset({"other"}), better="lower"),
     "fid": Metric("FID", _frechet, frozenset({"inception"}), better="lower", least=2048),
@@ -255,4 +275,7 @@ METRICS: dict[str, Metric] = {
     "variance_ratio_min": Metric(
         "the same, least diverse class", _diversity(torch.min), frozenset({"variance"})
     ),
+    "lpips": Metric("LPIPS to the teacher's, same noise", _mean_of("lpips"), better="lower"),
+    "lpips_diversity": Metric("LPIPS between samples", _mean_of("lpips_diversity")),
+    "clip": Metric("CLIP score", _mean_of("clip"), better="higher"),
 }
