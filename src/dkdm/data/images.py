@@ -49,12 +49,16 @@ def load_image_folder(path: Path, shape: tuple[int, ...]) -> ImageSet:
         raise DkdmError(f"images have 1 or 3 channels, the model takes {shape[0]}")
     if not path.is_dir():
         raise DkdmError(f"{path} is not a folder: give a folder of images")
-    files, labels = _list_images(path)
+    files, labels = list_images(path)
     images = torch.stack([_read_image(file, shape) for file in files])
     return ImageSet(images, labels, partial(_read_captions, files))
 
 
-def _list_images(path: Path) -> tuple[list[Path], Tensor | None]:
+def list_images(path: Path) -> tuple[list[Path], Tensor | None]:
+    """The images of a folder in the order of their names, and their labels [N], see above.
+
+    Raises `DkdmError` for a folder without images, and for one that mixes both layouts.
+    """
     flat = _images_in(path)
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
     if flat and folders:
@@ -80,13 +84,22 @@ def _images_in(folder: Path) -> list[Path]:
 
 def _read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
     channels, height, width = shape
+    image = open_eight_bits(file).convert("L" if channels == 1 else "RGB")
+    return pixels_of(image.resize((width, height), Image.Resampling.BOX)).float() / 127.5 - 1
+
+
+def open_eight_bits(file: Path) -> Image.Image:
+    """`open_image`; raises `DkdmError` for more than 8 bits a channel too."""
     image = open_image(file)
     if image.mode.startswith(("I", "F")):
         raise DkdmError(f"{file} has more than 8 bits a channel: convert it to 8 bits")
-    image = image.convert("L" if channels == 1 else "RGB")
-    image = image.resize((width, height), Image.Resampling.BOX)
+    return image
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """The pixels of a grey or RGB image, uint8 [C, H, W]."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(height, width, channels).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def open_image(file: Path) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dkdm.data.inception import SIZE, Inception
+from dkdm.data.inception import FEATURES, SIZE, SPATIAL, Inception
 from dkdm.data.published import Published
 from dkdm.data.reference import FeatureExtractor, Features
 from dkdm.data.resizing import RESIZES, eight_bits, resized
@@ -66,6 +66,9 @@ def inception_extractor(
         compute=compute,
         fits=lambda shape: len(shape) == 3 and shape[0] in (1, 3),
         sizes="(3, H, W) or (1, H, W)",
+        num_features=FEATURES,
+        num_spatial=SPATIAL,
+        resizes=True,
         gives=frozenset({"spatial", "logits"} if form == "state dict" else {"spatial"}),
     )
 

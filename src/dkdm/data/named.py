@@ -1,18 +1,20 @@
-"""Images and references by the names of options: a new one is a folder of code and a line here.
-
-A reference's name is also a choice of `--evaluation-reference` in `dkdm.config`.
-"""
+"""Images and references by the names of options: a new one is a folder of code and a line here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dkdm.data import fashion
-from dkdm.data.fashion.reference import SPLITS, fashion_reference
+from dkdm.data.fashion.reference import SPLITS, fashion_reference, feature_extractor
+from dkdm.data.image_folder import image_folder
 from dkdm.data.images import ImageSet, load_image_folder
-from dkdm.data.reference import Reference
+from dkdm.data.inception_features import inception_extractor
+from dkdm.data.real_images import Source, summarized
+from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.errors import DkdmError
 
+FASHION = "fashion"
 IMAGES = {fashion.NAME: fashion.image_set}
 REFERENCES = dict.fromkeys(SPLITS, fashion_reference)
 REFERENCE_OF_CLASSES: dict[tuple[str, ...], str] = {fashion.CLASS_NAMES: "fashion-test"}
@@ -27,11 +29,52 @@ def load_images(spec: str | Path, shape: tuple[int, ...]) -> ImageSet:
     return known(shape) if known else load_image_folder(Path(spec), shape)
 
 
-def load_reference(name: str) -> Reference:
-    """Return a reference by its name. Raises `DkdmError` for an unknown one."""
-    if name not in REFERENCES:
-        raise DkdmError(f"there is no reference {name!r}: use {' or '.join(REFERENCES)}")
-    return REFERENCES[name](name)
+def load_reference(
+    spec: str | Path,
+    extractor: FeatureExtractor | None = None,
+    *,
+    skip_bad: bool = False,
+    cache: bool = True,
+    shape: Sequence[int] | None = None,
+) -> Reference:
+    """Return real images, or what is known of them, as a reference.
+
+    - spec: "fashion-test" or "fashion-train"; a folder of images, or of one folder for each class;
+      an .npz of images (`arr_0`) or of statistics (`mu`, `sigma`); a .npy or .safetensors of
+      samples [N, C, H, W] in [-1, 1].
+    - extractor: the network that sees them. Default: the packaged one for Fashion-MNIST, otherwise
+      the Inception network, from the cache folder.
+    - skip_bad: leave out images that cannot be read.
+    - cache: keep what the network saw in the cache folder, under the hash of the images.
+    - shape: (C, H, W) of the samples to be measured, for named images of several sizes.
+
+    Raises `DkdmError` for anything else, and for images that cannot be measured.
+    """
+    if str(spec) in REFERENCES:
+        return REFERENCES[str(spec)](str(spec), extractor, shape, cache)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        network = extractor or inception_extractor()
+        return _of(image_folder(path, skip_bad), network, cache)
+    raise DkdmError(
+        f"there is no reference {spec}: use {' or '.join(REFERENCES)}, or give a folder of images"
+    )
+
+
+def _of(source: Source, network: FeatureExtractor, cache: bool) -> Reference:
+    return summarized(source, network, cache).reference(source.name, network)
+
+
+def chosen_extractor(
+    network: str | None, resize: str = "bilinear", device: str = "cpu"
+) -> FeatureExtractor:
+    """What `--feature-network` chooses: "fashion" is the packaged one, see `inception_extractor`.
+
+    Raises `UsageError` if it cannot be had.
+    """
+    if network == FASHION:
+        return feature_extractor()
+    return inception_extractor(network, resize, device)
 
 
 def chosen_reference(choice: str, class_names: tuple[str, ...] | None) -> Reference | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dkdm.errors import DkdmError
+
+COLOURS = {1: "grey", 3: "RGB"}
 
 
 class Features(NamedTuple):
@@ -37,14 +40,21 @@ class Features(NamedTuple):
         columns = zip(*parts, strict=True)
         return cls(*(None if None in column else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
+    def rows(self, indices: Tensor) -> Features:
+        """The features of some of the images: indices [M]."""
+        return Features(*(None if each is None else each[indices] for each in self))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean `[D]` and unbiased covariance `[D, D]` of the features of `count` images, float64."""
+    """Mean `[D]` and unbiased covariance `[D, D]` of the features of `count` images, float64.
+
+    count is None where a file of statistics does not say it.
+    """
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    count: int | None
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureStatistics:
@@ -63,12 +73,14 @@ class FeatureExtractor:
     """A network whose view of images is compared.
 
     - `name`: its version, the same for the same features; part of what statistics are kept under.
-    - `in_words`: what a reader of the distances is told, with how images are brought to its size.
+    - `in_words`: what a reader of the distances reads, with how images are brought to its size.
     - `compute`: the `Features` of images [N, C, H, W] in [-1, 1] of shapes that fit.
     - `fits`: whether images of a shape (C, H, W) can be measured.
     - `sizes`: which shapes fit, in words.
     - `gives`: which of `Features` it gives, beside `features`.
     - `class_names`: of its logits, if these are the classes that models are asked for.
+    - `num_features`, `num_spatial`: D and S of `Features`.
+    - `resizes`: whether it brings images of any size to its own.
     """
 
     name: str
@@ -76,6 +88,9 @@ class FeatureExtractor:
     compute: Callable[[Tensor], Features]
     fits: Callable[[Sequence[int]], bool]
     sizes: str
+    num_features: int
+    num_spatial: int = 0
+    resizes: bool = False
     gives: frozenset[str] = frozenset()
     class_names: tuple[str, ...] | None = None
 
@@ -99,6 +114,12 @@ class FeatureExtractor:
             return self.compute(images.clamp(-1, 1))
 
 
+def no_floor(count: int) -> Features | None:
+    """The floor of a reference that holds no images."""
+    del count
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Real images to compare with, summarized.
@@ -106,10 +127,14 @@ class Reference:
     - `statistics`, `spatial`: of the features of `network`; None if it gives none.
     - `features`: reads [M, D] of the images, for what needs single images; None if only their
       statistics are known.
-    - `floor`: statistics of other real images, the best that a generator can be asked for; None if
-      no others are known.
+    - `floor`: statistics of other real images, known without computing anything; None if there are
+      none.
+    - `floor_features`: gives the features of so many real images, drawn at random with a fixed
+      seed: measured like samples, they are the best that a generator can be asked for. None if
+      there are not more than that.
     - `class_variance`: [C], mean over pixels of the variance within each class; None if unknown.
     - `dataset`: type, name and split, as the hub's model index wants them.
+    - `shape`: (C, H, W) of the images, (C,) if their sizes differ; empty if unknown.
     """
 
     name: str
@@ -118,9 +143,53 @@ class Reference:
     spatial: FeatureStatistics | None = None
     features: Callable[[], Tensor] | None = None
     floor: FeatureStatistics | None = None
+    floor_features: Callable[[int], Features | None] = no_floor
     class_variance: Tensor | None = None
     dataset: Mapping[str, str] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether samples of this shape can be measured."""
-        return self.network.fits(shape)
+        return not self.refusal(shape)
+
+    def refusal(self, shape: Sequence[int]) -> str:
+        """Why samples of shape (C, H, W) cannot be measured, in words; empty if they can."""
+        network, shape = self.network, tuple(shape)
+        if not network.fits(shape):
+            return f"is for samples of shape {network.sizes}, not {shape}: give another"
+        if self.shape and self.shape[0] != shape[0]:
+            theirs, ours = COLOURS[self.shape[0]], COLOURS[shape[0]]
+            return f"holds {theirs} images, the samples are {ours}: convert the images to {ours}"
+        if len(self.shape) == 3 and network.resizes and self.shape != shape:
+            theirs, ours = (f"{height}x{width}" for _, height, width in (self.shape, shape))
+            return f"holds images of {theirs}, the samples are {ours}: resize the images to {ours}"
+        return ""
+
+
+def within_class_variance(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return, per class, the mean over pixels of the unbiased variance over its images.
+
+    images: `[N, ...]`; labels: `[N]` in 0..num_classes-1. The result is float64 `[num_classes]`,
+    NaN for a class of fewer than 2 images. Raises `DkdmError` for other labels.
+    """
+    labels = checked_labels(labels, len(images), range(num_classes))
+    pixels = images.flatten(1).double().cpu()
+    classes = [pixels[labels == c] for c in range(num_classes)]
+    return torch.tensor(
+        [each.var(dim=0).mean() if len(each) > 1 else math.nan for each in classes],
+        dtype=torch.float64,
+    )
+
+
+def checked_labels(labels: Tensor, count: int, classes: Any) -> Tensor:
+    """The labels on the CPU. Raises `DkdmError` unless there is one of the classes an image."""
+    if labels.shape != (count,) or labels.is_floating_point():
+        raise DkdmError(
+            f"labels are {labels.dtype} {list(labels.shape)}: give one integer for each of "
+            f"{count} images"
+        )
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DkdmError(
+            f"labels lie in {int(labels.min())}..{int(labels.max())}: use 0..{len(classes) - 1}"
+        )
+    return labels.cpu()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from dkdm.data.reference import Features, FeatureStatistics, Reference
+from dkdm.data.reference import (
+    Features,
+    FeatureStatistics,
+    Reference,
+    checked_labels,
+    within_class_variance,
+)
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.kernel import kernel_distance
@@ -193,7 +198,8 @@ def _class_accuracy(sampled: Sampled, reference: Reference) -> float | None:
     if sampled.labels is None:
         return None
     assert sampled.features.logits is not None and reference.network.class_names is not None
-    labels = _labels(sampled.labels, len(sampled.features.logits), reference.network.class_names)
+    names = reference.network.class_names
+    labels = checked_labels(sampled.labels, len(sampled.features.logits), names)
     return float((sampled.features.logits.argmax(dim=1) == labels).double().mean())
 
 
@@ -208,34 +214,6 @@ def _diversity(summary: Callable[[Tensor], Tensor]) -> Measure:
         return float(summary(ratios)) if len(ratios) else None
 
     return measure
-
-
-def within_class_variance(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return, per class, the mean over pixels of the unbiased variance over its images.
-
-    images: `[N, ...]`; labels: `[N]` in 0..num_classes-1. The result is float64 `[num_classes]`,
-    NaN for a class of fewer than 2 images. Raises `DkdmError` for other labels.
-    """
-    labels = _labels(labels, len(images), range(num_classes))
-    pixels = images.flatten(1).double().cpu()
-    classes = [pixels[labels == c] for c in range(num_classes)]
-    return torch.tensor(
-        [each.var(dim=0).mean() if len(each) > 1 else math.nan for each in classes],
-        dtype=torch.float64,
-    )
-
-
-def _labels(labels: Tensor, count: int, classes: Any) -> Tensor:
-    if labels.shape != (count,) or labels.is_floating_point():
-        raise DkdmError(
-            f"labels are {labels.dtype} {list(labels.shape)}: give one integer for each of "
-            f"{count} images"
-        )
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise DkdmError(
-            f"labels lie in {int(labels.min())}..{int(labels.max())}: use 0..{len(classes) - 1}"
-        )
-    return labels.cpu()
 
 
 def _mean_of(column: str) -> Measure:

@@ -70,14 +70,14 @@ class LevelGap:
 class Measurement:
     """How the distances were measured, so that a reader can judge them.
 
-    - `reference_images`: how many real images the reference summarizes.
+    - `reference_images`: how many real images the reference summarizes; None if it does not say.
     - `real_distance`: the distance of `real_images` other real images, the floor; None
       if there are no others.
     """
 
     features: str
     reference: str
-    reference_images: int
+    reference_images: int | None
     real_images: int | None
     real_distance: float | None
 

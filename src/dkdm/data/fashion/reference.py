@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from typing import Literal
 
@@ -9,13 +12,16 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from dkdm.data.fashion import CLASS_NAMES, SHAPES, halve, load_fashion_mnist
+from dkdm.core.randomness import generator
+from dkdm.data.fashion import CLASS_NAMES, ROOT, SHAPES, halve, load_fashion_mnist
+from dkdm.data.real_images import Images, Source, summarized
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 
 SPLITS: dict[str, Literal["train", "test"]] = {"fashion-test": "test", "fashion-train": "train"}
 FLOORS = {"fashion-test": "fashion-train", "fashion-train": "fashion-test"}
 NUM_FEATURES = 64
 BATCH = 500
+AT_ONCE = 50
 
 
 class FeatureNetwork(nn.Module):
@@ -72,31 +78,73 @@ def feature_extractor() -> FeatureExtractor:
         compute=compute,
         fits=lambda shape: tuple(shape) in SHAPES,
         sizes=" or ".join(map(str, SHAPES)),
+        num_features=NUM_FEATURES,
         gives=frozenset({"logits", "pixels"}),
         class_names=CLASS_NAMES,
     )
 
 
-def fashion_reference(name: str) -> Reference:
-    """Return "fashion-test", the 10,000 test images, or "fashion-train", the 60,000 others."""
-    tensors, network, split = (
-        _load_asset("statistics.safetensors"),
-        feature_extractor(),
-        SPLITS[name],
-    )
+def fashion_reference(
+    name: str,
+    extractor: FeatureExtractor | None = None,
+    shape: Sequence[int] | None = None,
+    cache: bool = True,
+) -> Reference:
+    """Return "fashion-test", the 10,000 test images, or "fashion-train", the 60,000 others.
+
+    extractor: another network than the packaged one, which sees the images at the size of `shape`,
+    (1, 16, 16) or (1, 28, 28). The floor of each are images of the other. Raises `DkdmError` if the
+    images are not installed and another network is to see them.
+    """
+    packaged = feature_extractor()
+    if extractor is not None and extractor.name != packaged.name:
+        return _seen_by(extractor, name, 16 if tuple(shape or ()) == SHAPES[0] else 28, cache)
+    tensors, split = _load_asset("statistics.safetensors"), SPLITS[name]
     return Reference(
         name=name,
-        network=network,
+        network=packaged,
         statistics=_statistics(tensors, name),
-        features=lambda: network(load_fashion_mnist(split)[0]).features,
+        features=lambda: packaged(load_fashion_mnist(split)[0]).features,
         floor=_statistics(tensors, FLOORS[name]),
+        floor_features=partial(_drawn, FLOORS[name], packaged),
         class_variance=tensors[f"{name}.class_variance"],
-        dataset={
-            "type": "zalando-datasets/fashion_mnist",
-            "name": "Fashion-MNIST at 16x16",
-            "split": split,
-        },
+        dataset=_dataset(split, 16),
     )
+
+
+def _drawn(name: str, network: FeatureExtractor, count: int, size: int = 16) -> Features | None:
+    """The features of so many images of a split; None if they are not installed or too few."""
+    if not ROOT.is_dir():
+        return None
+    images = load_fashion_mnist(SPLITS[name], size=size)[0]
+    if count > len(images):
+        return None
+    order = torch.randperm(len(images), generator=generator("cpu", 0, "floor"))
+    return network(images[order[:count]])
+
+
+def _seen_by(network: FeatureExtractor, name: str, size: int, cache: bool) -> Reference:
+    split = SPLITS[name]
+
+    def opened(_: FeatureExtractor) -> Images:
+        images, labels = load_fashion_mnist(split, size=size)
+        return Images(len(images), (1, size, size), lambda: iter(images.split(AT_ONCE)), labels)
+
+    source = Source(name, lambda: f"{name} {size}", opened)
+    found = summarized(source, network, cache).reference(name, network)
+    return replace(
+        found,
+        dataset=_dataset(split, size),
+        floor_features=partial(_drawn, FLOORS[name], network, size=size),
+    )
+
+
+def _dataset(split: str, size: int) -> dict[str, str]:
+    return {
+        "type": "zalando-datasets/fashion_mnist",
+        "name": f"Fashion-MNIST at {size}x{size}",
+        "split": split,
+    }
 
 
 def _statistics(tensors: dict[str, Tensor], name: str) -> FeatureStatistics:
