@@ -24,7 +24,7 @@ FILES = {
         Published(
             name="AlexNet (ImageNet)",
             option=OPTION,
-            forms={"7be5be79": "state dict", "4df8aa71": "state dict"},
+            forms={"4df8aa71": "state dict", "7be5be79": "state dict"},
             address="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         ),
         Published(

@@ -6,12 +6,16 @@ import hashlib
 import shutil
 import tempfile
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import NoReturn
+from urllib.error import HTTPError
 
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.files import atomic, cache_dir
+from dkdm.reading.sizes import in_a_line
 
 DOWNLOAD = "download"
 TIMEOUT = 60.0
@@ -24,7 +28,8 @@ class Published:
 
     - `name`: what it is, for messages.
     - `option`: the command-line option that names it.
-    - `forms`: SHA-256 of a form, or the first 8 digits that its authors give, and its name.
+    - `forms`: SHA-256 of a form, or the first digits that its authors give, and its name; the last
+      is the one at `address`, and is taken before the others.
     - `address`: where `download` fetches it.
     """
 
@@ -37,14 +42,14 @@ class Published:
         """The file, and which form it is.
 
         given: the file itself, or a folder that holds it under any name, which is then kept in the
-        cache folder; "download", which fetches it there; None takes what is in the cache folder.
+        cache folder; "download", which fetches it there unless it is; None takes what is there.
         Raises `UsageError` if it is not there or is another file, `DkdmError` if it cannot be
         fetched.
         """
         if given is None:
-            return self._cached()
+            return self._cached(reversed(self.forms)) or self._absent()
         if str(given) == DOWNLOAD:
-            return self._downloaded()
+            return self._cached([*self.forms][-1:]) or self._fetched()
         path = Path(given).expanduser()
         if path.is_dir():
             return self._in_folder(path)
@@ -52,11 +57,14 @@ class Published:
             raise UsageError(f"{self.option} {given}: there is no such file")
         return self._kept(path, f"{self.option} {given}")
 
-    def _cached(self) -> tuple[Path, str]:
-        for path in sorted(cache_dir("features").glob("*")):
-            form = self._form(path.name)
-            if form and _sha256(path) == path.name:
-                return path, form
+    def _cached(self, digests: Iterable[str]) -> tuple[Path, str] | None:
+        for digest in digests:
+            for path in sorted(cache_dir("features").glob(f"{digest}*")):
+                if _sha256(path) == path.name:
+                    return path, self.forms[digest]
+        return None
+
+    def _absent(self) -> NoReturn:
         raise UsageError(
             f"{self.name} is not in {cache_dir('features')}: give {self.option} {DOWNLOAD}, which "
             f"fetches it from {self.address}, or {self.option} FILE"
@@ -70,7 +78,7 @@ class Published:
             f"{self.option} {folder}: {self.name} is not in it; fetch {self.address} into it"
         )
 
-    def _downloaded(self) -> tuple[Path, str]:
+    def _fetched(self) -> tuple[Path, str]:
         folder = cache_dir("features")
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -81,10 +89,12 @@ class Published:
                 shutil.copyfileobj(answer, file, PIECE)
                 file.flush()
                 return self._kept(Path(file.name), self.address)
-        except OSError as error:  # an URLError is one too
+        except (OSError, HTTPException) as error:
+            if isinstance(error, HTTPError):
+                error.close()
             raise DkdmError(
-                f"{self.address} cannot be fetched ({error}): fetch it on a machine with a network "
-                f"and give {self.option} FILE"
+                f"{self.address} cannot be fetched ({in_a_line(error)}): fetch it on a machine "
+                f"with a network and give {self.option} FILE"
             ) from error
 
     def _kept(self, path: Path, shown: str) -> tuple[Path, str]:
@@ -97,7 +107,7 @@ class Published:
                 f"{' or '.join(self.forms)}; give the published file"
             )
         kept = cache_dir("features") / found
-        if not kept.is_file():
+        if not kept.is_file() or _sha256(kept) != found:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with atomic(kept) as partial:
                 shutil.copyfile(path, partial)
