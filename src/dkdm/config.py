@@ -385,12 +385,20 @@ class CheckpointOptions(Options, title="Checkpoint"):
 
 
 class EvaluationOptions(Options, title="Evaluation"):
-    """Sample grids during the run, and the comparison at its end."""
+    """Sample grids and a metric during the run, and the comparison at its end."""
 
     validation_steps: CountOrNone = 1000
     """Optimizer steps between sample grids; 0 draws no grids."""
     validation_sampling_steps: Count = 25
-    """Sampler steps of the grids and of the final evaluation."""
+    """Sampler steps of the grids, of --validation-metric and of the final evaluation."""
+    validation_metric: str | None = None
+    """Metric measured with each grid, on the weights that would be shipped; the best weights are
+    kept in best/. gap needs no images; fd, fid, kid, precision, class_accuracy ... need a
+    reference. Default: none."""
+    validation_samples: Annotated[int, Range(2, 10**6)] = 256
+    """Samples drawn for --validation-metric, from the same noise every time."""
+    ship_best: bool = False
+    """Ship the best weights by --validation-metric instead of the last."""
     evaluation_samples: CountOrNone = 1000
     """Samples drawn from each model for the final distances; 0 skips them."""
     sampling_guidance_scale: Scale = 1.0
@@ -398,6 +406,16 @@ class EvaluationOptions(Options, title="Evaluation"):
     half."""
     evaluation_reference: Literal["auto", "none", "fashion-test", "fashion-train"] = "auto"
     """Real images for the final distances; auto recognizes Fashion-MNIST by its class names."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_metric is not None and self.validation_steps == 0:
+            raise UsageError(
+                f"--validation-metric {self.validation_metric} with --validation-steps 0 is never "
+                "measured: give the steps between measurements"
+            )
+        if self.ship_best and self.validation_metric is None:
+            raise UsageError("--ship-best: give the metric that chooses, --validation-metric gap")
 
 
 class HubOptions(Options, title="Hub"):
@@ -452,6 +470,8 @@ class NetworkOptions(Options, title="Network"):
 
 MEANT = {
     "batch_size": "train_batch_size",
+    "load_best_model_at_end": "ship_best",
+    "metric_for_best_model": "validation_metric",
     "epochs": "max_train_steps",
     "iterations": "max_train_steps",
     "lr": "learning_rate",

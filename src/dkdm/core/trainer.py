@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dkdm.core.learning import Ema, Finite, autocasting, optimizer_of, prepare
 from dkdm.core.modes import without_label_dropout
 from dkdm.core.objective import Objective
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
+from dkdm.core.selection import Selection
 from dkdm.core.sources import Source
 from dkdm.reading.fields import Fields
 
@@ -34,7 +35,8 @@ class Trainer:
     features: projections of hidden features, which learn with the network.
     name: the network's folder in checkpoints and in the output, "unet" or "transformer".
     validate: called every `validation_steps` with the step and a student carrying the averaged
-        weights.
+        weights; gives what it measured, by names. It does not change the run.
+    selection: the best weights so far; a checkpoint says which they are.
     frozen: names of the parameters that are not trained, because adapters are.
     merge: makes a plain network of one with adapters, in place; None for networks without.
     """
@@ -49,8 +51,9 @@ class Trainer:
     objective: Objective
     accelerator: Accelerator
     name: str = "unet"
-    validate: Callable[[int, Denoiser], None] | None = None
+    validate: Callable[[int, Denoiser], Mapping[str, float]] | None = None
     validation_steps: int = 0
+    selection: Selection | None = None
     features: nn.Module | None = None
     frozen: frozenset[str] = frozenset()
     merge: Callable[[nn.Module], nn.Module] | None = None
@@ -110,6 +113,8 @@ class Trainer:
             while self.step_number < last:
                 loss = self.step()
                 self.finite.note(loss, self.step_number)
+                if self.validate and self.validation_steps and self._due(self.validation_steps):
+                    self._validate(metrics)
                 if self._due(every.logging_steps):
                     self.finite.check()
                     elapsed = time.monotonic() - started
@@ -117,8 +122,17 @@ class Trainer:
                 progress(self.step_number, loss)
                 if self._due(every.checkpointing_steps):
                     self.save()
-                if self.validate and self.validation_steps and self._due(self.validation_steps):
-                    self.validate(self.step_number, self.averaged())
+
+    def _validate(self, metrics: MetricsFile) -> None:
+        """Before the step's own line and checkpoint, which thus knows what was found."""
+        assert self.validate is not None
+        self.finite.check()
+        with torch.random.fork_rng():
+            found = self.validate(self.step_number, self.averaged())
+        if found:
+            metrics.write({"step": self.step_number, "validation": dict(found)})
+            shown = {f"validation/{name}": value for name, value in found.items()}
+            self.accelerator.log(shown, step=self.step_number)
 
     def _due(self, every: int) -> bool:
         last = self.step_number == self.training.max_train_steps
@@ -146,6 +160,14 @@ class Trainer:
         if self.merge is not None:
             network = self.merge(network)
         return replace(self.student, network=network.eval().requires_grad_(False))
+
+    def best(self) -> Denoiser:
+        """The student with the best weights that were validated."""
+        student = self.averaged()
+        if self.selection is None or self.selection.best is None:
+            return student
+        self.selection.load(student.network, self.name)  # type: ignore[arg-type]
+        return student
 
     def parts(self) -> dict[str, checkpoint.Part]:
         """All that changes while training, by its file in a checkpoint."""
@@ -175,6 +197,8 @@ class Trainer:
 
     def _write(self, folder: Path) -> None:
         about = {"step": self.step_number, "frozen": sorted(self.frozen)}
+        if self.selection is not None:
+            about["best"] = self.selection.state_dict()
         checkpoint.write_parts(folder, self.parts(), about)
         for copies in (self.name, f"{self.name}_ema"):
             if (folder / copies).is_dir():
@@ -186,3 +210,5 @@ class Trainer:
         with checkpoint.restoring(folder):
             about = checkpoint.read_parts(folder, self.parts())
             self.step_number = Fields(about, str(folder / checkpoint.STATE)).whole("step")
+        if self.selection is not None:
+            self.selection.load_state_dict(about.get("best", {}))

@@ -36,6 +36,7 @@ from dkdm.runs.outputs import (
     sampling_guidance,
 )
 from dkdm.runs.source import SourcePlan, plan_source, prepare, source_of
+from dkdm.runs.validation import check_metric, validate_by_metric
 from dkdm.students.lora import merge_lora
 from dkdm.students.start import start_student
 
@@ -61,6 +62,7 @@ def distill(
         teacher=name_of(teacher) or config.teacher_choice.model,
         student=name_of(student) or config.student_choice.student,
     )
+    check_metric(config.evaluation)
     found = checkpoint_to_resume(config.run, config.checkpoints, DistillConfig)
     accelerator = start_accelerator(config.run, config.training, config.checkpoints)
     if not isinstance(teacher, Denoiser):
@@ -129,6 +131,7 @@ def _distill(
         merge=merge_lora,
     )
     reference = reference_of(evaluation, teacher)
+    validate_by_metric(trainer, config, reference, teacher, guidance)
 
     def begin() -> None:
         check = config.teacher_choice.check

@@ -115,7 +115,7 @@ def carry_out(
     config = claim_output(config, trainer.accelerator)
     before()
     started = time.monotonic()
-    student = run_to_end(trainer)
+    student = run_to_end(trainer, config.evaluation.ship_best)
     minutes = (time.monotonic() - started) / 60
     folder, card = config.run.output_dir, measure(student)._asdict()
     licensed = write_card(folder, student, config, teacher=teacher, minutes=minutes, **card)
@@ -145,10 +145,10 @@ def claim_output(config: Config, accelerator: Accelerator) -> Config:
     return config
 
 
-def run_to_end(trainer: Trainer) -> Denoiser:
-    """Train, and write the pipeline of the averaged student; returns that student."""
+def run_to_end(trainer: Trainer, ship_best: bool) -> Denoiser:
+    """Train, and write the pipeline of the averaged student, or of the best; returns it."""
     trainer.run()
     trainer.accelerator.end_training()
-    finished = trainer.averaged()
+    finished = trainer.best() if ship_best else trainer.averaged()
     write_pipeline(trainer.output_dir, finished)
     return finished

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,22 +44,23 @@ def sample_grids(
     evaluation: EvaluationOptions,
     teacher: Denoiser | None = None,
     guidance: GuidanceOptions = UNGUIDED,
-) -> Callable[[int, Denoiser], None]:
+) -> Callable[[int, Denoiser], Mapping[str, float]]:
     """Writes samples/step-N.png: a row of the teacher's samples and one of the student's.
 
-    Without a teacher: samples of every class.
+    Without a teacher: samples of every class. Nothing is measured.
     """
     count = GRID_SAMPLES if teacher is None else GRID_COLUMNS
     sampling = Sampling(count, evaluation.validation_sampling_steps, run.seed)
     drawn: list[Tensor] = []
 
-    def write(step: int, student: Denoiser) -> None:
+    def write(step: int, student: Denoiser) -> Mapping[str, float]:
         for_teacher, for_student = sampling_guidance(evaluation, guidance, student)
         cond = student.conditioning.in_turns(count)
         if teacher is not None and not drawn:
             drawn.append(decoded(teacher, draw(teacher, cond, sampling, for_teacher)))
         own = decoded(student, draw(student, cond, sampling, for_student))
         _save_grid(run.output_dir, f"step-{step:06d}", torch.cat([*drawn, own]))
+        return {}
 
     return write
 

@@ -15,6 +15,7 @@ from dkdm.models.architectures import component_of
 from dkdm.runs.launch import carry_out, checkpoint_to_resume, start_accelerator
 from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import measure_model, reference_of, sample_grids
+from dkdm.runs.validation import check_metric, validate_by_metric
 from dkdm.students import student_of
 
 
@@ -25,6 +26,7 @@ def train(config: TrainConfig) -> Path:
     """
     config = config_given(config, TrainConfig)
     run, conditions, evaluation = config.run, config.conditions, config.evaluation
+    check_metric(evaluation)
     found = checkpoint_to_resume(run, config.checkpoints, TrainConfig)
     accelerator = start_accelerator(run, config.training, config.checkpoints)
     data, like = training_data(config.data, config.model, conditions.negative_prompt, run.seed)
@@ -55,5 +57,6 @@ def train(config: TrainConfig) -> Path:
         evaluation.validation_steps,
     )
     reference = reference_of(evaluation, model)
+    validate_by_metric(trainer, config, reference)
     measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)
     return carry_out(config, trainer, found, measure)

@@ -25,7 +25,8 @@ from dkdm.reading.places import check_folder
 from dkdm.shipping.licence import CARD, origin_of
 from dkdm.version import __version__
 
-STAYS_HERE = ["checkpoint-*", "logs/*", ".*"]  # hidden files are half written, or not dkdm's
+# Hidden files are half written, or not dkdm's.
+STAYS_HERE = ["checkpoint-*", "best/*", "logs/*", ".*"]
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 

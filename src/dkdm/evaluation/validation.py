@@ -1,0 +1,150 @@
+"""One number that says how good a student is while it learns: the same samples every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.randomness import derived_seed
+from dkdm.data.reference import Reference
+from dkdm.errors import UsageError
+from dkdm.evaluation.comparison import GAP_SAMPLES, level_gaps
+from dkdm.evaluation.cost import undisturbed
+from dkdm.evaluation.metrics import METRICS, Sampled, check, measure
+from dkdm.evaluation.numbers import percent
+from dkdm.evaluation.same_noise import Sampling, decoded, draw
+
+REHEARSED = 6  # images that every metric can be measured of
+
+
+class Watched(NamedTuple):
+    """How a number is called and shown, and which values are better."""
+
+    label: str
+    better: Literal["lower", "higher"] | None
+    format: Callable[[float], str]
+
+
+WITHOUT_IMAGES = {
+    "gap": Watched("gap to the teacher's output, mean over noise levels", "lower", percent),
+}
+
+
+def watched(name: str) -> Watched:
+    """What `--validation-metric` names.
+
+    Raises `UsageError` for an unknown metric, and for one of which neither more nor less is better.
+    """
+    if name in WITHOUT_IMAGES:
+        return WITHOUT_IMAGES[name]
+    known = {key: each for key, each in METRICS.items() if each.better}
+    if name not in known:
+        what = "is neither better high nor low" if name in METRICS else "is no metric"
+        words = ", ".join([*WITHOUT_IMAGES, *known])
+        raise UsageError(f"--validation-metric {name} {what}: give one of {words}")
+    metric = known[name]
+    return Watched(metric.label, metric.better, metric.format)
+
+
+@dataclass(eq=False)
+class Validation:
+    """Measures students of one run by one metric.
+
+    - `name`: in `METRICS` or `WITHOUT_IMAGES`.
+    - `sampling`: of the samples; its seed gives other noise than that of the final evaluation.
+    - `guidance`: scales that samples of teacher and student are drawn with.
+    - `teacher`: None for a run without one.
+    - `reference`: what samples are measured against; None if nothing fits or no image is needed.
+    """
+
+    name: str
+    sampling: Sampling
+    guidance: tuple[float, float]
+    teacher: Denoiser | None = None
+    reference: Reference | None = None
+    _of_teacher: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        watched(self.name)
+        if self.name in WITHOUT_IMAGES:
+            self.reference = None
+            if self.teacher is None:
+                raise UsageError(f"--validation-metric {self.name}: this run has no teacher")
+        elif self.reference is None:
+            raise UsageError(
+                f"--validation-metric {self.name}: there is no reference to measure it against; "
+                f"give --evaluation-reference, or {' or '.join(WITHOUT_IMAGES)} as the metric"
+            )
+        else:
+            check([self.name], self.reference)
+            kept = self.reference.features
+            self.reference = replace(self.reference, features=kept and cache(kept))
+
+    def rehearse(self, student: Denoiser) -> None:
+        """Measure a few black images, so that what cannot be measured is refused before work.
+
+        Raises `UsageError` for a metric that the student's samples do not have.
+        """
+        if self.reference is None:
+            return
+        x = torch.zeros(1, *student.sample_shape)
+        images = decoded(student, x).expand(REHEARSED, *[-1] * len(student.sample_shape))
+        labels = student.conditioning.in_turns(self.sampling.num_samples).get("class_labels")
+        some = None if labels is None else labels.sort().values[-REHEARSED:]
+        self._value(images, some)
+
+    def measure(self, student: Denoiser) -> float:
+        """The metric of a student. Raises `DkdmError` for samples that are not finite."""
+        with undisturbed(student):
+            if self.name == "gap":
+                return self._gap(student)
+            cond = student.conditioning.in_turns(self.sampling.num_samples)
+            images = decoded(student, draw(student, cond, self.sampling, self.guidance[1]))
+            return self._value(images, cond.get("class_labels"))
+
+    def _value(self, images: Tensor, labels: Tensor | None) -> float:
+        assert self.reference is not None  # else it was refused
+        sampled = Sampled(self.reference.network(images), labels)
+        found = measure(sampled, self.reference, [self.name]).get(self.name)
+        if found is None:
+            raise UsageError(
+                f"--validation-metric {self.name} needs a model that draws classes; give another"
+            )
+        return found
+
+    def _gap(self, student: Denoiser) -> float:
+        assert self.teacher is not None  # else it was refused
+        few = replace(self.sampling, num_samples=min(self.sampling.num_samples, GAP_SAMPLES))
+        cond = student.conditioning.in_turns(few.num_samples)
+        with undisturbed(self.teacher):
+            if not self._of_teacher:
+                self._of_teacher.append(draw(self.teacher, cond, few, self.guidance[0]))
+            x_0, seed = self._of_teacher[0], self.sampling.seed
+            gaps = level_gaps(self.teacher, student, x_0, cond, seed, *self.guidance)
+        return fmean(gap.relative for gap in gaps)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What is measured and how, as JSON; equal for values that can be compared."""
+        return {
+            "metric": self.name,
+            "num_samples": self.sampling.num_samples,
+            "sampler": self.sampling.sampler,
+            "num_steps": self.sampling.num_steps,
+            "seed": self.sampling.seed,
+            "guidance_scale": self.guidance[1],
+            "reference": self.reference.name if self.reference else None,
+        }
+
+
+def validation_seed(seed: int) -> int:
+    """The seed of a run's validation: the best weights are chosen by other noise than they are
+    measured with at the end."""
+    return derived_seed(seed, "validation") % 2**32

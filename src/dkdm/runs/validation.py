@@ -1,0 +1,81 @@
+"""What a run does between its steps: it draws a grid, and measures which weights are best."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+
+from dkdm.config import EvaluationOptions, GuidanceOptions, RunConfig
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.selection import Selection
+from dkdm.core.trainer import Trainer
+from dkdm.data.reference import Reference
+from dkdm.evaluation.metrics import METRICS
+from dkdm.evaluation.same_noise import Sampling
+from dkdm.evaluation.validation import Validation, validation_seed, watched
+from dkdm.runs.outputs import UNGUIDED, sampling_guidance
+from dkdm.shipping.pipeline_folder import write_pipeline
+
+Validate = Callable[[int, Denoiser], Mapping[str, float]]
+
+
+def check_metric(evaluation: EvaluationOptions) -> None:
+    """Raise UsageError if `--validation-metric` names none; before a model is loaded."""
+    if evaluation.validation_metric is not None:
+        watched(evaluation.validation_metric)
+
+
+def validate_by_metric(
+    trainer: Trainer,
+    config: RunConfig,
+    reference: Reference | None,
+    teacher: Denoiser | None = None,
+    guidance: GuidanceOptions = UNGUIDED,
+) -> None:
+    """Let a trainer measure `--validation-metric` after each grid, and keep the best weights.
+
+    Raises UsageError for a metric that this run cannot measure.
+    """
+    evaluation, student, name = (
+        config.evaluation,
+        trainer.student,
+        config.evaluation.validation_metric,
+    )
+    if name is None:
+        return
+    sampling = Sampling(
+        evaluation.validation_samples,
+        evaluation.validation_sampling_steps,
+        validation_seed(config.run.seed),
+    )
+    scales = sampling_guidance(evaluation, guidance, student)
+    validation = Validation(name, sampling, scales, teacher, reference)
+    validation.rehearse(student)
+    _say_if_few(name, sampling.num_samples)
+    better = watched(name).better
+    assert better is not None  # by `watched`
+    how = {**validation.how, "ema_decay": config.optimizer.ema_decay if trainer.ema else None}
+    trainer.selection = Selection(config.run.output_dir, better, how, write_pipeline)
+    trainer.validate = _measuring(trainer.validate, validation, trainer.selection)
+
+
+def _measuring(
+    draw_grid: Validate | None, validation: Validation, selection: Selection
+) -> Validate:
+    def validate(step: int, student: Denoiser) -> Mapping[str, float]:
+        found = dict(draw_grid(step, student)) if draw_grid else {}
+        value = validation.measure(student)
+        selection.offer(step, value, student)
+        return {**found, validation.name: value}
+
+    return validate
+
+
+def _say_if_few(name: str, count: int) -> None:
+    least = METRICS[name].least if name in METRICS else 0
+    if count < least:
+        print(
+            f"note: {name} of {count} samples (--validation-samples) compares the steps of this "
+            f"run; published values need {least:,} or more",
+            file=sys.stderr,
+        )
