@@ -13,9 +13,12 @@ import dkdm
 import pipelines
 from dkdm import load_teacher
 from dkdm.config import DistillConfig, TrainConfig
+from dkdm.data.named import load_reference
 from dkdm.errors import UsageError
+from dkdm.evaluation.comparison import measurement_of
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count
+from dkdm.evaluation.results import Measurement
 from dkdm.evaluation.rows import metric_rows
 from dkdm.models import with_texts
 from dkdm.shipping.card import write_card
@@ -25,6 +28,7 @@ from dkdm.students import student_of
 from factories import denoiser
 
 PAPER = "Xiang, Qianlong"
+FASHION = measurement_of(load_reference("fashion-test"), 400)
 OTHER = {
     "license": "other",
     "license_name": "house-licence",
@@ -84,7 +88,8 @@ def test_measurements_are_the_hubs_index(tmp_path):
         {"fd": 1.25, "class_accuracy": 0.9, "variance_ratio_mean": 0.8}, 400, "fashion-test"
     )
     rows = metric_rows(metrics)
-    card = card_of(tmp_path, denoiser(3), DistillConfig(), metrics=metrics, rows=rows)
+    given = {"metrics": metrics, "rows": rows, "measurement": FASHION}
+    card = card_of(tmp_path, denoiser(3), DistillConfig(), **given)
     found = {result.metric_name: result for result in card.data.eval_results}
     distance = found[
         "Frechet distance (64 features of dkdm's packaged 16x16 Fashion-MNIST classifier)"
@@ -99,6 +104,26 @@ def test_measurements_are_the_hubs_index(tmp_path):
         "| | value |\n|---|---|\n| Frechet distance | 1.25 |\n| class accuracy | 90.0 % |"
         in card.text
     )
+
+
+def test_an_fid_is_named_so_with_its_images_and_their_floor(tmp_path):
+    metrics = Metrics({"fid": 7.5}, 5000, "birds")
+    network, about = "inception-2015-12-05/bilinear", {"type": "birds", "name": "birds"}
+    birds = Measurement("2,048 features", "birds", 6000, 5000, 5.25, network, about)
+    card = card_of(
+        tmp_path,
+        denoiser(3),
+        DistillConfig(),
+        metrics=metrics,
+        measurement=birds,
+        rows=metric_rows(metrics),
+    )
+    (result,) = card.data.eval_results
+    assert (result.metric_name, result.metric_value) == ("FID (2,048 features)", 7.5)
+    assert (result.dataset_name, result.dataset_split) == ("birds", None)
+    assert "The FID is over 2,048 features, to 6,000 real images (birds)." in card.text
+    assert "That of 5,000 real images is 5.25." in card.text
+    assert "not the FID" not in card.text
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def test_a_reference_of_another_shape_is_refused_before_the_run(
     Image.new("L", (8, 8)).save(tmp_path / "pictures" / "a.png")
     before = tree(tmp_path)
     assert main([*args, "--output-dir", "run", "--evaluation-reference", "fashion-test"]) == 2
-    said = "is for samples of shape (1, 16, 16) or (1, 28, 28), not (1, 8, 8): use auto or none"
+    shapes = "is for samples of shape (1, 16, 16) or (1, 28, 28), not (1, 8, 8)"
+    said = f"{shapes}: give another, or use auto or none"
     assert f"--evaluation-reference fashion-test {said}" in capsys.readouterr().err
     assert tree(tmp_path) == before
 

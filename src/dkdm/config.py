@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from dkdm.errors import UsageError
-from dkdm.names import PredictionType, Sampler
+from dkdm.names import PredictionType, Resize, Sampler
 from dkdm.reading.fields import read_json, shown
 from dkdm.reading.options import Grouped, Options
 from dkdm.reading.values import Range
@@ -404,8 +404,16 @@ class EvaluationOptions(Options, title="Evaluation"):
     sampling_guidance_scale: Scale = 1.0
     """Guidance scale of the grids and of the final evaluation; 1 turns guidance off and costs
     half."""
-    evaluation_reference: Literal["auto", "none", "fashion-test", "fashion-train"] = "auto"
-    """Real images for the final distances; auto recognizes Fashion-MNIST by its class names."""
+    evaluation_reference: str = "auto"
+    """Real images for the final distances: fashion-test, fashion-train, a folder of images, an .npz
+    of images or statistics; none; or auto, which recognizes Fashion-MNIST by its class names."""
+    feature_network: str | None = None
+    """Network whose features are compared: the file of the Inception network
+    (inception-2015-12-05), download, which fetches it once, or fashion, the packaged one. Default:
+    fashion for Fashion-MNIST, otherwise the file that was given before."""
+    resize: Resize = "bilinear"
+    """How images are brought to the Inception network's 299x299; published tables and statistics of
+    ADM and EDM used tensorflow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

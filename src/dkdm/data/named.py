@@ -12,7 +12,8 @@ from dkdm.data.images import ImageSet, load_image_folder
 from dkdm.data.inception_features import inception_extractor
 from dkdm.data.real_images import Source, summarized
 from dkdm.data.reference import FeatureExtractor, Reference
-from dkdm.errors import DkdmError
+from dkdm.errors import UsageError
+from dkdm.names import Resize
 
 FASHION = "fashion"
 IMAGES = {fashion.NAME: fashion.image_set}
@@ -43,30 +44,33 @@ def load_reference(
       an .npz of images (`arr_0`) or of statistics (`mu`, `sigma`); a .npy or .safetensors of
       samples [N, C, H, W] in [-1, 1].
     - extractor: the network that sees them. Default: the packaged one for Fashion-MNIST, otherwise
-      the Inception network, from the cache folder.
+      the Inception network of the cache folder.
     - skip_bad: leave out images that cannot be read.
     - cache: keep what the network saw in the cache folder, under the hash of the images.
-    - shape: (C, H, W) of the samples to be measured, for named images of several sizes.
+    - shape: (C, H, W) of the samples to be measured. What cannot be compared with them is refused
+      before a network sees it, and Fashion-MNIST is seen at their size.
 
-    Raises `DkdmError` for anything else, and for images that cannot be measured.
+    Raises `UsageError` for anything else, `DkdmError` for images that cannot be measured.
     """
     if str(spec) in REFERENCES:
         return REFERENCES[str(spec)](str(spec), extractor, shape, cache)
     path = Path(spec).expanduser()
     if path.is_dir():
         network = extractor or inception_extractor()
-        return _of(image_folder(path, skip_bad), network, cache)
-    raise DkdmError(
+        return _of(image_folder(path, skip_bad), network, cache, shape)
+    raise UsageError(
         f"there is no reference {spec}: use {' or '.join(REFERENCES)}, or give a folder of images"
     )
 
 
-def _of(source: Source, network: FeatureExtractor, cache: bool) -> Reference:
-    return summarized(source, network, cache).reference(source.name, network)
+def _of(
+    source: Source, network: FeatureExtractor, cache: bool, shape: Sequence[int] | None
+) -> Reference:
+    return summarized(source, network, cache, shape).reference(source.name, network)
 
 
 def chosen_extractor(
-    network: str | None, resize: str = "bilinear", device: str = "cpu"
+    network: str | None, resize: Resize = "bilinear", device: str = "cpu"
 ) -> FeatureExtractor:
     """What `--feature-network` chooses: "fashion" is the packaged one, see `inception_extractor`.
 
@@ -77,8 +81,8 @@ def chosen_extractor(
     return inception_extractor(network, resize, device)
 
 
-def chosen_reference(choice: str, class_names: tuple[str, ...] | None) -> Reference | None:
+def chosen_reference(choice: str, class_names: tuple[str, ...] | None) -> str | None:
     """What `--evaluation-reference` chooses: "auto" knows what a model draws by its class names."""
     if choice == "auto":
-        choice = REFERENCE_OF_CLASSES.get(class_names or (), "none")
-    return None if choice == "none" else load_reference(choice)
+        return REFERENCE_OF_CLASSES.get(class_names or ())
+    return None if choice == "none" else choice

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dkdm.data.reference import (
     Features,
     FeatureStatistics,
     Reference,
+    mismatch,
     within_class_variance,
 )
 from dkdm.errors import DkdmError
@@ -98,18 +99,24 @@ class Summary:
         return self.features.rows(order[:count].sort().values)
 
 
-def summarized(source: Source, network: FeatureExtractor, cache: bool = True) -> Summary:
+def summarized(
+    source: Source,
+    network: FeatureExtractor,
+    cache: bool = True,
+    shape: Sequence[int] | None = None,
+) -> Summary:
     """What a network sees in the images of a source.
 
-    cache: read it from the cache folder if it is there and whole, and keep it there. Raises
-    `DkdmError` for images that cannot be measured.
+    cache: read it from the cache folder if it is there and whole, and keep it there. shape: of the
+    samples that are to be measured. Raises `DkdmError` for images that cannot be measured, and
+    before the network sees any for samples that they cannot be compared with.
     """
     if not cache:
-        return _computed(source, network)
+        return _computed(source, network, shape)
     file = _file(source, network)
     found = _read(file)
     if found is None or (found.bad and not source.skips):
-        found = _computed(source, network)
+        found = _computed(source, network, shape)
         _write(file, found)
     elif found.bad:
         print(
@@ -119,8 +126,11 @@ def summarized(source: Source, network: FeatureExtractor, cache: bool = True) ->
     return found
 
 
-def _computed(source: Source, network: FeatureExtractor) -> Summary:
+def _computed(source: Source, network: FeatureExtractor, shape: Sequence[int] | None) -> Summary:
     images = source.open(network)
+    reason = shape and mismatch(network, images.shape, tuple(shape))
+    if reason:
+        raise DkdmError(f"{source.name} {reason}")
     parts: list[Features] = []
     done = 0
     with track(images.count, 0, f"features of {source.name}") as progress:

@@ -154,16 +154,23 @@ class Reference:
 
     def refusal(self, shape: Sequence[int]) -> str:
         """Why samples of shape (C, H, W) cannot be measured, in words; empty if they can."""
-        network, shape = self.network, tuple(shape)
-        if not network.fits(shape):
-            return f"is for samples of shape {network.sizes}, not {shape}: give another"
-        if self.shape and self.shape[0] != shape[0]:
-            theirs, ours = COLOURS[self.shape[0]], COLOURS[shape[0]]
-            return f"holds {theirs} images, the samples are {ours}: convert the images to {ours}"
-        if len(self.shape) == 3 and network.resizes and self.shape != shape:
-            theirs, ours = (f"{height}x{width}" for _, height, width in (self.shape, shape))
-            return f"holds images of {theirs}, the samples are {ours}: resize the images to {ours}"
-        return ""
+        return mismatch(self.network, self.shape, tuple(shape))
+
+
+def mismatch(network: FeatureExtractor, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str:
+    """Why samples of our shape (C, H, W) cannot be measured against images of theirs, in words.
+
+    theirs: see `Reference.shape`. Empty if they can.
+    """
+    if not network.fits(ours):
+        return f"is for samples of shape {network.sizes}, not {ours}: give another"
+    if theirs and theirs[0] != ours[0]:
+        has, needs = COLOURS[theirs[0]], COLOURS[ours[0]]
+        return f"holds {has} images, the samples are {needs}: convert the images to {needs}"
+    if len(theirs) == 3 and network.resizes and theirs != ours:
+        has, needs = (f"{height}x{width}" for _, height, width in (theirs, ours))
+        return f"holds images of {has}, the samples are {needs}: resize the images to {needs}"
+    return ""
 
 
 def within_class_variance(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-RESIZES: Sequence[str] = ("bilinear", "tensorflow", "bicubic")
+from dkdm.names import Resize
+
+RESIZES: Sequence[str] = get_args(Resize)
 
 
 def eight_bits(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import simple_loss
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
-from dkdm.data.reference import Reference
+from dkdm.data.reference import FeatureStatistics, Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import (
     count_macs,
@@ -74,7 +74,7 @@ def compare(
         gaps=gaps,
         same_noise_difference=float((drawn - copied).abs().mean()),
         other_noise_difference=_other_noise_difference(drawn, copied, shown),
-        measurement=_measurement_of(reference) if reference else None,
+        measurement=measurement_of(reference, num_samples) if reference else None,
         class_names=_class_names(student.conditioning, reference),
         asked_for="prompt" if "prompt" in cond else "class",
         samples=_first_samples(drawn, copied, shown),
@@ -141,15 +141,23 @@ def _measure(
     )
 
 
-def _measurement_of(reference: Reference) -> Measurement:
-    """Describe how distances to `reference` are measured, with the floor that real images set."""
+def measurement_of(reference: Reference, num_samples: int) -> Measurement:
+    """Describe how distances to `reference` are measured, with the floor that real images set.
+
+    The floor is of as many real images as there are samples, unless the reference knows another.
+    """
     real, floor = reference.statistics, reference.floor
+    if floor is None:
+        drawn = reference.floor_features(num_samples)
+        floor = FeatureStatistics.of(drawn.features) if drawn else None
     return Measurement(
         features=reference.network.in_words,
         reference=reference.name,
         reference_images=real.count,
         real_images=floor.count if floor else None,
         real_distance=frechet_distance(floor, real) if floor else None,
+        network=reference.network.name,
+        dataset=dict(reference.dataset),
     )
 
 

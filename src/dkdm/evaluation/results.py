@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,12 @@ class Measurement:
     """How the distances were measured, so that a reader can judge them.
 
     - `reference_images`: how many real images the reference summarizes; None if it does not say.
-    - `real_distance`: the distance of `real_images` other real images, the floor; None
-      if there are no others.
+    - `real_distance`: the distance of `real_images` real images, the floor; None if there are too
+      few.
+    - `network`: name of the network whose features are compared.
+    - `dataset`: type, name and split of the real images, as the hub's model index wants them.
+
+    Files of earlier versions say neither of the last two.
     """
 
     features: str
@@ -80,6 +84,8 @@ class Measurement:
     reference_images: int | None
     real_images: int | None
     real_distance: float | None
+    network: str = ""
+    dataset: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

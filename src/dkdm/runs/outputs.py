@@ -22,11 +22,12 @@ from dkdm.core.conditioning import Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import evaluating, say_if
 from dkdm.core.progress import track
-from dkdm.data.named import chosen_reference
+from dkdm.data.named import REFERENCES, chosen_extractor, chosen_reference, load_reference
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.comparison import compare
+from dkdm.evaluation.comparison import compare, measurement_of
 from dkdm.evaluation.metrics import Metrics, evaluate_images
+from dkdm.evaluation.results import Measurement
 from dkdm.evaluation.rows import Row, comparison_rows, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.reading.files import atomic, check_output
@@ -92,12 +93,14 @@ class Measured(NamedTuple):
     """What was measured of a finished model, as its card takes it.
 
     measured_how: how the numbers came about. guidance_scale: that it is to be sampled with.
+    measurement: what the metrics were measured against.
     """
 
     measured_how: str
     guidance_scale: float
     rows: Sequence[Row] = ()
     metrics: Metrics | None = None
+    measurement: Measurement | None = None
 
 
 def compare_models(
@@ -128,7 +131,13 @@ def compare_models(
     samples = [comparison.samples[name] for name in ("teacher", "student")]
     _save_grid(run.output_dir, "grid", samples[1][:GRID_SAMPLES])
     _save_grid(run.output_dir, "comparison", torch.cat([each[:GRID_COLUMNS] for each in samples]))
-    return Measured(how, scales[1], comparison_rows(comparison), comparison.student.metrics)
+    return Measured(
+        how,
+        scales[1],
+        comparison_rows(comparison),
+        comparison.student.metrics,
+        comparison.measurement,
+    )
 
 
 def measure_model(
@@ -146,7 +155,11 @@ def measure_model(
     if reference is None:
         return found
     metrics = evaluate_images(samples, cond.get("class_labels"), reference)
-    return found._replace(rows=metric_rows(metrics), metrics=metrics)
+    return found._replace(
+        rows=metric_rows(metrics),
+        metrics=metrics,
+        measurement=measurement_of(reference, count),
+    )
 
 
 def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | None:
@@ -156,23 +169,33 @@ def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | 
     a distance of one sample.
     """
     choice = evaluation.evaluation_reference
-    reference = chosen_reference(choice, getattr(model.conditioning, "names", None))
-    if reference is None:
+    spec = chosen_reference(choice, getattr(model.conditioning, "names", None))
+    if spec is None:
         return None
     shape = tuple(decoded(model, torch.zeros(1, *model.sample_shape)).shape[1:])
-    if not reference.fits(shape):
-        if choice == "auto":
-            return None
-        raise UsageError(
-            f"--evaluation-reference {choice} is for samples of shape "
-            f"{reference.network.sizes}, not {shape}: use auto or none"
-        )
+    reference = _load(spec, evaluation, shape, str(model.device))
+    reason = reference.refusal(shape)
+    if reason and choice == "auto":
+        return None
+    if reason:
+        raise UsageError(f"--evaluation-reference {choice} {reason}, or use auto or none")
     if evaluation.evaluation_samples == 1:
         raise UsageError(
             f"--evaluation-samples 1 is too few for a distance to {reference.name}: give 2 or "
             "more, or --evaluation-reference none"
         )
     return reference
+
+
+def _load(
+    spec: str, evaluation: EvaluationOptions, shape: tuple[int, ...], device: str
+) -> Reference:
+    network = evaluation.feature_network
+    if spec in REFERENCES:
+        packaged = load_reference(spec)
+        if network is None or packaged.refusal(shape):
+            return packaged
+    return load_reference(spec, chosen_extractor(network, evaluation.resize, device), shape=shape)
 
 
 def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:

@@ -18,9 +18,9 @@ from dkdm.config import (
 )
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
-from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import Metrics
-from dkdm.evaluation.numbers import count
+from dkdm.evaluation.numbers import count, number
+from dkdm.evaluation.results import Measurement
 from dkdm.evaluation.rows import Row
 from dkdm.reading.files import render
 from dkdm.shipping.licence import CARD, Origin, licence_of_student, origin_of
@@ -42,14 +42,15 @@ def write_card(
     minutes: float | None = None,
     rows: Sequence[Row] = (),
     metrics: Metrics | None = None,
+    measurement: Measurement | None = None,
     measured_how: str = "",
     guidance_scale: float = 1.0,
 ) -> bool:
     """Write `README.md`, the model card; returns whether it names a licence.
 
     teacher: given for a distillation. minutes: the training's duration. rows: the table of
-    measurements. metrics: the same numbers for the hub's index. measured_how: how they were
-    measured. guidance_scale: the scale to sample with.
+    measurements. metrics: the same numbers for the hub's index. measurement: what they were
+    measured against. measured_how: how. guidance_scale: the scale to sample with.
     """
     name = folder.absolute().name
     if isinstance(config, DistillConfig):
@@ -66,7 +67,7 @@ def write_card(
     text = render(
         "dkdm.shipping",
         "card.md.j2",
-        front_matter=_front_matter(name, denoiser, origin, licence, metrics),
+        front_matter=_front_matter(name, denoiser, origin, licence, metrics, measurement),
         title=plain(name),
         lead=lead,
         images=[(caption, path) for path, caption in _IMAGES.items() if (folder / path).is_file()],
@@ -75,7 +76,7 @@ def write_card(
         details=_details(denoiser, config.training, teacher, minutes),
         rows=[(row.label, *row.texts) for row in rows],
         measured_how=measured_how,
-        features=load_reference(metrics.reference).network.in_words if metrics else "",
+        against=_against(measurement) if measurement else "",
         limits=limits,
         prompted=kind_of(denoiser.conditioning).asks == "prompt",
         licence=_licence_text(licence, inherited, origin),
@@ -99,6 +100,7 @@ def _front_matter(
     origin: Origin | None,
     licence: Mapping[str, Any],
     metrics: Metrics | None,
+    measurement: Measurement | None,
 ) -> str:
     """What the hub reads, as YAML.
 
@@ -106,7 +108,7 @@ def _front_matter(
     quantized, finetune).
     """
     task = _task(denoiser)
-    results = _results(task, metrics) if task and metrics else None
+    results = _results(task, metrics, measurement) if task and metrics and measurement else None
     tags = ["diffusers", "diffusion", "dkdm"]
     tags += ["distillation", "data-free"] if origin else []
     tags += ["class-conditional"] if kind_of(denoiser.conditioning).asks == "class_labels" else []
@@ -135,27 +137,47 @@ def _task(denoiser: Denoiser) -> str | None:
 
 _MEASURES = {  # of Metrics: type and name in the hub's index
     "fd": ("frechet-distance", "Frechet distance ({features})"),
+    "fid": ("fid", "FID ({features})"),
     "class_accuracy": ("accuracy", "Class accuracy of samples, by that classifier"),
     "variance_ratio_mean": ("variance-ratio", "Diversity within a class (1 = real images)"),
 }
 
 
-def _results(task: str, metrics: Metrics) -> list[EvalResult]:
+def _results(task: str, metrics: Metrics, measurement: Measurement) -> list[EvalResult]:
     """The measurements, for the hub's model-index."""
-    reference = load_reference(metrics.reference)
-    dataset: Any = {f"dataset_{key}": value for key, value in reference.dataset.items()}
+    dataset: Any = {f"dataset_{key}": value for key, value in measurement.dataset.items()}
     return [
         EvalResult(
             task_type=task,
             **dataset,
             metric_type=kind,
-            metric_name=title.format(features=reference.network.in_words),
+            metric_name=title.format(features=measurement.features),
             metric_value=value,
             metric_args={"samples": metrics.num_samples},
         )
         for key, (kind, title) in _MEASURES.items()
         if (value := metrics.get(key)) is not None
     ]
+
+
+def _against(measurement: Measurement) -> str:
+    """What the distance is over and to, with the floor, in sentences."""
+    real = measurement.reference_images
+    images = f"{real:,} real images" if real else "the statistics of real images"
+    fid = measurement.network.startswith("inception")
+    sentences = [
+        f"The {'FID' if fid else 'Frechet distance'} is over {measurement.features}, to {images} "
+        f"({plain(measurement.reference)})."
+    ]
+    if measurement.real_images and measurement.real_distance is not None:
+        floor = number(measurement.real_distance)
+        sentences.append(f"That of {measurement.real_images:,} real images is {floor}.")
+    sentences.append(
+        "It compares with values of as many samples only: fewer give higher ones."
+        if fid
+        else "It compares with others of its kind only, and is not the FID of the literature."
+    )
+    return " ".join(sentences)
 
 
 def _sized(denoiser: Denoiser) -> str:
