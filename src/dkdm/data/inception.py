@@ -168,8 +168,12 @@ class Inception(nn.Module):
         return [module for module in self.modules() if isinstance(module, Convolution)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features [N, 2048], spatial features [N, 2023] and logits [N, 1008]."""
+        """Return features [N, 2048], spatial features [N, 2023] and logits [N, 1008].
+
+        The spatial ones are the first channels of the graph's mixed_6/conv, row by row, a pixel's
+        channels side by side: the order of ADM's `mu_s` and `sigma_s`.
+        """
         x = self.before(images)
-        spatial = next(self.middle.children())(x)[:, :SPATIAL_CHANNELS].flatten(1)
+        spatial = next(self.middle.children())(x)[:, :SPATIAL_CHANNELS]
         features = self.after(self.middle(x))
-        return features, spatial, self.head(features)
+        return features, spatial.permute(0, 2, 3, 1).flatten(1), self.head(features)

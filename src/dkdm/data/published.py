@@ -47,7 +47,7 @@ class Published:
         fetched.
         """
         if given is None:
-            return self._cached(reversed(self.forms)) or self._absent()
+            return self._cached(reversed([*self.forms])) or self._absent()
         if str(given) == DOWNLOAD:
             return self._cached([*self.forms][-1:]) or self._fetched()
         path = Path(given).expanduser()
