@@ -15,13 +15,13 @@ from dkdm import load_teacher
 from dkdm.config import DistillConfig, TrainConfig
 from dkdm.data.named import load_reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.comparison import measurement_of
+from dkdm.evaluation.circumstances import Circumstances, measurement_of
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count
 from dkdm.evaluation.results import Measurement
-from dkdm.evaluation.rows import metric_rows
+from dkdm.evaluation.rows import floors_in, metric_rows
 from dkdm.models import with_texts
-from dkdm.shipping.card import write_card
+from dkdm.shipping.card import Measured, write_card
 from dkdm.shipping.licence import front_matter, licence_of_student, origin_of
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
@@ -88,8 +88,8 @@ def test_measurements_are_the_hubs_index(tmp_path):
         {"fd": 1.25, "class_accuracy": 0.9, "variance_ratio_mean": 0.8}, 400, "fashion-test"
     )
     rows = metric_rows(metrics)
-    given = {"metrics": metrics, "rows": rows, "measurement": FASHION}
-    card = card_of(tmp_path, denoiser(3), DistillConfig(), **given)
+    measured = Measured(1.0, rows, (), metrics, FASHION)
+    card = card_of(tmp_path, denoiser(3), DistillConfig(), measured=measured)
     found = {result.metric_name: result for result in card.data.eval_results}
     distance = found[
         "Frechet distance (64 features of dkdm's packaged 16x16 Fashion-MNIST classifier)"
@@ -110,19 +110,25 @@ def test_an_fid_is_named_so_with_its_images_and_their_floor(tmp_path):
     metrics = Metrics({"fid": 7.5}, 5000, "birds")
     network, about = "inception-2015-12-05/bilinear", {"type": "birds", "name": "birds"}
     birds = Measurement("2,048 features", "birds", 6000, 5000, 5.25, network, about)
-    card = card_of(
-        tmp_path,
-        denoiser(3),
-        DistillConfig(),
-        metrics=metrics,
-        measurement=birds,
-        rows=metric_rows(metrics),
-    )
+    rows = metric_rows(metrics, floors=floors_in(birds))
+    how = Circumstances(5000, 50, 3, {"": 1.5}, "of step 9", birds).in_words()
+    measured = Measured(1.0, rows, how, metrics, birds)
+    card = card_of(tmp_path, denoiser(3), DistillConfig(), measured=measured)
     (result,) = card.data.eval_results
     assert (result.metric_name, result.metric_value) == ("FID (2,048 features)", 7.5)
     assert (result.dataset_name, result.dataset_split) == ("birds", None)
-    assert "The FID is over 2,048 features, to 6,000 real images (birds)." in card.text
-    assert "That of 5,000 real images is 5.25." in card.text
+    assert "| | value | floor |\n|---|---|---|\n| FID | 7.50 | 5.25 |" in card.text
+    for name, words in {
+        "samples": "5,000",
+        "sampler": "DDIM, 50 steps",
+        "guidance": "1.5",
+        "weights": "of step 9",
+        "seed": "3",
+        "reference": "birds, 6,000 images",
+        "features": "2,048 features",
+        "floor": "what 5,000 real images are given; Frechet distance 5.25",
+    }.items():
+        assert f"| {name} | {words} |" in card.text
     assert "not the FID" not in card.text
 
 

@@ -12,17 +12,17 @@ from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import simple_loss
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
-from dkdm.data.reference import FeatureStatistics, Reference
+from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
+from dkdm.evaluation.circumstances import measurement_of
 from dkdm.evaluation.cost import (
     count_macs,
     evaluations_per_second,
     evaluations_per_step,
     undisturbed,
 )
-from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.metrics import evaluate_images
-from dkdm.evaluation.results import Comparison, LevelGap, Measurement, ModelResult
+from dkdm.evaluation.results import Comparison, LevelGap, ModelResult
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 
 GAP_LEVELS = 16
@@ -138,26 +138,6 @@ def _measure(
         guidance_scale=guidance_scale,
         metrics=metrics,
         evaluations_per_step=evaluations_per_step(denoiser, num_steps, guidance_scale),
-    )
-
-
-def measurement_of(reference: Reference, num_samples: int) -> Measurement:
-    """Describe how distances to `reference` are measured, with the floor that real images set.
-
-    The floor is of as many real images as there are samples, unless the reference knows another.
-    """
-    real, floor = reference.statistics, reference.floor
-    if floor is None:
-        drawn = reference.floor_features(num_samples)
-        floor = FeatureStatistics.of(drawn.features) if drawn else None
-    return Measurement(
-        features=reference.network.in_words,
-        reference=reference.name,
-        reference_images=real.count,
-        real_images=floor.count if floor else None,
-        real_distance=frechet_distance(floor, real) if floor else None,
-        network=reference.network.name,
-        dataset=dict(reference.dataset),
     )
 
 

@@ -71,12 +71,13 @@ class Measurement:
     """How the distances were measured, so that a reader can judge them.
 
     - `reference_images`: how many real images the reference summarizes; None if it does not say.
-    - `real_distance`: the distance of `real_images` real images, the floor; None if there are too
-      few.
+    - `real_distance`: the Frechet distance of `real_images` real images, the floor; None if there
+      are too few.
     - `network`: name of the network whose features are compared.
     - `dataset`: type, name and split of the real images, as the hub's model index wants them.
+    - `floors`: what the real images are given by each metric that they have, by its name.
 
-    Files of earlier versions say neither of the last two.
+    Files of earlier versions say none of the last three.
     """
 
     features: str
@@ -86,6 +87,7 @@ class Measurement:
     real_distance: float | None
     network: str = ""
     dataset: Mapping[str, str] = field(default_factory=dict)
+    floors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +104,7 @@ class Comparison:
       if the models have classes or prompts.
     - `eta`: of the sampler; 0 is DDIM.
     - `asked_for`: what `labels` number, "class" or "prompt"; earlier versions wrote none.
+    - `weights`: which of the student's were sampled, in words; earlier versions wrote none.
     """
 
     teacher: ModelResult
@@ -121,6 +124,7 @@ class Comparison:
     samples: Mapping[str, Tensor]
     eta: float = 0.0
     asked_for: str = "class"
+    weights: str = ""
 
     @property
     def noun(self) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from dkdm.evaluation.metrics import METRICS, Metrics
 from dkdm.evaluation.numbers import count, number, ratio
-from dkdm.evaluation.results import Comparison
+from dkdm.evaluation.results import Comparison, Measurement
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Row:
 
     - `format`: makes text of a value.
     - `better`: which values are better, for what makes a headline; None for details.
+    - `floor`: the best that can be asked for; None if unknown.
     """
 
     label: str
@@ -24,6 +25,7 @@ class Row:
     student: float
     format: Callable[[float], str]
     better: Literal["lower", "higher"] | None = None
+    floor: float | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -42,7 +44,12 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
     teacher, student, steps = comparison.teacher, comparison.student, comparison.num_steps
     speeds = teacher.images_per_second(steps), student.images_per_second(steps)
     evaluations = teacher.evaluations_per_second, student.evaluations_per_second
-    measured = student.metrics and teacher.metrics and metric_rows(student.metrics, teacher.metrics)
+    floors = floors_in(comparison.measurement)
+    measured = (
+        student.metrics
+        and teacher.metrics
+        and metric_rows(student.metrics, teacher.metrics, floors)
+    )
     return [
         *(measured or []),
         Row("parameters", teacher.parameters, student.parameters, count, "lower"),
@@ -52,8 +59,20 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
     ]
 
 
-def metric_rows(student: Metrics, teacher: Metrics | None = None) -> list[Row]:
-    """What was measured of one model, or of both."""
+def floors_in(measurement: Measurement | None) -> Mapping[str, float]:
+    """What real images are given, by the names of metrics."""
+    if measurement is None:
+        return {}
+    if measurement.floors or measurement.real_distance is None:
+        return measurement.floors
+    name = "fid" if measurement.network.startswith("inception") else "fd"
+    return {name: measurement.real_distance}
+
+
+def metric_rows(
+    student: Metrics, teacher: Metrics | None = None, floors: Mapping[str, float] | None = None
+) -> list[Row]:
+    """What was measured of one model, or of both; floors: what real images are given."""
     measured = student.values.keys() & (teacher or student).values.keys()
     return [
         Row(
@@ -62,6 +81,7 @@ def metric_rows(student: Metrics, teacher: Metrics | None = None) -> list[Row]:
             student[name],
             each.format,
             each.better,
+            (floors or {}).get(name),
         )
         for name, each in METRICS.items()
         if name in measured

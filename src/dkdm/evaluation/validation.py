@@ -74,6 +74,8 @@ class Validation:
     def __post_init__(self) -> None:
         watched(self.name)
         if self.name in WITHOUT_IMAGES:
+            few = min(self.sampling.num_samples, GAP_SAMPLES)
+            self.sampling = replace(self.sampling, num_samples=few)
             self.reference = None
             if self.teacher is None:
                 raise UsageError(f"--validation-metric {self.name}: this run has no teacher")
@@ -121,11 +123,10 @@ class Validation:
 
     def _gap(self, student: Denoiser) -> float:
         assert self.teacher is not None  # else it was refused
-        few = replace(self.sampling, num_samples=min(self.sampling.num_samples, GAP_SAMPLES))
-        cond = student.conditioning.in_turns(few.num_samples)
+        cond = student.conditioning.in_turns(self.sampling.num_samples)
         with undisturbed(self.teacher):
             if not self._of_teacher:
-                self._of_teacher.append(draw(self.teacher, cond, few, self.guidance[0]))
+                self._of_teacher.append(draw(self.teacher, cond, self.sampling, self.guidance[0]))
             x_0, seed = self._of_teacher[0], self.sampling.seed
             gaps = level_gaps(self.teacher, student, x_0, cond, seed, *self.guidance)
         return fmean(gap.relative for gap in gaps)

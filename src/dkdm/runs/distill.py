@@ -29,7 +29,6 @@ from dkdm.runs.models import (
 )
 from dkdm.runs.objective import features_of, objective_of
 from dkdm.runs.outputs import (
-    Measured,
     compare_models,
     reference_of,
     sample_grids,
@@ -37,6 +36,7 @@ from dkdm.runs.outputs import (
 )
 from dkdm.runs.source import SourcePlan, plan_source, prepare, source_of
 from dkdm.runs.validation import check_metric, validate_by_metric
+from dkdm.shipping.card import Measured
 from dkdm.students.lora import merge_lora
 from dkdm.students.start import start_student
 
@@ -140,8 +140,8 @@ def _distill(
             prepare(source, teacher, pool, guidance, config.synthetic, training.train_batch_size)
             trainer.save()
 
-    def measure(finished: Denoiser) -> Measured:
-        return compare_models(teacher, finished, run, evaluation, guidance, reference)
+    def measure(finished: Denoiser, weights: str) -> Measured:
+        return compare_models(teacher, finished, run, evaluation, guidance, reference, weights)
 
     return carry_out(config, trainer, found, measure, begin, teacher)
 

@@ -33,8 +33,8 @@ from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
 from dkdm.reading.plugins import named_code, split
 from dkdm.report import write_report
-from dkdm.runs.outputs import Measured
-from dkdm.shipping.card import NO_LICENCE, write_card
+from dkdm.runs.validation import shipped_weights
+from dkdm.shipping.card import NO_LICENCE, Measured, write_card
 from dkdm.shipping.hub import publish, reserve
 from dkdm.shipping.pipeline_folder import shipping_notes, write_pipeline
 
@@ -101,7 +101,7 @@ def carry_out(
     config: DistillConfig | TrainConfig,
     trainer: Trainer,
     found: Path | None,
-    measure: Callable[[Denoiser], Measured],
+    measure: Callable[[Denoiser, str], Measured],
     before: Callable[[], None] = lambda: None,
     teacher: Denoiser | None = None,
 ) -> Path:
@@ -117,8 +117,17 @@ def carry_out(
     started = time.monotonic()
     student = run_to_end(trainer, config.evaluation.ship_best)
     minutes = (time.monotonic() - started) / 60
-    folder, card = config.run.output_dir, measure(student)._asdict()
-    licensed = write_card(folder, student, config, teacher=teacher, minutes=minutes, **card)
+    weights = shipped_weights(trainer, config.evaluation)
+    folder, measured = config.run.output_dir, measure(student, weights)
+    licensed = write_card(
+        folder,
+        student,
+        config,
+        teacher=teacher,
+        minutes=minutes,
+        weights=weights,
+        measured=measured,
+    )
     notes = [] if licensed else [f"{NO_LICENCE} {folder}/README.md"]
     for note in [*notes, *shipping_notes(student)]:
         print(f"note: {note}", file=sys.stderr)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +24,14 @@ from dkdm.core.progress import track
 from dkdm.data.named import REFERENCES, chosen_extractor, chosen_reference, load_reference
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.comparison import compare, measurement_of
-from dkdm.evaluation.metrics import Metrics, evaluate_images
-from dkdm.evaluation.results import Measurement
-from dkdm.evaluation.rows import Row, comparison_rows, metric_rows
+from dkdm.evaluation.circumstances import Circumstances, circumstances_of, measurement_of
+from dkdm.evaluation.comparison import compare
+from dkdm.evaluation.metrics import evaluate_images
+from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.reading.files import atomic, check_output
 from dkdm.report.grids import sample_grid
+from dkdm.shipping.card import Measured
 
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
@@ -89,20 +89,6 @@ def sampling_guidance(
     return middle, middle if student.embeds_guidance else 1.0
 
 
-class Measured(NamedTuple):
-    """What was measured of a finished model, as its card takes it.
-
-    measured_how: how the numbers came about. guidance_scale: that it is to be sampled with.
-    measurement: what the metrics were measured against.
-    """
-
-    measured_how: str
-    guidance_scale: float
-    rows: Sequence[Row] = ()
-    metrics: Metrics | None = None
-    measurement: Measurement | None = None
-
-
 def compare_models(
     teacher: Denoiser,
     student: Denoiser,
@@ -110,13 +96,16 @@ def compare_models(
     evaluation: EvaluationOptions,
     guidance: GuidanceOptions,
     reference: Reference | None,
+    weights: str,
 ) -> Measured:
-    """Compare both models by samples from the same noise; write evaluation.json and the grids."""
+    """Compare both models by samples from the same noise; write evaluation.json and the grids.
+
+    weights: which ones the student has, in words.
+    """
     count, num_steps = evaluation.evaluation_samples, evaluation.validation_sampling_steps
     scales = sampling_guidance(evaluation, guidance, student)
-    how = f"{count} samples of each from the same noise, {num_steps} DDIM steps."
     if count == 0:
-        return Measured(how, scales[1])
+        return Measured(scales[1])
     comparison = compare(
         teacher,
         student,
@@ -127,39 +116,40 @@ def compare_models(
         guidance_student=scales[1],
         reference=reference,
     )
+    comparison = replace(comparison, weights=weights)
     comparison.save(run.output_dir)
     samples = [comparison.samples[name] for name in ("teacher", "student")]
     _save_grid(run.output_dir, "grid", samples[1][:GRID_SAMPLES])
     _save_grid(run.output_dir, "comparison", torch.cat([each[:GRID_COLUMNS] for each in samples]))
-    return Measured(
-        how,
-        scales[1],
-        comparison_rows(comparison),
-        comparison.student.metrics,
-        comparison.measurement,
-    )
+    rows, how = comparison_rows(comparison), circumstances_of(comparison).in_words()
+    return Measured(scales[1], rows, how, comparison.student.metrics, comparison.measurement)
 
 
 def measure_model(
-    model: Denoiser, run: RunOptions, evaluation: EvaluationOptions, reference: Reference | None
+    model: Denoiser,
+    weights: str,
+    run: RunOptions,
+    evaluation: EvaluationOptions,
+    reference: Reference | None,
 ) -> Measured:
-    """Measure a model by its samples alone; write a grid of them."""
+    """Measure a model by its samples alone; write a grid of them.
+
+    weights: which ones it has, in words.
+    """
     count, num_steps = evaluation.evaluation_samples, evaluation.validation_sampling_steps
     scale = evaluation.sampling_guidance_scale
-    found = Measured(f"{count} samples, {num_steps} DDIM steps, guidance {scale}.", scale)
     if count == 0:
-        return found
+        return Measured(scale)
     cond = model.conditioning.in_turns(count)
     samples = decoded(model, draw(model, cond, Sampling(count, num_steps, run.seed), scale))
     _save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
     if reference is None:
-        return found
+        return Measured(scale)
     metrics = evaluate_images(samples, cond.get("class_labels"), reference)
-    return found._replace(
-        rows=metric_rows(metrics),
-        metrics=metrics,
-        measurement=measurement_of(reference, count),
-    )
+    found = measurement_of(reference, count)
+    how = Circumstances(count, num_steps, run.seed, {"": scale}, weights, found).in_words()
+    rows = metric_rows(metrics, floors=floors_in(found))
+    return Measured(scale, rows, how, metrics, found)
 
 
 def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | None:

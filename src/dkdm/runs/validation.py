@@ -10,6 +10,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.selection import Selection
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
+from dkdm.evaluation.circumstances import weights_in_words
 from dkdm.evaluation.metrics import METRICS
 from dkdm.evaluation.same_noise import Sampling
 from dkdm.evaluation.validation import Validation, validation_seed, watched
@@ -69,6 +70,19 @@ def _measuring(
         return {**found, validation.name: value}
 
     return validate
+
+
+def shipped_weights(trainer: Trainer, evaluation: EvaluationOptions) -> str:
+    """Which weights a finished run ships, in words."""
+    decay = trainer.optimizing.ema_decay if trainer.ema else None
+    selection = trainer.selection if evaluation.ship_best else None
+    if selection is None or (best := selection.best) is None:
+        return weights_in_words(trainer.step_number, decay)
+    metric, count = selection.how["metric"], selection.how["num_samples"]
+    value = watched(metric).format(best.value)
+    every = f"validated every {evaluation.validation_steps:,} steps"
+    chosen = f"the best by {metric} ({value}, {count:,} samples of other noise), {every}"
+    return weights_in_words(best.step, decay, chosen)
 
 
 def _say_if_few(name: str, count: int) -> None:

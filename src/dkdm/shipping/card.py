@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData, constants
 
@@ -19,7 +19,7 @@ from dkdm.config import (
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
 from dkdm.evaluation.metrics import Metrics
-from dkdm.evaluation.numbers import count, number
+from dkdm.evaluation.numbers import count
 from dkdm.evaluation.results import Measurement
 from dkdm.evaluation.rows import Row
 from dkdm.reading.files import render
@@ -33,6 +33,25 @@ NO_IMAGES = "No image was read to train it."
 SYNTHETIC = "It was trained on samples of the teacher, noised afresh; no image was read."
 
 
+class Measured(NamedTuple):
+    """What was measured of a finished model.
+
+    - `guidance_scale`: that it is to be sampled with.
+    - `rows`: the table of measurements; `how`: they came about, by names.
+    - `metrics`: the same numbers for the hub's index; `measurement`: what they were
+      measured against.
+    """
+
+    guidance_scale: float = 1.0
+    rows: Sequence[Row] = ()
+    how: Sequence[tuple[str, str]] = ()
+    metrics: Metrics | None = None
+    measurement: Measurement | None = None
+
+
+NOTHING = Measured()
+
+
 def write_card(
     folder: Path,
     denoiser: Denoiser,
@@ -40,17 +59,13 @@ def write_card(
     *,
     teacher: Denoiser | None = None,
     minutes: float | None = None,
-    rows: Sequence[Row] = (),
-    metrics: Metrics | None = None,
-    measurement: Measurement | None = None,
-    measured_how: str = "",
-    guidance_scale: float = 1.0,
+    weights: str = "",
+    measured: Measured = NOTHING,
 ) -> bool:
     """Write `README.md`, the model card; returns whether it names a licence.
 
-    teacher: given for a distillation. minutes: the training's duration. rows: the table of
-    measurements. metrics: the same numbers for the hub's index. measurement: what they were
-    measured against. measured_how: how. guidance_scale: the scale to sample with.
+    teacher: given for a distillation. minutes: the training's duration. weights: which ones the
+    folder holds, in words.
     """
     name = folder.absolute().name
     if isinstance(config, DistillConfig):
@@ -67,16 +82,17 @@ def write_card(
     text = render(
         "dkdm.shipping",
         "card.md.j2",
-        front_matter=_front_matter(name, denoiser, origin, licence, metrics, measurement),
+        front_matter=_front_matter(name, denoiser, origin, licence, measured),
         title=plain(name),
         lead=lead,
         images=[(caption, path) for path, caption in _IMAGES.items() if (folder / path).is_file()],
-        usage=usage_snippet(name, denoiser, guidance_scale),
+        usage=usage_snippet(name, denoiser, measured.guidance_scale),
         notes=shipping_notes(denoiser),
-        details=_details(denoiser, config.training, teacher, minutes),
-        rows=[(row.label, *row.texts) for row in rows],
-        measured_how=measured_how,
-        against=_against(measurement) if measurement else "",
+        details=_details(denoiser, config.training, teacher, minutes, weights),
+        heads=_heads(measured.rows),
+        rows=_with_floors(measured.rows),
+        how=[(label, plain(words)) for label, words in measured.how],
+        compares=_compares(measured),
         limits=limits,
         prompted=kind_of(denoiser.conditioning).asks == "prompt",
         licence=_licence_text(licence, inherited, origin),
@@ -99,8 +115,7 @@ def _front_matter(
     denoiser: Denoiser,
     origin: Origin | None,
     licence: Mapping[str, Any],
-    metrics: Metrics | None,
-    measurement: Measurement | None,
+    measured: Measured,
 ) -> str:
     """What the hub reads, as YAML.
 
@@ -108,7 +123,7 @@ def _front_matter(
     quantized, finetune).
     """
     task = _task(denoiser)
-    results = _results(task, metrics, measurement) if task and metrics and measurement else None
+    results = _results(task, measured) if task else None
     tags = ["diffusers", "diffusion", "dkdm"]
     tags += ["distillation", "data-free"] if origin else []
     tags += ["class-conditional"] if kind_of(denoiser.conditioning).asks == "class_labels" else []
@@ -143,8 +158,24 @@ _MEASURES = {  # of Metrics: type and name in the hub's index
 }
 
 
-def _results(task: str, metrics: Metrics, measurement: Measurement) -> list[EvalResult]:
-    """The measurements, for the hub's model-index."""
+def _heads(rows: Sequence[Row]) -> list[str]:
+    values = ["teacher", "student"] if rows and rows[0].teacher is not None else ["value"]
+    return [*values, "floor"] if any(row.floor is not None for row in rows) else values
+
+
+def _with_floors(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The cells of a table; the floor's are empty where none is known."""
+    if "floor" not in _heads(rows):
+        return [(row.label, *row.texts) for row in rows]
+    floors = ["" if row.floor is None else row.format(row.floor) for row in rows]
+    return [(row.label, *row.texts, floor) for row, floor in zip(rows, floors, strict=True)]
+
+
+def _results(task: str, measured: Measured) -> list[EvalResult] | None:
+    """The measurements, for the hub's model-index; None without images that the hub knows."""
+    metrics, measurement = measured.metrics, measured.measurement
+    if metrics is None or measurement is None or not measurement.dataset:
+        return None
     dataset: Any = {f"dataset_{key}": value for key, value in measurement.dataset.items()}
     return [
         EvalResult(
@@ -160,24 +191,17 @@ def _results(task: str, metrics: Metrics, measurement: Measurement) -> list[Eval
     ]
 
 
-def _against(measurement: Measurement) -> str:
-    """What the distance is over and to, with the floor, in sentences."""
-    real = measurement.reference_images
-    images = f"{real:,} real images" if real else "the statistics of real images"
-    fid = measurement.network.startswith("inception")
-    sentences = [
-        f"The {'FID' if fid else 'Frechet distance'} is over {measurement.features}, to {images} "
-        f"({plain(measurement.reference)})."
-    ]
-    if measurement.real_images and measurement.real_distance is not None:
-        floor = number(measurement.real_distance)
-        sentences.append(f"That of {measurement.real_images:,} real images is {floor}.")
-    sentences.append(
-        "It compares with values of as many samples only: fewer give higher ones."
-        if fid
-        else "It compares with others of its kind only, and is not the FID of the literature."
+def _compares(measured: Measured) -> str:
+    """What the Frechet distance may be compared with; empty if there is none."""
+    values = measured.metrics.values if measured.metrics else {}
+    if "fd" in values:
+        return (
+            "The Frechet distance compares with others over the same features only, and is not the "
+            "FID of the literature."
+        )
+    return "FID compares with values of as many samples only: fewer give higher ones." * (
+        "fid" in values
     )
-    return " ".join(sentences)
 
 
 def _sized(denoiser: Denoiser) -> str:
@@ -204,7 +228,11 @@ def _shown_name(origin: Origin) -> str:
 
 
 def _details(
-    denoiser: Denoiser, training: TrainingOptions, teacher: Denoiser | None, minutes: float | None
+    denoiser: Denoiser,
+    training: TrainingOptions,
+    teacher: Denoiser | None,
+    minutes: float | None,
+    weights: str,
 ) -> list[tuple[str, str]]:
     scheduler = denoiser.process.scheduler.get("_class_name", "no scheduler of diffusers")
     steps = f"{training.max_train_steps} steps of {training.train_batch_size}"
@@ -217,6 +245,7 @@ def _details(
         ("process", f"{scheduler}, T = {denoiser.process.num_levels}"),
         ("prediction", denoiser.parameterization.prediction),
         ("training", f"{steps}{time}"),
+        ("weights", weights),
         ("made with", f"dkdm {__version__}"),
     ]
     return [(name, plain(value)) for name, value in details if value]

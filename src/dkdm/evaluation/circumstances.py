@@ -1,0 +1,127 @@
+"""What a reader has to know of measured numbers: how samples were drawn, and against what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dkdm.data.reference import Reference
+from dkdm.evaluation.frechet import frechet_distance
+from dkdm.evaluation.metrics import METRICS, Sampled, measure, missing, usual
+from dkdm.evaluation.numbers import number
+from dkdm.evaluation.results import Comparison, Measurement
+
+FRECHET = ("fd", "fid")
+OF_CLASSES = frozenset({"classes", "variance"})
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """How samples were drawn, and what they were measured against.
+
+    - `guidance`: scales by who was guided; one model has one, under an empty name.
+    - `weights`: which were sampled, in words; empty if unknown.
+    """
+
+    num_samples: int
+    num_steps: int
+    seed: int
+    guidance: Mapping[str, float]
+    weights: str = ""
+    measurement: Measurement | None = None
+    sampler: str = "DDIM"
+
+    def in_words(self) -> list[tuple[str, str]]:
+        """Each circumstance by its name."""
+        each = " of each model, in pairs from the same noise" if len(self.guidance) > 1 else ""
+        scales = ", ".join(f"{scale:g} {who}".strip() for who, scale in self.guidance.items())
+        off = all(scale == 1 for scale in self.guidance.values())
+        found = [
+            ("samples", f"{self.num_samples:,}{each}"),
+            ("sampler", f"{self.sampler}, {self.num_steps} steps"),
+            ("guidance", "none" if off else scales),
+            ("weights", self.weights),
+            ("seed", str(self.seed)),
+            *_against(self.measurement),
+        ]
+        return [(name, words) for name, words in found if words]
+
+
+def _against(measurement: Measurement | None) -> list[tuple[str, str]]:
+    if measurement is None:
+        return []
+    images, floor = measurement.reference_images, ""
+    if measurement.real_images:
+        floor = f"what {measurement.real_images:,} real images are given"
+        if measurement.real_distance is not None:
+            floor += f"; Frechet distance {number(measurement.real_distance)}"
+    return [
+        ("reference", f"{measurement.reference}{f', {images:,} images' if images else ''}"),
+        ("features", measurement.features),
+        ("floor", floor),
+    ]
+
+
+def circumstances_of(comparison: Comparison) -> Circumstances:
+    """How the samples of a comparison were drawn and measured."""
+    teacher, student = comparison.teacher, comparison.student
+    return Circumstances(
+        comparison.num_samples,
+        comparison.num_steps,
+        comparison.seed,
+        {"(teacher)": teacher.guidance_scale, "(student)": student.guidance_scale},
+        comparison.weights,
+        comparison.measurement if student.metrics else None,
+    )
+
+
+def measurement_of(reference: Reference, num_samples: int) -> Measurement:
+    """Describe how samples are measured against a reference, with the floors of its usual metrics.
+
+    Floors are of as many real images as there are samples, unless the reference knows another.
+    """
+    real = reference.statistics
+    floors, count = floors_of(reference, usual(reference), num_samples)
+    return Measurement(
+        features=reference.network.in_words,
+        reference=reference.name,
+        reference_images=real.count or None,
+        real_images=count,
+        real_distance=next((floors[name] for name in FRECHET if name in floors), None),
+        network=reference.network.name,
+        dataset=dict(reference.dataset),
+        floors=floors,
+    )
+
+
+def floors_of(
+    reference: Reference, names: Sequence[str], num_samples: int
+) -> tuple[dict[str, float], int | None]:
+    """What real images are given by these metrics, and how many images.
+
+    They are the statistics that the reference knows, or as many of its images as there are samples.
+    Empty, and None, if it has not that many.
+    """
+    if reference.floor is not None:
+        distance = frechet_distance(reference.floor, reference.statistics)
+        return {name: distance for name in names if name in FRECHET}, reference.floor.count
+    features = reference.floor_features(num_samples)
+    if features is None:
+        return {}, None
+    known = [name for name in names if _has_floor(name, reference)]
+    found = measure(Sampled(features), reference, known)
+    return dict(found.values), found.num_samples
+
+
+def _has_floor(name: str, reference: Reference) -> bool:
+    metric = METRICS[name]
+    return not metric.needs & OF_CLASSES and not missing(metric, reference)
+
+
+def weights_in_words(step: int, ema_decay: float | None, chosen: str = "") -> str:
+    """Which weights of a run are meant.
+
+    ema_decay: None for a run without average. chosen: why these and not the last.
+    """
+    kind = "without averaging" if ema_decay is None else f"EMA, decay {ema_decay:g}"
+    return f"of step {step:,}, {kind}{f'; {chosen}' if chosen else ''}"
