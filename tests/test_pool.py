@@ -29,7 +29,8 @@ from dkdm.core.process import per_sample
 from dkdm.core.randomness import generator
 from dkdm.core.schedules import beta_schedule, from_betas, karras
 from dkdm.errors import UsageError
-from dkdm.runs.source import fill, make_pool, pool_entries
+from dkdm.runs.arms import ARMS
+from dkdm.runs.source import pool_entries
 
 LEVELS, TOP = 100, 99
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", LEVELS))
@@ -525,10 +526,9 @@ def test_a_pool_too_large_for_memory_is_refused_with_its_size_and_a_remedy(monke
 def prepared(**options):
     config = DistillConfig(train_batch_size=40, fill_steps=2, rho=0.2, **options)
     teacher = Denoiser(Squashing(), COSINE, Parameterization("sample"), SHAPE, CLASSES)
-    size = pool_entries(config.pool, config.training, LEVELS)
-    pool = make_pool(teacher, size, config.pool, config.guidance, config.conditions, 0, CPU)
-    assert type(pool) is Pool
-    fill(pool, config.pool, 40)
+    arm = ARMS[config.pool.source]
+    pool = arm.make(teacher, teacher, config, CPU)
+    arm.prepare(pool, teacher, config)
     return pool
 
 

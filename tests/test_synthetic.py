@@ -14,8 +14,8 @@ from dkdm.core.schedules import rectified_flow
 from dkdm.core.sources import draw_set, empty_set
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
+from dkdm.runs.arms import ARMS
 from dkdm.runs.models import open_student
-from dkdm.runs.source import plan_source
 from factories import counting, denoiser
 
 MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], classes=[0, 1])
@@ -71,7 +71,7 @@ def test_its_size_costs_what_the_dynamic_source_would(tmp_path):
     plain = config(tmp_path, max_train_steps=100)
 
     def planned(run):
-        return plan_source(teacher, run.pool, run.training, run.guidance, run.synthetic)
+        return ARMS[run.pool.source].plan(teacher, run)
 
     assert planned(replace(plain, source="dynamic")) == (16, 16 * 2, 100 * 4)
     size = (16 * 2 + 100 * 4) // 3
@@ -101,7 +101,7 @@ def test_a_run_resumes_exactly_without_drawing_the_set_again(tmp_path):
 def test_nothing_teaches_a_variance(tmp_path):
     teacher = denoiser(out_channels=2, scheduler={"variance_type": "learned_range"})
     run = config(tmp_path, student="unet-tiny")
-    student = open_student(teacher, run.student_choice, run.pool.source)
+    student = open_student(teacher, run.student_choice, taught_variance=False)
     assert student.parameterization == Parameterization("v_prediction")
     assert student.network.config.out_channels == 1
 

@@ -19,7 +19,7 @@ from dkdm.reading.fields import read_json, shown
 from dkdm.reading.options import Grouped, Options
 from dkdm.reading.values import Range
 
-SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic"]
+SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic", "images", "mixed"]
 FillKind = Literal["few-step", "ancestral", "none"]
 LossWeighting = Literal["uniform", "snr", "min-snr", "student"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
@@ -308,7 +308,8 @@ class StorageOptions(Options, title="Pool"):
     """How large the pool is, and where it lies."""
 
     pool_size: Count | None = None
-    """Noisy samples in the dynamic pool, a batch or more. Default: follows from --rho."""
+    """Noisy samples in the pool, a batch or more. Default: follows from --rho; a batch for
+    --source shuffled."""
     pool_dtype: Literal["float32", "float16"] = "float32"
     """Precision the pool is stored in."""
     pool_device: Literal["device", "cpu"] = "device"
@@ -319,9 +320,10 @@ class SourceOptions(Options):
     """Where noisy samples come from."""
 
     source: SourceKind = "dynamic"
-    """dynamic: the paper's pool, larger than a batch. shuffled: as large as a batch, at all noise
-    levels. iterative: as large as a batch, all at one level. synthetic: a baseline, finished
-    samples of the teacher with fresh noise."""
+    """dynamic: the paper's pool, a random subset of it each step. shuffled: at all noise levels
+    too, but fixed groups that take turns. iterative: a batch, all at one level. synthetic: finished
+    samples of the teacher with fresh noise (data-free training). images: real images with fresh
+    noise (data-based training). mixed: the dynamic pool and images in each batch."""
     rho: Annotated[float, Range(0, 1000, above=True)] = 0.4
     """Size of the dynamic pool as a multiple of T * batch, for T noise levels; at least a batch, at
     most what the run can draw. --pool-size replaces it."""
@@ -343,6 +345,9 @@ class PoolOptions(StorageOptions, SourceOptions):
     random:M to draw it uniformly from 1 to 2M - 1."""
     eta: Share = 1.0
     """Noise added when a state moves: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
+    keep_finished: CountOrNone = 0
+    """Keep this many of the last samples that became clean, in the run's folder, for dkdm harvest;
+    0 keeps none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -353,11 +358,6 @@ class PoolOptions(StorageOptions, SourceOptions):
         """Smallest and largest stride."""
         return parse_stride(self.stride)
 
-    @property
-    def starts_as_noise(self) -> bool:
-        """Whether nothing fills the pool."""
-        return self.source == "iterative" or self.fill == "none"
-
 
 class SyntheticOptions(Options, title="Synthetic set"):
     """The set of finished samples that --source synthetic learns from."""
@@ -366,6 +366,22 @@ class SyntheticOptions(Options, title="Synthetic set"):
     """Samples in the set. Default: as many as cost what the dynamic pool would."""
     synthetic_steps: Count = 50
     """Sampler steps per sample, each one teacher evaluation."""
+
+
+class ImageOptions(Options, title="Images"):
+    """The real images that --source images and mixed learn from."""
+
+    images: str | None = None
+    """'fashion-mnist' or a folder of images; class subfolders are the teacher's classes in the
+    order of their ids, a text file beside each image (cat.txt for cat.png) is its prompt."""
+    images_share: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Share of the images to learn from, such as 0.05 for the paper's data-limited 5 %; drawn by
+    --seed, the same share of every class. A smaller share is a part of a larger one."""
+    images_target: Literal["noise", "teacher"] = "noise"
+    """What is learnt from a noised image. noise: the noise that was added to it. teacher: what the
+    teacher makes of it, one evaluation each."""
+    mixed_share: Annotated[float, Range(0, 1, above=True, below=True)] = 0.5
+    """Share of each batch that is images, for --source mixed."""
 
 
 class CheckpointOptions(Options, title="Checkpoint"):
@@ -523,6 +539,7 @@ class DistillConfig(RunConfig, command="distill"):
     guidance: GuidanceOptions
     pool: PoolOptions
     synthetic: SyntheticOptions
+    images_choice: ImageOptions
     loss: LossOptions
     optimizer: OptimizerOptions
     checkpoints: CheckpointOptions

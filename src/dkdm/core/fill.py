@@ -32,6 +32,7 @@ def empty_pool(
     storage: torch.device,
     dtype: torch.dtype,
     shards: Shards = ONE_PROCESS,
+    kind: type[Pool] = Pool,
     **fields: object,
 ) -> Pool:
     """A pool of pure noise with every entry at T-1, ready to be filled.
@@ -43,7 +44,7 @@ def empty_pool(
     check_memory(shape, dtype, storage)
     x = torch.empty(shape, dtype=dtype, device=storage)
     t = torch.full((len(x),), teacher.process.num_levels - 1)
-    pool = Pool(teacher, x, t, {}, shards=shards, size=size, **fields)  # type: ignore[arg-type]
+    pool = kind(teacher, x, t, {}, shards=shards, size=size, **fields)  # type: ignore[arg-type]
     conds = []
     for shard, here in pool.entries.slices.items():
         noise = generator(storage, pool.seed, "start", shard)

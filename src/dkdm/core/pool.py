@@ -1,21 +1,24 @@
 """Dynamic iterative distillation: a pool of noisy samples that the teacher keeps moving.
 
 DKDM (arXiv 2409.03550), algorithm 1. Entry (x, t, cond) means: x is at noise level t and is to be
-denoised at t next. Iterative and shuffled distillation are this class with a pool as large as the
-batch. The pool does not know the student.
+denoised at t next. Iterative and shuffled distillation are kinds of it, see `core.ladder`. The pool
+does not know the student.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dkdm.core.chains import Guidance, Stride, joined, random_conditioning_odds, row_mask
+from dkdm.core.checkpoint import Part
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.finished import Finished
 from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
 from dkdm.core.randomness import derived_seed, generator
@@ -32,7 +35,8 @@ class Pool:
     cond: N rows: the entries of this process's shards, one shard after the other. The random
     numbers of a shard are seeded by (seed, purpose, shard, step).
     eta: noise of a move. random_conditioning: the largest of `random_conditioning_odds`.
-    size: entries over all processes; None: all are here. evaluated: teacher evaluations so far,
+    size: entries over all processes; None: all are here. finished: keeps the samples whose chains
+    end; None keeps none. evaluated: teacher evaluations so far,
     int64 [shards of this process].
     """
 
@@ -48,6 +52,7 @@ class Pool:
     seed: int = 0
     shards: Shards = Shards()
     size: int | None = None
+    finished: Finished | None = None
     entries: Entries = field(init=False)
     evaluated: Tensor = field(init=False)
 
@@ -88,13 +93,21 @@ class Pool:
                     f"a batch of {batch_size} cannot be drawn from a pool of {self.size} in "
                     f"{self.shards.total} shards: give --pool-size {batch_size} or more"
                 )
-            chooser = random.Random(derived_seed(self.seed, "draw", shard, self.step))
-            chosen += chooser.sample(range(here.start, here.stop), count)
+            chosen += self._chosen(shard, here, count)
         rows = torch.tensor(chosen)
         x = self.x[rows.to(self.x.device)].to(self.teacher.device, torch.float32)
         t = self.t[rows]
         strides, _ = self._laws(rows)
         return Batch(x, t, self._shown(rows, t), rows, (t - strides).clamp(min=-1))
+
+    def _chosen(self, shard: int, here: slice, count: int) -> list[int]:
+        """Which of a shard's entries this step draws: a random subset (DKDM, algorithm 1)."""
+        return self._shuffled(shard, range(here.start, here.stop), count)
+
+    def _shuffled(self, shard: int, entries: Sequence[int], count: int) -> list[int]:
+        """`count` of these entries in random order."""
+        chooser = random.Random(derived_seed(self.seed, "draw", shard, self.step))
+        return chooser.sample(entries, count)
 
     def _shown(self, rows: Tensor, t: Tensor) -> Condition:
         """The conditions a batch is evaluated and moved under: those of its entries, or others.
@@ -147,7 +160,7 @@ class Pool:
         A state at t goes to t - k. Below 0 its chain is finished, and the entry starts again at
         (t - k) mod T, which keeps t uniform for any law of k that does not depend on t. For k = 1
         that is pure noise at T-1, the paper's rule. Where a chain is finished, the move's result
-        is thrown away and its noise serves the new chain.
+        is a clean sample, kept if `finished` is given, and its noise serves the new chain.
         """
         strides, fresh = self._laws(batch.rows)
         z, start = self._noise(batch)
@@ -158,6 +171,8 @@ class Pool:
         self.store(batch.rows, x, t, cond)
         if done.any():
             rows, on = batch.rows[done], done.nonzero().flatten().to(x.device)
+            if self.finished is not None:
+                self.finished.add(x[on], {key: value[done] for key, value in own.items()})
             self._restart(rows, start[on], z[on])
         self.step += 1
 
@@ -185,9 +200,13 @@ class Pool:
         for shard, count in self.entries.by_shard(rows):
             host = generator("cpu", self.seed, "move", shard, self.step)
             conds.append(self.new_conditions(count, host))
-            strides.append(self.stride.draw(count, host))
+            strides.append(self._strides(count, host))
         self._drawn = rows, self.step, (torch.cat(strides), joined(conds))
         return self._drawn[2]
+
+    def _strides(self, count: int, random: torch.Generator) -> Tensor:
+        """How far the entries of a shard move, int64 [count]; each by itself."""
+        return self.stride.draw(count, random)
 
     def _noise(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Noise of this step for the moves of a batch, and for chains that begin anew."""
@@ -211,10 +230,11 @@ class Pool:
         for key, value in cond.items():
             self.cond[key][rows] = value
 
-    def parts(self) -> dict[str, ShardState]:
+    def parts(self) -> dict[str, Part]:
         """What is saved: each shard by itself, under its number over all processes."""
         sizes = {"size": torch.tensor(self.size), "shards": torch.tensor(self.shards.total)}
-        found, slices = {}, self.entries.slices.items()
+        found: dict[str, Part] = {} if self.finished is None else {"finished": self.finished}
+        slices = self.entries.slices.items()
         for evaluations, (number, here) in zip(self.evaluated, slices, strict=True):
             cond = {f"cond.{key}": value[here] for key, value in self.cond.items()}
             counts = {"step": self._step, "evaluations": evaluations, **sizes}

@@ -12,11 +12,18 @@ from torch import Tensor
 from dkdm.core.checkpoint import Part
 from dkdm.core.conditioning import Condition, Conditioning, dropped
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.finished import (
+    Samples,
+    SampleShards,
+    as_tensors,
+    joined_samples,
+    of_tensors,
+)
 from dkdm.core.prediction import Parameterization, Prediction, from_x_0_eps
 from dkdm.core.process import Process
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
-from dkdm.errors import UsageError
+from dkdm.errors import DkdmError, UsageError
 
 
 class Source(Protocol):
@@ -118,35 +125,53 @@ class Images:
 
 @dataclass(eq=False)
 class Synthetic(Images):
-    """Finished samples of a teacher in place of real images: the paper's data-free training."""
+    """Finished samples of a teacher in place of real images: the paper's data-free training.
 
+    shards: files that hold the set; a checkpoint then does without it. None: a checkpoint holds it.
+    """
+
+    shards: SampleShards | None = None
     evaluations: int = field(default=0, init=False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole set, which would be expensive to draw again, and the step."""
-        conditions = {f"cond.{key}": value for key, value in self.conditions.items()}
-        evaluations = torch.tensor(self.evaluations)
-        own = {"images": self.images, **conditions, "evaluations": evaluations}
+        """The step and the size of the set; the set itself, unless it lies in shards."""
+        counts = {"evaluations": self.evaluations, "size": len(self.images)}
+        whole = as_tensors(self.images, self.conditions) if self.shards is None else {}
+        own = {key: torch.tensor(value) for key, value in counts.items()} | whole
         return own | super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the set. Raises UsageError for one of another size."""
-        if state["images"].shape != self.images.shape:
+        """Restore the set. Raises UsageError for one of another size, DkdmError if a shard lacks.
+
+        Former checkpoints hold the set as `images`.
+        """
+        named = {"samples" if key == "images" else key: value for key, value in state.items()}
+        size = len(named["samples"]) if "samples" in named else int(state["size"])
+        if size != len(self.images):
             raise UsageError(
-                f"the checkpoint's synthetic set is {tuple(state['images'].shape)}, this run's "
-                f"{tuple(self.images.shape)}: resume with the options the run was started with; "
-                f"--synthetic-samples {len(state['images'])} keeps its size"
+                f"the checkpoint's synthetic set is of {size} samples, this run's of "
+                f"{len(self.images)}: resume with the options the run was started with; "
+                f"--synthetic-samples {size} keeps its size"
             )
-        self.images = state["images"]
-        self.conditions = {key: state[f"cond.{key}"] for key in self.conditions}
+        self.images, self.conditions = of_tensors(named) if "samples" in named else self._on_disk()
         self.evaluations = int(state["evaluations"])
         super().load_state_dict(state)
+
+    def _on_disk(self) -> Samples:
+        assert self.shards is not None
+        found = joined_samples([self.shards.read(number) for number in self.shards.numbers()])
+        if len(found[0]) != len(self.images):
+            raise DkdmError(
+                f"{self.shards.folder} holds {len(found[0])} of {len(self.images)} samples: start "
+                "the run anew in another folder"
+            )
+        return found
 
 
 def empty_set(teacher: Denoiser, student: Denoiser, size: int, **fields: Any) -> Synthetic:
     """A synthetic set for a student; its `size` samples are not drawn yet.
 
-    fields: seed, condition_dropout and device of `Images`.
+    fields: seed, condition_dropout, device and shards of `Synthetic`.
     """
     host = generator("cpu", fields.get("seed", 0), "synthetic")
     return Synthetic(
@@ -162,21 +187,54 @@ def empty_set(teacher: Denoiser, student: Denoiser, size: int, **fields: Any) ->
 def draw_set(
     source: Synthetic, teacher: Denoiser, num_steps: int, guidance_scale: float, batch_size: int
 ) -> None:
-    """Draw the samples of a set, with `num_steps` teacher evaluations each (twice if guided)."""
-    size = len(source.images)
-    with track(size, 0, "drawing samples") as progress:
-        for first in range(0, size, batch_size):
+    """Draw the samples of a set, with `num_steps` teacher evaluations each (twice if guided).
+
+    Every batch is written as it comes, if the set has shards, and not drawn again. Raises
+    UsageError if the shards were begun with other options.
+    """
+    size, shards = len(source.images), source.shards
+    if shards is not None:
+        asked = {"steps": num_steps, "guidance scale": guidance_scale, "batch size": batch_size}
+        shards.claim({"size": size, "seed": source.seed, "teacher": teacher.name, **asked})
+    done = set() if shards is None else set(shards.numbers())
+    with track(size, batch_size * len(done), "drawing samples") as progress:
+        for number, first in enumerate(range(0, size, batch_size)):
             chunk = slice(first, min(first + batch_size, size))
-            shape = source.images[chunk].shape
-
-            def noise(step: int, first: int = first, shape: torch.Size = shape) -> Tensor:
-                random = generator("cpu", source.seed, "synthetic", first, step)
-                return torch.randn(shape, generator=random).to(teacher.device)
-
-            cond = {key: value[chunk] for key, value in source.conditions.items()}
-            drawn = teacher.sample(noise, cond, num_steps, guidance_scale=guidance_scale)
-            source.images[chunk] = drawn.cpu()
-            for level in teacher.process.timesteps(num_steps):
-                t = torch.full((len(drawn),), level)
-                source.evaluations += int(teacher.evaluations_at(t, guidance_scale != 1).sum())
+            if shards is not None and number in done:
+                _read_chunk(source, shards, number, chunk)
+                continue
+            source.images[chunk] = _drawn(source, teacher, num_steps, guidance_scale, chunk)
+            if shards is not None:
+                cond = {key: value[chunk] for key, value in source.conditions.items()}
+                shards.write(number, (source.images[chunk].clone(), cond))
             progress(chunk.stop)
+    levels = torch.tensor(teacher.process.timesteps(num_steps))
+    each = int(teacher.evaluations_at(levels, guidance_scale != 1).sum())
+    source.evaluations += each * size
+
+
+def _drawn(
+    source: Synthetic, teacher: Denoiser, num_steps: int, guidance_scale: float, chunk: slice
+) -> Tensor:
+    shape = source.images[chunk].shape
+
+    def noise(step: int) -> Tensor:
+        random = generator("cpu", source.seed, "synthetic", chunk.start, step)
+        return torch.randn(shape, generator=random).to(teacher.device)
+
+    cond = {key: value[chunk] for key, value in source.conditions.items()}
+    return teacher.sample(noise, cond, num_steps, guidance_scale=guidance_scale).cpu()
+
+
+def _read_chunk(source: Synthetic, shards: SampleShards, number: int, chunk: slice) -> None:
+    """Take a shard that was drawn before. Raises UsageError if it is of other conditions."""
+    samples, cond = shards.read(number)
+    same = cond.keys() == source.conditions.keys() and all(
+        torch.equal(value, source.conditions[key][chunk]) for key, value in cond.items()
+    )
+    if samples.shape != source.images[chunk].shape or not same:
+        raise UsageError(
+            f"{shards.path(number)} holds samples of another shape or other conditions: go on with "
+            f"the options it was begun with, or remove {shards.folder}"
+        )
+    source.images[chunk] = samples

@@ -19,10 +19,11 @@ from dkdm.evaluation.cost import undisturbed
 from dkdm.evaluation.numbers import duration
 from dkdm.models import chosen_teacher, place
 from dkdm.models.place import Offload
+from dkdm.runs.arms import ARMS
 from dkdm.runs.launch import checkpoint_to_resume
 from dkdm.runs.models import open_student, ready_teacher, student_warnings
 from dkdm.runs.outputs import reference_of
-from dkdm.runs.source import SourcePlan, plan_source
+from dkdm.runs.source import SourcePlan
 from dkdm.students.start import start_student
 
 
@@ -75,35 +76,28 @@ def advice(estimate: Estimate, pool: PoolOptions) -> str | None:
     """What to change if preparing takes longer than training; None if it does not."""
     if estimate.preparing <= estimate.training or estimate.preparing < 1:
         return None
-    if pool.source == "synthetic":
-        help_ = "--synthetic-samples or --synthetic-steps makes it shorter"
-    elif pool.fill == "ancestral":
-        help_ = "--fill few-step, or a smaller --pool-size or --rho, makes it shorter"
-    else:
-        help_ = "a smaller --fill-steps, --pool-size or --rho makes it shorter"
+    shorter = ARMS[pool.source].shorter(pool)
     return (
-        f"warning: preparing takes longer than training: {help_}; more --max-train-steps make more "
-        "use of it"
+        f"warning: preparing takes longer than training: {shorter}; more --max-train-steps make "
+        "more use of it"
     )
 
 
 def describe(config: DistillConfig) -> str:
     """What a distillation would do and cost, in words; nothing is written."""
     pool, training, guidance = config.pool, config.training, config.guidance
+    arm = ARMS[pool.source]
     found = checkpoint_to_resume(config.run, config.checkpoints, DistillConfig)
     teacher = chosen_teacher(config.teacher_choice)
     asked = config.conditions, guidance, config.evaluation, config.run.seed
     teacher = ready_teacher(teacher, *asked)
     factory = config.teacher_choice.factory
-    student = open_student(teacher, config.student_choice, pool.source, factory)
+    variance = arm.teaching(config.images_choice).variance
+    student = open_student(teacher, config.student_choice, variance, factory)
     reference_of(config.evaluation, teacher)
-    plan = plan_source(teacher, pool, training, guidance, config.synthetic)
+    plan = arm.plan(teacher, config)
     place_for_dry_run(teacher, student, config.teacher_choice.offload)
     needed = estimated(plan, training.max_train_steps, 0, measured(teacher, student, training))
-    is_set = pool.source == "synthetic"
-    what, held_in = ("samples", "float32") if is_set else ("entries", pool.pool_dtype)
-    width = getattr(torch, held_in).itemsize
-    mebibytes = plan.entries * torch.Size(teacher.sample_shape).numel() * width / 2**20
     warnings = [*student_warnings(student, teacher), advice(needed, pool)]
     odd = "".join(f"\n{warning}" for warning in warnings if warning)
     start = start_student(student, teacher, config.student_choice, found)
@@ -113,7 +107,7 @@ def describe(config: DistillConfig) -> str:
         f"({student.num_parameters / teacher.num_parameters:.1%})\n"
         f"{_kind_of(student, teacher)}"
         f"start     {start}\n"
-        f"source    {pool.source}: {plan.entries:,} {what}, {mebibytes:,.1f} MiB\n"
+        f"source    {pool.source}: {arm.size(teacher, config)}\n"
         f"cost      {plan.preparing:,} teacher evaluations to prepare, {plan.training:,} to train, "
         "and restarts of chains\n"
         f"time      {in_words(needed)}\n"

@@ -17,6 +17,7 @@ from dkdm.core.modes import evaluating, put_into_evaluation, say_if
 from dkdm.core.trainer import Trainer
 from dkdm.models import chosen_teacher, place
 from dkdm.models.architectures import component_of
+from dkdm.runs.arms import ARMS
 from dkdm.runs.cost import advice, estimated, in_words, measured
 from dkdm.runs.launch import carry_out, checkpoint_to_resume, start_accelerator
 from dkdm.runs.models import (
@@ -34,7 +35,7 @@ from dkdm.runs.outputs import (
     sample_grids,
     sampling_guidance,
 )
-from dkdm.runs.source import SourcePlan, plan_source, prepare, source_of
+from dkdm.runs.source import SourcePlan
 from dkdm.runs.validation import check_metric, validate_by_metric
 from dkdm.shipping.card import Measured
 from dkdm.students.lora import merge_lora
@@ -76,7 +77,7 @@ def distill(
         student = open_student(
             teacher,
             config.student_choice,
-            config.pool.source,
+            ARMS[config.pool.source].teaching(config.images_choice).variance,
             config.teacher_choice.factory,
             student,
         )
@@ -91,27 +92,18 @@ def _distill(
     found: Path | None,
 ) -> Path:
     run, training, evaluation = config.run, config.training, config.evaluation
-    pool, conditions, guidance = config.pool, config.conditions, config.guidance
+    conditions, guidance, arm = config.conditions, config.guidance, ARMS[config.pool.source]
     guided = sampling_guidance(evaluation, guidance, student)[1] != 1
     check_null_condition(student, guided, conditions.condition_dropout)
     for warning in student_warnings(student, teacher):
         print(warning, file=sys.stderr)
-    plan = plan_source(teacher, pool, training, guidance, config.synthetic)
+    plan, teaching = arm.plan(teacher, config), arm.teaching(config.images_choice)
     start = start_student(student, teacher, config.student_choice, found)
     print(f"student starts from {start}", file=sys.stderr)
     place(teacher, accelerator.device, config.teacher_choice.offload)
-    features = features_of(teacher, student, config.loss, pool.source)
+    features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
-    source = source_of(
-        watched(teacher),
-        student,
-        plan.entries,
-        pool,
-        guidance,
-        conditions,
-        run.seed,
-        accelerator.device,
-    )
+    source = arm.make(watched(teacher), student, config, accelerator.device)
     on_teacher_levels = watched(on_levels_of(student, source.process))
     trainer = Trainer(
         run.output_dir,
@@ -121,7 +113,7 @@ def _distill(
         student,
         on_teacher_levels,
         source,
-        objective_of(student, on_teacher_levels, teacher, config.loss, features, pool.source),
+        objective_of(student, on_teacher_levels, teacher, config.loss, features, teaching),
         accelerator,
         component_of(type(student.network).__name__),
         sample_grids(run, evaluation, teacher, guidance),
@@ -135,9 +127,9 @@ def _distill(
 
     def begin() -> None:
         check = config.teacher_choice.check
-        say_what_it_takes(teacher, student, plan, trainer.step_number, pool, training, check)
+        say_what_it_takes(teacher, student, plan, trainer.step_number, config.pool, training, check)
         if not found:
-            prepare(source, teacher, pool, guidance, config.synthetic, training.train_batch_size)
+            arm.prepare(source, teacher, config)
             trainer.save()
 
     def measure(finished: Denoiser, weights: str) -> Measured:

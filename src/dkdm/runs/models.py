@@ -11,7 +11,6 @@ from dkdm.checks.student import first_look
 from dkdm.config import (
     EvaluationOptions,
     GuidanceOptions,
-    SourceKind,
     StudentOptions,
     TeacherConditions,
 )
@@ -56,19 +55,20 @@ def name_of(model: str | Denoiser | nn.Module | None) -> str | None:
 def open_student(
     teacher: Denoiser,
     choice: StudentOptions,
-    source: SourceKind,
+    taught_variance: bool = True,
     factory: str | None = None,
     given: str | Denoiser | nn.Module | None = None,
 ) -> Denoiser:
     """Build the student that the options choose, or read the network that was given in its place.
 
+    taught_variance: whether something teaches a variance; a student without it has a fixed one.
     factory: the code that makes a folder's custom network.
     """
     refuse_shared_network(teacher, given)
     if isinstance(given, Denoiser):
         return given_student(like_teacher(given, teacher), teacher)
     read_as = teacher.parameterization
-    if source == "synthetic" and read_as.learns_variance:  # nothing would teach it
+    if read_as.learns_variance and not taught_variance:
         teacher = replace(teacher, parameterization=replace(read_as, variance="fixed_small"))
     reading = choice.student_prediction, choice.student_process
     if isinstance(given, nn.Module):

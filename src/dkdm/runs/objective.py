@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dkdm.config import LossOptions, SourceKind
+from dkdm.config import LossOptions
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features, match_features
 from dkdm.core.matching import level_weights
-from dkdm.core.objective import Objective
+from dkdm.core.objective import Objective, check_variance
 from dkdm.errors import UsageError
+from dkdm.runs.arms import Teaching
 
 
 def objective_of(
@@ -16,10 +17,12 @@ def objective_of(
     teacher: Denoiser,
     loss: LossOptions,
     features: Features | None,
-    source: SourceKind,
+    teaching: Teaching,
 ) -> Objective:
-    """What the student is to be like. With a synthetic set no teacher sees the batches."""
-    if source == "synthetic":
+    """What the student is to be like; teaching: what the teacher says of the batches."""
+    if student.parameterization.learns_variance and not teaching.variance:
+        check_variance(student, None)
+    if not teaching.targets:
         return Objective(student, None, loss)
     weights = level_weights(student, teacher, loss.loss_weighting)
     further = () if features is None else (features,)
@@ -27,14 +30,14 @@ def objective_of(
 
 
 def features_of(
-    teacher: Denoiser, student: Denoiser, loss: LossOptions, source: SourceKind
+    teacher: Denoiser, student: Denoiser, loss: LossOptions, teaching: Teaching
 ) -> Features | None:
     """The hidden features to match, if any. Raises UsageError if there are none to match."""
     if loss.feature_weight == 0:
         return None
-    if source == "synthetic":
+    if not teaching.features:
         raise UsageError(
-            "--feature-weight: with --source synthetic the teacher does not see the batches: "
-            "remove --feature-weight, or choose another --source"
+            "--feature-weight: with this --source the teacher does not see whole batches: remove "
+            "--feature-weight, or choose another --source"
         )
     return match_features(teacher, student, loss.feature_layers, loss.feature_weight)

@@ -1,81 +1,30 @@
-"""What a student learns from: a pool or a synthetic set, its size and its cost."""
+"""What a source is made with: its size, its cost, and an unfilled pool."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from dkdm.config import (
-    GuidanceOptions,
-    PoolOptions,
-    SyntheticOptions,
-    TeacherConditions,
-    TrainingOptions,
-)
+from dkdm.config import GuidanceOptions, PoolOptions, TeacherConditions, TrainingOptions
 from dkdm.core.chains import Guidance, Stride
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
 from dkdm.core.pool import Pool
 from dkdm.core.shards import Shards
-from dkdm.core.sources import Synthetic, draw_set, empty_set
 from dkdm.errors import UsageError
 
 
 class SourcePlan(NamedTuple):
     """The size of a source and what it costs.
 
-    entries: noisy samples in the pool, or finished ones in the synthetic set. preparing, training:
-    teacher evaluations before and during training, without restarts of chains.
+    entries: noisy samples in the pool, or clean ones in a set; 0 where only the images say it.
+    preparing, training: teacher evaluations before and during training, without restarts of chains.
     """
 
     entries: int
     preparing: int
     training: int
-
-
-def plan_source(
-    teacher: Denoiser,
-    pool: PoolOptions,
-    training: TrainingOptions,
-    guidance: GuidanceOptions,
-    synthetic: SyntheticOptions,
-) -> SourcePlan:
-    """What the options come to. A synthetic set of no given size costs what a dynamic pool does."""
-    each = guidance_factor(teacher, guidance)
-    if pool.source == "synthetic":
-        steps, size = synthetic.synthetic_steps, synthetic.synthetic_samples
-        if size is None:
-            dynamic = replace(pool, source="dynamic")
-            _, *costs = plan_source(teacher, dynamic, training, guidance, synthetic)
-            size = max(training.train_batch_size, int(sum(costs) // (steps * each)))
-        return SourcePlan(size, round(size * steps * each), 0)
-    levels = teacher.process.num_levels
-    size = pool_entries(pool, training, levels)
-    per_entry = levels / 2 if pool.fill == "ancestral" else pool.fill_steps
-    preparing = 0 if pool.starts_as_noise else round(size * per_entry * each)
-    return SourcePlan(size, preparing, round(training.samples_drawn * each))
-
-
-def source_of(
-    teacher: Denoiser,
-    student: Denoiser,
-    size: int,
-    pool: PoolOptions,
-    guidance: GuidanceOptions,
-    conditions: TeacherConditions,
-    seed: int,
-    device: torch.device,
-) -> Pool | Synthetic:
-    """What the student learns from, of so many entries, unfilled."""
-    if pool.source != "synthetic":
-        return make_pool(teacher, size, pool, guidance, conditions, seed, device)
-    dropout, scale = conditions.condition_dropout, guidance_of_set(guidance)
-    source = empty_set(teacher, student, size, seed=seed, condition_dropout=dropout, device=device)
-    if student.embeds_guidance:
-        source.conditions["guidance"] = torch.full((size,), scale)
-    return source
 
 
 def make_pool(
@@ -86,6 +35,7 @@ def make_pool(
     conditions: TeacherConditions,
     seed: int,
     device: torch.device,
+    kind: type[Pool] = Pool,
 ) -> Pool:
     """An unfilled pool as the options describe it.
 
@@ -97,6 +47,7 @@ def make_pool(
         torch.device("cpu") if pool.pool_device == "cpu" else device,
         getattr(torch, pool.pool_dtype),
         Shards(pool.shards),
+        kind,
         stride=Stride.of_options(pool, teacher.process.num_levels),
         eta=pool.eta,
         guidance=Guidance.of_options(guidance),
@@ -107,10 +58,8 @@ def make_pool(
 
 
 def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) -> int:
-    """Entries of the pool: the batch, or rho * T * batch, but at most what the run draws."""
+    """Entries of the pool: as asked, or rho * T * batch, but at most what the run draws."""
     batch = training.train_batch_size
-    if pool.source != "dynamic":
-        return batch
     if pool.pool_size is not None:
         if pool.pool_size < batch:
             raise UsageError(
@@ -119,22 +68,6 @@ def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) 
             )
         return pool.pool_size
     return max(batch, min(round(pool.rho * num_levels * batch), training.samples_drawn))
-
-
-def prepare(
-    source: Pool | Synthetic,
-    teacher: Denoiser,
-    pool: PoolOptions,
-    guidance: GuidanceOptions,
-    synthetic: SyntheticOptions,
-    batch_size: int,
-) -> None:
-    """Let the teacher prepare the source: fill the pool, or draw the synthetic set."""
-    if isinstance(source, Pool):
-        fill(source, pool, batch_size)
-    else:
-        scale = guidance_of_set(guidance)
-        draw_set(source, teacher, synthetic.synthetic_steps, scale, batch_size)
 
 
 def guidance_of_set(guidance: GuidanceOptions) -> float:
@@ -148,12 +81,10 @@ def guidance_of_set(guidance: GuidanceOptions) -> float:
 
 
 def fill(pool: Pool, options: PoolOptions, batch_size: int) -> None:
-    """Prepare the pool as asked; the iterative source stays pure noise at T-1."""
-    if options.starts_as_noise:
-        return
+    """Prepare the pool as asked."""
     if options.fill == "ancestral":
         fill_ancestral(pool, batch_size)
-    else:
+    elif options.fill == "few-step":
         fill_few_step(pool, options.fill_steps, batch_size)
 
 

@@ -30,7 +30,11 @@ from dkdm.version import __version__
 
 NO_LICENCE = "the model card names no licence: give --license, or write 'license:' at the head of"
 NO_IMAGES = "No image was read to train it."
-SYNTHETIC = "It was trained on samples of the teacher, noised afresh; no image was read."
+LEARNT_FROM: dict[SourceKind, str] = {
+    "synthetic": "It was trained on samples of the teacher, noised afresh; no image was read.",
+    "images": "It was trained on images, noised afresh.",
+    "mixed": "It was trained on states of the teacher's chains and on images.",
+}
 
 
 class Measured(NamedTuple):
@@ -217,7 +221,7 @@ def _lead_of_distilled(
     """What it is, from what, and whether images were read."""
     size = f" ({_sized(teacher)})" if teacher else ""
     student = f"{type(denoiser.network).__name__} ({count(denoiser.num_parameters)} parameters)"
-    data = SYNTHETIC if source == "synthetic" else NO_IMAGES
+    data = LEARNT_FROM.get(source, NO_IMAGES)
     return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
 
 
