@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, interpolate
 
-from dkdm.data.resizing import eight_bits, resized
+from dkdm.data.resizing import eight_bits
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.locate import is_hub_id, locate
 from dkdm.reading.allowed import component_class
@@ -73,13 +73,14 @@ class ClipScore:
     def prepared(self, images: Tensor) -> Tensor:
         """Return the model's view, float32 [N, 3, S, S], of images in [-1, 1]."""
         size = self.model.config.vision_config.image_size
-        height, width = images.shape[-2:]
-        scale = size / min(height, width)
-        larger = int(height * scale), int(width * scale)
-        pixels = resized(eight_bits(images.cpu()), "bicubic", *larger).round().clamp(0, 255)
+        shape = images.shape[-2:]
+        larger = [n * size // min(shape) for n in shape]
+        pixels = interpolate(  # of whole pixels: rounded after each direction, as PIL does
+            eight_bits(images.cpu()).byte(), larger, mode="bicubic", antialias=True
+        )
         top, left = ((n - size) // 2 for n in larger)
         square = pixels[..., top : top + size, left : left + size]
-        return (square / 255 - self.mean) / self.std
+        return (square.float() / 255 - self.mean) / self.std
 
 
 def clip_score(given: str | Path, device: str = "cpu") -> ClipScore:
