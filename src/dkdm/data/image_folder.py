@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from dkdm.core.progress import track
 from dkdm.data.images import list_images, open_eight_bits, pixels_of
-from dkdm.data.real_images import Images, Source
+from dkdm.data.real_images import AT_ONCE, Images, Source
 from dkdm.data.reference import FeatureExtractor
 from dkdm.errors import DkdmError
 from dkdm.reading.fields import shown
 
-AT_ONCE = 50  # images of a batch
 FIRST = 5  # names in a message
+MANY = 1000  # files that take a time
 GREY = ("1", "L", "LA", "La")
 Found = TypeVar("Found")
 Shape = tuple[int, int, int]
@@ -59,10 +60,15 @@ def _digest(path: Path, files: Sequence[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _unseen(_: int) -> None:
+    """The progress of work that takes no time."""
+
+
 def _each(work: Callable[[Path], Found], files: Sequence[Path], label: str) -> list[Found]:
     """What `work` gives for each file, several at a time."""
-    found = []
-    with ThreadPoolExecutor() as pool, track(len(files), 0, label) as progress:
+    found: list[Found] = []
+    showing = track(len(files), 0, label) if len(files) >= MANY else nullcontext(_unseen)
+    with ThreadPoolExecutor() as pool, showing as progress:
         for each in pool.map(work, files):
             found.append(each)
             progress(len(found))

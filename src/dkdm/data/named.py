@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dkdm.data import fashion
+from dkdm.data.array_files import IMAGES as ADM_IMAGES
+from dkdm.data.array_files import array_images, array_names
 from dkdm.data.fashion.reference import SPLITS, fashion_reference, feature_extractor
 from dkdm.data.image_folder import image_folder
 from dkdm.data.images import ImageSet, load_image_folder
 from dkdm.data.inception_features import inception_extractor
-from dkdm.data.real_images import Source, summarized
+from dkdm.data.real_images import summarized
 from dkdm.data.reference import FeatureExtractor, Reference
+from dkdm.data.statistics_file import holds_statistics, statistics_reference, with_images
 from dkdm.errors import UsageError
 from dkdm.names import Resize
 
 FASHION = "fashion"
+ARRAYS = (".npz", ".npy", ".safetensors")
 IMAGES = {fashion.NAME: fashion.image_set}
 REFERENCES = dict.fromkeys(SPLITS, fashion_reference)
 REFERENCE_OF_CLASSES: dict[tuple[str, ...], str] = {fashion.CLASS_NAMES: "fashion-test"}
@@ -55,18 +61,32 @@ def load_reference(
     if str(spec) in REFERENCES:
         return REFERENCES[str(spec)](str(spec), extractor, shape, cache)
     path = Path(spec).expanduser()
-    if path.is_dir():
-        network = extractor or inception_extractor()
-        return _of(image_folder(path, skip_bad), network, cache, shape)
-    raise UsageError(
-        f"there is no reference {spec}: use {' or '.join(REFERENCES)}, or give a folder of images"
-    )
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() in ARRAYS):
+        raise UsageError(
+            f"there is no reference {spec}: use {' or '.join(REFERENCES)}, or give a folder of "
+            f"images or a file ({', '.join(ARRAYS)})"
+        )
+    network = extractor or inception_extractor()
+    source = image_folder(path, skip_bad) if path.is_dir() else array_images(path)
+    look = partial(summarized, source, network, cache, shape)
+    if path.suffix.lower() != ".npz" or path.is_dir() or not holds_statistics(path):
+        return _enough(look().reference(source.name, network))
+    known = statistics_reference(path, network)
+    if ADM_IMAGES not in array_names(path):
+        return known
+    return with_images(known, source.open(network).shape, look)
 
 
-def _of(
-    source: Source, network: FeatureExtractor, cache: bool, shape: Sequence[int] | None
-) -> Reference:
-    return summarized(source, network, cache, shape).reference(source.name, network)
+def _enough(reference: Reference) -> Reference:
+    """The same reference; says so if its images are too few for the covariance of its features."""
+    count, needed = reference.statistics.count or 0, reference.network.num_features
+    if count <= needed:
+        print(
+            f"warning: {reference.name} holds {count:,} images, which do not determine the "
+            f"covariance of {needed:,} features: distances to it compare with no others",
+            file=sys.stderr,
+        )
+    return reference
 
 
 def chosen_extractor(

@@ -29,6 +29,7 @@ from dkdm.data.reference import (
 from dkdm.errors import DkdmError
 from dkdm.reading.files import atomic, cache_dir
 
+AT_ONCE = 50  # images of a batch
 FORMAT = "1"
 
 

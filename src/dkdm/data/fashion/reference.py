@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from dkdm.core.randomness import generator
 from dkdm.data.fashion import CLASS_NAMES, ROOT, SHAPES, halve, load_fashion_mnist
-from dkdm.data.real_images import Images, Source, summarized
+from dkdm.data.real_images import AT_ONCE, Images, Source, summarized
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 
 SPLITS: dict[str, Literal["train", "test"]] = {"fashion-test": "test", "fashion-train": "train"}
 FLOORS = {"fashion-test": "fashion-train", "fashion-train": "fashion-test"}
 NUM_FEATURES = 64
 BATCH = 500
-AT_ONCE = 50
 
 
 class FeatureNetwork(nn.Module):
