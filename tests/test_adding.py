@@ -12,6 +12,7 @@ import dkdm
 import pipelines
 from dkdm.core.calls import CALLS
 from dkdm.core.denoiser import Batch
+from dkdm.evaluation.metrics import METRICS
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.originals import FORMATS
 from dkdm.models.pipelines import PIPELINES
@@ -19,7 +20,7 @@ from dkdm.students import PRESETS
 from stock_pipelines import PROMPTS, Recording, assert_close
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding.md"
-REGISTRIES = (FORMATS, PIPELINES, ARCHITECTURES, CALLS, PRESETS)
+REGISTRIES = (FORMATS, PIPELINES, ARCHITECTURES, CALLS, PRESETS, METRICS)
 
 
 def auraflow():
@@ -72,9 +73,9 @@ def test_what_the_page_adds_works(page, tmp_path):
     torch.testing.assert_close(more, plain + added)
     perfect = page["Objective"](teacher, teacher, further=(page["brightness"],))
     assert perfect(teacher, batch, target).abs().max() < 1e-8
-    assert page["row"].texts == tuple(
-        map(page["number"], (page["contrast"](drawn) for drawn in page["drawn"]))
-    )
+    features = page["reference"].network(page["images"]).features
+    real = page["reference"].statistics.covariance.diagonal().sqrt().mean()
+    assert page["measured"]["spread"] == pytest.approx(float(features.std(dim=0).mean() / real))
     quick = {"train_batch_size": 4, "pool_size": 8, "fill_steps": 1, "validation_steps": 0}
     config = dkdm.DistillConfig(
         output_dir=tmp_path / "run", max_train_steps=1, evaluation_samples=0, check=False, **quick
