@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dkdm.models import load_teacher
     from dkdm.models.schedulers import from_scheduler_config
     from dkdm.runs.distill import distill
+    from dkdm.runs.evaluate import evaluate
     from dkdm.runs.train import train
     from dkdm.shipping.graph import export_graph
     from dkdm.students import load_student
@@ -42,6 +43,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "distill",
+    "evaluate",
     "export_graph",
     "from_betas",
     "from_scheduler_config",
@@ -64,6 +66,7 @@ _HOMES = {
     "models": ("load_teacher",),
     "models.schedulers": ("from_scheduler_config",),
     "runs.distill": ("distill",),
+    "runs.evaluate": ("evaluate",),
     "runs.train": ("train",),
     "shipping.graph": ("export_graph",),
     "students": ("load_student",),

@@ -18,6 +18,7 @@ from dkdm.config import (
     CheckStudentCommand,
     DistillConfig,
     DoctorCommand,
+    EvaluateCommand,
     ExportCommand,
     InspectCommand,
     PlanCommand,
@@ -57,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dkdm: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        hint = "go on with --resume-from-checkpoint latest"
+        resumes = bool(args) and args[0] == "evaluate"
+        hint = (
+            "the same command goes on" if resumes else "go on with --resume-from-checkpoint latest"
+        )
         print(f"\ndkdm: interrupted; {hint}", file=sys.stderr)
         return 130
 
@@ -197,6 +201,22 @@ def _with_prompts(
     if prompts is None and kind_of(denoiser.conditioning).asks == "prompt":
         prompts = default
     return with_texts(denoiser, prompts, negative)
+
+
+def _evaluate(options: EvaluateCommand) -> int:
+    from accelerate import PartialState
+
+    from dkdm.evaluation.rows import evaluation_rows
+    from dkdm.runs.evaluate import run_evaluation
+
+    found = run_evaluation(options)
+    if PartialState().is_main_process:
+        print(f"{'':47s}{'value':>14s}{'floor':>14s}")
+        for row in evaluation_rows(found):
+            floor = "" if row.floor is None else row.format(row.floor)
+            print(f"{row.label:47s}{row.texts[0]:>14s}{floor:>14s}")
+    PartialState().destroy_process_group()
+    return 0
 
 
 def _export(options: ExportCommand) -> int:
@@ -344,6 +364,7 @@ COMMANDS: dict[str, tuple[type[Grouped], Callable[[Any], int]]] = {
     "check-student": (CheckStudentCommand, _check_student),
     "plan": (PlanCommand, _plan),
     "sample": (SampleCommand, _sample),
+    "evaluate": (EvaluateCommand, _evaluate),
     "export": (ExportCommand, _export),
     "report": (ReportCommand, _report),
     "push": (PushCommand, _push),

@@ -599,11 +599,16 @@ class GivenConditions(Options, title="Condition"):
     name, and null.NAME [1, ...] for guidance."""
 
 
-class SamplingOptions(Options, title="Sampling"):
-    """What to draw, and how."""
+class SampleFile(Options):
+    """Where samples are written."""
 
     output: Path = Path("samples.png")
     """Image to write (.png, .jpg, .webp), or the tensor [N, C, ...] (.safetensors)."""
+
+
+class DrawOptions(Options, title="Sampling"):
+    """What to draw, and how."""
+
     num_samples: Annotated[int, Range(1, 10**6)] = 40
     """Number of samples."""
     steps: Count = 25
@@ -615,17 +620,22 @@ class SamplingOptions(Options, title="Sampling"):
     """Random seed. Sample i depends on nothing but the seed and i."""
     classes: tuple[ClassId, ...] | None = None
     """Class ids, repeated in turn. Default: all classes in turn."""
-    guidance_scale: Scale = 1.0
-    """Scale of classifier-free guidance; 1 turns it off."""
     guidance_interval: str | None = None
     """LOW:HIGH, the shares of noise (0 clean, 1 noise) between which guidance acts. Default:
     everywhere."""
-    overwrite: bool = False
-    """Replace a file that exists."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_interval(self.guidance_interval)
+
+
+class SamplingOptions(DrawOptions, SampleFile):
+    """What to draw, and how."""
+
+    guidance_scale: Scale = 1.0
+    """Scale of classifier-free guidance; 1 turns it off."""
+    overwrite: bool = False
+    """Replace a file that exists."""
 
 
 class ExportOptions(Options, title="Export", renamed={"to": "format"}):
@@ -748,6 +758,72 @@ class SampleCommand(Grouped, command="sample"):
     model_choice: GivenModel
     conditions: GivenConditions
     sampling: SamplingOptions
+
+
+class JudgedTeacher(TeacherChoice, renamed={"factory": "teacher_factory"}):
+    """The model that samples are compared with, and how it is read."""
+
+    model: str = ""
+    """As MODEL. Default: the teacher that a run names in its config.json."""
+    guidance_scale: Scale | None = None
+    """Scale that the teacher is guided by when it samples. Default: as in the run; without one, as
+    --guidance-scale."""
+
+
+class MeasuredSamples(DrawOptions):
+    """What is drawn from the model, and how."""
+
+    num_samples: Annotated[int, Range(2, 10**7)] = 5000
+    """Number of samples. FID needs 2048 at least; published ones are of 50000."""
+    guidance_scale: Scale | None = None
+    """Scale of classifier-free guidance; 1 turns it off. Default: as a run measured itself; 1 for
+    other models."""
+    batch_size: Count = 256
+    """Samples drawn at once. It does not change them."""
+
+
+class MeasurementOptions(Options, title="Measurement"):
+    """What the samples are measured against, and by what."""
+
+    reference: str | None = None
+    """fashion-test, fashion-train, a folder of images, an .npz of images or statistics, another
+    model, or teacher, whose samples are drawn. Default: recognized by the model's class names;
+    without any, what needs no image is measured."""
+    metrics: str | None = None
+    """Names separated by commas, or all. Default: the usual ones of the reference, and the distance
+    to the teacher if there is one."""
+    feature_network: str | None = None
+    """Network whose features are compared: the file of the Inception network
+    (inception-2015-12-05), download, which fetches it once, or fashion, the packaged one. Default:
+    fashion for Fashion-MNIST, otherwise the file that was given before."""
+    resize: Resize = "bilinear"
+    """How images are brought to the Inception network's 299x299; published tables and statistics of
+    ADM and EDM used tensorflow."""
+    feature_device: str | None = None
+    """Device of the feature network, such as cpu or cuda:1. Default: the model's."""
+    skip_bad: bool = False
+    """Leave out files of the reference that cannot be read, instead of ending."""
+
+
+class EvaluationFiles(Options, title="Output"):
+    """Where results lie."""
+
+    output: Path | None = None
+    """Folder of what is drawn, in shards of 1,000 samples, which other processes and the next start
+    go on with. Default: a folder in the cache, $DKDM_CACHE or ~/.cache/dkdm."""
+    json: Path | None = None
+    """JSON file to write, with everything that a number depends on."""
+
+
+class EvaluateCommand(Grouped, command="evaluate"):
+    """Measure a model's samples against real images, another model, or its teacher."""
+
+    model_choice: GivenModel
+    teacher_choice: JudgedTeacher
+    conditions: GivenConditions
+    sampling: MeasuredSamples
+    measurement: MeasurementOptions
+    files: EvaluationFiles
 
 
 class ExportCommand(Grouped, command="export"):

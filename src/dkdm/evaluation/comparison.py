@@ -48,7 +48,7 @@ def compare(
     models' modes stay as they were. Raises `UsageError` for models of different sample shapes and
     for numbers below 1, `DkdmError` for samples that are not finite or do not fit the reference.
     """
-    _check_shapes(teacher, student)
+    check_shapes(teacher, student)
     sampling = Sampling(num_samples, num_steps, seed)
     cond = student.conditioning.in_turns(num_samples)
     with undisturbed(teacher), undisturbed(student), track(2 * num_samples, 0, "comparing") as show:
@@ -69,7 +69,7 @@ def compare(
         num_samples=num_samples,
         num_steps=num_steps,
         seed=seed,
-        device=_describe(student.device),
+        device=describe(student.device),
         gap_samples=few,
         gaps=gaps,
         same_noise_difference=float((drawn - copied).abs().mean()),
@@ -81,7 +81,8 @@ def compare(
     )
 
 
-def _check_shapes(teacher: Denoiser, student: Denoiser) -> None:
+def check_shapes(teacher: Denoiser, student: Denoiser) -> None:
+    """Raise UsageError for models whose samples have different shapes."""
     if tuple(teacher.sample_shape) != tuple(student.sample_shape):
         raise UsageError(
             f"the samples of {teacher.name} have shape {tuple(teacher.sample_shape)}, those of "
@@ -167,7 +168,8 @@ def _first_samples(teacher: Tensor, student: Tensor, labels: Tensor | None) -> d
     return {key: value[:count].clone() for key, value in samples.items()}
 
 
-def _describe(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
+    """A device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.metrics import METRICS, Metrics
-from dkdm.evaluation.numbers import count, number, ratio
+from dkdm.evaluation.numbers import count, number, percent, ratio
 from dkdm.evaluation.results import Comparison, Measurement
 
 
@@ -57,6 +58,35 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
         Row("network evaluations a second", *evaluations, number),
         Row(f"{comparison.noun}s a second, {steps} steps", *speeds, number, "higher"),
     ]
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[Row]:
+    """What was measured of one model, with floors."""
+    rows = [
+        Row(metric.label, None, found.value, metric.format, metric.better, found.floor)
+        for name, metric in METRICS.items()
+        if (found := evaluation.metrics.get(name))
+    ]
+    if apart := evaluation.teacher_distance:
+        share = "the same, as a share of the largest", None, apart.share, percent
+        rows += [
+            Row(
+                "distance to the teacher's samples",
+                None,
+                apart.distance,
+                number,
+                "lower",
+                apart.floor,
+            ),
+            Row(*share, "lower", apart.floor_share),
+        ]
+    if gaps := evaluation.gaps:
+        widest = max(gap.relative for gap in gaps.levels)
+        rows += [
+            Row("gap to the teacher's outputs, mean over levels", None, gaps.mean, percent),
+            Row("the same, widest level", None, widest, percent),
+        ]
+    return rows
 
 
 def floors_in(measurement: Measurement | None) -> Mapping[str, float]:

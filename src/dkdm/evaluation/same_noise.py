@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +48,30 @@ def draw(
     progress: called with the number of samples drawn so far.
     """
     parts = []
-    for first in range(0, sampling.num_samples, sampling.batch_size):
-        indices = range(first, min(first + sampling.batch_size, sampling.num_samples))
-        rows = {key: value[indices.start : indices.stop] for key, value in cond.items()}
-        noise = shared_noise(denoiser, sampling.seed, indices)
+    for indices, samples in batches(
+        denoiser, cond, sampling, guidance_scale, range(sampling.num_samples)
+    ):
+        parts.append(samples)
+        if progress is not None:
+            progress(indices.stop)
+    return torch.cat(parts)
+
+
+def batches(
+    denoiser: Denoiser,
+    cond: Condition,
+    sampling: Sampling,
+    guidance_scale: float,
+    indices: range,
+) -> Iterator[tuple[range, Tensor]]:
+    """Draw the samples of these numbers in batches: which numbers, and [B, ...] on the CPU.
+
+    cond: one row for each sample from number 0 on.
+    """
+    for first in range(indices.start, indices.stop, sampling.batch_size):
+        these = range(first, min(first + sampling.batch_size, indices.stop))
+        rows = {key: value[these.start : these.stop] for key, value in cond.items()}
+        noise = shared_noise(denoiser, sampling.seed, these)
         sampled = denoiser.sample(
             noise,
             rows,
@@ -60,10 +80,7 @@ def draw(
             guidance_scale=guidance_scale,
             solver=SOLVERS.get(sampling.sampler),
         )
-        parts.append(sampled.cpu())
-        if progress is not None:
-            progress(indices.stop)
-    return torch.cat(parts)
+        yield these, sampled.cpu()
 
 
 @torch.no_grad()

@@ -1,0 +1,254 @@
+"""What a model is measured against: the run it is of, its teacher, a reference."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dkdm.config import (
+    DistillConfig,
+    EvaluateCommand,
+    MeasurementOptions,
+    TrainConfig,
+    parse_interval,
+    read_config,
+)
+from dkdm.core.conditioning import restrict_classes
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.inputs import GivenRows, with_rows
+from dkdm.core.kinds import kind_of
+from dkdm.data.named import (
+    FASHION,
+    REFERENCE_OF_CLASSES,
+    REFERENCES,
+    chosen_extractor,
+    chosen_reference,
+    load_reference,
+)
+from dkdm.data.reference import FeatureExtractor, Reference
+from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.circumstances import weights_in_words
+from dkdm.evaluation.results import read_evaluation
+from dkdm.evaluation.same_noise import decoded
+from dkdm.models import chosen_teacher, load_teacher, with_texts
+from dkdm.models.locate import INDEX, is_hub_id
+from dkdm.reading.made_here import was_made_here
+from dkdm.reading.plugins import named_code, split
+from dkdm.runs.models import check_null_condition
+from dkdm.runs.outputs import sampling_guidance
+
+AS_GIVEN = "as they are given"
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+Run = DistillConfig | TrainConfig
+Given = str | Path | Denoiser | Reference | None
+
+
+@dataclass(frozen=True, eq=False)
+class Standard:
+    """What samples are measured against.
+
+    - `reference`: real images; None if there are none, or samples of a model take their place.
+    - `model`: whose samples are the reference; None if real images are.
+    - `network`: whose features are compared; None if only what needs no image is measured.
+    """
+
+    reference: Reference | None = None
+    model: Denoiser | None = None
+    network: FeatureExtractor | None = None
+
+
+def run_of(spec: str) -> Run | None:
+    """The config of the run whose folder this is; None for any other model."""
+    path = Path(spec).expanduser() / "config.json"
+    if not path.is_file() or not (path.parent / INDEX).is_file():
+        return None
+    try:
+        return read_config(path)
+    except UsageError as error:
+        _note(f"{spec} is measured as a model without a run ({error})")
+        return None
+
+
+def weights_of(spec: str, run: Run | None) -> str:
+    """Which weights a folder ships, in words: as its run says, or by the run's options."""
+    if run is None:
+        return AS_GIVEN
+    try:
+        said = read_evaluation(Path(spec).expanduser()).weights
+    except DkdmError:  # a run without a comparison at its end
+        said = ""
+    decay = run.optimizer.ema_decay if run.optimizer.use_ema else None
+    return said or weights_in_words(run.training.max_train_steps, decay)
+
+
+def judged_teacher(command: EvaluateCommand, run: Run | None, asked: bool) -> Denoiser | None:
+    """The teacher that was named, or the one that the run names.
+
+    asked: whether there has to be one. Raises UsageError if it is missing. A run's teacher that
+    cannot be opened is left out with a note, unless it was asked for.
+    """
+    if command.teacher_choice.model:
+        return chosen_teacher(command.teacher_choice)
+    try:
+        return _teacher_of(run)
+    except DkdmError as error:
+        if asked:
+            raise
+        if isinstance(run, DistillConfig):
+            _note(f"the distance to the teacher is left out: {error}")
+        return None
+
+
+def _teacher_of(run: Run | None) -> Denoiser:
+    """Raises UsageError for what is no distillation, and for code that a stranger's file names."""
+    if not isinstance(run, DistillConfig):
+        raise UsageError("the model is no run that names its teacher: give --teacher MODEL")
+    choice = run.teacher_choice
+    for spec in (each for name in (choice.model, choice.factory) for each in named_code(name)):
+        if not was_made_here({"spec": spec}, split(spec)[0]):
+            raise UsageError(
+                f"the run names code as its teacher, {spec}. If you trust that code, give "
+                f"--teacher {choice.model}"
+            )
+    teacher = chosen_teacher(choice)
+    return replace(teacher, guidance_interval=run.guidance.interval or teacher.guidance_interval)
+
+
+def scales_of(command: EvaluateCommand, run: Run | None, model: Denoiser) -> tuple[float, float]:
+    """Guidance scales of the model and of its teacher: as given, or as the run measured itself."""
+    own, teachers = 1.0, None
+    if isinstance(run, TrainConfig):
+        own = run.evaluation.sampling_guidance_scale
+    elif run is not None:
+        baked = not (run.guidance.is_off or run.guidance.chain_only)
+        teachers, own = sampling_guidance(run.evaluation, run.guidance, model)
+        teachers = teachers if baked else None
+    given = command.sampling.guidance_scale
+    own = own if given is None else given
+    asked = command.teacher_choice.guidance_scale
+    return own, next(scale for scale in (asked, teachers, own) if scale is not None)
+
+
+def ready(model: Denoiser, command: EvaluateCommand, scale: float) -> Denoiser:
+    """The model with its conditions, guided as asked. Raises UsageError for what it cannot do."""
+    sampling, conditions = command.sampling, command.conditions
+    rows = restrict_classes(with_rows(model.conditioning, conditions.cond), sampling.classes)
+    interval = parse_interval(sampling.guidance_interval) or model.guidance_interval
+    model = replace(model, conditioning=rows, guidance_interval=interval)
+    model = with_texts(model, conditions.prompts, conditions.negative_prompt)
+    model.process.timesteps(sampling.steps)
+    check_null_condition(model, guided=scale != 1)
+    return model
+
+
+def fitting(command: EvaluateCommand, judge: Denoiser) -> EvaluateCommand:
+    """The options without conditions that a model of another kind does not have."""
+    asks = kind_of(judge.conditioning).asks
+    return replace(
+        command,
+        prompts=command.conditions.prompts if asks == "prompt" else None,
+        classes=command.sampling.classes if asks == "class_labels" else None,
+        cond=command.conditions.cond if isinstance(judge.conditioning, GivenRows) else None,
+    )
+
+
+def names_model(spec: str) -> bool:
+    """Whether a reference is a model, rather than images."""
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return any((path / name).is_file() for name in (INDEX, "config.json"))
+    if path.is_file():
+        return path.suffix in WEIGHTS
+    return ":" in spec or is_hub_id(spec)
+
+
+def standard_of(
+    given: Given,
+    model: Denoiser,
+    teacher: Denoiser | None,
+    command: EvaluateCommand,
+    device: torch.device,
+    scale: float,
+) -> Standard:
+    """What samples are measured against, as it was given or is recognized.
+
+    scale: that a model is guided by whose samples are the reference. Raises UsageError for a
+    reference that is missing or does not fit the model's samples.
+    """
+    shape, how = _shown_shape(model), command.measurement
+    place = how.feature_device or str(device)
+    if given is None:
+        name = chosen_reference("auto", class_names_of(model))
+        found = _real(name, how, shape, place) if name else None
+        return Standard(found, None, found.network) if found and found.fits(shape) else Standard()
+    judge = _model_of(given, teacher)
+    if judge is not None:
+        judge = judge if judge is teacher else ready(judge, fitting(command, judge), scale)
+        if _shown_shape(judge) != shape:
+            raise _misfit(judge.name, f"draws samples of shape {_shown_shape(judge)}, not {shape}")
+        return Standard(None, judge, _extractor(model, how, place, shape))
+    reference = given if isinstance(given, Reference) else _real(str(given), how, shape, place)
+    if reason := reference.refusal(shape):
+        raise _misfit(reference.name, reason)
+    return Standard(reference, None, reference.network)
+
+
+def _real(spec: str, how: MeasurementOptions, shape: tuple[int, ...], place: str) -> Reference:
+    if spec in REFERENCES and how.feature_network is None:
+        return load_reference(spec)
+    network = chosen_extractor(how.feature_network, how.resize, place)
+    return load_reference(spec, network, skip_bad=how.skip_bad, shape=shape)
+
+
+def _misfit(name: str, reason: str) -> UsageError:
+    return UsageError(
+        f"--reference {name} {reason}; teacher_distance and gaps need no images, and --teacher "
+        "MODEL alone measures them"
+    )
+
+
+def _shown_shape(model: Denoiser) -> tuple[int, ...]:
+    return tuple(decoded(model, torch.zeros(1, *model.sample_shape)).shape[1:])
+
+
+def _model_of(given: Given, teacher: Denoiser | None) -> Denoiser | None:
+    if isinstance(given, Denoiser):
+        return given
+    if str(given) == "teacher":
+        return teacher
+    if isinstance(given, (str, Path)) and names_model(str(given)):
+        return load_teacher(given)
+    return None
+
+
+def _extractor(
+    model: Denoiser, how: MeasurementOptions, place: str, shape: tuple[int, ...]
+) -> FeatureExtractor | None:
+    """The network that fits the model's images; None if there is none for them.
+
+    Raises UsageError for a file that is another network.
+    """
+    known = class_names_of(model) in REFERENCE_OF_CLASSES
+    choice = FASHION if known and how.feature_network is None else how.feature_network
+    try:
+        found = chosen_extractor(choice, how.resize, place)
+    except UsageError as error:
+        if how.feature_network is not None or how.metrics is not None:
+            raise
+        _note(f"only what needs no image is measured: {error}")
+        return None
+    return found if found.fits(shape) else None
+
+
+def class_names_of(model: Denoiser) -> tuple[str, ...] | None:
+    """The names of the model's classes, if it has any."""
+    names: Any = getattr(model.conditioning, "names", None)
+    return names
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
