@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dkdm.data.images import to_samples
 from dkdm.data.real_images import AT_ONCE, Images, Source
 from dkdm.data.reference import FeatureExtractor
 from dkdm.errors import DkdmError
@@ -130,7 +131,7 @@ def _batches_of_npz(path: Path) -> Iterator[Tensor]:
         for first in range(0, count, AT_ONCE):
             part = min(AT_ONCE, count - first)
             pixels = torch.from_numpy(member.read(part * math.prod(rest)))
-            yield pixels.view(part, *rest).permute(0, 3, 1, 2).float() / 127.5 - 1
+            yield to_samples(pixels.view(part, *rest).permute(0, 3, 1, 2))
 
 
 def _opened_samples(path: Path, network: FeatureExtractor) -> Images:

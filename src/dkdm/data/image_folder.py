@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dkdm.core.progress import track
-from dkdm.data.images import list_images, open_eight_bits, pixels_of
+from dkdm.data.images import list_images, open_eight_bits, pixels_of, to_samples
 from dkdm.data.real_images import AT_ONCE, Images, Source
 from dkdm.data.reference import FeatureExtractor
 from dkdm.errors import DkdmError
@@ -166,4 +166,4 @@ def _batches(files: Sequence[Path], mode: str) -> Iterator[Tensor]:
         reads = (pool.map(read, files[first : first + AT_ONCE]) for first in starts)
         for images, _ in pairwise(chain(reads, [None])):
             for _, same in groupby(images or (), key=lambda image: image.shape):
-                yield torch.stack(list(same)).float() / 127.5 - 1
+                yield to_samples(torch.stack(list(same)))

@@ -85,7 +85,7 @@ def _images_in(folder: Path) -> list[Path]:
 def _read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
     channels, height, width = shape
     image = open_eight_bits(file).convert("L" if channels == 1 else "RGB")
-    return pixels_of(image.resize((width, height), Image.Resampling.BOX)).float() / 127.5 - 1
+    return to_samples(pixels_of(image.resize((width, height), Image.Resampling.BOX)))
 
 
 def open_eight_bits(file: Path) -> Image.Image:
@@ -94,6 +94,11 @@ def open_eight_bits(file: Path) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         raise DkdmError(f"{file} has more than 8 bits a channel: convert it to 8 bits")
     return image
+
+
+def to_samples(pixels: Tensor) -> Tensor:
+    """Whole pixels in 0..255 as float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
 
 
 def pixels_of(image: Image.Image) -> Tensor:

@@ -56,7 +56,7 @@ class PerceptualDistance:
     """How different two images look to a network.
 
     - `name`: its version, the same for the same distances.
-    - `in_words`: what a reader of the distances is told.
+    - `in_words`: what a reader of the distances reads.
     - `compute`: [N] for images a and b, [N, 1 or 3, H, W] in [-1, 1].
     """
 

@@ -122,7 +122,8 @@ def _distill(
         frozen=start.frozen,
         merge=merge_lora,
     )
-    reference = reference_of(evaluation, teacher)
+    with accelerator.main_process_first():  # the others find what it keeps
+        reference = reference_of(evaluation, teacher)
     validate_by_metric(trainer, config, reference, teacher, guidance)
 
     def begin() -> None:

@@ -56,7 +56,8 @@ def train(config: TrainConfig) -> Path:
         sample_grids(run, evaluation),
         evaluation.validation_steps,
     )
-    reference = reference_of(evaluation, model)
+    with accelerator.main_process_first():  # the others find what it keeps
+        reference = reference_of(evaluation, model)
     validate_by_metric(trainer, config, reference)
     measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)
     return carry_out(config, trainer, found, measure)
