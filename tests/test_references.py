@@ -160,6 +160,20 @@ def test_images_that_cannot_be_read_are_named_and_skipped_only_if_asked(tmp_path
     assert not SEEN
 
 
+def test_links_to_nothing_and_folders_are_images_that_cannot_be_read(tmp_path):
+    write(tmp_path / "birds", pixels(3))
+    (tmp_path / "birds" / "a.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DkdmError, match=r"1 of 4 images .* \('a.png'\)"):
+        load_reference(tmp_path / "birds", FIXED)
+    assert same(load_reference(tmp_path / "birds", FIXED, skip_bad=True), as_samples(pixels(3)))
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
+    (tmp_path / "cache").write_text("in the way")
+    assert same(load_reference(write(tmp_path / "birds", pixels(3)), FIXED), as_samples(pixels(3)))
+    assert "cannot be kept" in capsys.readouterr().err
+
+
 def test_labels_stay_with_their_images_when_some_are_skipped(tmp_path):
     write(tmp_path / "birds" / "owl", pixels(5))
     write(tmp_path / "birds" / "raven", pixels(5, seed=1))
@@ -354,6 +368,30 @@ def test_the_floor_is_the_distance_of_as_many_real_images(tmp_path):
     assert (about.reference, about.reference_images, about.real_images) == ("birds", 30, 12)
     assert about.real_distance == pytest.approx(expected)
     assert measurement_of(found, 40).real_distance is None
+
+
+def test_a_metric_of_neighbours_needs_some_real_images(tmp_path):
+    found = load_reference(write(tmp_path / "birds", pixels(5)), FIXED)
+    with pytest.raises(UsageError, match=r"precision .* birds: it holds 5 .* at least 6"):
+        measure(Sampled(see(as_samples(pixels(9)))), found, ["precision"])
+
+
+def test_another_network_sees_fashion_mnist_at_the_size_of_the_samples(tmp_path, monkeypatch):
+    splits = {"test": pixels(7, channels=1, side=16), "train": pixels(9, channels=1, side=16)}
+
+    def load(split, size):
+        assert size == 16
+        return as_samples(splits[split]), torch.arange(len(splits[split])) % 2
+
+    monkeypatch.setattr("dkdm.data.fashion.reference.ROOT", tmp_path)
+    monkeypatch.setattr("dkdm.data.fashion.reference.load_fashion_mnist", load)
+    found = load_reference("fashion-test", RESIZING, shape=(1, 16, 16))
+    torch.testing.assert_close(found.features(), see(as_samples(splits["test"])).features)
+    others = {tuple(row) for row in see(as_samples(splits["train"])).features.tolist()}
+    assert {tuple(row) for row in found.floor_features(9).features.tolist()} == others
+    assert found.floor_features(10) is None
+    assert found.dataset["name"] == "Fashion-MNIST at 16x16"
+    assert not found.fits((1, 28, 28))
 
 
 def test_the_packaged_network_sees_a_folder_of_grey_images(tmp_path):

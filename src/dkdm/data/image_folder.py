@@ -36,7 +36,10 @@ def image_folder(path: Path, skip_bad: bool = False) -> Source:
     skip_bad: leave out images that cannot be read, and say how many. Raises `DkdmError` for a
     folder without images, and for one that mixes both layouts.
     """
-    files, labels = list_images(path)
+    try:
+        files, labels = list_images(path)
+    except OSError as error:
+        raise DkdmError(f"{path} cannot be read ({error.strerror}): give another folder") from error
     return Source(
         name=path.resolve().name,
         digest=lambda: _digest(path, files),
@@ -49,14 +52,14 @@ def _digest(path: Path, files: Sequence[Path]) -> str:
     """A hash of the names and contents of all files."""
 
     def of_file(file: Path) -> str:
-        with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").hexdigest()
+        try:
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError:  # a link to nothing, or a folder: it counts as an image that cannot be read
+            content = "unreadable"
         return f"{file.relative_to(path).as_posix()}\0{content}\n"
 
-    try:
-        lines = _each(of_file, files, f"hashing {path.name}")
-    except OSError as error:
-        raise DkdmError(f"{error.filename} cannot be read ({error.strerror})") from error
+    lines = _each(of_file, files, f"hashing {path.name}")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -74,7 +74,7 @@ def load_reference(
     known = statistics_reference(path, network)
     if ADM_IMAGES not in array_names(path):
         return known
-    return with_images(known, source.open(network).shape, look)
+    return with_images(known, source.open(network), look)
 
 
 def _enough(reference: Reference) -> Reference:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from dkdm.data.reference import (
 )
 from dkdm.errors import DkdmError
 from dkdm.reading.files import atomic, cache_dir
+from dkdm.reading.sizes import in_a_line
 
 AT_ONCE = 50  # images of a batch
 FORMAT = "1"
@@ -85,6 +86,7 @@ class Summary:
             statistics=self.statistics,
             spatial=self.spatial,
             features=lambda: self.features.features,
+            num_images=len(self.features.features),
             floor_features=self.drawn,
             class_variance=self.class_variance,
             dataset={"type": name, "name": name},
@@ -174,11 +176,12 @@ def _write(file: Path, summary: Summary) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic(file) as partial:
             save_file(tensors, partial, {"about": json.dumps(about), "sums": json.dumps(sums)})
-    except OSError as error:
-        raise DkdmError(
-            f"{file.parent} cannot be written ({error.strerror}): set DKDM_CACHE to a folder with "
-            "room"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        print(
+            f"warning: what was computed cannot be kept in {file.parent} ({in_a_line(error)}): set "
+            "DKDM_CACHE to a folder with room",
+            file=sys.stderr,
+        )
 
 
 def _tensors(summary: Summary) -> dict[str, Tensor | None]:

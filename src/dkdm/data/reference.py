@@ -133,7 +133,7 @@ class Reference:
 
     - `statistics`, `spatial`: of the features of `network`; None if it gives none.
     - `features`: reads [M, D] of the images, for what needs single images; None if only their
-      statistics are known.
+      statistics are known. `num_images`: M, if it is known.
     - `floor`: statistics of other real images, known without computing anything; None if there are
       none.
     - `floor_features`: gives the features of so many real images, drawn at random with a fixed
@@ -149,6 +149,7 @@ class Reference:
     statistics: FeatureStatistics
     spatial: FeatureStatistics | None = None
     features: Callable[[], Tensor] | None = None
+    num_images: int | None = None
     floor: FeatureStatistics | None = None
     floor_features: Callable[[int], Features | None] = no_floor
     class_variance: Tensor | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dkdm.data.array_files import array_names, read_array
-from dkdm.data.real_images import Summary
+from dkdm.data.real_images import Images, Summary
 from dkdm.data.reference import FeatureExtractor, FeatureStatistics, Reference
 from dkdm.errors import DkdmError
 
@@ -43,18 +43,16 @@ def statistics_reference(path: Path, network: FeatureExtractor) -> Reference:
     )
 
 
-def with_images(
-    reference: Reference, shape: tuple[int, ...], look: Callable[[], Summary]
-) -> Reference:
+def with_images(reference: Reference, images: Images, look: Callable[[], Summary]) -> Reference:
     """The same statistics, and for what needs single images those of the same file.
 
-    shape: of the images. look: gives what the network sees in them; it is not called before it is
-    needed.
+    look: gives what the network sees in them; it is not called before it is needed.
     """
     seen = cache(look)
     return replace(
         reference,
-        shape=shape,
+        shape=images.shape,
+        num_images=images.count,
         features=lambda: seen().features.features,
         floor_features=lambda count: seen().drawn(count),
     )

@@ -130,6 +130,9 @@ def missing(metric: Metric, reference: Reference) -> str:
         "classes": network.class_names is None,
         "variance": reference.class_variance is None or "pixels" not in network.gives,
     }
+    few = reference.num_images is not None and reference.num_images < metric.least
+    if "real" in metric.needs and few:
+        return f"it holds {reference.num_images} image(s); give at least {metric.least}"
     return next((_LACKS[need] for need in sorted(metric.needs) if lacks[need]), "")
 
 

@@ -104,6 +104,7 @@ def fashion_reference(
         network=packaged,
         statistics=_statistics(tensors, name),
         features=lambda: packaged(load_fashion_mnist(split)[0]).features,
+        num_images=int(tensors[f"{name}.count"]),
         floor=_statistics(tensors, FLOORS[name]),
         floor_features=partial(_drawn, FLOORS[name], packaged),
         class_variance=tensors[f"{name}.class_variance"],
