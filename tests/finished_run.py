@@ -69,6 +69,12 @@ def write_metrics(run: Path, last: int) -> None:
     (run / "metrics.jsonl").write_text(lines + '{"step": 99')
 
 
+def write_validation(run: Path, metric: str, values: dict[int, float]) -> None:
+    lines = [json.dumps({"step": k, "validation": {metric: v}}) for k, v in values.items()]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(lines) + "\n")
+
+
 def write_stages(run: Path, *steps: int) -> None:
     (run / "samples").mkdir(exist_ok=True)
     for step in steps:

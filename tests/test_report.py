@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -17,7 +18,7 @@ from dkdm.evaluation.rows import comparison_rows, metric_rows
 from dkdm.reading.command_line import parse
 from dkdm.report import write_report
 from dkdm.report.page import command_line
-from finished_run import CONFIG, comparison, write_metrics, write_stages
+from finished_run import CONFIG, comparison, write_metrics, write_stages, write_validation
 
 HOSTILE = "\"><script>alert('x')</script>"
 VOID = {"meta", "link", "img", "br"}
@@ -92,6 +93,37 @@ def test_the_page_asks_for_nothing_from_outside(run):
     assert "script" not in page.tags
     assert not re.search(r"https?://|@import|url\(", page.source)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
+
+
+def test_the_curve_of_the_validation_shows_its_best(run):
+    config = replace(CONFIG, validation_metric="fd", ship_best=True)
+    (run / "config.json").write_text(to_json(config))
+    write_validation(run, "fd", {50: 8.0, 100: 2.5, 150: 4.0, 200: math.nan})
+    page = Page(write_report(run))
+    assert page.tags.count("svg") == 4
+    assert "Validation: fd" in page.text and "the best, which is shipped" in page.text
+    for said in ("measured: 8 at optimizer step 50", "best: 2.5 at optimizer step 100"):
+        assert said in page.text
+    assert "best: 8" not in page.text
+    assert "1.7 min" in page.text  # the last line with a speed, after one without
+
+
+def test_every_number_says_how_it_came_about(run):
+    weights = "of step 150, EMA, decay 0.9999; the best by fd"
+    replace(comparison(), weights=weights).save(run)
+    text = Page(write_report(run)).text
+    for said in (
+        "Samples 1,000 of each model, in pairs from the same noise",
+        "Sampler DDIM, 25 steps",
+        "Guidance none",
+        f"Weights {weights}",
+        "Seed 0",
+        "Reference fashion-test, 10,000 images",
+        "Features 64 features",
+        "Floor what 60,000 real images are given; Frechet distance 0.0123",
+        "Frechet distance real images 0.0123 2.00 3.00",
+    ):
+        assert said in text
 
 
 def test_hostile_names_are_text(run):
@@ -289,7 +321,9 @@ def test_the_page_shows_the_rows_of_the_comparison(run):
     assert labels[:2] == ["Frechet distance", "class accuracy"]
     assert labels[-1] == "images a second, 25 steps"
     for row in rows:
-        assert " ".join([row.label.capitalize(), *row.texts]) in page.text
+        label = row.label[0].upper() + row.label[1:]
+        floor = [f"real images {row.floor_text}"] if row.floor_text else []
+        assert " ".join([label, *floor, *row.texts]) in page.text
     accuracy = rows[1]
     assert (accuracy.texts, accuracy.ratio, accuracy.better) == (
         ("90.0 %",) * 2,

@@ -35,6 +35,11 @@ class Row:
         return tuple(map(self.format, values))
 
     @property
+    def floor_text(self) -> str:
+        """The floor as text; empty if it is unknown."""
+        return "" if self.floor is None else self.format(self.floor)
+
+    @property
     def ratio(self) -> str:
         """The student's value by the teacher's: 1.50 ×."""
         return ratio(self.student, self.teacher or 0)

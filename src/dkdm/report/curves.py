@@ -8,6 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dkdm.errors import UsageError
+from dkdm.evaluation.validation import watched
 from dkdm.reading.fields import is_number
 from dkdm.report.charts import Point, Series, bin_means, line_chart
 from dkdm.report.run import Run
@@ -29,6 +31,7 @@ def charts(run: Run) -> dict[str, Markup | None]:
     last = Series("last tenth", late, "student", markers=True)
     over = "noise level t / T"
     return {
+        "validation": validation_chart(run),
         "loss": line_chart(
             "Loss over the training",
             [Series("single lines", bin_means(loss, 300), "faint"), smoothed],
@@ -43,6 +46,26 @@ def charts(run: Run) -> dict[str, Markup | None]:
             "share of the output",
         ),
     }
+
+
+def validation_chart(run: Run) -> Markup | None:
+    """The validation metric over the steps, with the best; None for a run without one."""
+    name, points = run.config.evaluation.validation_metric, run.validated
+    if name is None or not points:
+        return None
+    values = Series("measured", points, "faint", markers=True)
+    best = Series("best", best_of(points, name), "student", markers=True)
+    return line_chart(f"{name} during the training", [values, best], "optimizer step", name)
+
+
+def best_of(points: Sequence[Point], metric: str) -> list[Point]:
+    """The first of the best points, in a list; empty for a metric that this version lacks."""
+    try:
+        better = watched(metric).better
+    except UsageError:
+        return []
+    best = min(points, key=lambda point: point[1] if better == "lower" else -point[1])
+    return [best]
 
 
 def level_means(entries: Sequence[dict[str, Any]]) -> list[Point]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dkdm.config import RunConfig, TrainConfig, to_json
+from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.numbers import count, number
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.reading.files import atomic
@@ -14,7 +15,7 @@ from dkdm.reading.files import render as render_template
 from dkdm.report.curves import charts
 from dkdm.report.run import Run, read_run
 from dkdm.report.strips import FIRST, strips
-from dkdm.report.tiles import tiles
+from dkdm.report.tiles import sentence, tiles
 
 REPORT = "report.html"
 
@@ -36,11 +37,12 @@ def render(run: Run) -> str:
     return render_template(
         "dkdm.report",
         "report.html.j2",
-        {"count": count, "number": number},
+        {"count": count, "number": number, "sentence": sentence},
         run=run,
         headline=headline(run),
         claim=claim(run),
         comparison=run.comparison,
+        how=circumstances_of(run.comparison).in_words() if run.comparison else [],
         rows=comparison_rows(run.comparison) if run.comparison else [],
         hero=hero,
         more=more,

@@ -23,6 +23,7 @@ from dkdm.evaluation.results import (
     read_evaluation,
     read_samples,
 )
+from dkdm.reading.fields import is_number
 from dkdm.reading.places import check_place
 from dkdm.report.grids import png_data_uri
 
@@ -31,10 +32,14 @@ STAGES = 6  # sample grids shown of the training
 
 @dataclass
 class Run:
-    """What a run folder holds, and one sentence for each part that is missing."""
+    """What a run folder holds, and one sentence for each part that is missing.
+
+    validated: steps at which `--validation-metric` was measured, and its values.
+    """
 
     config: DistillConfig | TrainConfig
     metrics: list[dict[str, Any]]
+    validated: list[tuple[int, float]] = field(default_factory=list)
     comparison: Comparison | None = None
     samples: dict[str, Tensor] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
@@ -78,7 +83,9 @@ def read_run(run_dir: Path) -> Run:
     for name in ("config.json", "metrics.jsonl", EVALUATION, SAMPLES):
         check_place(run_dir / name, run_dir)
     config = read_config(run_dir / "config.json")
-    run = Run(config, read_metrics(run_dir / "metrics.jsonl"))
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    logged = [entry for entry in lines if "validation" not in entry]
+    run = Run(config, logged, validated_in(lines, config.evaluation.validation_metric))
     if not run.metrics:
         run.missing.append("metrics.jsonl is empty: no training step was logged.")
     elif not run.is_finished:
@@ -92,6 +99,13 @@ def read_run(run_dir: Path) -> Run:
     if run.config.evaluation.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run
+
+
+def validated_in(lines: list[dict[str, Any]], metric: str | None) -> list[tuple[int, float]]:
+    """The steps at which a metric was measured, and its values."""
+    found = [(entry["step"], entry.get("validation")) for entry in lines]
+    pairs = [(step, values.get(metric)) for step, values in found if isinstance(values, dict)]
+    return [(step, value) for step, value in pairs if is_number(value)]
 
 
 @contextmanager

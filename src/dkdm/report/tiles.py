@@ -44,6 +44,11 @@ def tiles(run: Run) -> list[Tile]:
     return found
 
 
+def sentence(words: str) -> str:
+    """Words with a capital at the start; those inside, such as FID, stay as they are."""
+    return words[:1].upper() + words[1:]
+
+
 def _tile(row: Row) -> Tile:
     """A share as it is, any other measurement as a multiple of the teacher's."""
     teacher, student = row.texts
@@ -52,7 +57,7 @@ def _tile(row: Row) -> Tile:
     detail = f"{student} · teacher {teacher}; {row.better} is better"
     scale = 100 / (max(base, row.student) or 1.0)
     bars = ("teacher", round(scale * base, 1)), ("student", round(scale * row.student, 1))
-    return Tile(row.label.capitalize(), text, detail, bars)
+    return Tile(sentence(row.label), text, detail, bars)
 
 
 def _copy_tile(comparison: Comparison) -> list[Tile]:

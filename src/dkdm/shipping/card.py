@@ -171,8 +171,7 @@ def _with_floors(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The cells of a table; the floor's are empty where none is known."""
     if "floor" not in _heads(rows):
         return [(row.label, *row.texts) for row in rows]
-    floors = ["" if row.floor is None else row.format(row.floor) for row in rows]
-    return [(row.label, *row.texts, floor) for row, floor in zip(rows, floors, strict=True)]
+    return [(row.label, *row.texts, row.floor_text) for row in rows]
 
 
 def _results(task: str, measured: Measured) -> list[EvalResult] | None:
