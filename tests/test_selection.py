@@ -11,6 +11,7 @@ from dkdm.cli import main
 from dkdm.config import EvaluationOptions, TrainConfig
 from dkdm.core import checkpoint
 from dkdm.core.progress import MetricsFile, read_metrics
+from dkdm.core.randomness import derived_seed
 from dkdm.core.selection import Selection
 from dkdm.data.named import load_reference
 from dkdm.errors import UsageError
@@ -139,6 +140,17 @@ def test_the_average_gap_is_that_of_the_levels():
     perfect = Validation("gap", Sampling(4, 2, seed=0), (1.0, 1.0), teacher)
     assert perfect.measure(teacher) == pytest.approx(0, abs=1e-12)
     assert perfect.measure(student) > 0.01
+
+
+def test_the_distance_to_the_teacher_is_that_of_samples_from_other_noise():
+    teacher, student = denoiser(), denoiser(seed=1)
+    validation = Validation("teacher_distance", Sampling(5, 2, seed=0), (1.0, 1.0), teacher)
+    cond = student.conditioning.in_turns(5)
+    x = draw(student, cond, Sampling(5, 2, seed=0)).flatten(1).double()
+    y = draw(teacher, cond, Sampling(5, 2, derived_seed(0, "teacher"))).flatten(1).double()
+    apart, own, teachers = (torch.cdist(a, b) for a, b in ((x, y), (x, x), (y, y)))
+    expected = 2 * apart.mean() - own.sum() / 20 - teachers.sum() / 20
+    assert validation.measure(student) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(

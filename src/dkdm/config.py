@@ -409,8 +409,8 @@ class EvaluationOptions(Options, title="Evaluation"):
     """Sampler steps of the grids, of --validation-metric and of the final evaluation."""
     validation_metric: str | None = None
     """Metric measured with each grid, on the weights that would be shipped; the best weights are
-    kept in best/. gap needs no images; fd, fid, kid, precision, class_accuracy ... need a
-    reference. Default: none."""
+    kept in best/. gap and teacher_distance need no images; fd, fid, kid, precision, class_accuracy
+    ... need a reference. Default: none."""
     validation_samples: Annotated[int, Range(2, 10**6)] = 256
     """Samples drawn for --validation-metric, from the same noise every time."""
     ship_best: bool = False

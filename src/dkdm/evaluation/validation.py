@@ -11,14 +11,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.randomness import derived_seed
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
+from dkdm.evaluation.beside_teacher import MOST
 from dkdm.evaluation.comparison import GAP_SAMPLES, level_gaps
 from dkdm.evaluation.cost import undisturbed
+from dkdm.evaluation.energy import energy_distance
 from dkdm.evaluation.metrics import METRICS, Sampled, check, measure
-from dkdm.evaluation.numbers import percent
+from dkdm.evaluation.numbers import number, percent
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 
 REHEARSED = 6  # images that every metric can be measured of
@@ -34,6 +37,7 @@ class Watched(NamedTuple):
 
 WITHOUT_IMAGES = {
     "gap": Watched("gap to the teacher's output, mean over noise levels", "lower", percent),
+    "teacher_distance": Watched("energy distance to the teacher's samples", "lower", number),
 }
 
 
@@ -74,7 +78,8 @@ class Validation:
     def __post_init__(self) -> None:
         watched(self.name)
         if self.name in WITHOUT_IMAGES:
-            few = min(self.sampling.num_samples, GAP_SAMPLES)
+            most = GAP_SAMPLES if self.name == "gap" else MOST
+            few = min(self.sampling.num_samples, most)
             self.sampling = replace(self.sampling, num_samples=few)
             self.reference = None
             if self.teacher is None:
@@ -108,8 +113,10 @@ class Validation:
             if self.name == "gap":
                 return self._gap(student)
             cond = student.conditioning.in_turns(self.sampling.num_samples)
-            images = decoded(student, draw(student, cond, self.sampling, self.guidance[1]))
-            return self._value(images, cond.get("class_labels"))
+            samples = draw(student, cond, self.sampling, self.guidance[1])
+            if self.name == "teacher_distance":
+                return energy_distance(samples, self._teachers(cond)).distance
+            return self._value(decoded(student, samples), cond.get("class_labels"))
 
     def _value(self, images: Tensor, labels: Tensor | None) -> float:
         assert self.reference is not None  # else it was refused
@@ -124,12 +131,20 @@ class Validation:
     def _gap(self, student: Denoiser) -> float:
         assert self.teacher is not None  # else it was refused
         cond = student.conditioning.in_turns(self.sampling.num_samples)
+        x_0, seed = self._teachers(cond), self.sampling.seed
         with undisturbed(self.teacher):
-            if not self._of_teacher:
-                self._of_teacher.append(draw(self.teacher, cond, self.sampling, self.guidance[0]))
-            x_0, seed = self._of_teacher[0], self.sampling.seed
             gaps = level_gaps(self.teacher, student, x_0, cond, seed, *self.guidance)
         return fmean(gap.relative for gap in gaps)
+
+    def _teachers(self, cond: Condition) -> Tensor:
+        """Samples of the teacher, drawn once; their noise is none of the student's."""
+        assert self.teacher is not None  # else it was refused
+        if not self._of_teacher:
+            seed = derived_seed(self.sampling.seed, "teacher")
+            sampling = replace(self.sampling, seed=seed)
+            with undisturbed(self.teacher):
+                self._of_teacher.append(draw(self.teacher, cond, sampling, self.guidance[0]))
+        return self._of_teacher[0]
 
     @property
     def how(self) -> dict[str, Any]:
