@@ -20,6 +20,7 @@ from dkdm.config import (
     DoctorCommand,
     EvaluateCommand,
     ExportCommand,
+    HarvestCommand,
     InspectCommand,
     PlanCommand,
     PushCommand,
@@ -175,6 +176,25 @@ def _sample(options: SampleCommand) -> int:
     check_sample_file(how.output, how.overwrite)
     sample_to_file(_load(options), how)
     print(how.output)
+    return 0
+
+
+def _harvest(options: HarvestCommand) -> int:
+    from dkdm.evaluation.rows import metric_rows
+    from dkdm.runs.harvest import chosen_reference_of, harvest, teacher_and_run
+
+    how = options.harvest
+    check_output("--output", how.output, folder=True, overwrite=True)
+    teacher, run = teacher_and_run(options.model_choice)
+    if run is None:
+        given = options.conditions
+        teacher = _with_prompts(teacher, given.prompts, given.negative_prompt)
+    found = harvest(how, teacher, run, chosen_reference_of(how, teacher))
+    print(f"{found.folder}: {found.kept:,} samples that the run kept, {found.drawn:,} drawn with")
+    print(f"  {found.evaluations:,} teacher evaluations")
+    for row in metric_rows(found.metrics) if found.metrics else []:
+        print(f"{row.label:43s}{row.texts[0]:>14s}")
+    print(f"to train on it: {found.usage}")
     return 0
 
 
@@ -365,6 +385,7 @@ COMMANDS: dict[str, tuple[type[Grouped], Callable[[Any], int]]] = {
     "plan": (PlanCommand, _plan),
     "sample": (SampleCommand, _sample),
     "evaluate": (EvaluateCommand, _evaluate),
+    "harvest": (HarvestCommand, _harvest),
     "export": (ExportCommand, _export),
     "report": (ReportCommand, _report),
     "push": (PushCommand, _push),

@@ -752,6 +752,36 @@ class PushOptions(GivenRun):
     """Make a new repository private."""
 
 
+class HarvestOptions(Options, title="Harvest"):
+    """What to write, and how samples beyond those that a run kept are drawn."""
+
+    output: Path = Path("harvest")
+    """Folder to write. The same command goes on with one that it left unfinished."""
+    num_samples: Annotated[int, Range(1, 10**8)] = 1000
+    """Number of samples."""
+    format: Literal["png", "webdataset", "safetensors"] = "png"
+    """png: images in one folder for each class, prompts beside them. webdataset: tar files.
+    safetensors: tensors as the network has them, latents for a latent model."""
+    steps: Count = 50
+    """Sampler steps of each sample that is drawn."""
+    sampler: Sampler = "ddim"
+    """ddim, ddpm, euler, heun or dpm, as for dkdm sample."""
+    batch_size: Count = 64
+    """Samples drawn at once; they do not depend on it."""
+    seed: Seed = 0
+    """Random seed. Sample i depends on nothing but the seed and i."""
+    classes: tuple[ClassId, ...] | None = None
+    """Class ids, in turns. Default: those that the run's student learnt, or all."""
+    guidance_scale: Scale | None = None
+    """Scale of classifier-free guidance. Default: the run's, or 1."""
+    reference: str | None = None
+    """Real images to measure the set against, as for --evaluation-reference. Default: none."""
+    feature_network: str | None = None
+    """The Inception network's file, 'download', or 'fashion', as for dkdm distill."""
+    resize: Resize = "bilinear"
+    """How images are resized for the Inception network."""
+
+
 class SampleCommand(Grouped, command="sample"):
     """Draw samples from a model."""
 
@@ -824,6 +854,14 @@ class EvaluateCommand(Grouped, command="evaluate"):
     sampling: MeasuredSamples
     measurement: MeasurementOptions
     files: EvaluationFiles
+
+
+class HarvestCommand(Grouped, command="harvest"):
+    """Write finished samples of a run's teacher, or of a model, as a data set."""
+
+    model_choice: ExportedModel
+    conditions: GivenConditions
+    harvest: HarvestOptions
 
 
 class ExportCommand(Grouped, command="export"):
