@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dkdm.errors import DkdmError
 
-BLOCK = 2048
+BLOCK = 1024
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
@@ -23,17 +22,21 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     if min(n, m) < 2:
         raise DkdmError(f"{min(n, m)} image(s) have no kernel distance: give at least 2")
     a, b = a.double(), b.double()
-    within = [
-        (_sum_of_kernels(x, x) - float(_kernel((x * x).sum(1), x.shape[1]).sum()))
-        / (len(x) * (len(x) - 1))
-        for x in (a, b)
-    ]
-    return sum(within) - 2 * _sum_of_kernels(a, b) / (n * m)
+    within = sum(_sum_within(x) / (len(x) * (len(x) - 1)) for x in (a, b))
+    return within - 2 * sum(_sum_between(rows, b) for rows in a.split(BLOCK)) / (n * m)
 
 
-def _sum_of_kernels(a: Tensor, b: Tensor) -> float:
-    blocks = (_kernel(rows @ b.T, a.shape[1]).sum() for rows in a.split(BLOCK))
-    return float(sum(blocks, torch.zeros((), dtype=a.dtype)))
+def _sum_between(a: Tensor, b: Tensor) -> float:
+    return float(_kernel(a @ b.T, a.shape[1]).sum())
+
+
+def _sum_within(x: Tensor) -> float:
+    """Over all pairs of two different images; each is computed once."""
+    total, blocks = 0.0, x.split(BLOCK)
+    for i, rows in enumerate(blocks):
+        total += float(_kernel(rows @ rows.T, x.shape[1]).fill_diagonal_(0).sum())
+        total += 2 * sum(_sum_between(rows, others) for others in blocks[i + 1 :])
+    return total
 
 
 def _kernel(products: Tensor, size: int) -> Tensor:

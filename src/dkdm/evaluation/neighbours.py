@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dkdm.errors import DkdmError
 
-BLOCK = 2048
+BLOCK = 1024
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 
 
@@ -44,18 +44,18 @@ def coverage(real: Tensor, drawn: Tensor) -> Coverage:
     real, drawn = real.double(), drawn.double()
     near, far = _radii(real)
     reach = _radii(drawn)[0]
-    precise, dense, recalled, covered = [], [], [], torch.zeros(len(real), dtype=torch.bool)
-    for block in drawn.split(BLOCK):
+    precise, dense = [], []
+    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool)
+    for block, radius in zip(drawn.split(BLOCK), reach.split(BLOCK), strict=True):
         apart = torch.cdist(block, real)
         precise.append((apart <= near).any(dim=1))
+        recalled |= (apart <= radius[:, None]).any(dim=0)
         inside = apart <= far
         dense.append(inside.sum(dim=1))
         covered |= inside.any(dim=0)
-    for block in real.split(BLOCK):
-        recalled.append((torch.cdist(block, drawn) <= reach).any(dim=1))
     return Coverage(
         precision=_mean(torch.cat(precise)),
-        recall=_mean(torch.cat(recalled)),
+        recall=_mean(recalled),
         density=_mean(torch.cat(dense)) / DENSITY_NEIGHBOURS,
         coverage=_mean(covered),
     )
