@@ -21,7 +21,7 @@ from dkdm.reading.values import Range
 
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic", "images", "mixed"]
 FillKind = Literal["few-step", "ancestral", "none"]
-LossWeighting = Literal["uniform", "snr", "min-snr", "student"]
+LossWeighting = Literal["auto", "uniform", "capped", "snr", "min-snr", "student"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ProcessName = str
 EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
@@ -138,7 +138,8 @@ class StudentChoice(Options, title="Student"):
     student: str = "dit-xs"
     """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
     student_prediction: PredictionType | None = None
-    """What the student predicts. Default: what the teacher predicts, or what the scheduler given as
+    """What the student predicts. Default: v_prediction for a teacher of epsilon, if the student
+    starts from random weights; else what the teacher predicts, or what the scheduler given as
     --student-process says."""
     student_process: ProcessName = "teacher"
     """Noise process of the student: teacher, ddpm-linear, ddpm-cosine, flow, edm, or the path of a
@@ -211,12 +212,14 @@ class OptimizerOptions(Options, title="Optimizer"):
 class WeightingOptions(Options, title="Loss"):
     """What is minimized."""
 
-    loss_weighting: LossWeighting = "uniform"
+    loss_weighting: LossWeighting = "auto"
     """How noise levels are weighted. uniform: equally, on the student's output. snr, min-snr: by
-    the signal-to-noise ratio (capped at --snr-gamma), on the error of x_0. student: by how densely
-    the student's own process places its levels."""
+    the signal-to-noise ratio (capped at --snr-gamma), on the error of x_0. capped: by the same
+    ratio plus 1, which is uniform for v_prediction but for the cap. student: by how densely the
+    student's own process places its levels. auto: capped where v_prediction is the default for a
+    teacher of epsilon, else uniform."""
     snr_gamma: Annotated[float, Range(0, above=True)] = 5.0
-    """Largest signal-to-noise ratio that min-snr uses as a weight."""
+    """Largest signal-to-noise ratio that capped and min-snr use as a weight."""
 
 
 class LossOptions(WeightingOptions):

@@ -16,13 +16,14 @@ def weights_of_levels(
     """The weight of a sample's loss by its level, float64 [T].
 
     "snr" and "min-snr" weigh the x_0 error by SNR or min(SNR, gamma) whatever the student predicts
-    (arXiv 2303.09556, sec. 3.3); "uniform" leaves the output error as it is. level_weights: one
-    more weight of each level; None is 1.
+    (arXiv 2303.09556, sec. 3.3), "capped" by min(SNR, gamma) + 1; "uniform" leaves the output
+    error as it is. level_weights: one more weight of each level; None is 1.
     """
     alpha, sigma, own = student.process.alpha, student.process.sigma, student.parameterization
     further = torch.ones_like(alpha) if level_weights is None else level_weights
-    if options.loss_weighting in ("uniform", "student"):
+    if options.loss_weighting in ("auto", "uniform", "student"):
         return further
     snr = (alpha / sigma) ** 2
-    wanted = snr if options.loss_weighting == "snr" else snr.clamp(max=options.snr_gamma)
+    least = snr.clamp(max=options.snr_gamma)
+    wanted = {"snr": snr, "min-snr": least, "capped": least + 1}[options.loss_weighting]
     return wanted / x_0_slope(own.prediction, alpha, sigma, own.sigma_data) ** 2 * further

@@ -20,6 +20,7 @@ from dkdm.evaluation.numbers import duration
 from dkdm.models import chosen_teacher, place
 from dkdm.models.place import Offload
 from dkdm.runs.arms import ARMS
+from dkdm.runs.defaults import with_defaults
 from dkdm.runs.launch import checkpoint_to_resume
 from dkdm.runs.models import open_student, ready_teacher, student_warnings
 from dkdm.runs.outputs import reference_of
@@ -91,6 +92,7 @@ def describe(config: DistillConfig) -> str:
     teacher = chosen_teacher(config.teacher_choice)
     asked = config.conditions, guidance, config.evaluation, config.run.seed
     teacher = ready_teacher(teacher, *asked)
+    config = with_defaults(config, teacher, found)
     factory = config.teacher_choice.factory
     variance = arm.teaching(config.images_choice).variance
     student = open_student(teacher, config.student_choice, variance, factory)

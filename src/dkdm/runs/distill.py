@@ -19,6 +19,7 @@ from dkdm.models import chosen_teacher, place
 from dkdm.models.architectures import component_of
 from dkdm.runs.arms import ARMS
 from dkdm.runs.cost import advice, estimated, in_words, measured
+from dkdm.runs.defaults import with_defaults
 from dkdm.runs.launch import carry_out, checkpoint_to_resume, start_accelerator
 from dkdm.runs.models import (
     check_null_condition,
@@ -74,6 +75,7 @@ def distill(
         teacher = ready_teacher(
             teacher, config.conditions, config.guidance, config.evaluation, config.run.seed
         )
+        config = with_defaults(config, teacher, found)
         student = open_student(
             teacher,
             config.student_choice,

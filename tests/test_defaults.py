@@ -1,0 +1,66 @@
+"""What is decided by the teacher if the options leave it open; a run goes on as it began."""
+
+from dataclasses import replace
+
+import pytest
+
+from dkdm.config import DistillConfig, to_json
+from dkdm.core.prediction import Parameterization
+from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.runs.defaults import with_defaults
+
+MIXTURE = GaussianMixture.of([[0.0, 1.0]], 0.1)
+PROCESS = from_betas(beta_schedule("linear", 20))
+
+
+def teacher(kind="epsilon", process=PROCESS):
+    return mixture_denoiser(MIXTURE, process, Parameterization(kind))
+
+
+def decided(config, model=None, found=None):
+    config = with_defaults(config, model or teacher(), found)
+    return config.student_choice.student_prediction, config.loss.loss_weighting
+
+
+def test_a_new_student_of_an_eps_teacher_predicts_v_capped():
+    assert decided(DistillConfig()) == ("v_prediction", "capped")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"student_prediction": "epsilon"}, ("epsilon", "uniform")),
+        ({"loss_weighting": "snr"}, ("v_prediction", "snr")),
+        ({"student_init": "teacher"}, (None, "uniform")),
+        ({"student_process": "flow"}, (None, "uniform")),
+    ],
+)
+def test_what_is_given_decides(given, expected):
+    assert decided(DistillConfig(**given)) == expected
+
+
+@pytest.mark.parametrize(
+    "model", [teacher("v_prediction"), teacher("flow_prediction", rectified_flow(20))]
+)
+def test_other_teachers_have_students_of_their_kind(model):
+    assert decided(DistillConfig(), model) == (None, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("begun", "expected"),
+    [
+        ({}, (None, "uniform")),  # as earlier versions wrote it
+        ({"student_prediction": "v_prediction", "loss_weighting": "capped"}, None),
+        ({"student_prediction": "epsilon", "loss_weighting": "min-snr"}, None),
+    ],
+)
+def test_a_run_goes_on_as_it_began(tmp_path, begun, expected):
+    config = DistillConfig(**({"loss_weighting": "uniform"} | begun))
+    (tmp_path / "config.json").write_text(to_json(config))
+    found = tmp_path / "checkpoint-1"
+    found.mkdir()
+    expected = expected or (begun["student_prediction"], begun["loss_weighting"])
+    assert decided(DistillConfig(), found=found) == expected
+    started = replace(DistillConfig(), student_init=str(tmp_path))
+    assert decided(started) == (expected[0], "uniform")
