@@ -70,6 +70,7 @@ MOVED = RENAMED | {
 
 # Where names are now that a module had under its former name.
 SPLIT = {
+    "estimate": ("runs.distill",),
     "pool": ("core.chains", "core.fill"),
     "process": ("core.schedules", "core.clipping", "core.time", "core.matching"),
     "schedulers": ("models.stand_ins",),

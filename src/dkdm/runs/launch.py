@@ -31,8 +31,9 @@ from dkdm.errors import UsageError
 from dkdm.reading import files
 from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
-from dkdm.reading.plugins import named_code, split
+from dkdm.reading.plugins import split
 from dkdm.report import write_report
+from dkdm.runs.config_file import code_named_in
 from dkdm.runs.outputs import Measured
 from dkdm.shipping.card import NO_LICENCE, write_card
 from dkdm.shipping.hub import publish, reserve
@@ -75,23 +76,26 @@ def _trackers(wanted: str) -> list[str]:
     return names
 
 
-def checkpoint_to_resume(
+def check_run_folder(
     run: RunOptions, checkpoints: CheckpointOptions, command: type[RunConfig]
-) -> Path | None:
-    """The checkpoint that a run of this command goes on from; None if it starts anew.
-
-    Raises UsageError if the run cannot have its output folder; nothing is written.
-    """
-    folder, wanted = run.output_dir, checkpoints.resume_from_checkpoint
+) -> None:
+    """Raise UsageError if a run of this command cannot have its output folder."""
+    folder, existing = run.output_dir, run.output_dir / "config.json"
     files.check_output("--output-dir", folder, folder=True, overwrite=True)
-    existing = folder / "config.json"
-    if existing.is_file() and not wanted:
+    if not existing.is_file():
+        return
+    if not checkpoints.resume_from_checkpoint:
         raise UsageError(
             f"--output-dir {folder} already holds a run: give another folder, or "
             "--resume-from-checkpoint latest to go on with it"
         )
-    if existing.is_file() and type(read_config(existing)) is not command:
+    if type(read_config(existing)) is not command:
         raise UsageError(f"--output-dir {folder} holds a run of another command")
+
+
+def checkpoint_of(run: RunOptions, checkpoints: CheckpointOptions) -> Path | None:
+    """The checkpoint that the run goes on from; None if it starts anew."""
+    folder, wanted = run.output_dir, checkpoints.resume_from_checkpoint
     if wanted and folder.is_dir():
         check_folder(folder)
     return checkpoint.resolve(folder, wanted) if wanted else None
@@ -100,23 +104,22 @@ def checkpoint_to_resume(
 def carry_out(
     config: DistillConfig | TrainConfig,
     trainer: Trainer,
-    found: Path | None,
     measure: Callable[[Denoiser], Measured],
     before: Callable[[], None] = lambda: None,
     teacher: Denoiser | None = None,
 ) -> Path:
     """Train, measure the student, describe and publish it; returns the output folder.
 
-    found: the checkpoint that the run goes on from, if any. before: what is done first in the
-    folder of the run. teacher: of a distillation.
+    before: what is done first in the folder of the run. teacher: of a distillation.
     """
-    if found:
-        trainer.resume(found)
     config = claim_output(config, trainer.accelerator)
     before()
     started = time.monotonic()
-    student = run_to_end(trainer)
+    trainer.run()
     minutes = (time.monotonic() - started) / 60
+    trainer.accelerator.end_training()
+    student = trainer.averaged()
+    write_pipeline(trainer.output_dir, student)
     folder, card = config.run.output_dir, measure(student)._asdict()
     licensed = write_card(folder, student, config, teacher=teacher, minutes=minutes, **card)
     notes = [] if licensed else [f"{NO_LICENCE} {folder}/README.md"]
@@ -138,17 +141,7 @@ def claim_output(config: Config, accelerator: Accelerator) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
     with files.atomic(folder / "config.json") as partial:
         partial.write_text(to_json(config))
-    for name in ("teacher", "student", "network", "student_factory"):
-        for spec in named_code(getattr(config, name, None)):
-            remember({"spec": spec}, split(spec)[0])
+    for _, spec in code_named_in(config):
+        remember({"spec": spec}, split(spec)[0])
     accelerator.init_trackers("dkdm", {key: str(value) for key, value in config.flat().items()})
     return config
-
-
-def run_to_end(trainer: Trainer) -> Denoiser:
-    """Train, and write the pipeline of the averaged student; returns that student."""
-    trainer.run()
-    trainer.accelerator.end_training()
-    finished = trainer.averaged()
-    write_pipeline(trainer.output_dir, finished)
-    return finished

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -64,18 +66,28 @@ def source_of(
     size: int,
     pool: PoolOptions,
     guidance: GuidanceOptions,
+    synthetic: SyntheticOptions,
     conditions: TeacherConditions,
+    batch_size: int,
     seed: int,
     device: torch.device,
-) -> Pool | Synthetic:
-    """What the student learns from, of so many entries, unfilled."""
+) -> tuple[Pool | Synthetic, Callable[[], None]]:
+    """What the student learns from, with `size` entries, and what fills it.
+
+    Raises UsageError if it does not fit in memory, and for a synthetic set with a range of scales.
+    """
     if pool.source != "synthetic":
-        return make_pool(teacher, size, pool, guidance, conditions, seed, device)
-    dropout, scale = conditions.condition_dropout, guidance_of_set(guidance)
-    source = empty_set(teacher, student, size, seed=seed, condition_dropout=dropout, device=device)
+        states = make_pool(teacher, size, pool, guidance, conditions, seed, device)
+        return states, partial(fill, states, pool, batch_size)
+    dropout, (low, high) = conditions.condition_dropout, guidance.scales
+    if low != high:
+        raise UsageError(
+            f"--guidance-scale {guidance.guidance_scale}: --source synthetic takes one number"
+        )
+    images = empty_set(teacher, student, size, seed=seed, condition_dropout=dropout, device=device)
     if student.embeds_guidance:
-        source.conditions["guidance"] = torch.full((size,), scale)
-    return source
+        images.conditions["guidance"] = torch.full((size,), low)
+    return images, partial(draw_set, images, teacher, synthetic.synthetic_steps, low, batch_size)
 
 
 def make_pool(
@@ -87,10 +99,7 @@ def make_pool(
     seed: int,
     device: torch.device,
 ) -> Pool:
-    """An unfilled pool as the options describe it.
-
-    Raises UsageError if it does not fit in memory.
-    """
+    """An unfilled pool as the options describe it."""
     return empty_pool(
         teacher,
         size,
@@ -119,32 +128,6 @@ def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) 
             )
         return pool.pool_size
     return max(batch, min(round(pool.rho * num_levels * batch), training.samples_drawn))
-
-
-def prepare(
-    source: Pool | Synthetic,
-    teacher: Denoiser,
-    pool: PoolOptions,
-    guidance: GuidanceOptions,
-    synthetic: SyntheticOptions,
-    batch_size: int,
-) -> None:
-    """Let the teacher prepare the source: fill the pool, or draw the synthetic set."""
-    if isinstance(source, Pool):
-        fill(source, pool, batch_size)
-    else:
-        scale = guidance_of_set(guidance)
-        draw_set(source, teacher, synthetic.synthetic_steps, scale, batch_size)
-
-
-def guidance_of_set(guidance: GuidanceOptions) -> float:
-    """The guidance scale of a synthetic set. Raises UsageError for a range."""
-    low, high = guidance.scales
-    if low != high:
-        raise UsageError(
-            f"--guidance-scale {guidance.guidance_scale}: --source synthetic takes one number"
-        )
-    return low
 
 
 def fill(pool: Pool, options: PoolOptions, batch_size: int) -> None:
