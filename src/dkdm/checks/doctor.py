@@ -16,8 +16,9 @@ import torch
 from packaging.requirements import Requirement
 
 from dkdm.checks.findings import Finding
+from dkdm.errors import in_a_line
 from dkdm.reading.machine import usable_cores, usable_memory
-from dkdm.reading.sizes import GIB, in_a_line
+from dkdm.reading.sizes import GIB
 
 
 def examine() -> list[Finding]:

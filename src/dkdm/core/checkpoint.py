@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
 from dkdm.reading.places import check_folder, inside
-from dkdm.reading.sizes import in_a_line
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -71,7 +70,7 @@ def write_parts(folder: Path, parts: Mapping[str, Part], about: Mapping[str, Any
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         values[name] = {key: value for key, value in state.items() if key not in tensors}
         if tensors:
-            write_tensors(folder / f"{name}.safetensors", _apart(tensors))
+            write_tensors(folder / f"{name}.safetensors", tensors)
     (folder / STATE).write_text(json.dumps({**about, "parts": values}, indent=2) + "\n")
 
 
@@ -195,18 +194,14 @@ def verify_folder(folder: Path) -> None:
             raise DkdmError(f"checkpoint {folder}: {name} is damaged; resume from an earlier one")
 
 
-@contextmanager
-def restoring(folder: Path) -> Iterator[None]:
-    """Turn whatever fails while a checkpoint is restored into one DkdmError."""
-    try:
-        yield
-    except DkdmError:
-        raise
-    except Exception as error:  # optimizers and schedulers raise anything for a strange state
-        raise DkdmError(
+def restoring(folder: Path) -> AbstractContextManager[None]:
+    """Around what restores a checkpoint: optimizers and schedulers raise anything."""
+    return raised_as(
+        lambda error: DkdmError(
             f"checkpoint {folder} does not fit this run: {in_a_line(error)}; resume with the "
             "options the run was started with, or from an earlier checkpoint"
-        ) from error
+        )
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -249,9 +244,14 @@ def rotate(output_dir: Path, limit: int | None) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors."""
+    """Write named tensors as safetensors, which wants no two to share memory: they are copied."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    data, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart = tensor.clone() if memory in seen else tensor
+        data[name] = apart.detach().cpu().contiguous()
+        seen.add(memory)
     with atomic(path) as partial:
         save_file(data, partial)
 
@@ -296,10 +296,9 @@ def refuse_other_contents(folder: Path) -> None:
 
 
 def _refuse_code(path: Path) -> None:
-    try:
+    names: list[str] = []
+    with suppress(Exception):  # a damaged pickle may raise anything: what reads it says so
         names = unknown_names(path)
-    except Exception:  # a damaged pickle may raise anything: what reads it says so
-        return
     if names:
         raise more_than_weights(path, names)
 
@@ -324,16 +323,15 @@ def more_than_weights(path: Path, names: Sequence[str]) -> UsageError:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises DkdmError if it is missing or damaged."""
-    try:
+    said = f"{path}: cannot be read as safetensors"
+    with raised_as(lambda error: DkdmError(f"{said} ({in_a_line(error)})")):
         return load_file(path)
-    except Exception as error:  # a damaged header may raise anything
-        raise DkdmError(f"{path}: cannot be read as safetensors ({in_a_line(error)})") from error
 
 
 def save_network(network: nn.Module, folder: Path) -> None:
     """Write a network as diffusers does: config.json beside its weights."""
     save_config(network, folder)
-    write_tensors(folder / WEIGHTS, _apart(network.state_dict()))
+    write_tensors(folder / WEIGHTS, network.state_dict())
 
 
 def save_config(network: nn.Module, folder: Path) -> None:
@@ -343,16 +341,6 @@ def save_config(network: nn.Module, folder: Path) -> None:
     write: Callable[[Path], None] | None = getattr(knows_its_config, "save_config", None)
     if write is not None:
         write(folder)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which no two share memory, as safetensors wants them: shared ones are copied."""
-    apart, seen = {}, set()
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return apart
 
 
 def load_network_weights(network: nn.Module, folder: Path) -> None:

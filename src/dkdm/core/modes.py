@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FunctionType, MethodType
+from contextlib import contextmanager, suppress
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -55,19 +55,11 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _held_by_function(function: FunctionType) -> list[Any]:
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
     named = [function.__globals__.get(name) for name in function.__code__.co_names]
     modules = [value for value in named if isinstance(value, nn.Module)]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     return [*cells, *modules, *defaults]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 @contextmanager
@@ -96,16 +88,10 @@ def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
     """Call `train` of modules in another mode, since a network may define its own, then insist."""
     for module, training in zip(modules, modes, strict=True):
         if module.training != training:
-            _call_train(module, training)
+            with suppress(NotImplementedError):  # exported programs have no modes
+                module.train(training)
     for module, training in zip(modules, modes, strict=True):
         module.training = training
-
-
-def _call_train(module: nn.Module, mode: bool) -> None:
-    try:
-        module.train(mode)
-    except NotImplementedError:  # exported programs have no modes
-        return
 
 
 def put_into_evaluation(*callables: Any) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,10 +13,9 @@ from dkdm.core.bundle import Bundle
 from dkdm.core.conditioning import Condition, Conditioning, Interval
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
-from dkdm.errors import UsageError
+from dkdm.errors import UsageError, in_a_line
 from dkdm.reading.arguments import number, refuse
 from dkdm.reading.arrays import tensor
-from dkdm.reading.sizes import in_a_line
 from dkdm.reading.values import is_array
 
 FUNCTIONS = {
@@ -137,30 +135,19 @@ def check_finite(tried: Tried, output: Tensor, t: Tensor) -> None:
     )
 
 
-@contextmanager
-def explaining_misfits(tried: Tried, cond: Condition) -> Iterator[None]:
-    """Turn any error of a network that is evaluated in here into a UsageError with the remedy."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(_misfit(tried, cond, str(error), in_a_line(error))) from error
-
-
-def _misfit(tried: Tried, cond: Condition, error: str, line: str) -> str:
+def misfit(tried: Tried, cond: Condition, error: Exception) -> UsageError:
     """Why a network could not be evaluated, and what to do."""
-    refused = re.search(r"unexpected keyword argument '(\w+)'", error)
+    refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if refused is not None and refused[1] in tried.conditioning.embed(cond):
         name = refused[1]
-        return (
+        return UsageError(
             f"{tried.name} takes no argument '{name}': say how it is called, such as "
             f"Denoiser(..., call=lambda network, x, time, cond: network(x, time, "
             f"YOUR_ARGUMENT=cond['{name}'])), or leave conditioning out"
         )
-    return (
+    return UsageError(
         f"{tried.name} does not fit samples of shape {tried.sample_shape} with conditions "
-        f"{_shown(cond)}: {line}{_hint(tried, error)}"
+        f"{_shown(cond)}: {in_a_line(error)}{_hint(tried, str(error))}"
     )
 
 

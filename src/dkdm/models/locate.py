@@ -12,11 +12,10 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.models.effective import listed
 from dkdm.models.pipelines import LEFT_OUT
 from dkdm.reading.fields import read_json
-from dkdm.reading.sizes import in_a_line
 
 BUILTIN = Path(str(resources.files("dkdm"))) / "models" / "builtin"
 INDEX = "model_index.json"

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.models.formats.state_dict import read_header, read_weights
 from dkdm.reading.fields import Fields, is_number, shown
-from dkdm.reading.sizes import in_a_line
 
 LoraChoice = Path | str | tuple[Path | str, float]
 _DOWN = ".lora_A.weight"  # rows of these, in peft's names, are a layer's rank

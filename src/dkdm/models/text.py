@@ -15,7 +15,7 @@ import torch
 
 from dkdm.core.bundle import Bundle
 from dkdm.core.conditioning import Condition
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.models.components import Component
 from dkdm.models.effective import class_config
 from dkdm.models.pipelines import Encoding, encoding_of, text_pipelines
@@ -23,7 +23,6 @@ from dkdm.models.place import device_of_run
 from dkdm.models.prompts import Prompts, TextEncoders, folder_fingerprint
 from dkdm.reading.allowed import component_class
 from dkdm.reading.fields import Fields, read_json
-from dkdm.reading.sizes import in_a_line
 
 
 def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:

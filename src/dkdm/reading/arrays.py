@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dkdm.errors import UsageError
+from dkdm.errors import UsageError, in_a_line
 from dkdm.reading.arguments import refuse
-from dkdm.reading.sizes import in_a_line
 
 
 def table(name: str, value: Any, dtype: torch.dtype = torch.float64) -> Tensor:
