@@ -8,10 +8,9 @@ unconditional.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from dkdm.core.kinds import Conditioning as Conditioning
 from dkdm.core.kinds import Kind, Row
 from dkdm.core.process import per_sample
 from dkdm.errors import UsageError
-from dkdm.reading.arguments import NamedArguments, refuse, set_fields, whole
-from dkdm.reading.values import scalar
+from dkdm.reading.arguments import NamedArguments, given, refuse, set_fields, whole
+from dkdm.reading.values import Range
 
 
 @dataclass(frozen=True)
@@ -83,38 +82,32 @@ class ClassLabels(NamedArguments, Kind):
     ) -> None:
         if null is not None and null_class is not None:
             raise UsageError(f"ClassLabels: null is {null!r} and null_class too: give one of them")
-        null_class = null_class if null is None else null
-        set_fields(self, num_classes=num_classes, null_class=null_class)
-        set_fields(self, classes=classes, names=names, weights=weights)
-        self._check_numbers()
+        count = whole("ClassLabels: num_classes", num_classes, 1)
+        ids = Literal["absent"] | Annotated[int, Range(0, count)] | None
+        accepted = f"give {count}, one of 0..{count - 1} that is no class, 'absent' or None"
+        null = given("ClassLabels: null_class", null_class if null is None else null, ids, accepted)
+        set_fields(
+            self,
+            num_classes=count,
+            null_class=null,
+            classes=_row("classes", classes, int, "whole numbers"),
+            names=_row("names", names, str, "strings"),
+            weights=_row("weights", weights, float, "numbers"),
+        )
         self.check(self.drawn)
         if not self.drawn:
             raise UsageError("classes: give at least one class id")
-        if self.weights is None:
-            return
-        legal = all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)
-        if len(self.weights) != len(self.drawn) or not legal:
-            raise UsageError(
-                f"class weights {', '.join(map(str, self.weights))}: give {len(self.drawn)} "
-                "numbers >= 0 that are not all 0, one for each class"
-            )
-
-    def _check_numbers(self) -> None:
-        """Take whole numbers of any kind; raise UsageError for anything else."""
-        count = whole("ClassLabels: num_classes", self.num_classes, 1)
-        set_fields(self, num_classes=count)
-        if self.null_class is not None and not self.null_is_absent:
-            null = scalar(self.null_class)
-            if type(null) is not int or not 0 <= null <= count:
-                accepted = f"give {count}, one of 0..{count - 1} that is no class, 'absent' or None"
-                refuse("ClassLabels: null_class", self.null_class, accepted)
-            set_fields(self, null_class=null)
-        for name, each in (("classes", int), ("names", str), ("weights", float)):
-            given = getattr(self, name)
-            if given is not None:
-                set_fields(self, **{name: _row(f"ClassLabels: {name}", given, each)})
         if self.names is not None and len(self.names) != count:
             refuse("ClassLabels: names", self.names, f"give {count} names, one a class")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        weights = self.weights
+        if weights and (len(weights) != len(self.drawn) or min(weights) < 0 or not any(weights)):
+            raise UsageError(
+                f"class weights {', '.join(map(str, weights))}: give {len(self.drawn)} "
+                "numbers >= 0 that are not all 0, one for each class"
+            )
 
     @property
     def null_is_absent(self) -> bool:
@@ -218,17 +211,11 @@ class ClassLabels(NamedArguments, Kind):
         return TableOfLabels(count, count, self.classes, self.names, self.weights)
 
 
-def _row(name: str, value: Any, kind: type) -> tuple[Any, ...]:
-    """A tuple of ids, names or weights from any sequence of them."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    accepted = {int: "whole numbers", str: "strings", float: "numbers"}[kind]
-    if not isinstance(value, (tuple, list)):
-        refuse(name, value, f"give a tuple of {accepted}")
-    found = tuple(scalar(each) for each in value)
-    kinds = (int, float) if kind is float else (kind,)
-    if any(type(each) not in kinds for each in found):
-        refuse(name, value, f"give a tuple of {accepted}")
-    return found
+def _row(name: str, value: Any, kind: Any, accepted: str) -> Any:
+    """A tuple of ids, names or weights from any sequence of them; None stays."""
+    return given(
+        f"ClassLabels: {name}", value, tuple[kind, ...] | None, f"give a tuple of {accepted}"
+    )
 
 
 class TableOfLabels(ClassLabels):

@@ -69,10 +69,3 @@ def config_given(value: Any, kind: type[Config]) -> Config:
     if isinstance(value, dict):
         refuse("config", value, f"give dkdm.{name}(**values)")
     refuse("config", value, f"give a dkdm.{name}(...)")
-
-
-def path_given(name: str, value: Any, accepted: str = "give a path") -> Path:
-    """A path from a string or a path. Raises UsageError for anything else."""
-    if not isinstance(value, (str, Path)):
-        refuse(name, value, accepted)
-    return Path(value)

@@ -14,7 +14,7 @@ from dkdm.core.conditioning import Condition, Conditioning, Interval
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
 from dkdm.errors import UsageError, in_a_line
-from dkdm.reading.arguments import number, refuse
+from dkdm.reading.arguments import given, refuse
 from dkdm.reading.arrays import tensor
 from dkdm.reading.values import is_array
 
@@ -82,11 +82,8 @@ def constants_given(value: Any) -> Condition:
 
 def ends_given(name: str, value: Any) -> tuple[float, float]:
     """Two numbers, the smaller one first."""
-    value = value.tolist() if is_array(value) and value.ndim else value
     accepted = "give (smallest, largest), such as (0.0, 1.0)"
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        refuse(name, value, accepted)
-    low, high = (number(name, end) for end in value)
+    low, high = given(name, value, tuple[float, float], accepted)
     if low >= high:
         refuse(name, value, f"{accepted}: the smaller one comes first")
     return low, high

@@ -12,9 +12,10 @@ import torch
 
 from dkdm.config import EXPORTED
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.given import denoiser_given, path_given
+from dkdm.core.given import denoiser_given
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.numbers import count
+from dkdm.reading.arguments import given
 from dkdm.reading.files import check_output
 from dkdm.shipping.graph.description import describe_graph, sampling_tables
 from dkdm.shipping.graph.formats import Evaluate, Format, opened, require_onnx, runtime, write
@@ -46,7 +47,7 @@ def export_graph(
     file computes something else than the network (the file is kept).
     """
     denoiser = denoiser_given("export_graph: denoiser", denoiser)
-    output = path_given("export_graph: output", output, "give the file to write")
+    output = Path(given("export_graph: output", output, Path, "give the file to write"))
     _check(denoiser, format, opset)
     output, beside, weights = check_files(output, format, overwrite)
     inputs = random_inputs(denoiser, TRACED_ROWS)
