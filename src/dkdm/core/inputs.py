@@ -6,7 +6,7 @@ argument `cond` of its pipeline. When such a model is loaded, it asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dkdm.core.kinds import (
     Custom,
     Row,
     kind_of,
+    rows_of,
 )
 from dkdm.errors import UsageError
 from dkdm.reading.arrays import read_arrays
@@ -48,8 +49,7 @@ def try_conditioning(conditioning: Conditioning) -> None:
             f"{name}.draw gave other rows for the same generator: draw from `generator` alone, "
             "so that a run can be repeated and resumed"
         )
-    turns = _tried(f"{name}.in_turns", lambda: conditioning.in_turns(TRIED))
-    _same_rows(f"{name}.in_turns", turns, drawn)
+    _tried(f"{name}.in_turns", lambda: conditioning.in_turns(TRIED), like=drawn)
     _tried(f"{name}.embed", lambda: conditioning.embed(drawn))
     try:
         null = conditioning.null(TRIED)
@@ -60,8 +60,7 @@ def try_conditioning(conditioning: Conditioning) -> None:
             f"{name}.null raised {type(error).__name__}: raise dkdm.UsageError if there is no null "
             "condition"
         ) from error
-    _check_rows(f"{name}.null", null)
-    _same_rows(f"{name}.null", null, drawn)
+    _check_rows(f"{name}.null", null, like=drawn)
     dropped = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 1.0))
     if any(not torch.equal(dropped[key], value) for key, value in null.items()):
         raise UsageError(
@@ -89,18 +88,19 @@ def _random() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _tried(what: str, call: Any) -> Condition:
+def _tried(what: str, call: Callable[[], Any], like: Condition | None = None) -> Condition:
     try:
         found = call()
     except Exception as error:
         method = METHODS[what.rpartition(".")[2]]
         hint = f"; define {method}" if isinstance(error, TypeError) else ""
         raise UsageError(f"{what}({TRIED}) raised {type(error).__name__}: {error}{hint}") from error
-    _check_rows(what, found)
+    _check_rows(what, found, like)
     return dict(found)
 
 
-def _check_rows(what: str, found: Any) -> None:
+def _check_rows(what: str, found: Any, like: Condition | None) -> None:
+    """Raise UsageError for what are no rows, or not of the names, shapes and dtypes of `like`."""
     must = f"it must return a dict of tensors with one row a sample, here {TRIED}"
     if not isinstance(found, Mapping):
         raise UsageError(f"{what} returned {shown(found)}: {must}")
@@ -110,12 +110,7 @@ def _check_rows(what: str, found: Any) -> None:
         if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != TRIED:
             has = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(f"{what} returned {has} for '{key}': {must}")
-
-
-def _same_rows(what: str, found: Condition, drawn: Condition) -> None:
-    """The same names, shapes and dtypes as those that are drawn."""
-    ours = {key: (tuple(v.shape), v.dtype) for key, v in found.items()}
-    theirs = {key: (tuple(v.shape), v.dtype) for key, v in drawn.items()}
+    ours, theirs = rows_of(found), rows_of(found if like is None else like)
     if ours != theirs:
         raise UsageError(f"{what} returned {ours}, draw {theirs}: return the same names and shapes")
 

@@ -154,7 +154,7 @@ def kind_of(conditioning: Conditioning) -> Kind:
     return conditioning if isinstance(conditioning, Kind) else Custom(conditioning)
 
 
-def rows_of(embedded: Condition) -> dict[str, Row]:
+def rows_of(embedded: Mapping[str, Tensor]) -> dict[str, Row]:
     """Shape and dtype of one row of each tensor."""
     names = {key: str(value.dtype).removeprefix("torch.") for key, value in embedded.items()}
     return {key: Row(tuple(value.shape[1:]), names[key]) for key, value in embedded.items()}

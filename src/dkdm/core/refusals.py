@@ -14,7 +14,7 @@ from dkdm.core.conditioning import Condition, Conditioning, Interval
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
 from dkdm.errors import UsageError, in_a_line
-from dkdm.reading.arguments import given, refuse
+from dkdm.reading.arguments import given, instance, refuse
 from dkdm.reading.arrays import tensor
 from dkdm.reading.values import is_array
 
@@ -44,12 +44,9 @@ def check_network(network: Any) -> None:
 
 def check_kinds(process: Any, bundle: Any, name: Any) -> None:
     """Raise UsageError unless these are a Process, a Bundle and a string."""
-    if not isinstance(process, Process):
-        refuse("Denoiser: process", process, _instead_of_process(process))
-    if not isinstance(bundle, Bundle):
-        refuse("Denoiser: bundle", bundle, "leave it out, or give decode=function")
-    if not isinstance(name, str):
-        refuse("Denoiser: name", name, "give a string")
+    instance("Denoiser: process", process, Process, _instead_of_process(process))
+    instance("Denoiser: bundle", bundle, Bundle, "leave it out, or give decode=function")
+    instance("Denoiser: name", name, str, "give a string")
 
 
 def _instead_of_process(value: Any) -> str:
@@ -66,10 +63,8 @@ def parameterization_given(value: Any) -> Parameterization:
     """A parameterization, or the one that a word names."""
     if isinstance(value, str):
         return Parameterization(value)  # type: ignore[arg-type]
-    if not isinstance(value, Parameterization):
-        remedy = "give a word or dkdm.Parameterization(...), such as 'epsilon'"
-        refuse("Denoiser: parameterization", value, remedy)
-    return value
+    remedy = "give a word or dkdm.Parameterization(...), such as 'epsilon'"
+    return instance("Denoiser: parameterization", value, Parameterization, remedy)
 
 
 def constants_given(value: Any) -> Condition:

@@ -81,6 +81,16 @@ def given(name: str, value: Any, kind: Any, accepted: str = "") -> Any:
         refuse(name, value, accepted or f"give {error}")
 
 
+def instance(
+    name: str, value: Any, kind: Any, accepted: str, instead: Mapping[Any, str] | None = None
+) -> Any:
+    """An object of a class; instead: the remedy for one of another class, the first that fits."""
+    if isinstance(value, kind):
+        return value
+    remedies = (remedy for other, remedy in (instead or {}).items() if isinstance(value, other))
+    refuse(name, value, next(remedies, accepted))
+
+
 def number(
     name: str, value: Any, low: float = -FINITE, high: float = FINITE, open_low: bool = False
 ) -> float:

@@ -11,7 +11,7 @@ import keyword
 import math
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard, TypeVar
@@ -94,15 +94,10 @@ def read_yaml(text: str, where: str) -> Any:
 def depth(value: Any) -> int:
     """How many containers lie inside each other, without recursion."""
     deepest, level = 0, [value]
-    while level:
-        inner = [i for v in level if isinstance(v, (dict, list, tuple)) for i in _items(v)]
-        deepest += any(isinstance(v, (dict, list, tuple)) for v in level)
-        level = inner
+    while level := [v for v in level if isinstance(v, (dict, list, tuple))]:
+        deepest += 1
+        level = [i for v in level for i in (v.values() if isinstance(v, dict) else v)]
     return deepest
-
-
-def _items(value: Mapping[Any, Any] | Sequence[Any]) -> Iterator[Any]:
-    return iter(value.values() if isinstance(value, Mapping) else value)
 
 
 def shown(value: Any) -> str:
