@@ -71,8 +71,8 @@ def evaluating(*callables: Any, frozen: bool = False) -> Iterator[bool]:
     """
     modules = modules_behind(*callables)
     modes = [module.training for module in modules]
-    weights = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
-    weights = weights if frozen else []
+    held = modules if frozen else []
+    weights = [p for m in held for p in m.parameters(recurse=False) if p.requires_grad]
     _set_modes(modules, [False] * len(modules))
     for weight in weights:
         weight.requires_grad_(False)
@@ -108,30 +108,27 @@ def say_if(was_training: bool) -> None:
         print(WAS_TRAINING, file=sys.stderr)
 
 
-def silence_label_dropout(network: nn.Module) -> None:
+def silence_label_dropout(network: nn.Module) -> dict[Any, float]:
     """Switch off the dropout of labels that diffusers' DiT does by itself in training mode.
 
     Each of its blocks drops other labels, so that the student would not be fed the class of its
-    target. Conditions are dropped when they are drawn instead.
+    target. Conditions are dropped when they are drawn instead. Returns what each layer dropped.
     """
-    for layer in _label_embeddings(network):
+    from diffusers.models.embeddings import LabelEmbedding
+
+    layers = [layer for layer in network.modules() if isinstance(layer, LabelEmbedding)]
+    odds: dict[Any, float] = {layer: layer.dropout_prob for layer in layers}
+    for layer in layers:
         layer.dropout_prob = 0.0
+    return odds
 
 
 @contextmanager
 def without_label_dropout(network: nn.Module) -> Iterator[None]:
     """Silence the dropout of labels in here, and put it back afterwards."""
-    layers = _label_embeddings(network)
-    odds = [layer.dropout_prob for layer in layers]
-    silence_label_dropout(network)
+    odds = silence_label_dropout(network)
     try:
         yield
     finally:
-        for layer, before in zip(layers, odds, strict=True):
+        for layer, before in odds.items():
             layer.dropout_prob = before
-
-
-def _label_embeddings(network: nn.Module) -> list[Any]:
-    from diffusers.models.embeddings import LabelEmbedding
-
-    return [module for module in network.modules() if isinstance(module, LabelEmbedding)]
