@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class DkdmError(Exception):
-    """A run failed: the message says what, where, what was expected and what to do."""
+    """A run failed: the message says what failed, in which place, and what to do."""
 
     exit_code = 1
 

@@ -285,22 +285,18 @@ _OTHER_CONTENT = {
 
 def refuse_other_contents(folder: Path) -> None:
     """Call `refuse_other_content` for every file of weights that lies directly in a folder."""
-    files = sorted(path for path in folder.glob("*") if path.is_file())
+    weights = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
+    files = [path for path in weights if path.is_file()]
     for path in files:
-        if path.suffix in (".safetensors", ".bin"):
-            refuse_other_content(path)
-    if not any(path.suffix == ".safetensors" for path in files):
-        for path in files:
-            if path.suffix == ".bin":
-                _refuse_code(path)
-
-
-def _refuse_code(path: Path) -> None:
-    names: list[str] = []
-    with suppress(Exception):  # a damaged pickle may raise anything: what reads it says so
-        names = unknown_names(path)
-    if names:
-        raise more_than_weights(path, names)
+        refuse_other_content(path)
+    if any(path.suffix == ".safetensors" for path in files):
+        return  # which are read instead
+    for path in files:
+        names: list[str] = []
+        with suppress(Exception):  # a damaged pickle may raise anything: what reads it says so
+            names = unknown_names(path)
+        if names:
+            raise more_than_weights(path, names)
 
 
 def unknown_names(path: Path) -> list[str]:

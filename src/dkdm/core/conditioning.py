@@ -55,11 +55,11 @@ class ClassLabels(NamedArguments, Kind):
     """Class ids 0..num_classes-1, fed as `class_labels`.
 
     null_class: the id that means "no class", num_classes or one of the others, which then is no
-        class and is not drawn; "absent" calls the network without class_labels; None where the
-        model has none. `null` is another name of it.
+        class and is not drawn; "absent" calls the network without class_labels; None if the
+        model has no such id. `null` is another name of it.
     classes: the ids to draw from, which a student learnt; None is all.
     weights: how often each of those is drawn, relative to the others; None draws them equally.
-    names: what the ids mean, for pictures; None shows numbers.
+    names: what the ids mean, for images; None shows numbers.
     """
 
     asks = "class_labels"
