@@ -224,20 +224,15 @@ def with_rows(conditioning: Conditioning, path: Path | None) -> Conditioning:
     found = {key: _as_row(conditioning, key, v, path) for key, v in arrays.items()}
     rows = {key: value for key, value in found.items() if not key.startswith(NULL)}
     nulls = {key.removeprefix(NULL): v for key, v in found.items() if key.startswith(NULL)}
-    _complete(conditioning, rows, path, "")
-    if nulls:
-        _complete(conditioning, nulls, path, NULL)
+    wanted = [*conditioning.shapes, *(f"{NULL}{key}" for key in conditioning.shapes if nulls)]
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise UsageError(f"--cond {path} has no {', '.join(missing)}: add it")
     if len({len(value) for value in rows.values()}) != 1 or not len(next(iter(rows.values()))):
         raise UsageError(f"--cond {path}: give as many rows under each name, one at least")
     if any(len(value) != 1 for value in nulls.values()):
         raise UsageError(f"--cond {path}: give one row under each {NULL}NAME")
     return replace(conditioning, rows=rows, nulls=nulls or None)
-
-
-def _complete(conditioning: GivenRows, rows: Condition, path: Path, prefix: str) -> None:
-    missing = [f"{prefix}{key}" for key in conditioning.shapes if key not in rows]
-    if missing:
-        raise UsageError(f"--cond {path} has no {', '.join(missing)}: add it")
 
 
 def _as_row(conditioning: GivenRows, key: str, value: Tensor, path: Path) -> Tensor:
