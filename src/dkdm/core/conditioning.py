@@ -92,7 +92,7 @@ class ClassLabels(NamedArguments, Kind):
             null_class=null,
             classes=_row("classes", classes, int, "whole numbers"),
             names=_row("names", names, str, "strings"),
-            weights=_row("weights", weights, float, "numbers"),
+            weights=_row("weights", weights, float, "finite numbers"),
         )
         self.check(self.drawn)
         if not self.drawn:
@@ -103,7 +103,9 @@ class ClassLabels(NamedArguments, Kind):
 
     def _check_weights(self) -> None:
         weights = self.weights
-        if weights and (len(weights) != len(self.drawn) or min(weights) < 0 or not any(weights)):
+        if weights is None:
+            return
+        if len(weights) != len(self.drawn) or min(weights) < 0 or not any(weights):
             raise UsageError(
                 f"class weights {', '.join(map(str, weights))}: give {len(self.drawn)} "
                 "numbers >= 0 that are not all 0, one for each class"
