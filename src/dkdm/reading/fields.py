@@ -188,7 +188,7 @@ class Fields:
 
     def inner(self, name: str, default: Default = _REQUIRED) -> Fields | Default:
         """An object inside this one."""
-        found = self._read(name, default, Mapping)
+        found = self._read(name, default, Mapping[str, Any])
         return found if found is default else Fields(found, f"{self.where}: {name}")
 
 

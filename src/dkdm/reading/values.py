@@ -162,13 +162,8 @@ def made_of(cls: type[Made], values: object, where: str, **given: Any) -> Made:
         raise UsageError(f"{where}: give {error}") from error
 
 
-def _mapping(_: Any, value: Any, strict: bool) -> Any:
-    del strict
-    return accept(value, isinstance(value, Mapping), "an object")
-
-
 def _object(cls: Any, value: Any, strict: bool, given: Mapping[str, Any] | None = None) -> Any:
-    _mapping(cls, value, strict)
+    accept(value, isinstance(value, Mapping), "an object")
     hints, made = typing.get_type_hints(cls, include_extras=True), dict(given or {})
     for entry in dataclasses.fields(cls):
         required = entry.default is entry.default_factory is dataclasses.MISSING
@@ -206,6 +201,5 @@ _READERS: dict[Any, Callable[[Any, Any, bool], Any]] = {
     float: lambda kind, value, strict: _number(kind, value, _UNBOUNDED[kind], strict),
     str: _text,
     Path: _path,
-    Mapping: _mapping,
     type(None): _none,
 }
