@@ -32,6 +32,7 @@ KEPT = {
 RENAMED = {
     "api": "",
     "check_student": "checks.student",
+    "check_student.blame": "shipping.graph.fault_line",
     "datasets": "data.images",
     "estimate": "runs.cost",
     "evaluation.classes": "evaluation.metrics",
