@@ -68,8 +68,8 @@ def distill(
     check_run_folder(config.run, config.checkpoints, DistillConfig)
     ready = prepared(config, teacher, student)
     teacher, trainer = ready.teacher, ready.trainer
-    said = [*ready.warnings, f"student starts from {ready.start}"]
-    said.append(f"this run takes {in_words(ready.needed)}")
+    said = [f"student starts from {ready.start}", f"this run takes {in_words(ready.needed)}"]
+    said += ready.warnings
     if config.teacher_choice.check and trainer.step_number == 0:
         said.append(teacher_warning(teacher, ready.speeds.evaluation))
     for line in filter(None, said):

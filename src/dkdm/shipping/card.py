@@ -271,4 +271,4 @@ def _hyperparameters(options: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _without_path(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_without_path, value))
-    return Path(value).name if isinstance(value, Path) or "/" in str(value) else value
+    return Path(value).name if isinstance(value, str | Path) else value
