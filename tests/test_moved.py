@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 
 import dkdm
+from dkdm import models
 
 FORMER = {
     "dkdm": (
@@ -55,3 +56,9 @@ def test_a_name_is_the_same_object_under_its_former_module(module, name):
     former = getattr(import_module(f"dkdm.{module}"), name)
     assert former is getattr(dkdm, name, former)
     assert getattr(former, "__module__", "dkdm").startswith("dkdm")
+
+
+@pytest.mark.parametrize("name", ["locate", "place"])
+def test_a_former_module_does_not_replace_a_function_of_its_name(name):
+    assert import_module(f"dkdm.teachers.{name}") is import_module(f"dkdm.models.{name}")
+    assert callable(getattr(models, name))

@@ -103,12 +103,19 @@ class Moved:
         """No module of its own."""
 
     def exec_module(self, module: Any) -> None:
-        """The module of today takes the place of the empty one, unless it was split."""
+        """The module of today takes the place of the empty one, unless it was split.
+
+        A package's loaded modules are known under its former name at once: one that is imported
+        later becomes an attribute of the package, in place of a function of its name.
+        """
         name = module.__name__.partition(".")[2]
         if name in SPLIT:
             module.__getattr__ = partial(_found_in, (present_name(name), *SPLIT[name]))
-        else:
-            sys.modules[module.__name__] = _module(present_name(name))
+            return
+        found = sys.modules[module.__name__] = _module(present_name(name))
+        for inner in [each for each in sys.modules if each.startswith(f"{found.__name__}.")]:
+            former = inner.replace(found.__name__, module.__name__, 1)
+            sys.modules.setdefault(former, sys.modules[inner])
 
 
 def _module(name: str) -> ModuleType:
