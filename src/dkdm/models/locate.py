@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import huggingface_hub
+
 from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.models.effective import listed
 from dkdm.models.pipelines import LEFT_OUT
@@ -108,8 +110,6 @@ def download(
 
 def _listing(repo_id: str, revision: str | None) -> list[str] | None:
     """The names of all files, offline as they were last seen; None if they cannot be listed."""
-    import huggingface_hub
-
     try:
         found = huggingface_hub.HfApi().model_info(repo_id, revision=revision, timeout=20)
         return [file.rfilename for file in found.siblings or ()]
@@ -122,10 +122,9 @@ def _listing(repo_id: str, revision: str | None) -> list[str] | None:
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
+    fetch = huggingface_hub.snapshot_download
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+        return Path(fetch(repo_id, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # of the network, the hub, the disk: all end the download
         at = f" at revision {revision}" if revision else ""
         raise DkdmError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -99,8 +100,6 @@ def merge_loras(
 
 def _holder(network: nn.Module, pipeline: str | None, component: str) -> Any:
     """A pipeline of this class with nothing in it but the network."""
-    import diffusers
-
     cls: Any = getattr(diffusers, str(pipeline), None)
     if not hasattr(cls, "load_lora_weights") or not hasattr(network, "load_lora_adapter"):
         raise UsageError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 
 from dkdm.core.bundle import Bundle
@@ -65,8 +66,6 @@ class LazyEncoders:
     @cached_property
     def pipeline(self) -> Any:
         """The pipeline, until `release`."""
-        import diffusers
-
         kind, loaded = str(self.bundle.pipeline), {}
         for name, part in self.bundle.components.items():
             if _is_text(name):

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from dkdm.core.denoiser import Denoiser
@@ -50,6 +51,4 @@ def _int8_config() -> Any:
         from torchao.quantization import Int8WeightOnlyConfig
     except ImportError as error:
         raise DkdmError(NEEDED) from error
-    from diffusers import TorchAoConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return diffusers.TorchAoConfig(Int8WeightOnlyConfig())

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from torch import Tensor
 
 from dkdm.core.bundle import Bundle
@@ -59,8 +60,6 @@ def autoencoder_bundle(
     scale: latents are multiplied by it. path: of the checkpoint. Raises UsageError for an
     autoencoder of another kind, DkdmError if the weights are not its own.
     """
-    import diffusers
-
     kind = str(first_stage.get("target")).rpartition(".")[2]
     if kind not in _CLASSES:
         raise UsageError(
