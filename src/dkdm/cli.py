@@ -128,7 +128,6 @@ def _print_json(values: Any) -> None:
 
 
 def _show(how: PrintOptions, values: Any, table: Callable[[Console], None]) -> None:
-    """Print values as JSON for machines, or the table of them."""
     if how.json:
         _print_json(values)
     else:

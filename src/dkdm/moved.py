@@ -45,6 +45,7 @@ RENAMED = {
     "inspection.memory": "evaluation.memory",
     "inspection.tables": "checks.inspection.facts",
     "listing": "checks.student_table",
+    "names": "config",
     "own": "models.custom_network",
     "pictures": "report.grids",
     "plan": "checks.memory_plan",

@@ -63,7 +63,6 @@ def _required(requirement: Requirement) -> Finding:
 
 
 def _extra(extra: str, requirements: Iterable[Requirement]) -> Finding:
-    """An extra; it may be missing."""
     names = [r.name for r in requirements if _applies(r, extra) and not _applies(r)]
     missing = [name for name in names if _version(name) is None]
     if missing:

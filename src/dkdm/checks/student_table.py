@@ -116,7 +116,6 @@ def _timed_teacher(teacher: Denoiser, macs: int, how: MeasureOptions) -> Denoise
 def _with_speed(
     row: StudentRow, teacher: Denoiser, beside: Denoiser | None, how: MeasureOptions, seconds: float
 ) -> StudentRow:
-    """The row with the measured speed of its student."""
     student = untried_student_of(row.name, teacher)
     place(student, device_of_run())
     models = [student] if beside is None else [student, beside]

@@ -170,17 +170,14 @@ class ClassLabels(NamedArguments, Kind):
 
     @property
     def table_rows(self) -> int:
-        """As `Kind.table_rows`."""
         own = self.for_student()
         return max(own.num_classes, int(own.null_class or 0) + 1)
 
     def summary(self) -> str:
-        """As `Kind.summary`."""
         known = "" if self.classes is None else f"{len(self.drawn)} of "
         return f"{known}{self.num_classes} classes"
 
     def facts(self) -> dict[str, Any]:
-        """As `Kind.facts`."""
         return {
             "num_classes": self.num_classes,
             "null_class": self.null_class,
@@ -189,20 +186,16 @@ class ClassLabels(NamedArguments, Kind):
         }
 
     def shown_names(self, most: int) -> tuple[str, ...] | None:
-        """As `Kind.shown_names`."""
         del most
         return self.names
 
     def example(self, count: int) -> Condition:
-        """As `Kind.example`."""
         return self.in_turns(count)
 
     def fed(self) -> dict[str, Row]:
-        """As `Kind.fed`."""
         return {"class_labels": Row((), "int64")}
 
     def usage(self) -> str:
-        """As `Kind.usage`."""
         return f"class_labels={list(self.drawn[:4])}"
 
     def for_student(self) -> ClassLabels:

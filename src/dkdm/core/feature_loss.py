@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dkdm.core.calls import Network
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoiser import Denoiser
 from dkdm.core.positions import counterparts
-from dkdm.core.prediction import Prediction
 from dkdm.errors import UsageError
 
 Maps = dict[str, Tensor]
@@ -87,11 +86,8 @@ class Features(nn.Module):
 
         return replace(model, call=watching)
 
-    def forward(
-        self, student: Denoiser, prediction: Prediction, batch: Batch, target: Prediction
-    ) -> Tensor:
-        """A term of an objective: the loss between the last evaluations of both."""
-        del student, prediction, batch, target
+    def forward(self, *_: Any) -> Tensor:
+        """`loss`, as a term of an objective."""
         return self.loss()
 
     def loss(self) -> Tensor:

@@ -144,6 +144,7 @@ class GivenRows(AsksForRows):
     each, for guidance; None without.
     """
 
+    label = "GivenRows"
     shapes: Mapping[str, Row]
     rows: Condition | None = None
     nulls: Condition | None = None
@@ -182,13 +183,7 @@ class GivenRows(AsksForRows):
         """The same: they are given as the network is fed them."""
         return cond
 
-    @property
-    def label(self) -> str:
-        """As `Kind.label`."""
-        return "GivenRows"
-
     def fed(self) -> dict[str, Row]:
-        """As `Kind.fed`."""
         return dict(self.shapes)
 
     def example(self, count: int) -> Condition:

@@ -97,10 +97,7 @@ class Pool:
         return Batch(x, t, self._shown(rows, t), rows, (t - strides).clamp(min=-1))
 
     def _shown(self, rows: Tensor, t: Tensor) -> Condition:
-        """The conditions a batch is evaluated and moved under: those of its entries, or others.
-
-        The entries keep theirs. Source: Random Conditioning, arXiv 2504.02011.
-        """
+        """The entries' conditions or, at random, others to show in a batch (arXiv 2504.02011)."""
         cond = {key: value[rows] for key, value in self.cond.items()}
         if not self.random_conditioning:
             return cond

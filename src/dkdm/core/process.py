@@ -61,12 +61,9 @@ class Process(NamedArguments):
         change = torch.diff(self.alpha / self.sigma)
         if bool((change < 0).all()):
             return
-        turned = len(change) and bool((change > 0).all())
-        what = (
-            "give the tables from least to most noise (alpha.flip(0), ...)"
-            if turned
-            else ("two levels have the same noise, or more noise comes first")
-        )
+        what = "two levels have the same noise, or more noise comes first"
+        if len(change) and bool((change > 0).all()):
+            what = "give the tables from least to most noise (alpha.flip(0), ...)"
         raise UsageError(
             f"Process: alpha / sigma must fall strictly with t (0 = least noise): {what}"
         )
@@ -109,9 +106,8 @@ class Process(NamedArguments):
                 f"timesteps {int(t.min())}..{int(t.max())} are out of range: use "
                 f"-1..{self.num_levels - 1}"
             )
-        final_alpha, final_sigma = self.final
-        alpha = torch.cat([self.alpha, self.alpha.new_tensor([final_alpha])])
-        sigma = torch.cat([self.sigma, self.sigma.new_tensor([final_sigma])])
+        alpha = torch.cat([self.alpha, self.alpha.new_tensor(self.final[:1])])
+        sigma = torch.cat([self.sigma, self.sigma.new_tensor(self.final[1:])])
         return alpha[t], sigma[t]
 
     def snr(self) -> Tensor:

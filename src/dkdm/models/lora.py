@@ -114,10 +114,7 @@ def _holder(network: nn.Module, pipeline: str | None, component: str) -> Any:
 
 
 def _load(holder: Any, component: str, name: str, file: Path) -> None:
-    """Let a pipeline load one file as an adapter of its network.
-
-    The file is read here, as data; the pipeline converts its names. Raises as `merge_loras`.
-    """
+    """Read one file, as data, and let a pipeline convert its names and load it as an adapter."""
     where = f"--teacher-lora {file}"
     tensors = read_weights(file).tensors
     _check_tensors(tensors, where)

@@ -96,8 +96,7 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Described:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json; the pipeline of a folder whose class diffusers does not have is its
-    family's.
+    """model_index.json, with the class of its family in place of one that diffusers lacks.
 
     Raises UsageError if the file is missing.
     """

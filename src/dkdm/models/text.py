@@ -96,7 +96,6 @@ class LazyEncoders:
         return rows
 
     def _encode(self, prompts: Sequence[str], negative: bool = False) -> Condition:
-        """What the pipeline makes of prompts, or of negative prompts."""
         pipeline, outputs = self.pipeline, self.encoding.outputs
         arguments = self.encoding.all_arguments(self.bundle)
         arguments |= {"prompt": list(prompts), "device": pipeline.device}

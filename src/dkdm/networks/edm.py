@@ -1,7 +1,4 @@
-"""The UNets of EDM (arXiv 2206.00364, table 7): DDPM++, NCSN++ and ADM.
-
-Their weights have the names that they have in NVlabs/edm.
-"""
+"""The UNets of EDM (arXiv 2206.00364, table 7), DDPM++, NCSN++ and ADM, named as in NVlabs/edm."""
 
 from __future__ import annotations
 

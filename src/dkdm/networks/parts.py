@@ -1,7 +1,4 @@
-"""What several networks are made of. It needs torch and diffusers alone.
-
-A student ships these parts and its network in one file, see `shipped_source`.
-"""
+"""What several networks are made of; a student ships it in one file with its network."""
 
 from __future__ import annotations
 

@@ -121,7 +121,6 @@ class _In(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """What Python's import asks of a finder."""
         del target
         if path is not None or self.name not in (None, fullname):
             return None

@@ -100,11 +100,7 @@ def _front_matter(
     licence: Mapping[str, Any],
     metrics: Metrics | None,
 ) -> str:
-    """What the hub reads, as YAML.
-
-    There is no `base_model_relation`: the hub has none for a distillation (adapter, merge,
-    quantized, finetune).
-    """
+    """What the hub reads, as YAML; it has no `base_model_relation` for a distillation."""
     task = _task(denoiser)
     results = _results(task, metrics) if task and metrics else None
     tags = ["diffusers", "diffusion", "dkdm"]

@@ -131,7 +131,6 @@ def _name_in_card(card: Path, repo_id: str) -> None:
 
 
 def _explained(error: Exception, repo_id: str) -> DkdmError:
-    """The failure, with what to do about it."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
         return UsageError(f"--hub-model-id {repo_id}: not a valid name on the hub: {error}")

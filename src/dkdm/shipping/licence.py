@@ -24,11 +24,9 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 class Origin:
     """What others may read of a teacher; it holds no path of this machine.
 
-    - `name`: hub id, `builtin:NAME`, `module:factory`, or the last part of a path.
-    - `hub_id`: of the teacher itself; None if it is not known to be on the hub.
-    - `base_model`: hub id, or several, that the front matter of the student's card names.
-    - `licence`: `license`, `license_name` and `license_link` of the teacher's card; empty if
-      there is none (a checkpoint file has none).
+    name: hub id, `builtin:NAME`, `module:factory`, or the last part of a path. hub_id: of the
+    teacher itself; None if it is not known to be on the hub. base_model: hub ids for the student's
+    card. licence: the LICENCE_KEYS of the teacher's card; empty without one.
     """
 
     name: str

@@ -99,10 +99,7 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
 
 
 def _index_for_dkdm(denoiser: Denoiser) -> dict[str, Any]:
-    """What samples are, what they are drawn for, and the pipeline whose components these are.
-
-    diffusers skips names with an underscore.
-    """
+    """What dkdm reads back, under names with an underscore, which diffusers skips."""
     own, bundle = own_rows(denoiser), denoiser.bundle
     index: dict[str, Any] = _value_range(denoiser)
     if own:
@@ -227,7 +224,6 @@ def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dic
 def _pipeline_source(
     denoiser: Denoiser, component: str, components: Mapping[str, Component]
 ) -> str:
-    """The text of `pipeline.py`."""
     asks, bundle, coder = kind_of(denoiser.conditioning).asks, denoiser.bundle, None
     if "vae" in components and bundle.autoencoder is not None:
         coder = bundle.autoencoder

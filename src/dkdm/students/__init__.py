@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dkdm.config import ProcessName
-from dkdm.core.conditioning import Condition, Unconditional, for_student
+from dkdm.core.conditioning import Unconditional, for_student
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import Custom, kind_of
 from dkdm.core.prediction import PredictionType
@@ -121,17 +121,12 @@ def given_student(student: Denoiser | nn.Module, like: Denoiser) -> Denoiser:
 def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
     """A network read like another model; it is fed the time of the process's scheduler."""
     constants = like.constants if type(network) is type(like.network) else {}
-    if kind_of(like.conditioning).asks != "class_labels":
-        constants = constants | _constants(network)
+    norm = getattr(getattr(network, "config", None), "norm_type", None)
+    if norm == "ada_norm_zero" and kind_of(like.conditioning).asks != "class_labels":
+        constants = {**constants, "class_labels": torch.tensor(0)}  # a DiT always takes a class
     conditioning = for_student(like.conditioning)
     like = like if conditioning is like.conditioning else replace(like, conditioning=conditioning)
     return replace(like, network=network, constants=constants, name=name, time=None, call=None)
-
-
-def _constants(network: nn.Module) -> Condition:
-    """A DiT always takes a class; without classes it is fed class 0."""
-    norm = getattr(getattr(network, "config", None), "norm_type", None)
-    return {"class_labels": torch.tensor(0)} if norm == "ada_norm_zero" else {}
 
 
 def build_network(spec: str, interface: Interface, factory: Factory | None = None) -> nn.Module:

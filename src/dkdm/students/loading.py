@@ -71,7 +71,6 @@ def _network_folder(folder: Path) -> Path:
 
 
 def _averages(run: Path) -> bool:
-    """Whether a run uses its averaged weights."""
     try:
         return bool(read_json(run / "config.json", "a run's config").get("use_ema", True))
     except UsageError:

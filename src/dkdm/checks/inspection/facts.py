@@ -23,9 +23,8 @@ from dkdm.checks.inspection.check import (
 )
 from dkdm.checks.inspection.denoising import LevelError
 from dkdm.checks.inspection.readings import process_kind
-from dkdm.core.conditioning import Conditioning
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of
+from dkdm.core.kinds import Conditioning, kind_of
 from dkdm.core.process import Process
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
 from dkdm.evaluation.memory import evaluation_mib, weights_mib

@@ -142,7 +142,6 @@ def _says(entries: Mapping[str, Any], denoiser: Denoiser, change: Change) -> boo
 
 
 def _scheduler_file(denoiser: Denoiser) -> str:
-    """The file that the entries belong to."""
     file = Path(denoiser.name) / "scheduler" / "scheduler_config.json"
     return str(file) if file.is_file() else f"the scheduler_config.json of {denoiser.name}"
 

@@ -152,7 +152,6 @@ def shipping(case: Case) -> list[Finding]:
 
 
 def _made_by_file(text: str, save_config: Any) -> Any:
-    """The network that the shipped file makes."""
     with tempfile.TemporaryDirectory() as name, torch.random.fork_rng():
         file = Path(name) / "dkdm_shipped_for_a_check.py"
         file.write_text(text, encoding="utf-8")
