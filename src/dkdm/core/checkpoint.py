@@ -152,7 +152,6 @@ class OptimizerState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         entries: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             index, _, key = name.partition(".")
@@ -347,8 +346,7 @@ def load_network_weights(network: nn.Module, folder: Path) -> None:
 def load_strict(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     """Load weights whose keys and shapes are exactly the network's.
 
-    Raises DkdmError listing the first keys that are missing, unexpected or of another shape;
-    nothing is loaded then.
+    Raises DkdmError, and loads nothing, naming the first that are missing, unexpected or differ.
     """
     own = network.state_dict()
     wrong = {

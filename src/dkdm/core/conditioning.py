@@ -2,8 +2,7 @@
 
 A condition is a dict of tensors with one row a sample. What a source stores and draws is small (a
 class id, the number of a prompt); `embed` turns it into what the network is fed, whose keys are
-named as in diffusers (`class_labels`, `encoder_hidden_states`, ...). The empty dict is
-unconditional.
+named as in diffusers (`class_labels`, ...). The empty dict is unconditional.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ class Unconditional(NamedArguments, Kind):
     """No condition at all."""
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
-        """The empty condition."""
         del count, generator, dropout
         return {}
 
@@ -42,7 +40,6 @@ class Unconditional(NamedArguments, Kind):
         )
 
     def in_turns(self, count: int) -> Condition:
-        """The empty condition."""
         del count
         return {}
 
@@ -149,7 +146,6 @@ class ClassLabels(NamedArguments, Kind):
         return dropped(self, {"class_labels": ids[chosen]}, generator, dropout)
 
     def null(self, count: int) -> Condition:
-        """The null class for every sample."""
         if self.null_class is None:
             raise UsageError(
                 f"guidance and condition dropout need a null class, and this model does not say "
@@ -161,7 +157,6 @@ class ClassLabels(NamedArguments, Kind):
         return {"class_labels": torch.full((count,), null)}
 
     def in_turns(self, count: int) -> Condition:
-        """The classes one after the other."""
         return self.of([self.drawn[i % len(self.drawn)] for i in range(count)])
 
     def absent(self, cond: Condition) -> Tensor | None:

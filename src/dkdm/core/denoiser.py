@@ -304,8 +304,7 @@ class Denoiser(NamedArguments):
         """Draw samples with `num_steps` evaluations each.
 
         noise: step -> [B, ...] standard normal; step -1 asks for the starting noise. cond: one row
-        a sample; spacing: of the steps, None is the process's. Returns x_0 [B, ...], drawn in
-        evaluation mode.
+        a sample; spacing: None is the process's. Returns x_0 [B, ...], drawn in evaluation mode.
         """
 
         def predict(x: Tensor, t: Tensor) -> Prediction:

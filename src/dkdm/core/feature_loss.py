@@ -29,8 +29,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Features(nn.Module):
     """Pairs of stages, (teacher's, student's) by module name, with a projection each.
 
-    weight: of their loss, a term of the objective. Features are those of the last evaluation of
-    `watched` models.
+    weight: of their loss. Features are those of the last evaluation of `watched` models.
     """
 
     def __init__(
@@ -225,8 +224,7 @@ def feature_map(output: Any, sides: tuple[int, ...]) -> Tensor | None:
 
 
 def _map_of(part: Tensor, sides: tuple[int, ...]) -> Tensor | None:
-    """One tensor as a map. Audio's map [B, C, L] differs from tokens by an L that divides its
-    length."""
+    """One tensor as a map; audio's [B, C, L] is none of tokens if L divides its length."""
     is_map = part.ndim == len(sides) + 2
     if is_map and (len(sides) != 1 or sides[0] % part.shape[2] == 0):
         return part

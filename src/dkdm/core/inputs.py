@@ -158,13 +158,11 @@ class GivenRows(AsksForRows):
         return self.rows
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
-        """Some of the given rows."""
         rows = self._given()
         chosen = torch.randint(len(next(iter(rows.values()))), (count,), generator=generator)
         return dropped(self, {k: v[chosen] for k, v in rows.items()}, generator, dropout)
 
     def null(self, count: int) -> Condition:
-        """The given null row for every sample."""
         if self.nulls is None:
             names = ", ".join(f"{NULL}{key}" for key in self.shapes)
             raise UsageError(
@@ -174,7 +172,6 @@ class GivenRows(AsksForRows):
         return {k: v.expand(count, *v.shape[1:]) for k, v in self.nulls.items()}
 
     def in_turns(self, count: int) -> Condition:
-        """The given rows one after the other."""
         rows = self._given()
         order = torch.arange(count) % len(next(iter(rows.values())))
         return {key: value[order] for key, value in rows.items()}
@@ -187,7 +184,6 @@ class GivenRows(AsksForRows):
         return dict(self.shapes)
 
     def example(self, count: int) -> Condition:
-        """Zeros."""
         return {
             key: torch.zeros(count, *row.shape, dtype=DTYPES[row.dtype])
             for key, row in self.shapes.items()

@@ -59,8 +59,7 @@ class Row:
 class Kind:
     """What dkdm asks of a conditioning; the answers are those of a model without conditions.
 
-    asks: what a pipeline asks its user for: prompts, class ids, or what the network is fed; None if
-        it asks for nothing.
+    asks: what a pipeline asks its user for: prompts, class ids, what the network is fed, or None.
     """
 
     asks: ClassVar[Asks | None] = None

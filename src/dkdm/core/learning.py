@@ -90,7 +90,6 @@ class Ema:
         return self.weights
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore them."""
         self.weights = {k: state[k].to(v.device, v.dtype) for k, v in self.weights.items()}
 
 

@@ -115,8 +115,7 @@ class Pool:
     def target(self, batch: Batch) -> Prediction:
         """The one teacher evaluation of the batch (two with guidance).
 
-        If the chain alone is guided, it is the unguided prediction, which carries the guided one
-        for `move`.
+        If the chain alone is guided, it is unguided and carries the guided one for `move`.
         """
         self.count(batch.rows, batch.t)
         unguided, guided = self.teacher.predict_both(batch, self.guidance.of(batch.cond))

@@ -163,8 +163,7 @@ def x_0_slope(
 ) -> Tensor:
     """|d output / d x_0| at fixed x, so that an output error is this times the x_0 error.
 
-    Its square turns weights on x_0 into weights on the output (min-SNR, arXiv 2303.09556).
-    Returns float64 [B].
+    float64 [B]; its square turns weights on x_0 into those on the output (arXiv 2303.09556).
     """
     _, q, n = KINDS[kind](alpha, sigma, sigma_data).x_0
     return (torch.ones_like(alpha) * n / q).abs()

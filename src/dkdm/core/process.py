@@ -125,8 +125,7 @@ class Process(NamedArguments):
     def timesteps(self, num_steps: int, spacing: Spacing | None = None) -> list[int]:
         """The levels a sampler of `num_steps` steps visits, from most to least noise.
 
-        Spacings as in diffusers (arXiv 2305.08891, table 2). Raises UsageError for a number of
-        steps outside 1..T.
+        Spacings as in diffusers (arXiv 2305.08891, table 2). Raises UsageError outside 1..T steps.
         """
         total = self.num_levels
         num_steps = whole("sampling steps", num_steps, -(2**31))

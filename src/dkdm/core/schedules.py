@@ -113,8 +113,7 @@ def rectified_flow(
     """A straight-line flow, `x_t = (1 - sigma) x_0 + sigma eps`, sigma = 1 at t = T-1.
 
     shift: moves levels towards noise, `shift * u / (1 + (shift - 1) u)` for T even steps of u up to
-    1 (SD3, arXiv 2403.03206, Eq. 23); lowest: u at t = 0, None is 1 / T. The network is fed
-    sigma * T.
+    1 (SD3, arXiv 2403.03206, Eq. 23); lowest: u at t = 0, None is 1 / T. Networks are fed sigma T.
     """
     num_levels = whole("num_levels", num_levels, 2, MAX_LEVELS)
     shift = number("shift", shift, 0, open_low=True)

@@ -74,8 +74,7 @@ class Pipeline:
         components has in its name, if components alone do not tell.
     schedulers: the only ones it samples with, since it scales neither its network's input nor the
         first noise; None: any. flow: whether it samples flows, or else the others.
-    output: the attribute of its result that holds the samples. asks_size: whether it must be given
-        the size in pixels.
+    output: attribute of its result with the samples. asks_size: whether it asks for the pixels.
     """
 
     name: str

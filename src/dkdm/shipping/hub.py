@@ -33,8 +33,7 @@ def reserve(hub: HubOptions, output_dir: Path) -> HubOptions:
     """Before a run: check that its repository can be written to; create a missing one.
 
     Returns the options with the repository's full name; unchanged without --push-to-hub.
-    Raises UsageError if the user is not logged in or may not write, DkdmError if the hub cannot be
-    reached.
+    Raises UsageError without a login that may write, DkdmError if the hub cannot be reached.
     """
     if not hub.push_to_hub or not PartialState().is_main_process:
         return hub

@@ -22,8 +22,7 @@ def write_int8_folder(denoiser: Denoiser, folder: Path, overwrite: bool = False)
     """Write the pipeline folder with the weights of linear layers in int8, the rest in bfloat16.
 
     diffusers loads it if torchao is installed, by the config beside the weights. Raises UsageError
-    for a folder that exists and for a network that is not a diffusers model, DkdmError if torchao
-    is not installed.
+    for a folder that exists and for a network of another library, DkdmError without torchao.
     """
     check_output("--output", folder, folder=True, overwrite=overwrite)
     network: Any = denoiser.network

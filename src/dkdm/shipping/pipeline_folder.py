@@ -189,8 +189,7 @@ def _asks_as_dit(conditioning: Conditioning) -> bool:
 
 
 def _stock_process(pipeline: Pipeline, process: Process) -> bool:
-    """Whether a pipeline can sample a process: it takes either flows or the others, and starts a
-    flow at pure noise."""
+    """Whether a pipeline samples a process: flows from pure noise on, or the others."""
     scheduler = process.scheduler["_class_name"]
     odd = process.scheduler.get("use_flow_sigmas", False)  # pipelines pass sigmas of their own
     if scheduler not in (pipeline.schedulers or (scheduler,)) or odd:

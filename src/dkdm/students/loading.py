@@ -29,8 +29,7 @@ def load_student(
         weights; None makes it from its config.json. factory: the code that makes a custom network,
         `module:name` or a callable; None takes the one that config.json names if this machine wrote
         that file, and refuses otherwise: code that a folder names or holds is never run.
-    Raises UsageError if no network is there or it cannot be made, DkdmError if the weights are not
-    those of the network.
+    Raises UsageError if no network is there or can be made, DkdmError if the weights do not fit.
     """
     accepted = "give a run, a checkpoint or a folder"
     folder = Path(given("load_student: folder", folder, Path, accepted))

@@ -28,8 +28,7 @@ def dit(interface: Interface, width: int, depth: int, heads: int) -> nn.Module:
 def mmdit(interface: Interface, width: int, depth: int) -> nn.Module:
     """diffusers' SD3Transformer2DModel: image and text tokens attend to each other (MM-DiT).
 
-    Raises UsageError for samples that are not square, and for a teacher without text or without a
-    pooled embedding of it.
+    Raises UsageError for samples that are not square, and without text or its pooled embedding.
     """
     sizes = _square(interface)
     return diffusers.SD3Transformer2DModel(

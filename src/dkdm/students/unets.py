@@ -70,8 +70,7 @@ def adm(
 ) -> nn.Module:
     """dkdm's AdmUNet: the paper's network, weight for weight (arXiv 2105.05233).
 
-    attention: heights as in `unet`. Raises UsageError if the sample shape cannot be halved as often
-    as there are levels.
+    attention: heights as in `unet`. Raises UsageError as `unet` does.
     """
     in_channels, height, _ = interface.shape_of("images")
     check_halvings(interface, len(channels))

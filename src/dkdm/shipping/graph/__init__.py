@@ -103,8 +103,7 @@ def largest_difference(
 
 
 def check_files(output: Path, format: Format, overwrite: bool = False) -> tuple[Path, Path, Path]:
-    """The paths of graph, description and separate weights. Raises UsageError if any of them cannot
-    be written."""
+    """The paths of graph, description and weights. Raises UsageError for one not to be written."""
     check_output("--output", output, suffixes=(Path(EXPORTED[format]).suffix,), overwrite=overwrite)
     beside = (output.with_name(f"{output.name}.{end}") for end in ("json", "data"))
     description, weights = (check_output("--output", p, overwrite=overwrite) for p in beside)
