@@ -102,7 +102,6 @@ _INSTEAD = {
 
 
 def _instead_of(name: str) -> str:
-    """What somebody who asks for this name may want."""
     if name.startswith("__"):
         return ""
     if name.lower() in _INSTEAD:

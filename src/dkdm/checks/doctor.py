@@ -98,7 +98,6 @@ def _torchvision() -> Finding:
 
 
 def _requiring(name: str) -> list[str]:
-    """Installed packages that require `name`."""
     found = set()
     for distribution in metadata.distributions():
         lines = (line for line in distribution.requires or [] if line.startswith(name))

@@ -224,7 +224,7 @@ def feature_map(output: Any, sides: tuple[int, ...]) -> Tensor | None:
 
 
 def _map_of(part: Tensor, sides: tuple[int, ...]) -> Tensor | None:
-    """One tensor as a map; audio's [B, C, L] is none of tokens if L divides its length."""
+    """One tensor as a map; audio's [B, C, L] differs from tokens if L divides its length."""
     is_map = part.ndim == len(sides) + 2
     if is_map and (len(sides) != 1 or sides[0] % part.shape[2] == 0):
         return part

@@ -38,7 +38,6 @@ def _roots(value: Any, depth: int) -> Iterator[nn.Module]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What a callable or a container holds."""
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, functools.partial):

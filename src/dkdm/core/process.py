@@ -57,7 +57,6 @@ class Process(NamedArguments):
         self._check_rest()
 
     def _check_order(self) -> None:
-        """Raise UsageError unless the noise grows with t."""
         change = torch.diff(self.alpha / self.sigma)
         if bool((change < 0).all()):
             return
@@ -69,7 +68,6 @@ class Process(NamedArguments):
         )
 
     def _check_rest(self) -> None:
-        """Raise UsageError for a wrong clean end, clipping, spacing, offset or scheduler."""
         if not isinstance(self.clipping, Clipping):
             refuse("Process: clipping", self.clipping, "give a dkdm.Clipping(range=...)")
         chosen("Process: spacing", self.spacing, get_args(Spacing), {})

@@ -164,6 +164,5 @@ def _hint(tried: Tried, error: str) -> str:
 
 
 def _shown(cond: Condition) -> str:
-    """Conditions by name, ids with their values."""
     shown = [f"{k} {v.tolist()}" if v.ndim == 1 else k for k, v in sorted(cond.items())]
     return ", ".join(shown) or "none"

@@ -86,7 +86,6 @@ def from_betas(betas: Tensor | np.ndarray | Sequence[float], **fields: Any) -> P
 
 
 def _checked_betas(given: Any) -> Tensor:
-    """The betas, float64 [T]. Raises UsageError for anything that cannot be betas."""
     exact = table("betas", given)
     falls = len(exact) > 1 and bool((torch.diff(exact) < 0).all())
     if falls and exact[0] > 0.5:
@@ -158,7 +157,6 @@ def karras(
 
 
 def _sigma_range(low: float, high: float) -> tuple[float, float]:
-    """The least and the most noise. Raises UsageError unless they are in this order."""
     low = number("sigma_min", low, 0, open_low=True)
     high = number("sigma_max", high, 0, open_low=True)
     if low >= high:

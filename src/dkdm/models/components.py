@@ -77,7 +77,6 @@ class Component:
         return part
 
     def _check_tokenizer(self) -> None:
-        """Raise DkdmError for a tokenizer that needs a package which is not installed."""
         pieces = next(iter(sorted(self.folder.glob("*.model"))), None)
         lacks = find_spec("sentencepiece") is None
         if pieces is not None and lacks and not (self.folder / "tokenizer.json").is_file():

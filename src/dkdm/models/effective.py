@@ -135,7 +135,6 @@ _CONVERTING = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 
 
 def _written_by_constructor(name: str, config: Config) -> Config:
-    """What the constructor of a class writes over its own arguments."""
     levels = _LEVELS.get(name)
     if levels:
         return {"block_out_channels": config[levels], "force_upcast": False}
@@ -167,7 +166,6 @@ def _corrected(config: Config, index: Mapping[str, Any], name: str, where: str) 
 
 
 def _is_old(config: Config, where: str) -> bool:
-    """Whether a config was written before diffusers 0.9.0."""
     version = config.get("_diffusers_version")
     if version is None:
         return False
@@ -213,7 +211,6 @@ def pipeline_entries(index: Mapping[str, Any]) -> Config:
 
 
 def _check(fields: Fields) -> None:
-    """Raise UsageError for an entry whose value no component can have."""
     for name in _POSITIVE:
         fields.whole(name, None, low=1)
     for name in _SIDES:

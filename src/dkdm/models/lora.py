@@ -140,7 +140,6 @@ def _load(holder: Any, component: str, name: str, file: Path) -> None:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise UsageError for scales that would be dropped, DkdmError for values not finite."""
     if any("dora_scale" in key for key in tensors):
         raise UsageError(
             f"{where}: holds DoRA scales (dora_scale), which diffusers drops: the result would not "

@@ -108,7 +108,6 @@ class LazyEncoders:
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:
-        """Raise DkdmError if the parts that a folder lists do not work together."""
         try:
             yield
         except Exception as error:  # whatever classes raise that were not made for each other

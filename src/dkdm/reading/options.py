@@ -174,7 +174,6 @@ places: Callable[[type], dict[str, tuple[str, str]]] = functools.cache(_places)
 
 
 def _checked(flag: str, hint: Any, value: Any) -> Any:
-    """An option's value in the type that it has. Raises UsageError for any other."""
     try:
         return as_type(hint, value)
     except WrongValueError as error:

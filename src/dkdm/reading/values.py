@@ -87,7 +87,6 @@ def accept(value: Any, legal: bool, otherwise: str) -> Any:
 
 
 def _number(kind: Any, value: Any, range: Range, strict: bool) -> Any:
-    """A number in a range; kind: int or float."""
     value = value if strict else scalar(value)
     what = "a whole number" if kind is int else "a number"
     if not strict and kind is int and type(value) is float and value.is_integer():

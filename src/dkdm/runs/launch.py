@@ -64,7 +64,6 @@ def start_accelerator(
 
 
 def _trackers(wanted: str) -> list[str]:
-    """The trackers of `--report-to`. Raises UsageError for one that is not installed."""
     if wanted == "auto":
         return ["tensorboard"] if find_spec("tensorboard") else []
     names = [] if wanted == "none" else wanted.split(",")

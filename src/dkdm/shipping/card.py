@@ -137,7 +137,6 @@ _MEASURES = {  # of Metrics: type and name in the hub's index
 
 
 def _results(task: str, metrics: Metrics) -> list[EvalResult]:
-    """The measurements, for the hub's model-index."""
     reference = load_reference(metrics.reference)
     dataset: Any = {f"dataset_{key}": value for key, value in reference.dataset.items()}
     return [
@@ -226,7 +225,6 @@ def _inside(guidance: GuidanceOptions) -> str:
 def _licence_text(
     licence: Mapping[str, Any], inherited: Mapping[str, Any], origin: Origin | None
 ) -> str:
-    """The licence, and the teacher's if it is another one."""
     if not licence:
         unknown = "Unknown: none was given"
         theirs = f", and no card of the teacher, {_shown_name(origin)}, names one" if origin else ""
@@ -256,7 +254,6 @@ _NO_PATHS = ("negative_prompt", "teacher_revision", "teacher_subfolder")
 
 
 def _hyperparameters(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The options of the run, without the paths of this machine."""
     return [
         (name, plain(value if name in _NO_PATHS else _without_path(value)))
         for name, value in options.items()

@@ -79,7 +79,6 @@ def _hub_id(spec: str) -> str | None:
 
 
 def _card_of(spec: str, subfolder: str | None, revision: str | None) -> Path | None:
-    """The teacher's card on this machine."""
     if is_hub_id(spec):
         path = try_to_load_from_cache(spec, CARD, revision=revision)
         return Path(path) if isinstance(path, str) else None

@@ -214,7 +214,6 @@ def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
 
 
 def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dict[str, Component]:
-    """The components by the names that the pipeline has for them."""
     coder = {None: "vae", "DiTPipeline": "vae", "LDMPipeline": "vqvae"}.get(pipeline)
     names = {"vae": coder, "vqvae": coder} if coder else {}
     return {identifier(names.get(key, key)): part for key, part in components.items()}

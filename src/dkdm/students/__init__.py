@@ -152,7 +152,6 @@ def build_network(spec: str, interface: Interface, factory: Factory | None = Non
 
 
 def _refuse_custom_conditions(interface: Interface) -> None:
-    """Raise UsageError for a conditioning that presets have no inputs for."""
     kind = kind_of(interface.conditioning)
     others = kind.fed().keys() - {"class_labels", *TEXTS} if kind.asks == "cond" else ()
     if others:
@@ -201,7 +200,6 @@ def _from_factory(spec: str, interface: Interface) -> nn.Module:
 
 
 def _check_made_again(spec: str, factory: Any, interface: Interface, network: nn.Module) -> None:
-    """Raise UsageError for a factory that needs a conditioning which no folder can hold."""
     name = type(interface.conditioning).__name__
     with torch.random.fork_rng():
         try:
@@ -219,7 +217,6 @@ def _check_made_again(spec: str, factory: Any, interface: Interface, network: nn
 
 
 def _check_signature(spec: str, factory: Any, given: tuple[Any, ...]) -> None:
-    """Raise UsageError for a factory that cannot be called with three positional arguments."""
     try:
         inspect.signature(factory).bind(*given)
     except TypeError as error:

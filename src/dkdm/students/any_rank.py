@@ -65,7 +65,6 @@ def mlp(interface: Interface, width: int, depth: int) -> nn.Module:
 
 
 def _network(interface: Interface, name: str, **sizes: Any) -> nn.Module:
-    """One of dkdm's networks that fits the interface."""
     network: nn.Module = network_class(name)(
         sample_size=interface.sample_shape[1:],
         in_channels=interface.sample_shape[0],

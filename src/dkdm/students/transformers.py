@@ -46,7 +46,6 @@ def mmdit(interface: Interface, width: int, depth: int) -> nn.Module:
 
 
 def _square(interface: Interface) -> dict[str, int]:
-    """Sides of the samples and of a patch. Raises UsageError for samples that are not square."""
     _, height, width = interface.shape_of("images")
     if height != width:
         raise UsageError(f"this preset needs square samples; the samples are {height}x{width}")

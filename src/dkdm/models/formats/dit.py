@@ -113,7 +113,6 @@ def _classes(network: Any) -> ClassLabels:
 
 
 def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
-    """Build the network that the shapes tell of, and load it."""
     tensors = dict(weights.tensors)
     positions = tensors.pop("pos_embed")
     width, channels, side, _ = tensors[_PATCH].shape

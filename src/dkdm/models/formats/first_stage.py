@@ -83,7 +83,6 @@ _CLASSES = {
 
 
 def _config(kind: str, params: Config, scale: float) -> dict[str, Any]:
-    """The arguments of the diffusers class."""
     own = params["ddconfig"]
     widths = [own["ch"] * mult for mult in own["ch_mult"]]
     sizes = [own["resolution"] // 2**level for level in range(len(widths))]

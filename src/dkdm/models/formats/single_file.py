@@ -217,7 +217,6 @@ def _loaded(path: Path, kind: SingleFile, config: Path, options: LoadOptions) ->
 
 
 def _check_parts(folder: Path) -> None:
-    """Raise UsageError unless an index names classes of diffusers and transformers alone."""
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
     for name, value in index.items():
         pair = isinstance(value, list) and len(value) == 2 and name != "safety_checker"
@@ -231,7 +230,6 @@ def _check_parts(folder: Path) -> None:
 def _with_network(
     path: Path, kind: SingleFile, folder: Path, arguments: dict[str, Any], options: LoadOptions
 ) -> Denoiser:
-    """The pipeline of a folder with the network of the file in place of its own."""
     loras = read_choices(options.lora)
     described = describe_pipeline_folder(folder, options).denoiser
     cls = getattr(diffusers, kind.network)

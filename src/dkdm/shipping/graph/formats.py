@@ -95,7 +95,6 @@ def weight_bytes(program: ExportedProgram) -> int:
 
 
 def _name_batch(model: Any) -> None:
-    """Call the leading dimension of inputs and outputs `batch`."""
     import onnx_ir
 
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -103,7 +102,6 @@ def _name_batch(model: Any) -> None:
 
 
 def _culprit(error: Exception, program: ExportedProgram) -> str:
-    """The module and operator at which the translation stopped."""
     chain = list(causes(error))
     found = re.search(r"translating node %(\w+?)(_\d+)? ", "\n".join(map(str, chain)))
     nodes = [node for node in program.graph.nodes if found and found[1] in str(node.target)]
