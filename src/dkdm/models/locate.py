@@ -14,7 +14,7 @@ from typing import Any
 
 import huggingface_hub
 
-from dkdm.errors import DkdmError, UsageError, in_a_line
+from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.models.effective import listed
 from dkdm.models.pipelines import LEFT_OUT
 from dkdm.reading.fields import read_json
@@ -122,15 +122,10 @@ def _listing(repo_id: str, revision: str | None) -> list[str] | None:
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    fetch = huggingface_hub.snapshot_download
-    try:
+    fetch, at = huggingface_hub.snapshot_download, f" at revision {revision}" if revision else ""
+    said = f"'{repo_id}' is no folder here, and the hub did not give it{at}"
+    with raised_as(lambda error: DkdmError(f"{said}: {in_a_line(error, 1000)}")):
         return Path(fetch(repo_id, revision=revision, allow_patterns=list(patterns)))
-    except Exception as error:  # of the network, the hub, the disk: all end the download
-        at = f" at revision {revision}" if revision else ""
-        raise DkdmError(
-            f"'{repo_id}' is no folder here, and the hub did not give it{at}: "
-            f"{in_a_line(error, 1000)}"
-        ) from error
 
 
 def needed_files(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ import torch
 
 from dkdm.core.bundle import Bundle
 from dkdm.core.conditioning import Condition
-from dkdm.errors import DkdmError, UsageError, in_a_line
+from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.models.components import Component
 from dkdm.models.effective import class_config
 from dkdm.models.pipelines import Encoding, encoding_of, text_pipelines
@@ -106,19 +106,12 @@ class LazyEncoders:
         found = zip(outputs, encoded[len(outputs) if negative else 0 :], strict=False)
         return {name: value.cpu() for name, value in found if name is not None}
 
-    @contextmanager
-    def _fitting(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever classes raise that were not made for each other
-            listed = ", ".join(
-                f"{name}: {part.class_name}"
-                for name, part in self.bundle.components.items()
-                if _is_text(name)
-            )
-            raise DkdmError(
-                f"{self.folder}: prompts cannot be encoded by {listed}: {in_a_line(error)}"
-            ) from error
+    def _fitting(self) -> AbstractContextManager[None]:
+        """Around what classes raise that were not made for each other."""
+        parts = self.bundle.components.items()
+        listed = ", ".join(f"{k}: {part.class_name}" for k, part in parts if _is_text(k))
+        said = f"{self.folder}: prompts cannot be encoded by {listed}"
+        return raised_as(lambda error: DkdmError(f"{said}: {in_a_line(error)}"))
 
     def release(self) -> None:
         vars(self).pop("pipeline", None)
@@ -142,8 +135,7 @@ def encoder_width(part: Component) -> int:
     raw = read_json(file, "a text encoder's config")
     made = component_class(part.folder, part.library, part.class_name)
     kind = getattr(made, "config_class", None)
-    try:
+    said = f"{file} is not of a {part.class_name}"
+    with raised_as(lambda error: UsageError(f"{said}: {in_a_line(error)}")):
         values = raw if kind is None else {"hidden_size": kind.from_dict(raw).hidden_size}
-    except Exception as error:
-        raise UsageError(f"{file} is not of a {part.class_name}: {in_a_line(error)}") from error
     return Fields(values, str(file)).whole("hidden_size", low=1)

@@ -45,7 +45,8 @@ def plan_source(
     synthetic: SyntheticOptions,
 ) -> SourcePlan:
     """What the options come to. A synthetic set of no given size costs what a dynamic pool does."""
-    each = guidance_factor(teacher, guidance)
+    every = torch.arange(teacher.process.num_levels)
+    each = float(teacher.evaluations_at(every, not guidance.is_off).double().mean())
     if pool.source == "synthetic":
         steps, size = synthetic.synthetic_steps, synthetic.synthetic_samples
         if size is None:
@@ -138,9 +139,3 @@ def fill(pool: Pool, options: PoolOptions, batch_size: int) -> None:
         fill_ancestral(pool, batch_size)
     else:
         fill_few_step(pool, options.fill_steps, batch_size)
-
-
-def guidance_factor(teacher: Denoiser, guidance: GuidanceOptions) -> float:
-    """Evaluations of the teacher that one prediction takes, over all levels equally."""
-    levels = torch.arange(teacher.process.num_levels)
-    return float(teacher.evaluations_at(levels, not guidance.is_off).double().mean())
