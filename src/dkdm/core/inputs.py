@@ -176,10 +176,6 @@ class GivenRows(AsksForRows):
         order = torch.arange(count) % len(next(iter(rows.values())))
         return {key: value[order] for key, value in rows.items()}
 
-    def embed(self, cond: Condition) -> Condition:
-        """The same: they are given as the network is fed them."""
-        return cond
-
     def fed(self) -> dict[str, Row]:
         return dict(self.shapes)
 
