@@ -13,7 +13,6 @@ ORDER = [
     "version",
     "errors",
     "moved",
-    "names",
     "reading",
     "config",
     "networks",
@@ -28,7 +27,7 @@ ORDER = [
     "runs",
     "cli",
 ]
-CORE_MAY_USE = {"errors", "names", "reading", "config", "core"}
+CORE_MAY_USE = {"errors", "reading", "config", "core"}
 PUBLIC_FACE = "__init__"
 MAY_USE_IT = {"cli", "runs"}
 ENTRIES = 20

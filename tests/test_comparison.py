@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from dkdm.config import Sampler
 from dkdm.core.conditioning import ClassLabels
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
@@ -21,7 +22,6 @@ from dkdm.evaluation.comparison import compare, level_gaps
 from dkdm.evaluation.cost import evaluations_per_step
 from dkdm.evaluation.results import EVALUATION, SAMPLES, read_evaluation, read_samples
 from dkdm.evaluation.same_noise import Sampling, draw
-from dkdm.names import Sampler
 from factories import counting
 
 PROCESS = from_betas(beta_schedule("squaredcos_cap_v2", 50))

@@ -96,7 +96,7 @@ def test_a_step_of_algorithm_1_calls_what_the_page_names_in_its_order(tmp_path):
 def test_layout_of_the_readme_is_the_package():
     text = (ROOT / "README.md").read_text()
     tree = text[text.index("    src/dkdm/ ") :].split("\n\n")[0]
-    named = set(re.findall(r"^ {6}([\w.]+/?)", tree, re.MULTILINE)) | {"names.py"}
+    named = set(re.findall(r"^ {6}([\w.]+/?)", tree, re.MULTILINE))
     package = ROOT / "src" / "dkdm"
     ours = {path.name + "/" * path.is_dir() for path in package.iterdir()}
     ours = {name for name in ours if not name.startswith("_")} - {"py.typed", "version.py"}

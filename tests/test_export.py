@@ -60,6 +60,14 @@ def test_components_load_by_themselves(tmp_path):
     assert scheduler.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("module", ["dkdm", "dkdm.core.process", "programs", "factories"])
+def test_a_program_of_its_own_finds_neither_dkdm_nor_the_tests(module):
+    done = programs.run(f"import torch, diffusers\nprint('here')\nimport {module}")
+    assert done.returncode == 1
+    assert done.stdout == "here\n"
+    assert "ModuleNotFoundError: " in done.stderr
+
+
 @pytest.mark.parametrize(("classes", "spec"), [(3, "unet"), (3, "dit-xs"), (None, "dit-xs")])
 def test_other_folders_sample_without_dkdm(tmp_path, classes, spec):
     model = denoiser(classes)

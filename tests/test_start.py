@@ -14,7 +14,7 @@ from torch import nn
 import dkdm
 from dkdm.core import checkpoint
 from dkdm.errors import DkdmError, UsageError
-from dkdm.runs.cost import describe
+from dkdm.runs.distill import describe
 from dkdm.students import student_of
 from dkdm.students.lora import add_lora, inherited_names, merge_lora, merged_weights
 from dkdm.students.start import inherit, read_checkpoint, start_student

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dkdm.moved import Moved
@@ -82,7 +84,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What is public."""
     return sorted(__all__)
 
 
@@ -104,10 +105,6 @@ _INSTEAD = {
 
 
 def _instead_of(name: str) -> str:
-    """What somebody who asks for this name may want."""
-    from difflib import get_close_matches
-    from importlib.util import find_spec
-
     if name.startswith("__"):
         return ""
     if name.lower() in _INSTEAD:

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ from dkdm.config import (
     HarvestCommand,
     InspectCommand,
     PlanCommand,
+    PrintOptions,
     PushCommand,
     ReportCommand,
     RunConfig,
@@ -118,7 +120,7 @@ def _run_config(kind: type[Config], args: list[str]) -> tuple[Config, bool]:
 
 def _describe(config: RunConfig) -> int:
     if isinstance(config, DistillConfig):
-        from dkdm.runs.cost import describe
+        from dkdm.runs.distill import describe
 
         print(describe(config))
     else:
@@ -130,12 +132,11 @@ def _print_json(values: Any) -> None:
     print(json.dumps(values, indent=2, default=str))
 
 
-def _show(as_json: bool, values: Any, show: Callable[[Any, Console], None], found: Any) -> None:
-    """Print values as JSON for machines, or what was found as a table."""
-    if as_json:
+def _show(how: PrintOptions, values: Any, table: Callable[[Console], None]) -> None:
+    if how.json:
         _print_json(values)
     else:
-        show(found, Console())
+        table(Console())
 
 
 def _distill(config: DistillConfig) -> int:
@@ -244,7 +245,12 @@ def _export(options: ExportCommand) -> int:
     if options.model_choice.dtype == "int8":
         raise UsageError("--dtype int8: use --format int8 instead, which quantizes by itself")
     if what.to == "int8":
-        return _export_int8(options)
+        from dkdm.shipping.int8 import write_int8_folder
+
+        check_output("--output", output, folder=True, overwrite=what.overwrite)
+        write_int8_folder(_load(options, INSPECTED_PROMPT), output, what.overwrite)
+        print(output)
+        return 0
     from dkdm.shipping.graph import check_files, export_graph
 
     check_files(output, what.to, what.overwrite)
@@ -254,16 +260,6 @@ def _export(options: ExportCommand) -> int:
     )
     difference, size = facts["check"]["largest_difference"], output.stat().st_size / 1e6
     print(f"{output}  {size:.2f} MB, differs from PyTorch by {difference:.1e} of the largest value")
-    return 0
-
-
-def _export_int8(options: ExportCommand) -> int:
-    output, overwrite = options.export.path, options.export.overwrite
-    check_output("--output", output, folder=True, overwrite=overwrite)
-    from dkdm.shipping.int8 import write_int8_folder
-
-    write_int8_folder(_load(options, INSPECTED_PROMPT), output, overwrite)
-    print(output)
     return 0
 
 
@@ -281,7 +277,7 @@ def _inspect(options: InspectCommand) -> int:
         num_steps=how.steps,
         images=None if how.samples is None else read_samples(how.samples, denoiser),
     )
-    _show(options.printing.json, found.as_dict(), print_inspection, found)
+    _show(options.printing, found.as_dict(), partial(print_inspection, found))
     if how.output:
         drawn = SamplingOptions(how.output, num_samples=how.num_samples, steps=how.steps)
         sample_to_file(denoiser, drawn)
@@ -295,10 +291,9 @@ def _students(options: StudentsCommand) -> int:
     teacher = chosen_teacher(options.teacher_choice, sketched=True)
     measuring = options.measuring if options.measuring.measure else None
     rows = list_students(teacher, measuring)
-    if options.printing.json:
-        _print_json([dataclasses.asdict(row) for row in rows])
-    else:
-        print_students(rows, teacher, Console(), measuring)
+    as_dicts = [dataclasses.asdict(row) for row in rows]
+    table = partial(print_students, rows, teacher, measuring=measuring)
+    _show(options.printing, as_dicts, table)
     return 0
 
 
@@ -319,7 +314,7 @@ def _check_student(options: CheckStudentCommand) -> int:
         factory=options.teacher_choice.factory,
     )
     as_dicts = [each.as_dict() for each in checkup.findings]
-    _show(options.printing.json, as_dicts, print_findings, checkup.findings)
+    _show(options.printing, as_dicts, partial(print_findings, checkup.findings))
     if checkup.failure is not None:
         raise DkdmError(
             f"nothing more could be tried: {checkup.failure}. --debug shows the traceback"
@@ -344,11 +339,9 @@ def _plan(options: PlanCommand) -> int:
     found = plan(teacher, run, options.plan.gpus)
     limit = device_memory_mib() if options.plan.memory is None else options.plan.memory * GIB
     advice = changes(teacher, found, limit)
-    if options.printing.json:
-        changed = [dataclasses.asdict(change) for change in advice]
-        _print_json({**found.as_dict(), "limit": limit, "changes": changed})
-    else:
-        print_plan(found, advice, limit, Console())
+    changed = [dataclasses.asdict(change) for change in advice]
+    values = {**found.as_dict(), "limit": limit, "changes": changed}
+    _show(options.printing, values, partial(print_plan, found, advice, limit))
     return int(found.device_total > limit)
 
 
@@ -357,7 +350,8 @@ def _doctor(options: DoctorCommand) -> int:
     from dkdm.checks.findings import print_findings
 
     findings = examine()
-    _show(options.printing.json, [each.as_dict() for each in findings], print_findings, findings)
+    as_dicts = [each.as_dict() for each in findings]
+    _show(options.printing, as_dicts, partial(print_findings, findings))
     return int(any(each.status == "problem" for each in findings))
 
 

@@ -1,9 +1,4 @@
-"""The options of every command, in groups: one a line, typed, with its range and unit.
-
-Each group is a panel of its command's `--help`. A field `train_batch_size` is
-`--train-batch-size`, unless its group says a prefix or another name. Groups parse and refuse by
-themselves, before a model is loaded.
-"""
+"""The options of every command, in groups (`reading.options`): each typed, with range and unit."""
 
 from __future__ import annotations
 
@@ -14,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from dkdm.errors import UsageError
-from dkdm.names import PredictionType, Resize, Sampler
 from dkdm.reading.fields import read_json, shown
 from dkdm.reading.options import Grouped, Options
 from dkdm.reading.values import Range
 
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm", "edm_v"]
+Resize = Literal["bilinear", "tensorflow", "bicubic"]
+Sampler = Literal["ddim", "ddpm", "euler", "heun", "dpm"]
 SourceKind = Literal["dynamic", "shuffled", "iterative", "synthetic", "images", "mixed"]
 FillKind = Literal["few-step", "ancestral", "none"]
 LossWeighting = Literal["auto", "uniform", "capped", "snr", "min-snr", "student"]

@@ -32,6 +32,7 @@ KEPT = {
 RENAMED = {
     "api": "",
     "check_student": "checks.student",
+    "check_student.blame": "shipping.graph.fault_line",
     "datasets": "data.images",
     "estimate": "runs.cost",
     "evaluation.classes": "evaluation.metrics",
@@ -44,6 +45,7 @@ RENAMED = {
     "inspection.memory": "evaluation.memory",
     "inspection.tables": "checks.inspection.facts",
     "listing": "checks.student_table",
+    "names": "config",
     "own": "models.custom_network",
     "pictures": "report.grids",
     "plan": "checks.memory_plan",
@@ -70,6 +72,7 @@ MOVED = RENAMED | {
 
 # Where names are now that a module had under its former name.
 SPLIT = {
+    "estimate": ("runs.distill",),
     "pool": ("core.chains", "core.fill"),
     "process": ("core.schedules", "core.clipping", "core.time", "core.matching"),
     "schedulers": ("models.stand_ins",),
@@ -101,12 +104,19 @@ class Moved:
         """No module of its own."""
 
     def exec_module(self, module: Any) -> None:
-        """The module of today takes the place of the empty one, unless it was split."""
+        """The module of today takes the place of the empty one, unless it was split.
+
+        A package's loaded modules are known under its former name at once: one that is imported
+        later becomes an attribute of the package, in place of a function of its name.
+        """
         name = module.__name__.partition(".")[2]
         if name in SPLIT:
             module.__getattr__ = partial(_found_in, (present_name(name), *SPLIT[name]))
-        else:
-            sys.modules[module.__name__] = _module(present_name(name))
+            return
+        found = sys.modules[module.__name__] = _module(present_name(name))
+        for inner in [each for each in sys.modules if each.startswith(f"{found.__name__}.")]:
+            former = inner.replace(found.__name__, module.__name__, 1)
+            sys.modules.setdefault(former, sys.modules[inner])
 
 
 def _module(name: str) -> ModuleType:

@@ -16,8 +16,9 @@ import torch
 from packaging.requirements import Requirement
 
 from dkdm.checks.findings import Finding
+from dkdm.errors import in_a_line
 from dkdm.reading.machine import usable_cores, usable_memory
-from dkdm.reading.sizes import GIB, in_a_line
+from dkdm.reading.sizes import GIB
 
 
 def examine() -> list[Finding]:
@@ -62,7 +63,6 @@ def _required(requirement: Requirement) -> Finding:
 
 
 def _extra(extra: str, requirements: Iterable[Requirement]) -> Finding:
-    """An extra; it may be missing."""
     names = [r.name for r in requirements if _applies(r, extra) and not _applies(r)]
     missing = [name for name in names if _version(name) is None]
     if missing:
@@ -98,7 +98,6 @@ def _torchvision() -> Finding:
 
 
 def _requiring(name: str) -> list[str]:
-    """Installed packages that require `name`."""
     found = set()
     for distribution in metadata.distributions():
         lines = (line for line in distribution.requires or [] if line.startswith(name))

@@ -83,7 +83,6 @@ def _ratio(number: int, of: int) -> float | None:
 
 
 def _is_timed(how: MeasureOptions, parameters: int, macs: int) -> bool:
-    """Whether a network is small enough to be timed."""
     slow = device_of_run().type == "cpu" and macs * how.measure_batch_size > MAX_MACS_ON_CPU
     return parameters <= how.measure_below * 1e6 and not slow
 
@@ -116,7 +115,6 @@ def _timed_teacher(teacher: Denoiser, macs: int, how: MeasureOptions) -> Denoise
 def _with_speed(
     row: StudentRow, teacher: Denoiser, beside: Denoiser | None, how: MeasureOptions, seconds: float
 ) -> StudentRow:
-    """The row with the measured speed of its student."""
     student = untried_student_of(row.name, teacher)
     place(student, device_of_run())
     models = [student] if beside is None else [student, beside]
@@ -169,7 +167,6 @@ def print_students(
 
 
 def _cell(value: float | None, ratio: float | None, shown: Callable[[float], str], gap: str) -> str:
-    """A number with its ratio to the teacher's, if there is one."""
     if value is None:
         return "-"
     return shown(value) + ("" if ratio is None else f"{gap}({number(ratio, 2)}x)")

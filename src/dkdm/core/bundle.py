@@ -20,23 +20,23 @@ class Coder(Protocol):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its config; `scale_factor_temporal`, `latents_mean` and the like."""
+        """Its config as the loaded object has it: `latents_mean`, `scale_factor_temporal`, ..."""
 
     @property
     def latent_channels(self) -> int | None:
         """Channels of its latents; None if unknown."""
 
     def standard(self, pipeline: str | None = None) -> tuple[list[float], list[float]]:
-        """(shift, scale) of its latents as a diffusers pipeline reads them; None: by its config."""
+        """(shift, scale) as a diffusers pipeline reads them, one number each or one a channel."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, C, H, W] (or [B, C, F, H, W]) of standardized latents."""
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Standardized latents of pixels, drawn with the generator; None takes their mean."""
+        """Standardized latents of pixels; generator: on their device; None takes the mean."""
 
     def idle(self) -> None:
-        """Make room on the device."""
+        """Leave the device until it is used again."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
 from dkdm.reading.places import check_folder, inside
-from dkdm.reading.sizes import in_a_line
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -71,7 +70,7 @@ def write_parts(folder: Path, parts: Mapping[str, Part], about: Mapping[str, Any
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         values[name] = {key: value for key, value in state.items() if key not in tensors}
         if tensors:
-            write_tensors(folder / f"{name}.safetensors", _apart(tensors))
+            write_tensors(folder / f"{name}.safetensors", tensors)
     (folder / STATE).write_text(json.dumps({**about, "parts": values}, indent=2) + "\n")
 
 
@@ -153,7 +152,6 @@ class OptimizerState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         entries: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             index, _, key = name.partition(".")
@@ -195,18 +193,14 @@ def verify_folder(folder: Path) -> None:
             raise DkdmError(f"checkpoint {folder}: {name} is damaged; resume from an earlier one")
 
 
-@contextmanager
-def restoring(folder: Path) -> Iterator[None]:
-    """Turn whatever fails while a checkpoint is restored into one DkdmError."""
-    try:
-        yield
-    except DkdmError:
-        raise
-    except Exception as error:  # optimizers and schedulers raise anything for a strange state
-        raise DkdmError(
+def restoring(folder: Path) -> AbstractContextManager[None]:
+    """Around what restores a checkpoint: optimizers and schedulers raise anything."""
+    return raised_as(
+        lambda error: DkdmError(
             f"checkpoint {folder} does not fit this run: {in_a_line(error)}; resume with the "
             "options the run was started with, or from an earlier checkpoint"
-        ) from error
+        )
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -249,9 +243,14 @@ def rotate(output_dir: Path, limit: int | None) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors."""
+    """Write named tensors as safetensors, which wants no two to share memory: they are copied."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    data, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart = tensor.clone() if memory in seen else tensor
+        data[name] = apart.detach().cpu().contiguous()
+        seen.add(memory)
     with atomic(path) as partial:
         save_file(data, partial)
 
@@ -285,23 +284,18 @@ _OTHER_CONTENT = {
 
 def refuse_other_contents(folder: Path) -> None:
     """Call `refuse_other_content` for every file of weights that lies directly in a folder."""
-    files = sorted(path for path in folder.glob("*") if path.is_file())
+    weights = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
+    files = [path for path in weights if path.is_file()]
     for path in files:
-        if path.suffix in (".safetensors", ".bin"):
-            refuse_other_content(path)
-    if not any(path.suffix == ".safetensors" for path in files):
-        for path in files:
-            if path.suffix == ".bin":
-                _refuse_code(path)
-
-
-def _refuse_code(path: Path) -> None:
-    try:
-        names = unknown_names(path)
-    except Exception:  # a damaged pickle may raise anything: what reads it says so
-        return
-    if names:
-        raise more_than_weights(path, names)
+        refuse_other_content(path)
+    if any(path.suffix == ".safetensors" for path in files):
+        return  # which are read instead
+    for path in files:
+        names: list[str] = []
+        with suppress(Exception):  # a damaged pickle may raise anything: what reads it says so
+            names = unknown_names(path)
+        if names:
+            raise more_than_weights(path, names)
 
 
 def unknown_names(path: Path) -> list[str]:
@@ -324,16 +318,15 @@ def more_than_weights(path: Path, names: Sequence[str]) -> UsageError:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises DkdmError if it is missing or damaged."""
-    try:
+    said = f"{path}: cannot be read as safetensors"
+    with raised_as(lambda error: DkdmError(f"{said} ({in_a_line(error)})")):
         return load_file(path)
-    except Exception as error:  # a damaged header may raise anything
-        raise DkdmError(f"{path}: cannot be read as safetensors ({in_a_line(error)})") from error
 
 
 def save_network(network: nn.Module, folder: Path) -> None:
     """Write a network as diffusers does: config.json beside its weights."""
     save_config(network, folder)
-    write_tensors(folder / WEIGHTS, _apart(network.state_dict()))
+    write_tensors(folder / WEIGHTS, network.state_dict())
 
 
 def save_config(network: nn.Module, folder: Path) -> None:
@@ -345,16 +338,6 @@ def save_config(network: nn.Module, folder: Path) -> None:
         write(folder)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which no two share memory, as safetensors wants them: shared ones are copied."""
-    apart, seen = {}, set()
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return apart
-
-
 def load_network_weights(network: nn.Module, folder: Path) -> None:
     """Load weights written by `save_network`, strictly."""
     load_strict(network, read_tensors(folder / WEIGHTS), str(folder))
@@ -363,8 +346,7 @@ def load_network_weights(network: nn.Module, folder: Path) -> None:
 def load_strict(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     """Load weights whose keys and shapes are exactly the network's.
 
-    Raises DkdmError listing the first keys that are missing, unexpected or of another shape;
-    nothing is loaded then.
+    Raises DkdmError, and loads nothing, naming the first that are missing, unexpected or differ.
     """
     own = network.state_dict()
     wrong = {

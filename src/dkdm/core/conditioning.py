@@ -2,16 +2,14 @@
 
 A condition is a dict of tensors with one row a sample. What a source stores and draws is small (a
 class id, the number of a prompt); `embed` turns it into what the network is fed, whose keys are
-named as in diffusers (`class_labels`, `encoder_hidden_states`, ...). The empty dict is
-unconditional.
+named as in diffusers (`class_labels`, ...). The empty dict is unconditional.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +19,8 @@ from dkdm.core.kinds import Conditioning as Conditioning
 from dkdm.core.kinds import Kind, Row
 from dkdm.core.process import per_sample
 from dkdm.errors import UsageError
-from dkdm.reading.arguments import NamedArguments, refuse, set_fields, whole
-from dkdm.reading.values import scalar
+from dkdm.reading.arguments import NamedArguments, given, refuse, set_fields, whole
+from dkdm.reading.values import Range
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,6 @@ class Unconditional(NamedArguments, Kind):
     """No condition at all."""
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
-        """The empty condition."""
         del count, generator, dropout
         return {}
 
@@ -43,7 +40,6 @@ class Unconditional(NamedArguments, Kind):
         )
 
     def in_turns(self, count: int) -> Condition:
-        """The empty condition."""
         del count
         return {}
 
@@ -56,11 +52,11 @@ class ClassLabels(NamedArguments, Kind):
     """Class ids 0..num_classes-1, fed as `class_labels`.
 
     null_class: the id that means "no class", num_classes or one of the others, which then is no
-        class and is not drawn; "absent" calls the network without class_labels; None where the
-        model has none. `null` is another name of it.
+        class and is not drawn; "absent" calls the network without class_labels; None if the
+        model has no such id. `null` is another name of it.
     classes: the ids to draw from, which a student learnt; None is all.
     weights: how often each of those is drawn, relative to the others; None draws them equally.
-    names: what the ids mean, for pictures; None shows numbers.
+    names: what the ids mean, for images; None shows numbers.
     """
 
     asks = "class_labels"
@@ -83,38 +79,34 @@ class ClassLabels(NamedArguments, Kind):
     ) -> None:
         if null is not None and null_class is not None:
             raise UsageError(f"ClassLabels: null is {null!r} and null_class too: give one of them")
-        null_class = null_class if null is None else null
-        set_fields(self, num_classes=num_classes, null_class=null_class)
-        set_fields(self, classes=classes, names=names, weights=weights)
-        self._check_numbers()
+        count = whole("ClassLabels: num_classes", num_classes, 1)
+        ids = Literal["absent"] | Annotated[int, Range(0, count)] | None
+        accepted = f"give {count}, one of 0..{count - 1} that is no class, 'absent' or None"
+        null = given("ClassLabels: null_class", null_class if null is None else null, ids, accepted)
+        set_fields(
+            self,
+            num_classes=count,
+            null_class=null,
+            classes=_row("classes", classes, int, "whole numbers"),
+            names=_row("names", names, str, "strings"),
+            weights=_row("weights", weights, float, "finite numbers"),
+        )
         self.check(self.drawn)
         if not self.drawn:
             raise UsageError("classes: give at least one class id")
-        if self.weights is None:
-            return
-        legal = all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)
-        if len(self.weights) != len(self.drawn) or not legal:
-            raise UsageError(
-                f"class weights {', '.join(map(str, self.weights))}: give {len(self.drawn)} "
-                "numbers >= 0 that are not all 0, one for each class"
-            )
-
-    def _check_numbers(self) -> None:
-        """Take whole numbers of any kind; raise UsageError for anything else."""
-        count = whole("ClassLabels: num_classes", self.num_classes, 1)
-        set_fields(self, num_classes=count)
-        if self.null_class is not None and not self.null_is_absent:
-            null = scalar(self.null_class)
-            if type(null) is not int or not 0 <= null <= count:
-                accepted = f"give {count}, one of 0..{count - 1} that is no class, 'absent' or None"
-                refuse("ClassLabels: null_class", self.null_class, accepted)
-            set_fields(self, null_class=null)
-        for name, each in (("classes", int), ("names", str), ("weights", float)):
-            given = getattr(self, name)
-            if given is not None:
-                set_fields(self, **{name: _row(f"ClassLabels: {name}", given, each)})
         if self.names is not None and len(self.names) != count:
             refuse("ClassLabels: names", self.names, f"give {count} names, one a class")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        weights = self.weights
+        if weights is None:
+            return
+        if len(weights) != len(self.drawn) or min(weights) < 0 or not any(weights):
+            raise UsageError(
+                f"class weights {', '.join(map(str, weights))}: give {len(self.drawn)} "
+                "numbers >= 0 that are not all 0, one for each class"
+            )
 
     @property
     def null_is_absent(self) -> bool:
@@ -154,7 +146,6 @@ class ClassLabels(NamedArguments, Kind):
         return dropped(self, {"class_labels": ids[chosen]}, generator, dropout)
 
     def null(self, count: int) -> Condition:
-        """The null class for every sample."""
         if self.null_class is None:
             raise UsageError(
                 f"guidance and condition dropout need a null class, and this model does not say "
@@ -166,7 +157,6 @@ class ClassLabels(NamedArguments, Kind):
         return {"class_labels": torch.full((count,), null)}
 
     def in_turns(self, count: int) -> Condition:
-        """The classes one after the other."""
         return self.of([self.drawn[i % len(self.drawn)] for i in range(count)])
 
     def absent(self, cond: Condition) -> Tensor | None:
@@ -175,17 +165,14 @@ class ClassLabels(NamedArguments, Kind):
 
     @property
     def table_rows(self) -> int:
-        """As `Kind.table_rows`."""
         own = self.for_student()
         return max(own.num_classes, int(own.null_class or 0) + 1)
 
     def summary(self) -> str:
-        """As `Kind.summary`."""
         known = "" if self.classes is None else f"{len(self.drawn)} of "
         return f"{known}{self.num_classes} classes"
 
     def facts(self) -> dict[str, Any]:
-        """As `Kind.facts`."""
         return {
             "num_classes": self.num_classes,
             "null_class": self.null_class,
@@ -194,20 +181,16 @@ class ClassLabels(NamedArguments, Kind):
         }
 
     def shown_names(self, most: int) -> tuple[str, ...] | None:
-        """As `Kind.shown_names`."""
         del most
         return self.names
 
     def example(self, count: int) -> Condition:
-        """As `Kind.example`."""
         return self.in_turns(count)
 
     def fed(self) -> dict[str, Row]:
-        """As `Kind.fed`."""
         return {"class_labels": Row((), "int64")}
 
     def usage(self) -> str:
-        """As `Kind.usage`."""
         return f"class_labels={list(self.drawn[:4])}"
 
     def for_student(self) -> ClassLabels:
@@ -218,17 +201,11 @@ class ClassLabels(NamedArguments, Kind):
         return TableOfLabels(count, count, self.classes, self.names, self.weights)
 
 
-def _row(name: str, value: Any, kind: type) -> tuple[Any, ...]:
-    """A tuple of ids, names or weights from any sequence of them."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    accepted = {int: "whole numbers", str: "strings", float: "numbers"}[kind]
-    if not isinstance(value, (tuple, list)):
-        refuse(name, value, f"give a tuple of {accepted}")
-    found = tuple(scalar(each) for each in value)
-    kinds = (int, float) if kind is float else (kind,)
-    if any(type(each) not in kinds for each in found):
-        refuse(name, value, f"give a tuple of {accepted}")
-    return found
+def _row(name: str, value: Any, kind: Any, accepted: str) -> Any:
+    """A tuple of ids, names or weights from any sequence of them; None stays."""
+    return given(
+        f"ClassLabels: {name}", value, tuple[kind, ...] | None, f"give a tuple of {accepted}"
+    )
 
 
 class TableOfLabels(ClassLabels):

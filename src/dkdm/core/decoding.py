@@ -7,8 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from dkdm.core.modes import evaluating
-from dkdm.errors import UsageError
-from dkdm.reading.sizes import in_a_line
+from dkdm.errors import UsageError, in_a_line, raised_as
 
 
 def no_decoder(latents: Tensor) -> Tensor:
@@ -25,16 +24,13 @@ _DECODES = "give a function of latents [B, ...] that returns images [B, 1 or 3, 
 
 def decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
     """Images [B, ...] of latents, detached, in float32. Raises UsageError for anything else."""
-    try:
-        with evaluating(decode):
-            found = decode(latents)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"decode raised {type(error).__name__} for latents {tuple(latents.shape)}: "
-            f"{in_a_line(error)}; {_DECODES}"
-        ) from error
+
+    def explained(error: Exception) -> UsageError:
+        what = f"decode failed for latents {tuple(latents.shape)}: {in_a_line(error)}"
+        return UsageError(f"{what}; {_DECODES}")
+
+    with raised_as(explained), evaluating(decode):
+        found = decode(latents)
     if not isinstance(found, Tensor) or found.ndim < 3 or len(found) != len(latents):
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UsageError(f"decode returned {what} for latents {tuple(latents.shape)}; {_DECODES}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,13 +40,14 @@ from dkdm.core.refusals import (
     check_output,
     constants_given,
     ends_given,
-    explaining_misfits,
     interval_given,
+    misfit,
     parameterization_given,
 )
 from dkdm.core.solvers import Solver
 from dkdm.core.steps import sample
 from dkdm.core.time import Time, network_time
+from dkdm.errors import raised_as
 from dkdm.reading.arguments import NamedArguments, refuse, shape
 from dkdm.reading.arrays import table
 
@@ -284,7 +286,7 @@ class Denoiser(NamedArguments):
             refuse("check: cond", cond, "give a dict of tensors with two rows, or leave it out")
         x = torch.randn(2, *self.sample_shape, generator=random).to(self.device)
         t = torch.tensor([0, self.process.num_levels - 1])
-        with explaining_misfits(self, cond), evaluating(self.network, self.call):
+        with raised_as(partial(misfit, self, cond)), evaluating(self.network, self.call):
             output = self.predict(Batch(x, t, cond)).output
         if self.decode not in (None, no_decoder):
             self.to_pixels(x)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dkdm.core.calls import Network
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoiser import Denoiser
 from dkdm.core.positions import counterparts
-from dkdm.core.prediction import Prediction
 from dkdm.errors import UsageError
 
 Maps = dict[str, Tensor]
@@ -30,8 +29,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Features(nn.Module):
     """Pairs of stages, (teacher's, student's) by module name, with a projection each.
 
-    weight: of their loss, a term of the objective. Features are those of the last evaluation of
-    `watched` models.
+    weight: of their loss. Features are those of the last evaluation of `watched` models.
     """
 
     def __init__(
@@ -87,11 +85,8 @@ class Features(nn.Module):
 
         return replace(model, call=watching)
 
-    def forward(
-        self, student: Denoiser, prediction: Prediction, batch: Batch, target: Prediction
-    ) -> Tensor:
-        """A term of an objective: the loss between the last evaluations of both."""
-        del student, prediction, batch, target
+    def forward(self, *_: Any) -> Tensor:
+        """`loss`, as a term of an objective."""
         return self.loss()
 
     def loss(self) -> Tensor:
@@ -229,8 +224,7 @@ def feature_map(output: Any, sides: tuple[int, ...]) -> Tensor | None:
 
 
 def _map_of(part: Tensor, sides: tuple[int, ...]) -> Tensor | None:
-    """One tensor as a map. Audio's map [B, C, L] differs from tokens by an L that divides its
-    length."""
+    """One tensor as a map; audio's [B, C, L] differs from tokens if L divides its length."""
     is_map = part.ndim == len(sides) + 2
     if is_map and (len(sides) != 1 or sides[0] % part.shape[2] == 0):
         return part

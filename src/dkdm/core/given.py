@@ -1,14 +1,15 @@
-"""Models and places as a Python user gives them to a function of dkdm."""
+"""Models and configs as a Python user gives them to a function of dkdm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from dkdm.core.denoiser import Denoiser
-from dkdm.reading.arguments import refuse
+from dkdm.reading.arguments import instance, refuse
 
 FOUR_LINES = (
     "describe it: dkdm.Denoiser(network, dkdm.from_betas(betas), 'epsilon', (3, 32, 32)), with "
@@ -20,59 +21,40 @@ Config = TypeVar("Config")
 
 def teacher_given(teacher: Any) -> Denoiser | str:
     """A teacher as `distill` takes it. Raises UsageError for anything else, with the remedy."""
-    if isinstance(teacher, (Denoiser, str)):
-        return teacher
-    if isinstance(teacher, Path):
+    if isinstance(teacher, (Path, str)):
         return str(teacher)
-    if isinstance(teacher, nn.Module):
-        refuse("teacher", teacher, f"dkdm does not know how to read it; {FOUR_LINES}")
-    if callable(teacher) and not isinstance(teacher, type):
-        name = getattr(teacher, "__name__", "factory")
-        refuse("teacher", teacher, f"call it, distill({name}()), if it returns a dkdm.Denoiser")
-    refuse("teacher", teacher, "give a folder, a hub id, module:factory or a dkdm.Denoiser")
+    name = getattr(teacher, "__name__", "factory")
+    accepted = "give a folder, a hub id, module:factory or a dkdm.Denoiser"
+    remedies = {
+        nn.Module: f"dkdm does not know how to read it; {FOUR_LINES}",
+        type: accepted,
+        Callable: f"call it, distill({name}()), if it returns a dkdm.Denoiser",
+    }
+    return instance("teacher", teacher, Denoiser, accepted, remedies)
 
 
 def student_given(student: Any) -> Denoiser | nn.Module | str:
     """A student as `distill` takes it. Raises UsageError for anything else, with the remedy."""
-    if isinstance(student, (Denoiser, nn.Module, str)):
+    if isinstance(student, (Denoiser, nn.Module)):
         return student
-    if isinstance(student, Path):
-        return str(student)
-    if isinstance(student, type):
-        name = student.__name__
-        refuse("student", student, f"make one, {name}(...), or name a factory, 'module:{name}'")
-    if callable(student):
-        name = getattr(student, "__name__", "factory")
-        refuse("student", student, f"call it, {name}(...), or name it, 'module:{name}'")
+    name = getattr(student, "__name__", "factory")
     accepted = "give a preset such as 'unet-tiny', a config.json, module:factory or a network"
-    refuse("student", student, accepted)
+    remedies = {
+        type: f"make one, {name}(...), or name a factory, 'module:{name}'",
+        Callable: f"call it, {name}(...), or name it, 'module:{name}'",
+    }
+    return str(instance("student", student, str | Path, accepted, remedies))
 
 
 def denoiser_given(what: str, value: Any) -> Denoiser:
     """A denoiser. Raises UsageError for anything else."""
-    if isinstance(value, Denoiser):
-        return value
     if isinstance(value, (str, Path)):
         refuse(what, value, f"load it first: dkdm.load_teacher({str(value)!r})")
-    if isinstance(value, nn.Module):
-        refuse(what, value, FOUR_LINES)
-    refuse(what, value, "give a dkdm.Denoiser")
+    return instance(what, value, Denoiser, "give a dkdm.Denoiser", {nn.Module: FOUR_LINES})
 
 
 def config_given(value: Any, kind: type[Config]) -> Config:
     """A config of this kind. Raises UsageError for anything else."""
-    name = kind.__name__
-    if isinstance(value, kind):
-        return value
-    if isinstance(value, type):
-        refuse("config", value, f"make one: dkdm.{name}(...)")
-    if isinstance(value, dict):
-        refuse("config", value, f"give dkdm.{name}(**values)")
-    refuse("config", value, f"give a dkdm.{name}(...)")
-
-
-def path_given(name: str, value: Any, accepted: str = "give a path") -> Path:
-    """A path from a string or a path. Raises UsageError for anything else."""
-    if not isinstance(value, (str, Path)):
-        refuse(name, value, accepted)
-    return Path(value)
+    make = f"dkdm.{kind.__name__}(...)"
+    remedies = {type: f"make one: {make}", dict: f"give dkdm.{kind.__name__}(**values)"}
+    return instance("config", value, kind, f"give a {make}", remedies)

@@ -6,7 +6,7 @@ argument `cond` of its pipeline. When such a model is loaded, it asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dkdm.core.kinds import (
     Custom,
     Row,
     kind_of,
+    rows_of,
 )
 from dkdm.errors import UsageError
 from dkdm.reading.arrays import read_arrays
@@ -48,8 +49,7 @@ def try_conditioning(conditioning: Conditioning) -> None:
             f"{name}.draw gave other rows for the same generator: draw from `generator` alone, "
             "so that a run can be repeated and resumed"
         )
-    turns = _tried(f"{name}.in_turns", lambda: conditioning.in_turns(TRIED))
-    _same_rows(f"{name}.in_turns", turns, drawn)
+    _tried(f"{name}.in_turns", lambda: conditioning.in_turns(TRIED), like=drawn)
     _tried(f"{name}.embed", lambda: conditioning.embed(drawn))
     try:
         null = conditioning.null(TRIED)
@@ -60,8 +60,7 @@ def try_conditioning(conditioning: Conditioning) -> None:
             f"{name}.null raised {type(error).__name__}: raise dkdm.UsageError if there is no null "
             "condition"
         ) from error
-    _check_rows(f"{name}.null", null)
-    _same_rows(f"{name}.null", null, drawn)
+    _check_rows(f"{name}.null", null, like=drawn)
     dropped = _tried(f"{name}.draw", lambda: conditioning.draw(TRIED, _random(), 1.0))
     if any(not torch.equal(dropped[key], value) for key, value in null.items()):
         raise UsageError(
@@ -89,18 +88,19 @@ def _random() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _tried(what: str, call: Any) -> Condition:
+def _tried(what: str, call: Callable[[], Any], like: Condition | None = None) -> Condition:
     try:
         found = call()
     except Exception as error:
         method = METHODS[what.rpartition(".")[2]]
         hint = f"; define {method}" if isinstance(error, TypeError) else ""
         raise UsageError(f"{what}({TRIED}) raised {type(error).__name__}: {error}{hint}") from error
-    _check_rows(what, found)
+    _check_rows(what, found, like)
     return dict(found)
 
 
-def _check_rows(what: str, found: Any) -> None:
+def _check_rows(what: str, found: Any, like: Condition | None) -> None:
+    """Raise UsageError for what are no rows, or not of the names, shapes and dtypes of `like`."""
     must = f"it must return a dict of tensors with one row a sample, here {TRIED}"
     if not isinstance(found, Mapping):
         raise UsageError(f"{what} returned {shown(found)}: {must}")
@@ -110,12 +110,7 @@ def _check_rows(what: str, found: Any) -> None:
         if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != TRIED:
             has = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(f"{what} returned {has} for '{key}': {must}")
-
-
-def _same_rows(what: str, found: Condition, drawn: Condition) -> None:
-    """The same names, shapes and dtypes as those that are drawn."""
-    ours = {key: (tuple(v.shape), v.dtype) for key, v in found.items()}
-    theirs = {key: (tuple(v.shape), v.dtype) for key, v in drawn.items()}
+    ours, theirs = rows_of(found), rows_of(found if like is None else like)
     if ours != theirs:
         raise UsageError(f"{what} returned {ours}, draw {theirs}: return the same names and shapes")
 
@@ -149,6 +144,7 @@ class GivenRows(AsksForRows):
     each, for guidance; None without.
     """
 
+    label = "GivenRows"
     shapes: Mapping[str, Row]
     rows: Condition | None = None
     nulls: Condition | None = None
@@ -162,13 +158,11 @@ class GivenRows(AsksForRows):
         return self.rows
 
     def draw(self, count: int, generator: torch.Generator, dropout: float = 0.0) -> Condition:
-        """Some of the given rows."""
         rows = self._given()
         chosen = torch.randint(len(next(iter(rows.values()))), (count,), generator=generator)
         return dropped(self, {k: v[chosen] for k, v in rows.items()}, generator, dropout)
 
     def null(self, count: int) -> Condition:
-        """The given null row for every sample."""
         if self.nulls is None:
             names = ", ".join(f"{NULL}{key}" for key in self.shapes)
             raise UsageError(
@@ -178,26 +172,14 @@ class GivenRows(AsksForRows):
         return {k: v.expand(count, *v.shape[1:]) for k, v in self.nulls.items()}
 
     def in_turns(self, count: int) -> Condition:
-        """The given rows one after the other."""
         rows = self._given()
         order = torch.arange(count) % len(next(iter(rows.values())))
         return {key: value[order] for key, value in rows.items()}
 
-    def embed(self, cond: Condition) -> Condition:
-        """The same: they are given as the network is fed them."""
-        return cond
-
-    @property
-    def label(self) -> str:
-        """As `Kind.label`."""
-        return "GivenRows"
-
     def fed(self) -> dict[str, Row]:
-        """As `Kind.fed`."""
         return dict(self.shapes)
 
     def example(self, count: int) -> Condition:
-        """Zeros."""
         return {
             key: torch.zeros(count, *row.shape, dtype=DTYPES[row.dtype])
             for key, row in self.shapes.items()
@@ -229,20 +211,15 @@ def with_rows(conditioning: Conditioning, path: Path | None) -> Conditioning:
     found = {key: _as_row(conditioning, key, v, path) for key, v in arrays.items()}
     rows = {key: value for key, value in found.items() if not key.startswith(NULL)}
     nulls = {key.removeprefix(NULL): v for key, v in found.items() if key.startswith(NULL)}
-    _complete(conditioning, rows, path, "")
-    if nulls:
-        _complete(conditioning, nulls, path, NULL)
+    wanted = [*conditioning.shapes, *(f"{NULL}{key}" for key in conditioning.shapes if nulls)]
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise UsageError(f"--cond {path} has no {', '.join(missing)}: add it")
     if len({len(value) for value in rows.values()}) != 1 or not len(next(iter(rows.values()))):
         raise UsageError(f"--cond {path}: give as many rows under each name, one at least")
     if any(len(value) != 1 for value in nulls.values()):
         raise UsageError(f"--cond {path}: give one row under each {NULL}NAME")
     return replace(conditioning, rows=rows, nulls=nulls or None)
-
-
-def _complete(conditioning: GivenRows, rows: Condition, path: Path, prefix: str) -> None:
-    missing = [f"{prefix}{key}" for key in conditioning.shapes if key not in rows]
-    if missing:
-        raise UsageError(f"--cond {path} has no {', '.join(missing)}: add it")
 
 
 def _as_row(conditioning: GivenRows, key: str, value: Tensor, path: Path) -> Tensor:

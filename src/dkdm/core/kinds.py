@@ -59,8 +59,7 @@ class Row:
 class Kind:
     """What dkdm asks of a conditioning; the answers are those of a model without conditions.
 
-    asks: what a pipeline asks its user for: prompts, class ids, or what the network is fed; None if
-        it asks for nothing.
+    asks: what a pipeline asks its user for: prompts, class ids, what the network is fed, or None.
     """
 
     asks: ClassVar[Asks | None] = None
@@ -154,7 +153,7 @@ def kind_of(conditioning: Conditioning) -> Kind:
     return conditioning if isinstance(conditioning, Kind) else Custom(conditioning)
 
 
-def rows_of(embedded: Condition) -> dict[str, Row]:
+def rows_of(embedded: Mapping[str, Tensor]) -> dict[str, Row]:
     """Shape and dtype of one row of each tensor."""
     names = {key: str(value.dtype).removeprefix("torch.") for key, value in embedded.items()}
     return {key: Row(tuple(value.shape[1:]), names[key]) for key, value in embedded.items()}

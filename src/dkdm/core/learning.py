@@ -20,9 +20,11 @@ from dkdm.errors import DkdmError, UsageError
 def prepare(network: nn.Module, frozen: Collection[str], recompute: bool) -> list[nn.Parameter]:
     """Bring a network into training mode; returns the parameters that learn.
 
-    frozen: names of those that stay as they are. recompute: activations, in the backward pass.
+    frozen: names of those that stay as they are, as do those that the network's code holds fixed.
+    recompute: activations, in the backward pass.
     """
-    make_trainable(network.train())
+    if not any(parameter.requires_grad for parameter in network.train().parameters()):
+        network.requires_grad_(True)
     for name in frozen:
         network.get_parameter(name).requires_grad_(False)
     if recompute:
@@ -51,12 +53,6 @@ def autocasting(accelerator: Accelerator, call: Call | None) -> Call:
             return call(network, x, time, cond)
 
     return casting
-
-
-def make_trainable(network: nn.Module) -> None:
-    """Let every parameter learn, except those that the network's code holds fixed."""
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        network.requires_grad_(True)
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
@@ -94,7 +90,6 @@ class Ema:
         return self.weights
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore them."""
         self.weights = {k: state[k].to(v.device, v.dtype) for k, v in self.weights.items()}
 
 

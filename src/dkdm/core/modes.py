@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FunctionType, MethodType
+from contextlib import contextmanager, suppress
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -38,7 +38,6 @@ def _roots(value: Any, depth: int) -> Iterator[nn.Module]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What a callable or a container holds."""
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, functools.partial):
@@ -55,19 +54,11 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _held_by_function(function: FunctionType) -> list[Any]:
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
     named = [function.__globals__.get(name) for name in function.__code__.co_names]
     modules = [value for value in named if isinstance(value, nn.Module)]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     return [*cells, *modules, *defaults]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 @contextmanager
@@ -79,8 +70,8 @@ def evaluating(*callables: Any, frozen: bool = False) -> Iterator[bool]:
     """
     modules = modules_behind(*callables)
     modes = [module.training for module in modules]
-    weights = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
-    weights = weights if frozen else []
+    held = modules if frozen else []
+    weights = [p for m in held for p in m.parameters(recurse=False) if p.requires_grad]
     _set_modes(modules, [False] * len(modules))
     for weight in weights:
         weight.requires_grad_(False)
@@ -96,16 +87,10 @@ def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
     """Call `train` of modules in another mode, since a network may define its own, then insist."""
     for module, training in zip(modules, modes, strict=True):
         if module.training != training:
-            _call_train(module, training)
+            with suppress(NotImplementedError):  # exported programs have no modes
+                module.train(training)
     for module, training in zip(modules, modes, strict=True):
         module.training = training
-
-
-def _call_train(module: nn.Module, mode: bool) -> None:
-    try:
-        module.train(mode)
-    except NotImplementedError:  # exported programs have no modes
-        return
 
 
 def put_into_evaluation(*callables: Any) -> bool:
@@ -122,30 +107,27 @@ def say_if(was_training: bool) -> None:
         print(WAS_TRAINING, file=sys.stderr)
 
 
-def silence_label_dropout(network: nn.Module) -> None:
+def silence_label_dropout(network: nn.Module) -> dict[Any, float]:
     """Switch off the dropout of labels that diffusers' DiT does by itself in training mode.
 
     Each of its blocks drops other labels, so that the student would not be fed the class of its
-    target. Conditions are dropped when they are drawn instead.
+    target. Conditions are dropped when they are drawn instead. Returns what each layer dropped.
     """
-    for layer in _label_embeddings(network):
+    from diffusers.models.embeddings import LabelEmbedding
+
+    layers = [layer for layer in network.modules() if isinstance(layer, LabelEmbedding)]
+    odds: dict[Any, float] = {layer: layer.dropout_prob for layer in layers}
+    for layer in layers:
         layer.dropout_prob = 0.0
+    return odds
 
 
 @contextmanager
 def without_label_dropout(network: nn.Module) -> Iterator[None]:
     """Silence the dropout of labels in here, and put it back afterwards."""
-    layers = _label_embeddings(network)
-    odds = [layer.dropout_prob for layer in layers]
-    silence_label_dropout(network)
+    odds = silence_label_dropout(network)
     try:
         yield
     finally:
-        for layer, before in zip(layers, odds, strict=True):
+        for layer, before in odds.items():
             layer.dropout_prob = before
-
-
-def _label_embeddings(network: nn.Module) -> list[Any]:
-    from diffusers.models.embeddings import LabelEmbedding
-
-    return [module for module in network.modules() if isinstance(module, LabelEmbedding)]

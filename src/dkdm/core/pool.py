@@ -110,10 +110,7 @@ class Pool:
         return chooser.sample(entries, count)
 
     def _shown(self, rows: Tensor, t: Tensor) -> Condition:
-        """The conditions a batch is evaluated and moved under: those of its entries, or others.
-
-        The entries keep theirs. Source: Random Conditioning, arXiv 2504.02011.
-        """
+        """The entries' conditions or, at random, others to show in a batch (arXiv 2504.02011)."""
         cond = {key: value[rows] for key, value in self.cond.items()}
         if not self.random_conditioning:
             return cond
@@ -131,8 +128,7 @@ class Pool:
     def target(self, batch: Batch) -> Prediction:
         """The one teacher evaluation of the batch (two with guidance).
 
-        If the chain alone is guided, it is the unguided prediction, which carries the guided one
-        for `move`.
+        If the chain alone is guided, it is unguided and carries the guided one for `move`.
         """
         self.count(batch.rows, batch.t)
         unguided, guided = self.teacher.predict_both(batch, self.guidance.of(batch.cond))

@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dkdm.config import PredictionType as PredictionType
 from dkdm.core.clipping import Clipping
 from dkdm.core.other_names import OTHER_PREDICTIONS, OTHER_VARIANCES
 from dkdm.core.process import Process, per_sample
 from dkdm.errors import UsageError
-from dkdm.names import PredictionType as PredictionType
 from dkdm.reading.arguments import NamedArguments, chosen, number, set_fields
 
 VarianceType = Literal[
@@ -163,8 +163,7 @@ def x_0_slope(
 ) -> Tensor:
     """|d output / d x_0| at fixed x, so that an output error is this times the x_0 error.
 
-    Its square turns weights on x_0 into weights on the output (min-SNR, arXiv 2303.09556).
-    Returns float64 [B].
+    float64 [B]; its square turns weights on x_0 into those on the output (arXiv 2303.09556).
     """
     _, q, n = KINDS[kind](alpha, sigma, sigma_data).x_0
     return (torch.ones_like(alpha) * n / q).abs()
@@ -196,8 +195,7 @@ def clip_x_0(
 def dynamic_threshold(x_0: Tensor, quantile: float, max_value: float) -> Tensor:
     """Clamp each sample to the quantile s of its |x_0|, 1 <= s <= max_value, and divide by s.
 
-    A max_value below 1 is s everywhere, as in diffusers. Source: Imagen, arXiv 2205.11487, sec.
-    2.3.
+    A max_value below 1 is s, as in diffusers. Source: Imagen, arXiv 2205.11487, sec. 2.3.
     """
     s = torch.quantile(x_0.flatten(1).abs(), quantile, dim=1).clamp(1, max_value)
     s = per_sample(s, x_0)

@@ -57,22 +57,17 @@ class Process(NamedArguments):
         self._check_rest()
 
     def _check_order(self) -> None:
-        """Raise UsageError unless the noise grows with t."""
         change = torch.diff(self.alpha / self.sigma)
         if bool((change < 0).all()):
             return
-        turned = len(change) and bool((change > 0).all())
-        what = (
-            "give the tables from least to most noise (alpha.flip(0), ...)"
-            if turned
-            else ("two levels have the same noise, or more noise comes first")
-        )
+        what = "two levels have the same noise, or more noise comes first"
+        if len(change) and bool((change > 0).all()):
+            what = "give the tables from least to most noise (alpha.flip(0), ...)"
         raise UsageError(
             f"Process: alpha / sigma must fall strictly with t (0 = least noise): {what}"
         )
 
     def _check_rest(self) -> None:
-        """Raise UsageError for a wrong clean end, clipping, spacing, offset or scheduler."""
         if not isinstance(self.clipping, Clipping):
             refuse("Process: clipping", self.clipping, "give a dkdm.Clipping(range=...)")
         chosen("Process: spacing", self.spacing, get_args(Spacing), {})
@@ -109,9 +104,8 @@ class Process(NamedArguments):
                 f"timesteps {int(t.min())}..{int(t.max())} are out of range: use "
                 f"-1..{self.num_levels - 1}"
             )
-        final_alpha, final_sigma = self.final
-        alpha = torch.cat([self.alpha, self.alpha.new_tensor([final_alpha])])
-        sigma = torch.cat([self.sigma, self.sigma.new_tensor([final_sigma])])
+        alpha = torch.cat([self.alpha, self.alpha.new_tensor(self.final[:1])])
+        sigma = torch.cat([self.sigma, self.sigma.new_tensor(self.final[1:])])
         return alpha[t], sigma[t]
 
     def snr(self) -> Tensor:
@@ -129,8 +123,7 @@ class Process(NamedArguments):
     def timesteps(self, num_steps: int, spacing: Spacing | None = None) -> list[int]:
         """The levels a sampler of `num_steps` steps visits, from most to least noise.
 
-        Spacings as in diffusers (arXiv 2305.08891, table 2). Raises UsageError for a number of
-        steps outside 1..T.
+        Spacings as in diffusers (arXiv 2305.08891, table 2). Raises UsageError outside 1..T steps.
         """
         total = self.num_levels
         num_steps = whole("sampling steps", num_steps, -(2**31))

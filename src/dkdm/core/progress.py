@@ -23,6 +23,15 @@ from rich.progress import (
 from torch import Tensor
 
 BUCKETS = 10
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[rate]}"),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[loss]}"),
+)
 MAX_LINE = 2**20  # characters of a line of metrics
 
 
@@ -89,54 +98,23 @@ def track(total: int, done: int, label: str = "training") -> Iterator[Callable[.
     On a terminal a bar; elsewhere a line every ten seconds.
     """
     console = Console(stderr=True)
-    if console.is_terminal:
-        with _bar(console, total, done, label) as update:
-            yield update
-    else:
-        yield _lines(total, done, label)
-
-
-@contextmanager
-def _bar(console: Console, total: int, done: int, label: str) -> Iterator[Callable[..., None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total, completed=done, loss="", rate="")
-
-        def show(now_done: int, rate: float, loss: str) -> None:
-            progress.update(task, completed=now_done, loss=loss, rate=f"{rate:.1f}/s")
-
-        yield _every(0.5, total, done, show)
-
-
-def _lines(total: int, done: int, label: str) -> Callable[..., None]:
-    def show(now_done: int, rate: float, loss: str) -> None:
-        minutes = (total - now_done) / max(rate, 1e-9) / 60
-        shown = f"{label}: {now_done}/{total}{loss and f', {loss}'}, {rate:.2f}/s"
-        print(f"{shown}, {minutes:.1f} min left", file=sys.stderr, flush=True)
-
-    return _every(10, total, done, show)
-
-
-def _every(
-    seconds: float, total: int, done: int, show: Callable[[int, float, str], None]
-) -> Callable[..., None]:
-    """Calls `show` with what is done, its rate and the loss, so often and at the end."""
+    bar = Progress(*COLUMNS, console=console, disable=not console.is_terminal)
+    task = bar.add_task(label, total=total, completed=done, loss="", rate="")
     started = last_shown = time.monotonic()
 
     def update(now_done: int, loss: Tensor | None = None) -> None:
         nonlocal last_shown
         now = time.monotonic()
-        if now - last_shown >= seconds or now_done >= total:
-            last_shown = now
-            rate = (now_done - done) / max(now - started, 1e-9)
-            show(now_done, rate, "" if loss is None else f"loss {float(loss):.4f}")
+        if now_done < total and now - last_shown < (10 if bar.disable else 0.5):
+            return
+        last_shown = now
+        rate = (now_done - done) / max(now - started, 1e-9)
+        shown = "" if loss is None else f"loss {float(loss):.4f}"
+        if bar.disable:
+            minutes = (total - now_done) / max(rate, 1e-9) / 60
+            line = f"{label}: {now_done}/{total}{shown and f', {shown}'}, {rate:.2f}/s"
+            print(f"{line}, {minutes:.1f} min left", file=sys.stderr, flush=True)
+        bar.update(task, completed=now_done, loss=shown, rate=f"{rate:.1f}/s")
 
-    return update
+    with bar:
+        yield update

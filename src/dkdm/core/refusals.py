@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,10 +13,9 @@ from dkdm.core.bundle import Bundle
 from dkdm.core.conditioning import Condition, Conditioning, Interval
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
-from dkdm.errors import UsageError
-from dkdm.reading.arguments import number, refuse
+from dkdm.errors import UsageError, in_a_line
+from dkdm.reading.arguments import given, instance, refuse
 from dkdm.reading.arrays import tensor
-from dkdm.reading.sizes import in_a_line
 from dkdm.reading.values import is_array
 
 FUNCTIONS = {
@@ -46,12 +44,9 @@ def check_network(network: Any) -> None:
 
 def check_kinds(process: Any, bundle: Any, name: Any) -> None:
     """Raise UsageError unless these are a Process, a Bundle and a string."""
-    if not isinstance(process, Process):
-        refuse("Denoiser: process", process, _instead_of_process(process))
-    if not isinstance(bundle, Bundle):
-        refuse("Denoiser: bundle", bundle, "leave it out, or give decode=function")
-    if not isinstance(name, str):
-        refuse("Denoiser: name", name, "give a string")
+    instance("Denoiser: process", process, Process, _instead_of_process(process))
+    instance("Denoiser: bundle", bundle, Bundle, "leave it out, or give decode=function")
+    instance("Denoiser: name", name, str, "give a string")
 
 
 def _instead_of_process(value: Any) -> str:
@@ -68,10 +63,8 @@ def parameterization_given(value: Any) -> Parameterization:
     """A parameterization, or the one that a word names."""
     if isinstance(value, str):
         return Parameterization(value)  # type: ignore[arg-type]
-    if not isinstance(value, Parameterization):
-        remedy = "give a word or dkdm.Parameterization(...), such as 'epsilon'"
-        refuse("Denoiser: parameterization", value, remedy)
-    return value
+    remedy = "give a word or dkdm.Parameterization(...), such as 'epsilon'"
+    return instance("Denoiser: parameterization", value, Parameterization, remedy)
 
 
 def constants_given(value: Any) -> Condition:
@@ -84,11 +77,8 @@ def constants_given(value: Any) -> Condition:
 
 def ends_given(name: str, value: Any) -> tuple[float, float]:
     """Two numbers, the smaller one first."""
-    value = value.tolist() if is_array(value) and value.ndim else value
     accepted = "give (smallest, largest), such as (0.0, 1.0)"
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        refuse(name, value, accepted)
-    low, high = (number(name, end) for end in value)
+    low, high = given(name, value, tuple[float, float], accepted)
     if low >= high:
         refuse(name, value, f"{accepted}: the smaller one comes first")
     return low, high
@@ -137,30 +127,19 @@ def check_finite(tried: Tried, output: Tensor, t: Tensor) -> None:
     )
 
 
-@contextmanager
-def explaining_misfits(tried: Tried, cond: Condition) -> Iterator[None]:
-    """Turn any error of a network that is evaluated in here into a UsageError with the remedy."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(_misfit(tried, cond, str(error), in_a_line(error))) from error
-
-
-def _misfit(tried: Tried, cond: Condition, error: str, line: str) -> str:
+def misfit(tried: Tried, cond: Condition, error: Exception) -> UsageError:
     """Why a network could not be evaluated, and what to do."""
-    refused = re.search(r"unexpected keyword argument '(\w+)'", error)
+    refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if refused is not None and refused[1] in tried.conditioning.embed(cond):
         name = refused[1]
-        return (
+        return UsageError(
             f"{tried.name} takes no argument '{name}': say how it is called, such as "
             f"Denoiser(..., call=lambda network, x, time, cond: network(x, time, "
             f"YOUR_ARGUMENT=cond['{name}'])), or leave conditioning out"
         )
-    return (
+    return UsageError(
         f"{tried.name} does not fit samples of shape {tried.sample_shape} with conditions "
-        f"{_shown(cond)}: {line}{_hint(tried, error)}"
+        f"{_shown(cond)}: {in_a_line(error)}{_hint(tried, str(error))}"
     )
 
 
@@ -185,6 +164,5 @@ def _hint(tried: Tried, error: str) -> str:
 
 
 def _shown(cond: Condition) -> str:
-    """Conditions by name, ids with their values."""
     shown = [f"{k} {v.tolist()}" if v.ndim == 1 else k for k, v in sorted(cond.items())]
     return ", ".join(shown) or "none"

@@ -86,7 +86,6 @@ def from_betas(betas: Tensor | np.ndarray | Sequence[float], **fields: Any) -> P
 
 
 def _checked_betas(given: Any) -> Tensor:
-    """The betas, float64 [T]. Raises UsageError for anything that cannot be betas."""
     exact = table("betas", given)
     falls = len(exact) > 1 and bool((torch.diff(exact) < 0).all())
     if falls and exact[0] > 0.5:
@@ -113,8 +112,7 @@ def rectified_flow(
     """A straight-line flow, `x_t = (1 - sigma) x_0 + sigma eps`, sigma = 1 at t = T-1.
 
     shift: moves levels towards noise, `shift * u / (1 + (shift - 1) u)` for T even steps of u up to
-    1 (SD3, arXiv 2403.03206, Eq. 23); lowest: u at t = 0, None is 1 / T. The network is fed
-    sigma * T.
+    1 (SD3, arXiv 2403.03206, Eq. 23); lowest: u at t = 0, None is 1 / T. Networks are fed sigma T.
     """
     num_levels = whole("num_levels", num_levels, 2, MAX_LEVELS)
     shift = number("shift", shift, 0, open_low=True)
@@ -159,7 +157,6 @@ def karras(
 
 
 def _sigma_range(low: float, high: float) -> tuple[float, float]:
-    """The least and the most noise. Raises UsageError unless they are in this order."""
     low = number("sigma_min", low, 0, open_low=True)
     high = number("sigma_max", high, 0, open_low=True)
     if low >= high:

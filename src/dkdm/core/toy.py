@@ -1,7 +1,6 @@
 """The exact teacher: a Gaussian mixture, whose denoiser is known in closed form.
 
-For tests and first steps. It needs no training and no files, and works with any shape, process and
-parameterization.
+For tests and first steps, without training or files, in any shape, process and parameterization.
 """
 
 from __future__ import annotations

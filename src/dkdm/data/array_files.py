@@ -19,8 +19,7 @@ from torch import Tensor
 from dkdm.data.images import to_samples
 from dkdm.data.real_images import AT_ONCE, Images, Source
 from dkdm.data.reference import FeatureExtractor
-from dkdm.errors import DkdmError
-from dkdm.reading.sizes import in_a_line
+from dkdm.errors import DkdmError, in_a_line
 
 IMAGES, LABELS = "arr_0", "arr_1"  # of ADM's .npz
 SAMPLES, CLASSES = "samples", "class_labels"  # of a .safetensors by dkdm

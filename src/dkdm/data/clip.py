@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from dkdm.data.resizing import eight_bits
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.models.locate import is_hub_id, locate
 from dkdm.reading.allowed import component_class
 from dkdm.reading.fields import read_json, shown
-from dkdm.reading.sizes import in_a_line
 
 BATCH = 50
 OPTION = "--clip-model"

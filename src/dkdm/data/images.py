@@ -12,8 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dkdm.errors import DkdmError
-from dkdm.reading.sizes import in_a_line
+from dkdm.errors import DkdmError, in_a_line
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from dkdm.config import Resize
 from dkdm.data import fashion
 from dkdm.data.array_files import IMAGES as ADM_IMAGES
 from dkdm.data.array_files import array_images, array_names
@@ -18,7 +19,6 @@ from dkdm.data.real_images import summarized
 from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.data.statistics_file import holds_statistics, statistics_reference, with_images
 from dkdm.errors import UsageError
-from dkdm.names import Resize
 
 FASHION = "fashion"
 ARRAYS = (".npz", ".npy", ".safetensors")

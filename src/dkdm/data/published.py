@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.error import HTTPError
 
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.reading.files import atomic, cache_dir
-from dkdm.reading.sizes import in_a_line
 
 DOWNLOAD = "download"
 TIMEOUT = 60.0

@@ -26,9 +26,8 @@ from dkdm.data.reference import (
     mismatch,
     within_class_variance,
 )
-from dkdm.errors import DkdmError
+from dkdm.errors import DkdmError, in_a_line
 from dkdm.reading.files import atomic, cache_dir
-from dkdm.reading.sizes import in_a_line
 
 AT_ONCE = 50  # images of a batch
 FORMAT = "1"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dkdm.names import Resize
+from dkdm.config import Resize
 
 RESIZES: Sequence[str] = get_args(Resize)
 

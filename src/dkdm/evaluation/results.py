@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dkdm.core.checkpoint import write_tensors
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.evaluation.metrics import Metrics
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
-from dkdm.reading.sizes import in_a_line
 from dkdm.reading.values import made_of
 
 EVALUATION = "evaluation.json"

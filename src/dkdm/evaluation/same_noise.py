@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dkdm.config import Sampler
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.randomness import generator
 from dkdm.core.solvers import SOLVERS
 from dkdm.errors import UsageError
-from dkdm.names import Sampler
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import evaluating
 from dkdm.data.reference import FeatureExtractor, Features
-from dkdm.errors import DkdmError
+from dkdm.errors import DkdmError, in_a_line
 from dkdm.evaluation.fingerprint import fingerprint, hash_of
 from dkdm.evaluation.same_noise import Sampling, batches, decoded
 from dkdm.reading.files import atomic
-from dkdm.reading.sizes import in_a_line
 from dkdm.version import __version__
 
 SHARD = 1000

@@ -10,7 +10,6 @@ from pathlib import Path
 from dkdm.config import ModelChoice
 from dkdm.core.conditioning import with_null_class
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.given import path_given
 from dkdm.core.kinds import kind_of
 from dkdm.core.modes import put_into_evaluation, say_if
 from dkdm.errors import DkdmError, UsageError
@@ -22,6 +21,7 @@ from dkdm.models.pipeline_folder import load_pipeline_folder
 from dkdm.models.place import place, quantize_int8
 from dkdm.models.prompts import NO_PROMPTS, Prompts, read_prompts, with_prompts
 from dkdm.models.sketch import sketch_teacher
+from dkdm.reading.arguments import given
 from dkdm.reading.options import as_typed
 from dkdm.reading.plugins import import_object
 from dkdm.reading.sizes import understood
@@ -56,7 +56,8 @@ def load_teacher(
     Raises UsageError if nothing is found there or it is not a one-step diffusion model,
     DkdmError if its weights are missing or do not belong to its network.
     """
-    spec = str(path_given("load_teacher: model", spec, "give a folder, a hub id or module:factory"))
+    accepted = "give a folder, a hub id or module:factory"
+    spec = str(given("load_teacher: model", spec, Path, accepted))
     options = options or LoadOptions()
     if ":" in spec and not spec.startswith("builtin:"):
         return _with_null_class(_from_factory(spec), options)

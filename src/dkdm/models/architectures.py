@@ -16,6 +16,7 @@ from dkdm.core.bundle import Bundle
 from dkdm.core.conditioning import Condition
 from dkdm.errors import UsageError
 from dkdm.models.custom_network import OWN_CLASS
+from dkdm.networks import HOMES
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -141,16 +142,8 @@ ARCHITECTURES = {
     each.name: each
     for each in (
         Architecture("UNet2DModel", refused={"class_embed_type": _CLASS_EMBEDDINGS}, layout="unet"),
-        Architecture("AdmUNet"),
-        Architecture("SongUNet"),
-        Architecture("DhariwalUNet"),
-        Architecture("EDM2UNet"),
-        Architecture("LucidrainsUNet"),
+        *map(Architecture, HOMES),
         Architecture(OWN_CLASS, classes="num_classes"),
-        Architecture("UVit"),
-        Architecture("LinearTransformer"),
-        Architecture("MobileUNet"),
-        Architecture("ResidualMLP"),
         Architecture("UNet1DModel", sides=1),
         Architecture(
             "DiTTransformer2DModel",

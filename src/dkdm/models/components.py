@@ -77,7 +77,6 @@ class Component:
         return part
 
     def _check_tokenizer(self) -> None:
-        """Raise DkdmError for a tokenizer that needs a package which is not installed."""
         pieces = next(iter(sorted(self.folder.glob("*.model"))), None)
         lacks = find_spec("sentencepiece") is None
         if pieces is not None and lacks and not (self.folder / "tokenizer.json").is_file():
@@ -114,12 +113,11 @@ def weight_variant(folder: Path, asked: str | None) -> str | None:
 
 @dataclass(eq=False)
 class Autoencoder:
-    """Between pixels in [-1, 1] and the standardized latents that a denoiser works on.
+    """A `Coder` that is loaded when it is first used: latents = (encoded - shift) * scale.
 
-    It is loaded when first used, and leaves the device when `idle` is called. latents =
-    (encoded - shift) * scale, with the factors of its config: one for all channels
-    (`scaling_factor`, `shift_factor`) or one each (`latents_mean`, `latents_std`). pipeline: the
-    one of diffusers it belongs to, which may read only some of them; None reads all.
+    The factors are those of its config: one for all channels (`scaling_factor`, `shift_factor`) or
+    one each (`latents_mean`, `latents_std`). pipeline: the one of diffusers it belongs to, which
+    may read only some of them; None reads all.
     """
 
     component: Component
@@ -133,20 +131,17 @@ class Autoencoder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The autoencoder's config as the loaded object has it."""
         file = self.component.folder / "config.json"
         raw = read_json(file, "an autoencoder's config")
         return class_config(raw, self.component.class_name, str(file))
 
     @property
     def latent_channels(self) -> int | None:
-        """Channels of its latents, if the config says."""
         config = self.config
         found = config.get("latent_channels") or config.get("z_dim")
         return None if found is None else int(found)
 
     def standard(self, pipeline: str | None = None) -> tuple[list[float], list[float]]:
-        """(shift, scale), one number each, or one for every channel, as a pipeline reads them."""
         config = self.config
         known = PIPELINES.get(str(pipeline or self.pipeline))
         if known and known.factors is not None:
@@ -164,7 +159,6 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, C, H, W] (or [B, C, F, H, W]) of standardized latents."""
         network = self._loaded(latents.device)
         if latents.shape[-1] >= TILED_FROM and hasattr(network, "enable_tiling"):
             network.enable_tiling()
@@ -174,10 +168,6 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Standardized latents of pixels in [-1, 1]; a sample of them if they are random.
-
-        generator: on the images' device; None takes the mean.
-        """
         network = self._loaded(images.device)
         encoded = network.encode(images.to(next(network.parameters()).dtype))
         raw = _latents_of(encoded, generator).float()
@@ -185,7 +175,6 @@ class Autoencoder:
         return (raw - shift) * scale
 
     def idle(self) -> None:
-        """Make room on the device."""
         if self.network is not None:
             self.network.to("cpu")
 

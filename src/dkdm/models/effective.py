@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from packaging.version import InvalidVersion, Version
 
 from dkdm.errors import UsageError
@@ -125,8 +126,6 @@ _NEEDS_A_PACKAGE = {  # scipy, torchsde: a class with the same arguments and tho
 
 def stock_class(name: object, base: str = "ConfigMixin") -> Any:
     """A class of diffusers that derives from `base`; None if it has none of this name."""
-    import diffusers
-
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else 0
     known = isinstance(found, type) and issubclass(found, getattr(diffusers, base))
     return found if known else None
@@ -136,7 +135,6 @@ _CONVERTING = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 
 
 def _written_by_constructor(name: str, config: Config) -> Config:
-    """What the constructor of a class writes over its own arguments."""
     levels = _LEVELS.get(name)
     if levels:
         return {"block_out_channels": config[levels], "force_upcast": False}
@@ -168,7 +166,6 @@ def _corrected(config: Config, index: Mapping[str, Any], name: str, where: str) 
 
 
 def _is_old(config: Config, where: str) -> bool:
-    """Whether a config was written before diffusers 0.9.0."""
     version = config.get("_diffusers_version")
     if version is None:
         return False
@@ -214,7 +211,6 @@ def pipeline_entries(index: Mapping[str, Any]) -> Config:
 
 
 def _check(fields: Fields) -> None:
-    """Raise UsageError for an entry whose value no component can have."""
     for name in _POSITIVE:
         fields.whole(name, None, low=1)
     for name in _SIDES:

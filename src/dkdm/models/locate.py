@@ -12,11 +12,12 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dkdm.errors import DkdmError, UsageError
+import huggingface_hub
+
+from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.models.effective import listed
 from dkdm.models.pipelines import LEFT_OUT
 from dkdm.reading.fields import read_json
-from dkdm.reading.sizes import in_a_line
 
 BUILTIN = Path(str(resources.files("dkdm"))) / "models" / "builtin"
 INDEX = "model_index.json"
@@ -109,8 +110,6 @@ def download(
 
 def _listing(repo_id: str, revision: str | None) -> list[str] | None:
     """The names of all files, offline as they were last seen; None if they cannot be listed."""
-    import huggingface_hub
-
     try:
         found = huggingface_hub.HfApi().model_info(repo_id, revision=revision, timeout=20)
         return [file.rfilename for file in found.siblings or ()]
@@ -123,16 +122,10 @@ def _listing(repo_id: str, revision: str | None) -> list[str] | None:
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
-    except Exception as error:  # of the network, the hub, the disk: all end the download
-        at = f" at revision {revision}" if revision else ""
-        raise DkdmError(
-            f"'{repo_id}' is no folder here, and the hub did not give it{at}: "
-            f"{in_a_line(error, 1000)}"
-        ) from error
+    fetch, at = huggingface_hub.snapshot_download, f" at revision {revision}" if revision else ""
+    said = f"'{repo_id}' is no folder here, and the hub did not give it{at}"
+    with raised_as(lambda error: DkdmError(f"{said}: {in_a_line(error, 1000)}")):
+        return Path(fetch(repo_id, revision=revision, allow_patterns=list(patterns)))
 
 
 def needed_files(

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.models.formats.state_dict import read_header, read_weights
 from dkdm.reading.fields import Fields, is_number, shown
-from dkdm.reading.sizes import in_a_line
 
 LoraChoice = Path | str | tuple[Path | str, float]
 _DOWN = ".lora_A.weight"  # rows of these, in peft's names, are a layer's rank
@@ -100,8 +100,6 @@ def merge_loras(
 
 def _holder(network: nn.Module, pipeline: str | None, component: str) -> Any:
     """A pipeline of this class with nothing in it but the network."""
-    import diffusers
-
     cls: Any = getattr(diffusers, str(pipeline), None)
     if not hasattr(cls, "load_lora_weights") or not hasattr(network, "load_lora_adapter"):
         raise UsageError(
@@ -116,10 +114,7 @@ def _holder(network: nn.Module, pipeline: str | None, component: str) -> Any:
 
 
 def _load(holder: Any, component: str, name: str, file: Path) -> None:
-    """Let a pipeline load one file as an adapter of its network.
-
-    The file is read here, as data; the pipeline converts its names. Raises as `merge_loras`.
-    """
+    """Read one file, as data, and let a pipeline convert its names and load it as an adapter."""
     where = f"--teacher-lora {file}"
     tensors = read_weights(file).tensors
     _check_tensors(tensors, where)
@@ -145,7 +140,6 @@ def _load(holder: Any, component: str, name: str, file: Path) -> None:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise UsageError for scales that would be dropped, DkdmError for values not finite."""
     if any("dora_scale" in key for key in tensors):
         raise UsageError(
             f"{where}: holds DoRA scales (dora_scale), which diffusers drops: the result would not "

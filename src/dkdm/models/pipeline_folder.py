@@ -96,8 +96,7 @@ def describe_pipeline_folder(folder: Path, options: LoadOptions) -> Described:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json; the pipeline of a folder whose class diffusers does not have is its
-    family's.
+    """model_index.json, with the class of its family in place of one that diffusers lacks.
 
     Raises UsageError if the file is missing.
     """
@@ -170,13 +169,11 @@ def check_places(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _saved_size(index: dict[str, Any]) -> tuple[int, ...] | None:
-    """The size of a sample that dkdm writes beside the components."""
     size = index.get("_sample_size")
     return None if size is None else tuple(map(int, size.split("x")))
 
 
 def _saved_range(index: dict[str, Any]) -> tuple[float, float]:
-    """The smallest and largest value of a sample, if dkdm wrote them."""
     low, high = map(float, index.get("_value_range", "-1..1").split(".."))
     return low, high
 
@@ -222,7 +219,6 @@ def network_of(index: Mapping[str, Any], folder: Path) -> tuple[str, Architectur
 
 
 def _check_library(folder: Path, component: str, named: list[Any]) -> None:
-    """Raise UsageError for a network of another library than its class is read from."""
     library, kind = named
     own = [HOMES[kind], f"dkdm.networks.{HOMES[kind]}"] if kind in HOMES else ["diffusers"]
     if library not in own and not (kind == OWN_CLASS and is_name(library)):
@@ -273,7 +269,6 @@ def _needed_autoencoders(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _pipeline_of(folder: Path, index: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The pipeline that the components belong to, and its settings."""
     if "_came_from" not in index:
         family = _family(index, folder)
         return family, pipeline_entries({**index, "_class_name": family})

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
 from dkdm.core.bundle import Bundle
 from dkdm.errors import UsageError
 from dkdm.models.effective import listed
@@ -46,8 +48,6 @@ class Encoding:
 
     def all_arguments(self, bundle: Bundle) -> dict[str, Any]:
         """What `encode_prompt` takes beside prompts; the bundle's entries come first."""
-        import diffusers
-
         call = inspect.signature(getattr(diffusers, str(bundle.pipeline)).__call__).parameters
         defaults = {name: call[name].default for name in self.defaults}
         given = {name: bundle.entries[name] for name in self.defaults if name in bundle.entries}
@@ -55,8 +55,6 @@ class Encoding:
 
     def absent(self, pipeline: str, encoders: Sequence[str]) -> list[str]:
         """Parameters of the pipeline that are neither its scheduler nor one of its encoders."""
-        import diffusers
-
         init = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
         present = {"self", "scheduler", *encoders}
         return [
@@ -76,8 +74,7 @@ class Pipeline:
         components has in its name, if components alone do not tell.
     schedulers: the only ones it samples with, since it scales neither its network's input nor the
         first noise; None: any. flow: whether it samples flows, or else the others.
-    output: the attribute of its result that holds the samples. asks_size: whether it must be given
-        the size in pixels.
+    output: attribute of its result with the samples. asks_size: whether it asks for the pixels.
     """
 
     name: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from accelerate import cpu_offload
+from accelerate.state import PartialState, is_initialized
 from torch import nn
 
 from dkdm.core.denoiser import Denoiser
@@ -15,8 +17,6 @@ Offload = Literal["none", "layers"]
 
 def device_of_run() -> torch.device:
     """The device that this process computes on: its run's or, without a run, the accelerator."""
-    from accelerate.state import PartialState, is_initialized
-
     if is_initialized():
         found: torch.device = PartialState().device
         return found
@@ -42,7 +42,5 @@ def place(denoiser: Denoiser, device: torch.device, offload: Offload = "none") -
         return
     if offload == "none":
         network.to(device)
-        return
-    from accelerate import cpu_offload
-
-    cpu_offload(network, execution_device=device, offload_buffers=True)
+    else:
+        cpu_offload(network, execution_device=device, offload_buffers=True)

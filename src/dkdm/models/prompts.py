@@ -69,7 +69,6 @@ class Prompts(Kind):
         return dropped(self, {"prompt": chosen}, generator, dropout)
 
     def null(self, count: int) -> Condition:
-        """The negative prompt for every sample."""
         return {"prompt": torch.zeros(count, dtype=torch.int64)}
 
     def of(self, texts: Sequence[str]) -> Condition:
@@ -104,7 +103,6 @@ class Prompts(Kind):
         return repr(self.texts[0])
 
     def in_turns(self, count: int) -> Condition:
-        """The prompts one after the other. Raises UsageError if none were given."""
         self._check()
         return {"prompt": torch.arange(count) % len(self.texts) + 1}
 
@@ -282,7 +280,6 @@ class BlankEmbeddings:
     shapes: Mapping[str, tuple[int, ...]]
 
     def rows(self, numbers: Tensor) -> Condition:
-        """Zeros for every number."""
         return {key: torch.zeros(len(numbers), *shape) for key, shape in self.shapes.items()}
 
 

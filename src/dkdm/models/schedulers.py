@@ -54,7 +54,6 @@ def from_scheduler_config(config: Config, image_tokens: int | None = None) -> Pr
 
 
 def _config_given(value: Any) -> Config:
-    """A scheduler's config, from itself or a scheduler. Raises UsageError for anything else."""
     if isinstance(value, Mapping):
         return value
     if isinstance(getattr(value, "config", None), Mapping):

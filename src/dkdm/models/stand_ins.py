@@ -158,7 +158,6 @@ def fields_of(config: Config) -> Fields:
 
 
 def _solver_stand_in(config: Config) -> dict[str, Any]:
-    """What stands for a solver of several evaluations or with a memory."""
     fields = fields_of(config)
     if fields.flag("use_flow_sigmas", False):
         return _flow_stand_in(config, fields)

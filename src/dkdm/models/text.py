@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -11,11 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 
 from dkdm.core.bundle import Bundle
 from dkdm.core.conditioning import Condition
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.models.components import Component
 from dkdm.models.effective import class_config
 from dkdm.models.pipelines import Encoding, encoding_of, text_pipelines
@@ -23,7 +24,6 @@ from dkdm.models.place import device_of_run
 from dkdm.models.prompts import Prompts, TextEncoders, folder_fingerprint
 from dkdm.reading.allowed import component_class
 from dkdm.reading.fields import Fields, read_json
-from dkdm.reading.sizes import in_a_line
 
 
 def text_conditioning(folder: Path, bundle: Bundle) -> Prompts:
@@ -66,8 +66,6 @@ class LazyEncoders:
     @cached_property
     def pipeline(self) -> Any:
         """The pipeline, until `release`."""
-        import diffusers
-
         kind, loaded = str(self.bundle.pipeline), {}
         for name, part in self.bundle.components.items():
             if _is_text(name):
@@ -98,7 +96,6 @@ class LazyEncoders:
         return rows
 
     def _encode(self, prompts: Sequence[str], negative: bool = False) -> Condition:
-        """What the pipeline makes of prompts, or of negative prompts."""
         pipeline, outputs = self.pipeline, self.encoding.outputs
         arguments = self.encoding.all_arguments(self.bundle)
         arguments |= {"prompt": list(prompts), "device": pipeline.device}
@@ -109,20 +106,12 @@ class LazyEncoders:
         found = zip(outputs, encoded[len(outputs) if negative else 0 :], strict=False)
         return {name: value.cpu() for name, value in found if name is not None}
 
-    @contextmanager
-    def _fitting(self) -> Iterator[None]:
-        """Raise DkdmError if the parts that a folder lists do not work together."""
-        try:
-            yield
-        except Exception as error:  # whatever classes raise that were not made for each other
-            listed = ", ".join(
-                f"{name}: {part.class_name}"
-                for name, part in self.bundle.components.items()
-                if _is_text(name)
-            )
-            raise DkdmError(
-                f"{self.folder}: prompts cannot be encoded by {listed}: {in_a_line(error)}"
-            ) from error
+    def _fitting(self) -> AbstractContextManager[None]:
+        """Around what classes raise that were not made for each other."""
+        parts = self.bundle.components.items()
+        listed = ", ".join(f"{k}: {part.class_name}" for k, part in parts if _is_text(k))
+        said = f"{self.folder}: prompts cannot be encoded by {listed}"
+        return raised_as(lambda error: DkdmError(f"{said}: {in_a_line(error)}"))
 
     def release(self) -> None:
         vars(self).pop("pipeline", None)
@@ -146,8 +135,7 @@ def encoder_width(part: Component) -> int:
     raw = read_json(file, "a text encoder's config")
     made = component_class(part.folder, part.library, part.class_name)
     kind = getattr(made, "config_class", None)
-    try:
+    said = f"{file} is not of a {part.class_name}"
+    with raised_as(lambda error: UsageError(f"{said}: {in_a_line(error)}")):
         values = raw if kind is None else {"hidden_size": kind.from_dict(raw).hidden_size}
-    except Exception as error:
-        raise UsageError(f"{file} is not of a {part.class_name}: {in_a_line(error)}") from error
     return Fields(values, str(file)).whole("hidden_size", low=1)

@@ -1,7 +1,4 @@
-"""The UNets of EDM (arXiv 2206.00364, table 7): DDPM++, NCSN++ and ADM.
-
-Their weights have the names that they have in NVlabs/edm.
-"""
+"""The UNets of EDM (arXiv 2206.00364, table 7), DDPM++, NCSN++ and ADM, named as in NVlabs/edm."""
 
 from __future__ import annotations
 
@@ -44,8 +41,7 @@ class SongUNet(EdmUNet):
     block_out_channels: widths of the levels; model_channels: of the first convolution;
     noise_channels, emb_channels: of the time before and after its layers. attention_resolutions:
     in pixels. fourier: time as random Fourier features, otherwise as sinusoids. residual_input: the
-    image enters the encoder at each resolution, as features that are passed on. resample_filter:
-    one dimension of it.
+    image enters the encoder at each resolution, as features. resample_filter: one dimension of it.
     """
 
     @register_to_config

@@ -62,8 +62,7 @@ class EDM2UNet(Network):
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """F of EDM's preconditioning.
 
-        x: [B, C, H, W], scaled by c_in; timesteps: c_noise [B]; class_labels: int64 [B], or None
-        for no class.
+        x: [B, C, H, W], scaled by c_in; timesteps: c_noise [B]; class_labels: int64 [B] or None.
         """
         emb = self._embedded(timesteps, class_labels)
         x, skips = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
@@ -158,8 +157,7 @@ class DecoderBlock(Block):
 class UnitConv(nn.Module):
     """A linear layer (kernel 0) or convolution whose outputs each have weights of norm 1 (Eq. 47).
 
-    The paper also resets the weights to that norm in training (Eq. 66), which is left to whoever
-    trains.
+    The paper also resets the weights to that norm in training (Eq. 66), which is left to others.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 0) -> None:

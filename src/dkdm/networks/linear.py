@@ -33,9 +33,7 @@ class LinearTransformer(ConditionedNetwork):
     """A transformer over patches; time, class and pooled text modulate it, text is attended to.
 
     sample_size, patch_size: one number a side, (height, width) for images; other sizes that can be
-    cut into patches work too. num_class_embeds: class ids; None is unconditional.
-    cross_attention_dim, pooled_projection_dim: width of the text's tokens and of its pooled
-    embedding; None is without.
+    cut into patches work too. The rest as in ConditionedNetwork.
     """
 
     @register_to_config

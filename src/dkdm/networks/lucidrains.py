@@ -1,7 +1,4 @@
-"""The UNet of lucidrains/denoising-diffusion-pytorch, with linear and full attention.
-
-Its weights have the names that they have there.
-"""
+"""The UNet of lucidrains/denoising-diffusion-pytorch; its weights are named as there."""
 
 from __future__ import annotations
 

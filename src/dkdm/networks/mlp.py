@@ -19,10 +19,9 @@ class ResidualMLP(ConditionedNetwork):
     """Samples are flattened, [C] and [C, L] alike, and every block sees all of their values.
 
     sample_size: the sides after the channels: () for vectors, (length,) for audio. width: of the
-    blocks; depth: how many. num_class_embeds: class ids; None is unconditional.
-    cross_attention_dim, pooled_projection_dim: width of the text's tokens, whose mean is read, and
-    of its pooled embedding; None is without. What is noise in x is passed on, as much of it as the
-    time asks for, so that `width` may be less than its values.
+    blocks; depth: how many. Of a text's tokens the mean is read. What is noise in x is passed on,
+    as much of it as the time asks for, so that `width` may be less than its values. The rest as in
+    ConditionedNetwork.
     """
 
     @register_to_config

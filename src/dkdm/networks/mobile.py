@@ -31,9 +31,7 @@ class MobileUNet(ConditionedNetwork):
 
     sample_size: one number a side, (height, width) for images. block_out_channels: widths of the
     levels, the highest resolution first. layers_per_block: blocks of a level, each way. expansion:
-    how much wider a block is inside. num_class_embeds: class ids; None is unconditional.
-    cross_attention_dim, pooled_projection_dim: width of the text's tokens and of its pooled
-    embedding; None is without.
+    how much wider a block is inside. The rest as in ConditionedNetwork.
     """
 
     @register_to_config

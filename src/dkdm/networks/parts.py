@@ -1,7 +1,4 @@
-"""What several networks are made of. It needs torch and diffusers alone.
-
-A student ships these parts and its network in one file, see `shipped_source`.
-"""
+"""What several networks are made of; a student ships it in one file with its network."""
 
 from __future__ import annotations
 
@@ -35,8 +32,9 @@ class Network(ModelMixin, ConfigMixin):
 class ConditionedNetwork(Network):
     """A network that is fed time and, by its config, a class, a text and its pooled embedding.
 
-    time_channels: sines and cosines of the time. Its config has num_class_embeds,
-    cross_attention_dim and pooled_projection_dim, each None for a network without.
+    time_channels: sines and cosines of the time. Its config has num_class_embeds, class ids, and
+    cross_attention_dim and pooled_projection_dim, widths of the text's tokens and of its pooled
+    embedding; each is None for a network without.
     """
 
     time_channels: int
@@ -58,8 +56,7 @@ class ConditionedNetwork(Network):
 
         timesteps: [B], may be fractions; class_labels: int64 [B]; encoder_hidden_states: [B, N, D];
         encoder_attention_mask: [B, N], 0 for padding; pooled_projections: [B, D]. Raises ValueError
-        for a size of x that the network cannot take, and for conditions that are missing or not
-        known.
+        for a size of x that the network cannot take, and for conditions missing or not known.
         """
         self._check_given(class_labels, encoder_hidden_states, pooled_projections)
         sinusoids = get_timestep_embedding(timesteps, self.time_channels, True, 0)

@@ -26,8 +26,7 @@ class UVit(ConditionedNetwork):
     """A transformer whose later half is also shown what the earlier half had found.
 
     sample_size, patch_size: one number a side, (height, width) for images. depth: blocks, odd: one
-    stands in the middle. num_class_embeds: class ids; None is unconditional. cross_attention_dim,
-    pooled_projection_dim: width of the text's tokens and of its pooled embedding; None is without.
+    stands in the middle. The rest as in ConditionedNetwork.
     """
 
     @register_to_config

@@ -65,9 +65,8 @@ _ATTENTION = (None, "eager", "sdpa")
 def _refuse_fetched_code(folder: Path) -> None:
     """Raise UsageError for what lets transformers fetch more than the folder holds.
 
-    An attention of another name may be code of the hub, adapters name another model, and
-    `auto_map` names code of the parts of a model; that of the whole model is ignored for a class of
-    transformers.
+    An attention of another name may be code of the hub, adapters name another model, and an inner
+    `auto_map` names code; that of the whole model is ignored for a class of transformers.
     """
     if (folder / "adapter_config.json").exists():
         raise UsageError(f"{folder}: an adapter lies beside the component: merge it, or remove it")

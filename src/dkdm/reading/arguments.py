@@ -13,9 +13,8 @@ from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 from dkdm.errors import UsageError
-from dkdm.reading import values
 from dkdm.reading.fields import shown
-from dkdm.reading.values import FINITE, Range, WrongValueError, accept, as_type, is_array, scalar
+from dkdm.reading.values import FINITE, Range, WrongValueError, as_type, is_array, scalar
 
 
 class NamedArguments:
@@ -74,23 +73,34 @@ def described(value: Any) -> str:
     return shown(value) if isinstance(value, plain) else f"an object of {type(value).__name__}"
 
 
+def given(name: str, value: Any, kind: Any, accepted: str = "") -> Any:
+    """A value in a type, as `as_type` reads it; accepted: what a refusal says instead of it."""
+    try:
+        return as_type(kind, value)
+    except WrongValueError as error:
+        refuse(name, value, accepted or f"give {error}")
+
+
+def instance(
+    name: str, value: Any, kind: Any, accepted: str, instead: Mapping[Any, str] | None = None
+) -> Any:
+    """An object of a class; instead: the remedy for one of another class, the first that fits."""
+    if isinstance(value, kind):
+        return value
+    remedies = (remedy for other, remedy in (instead or {}).items() if isinstance(value, other))
+    refuse(name, value, next(remedies, accepted))
+
+
 def number(
     name: str, value: Any, low: float = -FINITE, high: float = FINITE, open_low: bool = False
 ) -> float:
     """A finite number in low..high; open_low: low itself is left out."""
-    return float(_number(name, value, float, Range(low, high, open_low)))
+    return float(given(name, value, Annotated[float, Range(low, high, open_low)]))
 
 
 def whole(name: str, value: Any, low: int = 0, high: int = 2**31) -> int:
     """A whole number in low..high."""
-    return int(_number(name, value, int, Range(low, high)))
-
-
-def _number(name: str, value: Any, kind: type, range: Range) -> Any:
-    try:
-        return values.number(kind, value, range)
-    except WrongValueError as error:
-        refuse(name, value, f"give {error}")
+    return int(given(name, value, Annotated[int, Range(low, high)]))
 
 
 def chosen(name: str, value: Any, allowed: Iterable[str], others: Mapping[str, str]) -> str:
@@ -111,12 +121,9 @@ def chosen(name: str, value: Any, allowed: Iterable[str], others: Mapping[str, s
 def shape(name: str, value: Any) -> tuple[int, ...]:
     """The shape (C, ...) of one sample; a number n is the shape (n,) of a vector."""
     accepted = "give the shape of one sample without the batch, such as (3, 32, 32)"
-    try:
-        value = (value,) if type(scalar(value)) is int else value
-        sizes = as_type(tuple[Annotated[int, Range(1)], ...], value)
-        return tuple(accept(sizes, 1 <= len(sizes) <= 5, accepted))
-    except WrongValueError:
-        refuse(name, value, accepted)
+    sides = (value,) if type(scalar(value)) is int else value
+    sizes: tuple[int, ...] = given(name, sides, tuple[Annotated[int, Range(1)], ...], accepted)
+    return sizes if 1 <= len(sizes) <= 5 else refuse(name, value, accepted)
 
 
 def set_fields(value: Any, **fields: Any) -> None:

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dkdm.errors import UsageError
+from dkdm.errors import UsageError, in_a_line, raised_as
 from dkdm.reading.arguments import refuse
-from dkdm.reading.sizes import in_a_line
 
 
 def table(name: str, value: Any, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -49,10 +48,8 @@ def read_arrays(name: str, path: Path, others: str = "") -> dict[str, Tensor]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"{name}: give a {', '.join(_READERS)} file{others}")
-    try:
+    with raised_as(lambda error: UsageError(f"{name} cannot be read: {in_a_line(error)}")):
         return reader(path)
-    except Exception as error:  # a damaged file may raise anything
-        raise UsageError(f"{name} cannot be read: {in_a_line(error)}") from error
 
 
 def _numpy(path: Path) -> dict[str, Tensor]:

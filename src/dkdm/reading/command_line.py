@@ -23,8 +23,7 @@ def parse(
     """The groups with the options that a command line gives, on top of those of `start`.
 
     also: options that are read before, and their help. Prints the help or what is wrong with the
-    words of the command line, and exits, as argparse does. Raises UsageError for a value that an
-    option cannot have.
+    command line, and exits, as argparse does. Raises UsageError for an option's wrong value.
     """
     cls = start if isinstance(start, type) else type(start)
     values = {} if isinstance(start, type) else start.flat()

@@ -11,15 +11,15 @@ import keyword
 import math
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeGuard, TypeVar
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
 from dkdm.errors import UsageError
-from dkdm.reading.values import FINITE, Range, WrongValueError, accept, as_type, number, text, word
+from dkdm.reading.values import FINITE, Range, WrongValueError, as_type
 
 MAX_JSON_BYTES = 32 * 2**20
 MAX_YAML = 2**20
@@ -94,15 +94,10 @@ def read_yaml(text: str, where: str) -> Any:
 def depth(value: Any) -> int:
     """How many containers lie inside each other, without recursion."""
     deepest, level = 0, [value]
-    while level:
-        inner = [i for v in level if isinstance(v, (dict, list, tuple)) for i in _items(v)]
-        deepest += any(isinstance(v, (dict, list, tuple)) for v in level)
-        level = inner
+    while level := [v for v in level if isinstance(v, (dict, list, tuple))]:
+        deepest += 1
+        level = [i for v in level for i in (v.values() if isinstance(v, dict) else v)]
     return deepest
-
-
-def _items(value: Mapping[Any, Any] | Sequence[Any]) -> Iterator[Any]:
-    return iter(value.values() if isinstance(value, Mapping) else value)
 
 
 def shown(value: Any) -> str:
@@ -138,12 +133,12 @@ class Fields:
     values: Mapping[str, Any]
     where: str
 
-    def _read(self, name: str, default: Any, check: Callable[[Any], Any]) -> Any:
+    def _read(self, name: str, default: Any, kind: Any) -> Any:
         value = self.values.get(name, default)
         if value is default is not _REQUIRED:
             return default
         try:
-            return check(value)
+            return as_type(kind, value, strict=True)
         except WrongValueError as error:
             if value is not _REQUIRED:
                 raise self.wrong(name, value, str(error)) from error
@@ -157,23 +152,23 @@ class Fields:
         self, name: str, default: Default = _REQUIRED, *, low: float = -FINITE, high: float = FINITE
     ) -> float | Default:
         """A finite number in low..high."""
-        return self._read(name, default, lambda v: number(float, v, Range(low, high), strict=True))
+        return self._read(name, default, Annotated[float, Range(low, high)])
 
     def whole(
         self, name: str, default: Default = _REQUIRED, *, low: int = 0, high: int = 2**31
     ) -> int | Default:
         """A whole number in low..high."""
-        return self._read(name, default, lambda v: number(int, v, Range(low, high), strict=True))
+        return self._read(name, default, Annotated[int, Range(low, high)])
 
     def flag(self, name: str, default: Default = _REQUIRED) -> bool | Default:
         """true or false."""
-        return self._read(name, default, lambda v: as_type(bool, v, strict=True))
+        return self._read(name, default, bool)
 
     def text(
         self, name: str, default: Default = _REQUIRED, *, among: Sequence[str] | None = None
     ) -> str | Default:
         """A string; among: the only ones accepted."""
-        return self._read(name, default, text if among is None else lambda v: word(v, among))
+        return self._read(name, default, str if among is None else Literal[*among])
 
     def numbers(
         self,
@@ -185,23 +180,16 @@ class Fields:
         count: tuple[int, int] = (1, 100_000),
     ) -> tuple[float, ...] | Default:
         """A list of finite numbers in low..high; count: fewest and most of them."""
-        kind = tuple[Annotated[float, Range(low, high)], ...]
-
-        def check(value: Any) -> Any:
-            found = as_type(kind, value, strict=True)
-            legal = count[0] <= len(found) <= count[1]
-            return accept(found, legal, f"a list of {count[0]} to {count[1]:,} numbers")
-
-        return self._read(name, default, check)
+        found = self._read(name, default, tuple[Annotated[float, Range(low, high)], ...])
+        if found is not default and not count[0] <= len(found) <= count[1]:
+            accepted = f"a list of {count[0]} to {count[1]:,} numbers"
+            raise self.wrong(name, self.values[name], accepted)
+        return found
 
     def inner(self, name: str, default: Default = _REQUIRED) -> Fields | Default:
         """An object inside this one."""
-
-        def check(value: Any) -> Fields:
-            legal = isinstance(value, Mapping)
-            return Fields(accept(value, legal, "an object"), f"{self.where}: {name}")
-
-        return self._read(name, default, check)
+        found = self._read(name, default, Mapping[str, Any])
+        return found if found is default else Fields(found, f"{self.where}: {name}")
 
 
 def is_number(value: Any) -> TypeGuard[float]:

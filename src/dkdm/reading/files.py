@@ -121,7 +121,6 @@ def render(
 
 @cache
 def _environment(package: str, html: bool) -> Environment:
-    """Reads the templates of a package, each of them once."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(  # nosec: Markdown and Python files are not HTML

@@ -26,13 +26,9 @@ def data_home() -> Path:
     """The folder of records: DKDM_DATA_HOME, or `dkdm` in the user's data directory."""
     if os.environ.get(HOME):
         return Path(os.environ[HOME])
-    if os.environ.get("XDG_DATA_HOME"):
-        return Path(os.environ["XDG_DATA_HOME"]) / "dkdm"
-    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
-        return Path(os.environ["LOCALAPPDATA"]) / "dkdm"
-    if sys.platform == "darwin":
-        return Path("~/Library/Application Support/dkdm").expanduser()
-    return Path("~/.local/share/dkdm").expanduser()
+    usual = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Application Support"}
+    home = os.environ.get("XDG_DATA_HOME") or usual.get(sys.platform) or "~/.local/share"
+    return Path(home).expanduser() / "dkdm"
 
 
 def remember(facts: Mapping[str, Any], module: str) -> None:

@@ -1,7 +1,8 @@
 """Groups of options, each a frozen dataclass that checks its own values when it is made.
 
 A field `pool_size: Annotated[int, Range(1)]` is `--pool-size` on the command line, `pool_size` in
-`config.json`, and a keyword of the constructors; the string below it is its help.
+`config.json`, and a keyword of the constructors; the string below it is its help. A group is a
+panel of `--help`, and may give its options a prefix or other names.
 """
 
 from __future__ import annotations
@@ -173,7 +174,6 @@ places: Callable[[type], dict[str, tuple[str, str]]] = functools.cache(_places)
 
 
 def _checked(flag: str, hint: Any, value: Any) -> Any:
-    """An option's value in the type that it has. Raises UsageError for any other."""
     try:
         return as_type(hint, value)
     except WrongValueError as error:

@@ -26,8 +26,7 @@ from dkdm.errors import UsageError
 def import_object(spec: str) -> Any:
     """Import `module:name`, looking in the current directory first.
 
-    Raises UsageError if it is no such name, if the module cannot be imported, or if it has nothing
-    of that name.
+    Raises UsageError for any other name, and for what cannot be imported or is not there.
     """
     module, name = split(spec)
     try:
@@ -121,7 +120,6 @@ class _In(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """What Python's import asks of a finder."""
         del target
         if path is not None or self.name not in (None, fullname):
             return None

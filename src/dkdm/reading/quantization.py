@@ -43,5 +43,5 @@ def check_quantized(config: Mapping[str, Any], where: str) -> None:
         )
     if module in _ON_GPU and not torch.cuda.is_available():
         raise UsageError(
-            f"{where}: quantized with {package}, which needs a GPU, and there is none; {remedy}"
+            f"{where}: quantized with {package}, which needs a GPU; this machine has none; {remedy}"
         )

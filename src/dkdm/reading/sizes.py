@@ -9,8 +9,9 @@ import math
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.reading.fields import shown
 from dkdm.reading.machine import usable_memory
 from dkdm.reading.quantization import check_quantized
@@ -53,11 +54,6 @@ def max_gib(otherwise: float) -> float:
     if not limit > 0:
         raise UsageError(f"{LIMIT}={text}: give a positive number of GiB")
     return limit
-
-
-def machine_gib() -> float:
-    """GiB of memory that this process may still use."""
-    return usable_memory() / GIB
 
 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
@@ -126,32 +122,24 @@ def bounded(where: str, limit: float, reason: str) -> Iterator[None]:
     reason: what the limit is, for the message. Raises UsageError the moment a tensor goes beyond
     it, before its memory is touched, and for more tensors or modules than any network has.
     """
-    here, counted = threading.get_ident(), {"numbers": 0, "tensors": 0, "modules": 0}
+    here, counted = threading.get_ident(), Counter[str]()
 
-    def count(owner: nn.Module, name: str, tensor: Any) -> None:
+    def count(owner: nn.Module, name: str, held: nn.Module | torch.Tensor | None) -> None:
         del owner, name
-        if tensor is None or threading.get_ident() != here:
+        if held is None or threading.get_ident() != here:
             return
-        counted["tensors"] += 1
-        counted["numbers"] += tensor.numel()
+        if isinstance(held, nn.Module):
+            counted["modules"] += 1
+        else:
+            counted["tensors"] += 1
+            counted["numbers"] += held.numel()
         _check_counted(counted, limit, where, reason)
 
-    def count_module(owner: nn.Module, name: str, inner: Any) -> None:
-        del owner, name, inner
-        if threading.get_ident() == here:
-            counted["modules"] += 1
-            _check_counted(counted, limit, where, reason)
-
-    handles = [
-        hooks.register_module_parameter_registration_hook(count),
-        hooks.register_module_buffer_registration_hook(count),
-        hooks.register_module_module_registration_hook(count_module),
-    ]
-    try:
+    with ExitStack() as handles:
+        handles.enter_context(hooks.register_module_parameter_registration_hook(count))
+        handles.enter_context(hooks.register_module_buffer_registration_hook(count))
+        handles.enter_context(hooks.register_module_module_registration_hook(count))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check_counted(counted: Mapping[str, int], limit: float, where: str, reason: str) -> None:
@@ -182,17 +170,16 @@ def building(
     check_numbers(config, where)
     if files is not None:
         check_quantized(config, where)
-    limit, reason = _room(files)
-    try:
-        with bounded(where, limit, reason):
-            yield
-    except DkdmError:
-        raise
-    except Exception as error:
+
+    def explained(error: Exception) -> DkdmError:
         reason = in_a_line(error)
         if files is None:
-            raise UsageError(f"{where}: {kind} cannot be made of it: {reason}") from error
-        raise DkdmError(f"{files}: the weights of {kind} cannot be loaded: {reason}") from error
+            return UsageError(f"{where}: {kind} cannot be made of it: {reason}")
+        return DkdmError(f"{files}: the weights of {kind} cannot be loaded: {reason}")
+
+    limit, reason = _room(files)
+    with raised_as(explained), bounded(where, limit, reason):
+        yield
 
 
 def _room(files: Path | None) -> tuple[float, str]:
@@ -203,8 +190,8 @@ def _room(files: Path | None) -> tuple[float, str]:
     if torch.get_default_device().type == "meta":
         return MAX_DESCRIBED_GIB * GIB / 4, f"{MAX_DESCRIBED_GIB:,.0f} GiB"
     if files is None:
-        gib = machine_gib()
-        return gib * GIB / 4, f"the {gib:,.1f} GiB of memory that are free on this machine"
+        free = usable_memory()
+        return free / 4, f"the {free / GIB:,.1f} GiB of memory that are free on this machine"
     found = [f for pattern in WEIGHTS for f in files.glob(pattern)] if files.is_dir() else [files]
     held = sum(file.stat().st_size for file in found)
     return 4.0 * held + 2**20, f"what the {held:,} bytes of weights beside it can fill"
@@ -233,31 +220,11 @@ def _try_on_meta(cls: Any, config: Mapping[str, Any], where: str) -> None:
         return
 
 
-@contextmanager
-def understood(where: str) -> Iterator[None]:
-    """Around the reading of a model that somebody else made: what no check of an entry foresaw.
-
-    Whatever is raised but dkdm's own errors becomes one UsageError, with the cause behind it.
-    """
-    try:
-        yield
-    except DkdmError:
-        raise
-    except Exception as error:
-        raise UsageError(
+def understood(where: str) -> AbstractContextManager[None]:
+    """Around the reading of a model that somebody else made: what no check of an entry foresaw."""
+    return raised_as(
+        lambda error: UsageError(
             f"{where}: a value in its configs makes no sense to dkdm ({in_a_line(error)}): compare "
             "them with a model of the same kind that loads"
-        ) from error
-
-
-_UNSAFE = re.compile(r"\.? (?:In PyTorch 2\.6|If you trust the file|This file can still be loaded)")
-
-
-def in_a_line(error: BaseException, most: int = 300) -> str:
-    """An exception as part of a message: its kind and its text on one line, and not long.
-
-    torch and numpy go on with how to run what a file holds; that is left out.
-    """
-    text = _UNSAFE.split(" ".join(str(error).split()))[0]
-    text = text if len(text) <= most else f"{text[: most - 3]}..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        )
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast
@@ -86,8 +86,7 @@ def accept(value: Any, legal: bool, otherwise: str) -> Any:
     return value
 
 
-def number(kind: Any, value: Any, range: Range, strict: bool = False) -> Any:
-    """A number in a range; kind: int or float. Raises WrongValueError."""
+def _number(kind: Any, value: Any, range: Range, strict: bool) -> Any:
     value = value if strict else scalar(value)
     what = "a whole number" if kind is int else "a number"
     if not strict and kind is int and type(value) is float and value.is_integer():
@@ -96,25 +95,22 @@ def number(kind: Any, value: Any, range: Range, strict: bool = False) -> Any:
     return kind(accept(value, legal, f"{what}{range}"))
 
 
-def word(value: Any, among: Sequence[Any]) -> Any:
-    """One of these words, or whole numbers. Raises WrongValueError."""
+def _word(hint: Any, value: Any, _: bool) -> Any:
+    """One of the words or whole numbers of a Literal."""
+    among = typing.get_args(hint)
     words = f"{'one of ' * (len(among) > 1)}{', '.join(map(str, among))}"
     return accept(value, type(value) in (str, int) and value in among, words)
 
 
-def text(value: Any) -> str:
-    """A string, not too long and without the character that ends one. Raises WrongValueError."""
-    return str(accept(value, _is_text(value), "a text"))
-
-
 def _is_text(value: Any) -> bool:
+    """Whether this is a string, not too long and without the character that ends one."""
     return isinstance(value, str) and len(value) <= MAX_TEXT and "\0" not in value
 
 
 def _text(_: Any, value: Any, strict: bool) -> str:
     value = value if strict else scalar(value)
     plain = not strict and (type(value) in (int, float) or isinstance(value, Path))
-    return str(value) if plain else text(value)
+    return str(accept(value, plain or _is_text(value), "a text"))
 
 
 def _path(_: Any, value: Any, strict: bool) -> Path:
@@ -192,16 +188,16 @@ def is_array(value: Any) -> bool:
 
 
 _READERS: dict[Any, Callable[[Any, Any, bool], Any]] = {
-    Annotated: lambda hint, *given: number(
-        hint.__origin__, given[0], hint.__metadata__[0], given[1]
+    Annotated: lambda hint, value, strict: _number(
+        hint.__origin__, value, hint.__metadata__[0], strict
     ),
-    Literal: lambda hint, value, _: word(value, typing.get_args(hint)),
+    Literal: _word,
     tuple: _tuple,
     Mapping: _mapping,
     Any: lambda _, value, __: value,
     bool: _flag,
-    int: lambda kind, value, strict: number(kind, value, _UNBOUNDED[kind], strict),
-    float: lambda kind, value, strict: number(kind, value, _UNBOUNDED[kind], strict),
+    int: lambda kind, value, strict: _number(kind, value, _UNBOUNDED[kind], strict),
+    float: lambda kind, value, strict: _number(kind, value, _UNBOUNDED[kind], strict),
     str: _text,
     Path: _path,
     type(None): _none,

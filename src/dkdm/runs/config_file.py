@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,10 +54,16 @@ def _refuse_output_elsewhere(config: RunConfig, path: Path, typed: Set[str]) -> 
 
 
 def _refuse_code(config: RunConfig, path: Path, typed: Set[str]) -> None:
-    for name in (name for name in NAMES_CODE if name not in typed):
+    for name, spec in code_named_in(config):
+        if name not in typed and not was_made_here({"spec": spec}, split(spec)[0]):
+            raise UsageError(
+                f"--config {path} names code: {flag(name)} {spec}. If you trust that code, name it "
+                "on the command line too"
+            )
+
+
+def code_named_in(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The code that a config names: options, and module:factory."""
+    for name in NAMES_CODE:
         for spec in named_code(getattr(config, name, None)):
-            if not was_made_here({"spec": spec}, split(spec)[0]):
-                raise UsageError(
-                    f"--config {path} names code: {flag(name)} {spec}. If you trust that code, "
-                    "name it on the command line too"
-                )
+            yield name, spec

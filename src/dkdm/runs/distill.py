@@ -5,27 +5,29 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from accelerate import Accelerator
 from torch import nn
 
-from dkdm.config import DistillConfig, PoolOptions, TrainingOptions
+from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import config_given, student_given, teacher_given
 from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating, put_into_evaluation, say_if
 from dkdm.core.trainer import Trainer
+from dkdm.data.reference import Reference
 from dkdm.models import chosen_teacher, place
 from dkdm.models.architectures import component_of
 from dkdm.runs.arms import ARMS
-from dkdm.runs.cost import advice, estimated, in_words, measured
+from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import with_defaults
-from dkdm.runs.launch import carry_out, checkpoint_to_resume, start_accelerator
+from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
 from dkdm.runs.models import (
     check_null_condition,
     name_of,
     open_student,
     ready_teacher,
+    student_reading,
     student_warnings,
     teacher_warning,
 )
@@ -40,7 +42,7 @@ from dkdm.runs.source import SourcePlan
 from dkdm.runs.validation import check_metric, validate_by_metric
 from dkdm.shipping.card import Measured
 from dkdm.students.lora import merge_lora
-from dkdm.students.start import start_student
+from dkdm.students.start import Start, start_student
 
 
 def distill(
@@ -64,44 +66,95 @@ def distill(
         teacher=name_of(teacher) or config.teacher_choice.model,
         student=name_of(student) or config.student_choice.student,
     )
-    check_metric(config.evaluation)
-    found = checkpoint_to_resume(config.run, config.checkpoints, DistillConfig)
-    accelerator = start_accelerator(config.run, config.training, config.checkpoints)
+    check_run_folder(config.run, config.checkpoints, DistillConfig)
+    ready = prepared(config, teacher, student)
+    config, teacher, trainer = ready.config, ready.teacher, ready.trainer
+    said = [f"student starts from {ready.start}", f"this run takes {in_words(ready.needed)}"]
+    said += ready.warnings
+    if config.teacher_choice.check and trainer.step_number == 0:
+        said.append(teacher_warning(teacher, ready.speeds.evaluation))
+    for line in filter(None, said):
+        print(line, file=sys.stderr)
+
+    def begin() -> None:
+        if ready.is_new:
+            ARMS[config.pool.source].prepare(trainer.source, teacher, config)
+            trainer.save()
+
+    def measure(finished: Denoiser, weights: str) -> Measured:
+        shown = config.run, config.evaluation, config.guidance, ready.reference, weights
+        return compare_models(ready.teacher, finished, *shown)
+
+    with evaluating(teacher.network, teacher.call, teacher.decode, frozen=True):
+        return carry_out(config, trainer, measure, begin, teacher)
+
+
+def describe(config: DistillConfig) -> str:
+    """What `distill` would do and cost, in words; nothing is written.
+
+    Raises what `distill` raises before its work, but for an output folder that is taken.
+    """
+    ready = prepared(config)
+    config, teacher, student = ready.config, ready.teacher, ready.trainer.student
+    plan, source = ready.plan, config.pool.source
+    lines = [
+        f"teacher   {teacher.name}: {teacher.num_parameters:,} parameters",
+        f"student   {student.name}: {student.num_parameters:,} parameters "
+        f"({student.num_parameters / teacher.num_parameters:.1%})",
+        student_reading(student, teacher),
+        f"start     {ready.start}",
+        f"source    {source}: {ARMS[source].size(teacher, config)}",
+        f"cost      {plan.preparing:,} teacher evaluations to prepare, {plan.training:,} to train, "
+        "and restarts of chains",
+        f"time      {in_words(ready.needed)}",
+        f"output    {config.run.output_dir}",
+        *ready.warnings,
+    ]
+    return "\n".join(filter(None, lines))
+
+
+class Ready(NamedTuple):
+    """A distillation up to the first write: nothing can be refused any more.
+
+    config: with what the teacher decides. is_new: whether the source is still to be prepared; a
+    checkpoint holds it.
+    """
+
+    config: DistillConfig
+    teacher: Denoiser
+    trainer: Trainer
+    is_new: bool
+    plan: SourcePlan
+    start: Start
+    speeds: Speeds
+    needed: Estimate
+    reference: Reference | None
+    warnings: list[str]
+
+
+def prepared(
+    config: DistillConfig,
+    teacher: str | Denoiser | None = None,
+    student: str | Denoiser | nn.Module | None = None,
+) -> Ready:
+    """Teacher, student, source and trainer of a run; given models take the place of named ones."""
+    run, training, evaluation = config.run, config.training, config.evaluation
+    arm, conditions, guidance = ARMS[config.pool.source], config.conditions, config.guidance
+    check_metric(evaluation)
+    found = checkpoint_of(run, config.checkpoints)
+    accelerator = start_accelerator(run, training, config.checkpoints)
     if not isinstance(teacher, Denoiser):
         teacher = chosen_teacher(config.teacher_choice)
-    called = teacher.network, teacher.call, teacher.decode
-    say_if(put_into_evaluation(*called))
-    with evaluating(*called, frozen=True):
-        teacher = ready_teacher(
-            teacher, config.conditions, config.guidance, config.evaluation, config.run.seed
-        )
-        config = with_defaults(config, teacher, found)
-        student = open_student(
-            teacher,
-            config.student_choice,
-            ARMS[config.pool.source].teaching(config.images_choice).variance,
-            config.teacher_choice.factory,
-            student,
-        )
-        return _distill(teacher, student, config, accelerator, found)
-
-
-def _distill(
-    teacher: Denoiser,
-    student: Denoiser,
-    config: DistillConfig,
-    accelerator: Accelerator,
-    found: Path | None,
-) -> Path:
-    run, training, evaluation = config.run, config.training, config.evaluation
-    conditions, guidance, arm = config.conditions, config.guidance, ARMS[config.pool.source]
+    say_if(put_into_evaluation(teacher.network, teacher.call, teacher.decode))
+    teacher = ready_teacher(teacher, conditions, guidance, evaluation, run.seed)
+    config, teaching = with_defaults(config, teacher, found), arm.teaching(config.images_choice)
+    factory = config.teacher_choice.factory
+    student = open_student(teacher, config.student_choice, teaching.variance, factory, student)
     guided = sampling_guidance(evaluation, guidance, student)[1] != 1
     check_null_condition(student, guided, conditions.condition_dropout)
-    for warning in student_warnings(student, teacher):
-        print(warning, file=sys.stderr)
-    plan, teaching = arm.plan(teacher, config), arm.teaching(config.images_choice)
+    warnings = student_warnings(student, teacher)
+    plan = arm.plan(teacher, config)
     start = start_student(student, teacher, config.student_choice, found)
-    print(f"student starts from {start}", file=sys.stderr)
     place(teacher, accelerator.device, config.teacher_choice.offload)
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
@@ -127,38 +180,10 @@ def _distill(
     with accelerator.main_process_first():  # the others find what it keeps
         reference = reference_of(evaluation, teacher)
     validate_by_metric(trainer, config, reference, teacher, guidance)
-
-    def begin() -> None:
-        check = config.teacher_choice.check
-        say_what_it_takes(teacher, student, plan, trainer.step_number, config.pool, training, check)
-        if not found:
-            arm.prepare(source, teacher, config)
-            trainer.save()
-
-    def measure(finished: Denoiser, weights: str) -> Measured:
-        return compare_models(teacher, finished, run, evaluation, guidance, reference, weights)
-
-    return carry_out(config, trainer, found, measure, begin, teacher)
-
-
-def say_what_it_takes(
-    teacher: Denoiser,
-    student: Denoiser,
-    plan: SourcePlan,
-    done: int,
-    pool: PoolOptions,
-    training: TrainingOptions,
-    check: bool,
-) -> None:
-    """Say how long the run takes, and warn about a teacher that does not denoise.
-
-    done: steps that a resumed run has behind it; its teacher is not checked again.
-    """
+    if found:
+        trainer.resume(found)
     speeds = measured(teacher, student, training)
-    needed = estimated(plan, training.max_train_steps, done, speeds)
-    lines = [f"this run takes {in_words(needed)}", advice(needed, pool)]
-    if check and not done:
-        lines.append(teacher_warning(teacher, speeds.evaluation))
-    for line in lines:
-        if line:
-            print(line, file=sys.stderr)
+    needed = estimated(plan, training.max_train_steps, trainer.step_number, speeds)
+    warnings.append(advice(needed, config.pool))
+    about = plan, start, speeds, needed, reference, warnings
+    return Ready(config, teacher, trainer, found is None, *about)

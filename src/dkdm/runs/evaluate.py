@@ -13,7 +13,6 @@ from accelerate import PartialState
 
 from dkdm.config import EvaluateCommand
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.given import path_given
 from dkdm.core.progress import track
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
@@ -23,6 +22,7 @@ from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.same_noise import Sampling
 from dkdm.evaluation.shards import Drawing, draw_shards, missing_shards
 from dkdm.models import chosen_teacher, place
+from dkdm.reading.arguments import given
 from dkdm.reading.files import cache_dir, check_output
 from dkdm.runs.judges import (
     Given,
@@ -67,7 +67,7 @@ def evaluate(
     """
     named = {"model": model, "reference": reference, "teacher": teacher}
     texts = {
-        key: str(path_given(f"evaluate: {key}", value, "give a path, a name or a dkdm.Denoiser"))
+        key: given(f"evaluate: {key}", value, str, "give a path, a name or a dkdm.Denoiser")
         for key, value in named.items()
         if value is not None and not isinstance(value, (Denoiser, Reference))
     }

@@ -31,8 +31,9 @@ from dkdm.errors import UsageError
 from dkdm.reading import files
 from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
-from dkdm.reading.plugins import named_code, split
+from dkdm.reading.plugins import split
 from dkdm.report import write_report
+from dkdm.runs.config_file import code_named_in
 from dkdm.runs.validation import shipped_weights
 from dkdm.shipping.card import NO_LICENCE, Measured, write_card
 from dkdm.shipping.hub import publish, reserve
@@ -63,7 +64,6 @@ def start_accelerator(
 
 
 def _trackers(wanted: str) -> list[str]:
-    """The trackers of `--report-to`. Raises UsageError for one that is not installed."""
     if wanted == "auto":
         return ["tensorboard"] if find_spec("tensorboard") else []
     names = [] if wanted == "none" else wanted.split(",")
@@ -75,23 +75,26 @@ def _trackers(wanted: str) -> list[str]:
     return names
 
 
-def checkpoint_to_resume(
+def check_run_folder(
     run: RunOptions, checkpoints: CheckpointOptions, command: type[RunConfig]
-) -> Path | None:
-    """The checkpoint that a run of this command goes on from; None if it starts anew.
-
-    Raises UsageError if the run cannot have its output folder; nothing is written.
-    """
-    folder, wanted = run.output_dir, checkpoints.resume_from_checkpoint
+) -> None:
+    """Raise UsageError if a run of this command cannot have its output folder."""
+    folder, existing = run.output_dir, run.output_dir / "config.json"
     files.check_output("--output-dir", folder, folder=True, overwrite=True)
-    existing = folder / "config.json"
-    if existing.is_file() and not wanted:
+    if not existing.is_file():
+        return
+    if not checkpoints.resume_from_checkpoint:
         raise UsageError(
             f"--output-dir {folder} already holds a run: give another folder, or "
             "--resume-from-checkpoint latest to go on with it"
         )
-    if existing.is_file() and type(read_config(existing)) is not command:
+    if type(read_config(existing)) is not command:
         raise UsageError(f"--output-dir {folder} holds a run of another command")
+
+
+def checkpoint_of(run: RunOptions, checkpoints: CheckpointOptions) -> Path | None:
+    """The checkpoint that the run goes on from; None if it starts anew."""
+    folder, wanted = run.output_dir, checkpoints.resume_from_checkpoint
     if wanted and folder.is_dir():
         check_folder(folder)
     return checkpoint.resolve(folder, wanted) if wanted else None
@@ -100,23 +103,22 @@ def checkpoint_to_resume(
 def carry_out(
     config: DistillConfig | TrainConfig,
     trainer: Trainer,
-    found: Path | None,
     measure: Callable[[Denoiser, str], Measured],
     before: Callable[[], None] = lambda: None,
     teacher: Denoiser | None = None,
 ) -> Path:
     """Train, measure the student, describe and publish it; returns the output folder.
 
-    found: the checkpoint that the run goes on from, if any. before: what is done first in the
-    folder of the run. teacher: of a distillation.
+    before: what is done first in the folder of the run. teacher: of a distillation.
     """
-    if found:
-        trainer.resume(found)
     config = claim_output(config, trainer.accelerator)
     before()
     started = time.monotonic()
-    student = run_to_end(trainer, config.evaluation.ship_best)
+    trainer.run()
     minutes = (time.monotonic() - started) / 60
+    trainer.accelerator.end_training()
+    student = trainer.best() if config.evaluation.ship_best else trainer.averaged()
+    write_pipeline(trainer.output_dir, student)
     weights = shipped_weights(trainer, config.evaluation)
     folder, measured = config.run.output_dir, measure(student, weights)
     licensed = write_card(
@@ -147,17 +149,7 @@ def claim_output(config: Config, accelerator: Accelerator) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
     with files.atomic(folder / "config.json") as partial:
         partial.write_text(to_json(config))
-    for name in ("teacher", "student", "network", "student_factory"):
-        for spec in named_code(getattr(config, name, None)):
-            remember({"spec": spec}, split(spec)[0])
+    for _, spec in code_named_in(config):
+        remember({"spec": spec}, split(spec)[0])
     accelerator.init_trackers("dkdm", {key: str(value) for key, value in config.flat().items()})
     return config
-
-
-def run_to_end(trainer: Trainer, ship_best: bool) -> Denoiser:
-    """Train, and write the pipeline of the averaged student, or of the best; returns it."""
-    trainer.run()
-    trainer.accelerator.end_training()
-    finished = trainer.best() if ship_best else trainer.averaged()
-    write_pipeline(trainer.output_dir, finished)
-    return finished

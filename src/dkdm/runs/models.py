@@ -19,6 +19,7 @@ from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.inputs import refuse_without_rows, try_conditioning
 from dkdm.core.kinds import kind_of
+from dkdm.core.matching import covered, same_levels
 from dkdm.errors import UsageError
 from dkdm.models import with_texts
 from dkdm.models.student_process import with_process
@@ -26,8 +27,8 @@ from dkdm.students import given_student, student_of
 from dkdm.students.space import check_same_samples
 
 
-def teacher_warning(teacher: Denoiser, seconds: float) -> str | None:
-    """What a quick check finds wrong with a teacher; None if nothing.
+def teacher_warning(teacher: Denoiser, seconds: float) -> str:
+    """What a quick check finds wrong with a teacher; empty if nothing.
 
     seconds: of one evaluation. The check never ends a run: what a network raises is the warning.
     """
@@ -38,7 +39,7 @@ def teacher_warning(teacher: Denoiser, seconds: float) -> str | None:
     if found is None:
         return "warning: the teacher is too slow for a quick check; dkdm inspect checks it"
     if found.denoises:
-        return None
+        return ""
     start = "does not denoise as it is read" if found.denoises is False else "could not be judged"
     what = "".join(f"; {each.what}; {each.remedy}" for each in found.warnings[-1:])
     advice = "dkdm inspect says more; --no-check skips this check"
@@ -105,6 +106,19 @@ def like_teacher(student: Denoiser, teacher: Denoiser) -> Denoiser:
 def student_warnings(student: Denoiser, teacher: Denoiser) -> list[str]:
     """A line for each problem with a custom network; `dkdm check-student` says more."""
     return [f"warning: {each}" for each in first_look(student, teacher)]
+
+
+def student_reading(student: Denoiser, teacher: Denoiser) -> str:
+    """A line on the student's process and parameterization, if they differ from the teacher's."""
+    own, other = student.parameterization.prediction, teacher.parameterization.prediction
+    if own == other and same_levels(student.process, teacher.process):
+        return ""
+    unseen = int((~covered(student.process, teacher.process)).sum())
+    return (
+        f"          {own} on the {student.process.num_levels} levels of "
+        f"{student.process.scheduler.get('_class_name', 'its process')} that the teacher "
+        f"({other}) has; {unseen} of the teacher's levels weigh nothing"
+    )
 
 
 def ready_teacher(

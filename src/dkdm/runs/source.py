@@ -37,10 +37,7 @@ def make_pool(
     device: torch.device,
     kind: type[Pool] = Pool,
 ) -> Pool:
-    """An unfilled pool as the options describe it.
-
-    Raises UsageError if it does not fit in memory.
-    """
+    """An unfilled pool as the options describe it."""
     return empty_pool(
         teacher,
         size,

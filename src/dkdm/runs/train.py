@@ -12,7 +12,7 @@ from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
 from dkdm.models.architectures import component_of
-from dkdm.runs.launch import carry_out, checkpoint_to_resume, start_accelerator
+from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
 from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import measure_model, reference_of, sample_grids
 from dkdm.runs.validation import check_metric, validate_by_metric
@@ -27,7 +27,8 @@ def train(config: TrainConfig) -> Path:
     config = config_given(config, TrainConfig)
     run, conditions, evaluation = config.run, config.conditions, config.evaluation
     check_metric(evaluation)
-    found = checkpoint_to_resume(run, config.checkpoints, TrainConfig)
+    check_run_folder(run, config.checkpoints, TrainConfig)
+    found = checkpoint_of(run, config.checkpoints)
     accelerator = start_accelerator(run, config.training, config.checkpoints)
     data, like = training_data(config.data, config.model, conditions.negative_prompt, run.seed)
     model = student_of(config.model.network, like, factory=config.model.student_factory)
@@ -59,5 +60,7 @@ def train(config: TrainConfig) -> Path:
     with accelerator.main_process_first():  # the others find what it keeps
         reference = reference_of(evaluation, model)
     validate_by_metric(trainer, config, reference)
+    if found:
+        trainer.resume(found)
     measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)
-    return carry_out(config, trainer, found, measure)
+    return carry_out(config, trainer, measure)

@@ -121,11 +121,7 @@ def _front_matter(
     licence: Mapping[str, Any],
     measured: Measured,
 ) -> str:
-    """What the hub reads, as YAML.
-
-    There is no `base_model_relation`: the hub has none for a distillation (adapter, merge,
-    quantized, finetune).
-    """
+    """What the hub reads, as YAML; it has no `base_model_relation` for a distillation."""
     task = _task(denoiser)
     results = _results(task, measured) if task else None
     tags = ["diffusers", "diffusion", "dkdm"]
@@ -284,7 +280,6 @@ def _inside(guidance: GuidanceOptions) -> str:
 def _licence_text(
     licence: Mapping[str, Any], inherited: Mapping[str, Any], origin: Origin | None
 ) -> str:
-    """The licence, and the teacher's if it is another one."""
     if not licence:
         unknown = "Unknown: none was given"
         theirs = f", and no card of the teacher, {_shown_name(origin)}, names one" if origin else ""
@@ -314,7 +309,6 @@ _NO_PATHS = ("negative_prompt", "teacher_revision", "teacher_subfolder")
 
 
 def _hyperparameters(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The options of the run, without the paths of this machine."""
     return [
         (name, plain(value if name in _NO_PATHS else _without_path(value)))
         for name, value in options.items()
@@ -325,4 +319,4 @@ def _hyperparameters(options: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _without_path(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_without_path, value))
-    return Path(value).name if isinstance(value, Path) or "/" in str(value) else value
+    return Path(value).name if isinstance(value, str | Path) else value

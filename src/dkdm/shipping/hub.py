@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -20,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from dkdm.config import DistillConfig, HubOptions, read_config
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, raised_as
 from dkdm.reading.places import check_folder
 from dkdm.shipping.licence import CARD, origin_of
 from dkdm.version import __version__
@@ -34,8 +35,7 @@ def reserve(hub: HubOptions, output_dir: Path) -> HubOptions:
     """Before a run: check that its repository can be written to; create a missing one.
 
     Returns the options with the repository's full name; unchanged without --push-to-hub.
-    Raises UsageError if the user is not logged in or may not write, DkdmError if the hub cannot be
-    reached.
+    Raises UsageError without a login that may write, DkdmError if the hub cannot be reached.
     """
     if not hub.push_to_hub or not PartialState().is_main_process:
         return hub
@@ -87,15 +87,13 @@ def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> s
 
 def _upload(run: Path, repo_id: str, message: str) -> None:
     _name_in_card(run / CARD, repo_id)
-    try:
+    with raised_as(partial(_explained, repo_id)):
         HfApi().upload_folder(
             repo_id=repo_id,
             folder_path=run,
             ignore_patterns=list(STAYS_HERE),
             commit_message=message,
         )
-    except Exception as error:
-        raise _explained(error, repo_id) from error
 
 
 def url_of(run: Path) -> str:
@@ -110,16 +108,12 @@ def _url(repo_id: str) -> str:
 def _repository(wanted: str, private: bool) -> str:
     """The full name of the repository, which exists from now on."""
     api = HfApi()
-    try:
+    with raised_as(partial(_explained, wanted)):
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UsageError(f"the token of {user['name']} may only read the hub: {LOG_IN}")
         repo_id = wanted if "/" in wanted else f"{user['name']}/{wanted}"
         api.create_repo(repo_id, private=private or None, exist_ok=True)
-    except DkdmError:
-        raise
-    except Exception as error:  # of three HTTP libraries, by the version of huggingface_hub
-        raise _explained(error, wanted) from error
     return repo_id
 
 
@@ -131,8 +125,7 @@ def _name_in_card(card: Path, repo_id: str) -> None:
     card.write_text(named, encoding="utf-8")
 
 
-def _explained(error: Exception, repo_id: str) -> DkdmError:
-    """The failure, with what to do about it."""
+def _explained(repo_id: str, error: Exception) -> DkdmError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
         return UsageError(f"--hub-model-id {repo_id}: not a valid name on the hub: {error}")

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from dkdm.core.denoiser import Denoiser
@@ -21,8 +22,7 @@ def write_int8_folder(denoiser: Denoiser, folder: Path, overwrite: bool = False)
     """Write the pipeline folder with the weights of linear layers in int8, the rest in bfloat16.
 
     diffusers loads it if torchao is installed, by the config beside the weights. Raises UsageError
-    for a folder that exists and for a network that is not a diffusers model, DkdmError if torchao
-    is not installed.
+    for a folder that exists and for a network of another library, DkdmError without torchao.
     """
     check_output("--output", folder, folder=True, overwrite=overwrite)
     network: Any = denoiser.network
@@ -50,6 +50,4 @@ def _int8_config() -> Any:
         from torchao.quantization import Int8WeightOnlyConfig
     except ImportError as error:
         raise DkdmError(NEEDED) from error
-    from diffusers import TorchAoConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return diffusers.TorchAoConfig(Int8WeightOnlyConfig())

@@ -24,11 +24,9 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 class Origin:
     """What others may read of a teacher; it holds no path of this machine.
 
-    - `name`: hub id, `builtin:NAME`, `module:factory`, or the last part of a path.
-    - `hub_id`: of the teacher itself; None if it is not known to be on the hub.
-    - `base_model`: hub id, or several, that the front matter of the student's card names.
-    - `licence`: `license`, `license_name` and `license_link` of the teacher's card; empty if
-      there is none (a checkpoint file has none).
+    name: hub id, `builtin:NAME`, `module:factory`, or the last part of a path. hub_id: of the
+    teacher itself; None if it is not known to be on the hub. base_model: hub ids for the student's
+    card. licence: the LICENCE_KEYS of the teacher's card; empty without one.
     """
 
     name: str
@@ -81,7 +79,6 @@ def _hub_id(spec: str) -> str | None:
 
 
 def _card_of(spec: str, subfolder: str | None, revision: str | None) -> Path | None:
-    """The teacher's card on this machine."""
     if is_hub_id(spec):
         path = try_to_load_from_cache(spec, CARD, revision=revision)
         return Path(path) if isinstance(path, str) else None

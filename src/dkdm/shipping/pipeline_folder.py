@@ -99,10 +99,7 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
 
 
 def _index_for_dkdm(denoiser: Denoiser) -> dict[str, Any]:
-    """What samples are, what they are drawn for, and the pipeline whose components these are.
-
-    diffusers skips names with an underscore.
-    """
+    """What dkdm reads back, under names with an underscore, which diffusers skips."""
     own, bundle = own_rows(denoiser), denoiser.bundle
     index: dict[str, Any] = _value_range(denoiser)
     if own:
@@ -192,8 +189,7 @@ def _asks_as_dit(conditioning: Conditioning) -> bool:
 
 
 def _stock_process(pipeline: Pipeline, process: Process) -> bool:
-    """Whether a pipeline can sample a process: it takes either flows or the others, and starts a
-    flow at pure noise."""
+    """Whether a pipeline samples a process: flows from pure noise on, or the others."""
     scheduler = process.scheduler["_class_name"]
     odd = process.scheduler.get("use_flow_sigmas", False)  # pipelines pass sigmas of their own
     if scheduler not in (pipeline.schedulers or (scheduler,)) or odd:
@@ -218,7 +214,6 @@ def _stock_of_unet(denoiser: Denoiser, scheduler: str) -> str | None:
 
 
 def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dict[str, Component]:
-    """The components by the names that the pipeline has for them."""
     coder = {None: "vae", "DiTPipeline": "vae", "LDMPipeline": "vqvae"}.get(pipeline)
     names = {"vae": coder, "vqvae": coder} if coder else {}
     return {identifier(names.get(key, key)): part for key, part in components.items()}
@@ -227,7 +222,6 @@ def _named_for(pipeline: str | None, components: Mapping[str, Component]) -> dic
 def _pipeline_source(
     denoiser: Denoiser, component: str, components: Mapping[str, Component]
 ) -> str:
-    """The text of `pipeline.py`."""
     asks, bundle, coder = kind_of(denoiser.conditioning).asks, denoiser.bundle, None
     if "vae" in components and bundle.autoencoder is not None:
         coder = bundle.autoencoder

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dkdm.config import ProcessName
-from dkdm.core.conditioning import Condition, Unconditional, for_student
+from dkdm.core.conditioning import Unconditional, for_student
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import Custom, kind_of
 from dkdm.core.prediction import PredictionType
@@ -121,17 +121,12 @@ def given_student(student: Denoiser | nn.Module, like: Denoiser) -> Denoiser:
 def as_denoiser(name: str, network: nn.Module, like: Denoiser) -> Denoiser:
     """A network read like another model; it is fed the time of the process's scheduler."""
     constants = like.constants if type(network) is type(like.network) else {}
-    if kind_of(like.conditioning).asks != "class_labels":
-        constants = constants | _constants(network)
+    norm = getattr(getattr(network, "config", None), "norm_type", None)
+    if norm == "ada_norm_zero" and kind_of(like.conditioning).asks != "class_labels":
+        constants = {**constants, "class_labels": torch.tensor(0)}  # a DiT always takes a class
     conditioning = for_student(like.conditioning)
     like = like if conditioning is like.conditioning else replace(like, conditioning=conditioning)
     return replace(like, network=network, constants=constants, name=name, time=None, call=None)
-
-
-def _constants(network: nn.Module) -> Condition:
-    """A DiT always takes a class; without classes it is fed class 0."""
-    norm = getattr(getattr(network, "config", None), "norm_type", None)
-    return {"class_labels": torch.tensor(0)} if norm == "ada_norm_zero" else {}
 
 
 def build_network(spec: str, interface: Interface, factory: Factory | None = None) -> nn.Module:
@@ -157,7 +152,6 @@ def build_network(spec: str, interface: Interface, factory: Factory | None = Non
 
 
 def _refuse_custom_conditions(interface: Interface) -> None:
-    """Raise UsageError for a conditioning that presets have no inputs for."""
     kind = kind_of(interface.conditioning)
     others = kind.fed().keys() - {"class_labels", *TEXTS} if kind.asks == "cond" else ()
     if others:
@@ -206,7 +200,6 @@ def _from_factory(spec: str, interface: Interface) -> nn.Module:
 
 
 def _check_made_again(spec: str, factory: Any, interface: Interface, network: nn.Module) -> None:
-    """Raise UsageError for a factory that needs a conditioning which no folder can hold."""
     name = type(interface.conditioning).__name__
     with torch.random.fork_rng():
         try:
@@ -224,7 +217,6 @@ def _check_made_again(spec: str, factory: Any, interface: Interface, network: nn
 
 
 def _check_signature(spec: str, factory: Any, given: tuple[Any, ...]) -> None:
-    """Raise UsageError for a factory that cannot be called with three positional arguments."""
     try:
         inspect.signature(factory).bind(*given)
     except TypeError as error:

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+import diffusers
 from torch import nn
 
 from dkdm.core.kinds import kind_of
@@ -39,15 +40,13 @@ def unet_1d(interface: Interface, channels: tuple[int, ...]) -> nn.Module:
     Raises UsageError for other samples, for conditions, and for a length that cannot be halved as
     often as there are levels, the middle included.
     """
-    from diffusers import UNet1DModel
-
     in_channels, length = interface.shape_of("audio")
     if kind_of(interface.conditioning).asks:
         raise UsageError("UNet1DModel takes no classes and no text, which this teacher has")
     channels = _deep_enough((length,), channels)
     check_halvings(interface, len(channels) + 1)
     inner = len(channels) - 1
-    return UNet1DModel(
+    return diffusers.UNet1DModel(
         sample_size=length,
         in_channels=in_channels,
         out_channels=interface.out_channels,
@@ -66,7 +65,6 @@ def mlp(interface: Interface, width: int, depth: int) -> nn.Module:
 
 
 def _network(interface: Interface, name: str, **sizes: Any) -> nn.Module:
-    """One of dkdm's networks that fits the interface."""
     network: nn.Module = network_class(name)(
         sample_size=interface.sample_shape[1:],
         in_channels=interface.sample_shape[0],

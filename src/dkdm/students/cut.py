@@ -142,7 +142,6 @@ def half_as_deep(interface: Interface) -> nn.Module:
 
 
 def _teacher(interface: Interface, classes: Sequence[str] = ()) -> Any:
-    """The network to cut from. Raises UsageError if it is of another class."""
     network = interface.teacher
     if not isinstance(network, nn.Module):
         raise UsageError("this teacher has no network that a student could be cut from")

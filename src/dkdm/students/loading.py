@@ -7,14 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from dkdm.core.checkpoint import MANIFEST, WEIGHTS, checkpoints, load_network_weights
-from dkdm.core.given import path_given
 from dkdm.errors import UsageError
 from dkdm.models.custom_network import OWN_CLASS, Factory
 from dkdm.models.options import LoadOptions
 from dkdm.models.pipeline_folder import load_network
 from dkdm.models.pipelines import DENOISERS
 from dkdm.networks import network_class
-from dkdm.reading.arguments import refuse
+from dkdm.reading.arguments import given, refuse
 from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_folder
 from dkdm.reading.plugins import distrust
@@ -30,10 +29,10 @@ def load_student(
         weights; None makes it from its config.json. factory: the code that makes a custom network,
         `module:name` or a callable; None takes the one that config.json names if this machine wrote
         that file, and refuses otherwise: code that a folder names or holds is never run.
-    Raises UsageError if no network is there or it cannot be made, DkdmError if the weights are not
-    those of the network.
+    Raises UsageError if no network is there or can be made, DkdmError if the weights do not fit.
     """
-    folder = path_given("load_student: folder", folder, "give a run, a checkpoint or a folder")
+    accepted = "give a run, a checkpoint or a folder"
+    folder = Path(given("load_student: folder", folder, Path, accepted))
     if network is not None and not isinstance(network, nn.Module):
         refuse("load_student: network", network, "give a network that you made")
     distrust(folder)
@@ -71,7 +70,6 @@ def _network_folder(folder: Path) -> Path:
 
 
 def _averages(run: Path) -> bool:
-    """Whether a run uses its averaged weights."""
     try:
         return bool(read_json(run / "config.json", "a run's config").get("use_ema", True))
     except UsageError:

@@ -65,8 +65,7 @@ def first_entries(parts: Parts) -> Tensor | None:
 def nearest_wavelengths(parts: Parts) -> Tensor | None:
     """Entries evenly spaced over each part; None if a part would have to grow.
 
-    Entry i of n sinusoids has frequency 10000^(-i/n), or nearly so: the one nearest to it among m
-    is i * m / n.
+    Entry i of n sinusoids has a frequency near 10000^(-i/n): the nearest among m is i * m / n.
     """
     return _joined(
         parts, lambda n, m: (2 * torch.arange(n) * m + n).div(2 * n, rounding_mode="floor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 from torch import nn
 
 from dkdm.core.kinds import kind_of
@@ -11,11 +12,9 @@ from dkdm.students.interface import Interface, patch_sides, preset
 
 def dit(interface: Interface, width: int, depth: int, heads: int) -> nn.Module:
     """diffusers' DiTTransformer2DModel. Raises UsageError for samples that are not square."""
-    from diffusers import DiTTransformer2DModel
-
     classes = interface.num_class_embeds or 1
     has_null = kind_of(interface.conditioning).facts().get("null_class") is not None
-    return DiTTransformer2DModel(
+    return diffusers.DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=width // heads,
         in_channels=interface.sample_shape[0],
@@ -29,13 +28,10 @@ def dit(interface: Interface, width: int, depth: int, heads: int) -> nn.Module:
 def mmdit(interface: Interface, width: int, depth: int) -> nn.Module:
     """diffusers' SD3Transformer2DModel: image and text tokens attend to each other (MM-DiT).
 
-    Raises UsageError for samples that are not square, and for a teacher without text or without a
-    pooled embedding of it.
+    Raises UsageError for samples that are not square, and without text or its pooled embedding.
     """
-    from diffusers import SD3Transformer2DModel
-
     sizes = _square(interface)
-    return SD3Transformer2DModel(
+    return diffusers.SD3Transformer2DModel(
         in_channels=interface.sample_shape[0],
         out_channels=interface.out_channels,
         num_layers=depth,
@@ -50,7 +46,6 @@ def mmdit(interface: Interface, width: int, depth: int) -> nn.Module:
 
 
 def _square(interface: Interface) -> dict[str, int]:
-    """Sides of the samples and of a patch. Raises UsageError for samples that are not square."""
     _, height, width = interface.shape_of("images")
     if height != width:
         raise UsageError(f"this preset needs square samples; the samples are {height}x{width}")

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any, Literal
 
+import diffusers
 from torch import nn
 
+from dkdm.networks.adm import AdmUNet
 from dkdm.students.interface import Interface, Preset, check_halvings, group_size, preset
 
 
@@ -29,14 +31,12 @@ def unet(
     (arXiv 2105.05233, sec. 3) by a residual block, and as scale and shift of the normalization.
     Raises UsageError if the sample shape cannot be halved as often as there are levels.
     """
-    from diffusers import UNet2DModel
-
     in_channels, height, _ = interface.shape_of("images")
     check_halvings(interface, len(channels))
     attends = [height // 2**level in attention for level in range(len(channels))]
     down, up = _PLAIN_BLOCKS[resample]
     groups = group_size(*channels)
-    return UNet2DModel(
+    return diffusers.UNet2DModel(
         sample_size=interface.sample_size,
         in_channels=in_channels,
         out_channels=interface.out_channels,
@@ -70,11 +70,8 @@ def adm(
 ) -> nn.Module:
     """dkdm's AdmUNet: the paper's network, weight for weight (arXiv 2105.05233).
 
-    attention: heights as in `unet`. Raises UsageError if the sample shape cannot be halved as often
-    as there are levels.
+    attention: heights as in `unet`. Raises UsageError as `unet` does.
     """
-    from dkdm.networks.adm import AdmUNet
-
     in_channels, height, _ = interface.shape_of("images")
     check_halvings(interface, len(channels))
     factors = tuple(2**level for level in range(len(channels)))
@@ -99,11 +96,9 @@ def text_unet(interface: Interface, channels: tuple[int, ...], blocks: int) -> n
     Raises UsageError for a teacher without text. Samples whose sides cannot be halved often enough
     are upsampled to the size that they had.
     """
-    from diffusers import UNet2DConditionModel
-
     attends = [level > 0 or len(channels) == 1 for level in range(len(channels))]
     down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=interface.sample_size,
         in_channels=interface.shape_of("images")[0],
         out_channels=interface.out_channels,

@@ -147,8 +147,7 @@ def affordable_trials(
 def quick_check(denoiser: Denoiser, speed: float, seed: int = 0) -> DenoisingCheck | None:
     """The check in about five seconds by a measured speed (evaluations a second).
 
-    None if even its smallest form takes longer. The less time is left, the fewer other readings
-    are tried.
+    None if even its smallest form takes longer. Other readings are tried as time is left.
     """
     steps = min(QUICK_STEPS, denoiser.process.num_levels)
     left = QUICK_SECONDS - samples_needed(denoiser, 2) * (steps + INNER_LEVELS + 2) / speed

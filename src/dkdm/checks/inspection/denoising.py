@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.kinds import null_or_none
+from dkdm.core.kinds import Condition, null_or_none
 from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
 from dkdm.core.progress import track

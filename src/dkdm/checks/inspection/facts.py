@@ -23,9 +23,8 @@ from dkdm.checks.inspection.check import (
 )
 from dkdm.checks.inspection.denoising import LevelError
 from dkdm.checks.inspection.readings import process_kind
-from dkdm.core.conditioning import Conditioning
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of
+from dkdm.core.kinds import Conditioning, kind_of
 from dkdm.core.process import Process
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
@@ -46,8 +45,7 @@ class Inspection:
     embeds_guidance: whether the network is fed the guidance scale. pipeline, autoencoder: class
     names; None without a pipeline, or in pixel space. macs: multiply-accumulates of one evaluation
     of one sample. weights_mib, evaluation_mib: memory of the weights, and beside them of one
-    evaluation of `batch_size` samples without gradients. evaluations_per_second: samples a second,
-    on `device`.
+    evaluation of `batch_size` samples without gradients. evaluations_per_second: on `device`.
     """
 
     facts: Mapping[str, Any]
@@ -76,8 +74,7 @@ def inspect_denoiser(
     """Measure a model and check that it denoises; takes num_steps evaluations and a few seconds.
 
     The options are those of `check_denoising`; num_samples is also the batch size at which costs
-    are measured. max_trials: None is as many as take about half a minute. Raises UsageError as
-    `check_denoising`.
+    are measured. max_trials: None is as many as take about half a minute. Raises as that does.
     """
     speed = evaluations_per_second(denoiser, num_samples, seconds=0.5)
     if max_trials is None:

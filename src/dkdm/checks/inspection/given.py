@@ -18,8 +18,7 @@ def read_samples(path: Path, denoiser: Denoiser) -> Tensor:
     """Samples [N, C, ...] of a file, or of a folder of images, at most 64 of them.
 
     Arrays are taken as they are, in the model's range (latents for a latent model); images are
-    brought to it. The first array of the model's shape is taken. Raises UsageError if there is no
-    such array.
+    brought to it. The first array of the model's shape is taken. Raises UsageError without one.
     """
     if path.is_dir():
         return _images(path, denoiser)

@@ -258,7 +258,6 @@ def _schedules(denoiser: Denoiser) -> Iterator[Schedule]:
 
 
 def _unclipped(given: Process) -> Schedule:
-    """The same process without clipping."""
     off = {"clip_sample": False, "thresholding": False}
     entries = {key: value for key, value in off.items() if given.scheduler.get(key, True)}
     process = replace(given, clipping=Clipping(), scheduler={**given.scheduler, **entries})

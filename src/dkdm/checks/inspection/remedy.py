@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 
-from dkdm.checks.inspection.readings import Change, parts_of
+from dkdm.checks.inspection.readings import Change, applied, parts_of
+from dkdm.core.calls import call_of
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.kinds import kind_of
+from dkdm.core.prediction import Parameterization
+from dkdm.core.process import Process
+from dkdm.core.schedules import rectified_flow
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config, prediction_type
 
@@ -25,19 +30,77 @@ FLAGS = {  # of guided-diffusion's scripts
 def corrected(denoiser: Denoiser, change: Change) -> str:
     """What to type instead, as a user of this kind of teacher types it.
 
-    A folder gets the entries of its scheduler_config.json, a checkpoint file its flags. A model
-    made in Python, and what these cannot say, gets a line of Python, which makes `corrected` of
-    `teacher`.
+    A model made in Python gets the whole `dkdm.Denoiser(...)`, in the names of its arguments, such
+    as `network`, `process` and `conditioning`. A folder gets the entries of its
+    scheduler_config.json, a checkpoint file its flags; if these cannot say it, a line of Python.
     """
-    given = ", ".join(f"{name}={code}" for name, (_, code) in parts_of(change, denoiser).items())
-    name, code = denoiser.name, f"corrected = dataclasses.replace(teacher, {given})"
+    name, changed = denoiser.name, {k: code for k, (_, code) in parts_of(change, denoiser).items()}
     is_file = Path(name).is_file()
     if not is_file and not _is_folder(denoiser):
-        return code
+        meaning = applied(denoiser, change).parameterization
+        return _in_full(_shown(denoiser, changed) | {"parameterization": _shown_meaning(meaning)})
     short = None
     if change.time is None and not change.negated:
         short = _flags(change) if is_file else _entries(denoiser, change)
+    code = f"corrected = dataclasses.replace(teacher, {_arguments(changed)})"
     return short or f"teacher = dkdm.load_teacher({name!r}); {code}"
+
+
+def _arguments(parts: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={code}" for name, code in parts.items())
+
+
+def _in_full(parts: dict[str, str]) -> str:
+    """The whole `dkdm.Denoiser(...)`, without the arguments that are None."""
+    first = [parts.pop(name) for name in ("process", "parameterization", "sample_shape")]
+    rest = {name: code for name, code in parts.items() if code != "None"}
+    return f"dkdm.Denoiser({', '.join(['network', *first, *filter(None, [_arguments(rest)])])})"
+
+
+def _shown(denoiser: Denoiser, changed: Mapping[str, str]) -> dict[str, str]:
+    """The arguments of a denoiser as code or by their names, those with their defaults left out."""
+    shown = {"process": _shown_process(denoiser.process)}
+    shown["sample_shape"] = repr(tuple(denoiser.sample_shape))
+    if kind_of(denoiser.conditioning).asks is not None:
+        shown["conditioning"] = "conditioning"
+    if denoiser.constants:
+        shown["constants"] = "constants"
+    if denoiser.value_range != (-1.0, 1.0):
+        shown["value_range"] = str(denoiser.value_range)
+    if denoiser.time is not None:
+        shown["time"] = f'"{denoiser.time}"' if isinstance(denoiser.time, str) else "time"
+    if denoiser.call is not call_of(denoiser.network):
+        shown["call"] = "call"
+    for name, code in changed.items():
+        code = code.replace("teacher.call(network, x, time, cond)", _shown_call(denoiser))
+        shown[name] = code.replace("teacher.", "")
+    return shown
+
+
+def _shown_call(denoiser: Denoiser) -> str:
+    """How the network was called so far."""
+    if denoiser.call is not call_of(denoiser.network):
+        return "call(network, x, time, cond)"
+    if type(denoiser.network).__module__.startswith("diffusers."):
+        return "dkdm.core.calls.call_of(network)(network, x, time, cond)"
+    return "network(x, time, **cond)"
+
+
+def _shown_process(process: Process) -> str:
+    """A straight flow in full; any other process as the variable it is."""
+    flow = rectified_flow(process.num_levels)
+    same = torch.equal(flow.sigma, process.sigma) and torch.equal(flow.alpha, process.alpha)
+    straight = same and process.clipping.range is None
+    return f"dkdm.rectified_flow({process.num_levels})" if straight else "process"
+
+
+def _shown_meaning(meaning: Parameterization) -> str:
+    parts = [f'"{meaning.prediction}"']
+    if meaning.variance != "fixed_small":
+        parts.append(f'variance="{meaning.variance}"')
+    if meaning.sigma_data != 0.5:
+        parts.append(f"sigma_data={meaning.sigma_data}")
+    return f"dkdm.Parameterization({', '.join(parts)})"
 
 
 def _is_folder(denoiser: Denoiser) -> bool:
@@ -79,7 +142,6 @@ def _says(entries: Mapping[str, Any], denoiser: Denoiser, change: Change) -> boo
 
 
 def _scheduler_file(denoiser: Denoiser) -> str:
-    """The file that the entries belong to."""
     file = Path(denoiser.name) / "scheduler" / "scheduler_config.json"
     return str(file) if file.is_file() else f"the scheduler_config.json of {denoiser.name}"
 

@@ -143,16 +143,14 @@ def shipping(case: Case) -> list[Finding]:
         remedy = "let the factory's module run by itself, and read only attributes of conditioning"
         return [Finding("shipping", "warning", what, remedy)]
     if not same:
-        return [
-            Finding("shipping", "warning", "the shipped file answers differently", "see reload")
-        ]
+        what = "the shipped file answers differently"
+        return [Finding("shipping", "warning", what, "see reload")]
     if note:
         return [Finding("shipping", "warning", note, "put all of its code into one file")]
     return [Finding("shipping", "ok", "as one file; diffusers loads it without dkdm")]
 
 
 def _made_by_file(text: str, save_config: Any) -> Any:
-    """The network that the shipped file makes."""
     with tempfile.TemporaryDirectory() as name, torch.random.fork_rng():
         file = Path(name) / "dkdm_shipped_for_a_check.py"
         file.write_text(text, encoding="utf-8")

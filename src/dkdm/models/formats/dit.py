@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import diffusers
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from dkdm.core.calls import Network, plain
@@ -111,9 +113,6 @@ def _classes(network: Any) -> ClassLabels:
 
 
 def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
-    """Build the network that the shapes tell of, and load it."""
-    from diffusers import DiTTransformer2DModel
-
     tensors = dict(weights.tensors)
     positions = tensors.pop("pos_embed")
     width, channels, side, _ = tensors[_PATCH].shape
@@ -126,7 +125,7 @@ def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
     heads = heads or HEADS[width]
     if width % heads:
         raise UsageError(f"--num-heads {heads}: give a divisor of the width, {width}")
-    network = DiTTransformer2DModel(
+    network = diffusers.DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=width // heads,
         in_channels=channels,
@@ -150,8 +149,6 @@ def _network(weights: Weights, options: LoadOptions, heads: int | None) -> Any:
 
 def _use_original_frequencies(network: nn.Module) -> None:
     """diffusers spreads the frequencies of time over 127 intervals, the repositories over 128."""
-    from diffusers.models.embeddings import Timesteps
-
     for module in network.modules():
         if isinstance(module, Timesteps):
             module.downscale_freq_shift = 0

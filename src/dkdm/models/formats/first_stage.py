@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from torch import Tensor
 
 from dkdm.core.bundle import Bundle
@@ -59,8 +60,6 @@ def autoencoder_bundle(
     scale: latents are multiplied by it. path: of the checkpoint. Raises UsageError for an
     autoencoder of another kind, DkdmError if the weights are not its own.
     """
-    import diffusers
-
     kind = str(first_stage.get("target")).rpartition(".")[2]
     if kind not in _CLASSES:
         raise UsageError(
@@ -84,7 +83,6 @@ _CLASSES = {
 
 
 def _config(kind: str, params: Config, scale: float) -> dict[str, Any]:
-    """The arguments of the diffusers class."""
     own = params["ddconfig"]
     widths = [own["ch"] * mult for mult in own["ch_mult"]]
     sizes = [own["resolution"] // 2**level for level in range(len(widths))]

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from dkdm.errors import UsageError
+from dkdm.reading import options
 
 
 def read_flags(flags: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def read_flags(flags: str, known: Mapping[str, Callable[[str], Any]]) -> dict[st
         if not flag.startswith("--") or name not in known:
             raise UsageError(
                 f"--teacher-flags: unknown '{flag}': this format takes "
-                f"{', '.join(map(_spelled, known)) or 'no flags'}"
+                f"{', '.join(map(options.flag, known)) or 'no flags'}"
             )
         if value is None:
             raise UsageError(f"--teacher-flags: {flag} needs a value")
@@ -32,10 +33,6 @@ def read_flags(flags: str, known: Mapping[str, Callable[[str], Any]]) -> dict[st
         except ValueError as error:
             raise UsageError(f"--teacher-flags: {flag} {value}: {error}") from error
     return found
-
-
-def _spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:

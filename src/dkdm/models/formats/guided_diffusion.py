@@ -178,7 +178,6 @@ def _shown(flags: Mapping[str, Any]) -> str:
 
 
 def _check_agreement(flags: SimpleNamespace, said: Mapping[str, Any], path: Path) -> None:
-    """Raise UsageError for a flag, given or a default, that the weights contradict."""
     found = _as_flags(said, flags.image_size)
     asked = {key: getattr(flags, key) for key in found}
     if not flags.channel_mult:

@@ -99,7 +99,6 @@ def _unet_tensors(weights: Weights, averaged: bool) -> dict[str, Tensor]:
 
 
 def _num_classes(config: Config, weights: Weights) -> int | None:
-    """How many classes are embedded; None for an unconditional model."""
     stage = config.get("cond_stage_config", "__is_unconditional__")
     if stage == "__is_unconditional__":
         return None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import huggingface_hub
 import torch
 
 from dkdm.core.denoiser import Denoiser
@@ -193,9 +195,7 @@ def load_single_file(path: Path, kind: SingleFile, options: LoadOptions) -> Deno
 
 def _cached(repository: str) -> Path | None:
     """The folder of a repository in the hub's cache, if its index lies there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repository, INDEX)
+    found = huggingface_hub.try_to_load_from_cache(repository, INDEX)
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -217,7 +217,6 @@ def _loaded(path: Path, kind: SingleFile, config: Path, options: LoadOptions) ->
 
 
 def _check_parts(folder: Path) -> None:
-    """Raise UsageError unless an index names classes of diffusers and transformers alone."""
     index = read_json(folder / INDEX, "a diffusers pipeline folder")
     for name, value in index.items():
         pair = isinstance(value, list) and len(value) == 2 and name != "safety_checker"
@@ -231,9 +230,6 @@ def _check_parts(folder: Path) -> None:
 def _with_network(
     path: Path, kind: SingleFile, folder: Path, arguments: dict[str, Any], options: LoadOptions
 ) -> Denoiser:
-    """The pipeline of a folder with the network of the file in place of its own."""
-    import diffusers
-
     loras = read_choices(options.lora)
     described = describe_pipeline_folder(folder, options).denoiser
     cls = getattr(diffusers, kind.network)
@@ -244,8 +240,6 @@ def _with_network(
 
 def _folder_of(path: Path, kind: SingleFile, config: Path, arguments: dict[str, Any]) -> Path:
     """The folder of a file, written once: it is named by what it is made of."""
-    import diffusers
-
     sources = [path, config / INDEX if config.is_dir() else config]
     stats = [(str(one.resolve()), one.stat().st_size, one.stat().st_mtime_ns) for one in sources]
     made_of = repr((stats, str(arguments["torch_dtype"]), kind.pipeline))

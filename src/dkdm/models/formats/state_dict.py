@@ -23,8 +23,6 @@ from dkdm.core.checkpoint import (
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import shown
 
-__all__ = ["Weights", "load_strict", "read_weights"]
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -254,8 +252,7 @@ _HOLDERS = (
 def views(weights: Weights, ema: bool = True, levels: int = 3) -> Iterator[Weights]:
     """The same weights, and what lies in them behind the names of what held the network.
 
-    ema: averages come before plain weights, otherwise after them. levels: of names inside each
-    other.
+    ema: averages come before plain weights, otherwise after them. levels: of nested names.
     """
     yield weights
     if levels == 0:

@@ -12,9 +12,10 @@ import torch
 
 from dkdm.config import EXPORTED
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.given import denoiser_given, path_given
+from dkdm.core.given import denoiser_given
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.numbers import count
+from dkdm.reading.arguments import given
 from dkdm.reading.files import check_output
 from dkdm.shipping.graph.description import describe_graph, sampling_tables
 from dkdm.shipping.graph.formats import Evaluate, Format, opened, require_onnx, runtime, write
@@ -46,7 +47,7 @@ def export_graph(
     file computes something else than the network (the file is kept).
     """
     denoiser = denoiser_given("export_graph: denoiser", denoiser)
-    output = path_given("export_graph: output", output, "give the file to write")
+    output = Path(given("export_graph: output", output, Path, "give the file to write"))
     _check(denoiser, format, opset)
     output, beside, weights = check_files(output, format, overwrite)
     inputs = random_inputs(denoiser, TRACED_ROWS)
@@ -102,8 +103,7 @@ def largest_difference(
 
 
 def check_files(output: Path, format: Format, overwrite: bool = False) -> tuple[Path, Path, Path]:
-    """The paths of graph, description and separate weights. Raises UsageError if any of them cannot
-    be written."""
+    """The paths of graph, description and weights. Raises UsageError for one not to be written."""
     check_output("--output", output, suffixes=(Path(EXPORTED[format]).suffix,), overwrite=overwrite)
     beside = (output.with_name(f"{output.name}.{end}") for end in ("json", "data"))
     description, weights = (check_output("--output", p, overwrite=overwrite) for p in beside)

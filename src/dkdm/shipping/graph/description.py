@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dkdm.core.clipping import Clipping
-from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of, rows_of
+from dkdm.core.kinds import Condition, kind_of, rows_of
 from dkdm.core.prediction import EDM
 from dkdm.shipping.pipeline_folder import scheduler_config
 from dkdm.version import __version__

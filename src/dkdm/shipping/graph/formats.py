@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from dkdm.core.conditioning import Condition
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, raised_as
 from dkdm.shipping.graph.fault_line import causes
 from dkdm.shipping.graph.tracing import quiet
 
@@ -38,14 +38,12 @@ def write(
 
 def opened(path: Path, format: Format) -> Evaluate:
     """The written file as a function of inputs by name. Raises DkdmError if it does not load."""
-    try:
-        with quiet():
-            if format == "onnx":
-                return _opened_onnx(path)
-            module = torch.export.load(path).module()
-            return torch.no_grad()(lambda inputs: module(**inputs))
-    except Exception as error:
-        raise DkdmError(f"{path} was written, but does not load again: {error}") from error
+    said = f"{path} was written, but does not load again"
+    with raised_as(lambda error: DkdmError(f"{said}: {error}")), quiet():
+        if format == "onnx":
+            return _opened_onnx(path)
+        module = torch.export.load(path).module()
+        return torch.no_grad()(lambda inputs: module(**inputs))
 
 
 def runtime(format: Format) -> str:
@@ -70,22 +68,23 @@ def require_onnx(opset: int | None) -> None:
 
 def _write_onnx(program: ExportedProgram, path: Path, opset: int | None, facts: Mapping) -> None:
     names = [entry["name"] for entry in facts["inputs"]]
-    try:
-        with quiet(), torch.no_grad():
-            made = torch.onnx.export(
-                program,
-                input_names=names,
-                output_names=["output"],
-                opset_version=opset,
-                verbose=False,
-                dynamo=True,
-            )
-            assert made is not None
-            _name_batch(made.model)
-            made.model.metadata_props[SUMMARY] = json.dumps(facts)
-            made.save(path, external_data=weight_bytes(program) > MAX_PROTOBUF)
-    except Exception as error:
-        raise UsageError(f"ONNX cannot express this network: {_culprit(error, program)}") from error
+
+    def explained(error: Exception) -> UsageError:
+        return UsageError(f"ONNX cannot express this network: {_culprit(error, program)}")
+
+    with raised_as(explained), quiet(), torch.no_grad():
+        made = torch.onnx.export(
+            program,
+            input_names=names,
+            output_names=["output"],
+            opset_version=opset,
+            verbose=False,
+            dynamo=True,
+        )
+        assert made is not None
+        _name_batch(made.model)
+        made.model.metadata_props[SUMMARY] = json.dumps(facts)
+        made.save(path, external_data=weight_bytes(program) > MAX_PROTOBUF)
 
 
 def weight_bytes(program: ExportedProgram) -> int:
@@ -95,7 +94,6 @@ def weight_bytes(program: ExportedProgram) -> int:
 
 
 def _name_batch(model: Any) -> None:
-    """Call the leading dimension of inputs and outputs `batch`."""
     import onnx_ir
 
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -103,7 +101,6 @@ def _name_batch(model: Any) -> None:
 
 
 def _culprit(error: Exception, program: ExportedProgram) -> str:
-    """The module and operator at which the translation stopped."""
     chain = list(causes(error))
     found = re.search(r"translating node %(\w+?)(_\d+)? ", "\n".join(map(str, chain)))
     nodes = [node for node in program.graph.nodes if found and found[1] in str(node.target)]

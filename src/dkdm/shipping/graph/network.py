@@ -7,9 +7,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import null_or_none
+from dkdm.core.kinds import Condition, null_or_none
 from dkdm.core.randomness import generator
 from dkdm.errors import UsageError
 

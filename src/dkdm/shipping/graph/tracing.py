@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
@@ -79,8 +80,6 @@ def plain_upsampling() -> Iterator[None]:
     Its layer copies the memory of batches of 64 and more (and of very large ones) first, which
     does not change the numbers but makes torch.export bound the batch.
     """
-    from diffusers.models.upsampling import Upsample2D
-
     own = Upsample2D.forward
     Upsample2D.forward = _upsample
     try:
