@@ -12,6 +12,7 @@ import torch
 
 import dkdm
 from dkdm.cli import main
+from dkdm.data.perceptual import PerceptualDistance
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import level_gaps
@@ -232,6 +233,25 @@ def test_few_samples_for_fid_are_warned_of(capsys):
     assert "FID of 10 samples cannot be compared" in found.warnings[0]
     assert f"warning: {found.warnings[0]}" in capsys.readouterr().err
     assert "--num-samples 2048" in found.warnings[0]
+
+
+def test_lpips_compares_with_the_teachers_images_of_the_same_noise(monkeypatch):
+    def distance(a, b):
+        return (a - b).square().flatten(1).mean(1)
+
+    def stand_in(given, backbone, device):
+        return PerceptualDistance(f"{given} {backbone} {device}", "a stand-in", distance)
+
+    monkeypatch.setattr("dkdm.runs.judges.perceptual_distance", stand_in)
+    teacher, student = denoiser(), denoiser(seed=1)
+    asked = {"metrics": "fd,lpips,lpips_diversity", "batch_size": 3, **SMALL}
+    found = dkdm.evaluate(student, real(), teacher=teacher, **asked)
+    cond = student.conditioning.in_turns(10)
+    ours, theirs = (draw(each, cond, Sampling(10, 2, 0)) for each in (student, teacher))
+    assert found["lpips"] == pytest.approx(distance(ours, theirs).mean().item(), rel=1e-4)
+    assert found["lpips_diversity"] > 0
+    with pytest.raises(UsageError, match="clip needs a text model"):
+        dkdm.evaluate(student, real(), metrics="clip", **SMALL)
 
 
 COMMAND = (
