@@ -36,9 +36,10 @@ def test_ticks_are_round_and_inside(low, high, ticks):
     ("low", "high", "ticks"),
     [
         (0.012, 0.6, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]),
-        (1, 1, [1, 2]),
+        (1, 1, [1, 1.5]),
         (3e-5, 0.9, [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1]),
-        (0.2, 0.5, [0.2, 0.5]),
+        (0.2, 0.8, [0.2, 0.5, 1]),
+        (25, 37.5, [20, 30, 40]),
     ],
 )
 def test_logarithmic_ticks_enclose_the_values(low, high, ticks):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import dkdm
 from dkdm.cli import main
@@ -109,8 +110,14 @@ def second_is_best(monkeypatch):
 
 
 @pytest.mark.usefixtures("second_is_best")
-def test_the_best_weights_are_shipped_if_asked_for(whole, tmp_path):
+def test_the_best_weights_are_shipped_if_asked_for(whole, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda _, values, step: logged.append((step, values)))
     shipped = distil(tmp_path / "run", ship_best=True)
+    tracked = [entry for entry in logged if "validation/gap" in entry[1]]
+    assert tracked == [(k, {"validation/gap": v}) for k, v in values(shipped).items()]
+    card = (shipped / "README.md").read_text()
+    assert "of step 2, EMA, decay 0.9999; the best by gap (100.0 %, 4 samples" in card
     second = distil(tmp_path / "short", max_train_steps=2, validation_metric=None)
     assert json.loads((shipped / "best/best.json").read_text())["step"] == 2  # the first of equals
     assert [path.name for path in checkpoint.checkpoints(shipped)] == ["checkpoint-4"]
@@ -159,6 +166,7 @@ def test_the_distance_to_the_teacher_is_that_of_samples_from_other_noise():
         (["--validation-metric", "fdd"], "fdd is no metric: give one of gap, "),
         (["--validation-metric", "variance_ratio_mean"], "is neither better high nor low"),
         (["--validation-metric", "gap", "--validation-steps", "0"], "is never measured"),
+        (["--validation-metric", "lpips"], "lpips is measured by dkdm evaluate only"),
         (["--ship-best"], "--ship-best: give the metric that chooses"),
         (["--validation-samples", "1"], "--validation-samples 1: give a whole number"),
     ],
@@ -178,6 +186,8 @@ def test_what_a_run_cannot_measure_is_refused_before_work(tmp_path):
     reference, unconditional = load_reference("fashion-test"), denoiser(None)
     with pytest.raises(UsageError, match="fid cannot be measured against fashion-test"):
         Validation("fid", Sampling(2, 2, 0), (1.0, 1.0), reference=reference)
+    with pytest.raises(UsageError, match="--validation-samples 5 is too few for precision"):
+        Validation("precision", Sampling(5, 2, 0), (1.0, 1.0), reference=reference)
     accuracy = Validation("class_accuracy", Sampling(2, 2, 0), (1.0, 1.0), reference=reference)
     with pytest.raises(UsageError, match="needs a model that draws classes"):
         accuracy.rehearse(replace(unconditional, sample_shape=(1, 16, 16)))

@@ -831,6 +831,14 @@ class MeasurementOptions(Options, title="Measurement"):
     ADM and EDM used tensorflow."""
     feature_device: str | None = None
     """Device of the feature network, such as cpu or cuda:1. Default: the model's."""
+    lpips_weights: str | None = None
+    """For the metrics lpips and lpips_diversity: download, which fetches the published weights
+    once, or the folder that holds them. Default: those that were given before."""
+    lpips_backbone: Literal["alex", "vgg"] = "alex"
+    """Network of LPIPS."""
+    clip_model: str | None = None
+    """For the metric clip, of text models: folder or hub id of a CLIP model as transformers saves
+    it."""
     skip_bad: bool = False
     """Leave out files of the reference that cannot be read, instead of ending."""
 

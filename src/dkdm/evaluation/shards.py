@@ -26,6 +26,7 @@ from dkdm.data.reference import FeatureExtractor, Features
 from dkdm.errors import DkdmError, in_a_line
 from dkdm.evaluation.fingerprint import fingerprint, hash_of
 from dkdm.evaluation.same_noise import Sampling, batches, decoded
+from dkdm.evaluation.single_images import SingleImages
 from dkdm.reading.files import atomic
 from dkdm.version import __version__
 
@@ -57,6 +58,7 @@ class Drawing:
     - `cond`: one row a sample.
     - `network`: whose features of the (decoded) samples are kept; None keeps none.
     - `keep`: how many samples, the first ones, are kept themselves.
+    - `single`: makes further columns of `Features`, numbers of single images.
     """
 
     denoiser: Denoiser
@@ -65,6 +67,7 @@ class Drawing:
     guidance_scale: float = 1.0
     network: FeatureExtractor | None = None
     keep: int = 0
+    single: SingleImages | None = None
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -77,6 +80,7 @@ class Drawing:
             **how,
             "guidance_scale": self.guidance_scale,
             "features": self.network and self.network.name,
+            "single": self.single and self.single.name,
             "dkdm": __version__,
         }
 
@@ -169,16 +173,20 @@ def _drawn(
 ) -> dict[str, Tensor]:
     """What is kept of the samples of these numbers, by name."""
     model, network, kept = drawing.denoiser, drawing.network, drawing.kept(indices)
-    samples, features = [], []
+    samples, features, images = [], [], []
     drawn = batches(model, drawing.cond, drawing.sampling, drawing.guidance_scale, indices)
     for these, batch in drawn:
         check_finite(model, batch)
         if network is not None:
-            features.append(network(decoded(model, batch)))
+            shown = decoded(model, batch)
+            features.append(network(shown))
+            images += [shown] if drawing.single else []
         if these.start - indices.start < kept:
             samples.append(batch)
         progress(done + these.stop - indices.start)
     columns = Features.joined(features)._asdict() if features else {}
+    if drawing.single and images:
+        columns |= drawing.single(torch.cat(images), indices)
     found = {name: column for name, column in columns.items() if column is not None}
     labels = drawing.rows(indices).get(LABELS)
     found |= {LABELS: labels} if labels is not None else {}

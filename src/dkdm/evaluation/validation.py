@@ -20,7 +20,7 @@ from dkdm.evaluation.beside_teacher import MOST
 from dkdm.evaluation.comparison import GAP_SAMPLES, level_gaps
 from dkdm.evaluation.cost import undisturbed
 from dkdm.evaluation.energy import energy_distance
-from dkdm.evaluation.metrics import METRICS, Sampled, check, measure
+from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, Sampled, check, measure
 from dkdm.evaluation.numbers import number, percent
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 
@@ -44,13 +44,15 @@ WITHOUT_IMAGES = {
 def watched(name: str) -> Watched:
     """What `--validation-metric` names.
 
-    Raises `UsageError` for an unknown metric, and for one of which neither more nor less is better.
+    Raises `UsageError` for an unknown metric, for one of which neither more nor less is better, and
+    for those of `dkdm evaluate` alone, which look at single samples.
     """
     if name in WITHOUT_IMAGES:
         return WITHOUT_IMAGES[name]
-    known = {key: each for key, each in METRICS.items() if each.better}
+    known = {key: each for key, each in METRICS.items() if each.better and key not in PER_SAMPLE}
     if name not in known:
         what = "is neither better high nor low" if name in METRICS else "is no metric"
+        what = "is measured by dkdm evaluate only" if name in PER_SAMPLE else what
         words = ", ".join([*WITHOUT_IMAGES, *known])
         raise UsageError(f"--validation-metric {name} {what}: give one of {words}")
     metric = known[name]
@@ -91,6 +93,12 @@ class Validation:
             )
         else:
             check([self.name], self.reference)
+            fewest = min(METRICS[self.name].least, REHEARSED)
+            if self.sampling.num_samples < fewest:
+                raise UsageError(
+                    f"--validation-samples {self.sampling.num_samples} is too few for {self.name}: "
+                    f"give {fewest} or more"
+                )
             kept = self.reference.features
             self.reference = replace(self.reference, features=kept and cache(kept))
 

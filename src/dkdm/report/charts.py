@@ -90,9 +90,11 @@ def linear_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Numbers that enclose low..high: powers of ten, with 2 and 5 times them on a short range."""
+    """Numbers that enclose low..high: powers of ten, on a short range multiples of them too."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    factors = [1.0, 2.0, 5.0] if last - first <= 3 else [1.0]
+    if high < 3 * low:
+        factors = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]
     ticks = [f * 10.0**e for e in range(first, last + 1) for f in factors]
     below = max((i for i, tick in enumerate(ticks) if tick <= low), default=0)
     above = min((i for i, tick in enumerate(ticks) if tick >= high), default=len(ticks) - 1)

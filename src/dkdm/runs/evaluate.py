@@ -33,6 +33,7 @@ from dkdm.runs.judges import (
     ready,
     run_of,
     scales_of,
+    single_images,
     standard_of,
     weights_of,
 )
@@ -141,15 +142,18 @@ def planned(
     for each in (model, teacher, standard.model):
         if each is not None:
             place(each, device)
-    drawings = _drawings(command, model, teacher, standard, scales, beside)
+    own, teachers, others = _drawings(command, model, teacher, standard, scales, beside)
+    place_of_network = command.measurement.feature_device or str(device)
+    single = single_images(command, own, teacher, scales[1], metrics, place_of_network)
+    own = replace(own, single=single)
     weights = weights_of(command.model_choice.model, run)
-    return Plan(command, weights, standard, metrics, beside, *drawings)
+    return Plan(command, weights, standard, metrics, beside, own, teachers, others)
 
 
 def _teacher(command: EvaluateCommand, run: Run | None) -> Denoiser | None:
     """The teacher, if something is measured with it."""
     names = named_metrics(command)
-    asked = command.measurement.reference == "teacher" or bool(set(names) & set(NAMES))
+    asked = command.measurement.reference == "teacher" or bool(set(names) & {*NAMES, "lpips"})
     unwanted = names and not asked
     return None if unwanted else judged_teacher(command, run, asked)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dkdm.core.conditioning import restrict_classes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.inputs import GivenRows, with_rows
 from dkdm.core.kinds import kind_of
+from dkdm.data.clip import clip_score
 from dkdm.data.named import (
     FASHION,
     REFERENCE_OF_CLASSES,
@@ -29,11 +31,15 @@ from dkdm.data.named import (
     chosen_reference,
     load_reference,
 )
+from dkdm.data.perceptual import perceptual_distance
 from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import weights_in_words
+from dkdm.evaluation.metrics import PER_SAMPLE
 from dkdm.evaluation.results import read_evaluation
 from dkdm.evaluation.same_noise import decoded
+from dkdm.evaluation.shards import Drawing
+from dkdm.evaluation.single_images import SingleImages
 from dkdm.models import chosen_teacher, load_teacher, with_texts
 from dkdm.models.locate import INDEX, is_hub_id
 from dkdm.reading.made_here import was_made_here
@@ -242,6 +248,34 @@ def _extractor(
         _note(f"only what needs no image is measured: {error}")
         return None
     return found if found.fits(shape) else None
+
+
+def single_images(
+    command: EvaluateCommand,
+    own: Drawing,
+    teacher: Denoiser | None,
+    scale: float,
+    metrics: Sequence[str],
+    place: str,
+) -> SingleImages | None:
+    """What makes LPIPS and the CLIP score of the model's images; None if neither is asked for.
+
+    scale: that the teacher is guided by. Raises UsageError for weights that are missing, and for a
+    CLIP score of a model without prompts.
+    """
+    asked, how = set(metrics) & set(PER_SAMPLE), command.measurement
+    if not asked:
+        return None
+    perceptual, clip, prompts = None, None, None
+    if asked & {"lpips", "lpips_diversity"}:
+        perceptual = perceptual_distance(how.lpips_weights, how.lpips_backbone, place)
+    if "clip" in asked:
+        names = kind_of(own.denoiser.conditioning)
+        if names.asks != "prompt" or how.clip_model is None:
+            raise UsageError("--metrics clip needs a text model, --prompts and --clip-model MODEL")
+        clip, prompts = clip_score(how.clip_model, place), names.shown_names(sys.maxsize)
+    beside = teacher if "lpips" in asked else None
+    return SingleImages(own.cond, own.sampling, perceptual, clip, beside, scale, prompts)
 
 
 def class_names_of(model: Denoiser) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from dkdm.evaluation.beside_teacher import NAMES, teacher_distance, teacher_gaps
 from dkdm.evaluation.circumstances import floors_of
 from dkdm.evaluation.comparison import describe
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
-from dkdm.evaluation.metrics import METRICS, Sampled, check, measure, missing, usual
+from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, Sampled, check, measure, missing, usual
 from dkdm.evaluation.shards import Drawing, Drawn, read_shards
 from dkdm.runs.judges import AS_GIVEN, Standard
 from dkdm.version import __version__
@@ -86,8 +86,9 @@ def chosen_metrics(
     if not names:
         beside = NAMES if teacher else ()
         if known:
-            every = tuple(name for name, each in METRICS.items() if not missing(each, known))
-            metrics = every if command.measurement.metrics == "all" else usual(known)
+            every = [name for name, each in METRICS.items() if not missing(each, known)]
+            every = every if command.measurement.metrics == "all" else list(usual(known))
+            metrics = tuple(name for name in every if name not in PER_SAMPLE)
     if metrics and known is None:
         raise UsageError(
             f"--metrics {metrics[0]} needs a reference that fits these samples: give --reference; "

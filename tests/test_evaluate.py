@@ -1,0 +1,291 @@
+"""dkdm evaluate: shards that processes share, numbers against independent ones, what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+import dkdm
+from dkdm.cli import main
+from dkdm.data.perceptual import PerceptualDistance
+from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
+from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.comparison import level_gaps
+from dkdm.evaluation.energy import energy_distance
+from dkdm.evaluation.evaluated import Evaluation
+from dkdm.evaluation.fingerprint import fingerprint
+from dkdm.evaluation.frechet import frechet_distance
+from dkdm.evaluation.same_noise import Sampling, draw
+from dkdm.evaluation.shards import Drawing, draw_shards, missing_shards, read_shards
+from dkdm.runs.evaluate import REFERENCE_SEED
+from factories import counting, denoiser
+
+
+def seen(images):
+    return Features(images.flatten(1)[:, ::9].clone())
+
+
+EYE = FeatureExtractor(
+    "eye", "every ninth pixel", seen, lambda shape: tuple(shape) == (1, 8, 8), "(1, 8, 8)", 8
+)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("DKDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dkdm.evaluation.shards.SHARD", 4)
+
+
+def real(count=40):
+    images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(5)).clamp(-1, 1)
+    features = seen(images).features
+    return Reference("noise", EYE, FeatureStatistics.of(features), features=lambda: features)
+
+
+def drawing(model=None, batch_size=3, count=10, **kept):
+    model = model or denoiser()
+    sampling = Sampling(count, 2, 0, "ddim", batch_size)
+    return Drawing(model, model.conditioning.in_turns(count), sampling, 1.0, EYE, **kept)
+
+
+def drawn_by(each, root, world):
+    for rank in range(world):
+        draw_shards(each, root, missing_shards(each, root, rank, world))
+    return read_shards(each, root)
+
+
+def test_energy_distance_is_its_definition():
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 2, 3, generator=random), torch.rand(5, 2, 3, generator=random)
+
+    def mean(a, b):
+        pairs = [(p - q).norm().item() for p, q in product(a, b) if p is not q]
+        return sum(pairs) / len(pairs)
+
+    between, same = mean(x, y), [list(each) for each in (x, y)]
+    expected = 2 * between - sum(mean(each, each) for each in same)
+    found = energy_distance(x, y)
+    assert found.distance == pytest.approx(expected, abs=1e-6)
+    assert found.share == pytest.approx(expected / (2 * between), abs=1e-6)
+
+
+def test_energy_distance_in_blocks_and_of_two_points(monkeypatch):
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    whole = energy_distance(x, x + 1)
+    monkeypatch.setattr("dkdm.evaluation.energy.BLOCK", 2)
+    assert energy_distance(x, x + 1) == pytest.approx(whole, abs=1e-9)
+    apart = energy_distance(torch.zeros(3, 1), torch.full((3, 1), 2.0))
+    assert apart == (4.0, 1.0)
+    with pytest.raises(DkdmError, match="give at least 2"):
+        energy_distance(x[:1], x)
+    with pytest.raises(DkdmError, match="NaN"):
+        energy_distance(x, x / 0)
+
+
+def test_samples_depend_on_neither_batches_nor_processes(tmp_path):
+    one = drawn_by(drawing(keep=6), tmp_path / "one", 1)
+    two = drawn_by(drawing(keep=6), tmp_path / "two", 2)
+    other = drawn_by(drawing(keep=6, batch_size=64), tmp_path / "other", 1)
+    assert one.samples.shape == (6, 1, 8, 8) and one.features.features.shape == (10, 8)
+    assert torch.equal(one.labels, torch.arange(10) % 3)
+    assert torch.equal(one.features.features, two.features.features)
+    assert torch.equal(one.samples, two.samples)
+    torch.testing.assert_close(one.features.features, other.features.features)
+    model = denoiser()
+    alone = draw(model, model.conditioning.in_turns(10), Sampling(10, 2, 0))
+    torch.testing.assert_close(one.samples, alone[:6])
+    names = [sorted(path.name for path in (tmp_path / n).rglob("*.st*")) for n in ("one", "two")]
+    assert names[0] == names[1]
+
+
+def test_what_is_drawn_is_not_drawn_again(tmp_path):
+    model, counts = counting(denoiser())
+    each = drawing(model)
+    first = drawn_by(each, tmp_path, 1)
+    assert sum(counts) == 20
+    shards = each.shards(tmp_path)
+    shards[1].file.unlink()
+    counts.clear()
+    again = drawn_by(each, tmp_path, 1)
+    assert sum(counts) == 2 * len(shards[1].indices)
+    assert torch.equal(first.features.features, again.features.features)
+    counts.clear()
+    draw_shards(replace(each, keep=5), tmp_path, missing_shards(replace(each, keep=5), tmp_path))
+    assert sum(counts) == 2 * 8  # the two shards that lack samples
+    shards[2].file.write_bytes(b"no tensors")
+    with pytest.raises(DkdmError, match="remove it, and it is drawn again"):
+        missing_shards(each, tmp_path)
+
+
+def test_an_interruption_keeps_finished_shards(tmp_path):
+    def stop(done):
+        if done > 6:
+            raise KeyboardInterrupt
+
+    each = drawing()
+    with pytest.raises(KeyboardInterrupt):
+        draw_shards(each, tmp_path, missing_shards(each, tmp_path), stop)
+    assert [s.indices.start for s in missing_shards(each, tmp_path)] == [4, 8]
+
+
+def test_the_fingerprint_is_of_what_samples_depend_on():
+    model = denoiser()
+    same, other = replace(denoiser(), name="renamed"), denoiser(seed=1)
+    assert fingerprint(model) == fingerprint(same) != fingerprint(other)
+    assert fingerprint(replace(model, guidance_interval=(0.2, 0.8))) != fingerprint(model)
+    assert fingerprint(replace(model, network=lambda x, t, **_: x)) != fingerprint(
+        replace(model, network=lambda x, t, **_: 2 * x)
+    )
+
+
+SMALL = {"num_samples": 10, "steps": 2}
+
+
+def test_the_distance_is_that_of_the_samples(tmp_path):
+    model, reference = denoiser(), real()
+    found = dkdm.evaluate(model, reference, metrics="fd,kid", json=tmp_path / "a/b.json", **SMALL)
+    alone = draw(model, model.conditioning.in_turns(10), Sampling(10, 2, 0))
+    expected = frechet_distance(FeatureStatistics.of(seen(alone).features), reference.statistics)
+    assert found["fd"] == pytest.approx(expected, rel=1e-5)
+    assert set(found.metrics) == {"fd", "kid"} and found.teacher is None
+    written = json.loads((tmp_path / "a/b.json").read_text())
+    assert written["metrics"]["fd"]["value"] == found["fd"]
+    assert written["reference"]["network"] == "eye" and written["seed"] == 0
+    assert Evaluation.read(tmp_path / "a/b.json") == found
+
+
+def test_a_teacher_is_a_reference_and_needs_no_image():
+    teacher, student = denoiser(), denoiser(seed=1)
+    found = dkdm.evaluate(student, teacher=teacher, num_samples=12, steps=2)
+    cond = teacher.conditioning.in_turns(12)
+    theirs = draw(teacher, cond, Sampling(12, 2, REFERENCE_SEED))
+    apart = energy_distance(draw(student, cond, Sampling(12, 2, 0)), theirs)
+    assert found.teacher_distance.distance == pytest.approx(apart.distance, rel=1e-5)
+    assert found.teacher_distance.floor == pytest.approx(
+        energy_distance(theirs[:6], theirs[6:]).distance, abs=1e-5
+    )
+    assert found.gaps.levels == pytest.approx(level_gaps(teacher, student, theirs, cond, 0))
+    assert not found.metrics and found.reference is None
+    itself = dkdm.evaluate(teacher, teacher=denoiser(), num_samples=12, steps=2)
+    assert itself.gaps.mean == pytest.approx(0, abs=1e-9)
+    assert itself.teacher_distance.share < found.teacher_distance.share
+
+
+def test_vectors_are_measured_too():
+    model = dkdm.Denoiser(
+        lambda x, t: 0.5 * x, dkdm.from_betas(torch.linspace(1e-3, 0.2, 20)), "epsilon", (6,)
+    )
+    found = dkdm.evaluate(model, teacher=replace(model, name="t"), num_samples=8, steps=2)
+    assert found.gaps.mean == 0 and found.sample_shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": "fid,beauty"}, "there is no 'beauty': give all, or some of fd, fid"),
+        ({"metrics": "fid"}, "fid cannot be measured against noise: its features are not those"),
+        ({"metrics": "precision", "num_samples": 4}, "--num-samples 4 is too few for precision"),
+        ({"metrics": "gaps"}, "give --teacher MODEL"),
+        ({"json": "/proc/a.json"}, "--json /proc/a.json: nothing can be written"),
+        ({"json": "a.txt"}, "give a name that ends in .json"),
+        ({"feature_device": "moon"}, "--feature-device moon: give a device"),
+        ({"steps": 99}, "99 sampling steps: use 1 to 50"),
+        ({"samples": 9}, "there is no 'samples'"),
+        ({"classes": (7,)}, "class id 7 out of range"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_work(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, counts = counting(denoiser())
+    with pytest.raises(UsageError, match=message) as refused:
+        dkdm.evaluate(model, real(), **{**SMALL, **options})
+    assert "\n" not in str(refused.value) and not counts
+
+
+def test_references_and_teachers_of_other_shapes_are_refused():
+    wide = replace(real(), network=replace(EYE, fits=lambda shape: False))
+    with pytest.raises(UsageError, match=r"noise is for samples of shape .* --teacher MODEL alone"):
+        dkdm.evaluate(denoiser(), wide, **SMALL)
+    with pytest.raises(UsageError, match="nothing can be measured: give --reference .* --teacher"):
+        dkdm.evaluate(denoiser(), **SMALL)
+    vectors = dkdm.Denoiser(
+        lambda x, t: x, dkdm.from_betas(torch.linspace(1e-3, 0.2, 20)), "epsilon", (6,)
+    )
+    with pytest.raises(UsageError, match="compare models of one shape"):
+        dkdm.evaluate(denoiser(), teacher=vectors, **SMALL)
+
+
+def test_samples_that_are_not_finite_are_refused(tmp_path):
+    broken = replace(denoiser(), network=lambda x, t, class_labels: x * torch.nan)
+    with pytest.raises(DkdmError, match=r"3 of 3 samples of model hold NaN or infinity"):
+        dkdm.evaluate(broken, real(), batch_size=3, output=tmp_path / "shards", **SMALL)
+    assert not list((tmp_path / "shards").rglob("*.safetensors"))
+
+
+def test_few_samples_for_fid_are_warned_of(capsys):
+    inception = replace(EYE, name="inception-of-tests")
+    found = dkdm.evaluate(denoiser(), replace(real(), network=inception), metrics="fid", **SMALL)
+    assert "FID of 10 samples cannot be compared" in found.warnings[0]
+    assert f"warning: {found.warnings[0]}" in capsys.readouterr().err
+    assert "--num-samples 2048" in found.warnings[0]
+
+
+def test_lpips_compares_with_the_teachers_images_of_the_same_noise(monkeypatch):
+    def distance(a, b):
+        return (a - b).square().flatten(1).mean(1)
+
+    def stand_in(given, backbone, device):
+        return PerceptualDistance(f"{given} {backbone} {device}", "a stand-in", distance)
+
+    monkeypatch.setattr("dkdm.runs.judges.perceptual_distance", stand_in)
+    teacher, student = denoiser(), denoiser(seed=1)
+    asked = {"metrics": "fd,lpips,lpips_diversity", "batch_size": 3, **SMALL}
+    found = dkdm.evaluate(student, real(), teacher=teacher, **asked)
+    cond = student.conditioning.in_turns(10)
+    ours, theirs = (draw(each, cond, Sampling(10, 2, 0)) for each in (student, teacher))
+    assert found["lpips"] == pytest.approx(distance(ours, theirs).mean().item(), rel=1e-4)
+    assert found["lpips_diversity"] > 0
+    with pytest.raises(UsageError, match="clip needs a text model"):
+        dkdm.evaluate(student, real(), metrics="clip", **SMALL)
+
+
+COMMAND = (
+    *("evaluate", "factories:teacher", "--teacher", "factories:teacher"),
+    *("--num-samples", "10", "--steps", "2"),
+)
+
+
+def test_the_command_prints_values_and_floors(tmp_path, capsys):
+    assert main([*COMMAND, "--json", str(tmp_path / "a.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["value", "floor"]
+    assert lines[1].startswith("distance to the teacher's samples")
+    assert json.loads((tmp_path / "a.json").read_text())["gaps"]["num_samples"] == 10
+    assert main([*COMMAND, "--metrics", "fun"]) == 2
+    assert "there is no 'fun'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    folder = os.path.dirname(__file__)
+    start = ("from dkdm.evaluation import shards; shards.SHARD = 4; import sys; "
+             "from dkdm.cli import main; sys.exit(main(sys.argv[1:]))")  # fmt: skip
+    script = tmp_path / "start.py"
+    script.write_text(start)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, *sys.path])}
+    launch = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu")
+    found = []
+    for name, prefix in (("one", ()), ("two", launch)):
+        files = ["--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")]
+        command = [sys.executable, *prefix, str(script), *COMMAND, *files]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("distance to the teacher's samples") == 1
+        found.append(Evaluation.read(tmp_path / f"{name}.json"))
+    assert found[0] == found[1]
+    assert len(list((tmp_path / "two").rglob("*.safetensors"))) == 6
