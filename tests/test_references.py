@@ -315,6 +315,8 @@ REFUSED = {
     "other sizes": (lambda path: np.savez(path, pixels(3, side=9)), r"shape \(3, 9, 9\)"),
     "none": (lambda path: np.savez(path, pixels(0)), "holds 0 images"),
     "labels": (lambda path: np.savez(path, pixels(3), np.ones(2, int)), r"arr_1 has shape \[2\]"),
+    "endless classes": (lambda path: np.savez(path, pixels(2), np.array([0, 2**60])), "99,999"),
+    "negative classes": (lambda path: np.savez(path, pixels(2), np.array([0, -1])), "99,999"),
     "cut off": (cut, "ends too early"),
     "no archive": (lambda path: path.write_bytes(b"PK\3\4 none"), "cannot be read"),
     "one image": (lambda path: np.savez(path, pixels(1)), "at least 2"),

@@ -23,6 +23,7 @@ from dkdm.errors import DkdmError, in_a_line
 
 IMAGES, LABELS = "arr_0", "arr_1"  # of ADM's .npz
 SAMPLES, CLASSES = "samples", "class_labels"  # of a .safetensors by dkdm
+MOST_CLASSES = 100_000
 FARTHEST = 16.0  # from 0, of samples in [-1, 1]: beyond it they are on another scale
 _HEADERS: dict[tuple[int, int], Callable[..., Any]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -119,8 +120,12 @@ def _opened_npz(path: Path, network: FeatureExtractor) -> Images:
 
 
 def _labels(path: Path, values: np.ndarray[Any, Any], count: int) -> Tensor:
-    if values.shape != (count,) or values.dtype.kind not in "ui" or (count and values.min() < 0):
-        raise DkdmError(f"{path}: give labels as {count} whole numbers from 0, one for each image")
+    legal = values.shape == (count,) and values.dtype.kind in "ui"
+    if not legal or (count and not 0 <= int(values.min()) <= int(values.max()) < MOST_CLASSES):
+        raise DkdmError(
+            f"{path}: give labels as {count} whole numbers from 0 to {MOST_CLASSES - 1:,}, one for "
+            "each image"
+        )
     return torch.from_numpy(values.astype(np.int64))
 
 
@@ -180,7 +185,7 @@ def _images(
     labels: Tensor | None,
     network: FeatureExtractor,
 ) -> Images:
-    if not count or not network.fits(shape):
+    if not count or 0 in shape or not network.fits(shape):
         raise DkdmError(
             f"{path} holds {count} images of shape {shape}: {network.in_words} need images of "
             f"shape {network.sizes}"
