@@ -216,5 +216,5 @@ def test_features_cannot_come_and_go_within_a_run(tmp_path, before):
 
 
 def test_features_need_a_teacher_that_sees_the_batches(tmp_path):
-    with pytest.raises(UsageError, match="--feature-weight: with --source synthetic"):
+    with pytest.raises(UsageError, match="--feature-weight: with this --source"):
         run(tmp_path, feature_weight=1.0, source="synthetic")
