@@ -23,7 +23,7 @@ SMALL = 75  # the least size that every layer takes
 
 
 def weights():
-    """A file in pytorch-fid's naming, of a random network."""
+    """A state dict in pytorch-fid's naming, of a random network; half as large as the real one."""
     random = torch.Generator().manual_seed(0)
     state = {}
     with torch.device("meta"):
@@ -38,7 +38,7 @@ def weights():
         state[f"{name}.bn.running_mean"] = 0.1 * torch.randn(shape[0], generator=random)
         state[f"{name}.bn.running_var"] = 0.5 + torch.rand(shape[0], generator=random)
     state["fc.weight"] = 0.1 * torch.randn(1008, 2048, generator=random)
-    return state
+    return {name: value.half() for name, value in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,9 @@ def full(tmp_path_factory):
         patch.setattr(inception_features, "SIZE", SMALL)
         known = replace(PUBLISHED, forms={digest: "state dict"})
         patch.setattr(inception_features, "PUBLISHED", known)
-        yield (
-            state,
-            {how: inception_extractor(folder / "weights.pth", resize=how) for how in RESIZES},
-        )
+        inception_extractor(folder / "weights.pth")
+        wide = {name: value.float() for name, value in state.items()}
+        yield wide, {how: inception_extractor(resize=how) for how in RESIZES}
     inception_features._network.cache_clear()
 
 
