@@ -16,11 +16,12 @@ from dkdm.evaluation.metrics import METRICS
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.originals import FORMATS
 from dkdm.models.pipelines import PIPELINES
+from dkdm.runs.arms import ARMS
 from dkdm.students import PRESETS
 from stock_pipelines import PROMPTS, Recording, assert_close
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding.md"
-REGISTRIES = (FORMATS, PIPELINES, ARCHITECTURES, CALLS, PRESETS, METRICS)
+REGISTRIES = (FORMATS, PIPELINES, ARCHITECTURES, ARMS, CALLS, PRESETS, METRICS)
 
 
 def auraflow():
@@ -76,6 +77,8 @@ def test_what_the_page_adds_works(page, tmp_path):
     features = page["reference"].network(page["images"]).features
     real = page["reference"].statistics.covariance.diagonal().sqrt().mean()
     assert page["measured"]["spread"] == pytest.approx(float(features.std(dim=0).mean() / real))
+    assert torch.equal(page["source"].x, page["states"])
+    assert (page["source"].evaluations, page["source"].step) == (8 * 2 + 4, 1)
     quick = {"train_batch_size": 4, "pool_size": 8, "fill_steps": 1, "validation_steps": 0}
     config = dkdm.DistillConfig(
         output_dir=tmp_path / "run", max_train_steps=1, evaluation_samples=0, check=False, **quick

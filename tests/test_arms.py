@@ -119,7 +119,8 @@ def test_a_run_resumes_exactly(folder, tmp_path):
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "states of the teacher's chains and on images" in card
-    assert "No image was read" not in card
+    assert "No image was read" not in card and "data-free" not in card
+    assert str(folder) not in card
 
 
 class Quick(Mlp):

@@ -9,11 +9,12 @@ from torch import nn
 
 import dkdm
 from dkdm.core import checkpoint
+from dkdm.core.finished import SampleShards
 from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import rectified_flow
 from dkdm.core.sources import draw_set, empty_set
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
-from dkdm.errors import UsageError
+from dkdm.errors import DkdmError, UsageError
 from dkdm.runs.arms import ARMS
 from dkdm.runs.models import open_student
 from factories import counting, denoiser
@@ -48,6 +49,55 @@ def test_samples_do_not_depend_on_what_else_was_drawn():
         draw_set(source, teacher, 5, 1.0, batch_size=4)
     assert torch.equal(sets[0].images, sets[1].images)
     assert not torch.equal(sets[0].images, sets[2].images)
+
+
+def drawn_in(folder, teacher, **fields):
+    source = empty_set(teacher, teacher, 10, seed=1, shards=SampleShards(folder), **fields)
+    draw_set(source, teacher, 5, guidance_scale=1.0, batch_size=4)
+    return source
+
+
+def test_a_set_that_was_cut_off_goes_on_and_is_the_same(tmp_path):
+    teacher = mixture_denoiser(MIXTURE, rectified_flow(20), Parameterization("sample"))
+    calls = iter(range(5 + 2))  # a batch takes 5: the second is cut off
+
+    def failing(*arguments):
+        next(calls)
+        return teacher.call(*arguments)
+
+    with pytest.raises(StopIteration):
+        drawn_in(tmp_path / "set", replace(teacher, call=failing))
+    assert SampleShards(tmp_path / "set").numbers() == [0]
+    counted, counts = counting(teacher)
+    source = drawn_in(tmp_path / "set", counted)
+    whole = drawn_in(tmp_path / "whole", teacher)
+    assert (sum(counts), source.evaluations) == (6 * 5, 10 * 5)
+    assert torch.equal(source.images, whole.images)
+    assert drawn_in(tmp_path / "set", counted).evaluations == 50 and sum(counts) == 30
+    with pytest.raises(UsageError, match="holds samples with seed 1, not 2"):
+        source.seed = 2
+        draw_set(source, teacher, 5, 1.0, 4)
+    source.seed, source.conditions = 1, {"class_labels": torch.zeros(10, dtype=torch.int64)}
+    with pytest.raises(UsageError, match="other conditions: go on with the options"):
+        draw_set(source, teacher, 5, 1.0, 4)
+
+
+def test_a_checkpoint_does_without_the_set_that_lies_in_shards(tmp_path):
+    teacher = mixture_denoiser(MIXTURE, rectified_flow(20), Parameterization("sample"))
+    source = drawn_in(tmp_path / "set", teacher)
+    state = source.state_dict()
+    assert state.keys() == {"step", "evaluations", "size"}
+    again = empty_set(teacher, teacher, 10, seed=1, shards=source.shards)
+    again.load_state_dict(state)
+    assert torch.equal(again.images, source.images)
+    former = {"images": source.images, "evaluations": state["evaluations"], "step": state["step"]}
+    former |= {f"cond.{key}": value for key, value in source.conditions.items()}
+    older = empty_set(teacher, teacher, 10, seed=1)
+    older.load_state_dict(former)
+    assert torch.equal(older.images, source.images)
+    source.shards.path(2).unlink()
+    with pytest.raises(DkdmError, match="holds 8 of 10 samples"):
+        again.load_state_dict(state)
 
 
 def config(folder, **options):

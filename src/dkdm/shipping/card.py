@@ -35,6 +35,7 @@ LEARNT_FROM: dict[SourceKind, str] = {
     "images": "It was trained on images, noised afresh.",
     "mixed": "It was trained on states of the teacher's chains and on images.",
 }
+READ_IMAGES: tuple[SourceKind, ...] = ("images", "mixed")
 
 
 class Measured(NamedTuple):
@@ -74,11 +75,12 @@ def write_card(
     name = folder.absolute().name
     if isinstance(config, DistillConfig):
         origin = origin_of(config.teacher_choice)
+        data_free = config.pool.source not in READ_IMAGES
         lead = _lead_of_distilled(denoiser, origin, teacher, config.pool.source)
         scale = config.evaluation.sampling_guidance_scale
         limits = _limits_of_distilled(denoiser, config.guidance, config.conditions, scale)
     else:
-        origin, limits = None, []
+        origin, limits, data_free = None, [], False
         images = plain(Path(config.data.images).name)
         lead = f"{type(denoiser.network).__name__} trained on {images}."
     inherited = origin.licence if origin else {}
@@ -86,7 +88,7 @@ def write_card(
     text = render(
         "dkdm.shipping",
         "card.md.j2",
-        front_matter=_front_matter(name, denoiser, origin, licence, measured),
+        front_matter=_front_matter(name, denoiser, origin, licence, measured, data_free),
         title=plain(name),
         lead=lead,
         images=[(caption, path) for path, caption in _IMAGES.items() if (folder / path).is_file()],
@@ -120,12 +122,17 @@ def _front_matter(
     origin: Origin | None,
     licence: Mapping[str, Any],
     measured: Measured,
+    data_free: bool,
 ) -> str:
-    """What the hub reads, as YAML; it has no `base_model_relation` for a distillation."""
+    """What the hub reads, as YAML; it has no `base_model_relation` for a distillation.
+
+    data_free: whether no image was read.
+    """
     task = _task(denoiser)
     results = _results(task, measured) if task else None
     tags = ["diffusers", "diffusion", "dkdm"]
-    tags += ["distillation", "data-free"] if origin else []
+    tags += ["distillation"] if origin else []
+    tags += ["data-free"] if data_free else []
     tags += ["class-conditional"] if kind_of(denoiser.conditioning).asks == "class_labels" else []
     matter = ModelCardData(
         library_name="diffusers",
