@@ -25,7 +25,7 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.parametrize("source", ["dynamic", "shuffled", "iterative"])
 def test_sources_differ_in_nothing_but_the_pool(tmp_path, source):
     folder, metrics, evaluations = run(tmp_path, source=source)
-    entries = {"dynamic": 24, "shuffled": 8, "iterative": 0}[source]
+    entries = {"dynamic": 24, "shuffled": 24, "iterative": 0}[source]
     assert evaluations == entries * 2 + 4 * 8
     assert [entry["step"] for entry in metrics] == [1, 2, 3, 4]
     assert (folder / "report.html").is_file()
