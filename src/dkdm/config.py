@@ -430,6 +430,8 @@ class EvaluationOptions(Options, title="Evaluation"):
     resize: Resize = "bilinear"
     """How images are brought to the Inception network's 299x299; published tables and statistics of
     ADM and EDM used tensorflow."""
+    skip_bad: bool = False
+    """Leave out images of the reference that cannot be read, instead of ending."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -185,7 +185,8 @@ def _load(
         packaged = load_reference(spec)
         if network is None or packaged.refusal(shape):
             return packaged
-    return load_reference(spec, chosen_extractor(network, evaluation.resize, device), shape=shape)
+    extractor = chosen_extractor(network, evaluation.resize, device)
+    return load_reference(spec, extractor, skip_bad=evaluation.skip_bad, shape=shape)
 
 
 def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:
