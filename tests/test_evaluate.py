@@ -9,9 +9,11 @@ from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dkdm
 from dkdm.cli import main
+from dkdm.config import to_json
 from dkdm.data.perceptual import PerceptualDistance
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.errors import DkdmError, UsageError
@@ -22,7 +24,10 @@ from dkdm.evaluation.fingerprint import fingerprint
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.evaluation.shards import Drawing, draw_shards, missing_shards, read_shards
+from dkdm.reading.made_here import remember
 from dkdm.runs.evaluate import REFERENCE_SEED
+from dkdm.runs.judges import names_model
+from dkdm.shipping.pipeline_folder import write_pipeline
 from factories import counting, denoiser
 
 
@@ -252,6 +257,45 @@ def test_lpips_compares_with_the_teachers_images_of_the_same_noise(monkeypatch):
     assert found["lpips_diversity"] > 0
     with pytest.raises(UsageError, match="clip needs a text model"):
         dkdm.evaluate(student, real(), metrics="clip", **SMALL)
+
+
+def test_a_run_names_its_teacher_its_guidance_and_its_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DKDM_DATA_HOME", str(tmp_path / "home"))
+    run, config = tmp_path / "run", dkdm.DistillConfig(teacher="factories:teacher")
+    write_pipeline(run, denoiser(seed=1))
+    (run / "config.json").write_text(to_json(replace(config, guidance_scale="2:4")))
+    with pytest.raises(UsageError, match="names code as its teacher, factories:teacher. If you"):
+        dkdm.evaluate(run, metrics="gaps", **SMALL)
+    with pytest.raises(UsageError, match="nothing can be measured"):
+        dkdm.evaluate(run, **SMALL)
+    assert "note: the distance to the teacher is left out" in capsys.readouterr().err
+    remember({"spec": "factories:teacher"}, "factories")
+    found = dkdm.evaluate(run, metrics="gaps", **SMALL)
+    assert (found.teacher.name, found.teacher.guidance_scale) == ("factories:teacher", 3)
+    assert (found.model.name, found.model.guidance_scale) == (str(run), 1)
+    assert found.model.weights == "of step 1,000, EMA, decay 0.9999"
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_model"),
+    [
+        ("builtin:fashion", True),
+        ("my_nets:teacher", True),
+        ("owner/name", True),
+        ("fashion-test", False),
+        ("images", False),
+        ("statistics.npz", False),
+        ("weights.safetensors", True),
+        ("samples.safetensors", False),
+    ],
+)
+def test_a_reference_is_a_model_or_images(spec, is_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for name in ("statistics.npz", "weights.safetensors"):
+        (tmp_path / name).touch()
+    save_file({"samples": torch.zeros(2, 1, 8, 8)}, "samples.safetensors")
+    assert names_model(spec) is is_model
 
 
 COMMAND = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from dkdm.config import (
     DistillConfig,
@@ -168,8 +169,18 @@ def names_model(spec: str) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in (INDEX, "config.json"))
     if path.is_file():
-        return path.suffix in WEIGHTS
+        return path.suffix in WEIGHTS and not _holds_samples(path)
     return ":" in spec or is_hub_id(spec)
+
+
+def _holds_samples(path: Path) -> bool:
+    """Whether a file has the samples that dkdm writes, or a single tensor, rather than weights."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+    except Exception:  # no safetensors, or damaged: what reads it says so
+        return False
+    return "samples" in names or len(names) == 1
 
 
 def standard_of(
