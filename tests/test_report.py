@@ -101,11 +101,22 @@ def test_the_curve_of_the_validation_shows_its_best(run):
     write_validation(run, "fd", {50: 8.0, 100: 2.5, 150: 4.0, 200: math.nan})
     page = Page(write_report(run))
     assert page.tags.count("svg") == 4
-    assert "Validation: fd" in page.text and "the best, which is shipped" in page.text
+    assert (
+        "Validation: fd" in page.text
+        and "the best, 2.50 at step 100, which is shipped" in page.text
+    )
+    assert "not drawn" not in page.text
     for said in ("measured: 8 at optimizer step 50", "best: 2.5 at optimizer step 100"):
         assert said in page.text
     assert "best: 8" not in page.text
     assert "1.7 min" in page.text  # the last line with a speed, after one without
+
+
+def test_values_that_a_logarithm_lacks_are_said(run):
+    (run / "config.json").write_text(to_json(replace(CONFIG, validation_metric="kid")))
+    write_validation(run, "kid", {100: 0.5, 200: -0.001})
+    text = Page(write_report(run)).text
+    assert "the best, -0.00100 at step 200, kept in best/; values of 0 and below are not" in text
 
 
 def test_every_number_says_how_it_came_about(run):

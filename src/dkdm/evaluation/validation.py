@@ -85,7 +85,10 @@ class Validation:
             self.sampling = replace(self.sampling, num_samples=few)
             self.reference = None
             if self.teacher is None:
-                raise UsageError(f"--validation-metric {self.name}: this run has no teacher")
+                raise UsageError(
+                    f"--validation-metric {self.name}: this run has no teacher; give a metric of "
+                    "its reference, such as fd"
+                )
         elif self.reference is None:
             raise UsageError(
                 f"--validation-metric {self.name}: there is no reference to measure it against; "

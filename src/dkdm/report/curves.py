@@ -58,6 +58,13 @@ def validation_chart(run: Run) -> Markup | None:
     return line_chart(f"{name} during the training", [values, best], "optimizer step", name)
 
 
+def best_in_words(run: Run) -> str:
+    """The best of the validation and its step; empty without one."""
+    name = run.config.evaluation.validation_metric
+    best = best_of(run.validated, name) if name and run.validated else []
+    return "".join(f"{watched(str(name)).format(value)} at step {step:,}" for step, value in best)
+
+
 def best_of(points: Sequence[Point], metric: str) -> list[Point]:
     """The first of the best points, in a list; empty for a metric that this version lacks."""
     try:

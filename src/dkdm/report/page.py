@@ -12,7 +12,7 @@ from dkdm.evaluation.numbers import count, number
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.reading.files import atomic
 from dkdm.reading.files import render as render_template
-from dkdm.report.curves import charts
+from dkdm.report.curves import best_in_words, charts
 from dkdm.report.run import Run, read_run
 from dkdm.report.strips import FIRST, strips
 from dkdm.report.tiles import sentence, tiles
@@ -49,6 +49,8 @@ def render(run: Run) -> str:
         num_first=min(FIRST, len(run.samples.get("teacher", ()))),
         tiles=tiles(run),
         charts=charts(run),
+        best=best_in_words(run),
+        undrawn=any(value <= 0 for _, value in run.validated),
         command=command_line(run.config),
         config_json=to_json(run.config),
     )
