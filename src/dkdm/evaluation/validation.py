@@ -148,7 +148,7 @@ class Validation:
         return fmean(gap.relative for gap in gaps)
 
     def _teachers(self, cond: Condition) -> Tensor:
-        """Samples of the teacher, drawn once; their noise is none of the student's."""
+        """Samples of the teacher, drawn once; their noise is not the student's."""
         assert self.teacher is not None  # else it was refused
         if not self._of_teacher:
             seed = derived_seed(self.sampling.seed, "teacher")
