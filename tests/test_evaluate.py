@@ -322,14 +322,15 @@ def test_two_processes_measure_what_one_does(tmp_path):
     script = tmp_path / "start.py"
     script.write_text(start)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, *sys.path])}
-    launch = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     found = []
-    for name, prefix in (("one", ()), ("two", launch)):
+    for name, prefix, share in (("one", (), "10/10"), ("two", launch, "6/6")):
         files = ["--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")]
         command = [sys.executable, *prefix, str(script), *COMMAND, *files]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("distance to the teacher's samples") == 1
+        assert done.stderr.count(f"drawing from factories:teacher: {share}") == 2  # the first's
         found.append(Evaluation.read(tmp_path / f"{name}.json"))
     assert found[0] == found[1]
     assert len(list((tmp_path / "two").rglob("*.safetensors"))) == 6

@@ -85,7 +85,7 @@ def run_evaluation(
 ) -> Evaluation:
     """Measure as the options say; models and a reference that are given stand for their names."""
     _check_first(command)
-    state = PartialState(timeout=PATIENCE)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     plan = planned(command, state.device, model, reference, teacher)
     root = command.files.output or cache_dir("evaluations")
     for warning in warnings_of(plan) if state.is_main_process else ():
