@@ -21,6 +21,7 @@ os.environ.update(
 
 import gc
 import random
+import sys
 import zlib
 
 import pytest
@@ -45,7 +46,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """What is imported stays: no garbage is looked for in it, a third of a second each time."""
+    """What is imported stays: no garbage is looked for in it, a third of a second each time.
+
+    Nothing is compiled to files from here on: Python takes one `pipeline.py` for another that is as
+    long and was written in the same second.
+    """
+    sys.dont_write_bytecode = True
     gc.freeze()
     gc.enable()
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import dkdm
 from dkdm.core.progress import read_metrics
+from dkdm.runs.defaults import with_defaults
 from dkdm.students import student_of
 from factories import denoiser
 
@@ -27,3 +28,10 @@ def run(tmp_path, teacher=None, student=None, **changes):
     folder = dkdm.distill(teacher, student, config)
     metrics = read_metrics(folder / "metrics.jsonl")
     return folder, metrics, metrics[-1]["teacher_evaluations"]
+
+
+def student_parameterization(teacher):
+    """What a new student of a teacher predicts, and the variance that they share."""
+    config = with_defaults(dkdm.DistillConfig(), teacher, None)
+    prediction = config.student_choice.student_prediction or teacher.parameterization.prediction
+    return replace(teacher.parameterization, prediction=prediction)

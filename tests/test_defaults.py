@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 
 from dkdm.config import DistillConfig, to_json
+from dkdm.core.clipping import Clipping
 from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.runs.defaults import with_defaults
 
 MIXTURE = GaussianMixture.of([[0.0, 1.0]], 0.1)
-PROCESS = from_betas(beta_schedule("linear", 20))
+UNCLIPPED = from_betas(beta_schedule("linear", 20))
+PROCESS = replace(UNCLIPPED, clipping=Clipping(1.0))
 
 
 def teacher(kind="epsilon", process=PROCESS):
@@ -41,7 +43,12 @@ def test_what_is_given_decides(given, expected):
 
 
 @pytest.mark.parametrize(
-    "model", [teacher("v_prediction"), teacher("flow_prediction", rectified_flow(20))]
+    "model",
+    [
+        teacher("v_prediction"),
+        teacher("flow_prediction", rectified_flow(20)),
+        teacher(process=UNCLIPPED),
+    ],
 )
 def test_other_teachers_have_students_of_their_kind(model):
     assert decided(DistillConfig(), model) == (None, "uniform")

@@ -42,6 +42,7 @@ from dkdm.models.student_process import with_process
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import as_denoiser
 from pipelines import edit
+from small_runs import student_parameterization
 from stock_pipelines import (
     CAPTIONS,
     PROMPTS,
@@ -339,13 +340,18 @@ def distilled(opened, tmp_path_factory):
     return run
 
 
-def reloaded(folder, found):
-    """The student's denoiser, which has all of its teacher but the network."""
+def reloaded(folder, found, like_teacher=False):
+    """The student's denoiser, which has all of its teacher but the network.
+
+    like_teacher: whether it predicts what its teacher does; else what a distillation chooses.
+    """
     again = load_teacher(str(folder))
     if "prompt" in found.case.call:
         again = with_texts(again, str(found.folder.parent / "prompts.txt"))
     assert again.sample_shape == found.denoiser.sample_shape
-    assert again.parameterization == found.denoiser.parameterization
+    teacher = found.denoiser
+    expected = teacher.parameterization if like_teacher else student_parameterization(teacher)
+    assert again.parameterization == expected
     torch.testing.assert_close(again.process.alpha, found.denoiser.process.alpha, atol=1e-2, rtol=0)
     return again
 
@@ -434,7 +440,7 @@ def test_other_students_sample_without_dkdm(tmp_path, opened, distilled):
     done = programs.run(SAMPLED, *folders.values())
     assert not done.returncode, done.stderr
     for name, folder in folders.items():
-        again = reloaded(folder, opened(name.partition(" ")[0]))
+        again = reloaded(folder, opened(name.partition(" ")[0]), like_teacher=" " in name)
         if again.parameterization.prediction == "flow_prediction":
             # The same flow on levels of which a grid of two steps is a part.
             flow = rectified_flow(1000, again.process.scheduler["shift"])

@@ -135,9 +135,9 @@ class StudentChoice(Options, title="Student"):
     student: str = "dit-xs"
     """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
     student_prediction: PredictionType | None = None
-    """What the student predicts. Default: v_prediction for a teacher of epsilon, if the student
-    starts from random weights; else what the teacher predicts, or what the scheduler given as
-    --student-process says."""
+    """What the student predicts. Default: v_prediction for a teacher of epsilon that clips x_0, if
+    the student starts from random weights; else what the teacher predicts, or what the scheduler
+    given as --student-process says."""
     student_process: ProcessName = "teacher"
     """Noise process of the student: teacher, ddpm-linear, ddpm-cosine, flow, edm, or the path of a
     scheduler_config.json. Matched with the teacher's by the signal-to-noise ratio."""

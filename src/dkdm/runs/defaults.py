@@ -20,8 +20,9 @@ from dkdm.core.process import Process
 def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) -> DistillConfig:
     """The config with `student_prediction` and `loss_weighting` decided.
 
-    A new student of an eps teacher predicts v, capped at low noise; so does one that goes on from a
-    run of such a student. found: the checkpoint that the run goes on from, which decides both.
+    A new student of an eps teacher that clips x_0 predicts v, capped at low noise; so does one that
+    goes on from a run of such a student. found: the checkpoint that the run goes on from, if any;
+    its run decides both.
     """
     begun = _begun(found.parent if found else Path(config.student_choice.student_init))
     prediction, weighting = config.student_choice.student_prediction, config.loss.loss_weighting
@@ -45,7 +46,9 @@ def _begun(folder: Path) -> DistillConfig | None:
 def _predicts_v(choice: StudentOptions, teacher: Denoiser) -> bool:
     new = choice.student_init == "random" and choice.student_process == "teacher"
     predicts_eps = teacher.parameterization.prediction == "epsilon"
-    return new and predicts_eps and _keeps_variance(teacher.process)
+    # else the teacher's error of eps, 1 / alpha times as large in v, would be the target
+    clips = teacher.process.clipping.range is not None
+    return new and predicts_eps and clips and _keeps_variance(teacher.process)
 
 
 def _keeps_variance(process: Process) -> bool:
