@@ -18,11 +18,8 @@ from dkdm.core.prediction import (
     clip_x_0,
     dynamic_threshold,
     from_x_0_eps,
-    posterior_var,
     scale_input,
-    step_log_var,
     to_x_0_eps,
-    transition_var,
     x_0_slope,
 )
 from dkdm.core.process import per_sample
@@ -33,6 +30,7 @@ from dkdm.core.schedules import (
     rectified_flow,
     zero_terminal_snr,
 )
+from dkdm.core.variances import posterior_var, step_log_var, transition_var
 from dkdm.errors import UsageError
 
 KINDS = get_args(PredictionType)

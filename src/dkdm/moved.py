@@ -74,6 +74,7 @@ MOVED = RENAMED | {
 SPLIT = {
     "estimate": ("runs.distill",),
     "pool": ("core.chains", "core.fill"),
+    "prediction": ("core.variances",),
     "process": ("core.schedules", "core.clipping", "core.time", "core.matching"),
     "schedulers": ("models.stand_ins",),
     "trainer": ("core.learning",),

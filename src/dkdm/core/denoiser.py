@@ -46,7 +46,7 @@ from dkdm.core.refusals import (
 )
 from dkdm.core.solvers import Solver
 from dkdm.core.steps import sample
-from dkdm.core.time import Time, network_time
+from dkdm.core.time import Time, levels_inside, network_time
 from dkdm.errors import raised_as
 from dkdm.reading.arguments import NamedArguments, refuse, shape
 from dkdm.reading.arrays import table
@@ -130,7 +130,7 @@ class Denoiser(NamedArguments):
             self.rescale = table("Denoiser: rescale", self.rescale)
         fed = self.process.network_time
         self.network_time = fed if self.time is None else network_time(self.process, self.time)
-        self.guided_levels = _levels_inside(self.process, self.guidance_interval)
+        self.guided_levels = levels_inside(self.process, self.guidance_interval)
         self.call = self.call or call_of(self.network)
         self.embeds_guidance = embeds_guidance(self.network)
 
@@ -319,10 +319,3 @@ class Denoiser(NamedArguments):
             if solver is not None:
                 return solver(predict, self.process, x, steps)
             return sample(predict, self.process, self.parameterization, x, steps, noise, eta)
-
-
-def _levels_inside(process: Process, interval: Interval | None) -> Tensor:
-    """Levels whose share of noise lies in an interval, bool [T]; None holds all."""
-    low, high = interval or (0.0, 1.0)
-    share = process.sigma / (process.alpha + process.sigma)
-    return (share >= low) & (share <= high)

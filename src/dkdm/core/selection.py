@@ -64,9 +64,12 @@ class Selection:
             return value == value
         return value < self.best.value if self.better == "lower" else value > self.best.value
 
-    def load(self, network: nn.Module, name: str) -> None:
-        """Give a network of this name the best weights."""
-        checkpoint.load_network_weights(network, self.output_dir / FOLDER / name)
+    def restored(self, student: Denoiser, name: str) -> Denoiser:
+        """The student with the best weights, whose network has this name; as it is before any."""
+        if self.best is not None:
+            network: nn.Module = student.network  # type: ignore[assignment]
+            checkpoint.load_network_weights(network, self.output_dir / FOLDER / name)
+        return student
 
     def state_dict(self) -> dict[str, Any]:
         """Step and value of the best, and how it was measured; empty before the first."""

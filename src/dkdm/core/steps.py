@@ -7,15 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dkdm.core.prediction import (
-    Parameterization,
-    Prediction,
-    clip_x_0,
-    posterior_var,
-    step_log_var,
-    transition_var,
-)
+from dkdm.core.prediction import Parameterization, Prediction, clip_x_0
 from dkdm.core.process import Process, per_sample
+from dkdm.core.variances import posterior_var, step_log_var, transition_var
 from dkdm.errors import UsageError
 
 

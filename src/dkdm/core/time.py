@@ -47,3 +47,10 @@ _TIMES: dict[str, Callable[[Process], Tensor]] = {
     "log_snr": lambda p: 2 * (p.alpha / p.sigma).log(),
     "c_noise": lambda p: (p.sigma / p.alpha).log() / 4,
 }
+
+
+def levels_inside(process: Process, interval: tuple[float, float] | None) -> Tensor:
+    """Levels whose share of noise lies in an interval, bool [T]; None holds all."""
+    low, high = interval or (0.0, 1.0)
+    share = process.sigma / (process.alpha + process.sigma)
+    return (share >= low) & (share <= high)

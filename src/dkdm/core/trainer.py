@@ -164,10 +164,7 @@ class Trainer:
     def best(self) -> Denoiser:
         """The student with the best weights that were validated."""
         student = self.averaged()
-        if self.selection is None or self.selection.best is None:
-            return student
-        self.selection.load(student.network, self.name)  # type: ignore[arg-type]
-        return student
+        return student if self.selection is None else self.selection.restored(student, self.name)
 
     def parts(self) -> dict[str, checkpoint.Part]:
         """All that changes while training, by its file in a checkpoint."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Prediction, posterior_var, step_log_var, transition_var
+from dkdm.core.prediction import Prediction
 from dkdm.core.process import per_sample
+from dkdm.core.variances import posterior_var, step_log_var, transition_var
 
 
 def variational_loss(
