@@ -9,6 +9,7 @@ from dkdm.core.clipping import Clipping
 from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.errors import UsageError
 from dkdm.runs.defaults import with_defaults
 
 MIXTURE = GaussianMixture.of([[0.0, 1.0]], 0.1)
@@ -71,3 +72,10 @@ def test_a_run_goes_on_as_it_began(tmp_path, begun, expected):
     assert decided(DistillConfig(), found=found) == expected
     started = replace(DistillConfig(), student_init=str(tmp_path))
     assert decided(started) == (expected[0], "uniform")
+
+
+def test_a_checkpoint_without_its_run_does_not_say_what_its_student_predicts(tmp_path):
+    with pytest.raises(UsageError, match="--student-prediction epsilon or v_prediction"):
+        decided(DistillConfig(), found=tmp_path / "checkpoint-1")
+    given = replace(DistillConfig(), student_prediction="epsilon")
+    assert decided(given, found=tmp_path / "checkpoint-1") == ("epsilon", "uniform")

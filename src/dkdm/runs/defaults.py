@@ -15,6 +15,7 @@ from dkdm.config import DistillConfig, StudentOptions, read_config
 from dkdm.core.checkpoint import checkpoints
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.process import Process
+from dkdm.errors import UsageError
 
 
 def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) -> DistillConfig:
@@ -22,13 +23,18 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
 
     A new student of an eps teacher that clips x_0 predicts v, capped at low noise; so does one that
     goes on from a run of such a student. found: the checkpoint that the run goes on from, if any;
-    its run decides both.
+    its run decides both. Raises UsageError if that run cannot be found.
     """
     begun = _begun(found.parent if found else Path(config.student_choice.student_init))
     prediction, weighting = config.student_choice.student_prediction, config.loss.loss_weighting
     if prediction is None and begun is not None:
         prediction = begun.student_choice.student_prediction
     elif prediction is None and _predicts_v(config.student_choice, teacher):
+        if found:
+            raise UsageError(
+                f"{found} has no config.json of its run beside it: say what its student predicts, "
+                "--student-prediction epsilon or v_prediction"
+            )
         prediction = "v_prediction"
         weighting = "capped" if weighting == "auto" else weighting
     if weighting == "auto":
