@@ -23,13 +23,12 @@ from dkdm.core.finished import (
 from dkdm.core.kinds import kind_of
 from dkdm.core.modes import evaluating
 from dkdm.core.progress import track
-from dkdm.core.solvers import SOLVERS
 from dkdm.data.named import chosen_extractor, load_reference
 from dkdm.data.reference import Features, Reference
 from dkdm.data.sample_files import FORMATS, Part, SampleFiles
 from dkdm.errors import UsageError
 from dkdm.evaluation.metrics import Metrics, Sampled, measure, usual
-from dkdm.evaluation.same_noise import decoded, shared_noise
+from dkdm.evaluation.same_noise import Sampling, batches, decoded
 from dkdm.models import chosen_teacher
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import check_output
@@ -216,21 +215,10 @@ def _samples(
             key: value[rows.start : rows.stop] for key, value in found[1].items()
         }
     turns = teacher.conditioning.in_turns(how.num_samples)
+    sampling = Sampling(how.num_samples, how.steps, how.seed, how.sampler, how.batch_size)
+    drawn = [batch for _, batch in batches(teacher, turns, sampling, scale, rows)]
     cond = {key: value[rows.start : rows.stop] for key, value in turns.items()}
-    parts = []
-    for first in range(0, len(rows), how.batch_size):
-        own = rows[first : first + how.batch_size]
-        some = {key: value[first : first + len(own)] for key, value in cond.items()}
-        drawn = teacher.sample(
-            shared_noise(teacher, how.seed, own),
-            some,
-            how.steps,
-            eta=float(how.sampler == "ddpm"),
-            guidance_scale=scale,
-            solver=SOLVERS.get(how.sampler),
-        )
-        parts.append(drawn.cpu())
-    return torch.cat(parts), cond
+    return torch.cat(drawn), cond
 
 
 def _part(teacher: Denoiser, rows: range, samples: Tensor, cond: Condition, images: bool) -> Part:
