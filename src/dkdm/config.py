@@ -186,10 +186,14 @@ class TrainingOptions(Options, title="Training"):
 
 
 class OptimizerOptions(Options, title="Optimizer"):
-    """AdamW, its learning rate, and the average of the weights."""
+    """The optimizer, its learning rate, and the average of the weights."""
 
-    learning_rate: Annotated[float, Range(0, 1000)] = 1e-4
-    """Peak learning rate."""
+    optimizer: Literal["auto", "adamw", "muon"] = "auto"
+    """adamw; or muon for matrices and convolutions (Jordan et al., 2024) and AdamW for the rest,
+    with a tenth of the learning rate. auto: muon for a student that starts from random weights, if
+    no --learning-rate is given; else adamw."""
+    learning_rate: Annotated[float, Range(0, 1000)] | None = None
+    """Peak learning rate. Default: 1e-4 for adamw, 0.02 for muon."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (
         "constant_with_warmup"
     )
@@ -197,13 +201,20 @@ class OptimizerOptions(Options, title="Optimizer"):
     lr_warmup_steps: CountOrNone = 0
     """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Range(0, 10)] = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay, of either optimizer."""
     max_grad_norm: Annotated[float, Range(0, above=True)] = 1.0
     """Largest L2 norm of the gradient; a larger one is scaled down to it."""
     use_ema: bool = True
     """Keep an exponential moving average of the weights, and ship it."""
     ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.9999
     """Decay of that average per step, and never more than (1 + n) / (10 + n) at step n."""
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate given, or the optimizer's own."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 0.02 if self.optimizer == "muon" else 1e-4
 
 
 class WeightingOptions(Options, title="Loss"):
@@ -517,7 +528,7 @@ class RunConfig(Grouped, meant=MEANT):
     training: TrainingOptions
     conditions: ConditionOptions
     loss: WeightingOptions
-    optimizer: OptimizerOptions
+    optimizing: OptimizerOptions
     checkpoints: CheckpointOptions
     evaluation: EvaluationOptions
     hub: HubOptions
@@ -543,7 +554,7 @@ class DistillConfig(RunConfig, command="distill"):
     synthetic: SyntheticOptions
     images_choice: ImageOptions
     loss: LossOptions
-    optimizer: OptimizerOptions
+    optimizing: OptimizerOptions
     checkpoints: CheckpointOptions
     evaluation: EvaluationOptions
     hub: HubOptions

@@ -46,7 +46,7 @@ class PlannedRun(Grouped):
     training: TrainingOptions
     guidance: GuidanceOptions
     pool: PoolOptions
-    optimizer: OptimizerOptions
+    optimizing: OptimizerOptions
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
         "student weights": weights,
         "student gradients": weights,
         "optimizer (AdamW)": 2 * weights,
-        "EMA": weights if run.optimizer.use_ema else 0.0,
+        "EMA": weights if run.optimizing.use_ema else 0.0,
         "student activations": training_mib(_in_training(student, run.training), batch),
         "pool": pool_mib - on_host["pool"],
         "CUDA context": CONTEXT_MIB,

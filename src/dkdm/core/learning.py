@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dkdm.config import OptimizerOptions
 from dkdm.core import checkpoint
 from dkdm.core.calls import Call, Network
+from dkdm.core.muon import Muon, hidden_matrices
 from dkdm.errors import DkdmError, UsageError
 
 
@@ -33,13 +34,29 @@ def prepare(network: nn.Module, frozen: Collection[str], recompute: bool) -> lis
 
 
 def optimizer_of(
-    parameters: Iterable[nn.Parameter], options: OptimizerOptions, num_steps: int
+    network: nn.Module,
+    parameters: Collection[nn.Parameter],
+    options: OptimizerOptions,
+    num_steps: int,
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW, and the schedule of its learning rate over `num_steps` steps."""
-    decay, warmup = options.weight_decay, options.lr_warmup_steps
-    optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=decay)
+    """The optimizer of `parameters`, and the schedule of its learning rate over `num_steps` steps.
+
+    network: says which of the parameters are hidden matrices, for Muon.
+    """
+    rate, decay = options.peak_rate, options.weight_decay
+    optimizer: torch.optim.Optimizer
+    if options.optimizer == "muon":
+        hidden = hidden_matrices(network)
+        matrices = [weight for weight in parameters if weight in hidden]
+        rest = [weight for weight in parameters if weight not in hidden]
+        optimizer = Muon(matrices, rest, rate, decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay)
     schedule = get_scheduler(
-        options.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=num_steps,
     )
     return optimizer, schedule
 

@@ -67,7 +67,9 @@ class Trainer:
         self.ema = Ema(self.network, options.ema_decay) if options.use_ema else None
         if self.features is not None:
             learnt += self.features.to(device).parameters()
-        optimizer, self.schedule = optimizer_of(learnt, options, self.training.max_train_steps)
+        optimizer, self.schedule = optimizer_of(
+            self.network, learnt, options, self.training.max_train_steps
+        )
         wrapped, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         seen = self.student_on_teacher_levels
         call = autocasting(self.accelerator, seen.call)

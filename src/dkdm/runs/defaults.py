@@ -1,31 +1,36 @@
-"""Options that are left open, decided by the teacher: what the student predicts, and its weights.
+"""Options that are left open, decided by the teacher and by what the student starts from.
 
 An error of eps is sigma / alpha times as large in x_0, so a short run of an eps student is worst at
-the noisiest levels, where every sample starts; `docs/evidence.md` has the numbers.
+the noisiest levels, where every sample starts. Muon takes a new network further in as many steps
+as AdamW. `docs/evidence.md` has the numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from dkdm.config import DistillConfig, StudentOptions, read_config
+from dkdm.config import DistillConfig, RunConfig, StudentOptions, read_config
 from dkdm.core.checkpoint import checkpoints
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.process import Process
 from dkdm.errors import UsageError
 
+Config = TypeVar("Config", bound=RunConfig)
+
 
 def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) -> DistillConfig:
-    """The config with `student_prediction` and `loss_weighting` decided.
+    """The config with `student_prediction`, `loss_weighting` and the optimizer decided.
 
     A new student of an eps teacher that clips x_0 predicts v, capped at low noise; so does one that
     goes on from a run of such a student. found: the checkpoint that the run goes on from, if any;
     its run decides both. Raises UsageError if that run cannot be found.
     """
-    begun = _begun(found.parent if found else Path(config.student_choice.student_init))
+    origin = found.parent if found else Path(config.student_choice.student_init)
+    begun = _begun(origin, DistillConfig)
     prediction, weighting = config.student_choice.student_prediction, config.loss.loss_weighting
     if prediction is None and begun is not None:
         prediction = begun.student_choice.student_prediction
@@ -39,14 +44,37 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
         weighting = "capped" if weighting == "auto" else weighting
     if weighting == "auto":
         weighting = begun.loss.loss_weighting if begun and found else "uniform"
-    return replace(config, student_prediction=prediction, loss_weighting=weighting)
+    config = replace(config, student_prediction=prediction, loss_weighting=weighting)
+    choice = config.student_choice
+    new = choice.student_init == "random" and choice.lora_rank is None
+    return with_optimizer(config, found, new)
 
 
-def _begun(folder: Path) -> DistillConfig | None:
-    """The config of the distillation in a folder, if one is there."""
+def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:
+    """The config with `optimizer` and `learning_rate` decided.
+
+    found: the checkpoint that the run goes on from, if any: as before. new: whether the network
+    starts from random weights.
+    """
+    options = config.optimizing
+    begun = _begun(found.parent, RunConfig) if found else None
+    optimizer, rate = options.optimizer, options.learning_rate
+    if optimizer == "auto" and begun is not None:
+        optimizer = begun.optimizing.optimizer
+    elif optimizer == "auto" and new and found is None and rate is None:
+        optimizer = "muon"
+    optimizer = "adamw" if optimizer == "auto" else optimizer
+    if rate is None and begun is not None:
+        rate = begun.optimizing.learning_rate
+    rate = replace(options, optimizer=optimizer, learning_rate=rate).peak_rate
+    return replace(config, optimizer=optimizer, learning_rate=rate)
+
+
+def _begun(folder: Path, kind: type[Config]) -> Config | None:
+    """The config of the run in a folder, if one of that kind is there."""
     file = folder / "config.json"
     config = read_config(file) if file.is_file() and checkpoints(folder) else None
-    return config if isinstance(config, DistillConfig) else None
+    return config if isinstance(config, kind) else None
 
 
 def _predicts_v(choice: StudentOptions, teacher: Denoiser) -> bool:

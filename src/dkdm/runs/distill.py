@@ -163,7 +163,7 @@ def prepared(
     trainer = Trainer(
         run.output_dir,
         training,
-        config.optimizer,
+        config.optimizing,
         config.checkpoints,
         student,
         on_teacher_levels,

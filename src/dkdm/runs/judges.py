@@ -88,7 +88,7 @@ def weights_of(spec: str, run: Run | None) -> str:
         said = read_evaluation(Path(spec).expanduser()).weights
     except DkdmError:  # a run without a comparison at its end
         said = ""
-    decay = run.optimizer.ema_decay if run.optimizer.use_ema else None
+    decay = run.optimizing.ema_decay if run.optimizing.use_ema else None
     return said or weights_in_words(run.training.max_train_steps, decay)
 
 

@@ -12,6 +12,7 @@ from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
 from dkdm.models.architectures import component_of
+from dkdm.runs.defaults import with_optimizer
 from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
 from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import measure_model, reference_of, sample_grids
@@ -29,6 +30,7 @@ def train(config: TrainConfig) -> Path:
     check_metric(evaluation)
     check_run_folder(run, config.checkpoints, TrainConfig)
     found = checkpoint_of(run, config.checkpoints)
+    config = with_optimizer(config, found, new=True)
     accelerator = start_accelerator(run, config.training, config.checkpoints)
     data, like = training_data(config.data, config.model, conditions.negative_prompt, run.seed)
     model = student_of(config.model.network, like, factory=config.model.student_factory)
@@ -46,7 +48,7 @@ def train(config: TrainConfig) -> Path:
     trainer = Trainer(
         run.output_dir,
         config.training,
-        config.optimizer,
+        config.optimizing,
         config.checkpoints,
         model,
         model,

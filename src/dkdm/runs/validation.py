@@ -55,7 +55,7 @@ def validate_by_metric(
     _say_if_few(name, sampling.num_samples)
     better = watched(name).better
     assert better is not None  # by `watched`
-    how = {**validation.how, "ema_decay": config.optimizer.ema_decay if trainer.ema else None}
+    how = {**validation.how, "ema_decay": config.optimizing.ema_decay if trainer.ema else None}
     trainer.selection = Selection(config.run.output_dir, better, how, write_pipeline)
     trainer.validate = _measuring(trainer.validate, validation, trainer.selection)
 

@@ -1,0 +1,129 @@
+"""Muon: each matrix moves by the nearest orthogonal matrix to its momentum (Jordan et al., 2024).
+
+Several times fewer steps than AdamW for a network that starts from random weights; see
+`docs/evidence.md`. Convolutions are matrices of one row for each output channel. torch.optim.Muon
+takes no convolutions, and one matrix at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+# Five steps of this polynomial bring every singular value of at least 0.003 of the largest between
+# 0.7 and 1.2.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+_SMALLEST_SIDE = 8  # with fewer rows or columns, as at inputs and outputs, AdamW does as well
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for the rest, with a tenth of the learning rate.
+
+    matrices: weights [rows, ...], of hidden layers. rest: all others. learning_rate: of a matrix
+    of as many rows as columns; one with more rows takes sqrt(rows / columns) of it, so that it
+    carries over from narrow networks to wide ones.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        rest: Iterable[Tensor],
+        learning_rate: float,
+        weight_decay: float = 0.0,
+    ) -> None:
+        matrix = {"params": list(matrices), "lr": learning_rate, "momentum": 0.95}
+        others = {"params": list(rest), "lr": learning_rate / 10, "betas": (0.9, 0.999)}
+        groups = [group for group in (matrix, others) if group["params"]]
+        super().__init__(groups, {"weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step; matrices of one shape are orthogonalized together."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (self._orthogonal if "momentum" in group else self._adamw)(group)
+        return loss
+
+    def _adamw(self, group: dict[str, Any]) -> None:
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        for weight in weights:
+            if not self.state[weight]:
+                zero = torch.zeros_like(weight)
+                self.state[weight] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": zero,
+                    "exp_avg_sq": zero.clone(),
+                }
+        states = [self.state[weight] for weight in weights]
+        adamw(
+            weights,
+            [weight.grad for weight in weights],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
+
+    def _orthogonal(self, group: dict[str, Any]) -> None:
+        alike: dict[Any, list[Tensor]] = defaultdict(list)
+        for weight in group["params"]:
+            if weight.grad is not None:
+                alike[tuple(weight.flatten(1).shape), weight.dtype, weight.device].append(weight)
+        for (shape, *_), weights in alike.items():
+            directions = orthogonal(torch.stack([self._direction(w, group) for w in weights]))
+            pace = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            moves = [d.view_as(w).to(w) for d, w in zip(directions, weights, strict=True)]
+            torch._foreach_add_(weights, moves, alpha=-pace)
+
+    def _direction(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
+        """The gradient after momentum (Nesterov's), as a matrix."""
+        gradient, state = weight.grad, self.state[weight]
+        assert gradient is not None
+        average = state["average"] = state.get("average", torch.zeros_like(weight))
+        average.lerp_(gradient, 1 - group["momentum"])
+        return torch.lerp(gradient, average, group["momentum"]).flatten(1)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The orthogonal matrices nearest to `matrices` [n, rows, columns], by Newton and Schulz.
+
+    Singular values come out between 0.7 and 1.2. In bfloat16 on an accelerator.
+    """
+    a, b, c = _COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x.to(torch.float32 if x.device.type == "cpu" else torch.bfloat16)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.mT if tall else x
+
+
+def hidden_matrices(network: nn.Module) -> set[Tensor]:
+    """The weights that Muon moves: of linear layers and convolutions, and no table of classes."""
+    tables = {m.weight for m in network.modules() if isinstance(m, nn.Embedding)}
+    return {
+        weight
+        for weight in network.parameters()
+        if weight.ndim > 1
+        and weight not in tables
+        and min(weight.flatten(1).shape) >= _SMALLEST_SIDE
+    }
