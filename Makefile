@@ -13,11 +13,13 @@ export OMP_NUM_THREADS
 export PYTHONDONTWRITEBYTECODE :=
 
 DEMO_DIR := runs/demo
+LADDER_DIR := runs/ladder
+LADDER_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 # `fast` has no help: it is a part of `test`.
-.PHONY: help demo test fast test-slow lint wheel clean
+.PHONY: help demo ladder test fast test-slow lint wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +32,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## distill a small teacher on the CPU and write a page of results
 	$(BIN)/dkdm distill --recipe demo --output-dir $(DEMO_DIR)
 	@echo "$(DEMO_DIR)/report.html"
+
+ladder: $(INSTALLED) ## the paper's Table 2 and Fig. 4 at small scale; an hour on two cores, goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ladder.py $(LADDER_DIR) $(LADDER_ARGS) # a cell on each core
 
 test: $(INSTALLED) ## the gate: lint and types, and beside them the tests that take seconds
 	@$(MAKE) --no-print-directory --jobs 2 lint fast
