@@ -33,8 +33,11 @@ from dkdm.models import load_teacher
 from dkdm.runs.distill import distill
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "eps, AdamW (the paper's)": {"student_prediction": "epsilon", "learning_rate": 2e-3},
     "eps": {"student_prediction": "epsilon"},
     "default": {},
+    "default, AdamW": {"learning_rate": 2e-3},
+    "real images": {"source": "images", "images": "fashion-mnist"},
     "v": {"student_prediction": "v_prediction"},
     "x_0": {"student_prediction": "sample"},
     "flow": {"student_process": "flow"},
@@ -44,7 +47,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 SHARED: dict[str, Any] = {
     "train_batch_size": 64,
-    "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 30,
     "ema_decay": 0.98,

@@ -10,7 +10,7 @@ from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from dkdm.runs.defaults import with_defaults
+from dkdm.runs.defaults import with_defaults, with_optimizer
 
 MIXTURE = GaussianMixture.of([[0.0, 1.0]], 0.1)
 UNCLIPPED = from_betas(beta_schedule("linear", 20))
@@ -79,3 +79,46 @@ def test_a_checkpoint_without_its_run_does_not_say_what_its_student_predicts(tmp
         decided(DistillConfig(), found=tmp_path / "checkpoint-1")
     given = replace(DistillConfig(), student_prediction="epsilon")
     assert decided(given, found=tmp_path / "checkpoint-1") == ("epsilon", "uniform")
+
+
+def optimizer(found=None, **given):
+    options = with_optimizer(DistillConfig(**given), found, new=True).optimizing
+    return options.optimizer, options.learning_rate
+
+
+def test_a_network_from_random_weights_learns_by_muon():
+    assert optimizer() == ("muon", 0.02)
+    for given in ({"student_init": "teacher"}, {"lora_rank": 4}):
+        config = with_defaults(DistillConfig(**given), teacher(), None)
+        assert (config.optimizing.optimizer, config.optimizing.learning_rate) == ("adamw", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"learning_rate": 1e-3}, ("adamw", 1e-3)),
+        ({"optimizer": "adamw"}, ("adamw", 1e-4)),
+        ({"optimizer": "muon", "learning_rate": 0.01}, ("muon", 0.01)),
+        ({"learning_rate": 0.0}, ("adamw", 0.0)),
+    ],
+)
+def test_a_given_learning_rate_is_that_of_adamw(given, expected):
+    assert optimizer(**given) == expected
+
+
+@pytest.mark.parametrize(
+    ("begun", "expected"),
+    [
+        ({"learning_rate": 1e-3}, ("adamw", 1e-3)),  # as in files from before there was a choice
+        ({"optimizer": "muon", "learning_rate": 0.03}, ("muon", 0.03)),
+    ],
+)
+def test_a_run_goes_on_with_its_optimizer(begun, expected, tmp_path):
+    found = tmp_path / "checkpoint-2"
+    found.mkdir()
+    (tmp_path / "config.json").write_text(to_json(DistillConfig(**begun)))
+    assert optimizer(found) == expected
+
+
+def test_a_checkpoint_without_its_run_is_one_of_adamw(tmp_path):
+    assert optimizer(tmp_path / "checkpoint-2") == ("adamw", 1e-4)
