@@ -146,7 +146,6 @@ def config_of(scale: Scale, arm: Arm, seed: int, folder: Path) -> DistillConfig:
         "teacher": TEACHER,
         "student": scale.student,
         "train_batch_size": scale.batch_size,
-        "learning_rate": 2e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": min(30, scale.steps // 10),
         "ema_decay": 0.98,
