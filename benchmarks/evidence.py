@@ -1,6 +1,6 @@
 """What makes a short run good: variants of one distillation, over seeds, at equal evaluations.
 
-    python benchmarks/evidence.py runs/evidence --variants eps v flow --seeds 0 1 2
+    python benchmarks/evidence.py runs/evidence --variants eps v flow --seeds 0 1 2 --jobs 2
 
 The teacher is the embedded one read as an eps teacher (its v is turned into eps at every level), or
 any folder. Each run is one line of `results.jsonl`, and is left out if its line is there: a
@@ -10,25 +10,22 @@ teacher beside that of the first variant.
 """
 
 import argparse
-import json
 import shutil
-import time
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
-import torch
+import cells
 from torch import Tensor, nn
 
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.process import Process
-from dkdm.data.named import load_reference
-from dkdm.evaluation.metrics import evaluate_images
-from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher
 from dkdm.runs.distill import distill
 
@@ -60,7 +57,6 @@ SHARED: dict[str, Any] = {
     "evaluation_samples": 0,
     "check": False,
 }
-SAMPLES, SAMPLER_STEPS = 1000, 20
 
 
 class AsEps(nn.Module):
@@ -92,37 +88,35 @@ def teacher_of(name: str) -> Denoiser:
     )
 
 
-def measured(model: Denoiser) -> dict[str, float]:
-    """The distance of a model's samples, their class accuracy and diversity."""
-    cond = model.conditioning.in_turns(SAMPLES)
-    images = decoded(model, draw(model, cond, Sampling(SAMPLES, SAMPLER_STEPS, seed=0)))
-    found = evaluate_images(images, cond.get("class_labels"), load_reference("fashion-test"))
-    return dict(found.values)
+def run(teacher: str, folder: Path, cell: cells.Cell) -> cells.Line:
+    """Distil and measure one student, or measure the teacher."""
+    if cell["variant"] == "teacher":
+        return cells.measured(teacher_of(teacher))
+    own = {key: cell[key] for key in ("student", "seed")} | {"max_train_steps": cell["steps"]}
+    run_folder = folder / "runs" / "-".join(str(value) for value in cell.values())
+    shutil.rmtree(run_folder, ignore_errors=True)
+    settings = SHARED | VARIANTS[cell["variant"]] | own
+    distill(teacher_of(teacher), None, DistillConfig(**settings, output_dir=run_folder))
+    return cells.measured(load_teacher(str(run_folder)))
 
 
-def run(args: argparse.Namespace, variant: str, student: str, seed: int) -> dict[str, Any]:
-    """Distil and measure one student."""
-    folder = args.folder / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    settings = SHARED | VARIANTS[variant] | {"student": student, "seed": seed}
-    config = DistillConfig(**settings, max_train_steps=args.steps, output_dir=folder)
-    started = time.monotonic()
-    distill(teacher_of(args.teacher), None, config)
-    seconds = time.monotonic() - started
-    return measured(load_teacher(str(folder))) | {"seconds": round(seconds, 1)}
-
-
-def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+def queue(args: argparse.Namespace) -> Iterator[cells.Cell]:
     """Seed by seed, so that an early end leaves a whole row."""
+    yield {"variant": "teacher"}
     for seed in args.seeds:
         for student in args.students:
             for variant in args.variants:
-                yield variant, student, seed
+                yield {
+                    "variant": variant,
+                    "student": student,
+                    "seed": seed,
+                    "steps": args.steps,
+                }
 
 
 def table(lines: list[dict[str, Any]], variants: list[str]) -> str:
     """Rows of a variant and a student: mean and spread, and the excess over the teacher."""
-    teacher = next(line["fd"] for line in lines if line["variant"] == "teacher")
+    teacher = next((line["fd"] for line in lines if line["variant"] == "teacher"), float("nan"))
     found = defaultdict(list)
     for line in lines:
         found[line.get("student"), line["variant"]].append(line)
@@ -136,7 +130,6 @@ def table(lines: list[dict[str, Any]], variants: list[str]) -> str:
         if variant == "teacher":
             continue
         distances, first = [each["fd"] for each in cell], found[student, variants[0]]
-        spread = f" ± {pstdev(distances):.2f}" if len(cell) > 1 else ""
         share = ""
         if first:
             excess = fmean(distances) - teacher
@@ -145,13 +138,13 @@ def table(lines: list[dict[str, Any]], variants: list[str]) -> str:
             fmean(each[key] for each in cell) for key in ("class_accuracy", "variance_ratio_mean")
         )
         rows.append(
-            f"| {student} | {variant} | {len(cell)} | {fmean(distances):.2f}{spread} | {share} | "
+            f"| {student} | {variant} | {len(cell)} | {cells.spread(distances)} | {share} | "
             f"{accuracy:.1%} | {diversity:.2f} |"
         )
     return "\n".join(rows) + "\n"
 
 
-def main() -> None:
+def main() -> int:
     """Run what is missing, one line a run, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -160,27 +153,20 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["eps", "default"], choices=VARIANTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
-    file = args.folder / "results.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = {tuple(line.get(key) for key in ("variant", "student", "seed")) for line in lines}
+    page = args.folder / "evidence.md"
 
-    def add(values: dict[str, Any]) -> None:
-        lines.append(values)
-        with file.open("a") as results:
-            results.write(json.dumps(values) + "\n")
+    def write(lines: list[cells.Line]) -> None:
+        page.write_text(table(lines, args.variants), encoding="utf-8")
 
-    if ("teacher", None, None) not in known:
-        add({"variant": "teacher"} | measured(teacher_of(args.teacher)))
-    for variant, student, seed in cells(args):
-        if (variant, student, seed) not in known:
-            cell = {"variant": variant, "student": student, "seed": seed, "steps": args.steps}
-            add(cell | run(args, variant, student, seed))
-        (args.folder / "evidence.md").write_text(table(lines, args.variants), encoding="utf-8")
-    print(table(lines, args.variants))
+    work = partial(run, args.teacher, args.folder)
+    file, wanted = args.folder / "results.jsonl", list(queue(args))
+    succeeded = cells.run_cells(file, wanted, work, args.jobs, write)
+    print(page.read_text(encoding="utf-8"))
+    return 0 if succeeded else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -127,4 +127,9 @@ def test_models_that_are_none(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(DkdmError, match="cannot be loaded") as told:
         clip_score(tmp_path)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DkdmError, match="cannot be loaded"):
+        clip_score(tmp_path)
     assert "\n" not in str(told.value)

@@ -174,10 +174,10 @@ def test_a_teacher_is_a_reference_and_needs_no_image():
     assert found.teacher_distance.floor == pytest.approx(
         energy_distance(theirs[:6], theirs[6:]).distance, abs=1e-5
     )
-    assert found.gaps.levels == pytest.approx(level_gaps(teacher, student, theirs, cond, 0))
+    assert found.gap.levels == pytest.approx(level_gaps(teacher, student, theirs, cond, 0))
     assert not found.metrics and found.reference is None
     itself = dkdm.evaluate(teacher, teacher=denoiser(), num_samples=12, steps=2)
-    assert itself.gaps.mean == pytest.approx(0, abs=1e-9)
+    assert itself.gap.mean == pytest.approx(0, abs=1e-9)
     assert itself.teacher_distance.share < found.teacher_distance.share
 
 
@@ -186,7 +186,7 @@ def test_vectors_are_measured_too():
         lambda x, t: 0.5 * x, dkdm.from_betas(torch.linspace(1e-3, 0.2, 20)), "epsilon", (6,)
     )
     found = dkdm.evaluate(model, teacher=replace(model, name="t"), num_samples=8, steps=2)
-    assert found.gaps.mean == 0 and found.sample_shape == (6,)
+    assert found.gap.mean == 0 and found.sample_shape == (6,)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_vectors_are_measured_too():
         ({"metrics": "fid,beauty"}, "there is no 'beauty': give all, or some of fd, fid"),
         ({"metrics": "fid"}, "fid cannot be measured against noise: its features are not those"),
         ({"metrics": "precision", "num_samples": 4}, "--num-samples 4 is too few for precision"),
-        ({"metrics": "gaps"}, "give --teacher MODEL"),
+        ({"metrics": "gap"}, "give --teacher MODEL"),
         ({"json": "/proc/a.json"}, "--json /proc/a.json: nothing can be written"),
         ({"json": "a.txt"}, "give a name that ends in .json"),
         ({"feature_device": "moon"}, "--feature-device moon: give a device"),
@@ -238,25 +238,85 @@ def test_few_samples_for_fid_are_warned_of(capsys):
     assert "FID of 10 samples cannot be compared" in found.warnings[0]
     assert f"warning: {found.warnings[0]}" in capsys.readouterr().err
     assert "--num-samples 2048" in found.warnings[0]
+    few = dkdm.evaluate(denoiser(), real(), metrics="fd", num_samples=8, steps=2).warnings
+    assert len(few) == 1 and "fewer than 9 samples leave the covariance" in few[0]
+    assert not dkdm.evaluate(denoiser(), real(), metrics="fd", num_samples=9, steps=2).warnings
 
 
-def test_lpips_compares_with_the_teachers_images_of_the_same_noise(monkeypatch):
-    def distance(a, b):
-        return (a - b).square().flatten(1).mean(1)
+def distance(a, b):
+    return (a - b).square().flatten(1).mean(1)
 
-    def stand_in(given, backbone, device):
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    def of(given, backbone, device):
         return PerceptualDistance(f"{given} {backbone} {device}", "a stand-in", distance)
 
-    monkeypatch.setattr("dkdm.runs.judges.perceptual_distance", stand_in)
+    monkeypatch.setattr("dkdm.runs.judges.perceptual_distance", of)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_lpips_compares_with_the_teachers_images_of_the_same_noise():
     teacher, student = denoiser(), denoiser(seed=1)
     asked = {"metrics": "fd,lpips,lpips_diversity", "batch_size": 3, **SMALL}
     found = dkdm.evaluate(student, real(), teacher=teacher, **asked)
     cond = student.conditioning.in_turns(10)
     ours, theirs = (draw(each, cond, Sampling(10, 2, 0)) for each in (student, teacher))
     assert found["lpips"] == pytest.approx(distance(ours, theirs).mean().item(), rel=1e-4)
-    assert found["lpips_diversity"] > 0
+    pairs = [distance(ours[i : i + 1], ours[j : j + 1]) for i, j in pairs_of_classes()]
+    assert found["lpips_diversity"] == pytest.approx(torch.cat(pairs).mean().item(), rel=1e-4)
     with pytest.raises(UsageError, match="clip needs a text model"):
         dkdm.evaluate(student, real(), metrics="clip", **SMALL)
+
+
+def pairs_of_classes():
+    """Within a shard of 4 samples of 3 classes in turns; only the first and the last are alike."""
+    return [(first, first + 3) for first in (0, 4)]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_numbers_of_single_images_need_no_reference():
+    teacher, student = denoiser(), denoiser(seed=1)
+    found = dkdm.evaluate(student, teacher=teacher, metrics="lpips", **SMALL)
+    assert found.reference is None and found.metrics.keys() == {"lpips"}
+    assert found.teacher.name == teacher.name and found.judges["lpips"] == "a stand-in"
+    beside = dkdm.evaluate(student, real(), teacher=teacher, metrics="fd,lpips", **SMALL)
+    assert found["lpips"] == beside["lpips"] > 0
+    alone = dkdm.evaluate(student, metrics="lpips_diversity", **SMALL)
+    assert alone["lpips_diversity"] > 0 and alone.teacher is None
+    with pytest.raises(UsageError, match="--metrics kid needs a reference"):
+        dkdm.evaluate(student, teacher=teacher, metrics="lpips,kid", **SMALL)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_another_teacher_of_the_same_name_is_drawn_again():
+    first, second, student = denoiser(), denoiser(seed=2), denoiser(seed=1)
+    assert first.name == second.name
+    found = [
+        dkdm.evaluate(student, teacher=teacher, metrics="lpips", **SMALL)["lpips"]
+        for teacher in (first, second, first)
+    ]
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_lpips_of_what_is_no_image_is_refused_before_work():
+    model, counts = counting(
+        dkdm.Denoiser(
+            lambda x, t: x, dkdm.from_betas(torch.linspace(1e-3, 0.2, 20)), "epsilon", (6,)
+        )
+    )
+    with pytest.raises(UsageError, match=r"lpips_diversity: grey or RGB .* shape \(6,\)"):
+        dkdm.evaluate(model, metrics="lpips_diversity", **SMALL)
+    assert not counts
+
+
+def test_the_former_name_of_the_gap_is_read(tmp_path):
+    found = dkdm.evaluate(denoiser(seed=1), teacher=denoiser(), num_samples=4, steps=2)
+    values = found.as_dict()
+    values["gaps"] = values.pop("gap")
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    assert Evaluation.read(tmp_path / "old.json") == found
 
 
 def test_a_run_names_its_teacher_its_guidance_and_its_weights(tmp_path, monkeypatch, capsys):
@@ -265,12 +325,12 @@ def test_a_run_names_its_teacher_its_guidance_and_its_weights(tmp_path, monkeypa
     write_pipeline(run, denoiser(seed=1))
     (run / "config.json").write_text(to_json(replace(config, guidance_scale="2:4")))
     with pytest.raises(UsageError, match="names code as its teacher, factories:teacher. If you"):
-        dkdm.evaluate(run, metrics="gaps", **SMALL)
+        dkdm.evaluate(run, metrics="gap", **SMALL)
     with pytest.raises(UsageError, match="nothing can be measured"):
         dkdm.evaluate(run, **SMALL)
     assert "note: the distance to the teacher is left out" in capsys.readouterr().err
     remember({"spec": "factories:teacher"}, "factories")
-    found = dkdm.evaluate(run, metrics="gaps", **SMALL)
+    found = dkdm.evaluate(run, metrics="gap", **SMALL)
     assert (found.teacher.name, found.teacher.guidance_scale) == ("factories:teacher", 3)
     assert (found.model.name, found.model.guidance_scale) == (str(run), 1)
     assert found.model.weights == "of step 1,000, EMA, decay 0.9999"
@@ -309,7 +369,7 @@ def test_the_command_prints_values_and_floors(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["value", "floor"]
     assert lines[1].startswith("distance to the teacher's samples")
-    assert json.loads((tmp_path / "a.json").read_text())["gaps"]["num_samples"] == 10
+    assert json.loads((tmp_path / "a.json").read_text())["gap"]["num_samples"] == 10
     assert main([*COMMAND, "--metrics", "fun"]) == 2
     assert "there is no 'fun'" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.data.images import load_image_folder
-from dkdm.data.sample_files import PngFolder, picture, pixels
+from dkdm.data.sample_files import PngFolder, WebDataset, picture, pixels
 from dkdm.errors import DkdmError, UsageError
 from dkdm.runs.harvest import harvest, kept
 from factories import counting, denoiser
@@ -144,6 +144,27 @@ def test_a_harvest_begins_with_what_the_run_kept(run, tmp_path):
         shown = pixels(files[i].read_bytes(), files[i])
         torch.testing.assert_close(shown, sample.clamp(-1, 1), rtol=0, atol=0.004)
     assert "--source images --images" in found.usage
+
+
+@pytest.mark.parametrize(("sampler", "each"), [("ddim", 3), ("heun", 5), ("dpm", 3)])
+def test_evaluations_are_those_of_the_sampler(tmp_path, sampler, each):
+    teacher, counts = counting(denoiser())
+    found = harvest(options(tmp_path, num_samples=4, steps=3, sampler=sampler), teacher)
+    assert found.evaluations == sum(counts) == 4 * each
+
+
+def test_damaged_webdataset_and_kept_shards_are_named(tmp_path):
+    harvest(options(tmp_path / "set", num_samples=2, format="webdataset"), denoiser())
+    files = WebDataset(tmp_path / "set", 3)
+    with tarfile.open(tmp_path / "set/shard-00000.tar", "w") as tar:
+        entry = tarfile.TarInfo("00000000.cls")
+        entry.size = 3
+        tar.addfile(entry, io.BytesIO(b"cat"))
+    with pytest.raises(DkdmError, match="shard-00000.tar holds a class id that is no number"):
+        files.read(0, range(2))
+    checkpoint.write_tensors(SampleShards(tmp_path).path(0), {"samples": torch.tensor(1.0)})
+    with pytest.raises(DkdmError, match="holds no samples with conditions: remove it"):
+        SampleShards(tmp_path).read(0)
 
 
 @pytest.mark.parametrize("name", ["png", "webdataset", "safetensors"])

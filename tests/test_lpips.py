@@ -11,7 +11,7 @@ from dkdm.data import perceptual
 from dkdm.data.lpips import BACKBONES, Backbone, Lpips
 from dkdm.data.perceptual import PerceptualDistance, lpips_network, perceptual_distance
 from dkdm.errors import UsageError
-from dkdm.evaluation.per_sample import diversity, next_of_class, per_sample
+from dkdm.evaluation.pairs import Pairs, next_of_class
 from formula_weights import numbers, state_of
 
 # The lpips package (0.1) with these weights: three pairs of 40x33 pixels.
@@ -152,30 +152,37 @@ def flat(*values):
     return torch.tensor(values)[:, None, None, None].expand(-1, 1, 4, 4)
 
 
-def test_diversity_goes_to_the_next_of_the_class():
+def diversity(images, labels, batch=2):
+    pairs, most = Pairs(len(images), labels, BRIGHTNESS), 0
+    for part in images.split(batch):
+        pairs.add(part)
+        most = max(most, len(pairs._kept))
+    return pairs.distances, most
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_diversity_goes_to_the_next_of_the_class(batch):
     images, labels = flat(0.0, 0.1, 0.4, -1.0, 0.2), torch.tensor([0, 1, 0, 2, 0])
     assert next_of_class(5, labels).tolist() == [2, 1, 4, 3, 0]
-    found = diversity(images, labels, BRIGHTNESS)
+    found, _ = diversity(images, labels, batch)
     torch.testing.assert_close(
         found, torch.tensor([0.4, torch.nan, 0.2, torch.nan, 0.2]), equal_nan=True
     )
 
 
-def test_diversity_without_classes_goes_to_the_next():
-    found = diversity(flat(0.0, 0.5, -0.5), None, BRIGHTNESS)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_diversity_without_classes_goes_to_the_next(batch):
+    found, _ = diversity(flat(0.0, 0.5, -0.5), None, batch)
     torch.testing.assert_close(found, torch.tensor([0.5, 1.0, 0.5]))
-    assert diversity(flat(0.3), None, BRIGHTNESS).isnan().all()
-    assert diversity(flat(0.3, 0.3, 0.3), None, BRIGHTNESS).tolist() == [0, 0, 0]
+    assert diversity(flat(0.3), None)[0].isnan().all()
+    assert diversity(flat(0.3, 0.3, 0.3), None)[0].tolist() == [0, 0, 0]
 
 
-def test_columns_that_can_be_made():
-    a, b = flat(0.0, 0.5), flat(0.25, 0.25)
-    assert per_sample(a) == {}
-    assert per_sample(a, perceptual=BRIGHTNESS).keys() == {"lpips_diversity"}
-    found = per_sample(a, perceptual=BRIGHTNESS, beside=b)
-    assert found["lpips"].tolist() == [0.25, 0.25]
-    assert per_sample(a, prompts=["one", "two"]) == {}
-    scores = per_sample(
-        a, clip=lambda images, prompts: torch.ones(len(prompts)), prompts=["a", "b"]
-    )
-    assert scores["clip"].tolist() == [1, 1]
+def test_images_are_kept_no_longer_than_their_pairs_need():
+    images, labels = flat(*[0.0] * 60), torch.arange(60) % 3
+    assert diversity(images, labels)[1] == 6  # the first and the latest of each class
+    assert diversity(images, None)[1] == 2
+    assert diversity(images, torch.arange(60))[1] == 0
+    pairs = Pairs(60, labels, BRIGHTNESS)
+    pairs.add(images[:20].clone())
+    assert all(image.untyped_storage().nbytes() == 16 * 4 for image in pairs._kept.values())

@@ -1,6 +1,7 @@
 """Every metric against a computation of its own: numpy, loops, closed forms."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -198,6 +199,27 @@ def test_features_that_are_not_finite(name):
     broken[3, 2] = math.nan
     with pytest.raises(DkdmError, match="the features of 1 of 50 images are not finite"):
         measure(Sampled(Features(broken)), reference(), [name])
+
+
+def test_logits_that_are_not_finite():
+    broken = Features(DRAWN, logits=LOGITS.where(LABELS[:, None] > 0, math.nan))
+    with pytest.raises(DkdmError, match="the features of 17 of 50 images are not finite: check"):
+        measure(Sampled(broken), reference(), ["is"])
+
+
+def test_features_are_not_kept_after_they_were_measured():
+    seen = Features(DRAWN.clone())
+    kept = weakref.ref(seen.features)
+    measure(Sampled(seen), reference(), ["precision", "recall"])
+    del seen
+    assert kept() is None
+
+
+def test_numbers_of_single_images_need_no_reference():
+    found = measure(Sampled(SAMPLED.features), None, ["lpips", "clip"])
+    assert found.values == {"lpips": pytest.approx(0.375), "clip": pytest.approx(37.5)}
+    with pytest.raises(UsageError, match="kid needs a reference"):
+        measure(SAMPLED, None, ["lpips", "kid"])
 
 
 def test_columns_that_are_absent_are_left_out():

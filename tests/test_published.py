@@ -145,3 +145,12 @@ def test_offline(cache):
     assert f"{address} cannot be fetched" in str(told.value)
     assert "\n" not in str(told.value)
     assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_bytes(WEIGHTS)
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(DkdmError, match="cannot be kept in .*: set DKDM_CACHE to a folder"):
+        published().find(tmp_path / "file")
+    with pytest.raises(DkdmError, match="cannot be fetched"):
+        published().find("download")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dkdm.cli import main
 from dkdm.data.named import chosen_extractor, load_reference
 from dkdm.data.real_images import AT_ONCE
-from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics
+from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, mismatch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import measurement_of
 from dkdm.evaluation.frechet import frechet_distance
@@ -403,3 +403,18 @@ def test_the_packaged_network_sees_a_folder_of_grey_images(tmp_path):
     expected = network(as_samples(pixels(8, channels=1, side=28))).features
     torch.testing.assert_close(found.features(), expected, rtol=1e-5, atol=1e-6)
     assert found.fits((1, 16, 16)) and not found.fits((3, 28, 28))
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path):
+    samples, labels = torch.zeros(3, 3, SIDE, SIDE), torch.zeros(3, dtype=torch.bfloat16)
+    save_file({"samples": samples, "class_labels": labels}, tmp_path / "file.safetensors")
+    with pytest.raises(DkdmError, match="file.safetensors cannot be read"):
+        load_reference(tmp_path / "file.safetensors", FIXED)
+    save_file({"samples": samples, "class_labels": labels.float()}, tmp_path / "file.safetensors")
+    with pytest.raises(DkdmError, match="give labels as 3 whole numbers"):
+        load_reference(tmp_path / "file.safetensors", FIXED)
+
+
+def test_channels_without_a_name():
+    every = replace(RESIZING, fits=lambda shape: True)
+    assert mismatch(every, (2, 8, 8), (3, 8, 8)).startswith("holds 2-channel images, the samples")

@@ -11,8 +11,8 @@ from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
 from dkdm.core.prediction import Parameterization, Prediction
-from dkdm.core.process import Process, per_sample
-from dkdm.core.solvers import Solver, dpm, heun
+from dkdm.core.process import Process, Spacing, per_sample
+from dkdm.core.solvers import SPACINGS, Solver, dpm, heun, spacing_of
 from dkdm.core.steps import sample
 from dkdm.models.schedulers import from_scheduler_config
 
@@ -22,6 +22,11 @@ CONFIGS = {
     "ddpm": {"_class_name": "DDPMScheduler", "clip_sample": False} | BETAS,
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     "edm": {"_class_name": "EDMEulerScheduler", "num_train_timesteps": 1000},
+    "cosine": {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "clip_sample": False,
+    },
 }
 
 
@@ -49,9 +54,9 @@ def start(process: Process) -> Tensor:
     return process.start_std * noise
 
 
-def error(process: Process, solver: Solver, num_steps: int) -> float:
+def error(process: Process, solver: Solver, num_steps: int, spacing: Spacing = "linspace") -> float:
     """The largest distance from the end of the exact path."""
-    x, levels = start(process), process.timesteps(num_steps, "linspace")
+    x, levels = start(process), process.timesteps(num_steps, spacing)
     alpha, sigma = process.at(torch.tensor([levels[0]]))
     place = (x - alpha * MEAN) / (alpha**2 * VAR + sigma**2).sqrt()
     low, high = process.final
@@ -84,7 +89,12 @@ def test_path_is_that_of_diffusers(name: str) -> None:
     process = from_scheduler_config(CONFIGS["ddpm"])
     predict, x, levels = predictor(process), start(process), process.timesteps(12, "trailing")
     if name == "heun":
-        found, scheduler = heun(predict, process, x, levels), HeunDiscreteScheduler(**BETAS)
+        scale = process.at(torch.tensor([levels[0]]))[0]  # it keeps x / alpha
+        exploding = Process(
+            torch.ones_like(process.alpha), process.sigma / process.alpha, process.network_time
+        )
+        found = heun(predictor(exploding), exploding, x / scale, levels)
+        scheduler = HeunDiscreteScheduler(**BETAS)
     else:
         found = dpm(predict, process, x, levels)
         scheduler = DPMSolverMultistepScheduler(final_sigmas_type="zero", **BETAS)
@@ -95,3 +105,27 @@ def test_path_is_that_of_diffusers(name: str) -> None:
         given = scheduler.scale_model_input(x, t)
         x = scheduler.step(predict(given, t.long().repeat(len(x))).eps, t, x).prev_sample
     torch.testing.assert_close(found, x.to(found.dtype), rtol=0, atol=2e-4)
+
+
+def test_first_steps_of_a_cosine_schedule_are_no_worse_than_those_of_first_order() -> None:
+    process = from_scheduler_config(CONFIGS["cosine"])
+    assert process.sigma[-1] / process.alpha[-1] > 10_000
+    for steps in (5, 10, 20):
+        assert error(process, heun, steps) < error(process, first_order, steps) / 2
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("steps", [10, 20])
+def test_dpm_from_its_own_levels_is_better_than_first_order(kind: str, steps: int) -> None:
+    process = from_scheduler_config(CONFIGS[kind])
+    found = error(process, dpm, steps, SPACINGS["dpm"])
+    assert found < error(process, first_order, steps, SPACINGS["dpm"])
+    if kind != "edm":  # whose levels lie closely at low noise
+        assert found < error(process, dpm, steps, "leading")
+
+
+def test_levels_start_at_the_most_noise_unless_it_hides_x_0() -> None:
+    cosine, linear = (from_scheduler_config(CONFIGS[kind]) for kind in ("cosine", "ddpm"))
+    assert spacing_of("heun", cosine, "v_prediction") == "linspace"
+    assert spacing_of("dpm", linear, "epsilon") == "trailing"
+    assert spacing_of("dpm", cosine, "epsilon") is spacing_of("ddim", linear, "epsilon") is None

@@ -48,8 +48,8 @@ class SampleShards:
     def read(self, number: int) -> Samples:
         """Read a shard. Raises DkdmError if it is missing or damaged."""
         tensors = read_tensors(self.path(number))
-        count = len(tensors.get("samples", ()))
-        if count == 0 or any(len(rows) != count for rows in tensors.values()):
+        counts = {len(rows) if rows.ndim else 0 for rows in tensors.values()}
+        if "samples" not in tensors or len(counts) != 1 or counts == {0}:
             raise DkdmError(f"{self.path(number)} holds no samples with conditions: remove it")
         return of_tensors(tensors)
 

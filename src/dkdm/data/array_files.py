@@ -140,19 +140,18 @@ def _batches_of_npz(path: Path) -> Iterator[Tensor]:
 
 def _opened_samples(path: Path, network: FeatureExtractor) -> Images:
     with readable(path):
-        samples, labels = _mapped(path)
+        samples, classes = _mapped(path)
     if samples.ndim != 4 or not samples.is_floating_point():
         raise DkdmError(
             f"{path} holds {samples.dtype} {list(samples.shape)}: give samples as floating-point "
             f"numbers [N, C, H, W] in [-1, 1], or an .npz with {IMAGES} uint8 [N, H, W, C]"
         )
     count, *shape = samples.shape
-    if labels is not None:
-        labels = _labels(path, labels.numpy(), count)
+    labels = None if classes is None else _labels(path, classes, count)
     return _images(path, count, tuple(shape), partial(_batches_of, path, samples), labels, network)
 
 
-def _mapped(path: Path) -> tuple[Tensor, Tensor | None]:
+def _mapped(path: Path) -> tuple[Tensor, np.ndarray[Any, Any] | None]:
     """The samples and labels of a file, which stay on the disk until they are looked at."""
     if path.suffix.lower() == ".npy":
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), None
@@ -161,7 +160,7 @@ def _mapped(path: Path) -> tuple[Tensor, Tensor | None]:
         name = names[0] if len(names) == 1 else SAMPLES
         if name not in names:
             raise ValueError(f"it holds {len(names)} tensors, none of them named {SAMPLES}")
-        labels = file.get_tensor(CLASSES) if CLASSES in names else None
+        labels = file.get_tensor(CLASSES).numpy() if CLASSES in names else None
         return file.get_tensor(name), labels
 
 

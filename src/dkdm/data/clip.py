@@ -103,7 +103,9 @@ def clip_score(given: str | Path, device: str = "cpu") -> ClipScore:
             )
             for name in ("CLIPModel", "CLIPTokenizer")
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except DkdmError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
         raise DkdmError(f"{OPTION} {given} cannot be loaded: {in_a_line(error)}") from error
     mean, std = (
         torch.tensor(values)[:, None, None] for values in _normalization(folder, str(given))

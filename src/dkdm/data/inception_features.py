@@ -53,7 +53,7 @@ def inception_extractor(
     if resize not in RESIZES:
         raise UsageError(f"there is no resize {resize!r}: use {', '.join(RESIZES)}")
     path, form = PUBLISHED.find(given)
-    network = _network(path, form).to(device)
+    network = _network(path, form, device)
 
     def compute(images: Tensor) -> Features:
         parts = [network(_prepared(batch, resize, device)) for batch in images.split(BATCH)]
@@ -78,7 +78,7 @@ def _prepared(images: Tensor, resize: str, device: str) -> Tensor:
 
 
 @cache
-def _network(path: Path, form: str) -> Inception:
+def _network(path: Path, form: str, device: str) -> Inception:
     network = Inception()
     if form == "torchscript":
         _fill(network, _of_torchscript(path))
@@ -86,7 +86,7 @@ def _network(path: Path, form: str) -> Inception:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         _fill(network, [_of_state_dict(loaded, name) for name in names_in_state_dict()])
         network.head.load_state_dict({"weight": loaded["fc.weight"]})
-    return network.eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def _of_torchscript(path: Path) -> list[dict[str, Tensor]]:

@@ -91,7 +91,7 @@ def perceptual_distance(
     if backbone not in FILES:
         raise UsageError(f"LPIPS has no backbone {backbone!r}: use {', '.join(FILES)}")
     weights, heads = (published.find(given)[0] for published in FILES[backbone])
-    network = lpips_network(backbone, weights, heads).to(device)
+    network = lpips_network(backbone, weights, heads, device)
 
     def compute(a: Tensor, b: Tensor) -> Tensor:
         pairs = zip(a.split(BATCH), b.split(BATCH), strict=True)
@@ -113,7 +113,7 @@ def _prepared(images: Tensor, device: str) -> Tensor:
 
 
 @cache
-def lpips_network(backbone: str, weights: Path, heads: Path) -> Lpips:
+def lpips_network(backbone: str, weights: Path, heads: Path, device: str = "cpu") -> Lpips:
     """The network with the weights of two files as torchvision and the authors of LPIPS write."""
     network = Lpips(BACKBONES[backbone])
     loaded, found = (
@@ -128,4 +128,4 @@ def lpips_network(backbone: str, weights: Path, heads: Path) -> Lpips:
     network.heads.load_state_dict(
         {str(i): found[f"lin{i}.model.1.weight"].flatten() for i in range(len(network.taps))}
     )
-    return network.eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False)

@@ -79,8 +79,8 @@ class Published:
 
     def _fetched(self) -> tuple[Path, str]:
         folder = cache_dir("features")
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with (
                 urllib.request.urlopen(self.address, timeout=TIMEOUT) as answer,
                 tempfile.NamedTemporaryFile(dir=folder) as file,
@@ -106,10 +106,16 @@ class Published:
                 f"{' or '.join(self.forms)}; give the published file"
             )
         kept = cache_dir("features") / found
-        if not kept.is_file() or _sha256(kept) != found:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(kept) as partial:
-                shutil.copyfile(path, partial)
+        try:
+            if not kept.is_file() or _sha256(kept) != found:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with atomic(kept) as partial:
+                    shutil.copyfile(path, partial)
+        except OSError as error:
+            raise DkdmError(
+                f"{self.name} cannot be kept in {kept.parent} ({in_a_line(error)}): set DKDM_CACHE "
+                "to a folder with room"
+            ) from error
         return kept, form
 
     def _form(self, digest: str) -> str | None:
@@ -117,5 +123,8 @@ class Published:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DkdmError(f"{path} cannot be read ({in_a_line(error)}): check its mode") from error

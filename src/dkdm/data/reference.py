@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dkdm.errors import DkdmError
 
-COLOURS = {1: "grey", 3: "RGB"}
+COLOURS = {1: "grey", 3: "RGB", 4: "RGBA"}
 
 
 class Features(NamedTuple):
@@ -23,7 +23,7 @@ class Features(NamedTuple):
     - `logits`: [N, K], of the network's classes.
     - `pixels`: [N, P], what diversity within a class is measured on.
     - `lpips`, `lpips_diversity`, `clip`: [N], numbers of single images, made while these are at
-      hand (`evaluation.per_sample`); NaN for an image that has none.
+      hand (`evaluation.single_images`); NaN for an image that has none.
     """
 
     features: Tensor
@@ -64,7 +64,10 @@ class FeatureStatistics:
         wide = features.double()
         if not wide.isfinite().all():
             broken = int((~wide.isfinite()).any(dim=1).sum())
-            raise DkdmError(f"the features of {broken} of {len(wide)} images are not finite")
+            raise DkdmError(
+                f"the features of {broken} of {len(wide)} images are not finite: check the feature "
+                "network and its device"
+            )
         return cls(mean=wide.mean(dim=0), covariance=wide.T.cov(), count=len(wide))
 
 
@@ -173,7 +176,7 @@ def mismatch(network: FeatureExtractor, theirs: tuple[int, ...], ours: tuple[int
     if not network.fits(ours):
         return f"is for samples of shape {network.sizes}, not {ours}: give another"
     if theirs and theirs[0] != ours[0]:
-        has, needs = COLOURS[theirs[0]], COLOURS[ours[0]]
+        has, needs = (COLOURS.get(count, f"{count}-channel") for count in (theirs[0], ours[0]))
         return f"holds {has} images, the samples are {needs}: convert the images to {needs}"
     if len(theirs) == 3 and network.resizes and theirs != ours:
         has, needs = (f"{height}x{width}" for _, height, width in (theirs, ours))

@@ -177,7 +177,7 @@ class WebDataset(SampleFiles):
             if name.endswith(".png"):
                 images.append(pixels(data, self._path(number)))
             elif name.endswith(".cls"):
-                labels.append(int(data))
+                labels.append(_class_id(data, self._path(number)))
         if len(images) != len(rows):
             raise DkdmError(f"{self._path(number)} holds {len(images)} images, not {len(rows)}")
         return torch.stack(images), torch.tensor(labels) if labels else None
@@ -244,6 +244,12 @@ def pixels(data: bytes, place: Path) -> Tensor:
     except Exception as error:  # a decoder may raise anything for a damaged file
         raise DkdmError(f"{place} cannot be read as PNG ({error}): remove it") from error
     return (levels[None] if levels.ndim == 2 else levels.permute(2, 0, 1)) / 127.5 - 1
+
+
+def _class_id(data: bytes, place: Path) -> int:
+    if not data.isdigit():
+        raise DkdmError(f"{place} holds a class id that is no number: remove it")
+    return int(data)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

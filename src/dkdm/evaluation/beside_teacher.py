@@ -14,7 +14,7 @@ from dkdm.evaluation.energy import energy_distance
 from dkdm.evaluation.results import LevelGap
 
 MOST = 2000  # samples of an energy distance: the time grows with their square
-NAMES = ("teacher_distance", "gaps")
+NAMES = ("teacher_distance", "gap")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TeacherDistance:
 
 
 @dataclass(frozen=True)
-class TeacherGaps:
+class TeacherGap:
     """How far the outputs are apart on `num_samples` noised samples of the teacher, per level."""
 
     levels: tuple[LevelGap, ...]
@@ -55,7 +55,7 @@ def teacher_distance(samples: Tensor, teacher: Tensor) -> TeacherDistance:
     return TeacherDistance(found.distance, found.share, floor.distance, floor.share, count)
 
 
-def teacher_gaps(
+def teacher_gap(
     teacher: Denoiser,
     student: Denoiser,
     samples: Tensor,
@@ -63,9 +63,9 @@ def teacher_gaps(
     seed: int,
     guidance_teacher: float,
     guidance_student: float,
-) -> TeacherGaps:
+) -> TeacherGap:
     """Compare the outputs on the first samples [N, ...] of the teacher; cond: a row for each."""
     few = samples[:GAP_SAMPLES]
     with undisturbed(teacher), undisturbed(student):
         scales = guidance_teacher, guidance_student
-        return TeacherGaps(level_gaps(teacher, student, few, cond, seed, *scales), len(few))
+        return TeacherGap(level_gaps(teacher, student, few, cond, seed, *scales), len(few))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dkdm.evaluation.beside_teacher import TeacherDistance, TeacherGaps
+from dkdm.evaluation.beside_teacher import TeacherDistance, TeacherGap
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
 from dkdm.reading.values import made_of
@@ -60,8 +60,9 @@ class Evaluation:
     """The numbers of a model, each with everything that it depends on.
 
     - `metrics`: by their names in `METRICS`; empty without a reference.
-    - `teacher`, `teacher_distance`, `gaps`: None without a teacher.
+    - `teacher`, `teacher_distance`, `gap`: None without a teacher, or if nothing needs one.
     - `warnings`: what a reader of the numbers has to know.
+    - `judges`: the networks of LPIPS and the CLIP score in words, by the names of the metrics.
     - `versions`: of dkdm, torch and diffusers.
     """
 
@@ -77,10 +78,11 @@ class Evaluation:
     metrics: Mapping[str, Measured]
     teacher: SampledModel | None
     teacher_distance: TeacherDistance | None
-    gaps: TeacherGaps | None
+    gap: TeacherGap | None
     warnings: tuple[str, ...]
     device: str
     versions: Mapping[str, str]
+    judges: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         """The value of a metric by its name, such as "fid"."""
@@ -99,4 +101,7 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> Evaluation:
         """Read what `write` wrote. Raises `UsageError` if it is missing or damaged."""
-        return made_of(cls, read_json(path, "what dkdm evaluate found"), str(path))
+        values = read_json(path, "what dkdm evaluate found")
+        if "gaps" in values:  # its former name
+            values["gap"] = values.pop("gaps")
+        return made_of(cls, values, str(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Sampled:
     labels: Tensor | None = None
 
 
-Measure = Callable[[Sampled, Reference], float | None]
+Measure = Callable[[Sampled, Any], float | None]  # beside a `Reference`, or None for `PER_SAMPLE`
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The measurements of one set of samples, by their names in `METRICS`."""
+    """The measurements of one set of samples, by their names in `METRICS`.
+
+    `reference`: its name; empty without one.
+    """
 
     values: Mapping[str, float]
     num_samples: int
@@ -83,20 +86,28 @@ def evaluate_images(images: Tensor, labels: Tensor | None, reference: Reference)
     return measure(sampled, reference, usual(reference))
 
 
-def measure(sampled: Sampled, reference: Reference, names: Iterable[str]) -> Metrics:
+def measure(sampled: Sampled, reference: Reference | None, names: Iterable[str]) -> Metrics:
     """Measure samples by the named metrics; those that they do not have are left out.
 
-    Raises `UsageError` for an unknown metric, and for one that the reference cannot serve,
-    `DkdmError` for features that are not finite.
+    reference: None for those of `PER_SAMPLE` alone. Raises `UsageError` for an unknown metric, and
+    for one that the reference cannot serve, `DkdmError` for features that are not finite.
     """
     check(names := tuple(names), reference)
-    count = len(sampled.features.features)
-    broken = int((~sampled.features.features.isfinite()).any(dim=1).sum())
-    if broken:
-        raise DkdmError(f"the features of {broken} of {count} images are not finite")
+    _check_finite(sampled.features)
     found = {name: METRICS[name].measure(sampled, reference) for name in names}
+    _coverage.cache_clear()  # which holds the features
     values = {name: value for name, value in found.items() if value is not None}
-    return Metrics(values, count, reference.name)
+    return Metrics(values, len(sampled.features.features), reference.name if reference else "")
+
+
+def _check_finite(seen: Features) -> None:
+    for column in (seen.features, seen.spatial, seen.logits):
+        broken = 0 if column is None else int((~column.isfinite()).any(dim=1).sum())
+        if broken:
+            raise DkdmError(
+                f"the features of {broken} of {len(seen.features)} images are not finite: check "
+                "the feature network and its device"
+            )
 
 
 def usual(reference: Reference) -> tuple[str, ...]:
@@ -108,11 +119,15 @@ def usual(reference: Reference) -> tuple[str, ...]:
     )
 
 
-def check(names: Iterable[str], reference: Reference) -> None:
+def check(names: Iterable[str], reference: Reference | None) -> None:
     """Raise `UsageError` for an unknown metric, and for one that the reference cannot serve."""
     for name in names:
         if name not in METRICS:
             raise UsageError(f"there is no metric {name!r}: use {', '.join(METRICS)}")
+        if name in PER_SAMPLE:
+            continue
+        if reference is None:
+            raise UsageError(f"{name} needs a reference: give --reference")
         lacks = missing(METRICS[name], reference)
         if lacks:
             raise UsageError(f"{name} cannot be measured against {reference.name}: {lacks}")
@@ -222,7 +237,7 @@ def _diversity(summary: Callable[[Tensor], Tensor]) -> Measure:
 def _mean_of(column: str) -> Measure:
     """The mean of a column of `Features` over the images that have a value."""
 
-    def measure(sampled: Sampled, _: Reference) -> float | None:
+    def measure(sampled: Sampled, _: object) -> float | None:
         values = getattr(sampled.features, column)
         if values is None or values.isnan().all():
             return None

@@ -85,11 +85,11 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
             ),
             Row(*share, "lower", apart.floor_share),
         ]
-    if gaps := evaluation.gaps:
-        widest = max(gap.relative for gap in gaps.levels)
+    if gap := evaluation.gap:
+        widest = max(level.relative for level in gap.levels)
         rows += [
-            Row("gap to the teacher's outputs, mean over levels", None, gaps.mean, percent),
-            Row("the same, widest level", None, widest, percent),
+            Row("gap to the teacher's outputs, mean over levels", None, gap.mean, percent, "lower"),
+            Row("the same, widest level", None, widest, percent, "lower"),
         ]
     return rows
 

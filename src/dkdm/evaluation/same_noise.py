@@ -12,7 +12,7 @@ from dkdm.config import Sampler
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.randomness import generator
-from dkdm.core.solvers import SOLVERS
+from dkdm.core.solvers import SOLVERS, spacing_of
 from dkdm.errors import UsageError
 
 
@@ -68,6 +68,8 @@ def batches(
 
     cond: one row for each sample from number 0 on.
     """
+    meaning, name = denoiser.parameterization.prediction, sampling.sampler
+    spacing = spacing_of(name, denoiser.process, meaning)
     for first in range(indices.start, indices.stop, sampling.batch_size):
         these = range(first, min(first + sampling.batch_size, indices.stop))
         rows = {key: value[these.start : these.stop] for key, value in cond.items()}
@@ -76,9 +78,10 @@ def batches(
             noise,
             rows,
             sampling.num_steps,
-            eta=float(sampling.sampler == "ddpm"),
+            eta=float(name == "ddpm"),
             guidance_scale=guidance_scale,
-            solver=SOLVERS.get(sampling.sampler),
+            spacing=spacing,
+            solver=SOLVERS.get(name),
         )
         yield these, sampled.cpu()
 

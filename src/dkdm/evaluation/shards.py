@@ -56,7 +56,7 @@ class Drawing:
     """The samples of a model that a measurement takes, and what is kept of them.
 
     - `cond`: one row a sample.
-    - `network`: whose features of the (decoded) samples are kept; None keeps none.
+    - `network`: whose features of the (decoded) samples are kept; None keeps none, [N, 0].
     - `keep`: how many samples, the first ones, are kept themselves.
     - `single`: makes further columns of `Features`, numbers of single images.
     """
@@ -103,6 +103,11 @@ class Drawing:
     def rows(self, indices: range) -> Condition:
         """The conditions of these samples."""
         return {key: value[indices.start : indices.stop] for key, value in self.cond.items()}
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether anything is kept of the (decoded) samples as images."""
+        return self.network is not None or self.single is not None
 
     def kept(self, indices: range) -> int:
         """How many of these samples are kept themselves."""
@@ -159,7 +164,7 @@ def read_shards(drawing: Drawing, root: Path) -> Drawn:
     kept = [part.pop(SAMPLES) for part in parts if SAMPLES in part]
     labels = [part.pop(LABELS) for part in parts if LABELS in part]
     features = None
-    if drawing.network is not None:
+    if drawing.is_seen:
         features = Features.joined([Features(**part) for part in parts])
     return Drawn(
         features,
@@ -172,25 +177,30 @@ def _drawn(
     drawing: Drawing, indices: range, done: int, progress: Callable[[int], object]
 ) -> dict[str, Tensor]:
     """What is kept of the samples of these numbers, by name."""
-    model, network, kept = drawing.denoiser, drawing.network, drawing.kept(indices)
-    samples, features, images = [], [], []
+    model, kept = drawing.denoiser, drawing.kept(indices)
+    single = drawing.single.of(indices) if drawing.single else None
+    samples, features = [], []
     drawn = batches(model, drawing.cond, drawing.sampling, drawing.guidance_scale, indices)
     for these, batch in drawn:
         check_finite(model, batch)
-        if network is not None:
+        if drawing.is_seen:
             shown = decoded(model, batch)
-            features.append(network(shown))
-            images += [shown] if drawing.single else []
+            features.append(_seen(drawing.network, shown))
+            if single is not None:
+                single.add(shown, these)
         if these.start - indices.start < kept:
             samples.append(batch)
         progress(done + these.stop - indices.start)
     columns = Features.joined(features)._asdict() if features else {}
-    if drawing.single and images:
-        columns |= drawing.single(torch.cat(images), indices)
+    columns |= single.whole() if single is not None else {}
     found = {name: column for name, column in columns.items() if column is not None}
     labels = drawing.rows(indices).get(LABELS)
     found |= {LABELS: labels} if labels is not None else {}
     return found | ({SAMPLES: torch.cat(samples)[:kept]} if samples else {})
+
+
+def _seen(network: FeatureExtractor | None, images: Tensor) -> Features:
+    return network(images) if network is not None else Features(torch.zeros(len(images), 0))
 
 
 def check_finite(model: Denoiser, samples: Tensor) -> None:

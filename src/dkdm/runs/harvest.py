@@ -23,6 +23,7 @@ from dkdm.core.finished import (
 from dkdm.core.kinds import kind_of
 from dkdm.core.modes import evaluating
 from dkdm.core.progress import track
+from dkdm.core.solvers import spacing_of
 from dkdm.data.named import chosen_extractor, load_reference
 from dkdm.data.reference import Features, Reference
 from dkdm.data.sample_files import FORMATS, Part, SampleFiles
@@ -85,11 +86,18 @@ def harvest(
             progress(rows.stop)
     files.finish(range(how.num_samples))
     drawn = how.num_samples - count
-    levels = torch.tensor(teacher.process.timesteps(how.steps))
-    each = int(teacher.evaluations_at(levels, scale != 1).sum()) * (1 + (how.sampler == "heun"))
+    each = _evaluations(teacher, how, scale)
     measured = None if reference is None else _measured(files, teacher, reference, count, how)
     usage = files.usage(teacher.sample_shape if not files.images else _shape(teacher))
     return Harvest(how.output, count, drawn, each * drawn, usage, measured)
+
+
+def _evaluations(teacher: Denoiser, how: HarvestOptions, scale: float) -> int:
+    """How often the network is evaluated for a sample; by heun again at the end of a step."""
+    spacing = spacing_of(how.sampler, teacher.process, teacher.parameterization.prediction)
+    levels = torch.tensor(teacher.process.timesteps(how.steps, spacing))
+    visited = torch.cat([levels, levels[1:]]) if how.sampler == "heun" else levels
+    return int(teacher.evaluations_at(visited, scale != 1).sum())
 
 
 def is_run(model: str) -> bool:

@@ -223,7 +223,7 @@ def _real(spec: str, how: MeasurementOptions, shape: tuple[int, ...], place: str
 
 def _misfit(name: str, reason: str) -> UsageError:
     return UsageError(
-        f"--reference {name} {reason}; teacher_distance and gaps need no images, and --teacher "
+        f"--reference {name} {reason}; teacher_distance and gap need no images, and --teacher "
         "MODEL alone measures them"
     )
 
@@ -277,6 +277,13 @@ def single_images(
     asked, how = set(metrics) & set(PER_SAMPLE), command.measurement
     if not asked:
         return None
+    shape = _shown_shape(own.denoiser)
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise UsageError(
+            f"--metrics {', '.join(sorted(asked))}: grey or RGB images are compared, and "
+            f"{own.denoiser.name} draws samples of shape {shape}; teacher_distance and gap need no "
+            "images"
+        )
     perceptual, clip, prompts = None, None, None
     if asked & {"lpips", "lpips_diversity"}:
         perceptual = perceptual_distance(how.lpips_weights, how.lpips_backbone, place)

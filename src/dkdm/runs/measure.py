@@ -15,7 +15,7 @@ from dkdm.config import EvaluateCommand
 from dkdm.core.denoiser import Denoiser
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.beside_teacher import NAMES, teacher_distance, teacher_gaps
+from dkdm.evaluation.beside_teacher import NAMES, teacher_distance, teacher_gap
 from dkdm.evaluation.circumstances import floors_of
 from dkdm.evaluation.comparison import describe
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
@@ -35,8 +35,7 @@ class Plan:
 
     - `own`, `teachers`, `others`: the samples of the model, of its teacher, and of the model whose
       samples are the reference, which may be the teacher.
-    - `metrics`, `beside`: by their names, those that need a reference and those that need a
-      teacher.
+    - `metrics`, `beside`: by their names, those of `METRICS` and those that need a teacher alone.
     """
 
     command: EvaluateCommand
@@ -76,7 +75,7 @@ def check_names(names: Sequence[str]) -> None:
 def chosen_metrics(
     command: EvaluateCommand, standard: Standard, teacher: Denoiser | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The metrics that need a reference, and those that need a teacher.
+    """The names of `METRICS`, and of what needs a teacher alone.
 
     Raises UsageError for one that cannot be measured, and if nothing can.
     """
@@ -89,14 +88,14 @@ def chosen_metrics(
             every = [name for name, each in METRICS.items() if not missing(each, known)]
             every = every if command.measurement.metrics == "all" else list(usual(known))
             metrics = tuple(name for name in every if name not in PER_SAMPLE)
-    if metrics and known is None:
+    against = [name for name in metrics if name not in PER_SAMPLE]
+    if against and known is None:
         raise UsageError(
-            f"--metrics {metrics[0]} needs a reference that fits these samples: give --reference; "
+            f"--metrics {against[0]} needs a reference that fits these samples: give --reference; "
             f"{' and '.join(NAMES)} need a teacher alone"
         )
-    if known is not None:
-        check(metrics, known)
-        _check_count(metrics, command.sampling.num_samples)
+    check(metrics, known)
+    _check_count(metrics, command.sampling.num_samples)
     if not metrics and not beside:
         raise UsageError(
             "nothing can be measured: give --reference with images or a model, or --teacher MODEL, "
@@ -138,7 +137,7 @@ def measured(plan: Plan, root: Path) -> Evaluation:
         guidance_interval=sampling.guidance_interval,
         sample_shape=drawing.denoiser.sample_shape,
         reference=_against(plan, reference) if reference else None,
-        metrics=_metrics(plan, own, reference, others) if reference else {},
+        metrics=_metrics(plan, own, reference, others) if plan.metrics else {},
         **_beside_teacher(plan, own, teachers),
         warnings=tuple(warnings_of(plan)),
         device=describe(drawing.denoiser.device),
@@ -147,6 +146,7 @@ def measured(plan: Plan, root: Path) -> Evaluation:
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
         },
+        judges=drawing.single.judges if drawing.single else {},
     )
 
 
@@ -176,11 +176,11 @@ def _against(plan: Plan, reference: Reference) -> Against:
 
 
 def _metrics(
-    plan: Plan, own: Drawn, reference: Reference, others: Drawn | None
+    plan: Plan, own: Drawn, reference: Reference | None, others: Drawn | None
 ) -> Mapping[str, Measured]:
-    assert own.features is not None  # a reference has a network
+    assert own.features is not None  # what is measured is seen
     found = measure(Sampled(own.features, own.labels), reference, plan.metrics).values
-    floors = _floors(plan, reference, others)
+    floors = _floors(plan, reference, others) if reference else {}
     return {name: Measured(value, *floors.get(name, ())) for name, value in found.items()}
 
 
@@ -217,6 +217,9 @@ def _floors_of_drawn(
 def _beside_teacher(plan: Plan, own: Drawn, teachers: Drawn | None) -> dict[str, Any]:
     """The fields of an `Evaluation` that a teacher gives."""
     found: dict[str, Any] = dict.fromkeys(("teacher", *NAMES))
+    single = plan.own.single
+    if single is not None and single.teacher is not None:
+        found["teacher"] = SampledModel(single.teacher.name, AS_GIVEN, single.scale)
     if plan.teachers is None or teachers is None:
         return found
     model, scale = plan.teachers.denoiser, plan.teachers.guidance_scale
@@ -224,20 +227,28 @@ def _beside_teacher(plan: Plan, own: Drawn, teachers: Drawn | None) -> dict[str,
     if "teacher_distance" in plan.beside:
         assert own.samples is not None and teachers.samples is not None
         found["teacher_distance"] = teacher_distance(own.samples, teachers.samples)
-    if "gaps" in plan.beside:
+    if "gap" in plan.beside:
         assert teachers.samples is not None
         asked = plan.own.cond, plan.command.sampling.seed, scale, plan.own.guidance_scale
-        found["gaps"] = teacher_gaps(model, plan.own.denoiser, teachers.samples, *asked)
+        found["gap"] = teacher_gap(model, plan.own.denoiser, teachers.samples, *asked)
     return found
 
 
 def warnings_of(plan: Plan) -> list[str]:
     """What a reader of the numbers has to know."""
     count = plan.command.sampling.num_samples
+    fewest = {name: _fewest(name, plan.standard.network) for name in plan.metrics}
     return [
-        f"{METRICS[name].label} of {count:,} samples cannot be compared with published numbers: "
-        f"fewer than {METRICS[name].least:,} samples leave the covariance of its features singular "
-        f"and the distance too large; give --num-samples {METRICS[name].least} or more"
-        for name in plan.metrics
-        if count < METRICS[name].least
+        f"{METRICS[name].label} of {count:,} samples cannot be compared with other numbers: fewer "
+        f"than {least:,} samples leave the covariance of its features singular and the distance "
+        f"too large; give --num-samples {least} or more"
+        for name, least in fewest.items()
+        if count < least
     ]
+
+
+def _fewest(name: str, network: FeatureExtractor | None) -> int:
+    """Fewer samples than this give a number that cannot be compared with others."""
+    if name == "fd" and network is not None:
+        return network.num_features + 1
+    return METRICS[name].least
