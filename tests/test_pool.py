@@ -183,7 +183,7 @@ class LargestResult(TorchDispatchMode):
 
     def __init__(self, pool):
         super().__init__()
-        self.owned = {pool.x.data_ptr(), pool.t.data_ptr()}
+        self.owned = {each.data_ptr() for each in (pool.x, pool.t, pool.born)}
         self.numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -36,8 +36,8 @@ class Pool:
     numbers of a shard are seeded by (seed, purpose, shard, step).
     eta: noise of a move. random_conditioning: the largest of `random_conditioning_odds`.
     size: entries over all processes; None: all are here. finished: keeps the samples whose chains
-    end; None keeps none. evaluated: teacher evaluations so far,
-    int64 [shards of this process].
+    end; None keeps none. evaluated: teacher evaluations so far, int64 [shards of this process].
+    born: int64 [N], batches moved when each entry's chain began; 0 is as filled, -1 not known.
     """
 
     teacher: Denoiser
@@ -55,12 +55,14 @@ class Pool:
     finished: Finished | None = None
     entries: Entries = field(init=False)
     evaluated: Tensor = field(init=False)
+    born: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         size = self.size = len(self.t) if self.size is None else self.size
         self.shards = replace(self.shards, total=min(self.shards.total, size))
         self.entries = Entries.of(self.shards.sizes(size))
         self.evaluated = torch.zeros(len(self.entries.slices), dtype=torch.int64)
+        self.born = torch.zeros(len(self.t), dtype=torch.int64)
         self._step = torch.zeros((), dtype=torch.int64)
         self._drawn: tuple[Tensor, int, tuple[Tensor, Condition]] | None = None
 
@@ -184,6 +186,7 @@ class Pool:
             batch = Batch(x[on], level, own, rows[lower], t[lower])
             x[on] = self.move(batch, self.target(batch), z[on])
         self.store(rows, x, t, cond)
+        self.born[rows] = self.step + 1
 
     def _laws(self, rows: Tensor) -> tuple[Tensor, Condition]:
         """What this step draws for the chains of a batch: strides, and conditions if they end.
@@ -234,6 +237,6 @@ class Pool:
         for evaluations, (number, here) in zip(self.evaluated, slices, strict=True):
             cond = {f"cond.{key}": value[here] for key, value in self.cond.items()}
             counts = {"step": self._step, "evaluations": evaluations, **sizes}
-            views = {"x": self.x[here], "t": self.t[here], **cond, **counts}
-            found[f"shard-{number}"] = ShardState(number, here, views)
+            views = {"x": self.x[here], "t": self.t[here], "born": self.born[here]}
+            found[f"shard-{number}"] = ShardState(number, here, views | cond | counts)
         return found

@@ -90,6 +90,7 @@ class ShardState:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore them. Raises UsageError for a pool of another size or with other conditions."""
+        state = {**_unknown(self.views), **state}
         theirs, ours = _layout(state), _layout(self.views)
         if theirs != ours:
             size, shards = int(state["size"]), int(state["shards"])
@@ -107,6 +108,11 @@ class ShardState:
         counts = {"step": state["step"], "evaluations": evaluations}
         sizes = {"size": torch.tensor(len(state["t"])), "shards": self.views["shards"]}
         self.load_state_dict({**own, **counts, **sizes})
+
+
+def _unknown(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """When chains began, for checkpoints of versions that did not note it."""
+    return {"born": torch.full_like(views["born"], -1)} if "born" in views else {}
 
 
 def _layout(state: Mapping[str, Tensor]) -> dict[str, str]:

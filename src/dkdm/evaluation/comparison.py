@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -21,9 +22,11 @@ from dkdm.evaluation.cost import (
     evaluations_per_step,
     undisturbed,
 )
+from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.results import Comparison, LevelGap, ModelResult
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
+from dkdm.version import __version__
 
 GAP_LEVELS = 16
 GAP_SAMPLES = 64
@@ -76,6 +79,7 @@ def compare(
         other_noise_difference=_other_noise_difference(drawn, copied, shown),
         measurement=measurement_of(reference, num_samples) if reference else None,
         class_names=_class_names(student.conditioning, reference),
+        versions=versions(),
         asked_for="prompt" if "prompt" in cond else "class",
         samples=_first_samples(drawn, copied, shown),
     )
@@ -139,6 +143,8 @@ def _measure(
         guidance_scale=guidance_scale,
         metrics=metrics,
         evaluations_per_step=evaluations_per_step(denoiser, num_steps, guidance_scale),
+        weights_mib=weights_mib(denoiser),
+        evaluation_mib=evaluation_mib(denoiser, 1),
     )
 
 
@@ -166,6 +172,15 @@ def _first_samples(teacher: Tensor, student: Tensor, labels: Tensor | None) -> d
     if labels is not None:
         samples["labels"] = labels
     return {key: value[:count].clone() for key, value in samples.items()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of dkdm, torch and diffusers that are in use."""
+    return {
+        "dkdm": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
 
 
 def describe(device: torch.device) -> str:

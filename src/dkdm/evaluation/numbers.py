@@ -29,6 +29,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def memory(mib: float) -> str:
+    """Memory of so many MiB: 512 KiB, 6.89 MiB, 2.10 GiB."""
+    unit, size = ("GiB", 2**10) if mib >= 2**10 else ("MiB", 1) if mib >= 1 else ("KiB", 2**-10)
+    return f"{number(mib / size)} {unit}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the unit that reads best: 40 s, 33 min, 5.6 h, 2.1 days."""
     unit, size = next((unit, size) for unit, least, size in DURATIONS if seconds >= least)

@@ -35,6 +35,8 @@ class ModelResult:
     - `metrics`: None if no reference was given or its samples do not fit it.
     - `evaluations_per_step`: network evaluations of one sample in a sampling step, on average; None
       in files of earlier versions, which guided every step with a second evaluation.
+    - `weights_mib`: parameters and buffers in memory; `evaluation_mib`: what one evaluation of one
+      sample needs beside them. Earlier versions wrote neither.
     """
 
     name: str
@@ -45,6 +47,8 @@ class ModelResult:
     guidance_scale: float
     metrics: Metrics | None
     evaluations_per_step: float | None = None
+    weights_mib: float | None = None
+    evaluation_mib: float | None = None
 
     def images_per_second(self, num_steps: int) -> float:
         """Finished samples a second with a sampler of `num_steps` steps."""
@@ -104,6 +108,7 @@ class Comparison:
     - `eta`: of the sampler; 0 is DDIM.
     - `asked_for`: what `labels` number, "class" or "prompt"; earlier versions wrote none.
     - `weights`: which of the student's were sampled, in words; earlier versions wrote none.
+    - `versions`: of dkdm and its libraries, by their names; earlier versions wrote none.
     """
 
     teacher: ModelResult
@@ -124,6 +129,7 @@ class Comparison:
     eta: float = 0.0
     asked_for: str = "class"
     weights: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def noun(self) -> str:
@@ -166,14 +172,19 @@ def read_samples(run_dir: Path) -> dict[str, Tensor]:
 
     Raises `DkdmError` if they are missing or damaged.
     """
-    file = _written(run_dir / SAMPLES, SAMPLES)
-    try:
-        samples = load_file(file)
-    except Exception as error:  # a damaged header may raise anything
-        raise DkdmError(f"{SAMPLES} cannot be read ({in_a_line(error)})") from error
+    samples = read_tensors_of(run_dir, SAMPLES)
     if samples.keys() - {"labels"} != {"teacher", "student"}:
         raise DkdmError(f"{SAMPLES} holds {', '.join(samples)}, not teacher and student")
     return samples
+
+
+def read_tensors_of(run_dir: Path, name: str) -> dict[str, Tensor]:
+    """Read a file of tensors in a run folder. Raises `DkdmError` if it is missing or damaged."""
+    file = _written(run_dir / name, name)
+    try:
+        return load_file(file)
+    except Exception as error:  # a damaged header may raise anything
+        raise DkdmError(f"{name} cannot be read ({in_a_line(error)})") from error
 
 
 def _written(file: Path, name: str) -> Path:

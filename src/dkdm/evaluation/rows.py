@@ -8,7 +8,7 @@ from typing import Literal
 
 from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.metrics import METRICS, Metrics
-from dkdm.evaluation.numbers import count, number, percent, ratio
+from dkdm.evaluation.numbers import count, memory, number, percent, ratio
 from dkdm.evaluation.results import Comparison, Measurement
 
 
@@ -60,9 +60,23 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
         *(measured or []),
         Row("parameters", teacher.parameters, student.parameters, count, "lower"),
         Row("multiply-accumulates", teacher.macs, student.macs, count, "lower"),
+        *_memory_rows(comparison),
         Row("network evaluations a second", *evaluations, number),
         Row(f"{comparison.noun}s a second, {steps} steps", *speeds, number, "higher"),
     ]
+
+
+def _memory_rows(comparison: Comparison) -> list[Row]:
+    """What both need in memory; empty for files of earlier versions."""
+    fields = {
+        "weights_mib": "memory of the weights",
+        "evaluation_mib": "memory of an evaluation beside them",
+    }
+    pairs = {
+        label: (getattr(comparison.teacher, name), getattr(comparison.student, name))
+        for name, label in fields.items()
+    }
+    return [Row(label, *pair, memory) for label, pair in pairs.items() if None not in pair]
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[Row]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from dkdm.errors import UsageError
+from dkdm.evaluation.numbers import number
 from dkdm.evaluation.validation import watched
 from dkdm.reading.fields import is_number
 from dkdm.report.charts import Point, Series, bin_means, line_chart
+from dkdm.report.maps import heat_map
 from dkdm.report.run import Run
 
 MAX_RANGES = 1000
+MAX_COLUMNS = 40  # of the map of levels over time
 ROUNDING = 1e-12  # a mean squared gap below it, as a share of the output, is float32 arithmetic
 
 
@@ -38,6 +41,7 @@ def charts(run: Run) -> dict[str, Markup | None]:
             "optimizer step",
             "loss",
         ),
+        "heat": levels_over_time(run),
         "levels": line_chart("Loss at each noise level", [first, last], over, "loss"),
         "gaps": line_chart(
             "Gap between teacher and student at each noise level",
@@ -46,6 +50,56 @@ def charts(run: Run) -> dict[str, Markup | None]:
             "share of the output",
         ),
     }
+
+
+def levels_over_time(run: Run) -> Markup | None:
+    """The loss of each range of noise levels over the training; None without."""
+    last, found = run.step, [*level_rows(run.metrics)]
+    if not found or not last:
+        return None
+    bins = min(MAX_COLUMNS, len(found))
+    columns: list[list[list[float | None]]] = [[] for _ in range(bins)]
+    for step, row in found:
+        columns[min(bins - 1, max(0, (step - 1) * bins // last))].append(row)
+    ranges = max(len(row) for _, row in found)
+
+    def words(step: float, row: int, value: float) -> str:
+        return f"{number(value)} at t / T {row / ranges:g} to {(row + 1) / ranges:g}, step {step:g}"
+
+    ends = [round((i + 1) * last / bins) for i in range(bins)]
+    means = [_means(column, ranges) for column in columns]
+    over = "optimizer step", "noise level t / T"
+    return heat_map(
+        "Loss at each noise level over the training", [*zip(ends, means, strict=True)], *over, words
+    )
+
+
+def level_rows(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[int, list[float | None]]]:
+    """The steps that logged a loss for each range of levels, and these; None where none was."""
+    for entry in entries:
+        row, step = entry.get("loss_per_level"), entry.get("step")
+        if isinstance(row, list) and row and is_number(step):
+            yield int(step), [x if is_number(x) else None for x in row[:MAX_RANGES]]
+
+
+def _means(rows: Sequence[Sequence[float | None]], count: int) -> list[float | None]:
+    known = [[row[i] for row in rows if i < len(row)] for i in range(count)]
+    numbers = [[x for x in column if x is not None] for column in known]
+    return [fmean(column) if column else None for column in numbers]
+
+
+def levels_table(run: Run) -> list[tuple[str, list[str]]]:
+    """The loss of each range of levels at the start, in the middle and at the end, as text."""
+    tenth, middle = max(1, len(run.metrics) // 10), len(run.metrics) // 2
+    parts = run.metrics[:tenth], run.metrics[middle : middle + tenth], run.metrics[-tenth:]
+    rows = [[row for _, row in level_rows(part)] for part in parts]
+    count = max((len(row) for part in rows for row in part), default=0)
+    means = [_means(part, count) for part in rows]
+    texts = [["" if x is None else number(x) for x in column] for column in means]
+    return [
+        (f"{i / count:.2g} to {(i + 1) / count:.2g}", list(row))
+        for i, row in enumerate(zip(*texts, strict=True))
+    ]
 
 
 def validation_chart(run: Run) -> Markup | None:

@@ -8,14 +8,15 @@ from typing import Any
 
 from dkdm.config import RunConfig, TrainConfig, to_json
 from dkdm.evaluation.circumstances import circumstances_of
-from dkdm.evaluation.numbers import count, number
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.reading.files import atomic
-from dkdm.reading.files import render as render_template
-from dkdm.report.curves import best_in_words, charts
+from dkdm.report.curves import best_in_words, charts, levels_table
+from dkdm.report.html import render_page
+from dkdm.report.pool import ages_in_words, pool_charts
 from dkdm.report.run import Run, read_run
-from dkdm.report.strips import FIRST, strips
-from dkdm.report.tiles import sentence, tiles
+from dkdm.report.strips import can_be_drawn, strips, top_pairs
+from dkdm.report.tiles import tiles
+from dkdm.report.ways import other_levels, ways
 
 REPORT = "report.html"
 
@@ -33,22 +34,27 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as HTML; every text in it is escaped."""
-    hero, more = strips(run)
-    return render_template(
-        "dkdm.report",
+    if run.samples and not can_be_drawn(run):
+        shape = tuple(run.samples["teacher"].shape[1:])
+        run.missing.append(f"Samples of shape {shape} cannot be drawn.")
+    return render_page(
         "report.html.j2",
-        {"count": count, "number": number, "sentence": sentence},
         run=run,
         headline=headline(run),
         claim=claim(run),
         comparison=run.comparison,
         how=circumstances_of(run.comparison).in_words() if run.comparison else [],
         rows=comparison_rows(run.comparison) if run.comparison else [],
-        hero=hero,
-        more=more,
-        num_first=min(FIRST, len(run.samples.get("teacher", ()))),
+        pairs=top_pairs(run),
+        more=strips(run),
+        ways=ways(run),
+        other_levels=other_levels(run),
         tiles=tiles(run),
         charts=charts(run),
+        levels=levels_table(run),
+        pool=run.pool,
+        pool_charts=pool_charts(run.pool),
+        ages=ages_in_words(run.pool) if run.pool else "",
         best=best_in_words(run),
         undrawn=any(value <= 0 for _, value in run.validated),
         command=command_line(run.config),

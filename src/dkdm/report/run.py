@@ -16,6 +16,7 @@ from dkdm.core.positions import evenly
 from dkdm.core.progress import read_metrics
 from dkdm.data.images import open_image
 from dkdm.errors import DkdmError
+from dkdm.evaluation.pool_state import POOL, PoolState, read_pool_state
 from dkdm.evaluation.results import (
     EVALUATION,
     SAMPLES,
@@ -23,6 +24,7 @@ from dkdm.evaluation.results import (
     read_evaluation,
     read_samples,
 )
+from dkdm.evaluation.trajectories import TRAJECTORIES, Trajectories, read_trajectories
 from dkdm.reading.fields import is_number
 from dkdm.reading.places import check_place
 from dkdm.report.grids import png_data_uri
@@ -34,7 +36,8 @@ STAGES = 6  # sample grids shown of the training
 class Run:
     """What a run folder holds, and one sentence for each part that is missing.
 
-    validated: steps at which `--validation-metric` was measured, and its values.
+    validated: steps at which `--validation-metric` was measured, and its values. trajectories,
+    pool: None for earlier runs, which are not incomplete without.
     """
 
     config: DistillConfig | TrainConfig
@@ -44,6 +47,8 @@ class Run:
     samples: dict[str, Tensor] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    trajectories: Trajectories | None = None
+    pool: PoolState | None = None
 
     @property
     def step(self) -> int:
@@ -80,7 +85,7 @@ class Stage(NamedTuple):
 
 def read_run(run_dir: Path) -> Run:
     """Read what a run folder holds. Raises UsageError without a `config.json` of a run."""
-    for name in ("config.json", "metrics.jsonl", EVALUATION, SAMPLES):
+    for name in ("config.json", "metrics.jsonl", EVALUATION, SAMPLES, TRAJECTORIES, POOL):
         check_place(run_dir / name, run_dir)
     config = read_config(run_dir / "config.json")
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -96,6 +101,10 @@ def read_run(run_dir: Path) -> Run:
             run.comparison = read_evaluation(run_dir)
         with _named_if_missing(run):
             run.samples = read_samples(run_dir)
+        with _named_if_missing(run):
+            run.trajectories = read_trajectories(run_dir)
+        with _named_if_missing(run):
+            run.pool = read_pool_state(run_dir)
     if run.config.evaluation.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run

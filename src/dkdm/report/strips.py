@@ -1,4 +1,4 @@
-"""The sample images of the page: teacher, student and their difference, a column a sample."""
+"""The sample images of the page: pairs at the top, the others as rows by class or prompt."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from PIL import Image
 
-from dkdm.report.grids import as_images, comparison_strip, png_data_uri
-from dkdm.report.plots import is_plotted
+from dkdm.report.grids import comparison_strip, png_data_uri
+from dkdm.report.images import Pair, pairs, reduced
 from dkdm.report.run import Run
 
 FIRST = 10  # samples at the top
 PER_BLOCK = 5  # samples side by side
-HERO, BLOCK, NARROW = 504, 420, 252  # pixels: widths of five samples at the top, below, on a phone
-LARGEST_IMAGE = 128  # pixels; larger samples are averaged down for the page
+BLOCK, NARROW = 420, 252  # pixels: widths of a block of samples, and on a phone
+LARGEST_IN_ROWS = 96  # pixels; larger samples are averaged down in rows
 
 
 @dataclass(frozen=True)
 class Strip:
-    """An image of three rows (teacher, student, difference), one column a sample.
+    """An image of several rows, one column a sample.
 
-    width, height: of the image before the page enlarges it `scale` times (`narrow` on a phone).
+    rows: what each row is. names: of the columns, or a title for all. width, height: of the image
+    before the page enlarges it `scale` times (`narrow` on a phone).
     """
 
     title: str
@@ -34,20 +34,31 @@ class Strip:
     scale: float
     narrow: float
     alt: str
+    rows: tuple[str, ...] = ("teacher", "student", "difference")
 
 
-def strips(run: Run) -> tuple[list[Strip], list[Strip]]:
-    """The images: the first samples, then the others by class, in the order they were drawn."""
+def top_pairs(run: Run) -> list[Pair]:
+    """The first samples of teacher and student, each pair from the same noise."""
+    if not can_be_drawn(run):
+        return []
+    teacher, student = (run.samples[key][:FIRST] for key in ("teacher", "student"))
+    return pairs(teacher, student, [name_of(run, row) for row in range(len(teacher))])
+
+
+def strips(run: Run) -> list[Strip]:
+    """The other samples by class, or in the order they were drawn."""
+    if not can_be_drawn(run):
+        return []
+    rows = range(FIRST, len(run.samples["teacher"]))
+    return [_strip(run, title, block) for title, block in _by_class(run, rows)]
+
+
+def can_be_drawn(run: Run) -> bool:
+    """Whether there are samples of both models, of a shape that can be shown."""
     if not run.samples:
-        return [], []
+        return False
     teacher, student = run.samples["teacher"], run.samples["student"]
-    if not 2 <= teacher.ndim <= 5 or teacher.shape != student.shape:
-        run.missing.append(f"Samples of shape {tuple(teacher.shape[1:])} cannot be drawn.")
-        return [], []
-    rows = range(len(teacher))
-    hero = [_strip(run, "", half, HERO) for half in _blocks(rows[:FIRST])]
-    more = [_strip(run, title, block, BLOCK) for title, block in _by_class(run, rows[FIRST:])]
-    return hero, more
+    return 2 <= teacher.ndim <= 5 and teacher.shape == student.shape
 
 
 def _blocks(rows: Sequence[int]) -> list[list[int]]:
@@ -63,45 +74,54 @@ def _by_class(run: Run, rows: Sequence[int]) -> list[tuple[str, list[int]]]:
     if len(classes) > len(rows) / 2:
         return [("", block) for block in _blocks(rows)]
     groups = [group for _, group in sorted(classes.items())]
-    return [(_name(run, group[0]), block) for group in groups for block in _blocks(group)]
+    return [(name_of(run, group[0]), block) for group in groups for block in _blocks(group)]
 
 
-def _name(run: Run, row: int) -> str:
-    """What a sample was drawn for."""
+def name_of(run: Run, row: int) -> str:
+    """What a sample was drawn for; empty for a model without classes and prompts."""
     if "labels" not in run.samples:
         return ""
-    label = int(run.samples["labels"][row])
+    return label_name(run, int(run.samples["labels"][row]))
+
+
+def label_name(run: Run, label: int) -> str:
+    """What a label stands for, by its name if it is known."""
     names = run.comparison.class_names if run.comparison else None
-    return names[label] if names and label < len(names) else f"{run.asked_for} {label}"
+    return names[label] if names and 0 <= label < len(names) else f"{run.asked_for} {label}"
 
 
-def _strip(run: Run, title: str, rows: list[int], width: int) -> Strip:
-    teacher, student = (_reduced(run.samples[key][rows]) for key in ("teacher", "student"))
-    image = comparison_strip(teacher, student)
-    full = PER_BLOCK * (image.width + 1) / len(rows) - 1
-    names = [] if title else [_name(run, row) for row in rows]
-    shown = title or ", ".join(filter(None, names))
+def _strip(run: Run, title: str, rows: list[int]) -> Strip:
+    shown = (run.samples[key][rows] for key in ("teacher", "student"))
+    image = comparison_strip(*(reduced(samples, LARGEST_IN_ROWS) for samples in shown))
+    names = [] if title else [name_of(run, row) for row in rows]
+    words = title or ", ".join(filter(None, names))
+    alt = f"{len(rows)} samples{': ' if words else ''}{words}. Rows: teacher, student, difference."
+    return made(image, (len(rows), PER_BLOCK), title, names, alt)
+
+
+def made(
+    image: Image.Image,
+    columns: tuple[int, int],
+    title: str,
+    names: list[str],
+    alt: str,
+    rows: tuple[str, ...] = Strip.rows,
+) -> Strip:
+    """A strip of an image with so many columns, of the columns that a whole one has."""
+    full = columns[1] * (image.width + 1) / columns[0] - 1
     return Strip(
         title=title,
         names=names,
         image=png_data_uri(image),
         width=image.width,
         height=image.height,
-        scale=_whole(width / full),
+        scale=_whole(BLOCK / full),
         narrow=_whole(NARROW / full),
-        alt=f"{len(rows)} samples{': ' if shown else ''}{shown}. "
-        "Rows: teacher, student, their difference.",
+        alt=alt,
+        rows=rows,
     )
 
 
 def _whole(scale: float) -> float:
     """Enlarge small pixels a whole number of times, so that all have one size."""
     return math.floor(scale) if scale >= 2 else round(scale, 3)
-
-
-def _reduced(samples: Tensor) -> Tensor:
-    """Average large images and video frames down; leave vectors and signals alone."""
-    images = None if is_plotted(samples) else as_images(samples)
-    if images is None:
-        return samples
-    return avg_pool2d(images.float(), math.ceil(max(images.shape[2:]) / LARGEST_IMAGE))

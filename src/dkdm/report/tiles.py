@@ -8,6 +8,7 @@ from dkdm.evaluation.numbers import compared, count, duration, number, percent
 from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.rows import Row, comparison_rows
 from dkdm.reading.fields import is_number
+from dkdm.report.html import sentence
 from dkdm.report.run import Run
 
 
@@ -42,11 +43,6 @@ def tiles(run: Run) -> list[Tile]:
         detail = f"{run.step:,} steps, {number(rate)} a second"
         found.append(Tile("Training time", duration(run.step / rate), detail))
     return found
-
-
-def sentence(words: str) -> str:
-    """Words with a capital at the start; those inside, such as FID, stay as they are."""
-    return words[:1].upper() + words[1:]
 
 
 def _tile(row: Row) -> Tile:

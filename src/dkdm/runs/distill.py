@@ -37,6 +37,7 @@ from dkdm.runs.outputs import (
     reference_of,
     sample_grids,
     sampling_guidance,
+    save_pool,
 )
 from dkdm.runs.source import SourcePlan
 from dkdm.runs.validation import check_metric, validate_by_metric
@@ -82,6 +83,7 @@ def distill(
             trainer.save()
 
     def measure(finished: Denoiser, weights: str) -> Measured:
+        save_pool(trainer.source, config.run.output_dir)
         shown = config.run, config.evaluation, config.guidance, ready.reference, weights
         return compare_models(ready.teacher, finished, *shown)
 

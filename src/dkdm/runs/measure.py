@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -17,12 +16,11 @@ from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, R
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import NAMES, teacher_distance, teacher_gap
 from dkdm.evaluation.circumstances import floors_of
-from dkdm.evaluation.comparison import describe
+from dkdm.evaluation.comparison import describe, versions
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
 from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, Sampled, check, measure, missing, usual
 from dkdm.evaluation.shards import Drawing, Drawn, read_shards
 from dkdm.runs.judges import AS_GIVEN, Standard
-from dkdm.version import __version__
 
 NOT_YET = FeatureStatistics(torch.zeros(0), torch.zeros(0, 0), 0)
 ALONE = ("is", "class_accuracy")  # made of samples alone, without the reference's
@@ -141,11 +139,7 @@ def measured(plan: Plan, root: Path) -> Evaluation:
         **_beside_teacher(plan, own, teachers),
         warnings=tuple(warnings_of(plan)),
         device=describe(drawing.denoiser.device),
-        versions={
-            "dkdm": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        versions=versions(),
         judges=drawing.single.judges if drawing.single else {},
     )
 

@@ -19,22 +19,29 @@ from dkdm.config import (
 from dkdm.core import checkpoint
 from dkdm.core.conditioning import Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.mixed import Mixed
 from dkdm.core.modes import evaluating, say_if
+from dkdm.core.pool import Pool
 from dkdm.core.progress import track
+from dkdm.core.sources import Source
 from dkdm.data.named import REFERENCES, chosen_extractor, chosen_reference, load_reference
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import Circumstances, circumstances_of, measurement_of
 from dkdm.evaluation.comparison import compare
 from dkdm.evaluation.metrics import evaluate_images
+from dkdm.evaluation.pool_state import state_of
 from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
+from dkdm.evaluation.trajectories import Trajectories, trajectories
 from dkdm.reading.files import atomic, check_output
 from dkdm.report.grids import sample_grid
+from dkdm.report.images import reduced
 from dkdm.shipping.card import Measured
 
 GRID_COLUMNS = 10
 GRID_SAMPLES = 40
+TRAJECTORIES = 4  # samples whose way is kept
 IMAGES = (".png", ".webp", ".jpg", ".jpeg")
 TENSORS = ".safetensors"
 UNGUIDED = GuidanceOptions()
@@ -121,8 +128,30 @@ def compare_models(
     samples = [comparison.samples[name] for name in ("teacher", "student")]
     _save_grid(run.output_dir, "grid", samples[1][:GRID_SAMPLES])
     _save_grid(run.output_dir, "comparison", torch.cat([each[:GRID_COLUMNS] for each in samples]))
+    few = Sampling(min(count, TRAJECTORIES), num_steps, run.seed)
+    _on_the_way(teacher, student, few, scales).save(run.output_dir)
     rows, how = comparison_rows(comparison), circumstances_of(comparison).in_words()
     return Measured(scales[1], rows, how, comparison.student.metrics, comparison.measurement)
+
+
+def _on_the_way(
+    teacher: Denoiser, student: Denoiser, sampling: Sampling, guidance: tuple[float, float]
+) -> Trajectories:
+    """The first samples on their way, as large as the page shows them."""
+    found = trajectories(teacher, student, sampling, guidance)
+    shape = found.teacher.shape[:2]
+    small = {
+        name: reduced(getattr(found, name).flatten(0, 1)).unflatten(0, shape)
+        for name in ("teacher", "student")
+    }
+    return replace(found, **small)
+
+
+def save_pool(source: Source, output_dir: Path) -> None:
+    """Write pool.json: how the entries lie now. Sources without a pool write nothing."""
+    pool = source.pool if isinstance(source, Mixed) else source
+    if isinstance(pool, Pool):
+        state_of(pool).save(output_dir)
 
 
 def measure_model(
