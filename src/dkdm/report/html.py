@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from markupsafe import Markup
@@ -19,7 +20,7 @@ def sentence(words: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-FILTERS = {
+FILTERS: dict[str, Callable[..., Any]] = {
     "count": count,
     "number": number,
     "percent": percent,

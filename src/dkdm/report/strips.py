@@ -91,8 +91,10 @@ def label_name(run: Run, label: int) -> str:
 
 
 def _strip(run: Run, title: str, rows: list[int]) -> Strip:
-    shown = (run.samples[key][rows] for key in ("teacher", "student"))
-    image = comparison_strip(*(reduced(samples, LARGEST_IN_ROWS) for samples in shown))
+    teacher, student = (
+        reduced(run.samples[key][rows], LARGEST_IN_ROWS) for key in ("teacher", "student")
+    )
+    image = comparison_strip(teacher, student)
     names = [] if title else [name_of(run, row) for row in rows]
     words = title or ", ".join(filter(None, names))
     alt = f"{len(rows)} samples{': ' if words else ''}{words}. Rows: teacher, student, difference."
