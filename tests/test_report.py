@@ -270,7 +270,7 @@ def test_what_samples_were_drawn_for_is_named(run, asked_for):
     text = Page(write_report(run)).text
     for said in (f"for the same {asked_for}.", f"teacher of the same {asked_for} ("):
         assert said in text
-    assert f", by {asked_for}." in text and f"{asked_for} 2" in text
+    assert f"More samples by {asked_for}" in text and f"{asked_for} 2" in text
 
 
 def test_a_perfect_student_has_no_gap_to_draw(run):
