@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -209,12 +210,14 @@ class OptimizerOptions(Options, title="Optimizer"):
     ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.9999
     """Decay of that average per step, and never more than (1 + n) / (10 + n) at step n."""
 
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate given, or the optimizer's own."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 0.02 if self.optimizer == "muon" else 1e-4
+    def decided(self, new: bool) -> OptimizerOptions:
+        """The same with optimizer and learning rate. new: the weights that learn are random."""
+        optimizer, rate = self.optimizer, self.learning_rate
+        if optimizer == "auto":
+            optimizer = "muon" if new and rate is None else "adamw"
+        if rate is None:
+            rate = 0.02 if optimizer == "muon" else 1e-4
+        return replace(self, optimizer=optimizer, learning_rate=rate)
 
 
 class WeightingOptions(Options, title="Loss"):

@@ -125,7 +125,7 @@ def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
         "teacher evaluation": evaluation,
         "student weights": weights,
         "student gradients": weights,
-        "optimizer (AdamW)": 2 * weights,
+        "optimizer": weights * (1 if run.optimizing.decided(new=True).optimizer == "muon" else 2),
         "EMA": weights if run.optimizing.use_ema else 0.0,
         "student activations": training_mib(_in_training(student, run.training), batch),
         "pool": pool_mib - on_host["pool"],

@@ -43,7 +43,9 @@ def optimizer_of(
 
     network: says which of the parameters are hidden matrices, for Muon.
     """
-    rate, decay = options.peak_rate, options.weight_decay
+    options = options.decided(new=False)
+    rate, decay = options.learning_rate, options.weight_decay
+    assert rate is not None
     optimizer: torch.optim.Optimizer
     if options.optimizer == "muon":
         hidden = hidden_matrices(network)

@@ -56,18 +56,13 @@ def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:
     found: the checkpoint that the run goes on from, if any: as before. new: whether the network
     starts from random weights.
     """
-    options = config.optimizing
-    begun = _begun(found.parent, RunConfig) if found else None
-    optimizer, rate = options.optimizer, options.learning_rate
-    if optimizer == "auto" and begun is not None:
-        optimizer = begun.optimizing.optimizer
-    elif optimizer == "auto" and new and found is None and rate is None:
-        optimizer = "muon"
-    optimizer = "adamw" if optimizer == "auto" else optimizer
-    if rate is None and begun is not None:
-        rate = begun.optimizing.learning_rate
-    rate = replace(options, optimizer=optimizer, learning_rate=rate).peak_rate
-    return replace(config, optimizer=optimizer, learning_rate=rate)
+    options, begun = config.optimizing, _begun(found.parent, RunConfig) if found else None
+    if begun is not None and options.optimizer == "auto":
+        options = replace(options, optimizer=begun.optimizing.optimizer)
+    if begun is not None and options.learning_rate is None:
+        options = replace(options, learning_rate=begun.optimizing.learning_rate)
+    options = options.decided(new and found is None)
+    return replace(config, optimizer=options.optimizer, learning_rate=options.learning_rate)
 
 
 def _begun(folder: Path, kind: type[Config]) -> Config | None:
