@@ -17,7 +17,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS=str(THREADS),
     DKDM_DATA_HOME=DATA_HOME.name,
+    DKDM_CACHE=f"{DATA_HOME.name}/cache",
 )
+# How wide and how colourful the terminal is, and how large models may be, a user may have set.
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "DKDM_MAX_GIB"):
+    os.environ.pop(name, None)
 
 import gc
 import random
@@ -48,11 +52,15 @@ def pytest_configure(config):
 def pytest_collection_finish():
     """What is imported stays: no garbage is looked for in it, a third of a second each time.
 
+    Nor is it looked for every 700 objects: a test makes thousands, and the search was a twentieth
+    of the time.
+
     Nothing is compiled to files from here on: Python takes one `pipeline.py` for another that is as
     long and was written in the same second.
     """
     sys.dont_write_bytecode = True
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     gc.enable()
 
 
@@ -92,9 +100,11 @@ def short_measurements(request, monkeypatch):
     """One small batch shows the speed, three levels the gap: they would be most of a tiny run."""
     if request.node.get_closest_marker("measures") is None:
         from dkdm.evaluation import cost
+        from dkdm.runs import cost as of_runs
 
-        timed = cost.evaluations_in_turns
+        timed, seconds = cost.evaluations_in_turns, of_runs._seconds
         monkeypatch.setattr(cost, "evaluations_in_turns", lambda models, *_: timed(models, 2, 0.0))
+        monkeypatch.setattr(of_runs, "_seconds", lambda work, _: seconds(work, 1))
         monkeypatch.setattr("dkdm.evaluation.comparison.GAP_LEVELS", 3)
 
 

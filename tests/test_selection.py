@@ -35,7 +35,13 @@ SELECTING = replace(
     check=False,
 )
 
-pytestmark = pytest.mark.measures  # the gap over all levels, as a fixture of a module sees it
+
+@pytest.fixture(scope="module", autouse=True)
+def few_levels():
+    """The gap is measured at as many levels in a fixture of this module as in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dkdm.evaluation.comparison.GAP_LEVELS", 3)
+        yield
 
 
 def distil(folder, **changes):
