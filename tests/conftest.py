@@ -88,24 +88,44 @@ def pytest_fixture_setup(fixturedef, request):
     seed_from_name(f"{fixturedef.baseid}::{fixturedef.argname}[{param}]")
 
 
-@pytest.fixture(autouse=True)
-def unchecked_teachers(request, monkeypatch):
-    """Untrained teachers teach in most tests; looking for their cure would take seconds in each."""
-    if request.node.get_closest_marker("teacher_check") is None:
-        monkeypatch.setattr("dkdm.runs.distill.teacher_warning", lambda *_: None)
+@pytest.fixture(scope="session", autouse=True)
+def shortened():
+    """What most tests and fixtures leave out of a run, by the marker of those that do not.
+
+    Untrained teachers teach in most; looking for their cure would take seconds in each. One small
+    batch shows the speed, three levels the gap: they would be most of a tiny run.
+    """
+    from dkdm.evaluation import comparison, cost
+    from dkdm.runs import cost as of_runs
+    from dkdm.runs import distill
+
+    timed, seconds = cost.evaluations_in_turns, of_runs._seconds
+    short = {
+        "teacher_check": [(distill, "teacher_warning", lambda *_: None)],
+        "measures": [
+            (cost, "evaluations_in_turns", lambda models, *_: timed(models, 2, 0.0)),
+            (of_runs, "_seconds", lambda work, _: seconds(work, 1)),
+            (comparison, "GAP_LEVELS", 3),
+        ],
+    }
+    whole = {
+        marker: [(place, name, getattr(place, name)) for place, name, _ in parts]
+        for marker, parts in short.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for part in (part for parts in short.values() for part in parts):
+            patch.setattr(*part)
+        yield whole
 
 
 @pytest.fixture(autouse=True)
-def short_measurements(request, monkeypatch):
-    """One small batch shows the speed, three levels the gap: they would be most of a tiny run."""
-    if request.node.get_closest_marker("measures") is None:
-        from dkdm.evaluation import cost
-        from dkdm.runs import cost as of_runs
-
-        timed, seconds = cost.evaluations_in_turns, of_runs._seconds
-        monkeypatch.setattr(cost, "evaluations_in_turns", lambda models, *_: timed(models, 2, 0.0))
-        monkeypatch.setattr(of_runs, "_seconds", lambda work, _: seconds(work, 1))
-        monkeypatch.setattr("dkdm.evaluation.comparison.GAP_LEVELS", 3)
+def marked_as_whole(request, shortened):
+    """Leave nothing out of a test that is marked so."""
+    with pytest.MonkeyPatch.context() as patch:
+        for marker, parts in shortened.items():
+            for part in parts if request.node.get_closest_marker(marker) else ():
+                patch.setattr(*part)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

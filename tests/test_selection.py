@@ -36,14 +36,6 @@ SELECTING = replace(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_levels():
-    """The gap is measured at as many levels in a fixture of this module as in a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dkdm.evaluation.comparison.GAP_LEVELS", 3)
-        yield
-
-
 def distil(folder, **changes):
     """Four steps of a student with dropout, which draws on the global random state."""
     teacher = denoiser()
