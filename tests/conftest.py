@@ -17,7 +17,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS=str(THREADS),
     DKDM_DATA_HOME=DATA_HOME.name,
+    DKDM_CACHE=f"{DATA_HOME.name}/cache",
 )
+# How wide and how colourful the terminal is, and how large models may be, a user may have set.
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "DKDM_MAX_GIB"):
+    os.environ.pop(name, None)
 
 import gc
 import random
@@ -48,11 +52,15 @@ def pytest_configure(config):
 def pytest_collection_finish():
     """What is imported stays: no garbage is looked for in it, a third of a second each time.
 
+    Nor is it looked for every 700 objects: a test makes thousands, and the search was a twentieth
+    of the time.
+
     Nothing is compiled to files from here on: Python takes one `pipeline.py` for another that is as
     long and was written in the same second.
     """
     sys.dont_write_bytecode = True
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     gc.enable()
 
 
@@ -80,22 +88,50 @@ def pytest_fixture_setup(fixturedef, request):
     seed_from_name(f"{fixturedef.baseid}::{fixturedef.argname}[{param}]")
 
 
-@pytest.fixture(autouse=True)
-def unchecked_teachers(request, monkeypatch):
-    """Untrained teachers teach in most tests; looking for their cure would take seconds in each."""
-    if request.node.get_closest_marker("teacher_check") is None:
-        monkeypatch.setattr("dkdm.runs.distill.teacher_warning", lambda *_: None)
+@pytest.fixture(scope="session", autouse=True)
+def shortened():
+    """What most tests and fixtures leave out of a run, by the marker of those that do not.
+
+    Untrained teachers teach in most; looking for their cure would take seconds in each. One small
+    batch shows the speed, three levels the gap: they would be most of a tiny run.
+    """
+    from dkdm.evaluation import comparison, cost
+    from dkdm.runs import cost as of_runs
+    from dkdm.runs import distill
+
+    timed = cost.evaluations_in_turns
+
+    def once(work, _):
+        work(2)
+        return 0.01
+
+    short = {
+        "teacher_check": [(distill, "teacher_warning", lambda *_: None)],
+        "measures": [
+            (cost, "evaluations_in_turns", lambda models, *_: timed(models, 2, 0.0)),
+            (of_runs, "_seconds", once),
+            (comparison, "GAP_LEVELS", 3),
+        ],
+    }
+    whole = {
+        marker: [(place, name, getattr(place, name)) for place, name, _ in parts]
+        for marker, parts in short.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)  # no power is cut, and disks take their time
+        for part in (part for parts in short.values() for part in parts):
+            patch.setattr(*part)
+        yield whole
 
 
 @pytest.fixture(autouse=True)
-def short_measurements(request, monkeypatch):
-    """One small batch shows the speed, three levels the gap: they would be most of a tiny run."""
-    if request.node.get_closest_marker("measures") is None:
-        from dkdm.evaluation import cost
-
-        timed = cost.evaluations_in_turns
-        monkeypatch.setattr(cost, "evaluations_in_turns", lambda models, *_: timed(models, 2, 0.0))
-        monkeypatch.setattr("dkdm.evaluation.comparison.GAP_LEVELS", 3)
+def marked_as_whole(request, shortened):
+    """Leave nothing out of a test that is marked so."""
+    with pytest.MonkeyPatch.context() as patch:
+        for marker, parts in shortened.items():
+            for part in parts if request.node.get_closest_marker(marker) else ():
+                patch.setattr(*part)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

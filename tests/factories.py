@@ -75,6 +75,14 @@ def teacher():
     return denoiser()
 
 
+def thin_teacher():
+    """A teacher of few layers, to be traced: that takes as long as it has operations."""
+    made = denoiser()
+    torch.manual_seed(0)
+    network = type(made.network).from_config({**made.network.config, "mid_block_type": None})
+    return replace(made, network=network.eval())
+
+
 def student(sample_shape, out_channels, conditioning):
     """A student with dropout, so that the global random state matters."""
     del sample_shape, conditioning

@@ -257,11 +257,11 @@ def sdxl():
     )
 
 
-def pixart(kind=PixArtAlphaPipeline, sample_size=8, heads=2):
+def pixart(kind=PixArtAlphaPipeline, sample_size=8, heads=2, patch_size=2):
     transformer = PixArtTransformer2DModel(
         sample_size=sample_size,
         num_layers=2,
-        patch_size=2,
+        patch_size=patch_size,
         attention_head_dim=8,
         num_attention_heads=heads,
         caption_channels=32,
@@ -279,15 +279,15 @@ def pixart_sigma():
 
 def pixart_1024():
     """The size at which PixArt-alpha is told resolution and aspect ratio."""
-    return pixart(sample_size=128, heads=3)
+    return pixart(sample_size=128, heads=3, patch_size=4)
 
 
-def sd3(with_t5=False):
+def sd3(with_t5=False, layers=2):
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=4,
-        num_layers=2,
+        num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=96,
@@ -307,6 +307,10 @@ def sd3(with_t5=False):
         t5(96) if with_t5 else None,
         tokenizer() if with_t5 else None,
     )
+
+
+def sd3_of_one_layer():
+    return sd3(layers=1)
 
 
 def flux():

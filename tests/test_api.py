@@ -40,7 +40,7 @@ def test_ancestral_fill_costs_about_half_the_levels(tmp_path):
 
 
 def test_guidance_baked_into_the_target_costs_double(tmp_path):
-    _, _, evaluations = run(tmp_path, guidance_scale="2")
+    _, _, evaluations = run(tmp_path, guidance_scale="2", evaluation_samples=0)
     assert evaluations == 2 * (24 * 2 + 4 * 8)
 
 
@@ -121,7 +121,7 @@ def test_train_on_a_folder_of_images(tmp_path):
         output_dir=tmp_path / "run",
         images=str(tmp_path / "images"),
         sample_shape=(1, 8, 8),
-        network="dit-xs",
+        network="dit-tiny",
         max_train_steps=3,
         train_batch_size=4,
         condition_dropout=0.2,
@@ -161,7 +161,7 @@ def test_one_step_of_a_same_architecture_student_starts_at_its_own_loss(tmp_path
     """A student that is the teacher has nothing to learn."""
     teacher = denoiser()
     twin = denoiser()
-    _, metrics, _ = run(tmp_path, teacher, twin, learning_rate=0.0)
+    _, metrics, _ = run(tmp_path, teacher, twin, learning_rate=0.0, evaluation_samples=0)
     assert all(entry["loss"] < 1e-10 for entry in metrics)
 
 
@@ -201,7 +201,7 @@ class Fixed(nn.Module):
 
 def test_what_a_network_holds_fixed_is_not_trained(tmp_path):
     network = Fixed()
-    run(tmp_path, student=network)
+    run(tmp_path, student=network, evaluation_samples=0)
     assert torch.equal(network.table, torch.ones(8))
     assert not torch.equal(network.scale, torch.ones(8))
 
@@ -216,7 +216,7 @@ class Configured(Fixed):
 
 def test_a_networks_config_may_be_anything(tmp_path):
     teacher = denoiser()
-    run(tmp_path, teacher, Configured())
+    run(tmp_path, teacher, Configured(), evaluation_samples=0)
     like = replace(teacher, network=Configured(), call=None)
     with pytest.raises(UsageError, match="num_layers"):
         student_of("shallow-50", like)
@@ -225,7 +225,7 @@ def test_a_networks_config_may_be_anything(tmp_path):
 def test_a_student_must_know_the_null_condition_where_it_is_told_nothing(tmp_path):
     teacher = denoiser()
     narrow = replace(teacher, network=tiny_unet(3), call=None)  # a row for each class alone
-    run(tmp_path, teacher, narrow)
+    run(tmp_path, teacher, narrow, evaluation_samples=0)
     for changes in ({"condition_dropout": 0.5}, {"sampling_guidance_scale": 2.0}):
         config = replace(SMALL, output_dir=tmp_path / "refused", **changes)
         with pytest.raises(UsageError, match=r"conditions class_labels \[3, 3\]: IndexError"):

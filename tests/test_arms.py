@@ -19,6 +19,7 @@ from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
 from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.shards import Shards
 from dkdm.core.sources import Images, draw_set, empty_set
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.data.teacher_images import balanced_share, images_of
@@ -133,7 +134,7 @@ class Quick(Mlp):
 
 
 def filled(teacher, kind, size, **fields):
-    pool = empty_pool(teacher, size, CPU, torch.float32, kind=kind, **fields)
+    pool = empty_pool(teacher, size, CPU, torch.float32, kind=kind, shards=Shards(2), **fields)
     if kind is not Iterative:
         fill_few_step(pool, 10, 512)
     return pool
@@ -198,8 +199,7 @@ def test_every_arm_teaches_the_mixture(name):
 
 def ladder(kind, size, **fields):
     teacher = mixture_denoiser(MIXTURE, COSINE, Parameterization("epsilon"))
-    pool = empty_pool(teacher, size, CPU, torch.float32, kind=kind, **fields)
-    return pool
+    return empty_pool(teacher, size, CPU, torch.float32, kind=kind, shards=Shards(2), **fields)
 
 
 def levels_of(pool, batch_size, steps):

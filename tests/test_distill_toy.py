@@ -11,6 +11,7 @@ from dkdm.core.fill import empty_pool, fill_few_step
 from dkdm.core.objective import Objective
 from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
+from dkdm.core.shards import Shards
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 
 LEVELS, BATCH, STEPS = 100, 256, 700
@@ -69,6 +70,7 @@ def test_a_student_learns_the_mixture(process, teacher_kind, student_kind, strid
         torch.device("cpu"),
         torch.float32,
         stride=Stride.of_options(PoolOptions(stride=stride), LEVELS),
+        shards=Shards(1),
     )
     fill_few_step(pool, num_steps=10, batch_size=500)
     losses = torch.tensor(distil(student, pool, STEPS))

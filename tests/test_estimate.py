@@ -20,6 +20,8 @@ from dkdm.runs.source import SourcePlan
 from dkdm.students import student_of
 from factories import denoiser
 
+pytestmark = pytest.mark.measures
+
 CONFIG = dkdm.DistillConfig(
     max_train_steps=3,
     train_batch_size=8,

@@ -154,10 +154,10 @@ def test_a_network_of_our_own_as_onnx(name, difference, tmp_path):
 
 
 SLOW_ONNX = ("class_conditional", "dit", "ldm_kl", "edm", "stable_diffusion", "sdxl", "pixart")
-SLOW_ONNX += ("flux", "sana", "wan", "dance")
+SLOW_ONNX += ("sd3", "flux", "sana", "wan", "dance")
 
 
-@pytest.mark.parametrize("name", mostly_slow(["sd3"], SLOW_ONNX))
+@pytest.mark.parametrize("name", mostly_slow(["sd3_of_one_layer"], SLOW_ONNX))
 def test_a_network_of_diffusers_as_onnx(name, folders, difference, tmp_path):
     model = folders(name, SIZES.get(name))
     facts = export_graph(model, tmp_path / "x.onnx")
@@ -180,7 +180,7 @@ def _check_interface(path, facts):
 
 
 def test_inputs_are_named_as_in_diffusers(folders):
-    assert list(random_inputs(folders("sd3"), 2)) == [
+    assert list(random_inputs(folders("sd3_of_one_layer"), 2)) == [
         "sample",
         "timestep",
         "encoder_hidden_states",
@@ -463,7 +463,7 @@ def sampled_alike(model, path, labels=None, guidance=1.0):
     return np.abs(theirs - ours.numpy()).max()
 
 
-@pytest.mark.parametrize("name", mostly_slow(["factories:teacher"], ["builtin:fashion"]))
+@pytest.mark.parametrize("name", mostly_slow(["factories:thin_teacher"], ["builtin:fashion"]))
 def test_the_example_samples_a_teacher_alike(name, tmp_path, capsys, monkeypatch):
     """From the command line to a picture."""
     path = tmp_path / "teacher.onnx"

@@ -10,7 +10,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dkdm.checks.inspection import check_denoising, inspect_denoiser, print_inspection
+from dkdm.checks.inspection import (
+    check_denoising,
+    inspect_denoiser,
+    print_inspection,
+    readings,
+)
 from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.prediction import Parameterization
@@ -337,7 +342,8 @@ def test_a_plain_function_has_no_weights():
     assert [found.facts[name] for name in names] == [0, "<lambda>", None]
 
 
-def test_trained_teacher_passes_as_it_was_trained_only():
+def test_trained_teacher_passes_as_it_was_trained_only(monkeypatch):
+    monkeypatch.setattr(readings, "TIMES", readings.TIMES[:2])  # all of them: test_readings
     teacher = load_teacher("builtin:fashion")
     found = check_denoising(teacher, num_samples=4, num_steps=10)
     assert found.denoises

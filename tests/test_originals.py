@@ -1,5 +1,6 @@
 """Checkpoint files of different repositories are told apart by their keys."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -14,23 +15,31 @@ from dkdm.networks.adm import AdmUNet
 from formula_weights import filled
 from original_files import dit, edm, guided, latent, lucidrains
 
-FILES = {
-    "dit": [dit.checkpoint()],
-    "sit": [dit.sit_checkpoint()],
-    "edm": [edm.checkpoint(kind) for kind in ("ddpmpp", "ncsnpp", "adm")],
-    "edm2": [without_prefix(edm.checkpoint(kind), "unet.") for kind in ("edm2", "edm2-pixels")],
-    "lucidrains": [lucidrains.checkpoint()],
-    "guided-diffusion": [
+MADE = {
+    "dit": lambda: [dit.checkpoint()],
+    "sit": lambda: [dit.sit_checkpoint()],
+    "edm": lambda: [edm.checkpoint(kind) for kind in ("ddpmpp", "ncsnpp", "adm")],
+    "edm2": lambda: [
+        without_prefix(edm.checkpoint(kind), "unet.") for kind in ("edm2", "edm2-pixels")
+    ],
+    "lucidrains": lambda: [lucidrains.checkpoint()],
+    "guided-diffusion": lambda: [
         filled(AdmUNet(**config)).state_dict()
         for config in (guided.GUIDED, guided.IMPROVED, guided.PERTURBED)
     ],
-    "latent-diffusion": [latent.checkpoint(kind) for kind in ("vq", "class")],
+    "latent-diffusion": lambda: [latent.checkpoint(kind) for kind in ("vq", "class")],
 }
+
+
+@functools.cache
+def files(name):
+    """The weights of files of a format, made when a test asks for them."""
+    return MADE[name]()
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_only_its_own_format_recognizes_a_file(name):
-    for state in FILES[name]:
+    for state in files(name):
         assert [key for key, one in FORMATS.items() if one.recognizes(state)] == [name]
         assert recognize({key: tuple(value.shape) for key, value in state.items()}) is None
 
@@ -56,7 +65,7 @@ def behind(holder, state):
 @pytest.mark.parametrize("holder", HOLDERS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_known_behind_what_held_the_network(tmp_path, name, holder):
-    state = FILES[name][0]
+    state = files(name)[0]
     torch.save({"state_dict": behind(holder, state), "epoch": 3}, tmp_path / "model.pt")
     weights = read_weights(tmp_path / "model.pt")
     found, view = _format_of(weights, None, ema=True)

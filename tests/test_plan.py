@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dkdm.checks.memory_plan import PlannedRun, changes, plan, training_mib
+from dkdm.checks.memory_plan import _SAVINGS, PlannedRun, changes, plan, training_mib
 from dkdm.cli import main
 from dkdm.core.denoiser import Batch
 from dkdm.errors import UsageError
@@ -111,13 +111,14 @@ def test_options_of_the_run_decide(teacher, small):
     assert by_rho.pool_size == 0.5 * teacher.process.num_levels * 8
 
 
-def test_command_says_by_its_exit_code_whether_it_fits(capsys):
-    command = ["plan", "factories:teacher", "dit-tiny", "--train-batch-size", "4", "--json"]
+def test_command_says_by_its_exit_code_whether_it_fits(capsys, monkeypatch):
+    command = ["plan", "factories:teacher", "dit-tiny", "--train-batch-size", "2", "--json"]
     assert main([*command, "--memory", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["device_total"] <= found["limit"] == 1024
-    assert found["choices"]["train_batch_size"] == 4
+    assert found["choices"]["train_batch_size"] == 2
     assert found["choices"]["gpus"] == 1 and found["choices"]["guided"] is False
+    monkeypatch.setattr("dkdm.checks.memory_plan._SAVINGS", _SAVINGS[:1])
     assert main([*command[:-1], "--memory", "0.4"]) == 1
     assert "does not fit" in capsys.readouterr().out
 

@@ -31,6 +31,7 @@ from dkdm.core.shards import Shards
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 
 CPU = torch.device("cpu")
+SHARED = {"shards": Shards(2)}  # each shard has generators of its own, at every step
 LINE = GaussianMixture.of([[-1.0], [0.5], [2.0]], std=[0.3, 0.2, 0.5], weights=[1, 2, 3])
 POINTS = GaussianMixture.of([[-2.0], [0.5], [3.0]], std=0.0, classes=[0, 1, 2])
 GAUSSIANS = GaussianMixture.of([[-2.0], [0.5], [3.0]], std=1.0, classes=[0, 1, 2])
@@ -74,7 +75,7 @@ def blank_pool(kind, size, levels, stride):
         t,
         {},
         Stride.of_options(PoolOptions(stride=stride), levels),
-        shards=Shards(2),
+        **SHARED,
     )
 
 
@@ -236,12 +237,12 @@ def exact_pool(name, size, levels, **fields):
     teacher = mixture_denoiser(
         mixture, zero_snr(levels), Parameterization("v_prediction", variance)
     )
-    return empty_pool(teacher, size, CPU, torch.float32, eta=eta, **fields), mixture
+    return empty_pool(teacher, size, CPU, torch.float32, eta=eta, **SHARED, **fields), mixture
 
 
 def line_pool(size, levels, variance="fixed_small", **fields):
     teacher = mixture_denoiser(LINE, cosine(levels), Parameterization("v_prediction", variance))
-    return empty_pool(teacher, size, CPU, torch.float32, **fields)
+    return empty_pool(teacher, size, CPU, torch.float32, **SHARED, **fields)
 
 
 def test_the_statistics_know_their_tables():

@@ -35,8 +35,6 @@ SELECTING = replace(
     check=False,
 )
 
-pytestmark = pytest.mark.measures  # the gap over all levels, as a fixture of a module sees it
-
 
 def distil(folder, **changes):
     """Four steps of a student with dropout, which draws on the global random state."""

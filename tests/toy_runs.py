@@ -29,7 +29,7 @@ def network_of(name, shape, out_channels=None, **conditions):
     rank = len(shape) - 1
     sizes = {
         "UVit": {"patch_size": (2,) * rank, "width": 32, "depth": 3, "heads": 2},
-        "LinearTransformer": {"patch_size": (2,) * rank, "width": 32, "depth": 2, "heads": 2},
+        "LinearTransformer": {"patch_size": (2,) * rank, "width": 32, "depth": 1, "heads": 2},
         "MobileUNet": {"block_out_channels": (32, 32)},
         "ResidualMLP": {"width": 32, "depth": 2},
     }

@@ -38,7 +38,7 @@ from dkdm.reading.command_line import parse, summary
 from dkdm.reading.files import check_output
 from dkdm.reading.options import Grouped, places
 from dkdm.runs.config_file import config_file
-from dkdm.runs.recipes import recipe, recipes
+from dkdm.runs.recipes import check_given, recipe, recipes
 from dkdm.version import __version__
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def _dispatch(args: list[str]) -> int:
     kind, run = COMMANDS[args[0]]
     if not issubclass(kind, RunConfig):
         return run(parse(kind, args[1:]))
-    config, dry_run = _run_config(kind, args[1:])
-    return _describe(config) if dry_run else run(config)
+    config, instead = _run_config(kind, args[1:])
+    return instead(config) if instead else run(config)
 
 
 def _usage() -> str:
@@ -98,12 +98,15 @@ def _usage() -> str:
     )
 
 
-def _run_config(kind: type[Config], args: list[str]) -> tuple[Config, bool]:
-    """Parse a run's options on top of a recipe or a config file."""
+def _run_config(
+    kind: type[Config], args: list[str]
+) -> tuple[Config, Callable[[RunConfig], int] | None]:
+    """Parse a run's options on top of a recipe or a config file; what to do instead of it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config", type=Path)
     first.add_argument("--dry-run", "--dry_run", action="store_true")
+    first.add_argument("--smoke", action="store_true")
     known, rest = first.parse_known_args(args)
     start: type[Config] | Config = kind
     if known.recipe:
@@ -114,8 +117,14 @@ def _run_config(kind: type[Config], args: list[str]) -> tuple[Config, bool]:
         "recipe": f"Start from the options of one of: {', '.join(recipes(kind))}.",
         "config": "Start from the options of a config.json.",
         "dry_run": "Only say what would be done.",
+        "smoke": "Only try the whole pipeline: two steps of a tiny batch, and stand-ins for a "
+        "recipe's teacher and images if they are not there.",
     }
-    return parse(start, rest, also=first_of_all), known.dry_run
+    config = parse(start, rest, also=first_of_all)
+    if known.smoke:
+        return config, _smoke
+    check_given(config)
+    return config, _describe if known.dry_run else None
 
 
 def _describe(config: RunConfig) -> int:
@@ -125,6 +134,13 @@ def _describe(config: RunConfig) -> int:
         print(describe(config))
     else:
         _print_json(config.flat())
+    return 0
+
+
+def _smoke(config: RunConfig) -> int:
+    from dkdm.runs.smoke import smoke
+
+    print(smoke(config))
     return 0
 
 

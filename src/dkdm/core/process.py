@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -104,9 +105,14 @@ class Process(NamedArguments):
                 f"timesteps {int(t.min())}..{int(t.max())} are out of range: use "
                 f"-1..{self.num_levels - 1}"
             )
-        alpha = torch.cat([self.alpha, self.alpha.new_tensor(self.final[:1])])
-        sigma = torch.cat([self.sigma, self.sigma.new_tensor(self.final[1:])])
+        alpha, sigma = self._to_the_end
         return alpha[t], sigma[t]
+
+    @cached_property
+    def _to_the_end(self) -> tuple[Tensor, Tensor]:
+        """The tables with the clean end behind the last level, where the index -1 finds it."""
+        alpha, sigma = (self.alpha.new_tensor([end]) for end in self.final)
+        return torch.cat([self.alpha, alpha]), torch.cat([self.sigma, sigma])
 
     def snr(self) -> Tensor:
         """Signal-to-noise ratio alpha^2 / sigma^2 of every level, float64 [T]."""

@@ -111,18 +111,21 @@ class GaussianMixture:
 
         labels: int64 [B], classes or C for any; None is any. Component k has x_t ~ N(alpha mu_k,
         v_k), v_k = alpha^2 s_k^2 + sigma^2, hence E[x_0 | x_t, k] = mu_k + alpha s_k^2 / v_k (x_t -
-        alpha mu_k), averaged with p(k | x_t). Source: Bishop, Pattern Recognition and Machine
-        Learning, Eq. 2.116; the same as Tweedie's (x_t + sigma^2 grad ln p_t(x_t)) / alpha.
+        alpha mu_k) = (sigma^2 mu_k + alpha s_k^2 x_t) / v_k, averaged with p(k | x_t). Source:
+        Bishop, Pattern Recognition and Machine Learning, Eq. 2.116; the same as Tweedie's (x_t +
+        sigma^2 grad ln p_t(x_t)) / alpha.
         """
         means, std = self.means.flatten(1).to(x.device), self.std.to(x.device)
         a, s = alpha.to(x.device).unsqueeze(1), sigma.to(x.device).unsqueeze(1)
         var = (a * std) ** 2 + s**2
-        offset = x.double().flatten(1).unsqueeze(1) - a.unsqueeze(2) * means
+        state = x.double().flatten(1)
+        offset = state.unsqueeze(1) - a.unsqueeze(2) * means
         log_joint = _log_joint(offset, var, self.weights.to(x.device))
         if labels is not None:
             log_joint = log_joint.where(self.members.to(x.device)[labels], -math.inf)
-        x_0 = means + (a * std**2 / var).unsqueeze(2) * offset
-        return (log_joint.softmax(1).unsqueeze(2) * x_0).sum(1).reshape(x.shape)
+        share = log_joint.softmax(1) / var
+        x_0 = (s**2 * share) @ means + (a * std**2 * share).sum(1, keepdim=True) * state
+        return x_0.reshape(x.shape)
 
 
 def _per_component(what: str, values: Tensor | Sequence[float] | float, count: int) -> Tensor:

@@ -36,7 +36,7 @@ def parse(
         for name, text in (also or {}).items()
     ]
     fields += [
-        (name, Annotated[panel, tyro.conf.arg(name=kinds[name].title)], dataclasses.field())
+        (name, Annotated[panel, _titled(kinds[name])], dataclasses.field())
         for name, panel in panels.items()
     ]
     form: Any = dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
@@ -67,6 +67,11 @@ def _panel(kind: type[Options], values: Mapping[str, Any]) -> type:
     return dataclasses.make_dataclass(
         kind.__name__, fields, namespace={"__doc__": summary(kind)}, kw_only=True
     )
+
+
+def _titled(kind: type[Options]) -> Any:
+    """How tyro shows a group. Without a help, it would look for one in the source of its class."""
+    return tyro.conf.arg(name=kind.title, help=summary(kind))
 
 
 def _words(text: str, default: Any, place: str | None, name: str | None = None) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.errors import UsageError
+from dkdm.runs.paper_recipes import PAPER_RECIPES, TO_BE_GIVEN
 
 Config = TypeVar("Config", bound=RunConfig)
 Settings = dict[str, Any]
@@ -158,7 +159,7 @@ RECIPES: dict[str, tuple[type[RunConfig], Settings]] = {
             "max_train_steps": 1200,
         },
     ),
-}
+} | PAPER_RECIPES
 
 
 def recipes(kind: type[RunConfig]) -> list[str]:
@@ -174,3 +175,12 @@ def recipe(name: str, kind: type[Config]) -> Config:
     if name not in recipes(kind):
         raise UsageError(f"--recipe '{name}': give one of {', '.join(recipes(kind))}")
     return kind(**RECIPES[name][1])
+
+
+def check_given(config: RunConfig) -> None:
+    """Raise UsageError if a recipe's config still lacks what only the user has."""
+    for value in config.flat().values():
+        if isinstance(value, str) and value in TO_BE_GIVEN:
+            raise UsageError(
+                f"this recipe needs {TO_BE_GIVEN[value]}; --smoke tries the run without"
+            )

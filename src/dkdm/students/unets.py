@@ -67,10 +67,12 @@ def adm(
     blocks: int,
     attention: Container[int],
     dropout: float = 0.0,
+    resample: Literal["conv", "resnet"] = "resnet",
 ) -> nn.Module:
     """dkdm's AdmUNet: the paper's network, weight for weight (arXiv 2105.05233).
 
-    attention: heights as in `unet`. Raises UsageError as `unet` does.
+    attention, resample: as in `unet`; latent diffusion has conv (arXiv 2112.10752). Raises
+    UsageError as `unet` does.
     """
     in_channels, height, _ = interface.shape_of("images")
     check_halvings(interface, len(channels))
@@ -84,7 +86,8 @@ def adm(
         channel_mult=tuple(width // channels[0] for width in channels),
         attention_resolutions=tuple(f for f in factors if height // f in attention),
         num_head_channels=32,
-        resblock_updown=True,
+        resblock_updown=resample == "resnet",
+        use_scale_shift_norm=resample == "resnet",
         dropout=dropout,
         num_class_embeds=interface.num_class_embeds,
     )
@@ -137,6 +140,8 @@ PRESETS = [
     *_paper("32m", "the paper's 32 M student", 96, 3),
     *_paper("44m", "the paper's 44 M student", 128, 2),
     *_paper("57m", "the size of the paper's teacher", 128, 3, 0.3),
+    preset("ldm-128", "the paper's student of latent diffusion: 128 channels, 2 blocks",
+           adm, channels=(128, 256, 384, 512), blocks=2, attention=(32, 16, 8), resample="conv"),
     preset("unet-latent", "one level, all attention, for latents of 4 to 16 pixels a side",
            unet, channels=(64,), blocks=2, attention=range(4, 17)),
     preset("text-unet-tiny", "a small text UNet, for an hour on a CPU",
