@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dkdm.config import (
     CheckStudentCommand,
+    CompareCommand,
     DistillConfig,
     DoctorCommand,
     EvaluateCommand,
@@ -32,6 +33,7 @@ from dkdm.config import (
     SamplingOptions,
     StudentsCommand,
     TrainConfig,
+    UiCommand,
 )
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.command_line import parse, summary
@@ -383,6 +385,24 @@ def _report(options: ReportCommand) -> int:
     return 0
 
 
+def _compare(options: CompareCommand) -> int:
+    from dkdm.report.tables import print_comparison
+    from dkdm.runs.compare import compare_runs
+
+    table = compare_runs(options)
+    _show(options.files, table.as_dict(), partial(print_comparison, table))
+    if options.files.output and not options.files.json:
+        print(options.files.output)
+    return 0
+
+
+def _ui(options: UiCommand) -> int:
+    from dkdm.runs.ui import serve
+
+    serve(options)
+    return 0
+
+
 def _push(options: PushCommand) -> int:
     from dkdm.shipping.hub import push
 
@@ -402,6 +422,8 @@ COMMANDS: dict[str, tuple[type[Grouped], Callable[[Any], int]]] = {
     "harvest": (HarvestCommand, _harvest),
     "export": (ExportCommand, _export),
     "report": (ReportCommand, _report),
+    "compare": (CompareCommand, _compare),
+    "ui": (UiCommand, _ui),
     "push": (PushCommand, _push),
     "doctor": (DoctorCommand, _doctor),
 }

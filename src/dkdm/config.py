@@ -752,6 +752,31 @@ class PlanOptions(Options, title="Plan"):
     """Plan for a guided teacher, which doubles its batch."""
 
 
+class ComparedOptions(Options, title="Runs", positional=("runs",)):
+    """What is compared."""
+
+    runs: tuple[str, ...] = ()
+    """Two or more, each a run's output folder, the JSON of dkdm evaluate --json, or a model."""
+    draw: bool = True
+    """Draw ten samples from each model that is no run, from the noise of the runs' samples."""
+
+
+class ComparisonFiles(PrintOptions):
+    """What is printed, and where the page lies."""
+
+    output: Path | None = None
+    """Page to write (.html), or the table as Markdown (.md). Default: the table is printed only."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+
+class PageOptions(Options, title="Page"):
+    """Where the page is shown: on this machine alone."""
+
+    port: Annotated[int, Range(1, 65535)] = 7860
+    """Port of 127.0.0.1 that a browser on this machine opens."""
+
+
 class GivenRun(Options, title="Run", positional=("run",)):
     """Which run."""
 
@@ -878,6 +903,21 @@ class EvaluateCommand(Grouped, command="evaluate"):
     sampling: MeasuredSamples
     measurement: MeasurementOptions
     files: EvaluationFiles
+
+
+class CompareCommand(Grouped, command="compare"):
+    """Put runs, evaluations and models side by side: a table, or one page."""
+
+    compared: ComparedOptions
+    files: ComparisonFiles
+
+
+class UiCommand(Grouped, command="ui"):
+    """Draw with a student and its teacher side by side, in a browser on this machine."""
+
+    model_choice: GivenModel
+    teacher_choice: JudgedTeacher
+    page: PageOptions
 
 
 class HarvestCommand(Grouped, command="harvest"):

@@ -155,7 +155,7 @@ def _teacher(command: EvaluateCommand, run: Run | None) -> Denoiser | None:
     names = named_metrics(command)
     asked = command.measurement.reference == "teacher" or bool(set(names) & {*NAMES, "lpips"})
     unwanted = names and not asked
-    return None if unwanted else judged_teacher(command, run, asked)
+    return None if unwanted else judged_teacher(command.teacher_choice, run, asked)
 
 
 def _drawings(

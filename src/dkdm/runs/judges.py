@@ -14,6 +14,7 @@ from safetensors import safe_open
 from dkdm.config import (
     DistillConfig,
     EvaluateCommand,
+    JudgedTeacher,
     MeasurementOptions,
     TrainConfig,
     parse_interval,
@@ -92,14 +93,14 @@ def weights_of(spec: str, run: Run | None) -> str:
     return said or weights_in_words(run.training.max_train_steps, decay)
 
 
-def judged_teacher(command: EvaluateCommand, run: Run | None, asked: bool) -> Denoiser | None:
+def judged_teacher(choice: JudgedTeacher, run: Run | None, asked: bool) -> Denoiser | None:
     """The teacher that was named, or the one that the run names.
 
     asked: whether there has to be one. Raises UsageError if it is missing. A run's teacher that
     cannot be opened is left out with a note, unless it was asked for.
     """
-    if command.teacher_choice.model:
-        return chosen_teacher(command.teacher_choice)
+    if choice.model:
+        return chosen_teacher(choice)
     try:
         return _teacher_of(run)
     except DkdmError as error:
@@ -127,17 +128,25 @@ def _teacher_of(run: Run | None) -> Denoiser:
 
 def scales_of(command: EvaluateCommand, run: Run | None, model: Denoiser) -> tuple[float, float]:
     """Guidance scales of the model and of its teacher: as given, or as the run measured itself."""
-    own, teachers = 1.0, None
-    if isinstance(run, TrainConfig):
-        own = run.evaluation.sampling_guidance_scale
-    elif run is not None:
-        baked = not (run.guidance.is_off or run.guidance.chain_only)
-        teachers, own = sampling_guidance(run.evaluation, run.guidance, model)
-        teachers = teachers if baked else None
+    teachers, own = own_scales(run, model)
     given = command.sampling.guidance_scale
     own = own if given is None else given
     asked = command.teacher_choice.guidance_scale
     return own, next(scale for scale in (asked, teachers, own) if scale is not None)
+
+
+def own_scales(run: Run | None, model: Denoiser) -> tuple[float | None, float]:
+    """Guidance scales that a run measured its teacher and itself with; 1 without a run.
+
+    None for the teacher, unless guidance was baked into the student.
+    """
+    if isinstance(run, TrainConfig):
+        return None, run.evaluation.sampling_guidance_scale
+    if run is None:
+        return None, 1.0
+    teachers, own = sampling_guidance(run.evaluation, run.guidance, model)
+    baked = not (run.guidance.is_off or run.guidance.chain_only)
+    return (teachers if baked else None), own
 
 
 def ready(model: Denoiser, command: EvaluateCommand, scale: float) -> Denoiser:

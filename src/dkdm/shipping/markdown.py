@@ -10,16 +10,17 @@ _MEANT = re.compile(r"([\\`*\[\]<>&|~$]|(?<!\w)_|_(?!\w))")
 
 def plain(value: object) -> str:
     """A value as text on one line, in which nothing is a link, an image, a tag or a table."""
-    return _MEANT.sub(r"\\\1", _line(value))
+    return _MEANT.sub(r"\\\1", one_line(value))
 
 
-def _line(value: object) -> str:
+def one_line(value: object) -> str:
+    """A value as text without line breaks and control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
 
 def code(value: object) -> str:
     """A value as a code span, whatever backticks are in it."""
-    text = _line(value) or " "
+    text = one_line(value) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{fence}{space}{text}{space}{fence}"

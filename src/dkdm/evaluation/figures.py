@@ -1,0 +1,197 @@
+"""Measured numbers with what each was measured under, whatever file they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Literal
+
+from dkdm.evaluation.evaluated import Evaluation, SampledModel
+from dkdm.evaluation.metrics import METRICS, Metrics
+from dkdm.evaluation.numbers import count, number, percent
+from dkdm.evaluation.results import Comparison, ModelResult
+from dkdm.evaluation.rows import floors_in
+
+DISTANCE = "distance to the teacher's samples"
+SHARE = "the same, as a share of the largest"
+COPY = "distance to the teacher's sample from the same noise, by that from other noise"
+GAP = "gap to the teacher's outputs, mean over levels"
+OF_TEACHER = ", its teacher"
+EVALUATIONS = "network evaluations a second, in batches of 64"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of one model.
+
+    - `label`: what it is; figures of one label can stand in one row.
+    - `under`: what it was measured under, by name. Figures that differ here mean different things,
+      and never stand in one row.
+    - `beside`: what a reader has to know too, such as seed and weights. Figures that differ here
+      stand in one row, which says so.
+    - `better`: which values are better; None for what is neither.
+    - `floor`: the best that can be asked for; None if unknown.
+    """
+
+    label: str
+    value: float
+    format: Callable[[float], str] = number
+    under: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
+    better: Literal["lower", "higher"] | None = None
+    floor: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The value as text."""
+        return self.format(self.value)
+
+    @property
+    def floor_text(self) -> str:
+        """The floor as text; empty if it is unknown."""
+        return "" if self.floor is None else self.format(self.floor)
+
+
+def figures_of_comparison(found: Comparison, interval: str | None = None) -> list[Figure]:
+    """What a run measured of its student at its end, and of its teacher.
+
+    interval: where guidance acted; None is everywhere.
+    """
+    sampler = "DDIM" if found.eta == 0 else f"DDIM, eta {found.eta:g}"
+    drawn = _drawn(found.num_samples, sampler, found.num_steps)
+    beside = {"seed": str(found.seed), "weights": found.weights}
+    how = found.measurement
+    against = (
+        _against(how.reference, how.reference_images, how.features, how.network) if how else {}
+    )
+    figures = []
+    for model, of in ((found.student, ""), (found.teacher, OF_TEACHER)):
+        under = drawn | {"guidance": _guidance(model.guidance_scale, interval)} | against
+        figures += _metrics(model.metrics, floors_in(how), of, under, beside)
+    return [*figures, *_near_teacher(found, interval, drawn, beside), *_cost(found)]
+
+
+def _metrics(
+    metrics: Metrics | None,
+    floors: Mapping[str, float],
+    of: str,
+    under: Mapping[str, str],
+    beside: Mapping[str, str],
+) -> list[Figure]:
+    values = metrics.values if metrics else {}
+    known = {name: each for name, each in METRICS.items() if name in values}
+    return [
+        Figure(
+            each.label + of,
+            values[name],
+            each.format,
+            under,
+            beside,
+            None if of else each.better,
+            floors.get(name),
+        )
+        for name, each in known.items()
+    ]
+
+
+def _near_teacher(
+    found: Comparison, interval: str | None, drawn: Mapping[str, str], beside: Mapping[str, str]
+) -> list[Figure]:
+    """How near the student is to its teacher, without any image."""
+    pair = _beside_its_teacher(found.student, found.teacher, interval)
+    figures = []
+    if found.other_noise_difference:
+        share = found.same_noise_difference / found.other_noise_difference
+        figures.append(Figure(COPY, share, percent, {**drawn, **pair}, beside, "lower"))
+    if found.gaps:
+        mean = fmean(gap.relative for gap in found.gaps)
+        under = _noised(found.gap_samples, len(found.gaps)) | pair
+        figures.append(Figure(GAP, mean, percent, under, beside, "lower"))
+    return figures
+
+
+def figures_of_evaluation(found: Evaluation) -> list[Figure]:
+    """What `dkdm evaluate` measured of one model."""
+    model, interval, to = found.model, found.guidance_interval, found.reference
+    drawn = _drawn(found.num_samples, found.sampler.upper(), found.num_steps)
+    beside = {"seed": str(found.seed), "weights": model.weights}
+    against = _against(to.name, to.images, to.features, to.network) if to else {}
+    under = drawn | {"guidance": _guidance(model.guidance_scale, interval)} | against
+    known = {METRICS[name]: value for name, value in found.metrics.items() if name in METRICS}
+    figures = [
+        Figure(each.label, one.value, each.format, under, beside, each.better, one.floor)
+        for each, one in known.items()
+    ]
+    if found.teacher is None:
+        return figures
+    pair = _beside_its_teacher(model, found.teacher, interval)
+    if apart := found.teacher_distance:
+        under = {**drawn, "samples": f"{apart.num_samples:,}", **pair}
+        share = Figure(SHARE, apart.share, percent, under, beside, "lower", apart.floor_share)
+        distance = Figure(DISTANCE, apart.distance, number, under, beside, "lower", apart.floor)
+        figures += [distance, share]
+    if gaps := found.gaps:
+        under = _noised(gaps.num_samples, len(gaps.levels)) | pair
+        figures.append(Figure(GAP, gaps.mean, percent, under, beside, "lower"))
+    return figures
+
+
+def _cost(found: Comparison) -> list[Figure]:
+    model, steps = found.student, found.num_steps
+    place, beside = {"device": found.device}, {"measured": "when the run ended"}
+    each = {"steps": str(steps), "guidance": _guidance(model.guidance_scale)}
+    speed = model.images_per_second(steps)
+    return [
+        *sizes(model.parameters, model.macs),
+        Figure(EVALUATIONS, model.evaluations_per_second, number, place, beside, "higher"),
+        Figure(f"{found.noun}s a second", speed, number, place | each, beside, "higher"),
+    ]
+
+
+def sizes(parameters: int, macs: int) -> list[Figure]:
+    """What needs nothing but the network."""
+    return [
+        Figure("parameters", parameters, count, better="lower"),
+        Figure("multiply-accumulates of an evaluation", macs, count, better="lower"),
+    ]
+
+
+def speed(evaluations_per_second: float, device: str) -> Figure:
+    """The speed of a network that was measured just now."""
+    return Figure(
+        EVALUATIONS,
+        evaluations_per_second,
+        number,
+        {"device": device},
+        {"measured": "for this comparison"},
+        "higher",
+    )
+
+
+def _drawn(num_samples: int, sampler: str, num_steps: int) -> dict[str, str]:
+    return {"samples": f"{num_samples:,}", "sampler": sampler, "steps": str(num_steps)}
+
+
+def _noised(num_samples: int, levels: int) -> dict[str, str]:
+    return {"samples": f"{num_samples:,} of the teacher's, noised to {levels} levels"}
+
+
+def _guidance(scale: float, interval: str | None = None) -> str:
+    if scale == 1:
+        return "none"
+    return f"{scale:g}{f', from {interval} of noise' if interval else ''}"
+
+
+def _beside_its_teacher(
+    student: ModelResult | SampledModel, teacher: ModelResult | SampledModel, interval: str | None
+) -> dict[str, str]:
+    own, other = (_guidance(each.guidance_scale, interval) for each in (student, teacher))
+    guidance = own if own == other else f"{own}; teacher {other}"
+    return {"guidance": guidance, "reference": f"the teacher, {teacher.name}"}
+
+
+def _against(reference: str, images: int | None, features: str, network: str) -> dict[str, str]:
+    known = f"{reference}, {images:,} images" if images else reference
+    found = {"reference": known, "features": features, "network": network}
+    return {name: words for name, words in found.items() if words}
