@@ -33,7 +33,7 @@ EVALUATED = Evaluation(
     metrics={"fd": Measured(2.5, 0.0123, 60_000)},
     teacher=None,
     teacher_distance=None,
-    gaps=None,
+    gap=None,
     warnings=(),
     device="CPU, 1 thread",
     versions={},
@@ -117,6 +117,17 @@ def test_an_evaluation_stands_beside_a_run(tmp_path):
     assert line.texts == ["3.00", "2.50"] and line.best == 1
     assert line.notes[0] == "seed: 0 (a), 7 (mine)"
     assert table.facts["model"] == (ABSENT, "mine")
+
+
+def test_metrics_with_a_network_of_their_own_are_apart_by_it(tmp_path):
+    files = [
+        evaluated(
+            tmp_path / f"{name}.json", metrics={"clip": Measured(30.0)}, judges={"clip": name}
+        )
+        for name in ("large", "small")
+    ]
+    table = table_of(*files)
+    assert [line.under["network"] for line in rows(table, "CLIP score")] == ["large", "small"]
 
 
 def test_distances_to_different_teachers_are_apart(tmp_path):

@@ -113,27 +113,44 @@ def _near_teacher(
 
 def figures_of_evaluation(found: Evaluation) -> list[Figure]:
     """What `dkdm evaluate` measured of one model."""
-    model, interval, to = found.model, found.guidance_interval, found.reference
     drawn = _drawn(found.num_samples, found.sampler.upper(), found.num_steps)
-    beside = {"seed": str(found.seed), "weights": model.weights}
-    against = _against(to.name, to.images, to.features, to.network) if to else {}
-    under = drawn | {"guidance": _guidance(model.guidance_scale, interval)} | against
-    known = {METRICS[name]: value for name, value in found.metrics.items() if name in METRICS}
-    figures = [
-        Figure(each.label, one.value, each.format, under, beside, each.better, one.floor)
-        for each, one in known.items()
-    ]
+    beside = {"seed": str(found.seed), "weights": found.model.weights}
+    figures = []
+    for name, one in found.metrics.items():
+        if name in METRICS:
+            each, under = METRICS[name], drawn | _measured_by(found, name)
+            about = each.format, under, beside, each.better, one.floor
+            figures.append(Figure(each.label, one.value, *about))
+    return figures + _to_teacher(found, drawn, beside)
+
+
+def _measured_by(found: Evaluation, name: str) -> dict[str, str]:
+    """Guidance and what a metric compares with: the reference, or a network of its own."""
+    model, to = found.model, found.reference
+    if name not in found.judges:
+        against = _against(to.name, to.images, to.features, to.network) if to else {}
+        return {"guidance": _guidance(model.guidance_scale, found.guidance_interval)} | against
+    judge = {"network": found.judges[name]}
+    if name == "lpips" and found.teacher is not None:
+        return _beside_its_teacher(model, found.teacher, found.guidance_interval) | judge
+    return {"guidance": _guidance(model.guidance_scale, found.guidance_interval)} | judge
+
+
+def _to_teacher(
+    found: Evaluation, drawn: Mapping[str, str], beside: Mapping[str, str]
+) -> list[Figure]:
     if found.teacher is None:
-        return figures
-    pair = _beside_its_teacher(model, found.teacher, interval)
+        return []
+    pair = _beside_its_teacher(found.model, found.teacher, found.guidance_interval)
+    figures = []
     if apart := found.teacher_distance:
         under = {**drawn, "samples": f"{apart.num_samples:,}", **pair}
         share = Figure(SHARE, apart.share, percent, under, beside, "lower", apart.floor_share)
         distance = Figure(DISTANCE, apart.distance, number, under, beside, "lower", apart.floor)
         figures += [distance, share]
-    if gaps := found.gaps:
-        under = _noised(gaps.num_samples, len(gaps.levels)) | pair
-        figures.append(Figure(GAP, gaps.mean, percent, under, beside, "lower"))
+    if gap := found.gap:
+        under = _noised(gap.num_samples, len(gap.levels)) | pair
+        figures.append(Figure(GAP, gap.mean, percent, under, beside, "lower"))
     return figures
 
 

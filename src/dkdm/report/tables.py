@@ -24,8 +24,8 @@ def print_comparison(table: Table, console: Console) -> None:
     for title, rows in (("", table.facts), ("options that differ", table.options)):
         if rows:
             grid = _grid([title, *table.names])
-            for name, texts in rows.items():
-                grid.add_row(_safe(name), *map(_safe, texts))
+            for name, values in rows.items():
+                grid.add_row(_safe(name), *map(_safe, values))
             console.print(grid)
 
 
