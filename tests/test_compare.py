@@ -2,22 +2,29 @@
 
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from dkdm.cli import main
-from dkdm.config import CompareCommand, to_json
+from dkdm.config import CompareCommand, ComparedOptions, to_json
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import TeacherDistance
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
 from dkdm.evaluation.figures import Figure
-from dkdm.report.entries import Entry, entry_of_evaluation, named_shortly
+from dkdm.evaluation.same_noise import Sampling, draw
+from dkdm.models import load_teacher
+from dkdm.report.entries import Entry, entry_of_evaluation, entry_of_run, named_shortly
+from dkdm.report.overlaid import overlaid
+from dkdm.report.rows_of_samples import rows_of_samples
 from dkdm.report.side_by_side import ABSENT, side_by_side
 from dkdm.report.tables import markdown
-from dkdm.runs.compare import compare_runs, conditions, entry_of_model
-from finished_run import CONFIG, comparison, write_metrics
+from dkdm.runs.compare import compare_runs, conditions, entry_of_model, opened
+from finished_run import CONFIG, comparison, write_metrics, write_validation
 
 FRECHET = "Frechet distance"
 EVALUATED = Evaluation(
@@ -262,10 +269,6 @@ def test_an_evaluation_is_not_taken_for_another_file(tmp_path):
 
 
 def test_a_model_is_measured_and_draws_from_the_noise_of_the_run(tmp_path):
-    from dkdm.evaluation.same_noise import Sampling, draw
-    from dkdm.models import load_teacher
-    from dkdm.report.entries import entry_of_run
-
     names = ("Trouser", "Bag")
     beside = entry_of_run(tmp_path / "a") if run_in(tmp_path / "a", num_steps=2) else None
     beside = replace(beside, samples=replace(beside.samples, names=names))
@@ -277,3 +280,87 @@ def test_a_model_is_measured_and_draws_from_the_noise_of_the_run(tmp_path):
     assert cond["class_labels"].tolist() == [1, 8]
     assert torch.equal(found.samples.own, draw(teacher, cond, Sampling(2, 2, seed=0)))
     assert entry_of_model("builtin:fashion", draws=False).samples is None
+
+
+def page_of(tmp_path, *specs, **options):
+    output = tmp_path / "compare.html"
+    table_of(*specs, output=output, overwrite=True, **options)
+    return output.read_text()
+
+
+def test_the_page_holds_numbers_samples_curves_and_options_in_one_file(tmp_path):
+    config = replace(CONFIG, learning_rate=2e-3)
+    specs = run_in(tmp_path / "a"), run_in(tmp_path / "b", config, num_steps=20)
+    page = page_of(tmp_path, *specs, evaluated(tmp_path / "mine.json"))
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    for part in ("Frechet distance", "Options that differ", "learning_rate", "Loss over the"):
+        assert part in page
+    assert "was measured under different circumstances (steps)" in page
+    assert page.count('<figure class="strip">') == 2  # ten columns, five in each
+    assert page.count('class="line c0"') == page.count('class="line c1"') == 2
+    assert page.count("<table") == page.count("</table>") and 'class="line c2"' not in page
+
+
+def test_only_samples_from_the_same_noise_share_columns(tmp_path):
+    changed = comparison()
+    teacher = {**changed.samples, "teacher": changed.samples["teacher"] / 2}
+    same = [run_in(tmp_path / "a"), run_in(tmp_path / "b"), run_in(tmp_path / "c", samples=teacher)]
+    blocks = rows_of_samples(opened(ComparedOptions(tuple(same))), ["a", "b", "c"])
+    assert [[name for name, _ in block.rows] for block in blocks] == [
+        ["teacher of a", "teacher of c", "a", "b", "c"]
+    ]
+    others = [*same[:2], run_in(tmp_path / "d", seed=1)]
+    blocks = rows_of_samples(opened(ComparedOptions(tuple(others))), ["a", "b", "d"])
+    assert [[name for name, _ in block.rows] for block in blocks] == [
+        ["teacher", "a", "b"],
+        ["teacher", "d"],
+    ]
+    assert "only columns of one box can be compared" in page_of(tmp_path, *others)
+
+
+def test_validation_curves_measured_differently_have_their_own_charts(tmp_path):
+    def validated(name, **options):
+        config = replace(CONFIG, validation_metric="gap", **options)
+        folder = run_in(tmp_path / name, config)
+        write_validation(tmp_path / name, "gap", {100: 0.5, 200: 0.2})
+        return folder
+
+    def charts(*names):
+        entries = opened(ComparedOptions(tuple(str(tmp_path / name) for name in names)))
+        found = overlaid(entries, names)
+        return [chart for chart in found if chart.title == "Validation: gap"]
+
+    validated("a"), validated("b", seed=1), validated("c", validation_samples=99)
+    (together,) = charts("a", "b")
+    assert [name for _, name in together.keys] == ["a", "b"]
+    assert "other noise, seeds 0, 1" in together.note
+    assert [[name for _, name in chart.keys] for chart in charts("a", "c")] == [["a"], ["c"]]
+
+
+def test_losses_of_different_objectives_are_called_so(tmp_path):
+    config = replace(CONFIG, loss_weighting="capped")
+    specs = run_in(tmp_path / "a"), run_in(tmp_path / "b", config)
+    assert "different losses, by loss_weighting" in page_of(tmp_path, *specs)
+
+
+def test_names_in_the_page_are_escaped(tmp_path):
+    weights = "<script>alert(1)</script>"
+    page = page_of(tmp_path, run_in(tmp_path / "a", weights=weights), run_in(tmp_path / "b"))
+    assert weights not in page and "&lt;script&gt;" in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_shows_the_page_within_its_width(tmp_path):
+    specs = [run_in(tmp_path / name) for name in ("a", "b")]
+    page_of(tmp_path, *specs)
+    file, shot = tmp_path / "compare.html", tmp_path / "shot.png"
+    options = ["--headless=new", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [shutil.which("chromium"), *options, "--window-size=500,900"]
+    subprocess.run([*command, f"--screenshot={shot}", file.as_uri()], check=True)
+    pixels = Image.open(shot).convert("RGB")
+    assert pixels.size == (500, 900) and len(pixels.getcolors(10**6)) > 50
+    seen = subprocess.run(
+        [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, check=True
+    ).stdout
+    assert "Frechet distance" in seen

@@ -9,7 +9,7 @@ from typing import Literal
 
 from dkdm.evaluation.evaluated import Evaluation, SampledModel
 from dkdm.evaluation.metrics import METRICS, Metrics
-from dkdm.evaluation.numbers import count, number, percent
+from dkdm.evaluation.numbers import count, memory, number, percent
 from dkdm.evaluation.results import Comparison, ModelResult
 from dkdm.evaluation.rows import floors_in
 
@@ -161,6 +161,7 @@ def _cost(found: Comparison) -> list[Figure]:
     speed = model.images_per_second(steps)
     return [
         *sizes(model.parameters, model.macs),
+        *memories(model.weights_mib, model.evaluation_mib),
         Figure(EVALUATIONS, model.evaluations_per_second, number, place, beside, "higher"),
         Figure(f"{found.noun}s a second", speed, number, place | each, beside, "higher"),
     ]
@@ -171,6 +172,19 @@ def sizes(parameters: int, macs: int) -> list[Figure]:
     return [
         Figure("parameters", parameters, count, better="lower"),
         Figure("multiply-accumulates of an evaluation", macs, count, better="lower"),
+    ]
+
+
+def memories(weights_mib: float | None, evaluation_mib: float | None) -> list[Figure]:
+    """Memory of weights and of one evaluation of one sample, in MiB; None: not measured."""
+    found = {
+        "memory of the weights": weights_mib,
+        "memory of an evaluation beside them": evaluation_mib,
+    }
+    return [
+        Figure(label, mib, memory, better="lower")
+        for label, mib in found.items()
+        if mib is not None
     ]
 
 

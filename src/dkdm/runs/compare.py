@@ -12,18 +12,20 @@ from dkdm.core.kinds import kind_of
 from dkdm.errors import UsageError
 from dkdm.evaluation.comparison import SPEED_BATCH, describe
 from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
-from dkdm.evaluation.figures import sizes, speed
+from dkdm.evaluation.figures import memories, sizes, speed
+from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.models import load_teacher
 from dkdm.models.locate import INDEX, is_hub_id
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic, check_output
+from dkdm.report.comparison_page import comparison_page
 from dkdm.report.entries import SHOWN, Entry, Samples, entry_of_evaluation, entry_of_run
 from dkdm.report.side_by_side import Table, side_by_side
 from dkdm.report.tables import markdown
 
 KINDS = "a run's folder, the JSON of dkdm evaluate --json, or a model"
-SUFFIXES = (".md",)
+SUFFIXES = (".html", ".md")
 STEPS = 25  # of samples, if no run says how many
 
 
@@ -40,9 +42,11 @@ def compare_runs(command: CompareCommand) -> Table:
     entries = opened(how)
     table = side_by_side(entries)
     if files.output is not None:
+        is_page = files.output.suffix == ".html"
+        text = comparison_page(entries, table) if is_page else markdown(table)
         files.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic(files.output) as partial:
-            partial.write_text(markdown(table), encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
     return table
 
 
@@ -82,7 +86,11 @@ def entry_of_model(spec: str, draws: bool = True, beside: Entry | None = None) -
     """
     model = load_teacher(spec)
     rate = evaluations_per_second(model, SPEED_BATCH)
-    figures = [*sizes(model.num_parameters, count_macs(model)), speed(rate, describe(model.device))]
+    figures = [
+        *sizes(model.num_parameters, count_macs(model)),
+        *memories(weights_mib(model), evaluation_mib(model, 1)),
+        speed(rate, describe(model.device)),
+    ]
     return Entry(
         spec,
         "model",
