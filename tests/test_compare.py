@@ -270,7 +270,8 @@ def test_an_evaluation_is_not_taken_for_another_file(tmp_path):
 
 def test_a_model_is_measured_and_draws_from_the_noise_of_the_run(tmp_path):
     names = ("Trouser", "Bag")
-    beside = entry_of_run(tmp_path / "a") if run_in(tmp_path / "a", num_steps=2) else None
+    run_in(tmp_path / "a", num_steps=2)
+    beside = entry_of_run(tmp_path / "a")
     beside = replace(beside, samples=replace(beside.samples, names=names))
     found = entry_of_model("builtin:fashion", True, beside)
     assert found.figures[0].value == 1_806_529 and found.samples.names == names

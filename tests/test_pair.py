@@ -88,7 +88,7 @@ def test_models_that_do_not_belong_together_are_refused():
         ({"seed": None}, "--seed"),
         ({"seed": -1}, "--seed -1"),
         ({"num_steps": 5000}, "steps"),
-        ({"class_id": 3}, "class id 3"),
+        ({"class_id": 7}, "class id 7"),
         ({"sampler": "magic"}, "--sampler"),
         ({"guidance_scale": float("nan")}, "--guidance-scale"),
     ],

@@ -36,7 +36,7 @@ def compare_runs(command: CompareCommand) -> Table:
     """
     how, files = command.compared, command.files
     if len(how.runs) < 2:
-        raise UsageError(f"dkdm compare {' '.join(how.runs)}: give two or more, each {KINDS}")
+        raise UsageError(f"dkdm compare: give two or more, each {KINDS}")
     if files.output is not None:
         check_output("--output", files.output, suffixes=SUFFIXES, overwrite=files.overwrite)
     entries = opened(how)
