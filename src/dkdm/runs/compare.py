@@ -15,8 +15,9 @@ from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
 from dkdm.evaluation.figures import memories, sizes, speed
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
-from dkdm.models import load_teacher
+from dkdm.models import load_teacher, place
 from dkdm.models.locate import INDEX, is_hub_id
+from dkdm.models.place import device_of_run
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic, check_output
 from dkdm.report.comparison_page import comparison_page
@@ -85,6 +86,7 @@ def entry_of_model(spec: str, draws: bool = True, beside: Entry | None = None) -
     drawn; None draws others.
     """
     model = load_teacher(spec)
+    place(model, device_of_run())
     rate = evaluations_per_second(model, SPEED_BATCH)
     figures = [
         *sizes(model.num_parameters, count_macs(model)),

@@ -13,7 +13,8 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import describe
 from dkdm.evaluation.numbers import count
-from dkdm.models import chosen_teacher
+from dkdm.models import chosen_teacher, place
+from dkdm.models.place import device_of_run
 from dkdm.report.media import media
 from dkdm.runs.judges import judged_teacher, run_of
 from dkdm.runs.pair import Drawn, Pair, Wish, draw_both, pair_of
@@ -38,6 +39,8 @@ def serve(command: UiCommand) -> None:
     student = chosen_teacher(command.model_choice)
     teacher = judged_teacher(command.teacher_choice, run, asked=True)
     assert teacher is not None  # since it was asked for
+    for model in (teacher, student):
+        place(model, device_of_run())
     steps = run.evaluation.validation_sampling_steps if run else STEPS
     launch(gradio, page(gradio, pair_of(teacher, student, run), steps), command.page.port)
 
