@@ -11,6 +11,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 from dkdm.data.clip import MEAN, STD, clip_score
 from dkdm.data.resizing import eight_bits
 from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.same_noise import Sampling
+from dkdm.evaluation.single_images import SingleImages
 
 WORDS = ["<|startoftext|>", "<|endoftext|>", "a</w>", "red</w>", "blue</w>", "cat</w>", "dog</w>"]
 LETTERS = sorted(set("abcdegloru")) + [f"{c}</w>" for c in sorted(set("abcdegloru"))]
@@ -133,3 +135,20 @@ def test_models_that_are_none(folder, tmp_path):
     with pytest.raises(DkdmError, match="cannot be loaded"):
         clip_score(tmp_path)
     assert "\n" not in str(told.value)
+
+
+def test_each_image_is_scored_with_its_own_prompt():
+    asked = []
+
+    def score(pictures, prompts):
+        asked.extend(prompts)
+        return torch.full((len(pictures),), float(len(asked)))
+
+    cond = {"prompt": torch.tensor([3, 1, 2, 1])}
+    prompts = ("negative", *PROMPTS[:3])
+    single = SingleImages(cond, Sampling(4, 1, seed=0), clip=score, prompts=prompts)
+    columns = single.of(range(1, 4))
+    columns.add(images(2), range(1, 3))
+    columns.add(images(1), range(3, 4))
+    assert asked == [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    assert columns.whole()["clip"].tolist() == [2, 2, 3] and columns.whole().keys() == {"clip"}

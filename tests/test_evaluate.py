@@ -225,6 +225,18 @@ def test_references_and_teachers_of_other_shapes_are_refused():
         dkdm.evaluate(denoiser(), teacher=vectors, **SMALL)
 
 
+def test_a_metric_that_the_network_does_not_give_is_refused_before_images_are_seen(monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("images were opened")
+
+    monkeypatch.setattr("dkdm.runs.judges.load_reference", load)
+    for name, said in (("fid", "use fd"), ("sfid", "no statistics of spatial features")):
+        with pytest.raises(
+            UsageError, match=f"^{name} cannot be measured against images: .*{said}"
+        ):
+            dkdm.evaluate(denoiser(), "images", metrics=name, feature_network="fashion", **SMALL)
+
+
 def test_samples_that_are_not_finite_are_refused(tmp_path):
     broken = replace(denoiser(), network=lambda x, t, class_labels: x * torch.nan)
     with pytest.raises(DkdmError, match=r"3 of 3 samples of model hold NaN or infinity"):

@@ -92,7 +92,7 @@ def test_nothing_in_the_cache_says_what_to_do():
     with pytest.raises(UsageError) as told:
         published().find()
     assert "give --weights download, which fetches it from http://127" in str(told.value)
-    assert "or --weights FILE" in str(told.value)
+    assert "or --weights FOLDER" in str(told.value)
 
 
 def test_a_damaged_copy_is_not_used_and_is_replaced(tmp_path, cache):
@@ -134,7 +134,7 @@ def test_a_server_that_refuses():
     with served(b"", 404) as address, pytest.raises(DkdmError) as told:
         published(address).find("download")
     assert "404" in str(told.value)
-    assert "fetch it on a machine with a network and give --weights FILE" in str(told.value)
+    assert "fetch it on a machine with a network and give --weights FOLDER" in str(told.value)
 
 
 def test_offline(cache):

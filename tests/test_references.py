@@ -310,7 +310,10 @@ REFUSED = {
     "infinite": (broken("sigma", np.full((4, 4), np.inf)), "sigma holds NaN or infinity"),
     "text": (broken("mu", ["a"] * 4), "give mu as numbers"),
     "objects": (broken("mu", [{}] * 4), "give mu as numbers"),
-    "neither": (lambda path: np.savez(path, other=np.ones(3)), "arr_0"),
+    "neither": (
+        lambda path: np.savez(path, other=np.ones(3)),
+        "holds 'other': give images as arr_0, or statistics as mu and sigma",
+    ),
     "floats": (lambda path: np.savez(path, np.ones((2, 8, 8, 3))), r"uint8 \[N, H, W, C\]"),
     "other sizes": (lambda path: np.savez(path, pixels(3, side=9)), r"shape \(3, 9, 9\)"),
     "none": (lambda path: np.savez(path, pixels(0)), "holds 0 images"),

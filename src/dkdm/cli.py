@@ -255,9 +255,8 @@ def _evaluate(options: EvaluateCommand) -> int:
             floor = "" if row.floor is None else row.format(row.floor)
             print(f"{row.label:47s}{row.texts[0]:>14s}{floor:>14s}")
         counts = {n for each in found.metrics.values() if (n := each.floor_samples)}
-        if counts - {found.num_samples}:
-            of = " and ".join(f"{count:,}" for count in sorted(counts))
-            print(f"floors are of {of} samples: fewer would lie farther from the reference")
+        for count in sorted(counts - {found.num_samples}):
+            print(f"floors are of {count:,} samples, not {found.num_samples:,}")
     PartialState().destroy_process_group()
     return 0
 

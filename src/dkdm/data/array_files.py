@@ -20,6 +20,7 @@ from dkdm.data.images import to_samples
 from dkdm.data.real_images import AT_ONCE, Images, Source
 from dkdm.data.reference import FeatureExtractor
 from dkdm.errors import DkdmError, in_a_line
+from dkdm.reading.fields import shown
 
 IMAGES, LABELS = "arr_0", "arr_1"  # of ADM's .npz
 SAMPLES, CLASSES = "samples", "class_labels"  # of a .safetensors by dkdm
@@ -105,6 +106,12 @@ def _digest(path: Path) -> str:
 
 
 def _opened_npz(path: Path, network: FeatureExtractor) -> Images:
+    names = array_names(path)
+    if IMAGES not in names:
+        raise DkdmError(
+            f"{path} holds {shown(', '.join(names[:5]))}: give images as {IMAGES}, or statistics "
+            "as mu and sigma"
+        )
     with opened_array(path, IMAGES) as member:
         shape, dtype = member.shape, member.dtype
     if dtype != np.uint8 or len(shape) != 4:
@@ -113,7 +120,7 @@ def _opened_npz(path: Path, network: FeatureExtractor) -> Images:
         )
     count, height, width, channels = shape
     labels = None
-    if LABELS in array_names(path):
+    if LABELS in names:
         labels = _labels(path, read_array(path, LABELS, (count,)), count)
     batches = partial(_batches_of_npz, path)
     return _images(path, count, (channels, height, width), batches, labels, network)

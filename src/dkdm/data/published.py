@@ -66,7 +66,7 @@ class Published:
     def _absent(self) -> NoReturn:
         raise UsageError(
             f"{self.name} is not in {cache_dir('features')}: give {self.option} {DOWNLOAD}, which "
-            f"fetches it from {self.address}, or {self.option} FILE"
+            f"fetches it from {self.address}, or {self.option} FOLDER, which holds it"
         )
 
     def _in_folder(self, folder: Path) -> tuple[Path, str]:
@@ -93,7 +93,7 @@ class Published:
                 error.close()
             raise DkdmError(
                 f"{self.address} cannot be fetched ({in_a_line(error)}): fetch it on a machine "
-                f"with a network and give {self.option} FILE"
+                f"with a network and give {self.option} FOLDER, which holds it"
             ) from error
 
     def _kept(self, path: Path, shown: str) -> tuple[Path, str]:

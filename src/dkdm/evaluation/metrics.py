@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from dkdm.data.reference import (
+    FeatureExtractor,
     Features,
     FeatureStatistics,
     Reference,
@@ -135,20 +136,30 @@ def check(names: Iterable[str], reference: Reference | None) -> None:
 
 def missing(metric: Metric, reference: Reference) -> str:
     """What the reference lacks for a metric, in words; empty if nothing."""
-    network = reference.network
+    if reason := missing_of_network(metric, reference.network):
+        return reason
     lacks = {
-        "inception": not network.name.startswith("inception"),
-        "other": network.name.startswith("inception"),
-        "logits": "logits" not in network.gives,
-        "spatial": "spatial" not in network.gives or reference.spatial is None,
+        "spatial": reference.spatial is None,
         "real": reference.features is None,
-        "classes": network.class_names is None,
-        "variance": reference.class_variance is None or "pixels" not in network.gives,
+        "variance": reference.class_variance is None,
     }
     few = reference.num_images is not None and reference.num_images < metric.least
     if "real" in metric.needs and few:
         return f"it holds {reference.num_images} image(s); give at least {metric.least}"
-    return next((_LACKS[need] for need in sorted(metric.needs) if lacks[need]), "")
+    return next((_LACKS[need] for need in sorted(metric.needs) if lacks.get(need)), "")
+
+
+def missing_of_network(metric: Metric, network: FeatureExtractor) -> str:
+    """What a network of features does not give for a metric, in words; empty if nothing."""
+    lacks = {
+        "inception": not network.name.startswith("inception"),
+        "other": network.name.startswith("inception"),
+        "logits": "logits" not in network.gives,
+        "spatial": "spatial" not in network.gives,
+        "classes": network.class_names is None,
+        "variance": "pixels" not in network.gives,
+    }
+    return next((_LACKS[need] for need in sorted(metric.needs) if lacks.get(need)), "")
 
 
 _LACKS = {

@@ -30,6 +30,7 @@ from dkdm.runs.judges import (
     Standard,
     fitting,
     judged_teacher,
+    named_metrics,
     ready,
     run_of,
     scales_of,
@@ -42,7 +43,6 @@ from dkdm.runs.measure import (
     check_names,
     chosen_metrics,
     measured,
-    named_metrics,
     warnings_of,
 )
 
@@ -117,7 +117,7 @@ def _check_first(command: EvaluateCommand) -> None:
         torch.device(device or "cpu")
     except RuntimeError as error:
         raise UsageError(f"--feature-device {device}: give a device such as cpu or cuda") from error
-    check_names(named_metrics(command))
+    check_names(named_metrics(command.measurement))
 
 
 def planned(
@@ -137,7 +137,8 @@ def planned(
         check_shapes(teacher, model)
         teacher = ready(teacher, fitting(command, teacher), scales[1])
     given = reference or command.measurement.reference
-    standard = standard_of(given, model, teacher, command, device, scales[0])
+    with PartialState().main_process_first():  # which keeps what it sees in the cache
+        standard = standard_of(given, model, teacher, command, device, scales[0])
     metrics, beside = chosen_metrics(command, standard, teacher)
     for each in (model, teacher, standard.model):
         if each is not None:
@@ -152,7 +153,7 @@ def planned(
 
 def _teacher(command: EvaluateCommand, run: Run | None) -> Denoiser | None:
     """The teacher, if something is measured with it."""
-    names = named_metrics(command)
+    names = named_metrics(command.measurement)
     asked = command.measurement.reference == "teacher" or bool(set(names) & {*NAMES, "lpips"})
     unwanted = names and not asked
     return None if unwanted else judged_teacher(command.teacher_choice, run, asked)

@@ -37,7 +37,7 @@ from dkdm.data.perceptual import perceptual_distance
 from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import weights_in_words
-from dkdm.evaluation.metrics import PER_SAMPLE
+from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, missing_of_network
 from dkdm.evaluation.results import read_evaluation
 from dkdm.evaluation.same_noise import decoded
 from dkdm.evaluation.shards import Drawing
@@ -223,10 +223,20 @@ def standard_of(
     return Standard(reference, None, reference.network)
 
 
+def named_metrics(how: MeasurementOptions) -> tuple[str, ...]:
+    """The metrics that were named; none if all or the usual ones are asked for."""
+    if how.metrics is None or how.metrics == "all":
+        return ()
+    return tuple(dict.fromkeys(name.strip() for name in how.metrics.split(",") if name.strip()))
+
+
 def _real(spec: str, how: MeasurementOptions, shape: tuple[int, ...], place: str) -> Reference:
     if spec in REFERENCES and how.feature_network is None:
         return load_reference(spec)
     network = chosen_extractor(how.feature_network, how.resize, place)
+    for name in named_metrics(how):
+        if name in METRICS and (reason := missing_of_network(METRICS[name], network)):
+            raise UsageError(f"{name} cannot be measured against {spec}: {reason}")
     return load_reference(spec, network, skip_bad=how.skip_bad, shape=shape)
 
 

@@ -20,7 +20,7 @@ from dkdm.evaluation.comparison import describe, versions
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
 from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, Sampled, check, measure, missing, usual
 from dkdm.evaluation.shards import Drawing, Drawn, read_shards
-from dkdm.runs.judges import AS_GIVEN, Standard
+from dkdm.runs.judges import AS_GIVEN, Standard, named_metrics
 
 NOT_YET = FeatureStatistics(torch.zeros(0), torch.zeros(0, 0), 0)
 ALONE = ("is", "class_accuracy")  # made of samples alone, without the reference's
@@ -52,14 +52,6 @@ class Plan:
         return [each for i, each in enumerate(found) if each and each not in found[:i]]
 
 
-def named_metrics(command: EvaluateCommand) -> tuple[str, ...]:
-    """The metrics that were named; none if all or the usual ones are asked for."""
-    asked = command.measurement.metrics
-    if asked is None or asked == "all":
-        return ()
-    return tuple(dict.fromkeys(name.strip() for name in asked.split(",") if name.strip()))
-
-
 def check_names(names: Sequence[str]) -> None:
     """Raise UsageError for a name that is no metric."""
     for name in names:
@@ -77,7 +69,7 @@ def chosen_metrics(
 
     Raises UsageError for one that cannot be measured, and if nothing can.
     """
-    names, known = named_metrics(command), _reference_to_come(standard)
+    names, known = named_metrics(command.measurement), _reference_to_come(standard)
     metrics = tuple(name for name in names if name in METRICS)
     beside = tuple(name for name in names if name in NAMES)
     if not names:
