@@ -165,7 +165,8 @@ def read_shards(drawing: Drawing, root: Path) -> Drawn:
     labels = [part.pop(LABELS) for part in parts if LABELS in part]
     features = None
     if drawing.is_seen:
-        features = Features.joined([Features(**part) for part in parts])
+        columns = set.intersection(*map(set, parts))
+        features = Features(**{name: torch.cat([p.pop(name) for p in parts]) for name in columns})
     return Drawn(
         features,
         torch.cat(labels) if labels else None,
