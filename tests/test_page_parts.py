@@ -357,8 +357,12 @@ def test_the_page_works_in_a_browser(run, tmp_path):
 
 def dumped(page):
     """The document of a page after its scripts."""
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    options = ["--allow-file-access-from-files", f"--user-data-dir={page.parent / 'profile'}"]
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    options = [
+        "--dump-dom",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={page.parent / 'profile'}",
+    ]
     done = subprocess.run(
         [*command, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
