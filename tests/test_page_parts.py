@@ -38,8 +38,9 @@ from dkdm.report.images import pairs, reduced
 from dkdm.report.maps import FAINTEST, FLOOR, bar_chart, heat_map
 from dkdm.runs.outputs import save_pool
 from finished_run import CONFIG, comparison, write_metrics, write_stages
-from test_report import HOSTILE, Page
+from page_reader import Page
 
+HOSTILE = "\"><script>alert('x')</script>"
 PROCESS = from_betas(beta_schedule("squaredcos_cap_v2", 50))
 SHAPE = (1, 4, 4)
 CLASSES = ClassLabels(3, null_class=3)
@@ -155,7 +156,7 @@ def test_levels_of_a_student_of_another_process_are_said(run):
 
 
 def pool_of(size=40):
-    return empty_pool(model(0.5), size, torch.device("cpu"), torch.float32, stride=Stride(9))
+    return empty_pool(model(0.5), size, torch.device("cpu"), torch.float32, stride=Stride(5, 12))
 
 
 def test_ages_are_counted_from_the_batch_in_which_a_chain_began():
