@@ -58,7 +58,7 @@ def test_the_report_and_the_card_are_whole(run):
     _, folder = run
     page = (folder / "report.html").read_text()
     assert "not complete" not in page
-    assert page.count("data:image/png") == 2 + 1 + 2  # ten samples in halves, the others, stages
+    assert page.count("data:image/png") == 2 * 10 + 1 + 2 + 4  # pairs, the others, stages, ways
     card = (folder / "README.md").read_text()
     assert "samples/comparison.png" in card
     assert "image" not in card.partition("## Use")[0].replace("No image was read", "")
