@@ -1,23 +1,26 @@
 """The page of dkdm ui: wired by a stand-in for gradio; by gradio itself, and seen by a browser."""
 
 import http.client
-import shutil
+import json
 import socket
 import subprocess
-from contextlib import nullcontext
+import sys
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from browser import CHROMIUM, browser
 from dkdm.cli import main
 from dkdm.core.conditioning import ClassLabels
 from dkdm.errors import UsageError
 from dkdm.runs.pair import pair_of
-from dkdm.runs.ui import HOST, POLICY, gradio_module, launch, page
+from dkdm.runs.ui import HOST, POLICY, page
 from factories import denoiser
 
-CHROMIUM = shutil.which("chromium")
 NEEDS_GRADIO = pytest.mark.skipif(
     find_spec("gradio") is None, reason="gradio is not installed: pip install 'dkdm[ui]'"
 )
@@ -122,36 +125,68 @@ def free_port():
 
 def answer(port, host):
     connection = http.client.HTTPConnection(HOST, port, timeout=30)
-    connection.request("GET", "/", headers={"Host": host})
-    return connection.getresponse()
+    try:
+        connection.request("GET", "/", headers={"Host": host})
+        found = connection.getresponse()
+        found.read()
+        return found
+    finally:
+        connection.close()
+
+
+SERVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_ui import pair
+from dkdm.runs.ui import gradio_module, launch, page
+gradio = gradio_module()
+launch(gradio, page(gradio, pair(), steps=2), {port})
+"""
+IMAGES = "[...document.images].map(each => each.src).join()"
+LATENCIES = "document.body.innerText.split('for 8 in 2 steps').length - 1"
+
+
+@contextmanager
+def served(port):
+    """The page of two tiny models, in a process of its own."""
+    program = SERVER.format(tests=str(Path(__file__).parent), port=port)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while not answers(port):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.2)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(port, host=HOST):
+    with socket.socket() as tried:
+        return tried.connect_ex((host, port)) == 0
 
 
 @pytest.mark.slow
 @NEEDS_GRADIO
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-@pytest.mark.filterwarnings("ignore")
-def test_a_browser_sees_both_models_and_asks_no_other_address(tmp_path):
-    gradio, port = gradio_module(), free_port()
-    blocks = page(gradio, pair(), steps=2)
-    launch(gradio, blocks, port, blocking=False)
-    try:
+def test_a_browser_draws_with_both_models_and_asks_no_other_address(tmp_path):
+    port = free_port()
+    with served(port), browser(tmp_path / "profile") as seen:
         assert answer(port, "evil.example").status == 400
         assert answer(port, f"{HOST}:{port}").getheader("content-security-policy") == POLICY
-        with socket.socket() as outside, pytest.raises(OSError):
-            outside.settimeout(2)
-            outside.connect((socket.gethostbyname(socket.gethostname()), port))
-            if outside.getpeername()[0] == HOST:
-                raise OSError
-        options = ["--headless=new", "--no-sandbox", f"--user-data-dir={tmp_path}", "--dump-dom"]
-        options += ["--timeout=20000", "--virtual-time-budget=20000"]
-        seen = subprocess.run(
-            [CHROMIUM, *options, f"http://{HOST}:{port}"], capture_output=True, text=True
+        assert not answers(port, "127.0.0.2")  # 127.0.0.1 is all that it listens at
+        seen.open(f"http://{HOST}:{port}/")
+        seen.wait(f"{LATENCIES} == 2")
+        first = seen.run(IMAGES)
+        assert first.count("data:image/png;base64,") == 2
+        seen.run(
+            "[...document.querySelectorAll('button')].find(b => b.innerText == 'Draw').click()"
         )
-    finally:
-        blocks.close()
-    assert seen.stdout.count("for 8 in 2 steps") == 2
-    assert seen.stdout.count("data:image/png;base64,") == 2
-    assert all(label in seen.stdout for label in ("seed", "steps", "guidance", "class", "sampler"))
+        seen.wait("document.body.innerText.includes('ms each')")
+        seen.wait(f"{IMAGES} == {json.dumps(first)}")  # the same wish draws the same
+        network = [url for url in seen.asked if not url.startswith(("data:", "blob:"))]
+        assert network and all(url.startswith(f"http://{HOST}:{port}/") for url in network)
 
 
 def test_a_pair_of_other_shapes_is_refused():

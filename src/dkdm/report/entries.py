@@ -64,6 +64,8 @@ def entry_of_run(folder: Path) -> Entry:
     if found is None and not run.is_distillation:
         missing.append("A run on images keeps no numbers: measure it by dkdm evaluate --json.")
     facts = {"network": found.student.network, "weights": found.weights} if found else {}
+    if found:
+        facts["samples shown"] = how_drawn(found.num_steps, found.student.guidance_scale)
     options = {k: v for k, v in run.config.flat().items() if k not in UNINTERESTING}
     return Entry(
         name=str(folder),
@@ -75,6 +77,12 @@ def entry_of_run(folder: Path) -> Entry:
         samples=_samples_of(run),
         missing=missing,
     )
+
+
+def how_drawn(num_steps: int, guidance_scale: float) -> str:
+    """How the samples that are shown were drawn."""
+    guidance = "no guidance" if guidance_scale == 1 else f"guidance {guidance_scale:g}"
+    return f"DDIM, {num_steps} steps, {guidance}"
 
 
 def training_facts(run: Run) -> dict[str, str]:

@@ -38,13 +38,14 @@ class Line:
         return next((figure.floor_text for figure in self.figures if figure), "")
 
     @property
-    def best(self) -> int | None:
-        """The column with the best value; None if there is nothing to choose from."""
-        known = [(figure.value, i) for i, figure in enumerate(self.figures) if figure]
-        better = next((figure.better for figure in self.figures if figure), None)
-        if better is None or len({figure.text for figure in self.figures if figure}) < 2:
-            return None
-        return (min if better == "lower" else max)(known)[1]
+    def best(self) -> list[int]:
+        """The columns that show the best value; none if there is nothing to choose from."""
+        known = [figure for figure in self.figures if figure]
+        better = next((figure.better for figure in known), None)
+        if better is None or len({figure.text for figure in known}) < 2:
+            return []
+        found = (min if better == "lower" else max)(known, key=lambda figure: figure.value)
+        return [i for i, text in enumerate(self.texts) if text == found.text]
 
 
 @dataclass(frozen=True)

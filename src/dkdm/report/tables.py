@@ -41,7 +41,7 @@ def _grid(columns: Sequence[str]) -> Grid:
 
 
 def _bold(line: Line, column: int, text: str) -> str:
-    return f"[bold]{_safe(text)}[/bold]" if line.best == column else _safe(text)
+    return f"[bold]{_safe(text)}[/bold]" if column in line.best else _safe(text)
 
 
 def markdown(table: Table) -> str:
@@ -57,7 +57,7 @@ def markdown(table: Table) -> str:
 
 
 def _cells(table: Table, line: Line) -> list[str]:
-    texts = [f"**{plain(t)}**" if line.best == i else plain(t) for i, t in enumerate(line.texts)]
+    texts = [f"**{plain(t)}**" if i in line.best else plain(t) for i, t in enumerate(line.texts)]
     return [plain(_marked(table, line)), line.letter, *texts, plain(line.floor)]
 
 

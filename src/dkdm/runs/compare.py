@@ -8,7 +8,7 @@ from pathlib import Path
 from dkdm.config import CompareCommand, ComparedOptions
 from dkdm.core.conditioning import ClassLabels, Condition
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of
+from dkdm.core.kinds import kind_of, null_or_none
 from dkdm.errors import UsageError
 from dkdm.evaluation.comparison import SPEED_BATCH, describe
 from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
@@ -21,7 +21,7 @@ from dkdm.models.place import device_of_run
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic, check_output
 from dkdm.report.comparison_page import comparison_page
-from dkdm.report.entries import SHOWN, Entry, Samples, entry_of_evaluation, entry_of_run
+from dkdm.report.entries import SHOWN, Entry, Samples, entry_of_evaluation, entry_of_run, how_drawn
 from dkdm.report.side_by_side import Table, side_by_side
 from dkdm.report.tables import markdown
 
@@ -93,33 +93,39 @@ def entry_of_model(spec: str, draws: bool = True, beside: Entry | None = None) -
         *memories(weights_mib(model), evaluation_mib(model, 1)),
         speed(rate, describe(model.device)),
     ]
+    samples, how = _drawn(model, beside) if draws else (None, "")
     return Entry(
         spec,
         "model",
-        {"network": type(model.network).__name__},
+        {"network": type(model.network).__name__, "samples shown": how},
         figures,
-        samples=_drawn(model, beside) if draws else None,
+        samples=samples,
         missing=[f"only size and speed were measured: dkdm evaluate {spec} --json measures more"],
     )
 
 
-def _drawn(model: Denoiser, beside: Entry | None) -> Samples | None:
-    """Unguided samples; None for models that ask for more than a class."""
+def _drawn(model: Denoiser, beside: Entry | None) -> tuple[Samples | None, str]:
+    """Samples, and how they were drawn; none of models that ask for more than a class.
+
+    They are guided as the run beside them is, if the model can be.
+    """
     if kind_of(model.conditioning).asks not in (None, "class_labels"):
-        return None
+        return None, ""
     found = beside.run.comparison if beside and beside.run else None
     wanted = beside.samples.names[:SHOWN] if beside and beside.samples else ("",) * SHOWN
     sampling = Sampling(len(wanted), *((found.num_steps, found.seed) if found else (STEPS, 0)))
-    cond = conditions(model, wanted)
+    cond, null = conditions(model, wanted), null_or_none(model.conditioning, 1)
+    scale = found.student.guidance_scale if found and null is not None else 1.0
     with undisturbed(model):
-        images = decoded(model, draw(model, cond, sampling))
+        images = decoded(model, draw(model, cond, sampling, scale))
     if not 2 <= images.ndim <= 5:
-        return None
+        return None, ""
     known = kind_of(model.conditioning).shown_names(0) or ()
     labels = [int(label) for label in cond.get("class_labels", ())]
     names = [known[i] if i < len(known) else f"class {i}" for i in labels]
     noise = sampling.seed, tuple(model.sample_shape)
-    return Samples(images, None, noise, tuple(names) or ("",) * len(wanted))
+    samples = Samples(images, None, noise, tuple(names) or ("",) * len(wanted))
+    return samples, how_drawn(sampling.num_steps, scale)
 
 
 def conditions(model: Denoiser, wanted: Sequence[str]) -> Condition:
