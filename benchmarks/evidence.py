@@ -41,6 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "edm": {"student_process": "edm"},
     "eps, min-SNR": {"student_prediction": "epsilon", "loss_weighting": "min-snr"},
     "v, min-SNR": {"student_prediction": "v_prediction", "loss_weighting": "min-snr"},
+    "replay": {"replay": 2},
+    "batch 32": {"train_batch_size": 32},
+    "batch 32, replay": {"train_batch_size": 32, "replay": 2},
 }
 SHARED: dict[str, Any] = {
     "train_batch_size": 64,

@@ -180,11 +180,6 @@ class TrainingOptions(Options, title="Training"):
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimizer step."""
 
-    @property
-    def samples_drawn(self) -> int:
-        """Samples in all batches of the run."""
-        return self.max_train_steps * self.gradient_accumulation_steps * self.train_batch_size
-
 
 class OptimizerOptions(Options, title="Optimizer"):
     """The optimizer, its learning rate, and the average of the weights."""
@@ -359,6 +354,10 @@ class PoolOptions(StorageOptions, SourceOptions):
     random:M to draw it uniformly from 1 to 2M - 1."""
     eta: Share = 1.0
     """Noise added when a state moves: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
+    replay: Annotated[int, Range(1, 1000)] = 1
+    """How often each evaluation of the teacher is learnt from. With 2, every second batch is drawn
+    from those of the last 64 new batches, and the same --max-train-steps ask the teacher for half
+    as many."""
     keep_finished: CountOrNone = 0
     """Keep this many of the last samples that became clean, in the run's folder, for dkdm harvest;
     0 keeps none."""

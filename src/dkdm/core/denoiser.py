@@ -181,7 +181,7 @@ class Denoiser(NamedArguments):
             inside = self.guided_levels[batch.t.cpu()].nonzero().flatten()
             if len(inside):
                 return self._guided(batch, guidance_scale, inside)
-        prediction = self._read(self._evaluate(batch.x, batch.t, batch.cond), batch)
+        prediction = self.read(self._evaluate(batch.x, batch.t, batch.cond), batch)
         return prediction, prediction
 
     def evaluations_at(self, t: Tensor, guided: bool) -> Tensor:
@@ -211,9 +211,10 @@ class Denoiser(NamedArguments):
         scale = scale.expand(len(batch.t))[inside] if isinstance(scale, Tensor) else scale
         guided = conditional.clone()
         guided[rows] = guide(conditional[rows], free, scale, self.sample_shape[0])
-        return self._read(conditional, batch), self._read(guided, batch)
+        return self.read(conditional, batch), self.read(guided, batch)
 
-    def _read(self, raw: Tensor, batch: Batch) -> Prediction:
+    def read(self, raw: Tensor, batch: Batch) -> Prediction:
+        """What a raw output [B, C or 2C, ...] for a batch means."""
         channels = self.sample_shape[0]
         output, variance_output = raw[:, :channels], raw[:, channels:]
         alpha, sigma = self.process.at(batch.t)

@@ -14,6 +14,7 @@ from dkdm.core.finished import Finished, SampleShards
 from dkdm.core.ladder import Iterative, Shuffled
 from dkdm.core.mixed import Mixed, Taught, images_in_batch
 from dkdm.core.pool import Pool
+from dkdm.core.replay import Replayed
 from dkdm.core.sources import Images, Source, Synthetic, draw_set, empty_set
 from dkdm.data.teacher_images import images_of
 from dkdm.errors import UsageError
@@ -23,6 +24,7 @@ from dkdm.runs.source import (
     guidance_factor,
     guidance_of_set,
     make_pool,
+    newly_drawn,
     pool_entries,
 )
 
@@ -70,7 +72,7 @@ class Arm:
         size = self.entries(pool, config.training, levels)
         per_entry = levels / 2 if pool.fill == "ancestral" else pool.fill_steps
         preparing = 0 if self.noise or pool.fill == "none" else round(size * per_entry * each)
-        return SourcePlan(size, preparing, round(config.training.samples_drawn * each))
+        return SourcePlan(size, preparing, round(newly_drawn(config.pool, config.training) * each))
 
     def size(self, teacher: Denoiser, config: DistillConfig) -> str:
         """How large it is, in words."""
@@ -198,7 +200,7 @@ class ImagesArm(Arm):
         if config.images_choice.images_target == "noise":
             return SourcePlan(0, 0, 0)
         each = guidance_factor(teacher, config.guidance)
-        return SourcePlan(0, 0, round(config.training.samples_drawn * each))
+        return SourcePlan(0, 0, round(newly_drawn(config.pool, config.training) * each))
 
     def size(self, teacher: Denoiser, config: DistillConfig) -> str:
         """Which images, in words."""
@@ -268,6 +270,31 @@ ARMS: dict[str, Arm] = {
     "images": ImagesArm(),
     "mixed": MixedArm(),
 }
+
+
+def make_source(
+    teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
+) -> Source:
+    """The source that the options ask for, unprepared, with its replay."""
+    arm, times = ARMS[config.pool.source], config.pool.replay
+    source = arm.make(teacher, student, config, device)
+    if times == 1:
+        return source
+    if not arm.teaching(config.images_choice).targets:
+        raise UsageError(
+            "--replay: with this --source the teacher evaluates no batches: remove --replay"
+        )
+    if config.loss.feature_weight:
+        raise UsageError(
+            "--replay: features of the teacher are not kept: remove --replay or --feature-weight"
+        )
+    return Replayed(source, teacher, times, config.run.seed)
+
+
+def prepare_source(source: Source, teacher: Denoiser, config: DistillConfig) -> None:
+    """Let the teacher prepare what `make_source` made."""
+    source = source.source if isinstance(source, Replayed) else source
+    ARMS[config.pool.source].prepare(source, teacher, config)
 
 
 def check_images_given(config: DistillConfig) -> None:

@@ -18,7 +18,7 @@ from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.models import chosen_teacher, place
 from dkdm.models.architectures import component_of
-from dkdm.runs.arms import ARMS
+from dkdm.runs.arms import ARMS, make_source, prepare_source
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import with_defaults
 from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
@@ -79,7 +79,7 @@ def distill(
 
     def begin() -> None:
         if ready.is_new:
-            ARMS[config.pool.source].prepare(trainer.source, teacher, config)
+            prepare_source(trainer.source, teacher, config)
             trainer.save()
 
     def measure(finished: Denoiser, weights: str) -> Measured:
@@ -160,7 +160,7 @@ def prepared(
     place(teacher, accelerator.device, config.teacher_choice.offload)
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
-    source = arm.make(watched(teacher), student, config, accelerator.device)
+    source = make_source(watched(teacher), student, config, accelerator.device)
     on_teacher_levels = watched(on_levels_of(student, source.process))
     trainer = Trainer(
         run.output_dir,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,12 @@ def make_pool(
     )
 
 
+def newly_drawn(pool: PoolOptions, training: TrainingOptions) -> int:
+    """Samples in the new batches of the run: all but those that `--replay` shows again."""
+    batches = training.max_train_steps * training.gradient_accumulation_steps
+    return math.ceil(batches / pool.replay) * training.train_batch_size
+
+
 def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) -> int:
     """Entries of the pool: as asked, or rho * T * batch, but at most what the run draws."""
     batch = training.train_batch_size
@@ -64,7 +71,7 @@ def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) 
                 "or more"
             )
         return pool.pool_size
-    return max(batch, min(round(pool.rho * num_levels * batch), training.samples_drawn))
+    return max(batch, min(round(pool.rho * num_levels * batch), newly_drawn(pool, training)))
 
 
 def guidance_of_set(guidance: GuidanceOptions) -> float:

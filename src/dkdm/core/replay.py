@@ -1,0 +1,100 @@
+"""Replay: a student learns from every evaluation of a teacher several times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dkdm.core.checkpoint import Part
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.prediction import Prediction
+from dkdm.core.process import Process
+from dkdm.core.randomness import generator
+from dkdm.core.sources import Source
+
+RECENT = 64  # batches whose evaluations are kept
+
+
+@dataclass(eq=False)
+class Replayed:
+    """A source between whose batches `times - 1` batches are drawn from its last evaluations.
+
+    Those are random subsets of what `RECENT` batches held, and cost the teacher nothing.
+    teacher: whose evaluations they are. kept: states x and raw outputs [n, ...], t [n] and the rows
+    of each condition, a batch after the other, the newest in the place of the oldest. step: batches
+    so far, new ones and others.
+    """
+
+    source: Source
+    teacher: Denoiser
+    times: int
+    seed: int = 0
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+
+    @property
+    def process(self) -> Process:
+        """The source's."""
+        return self.source.process
+
+    @property
+    def evaluations(self) -> int | None:
+        """The source's."""
+        return self.source.evaluations
+
+    @property
+    def _is_new(self) -> bool:
+        return self.step % self.times == 0
+
+    def draw(self, batch_size: int) -> Batch:
+        """The source's next batch, or evaluated states; the outputs there are its `rows`."""
+        if self._is_new:
+            return self.source.draw(batch_size)
+        random = generator("cpu", self.seed, "replay", self.step)
+        rows = torch.randperm(len(self.kept["t"]), generator=random)[:batch_size]
+        found = {key: value[rows.to(value.device)] for key, value in self.kept.items()}
+        cond = {k.removeprefix("cond."): v for k, v in found.items() if k.startswith("cond.")}
+        return Batch(found["x"], found["t"], cond, found["output"])
+
+    def target(self, batch: Batch) -> Prediction:
+        """The source's target, or what the teacher said before."""
+        if not self._is_new:
+            return self.teacher.read(batch.rows, batch)
+        target = self.source.target(batch)
+        self._keep(batch, target)
+        return target
+
+    def _keep(self, batch: Batch, target: Prediction) -> None:
+        variance = target.variance_output
+        output = target.output if variance is None else torch.cat([target.output, variance], 1)
+        cond = {f"cond.{key}": value for key, value in batch.cond.items()}
+        new = {"x": batch.x, "t": batch.t, "output": output, **cond}
+        count, place = len(batch.t), self.step // self.times % RECENT
+        for key, value in new.items():
+            if key in self.kept and len(self.kept[key]) > place * count:
+                self.kept[key][place * count : (place + 1) * count] = value
+            else:
+                self.kept[key] = torch.cat([self.kept.get(key, value[:0]), value])
+
+    def advance(self, batch: Batch, target: Prediction) -> None:
+        """Move the states of a new batch on; others stay."""
+        if self._is_new:
+            self.source.advance(batch, target)
+        self.step += 1
+
+    def parts(self) -> Mapping[str, Part]:
+        """The source's, and the evaluations that are kept."""
+        return {**self.source.parts(), "replay": self}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The step and the evaluations that are kept."""
+        return {"step": torch.tensor(self.step), **self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        device = self.teacher.device
+        self.step = int(state["step"])
+        self.kept = {k: v if k == "t" else v.to(device) for k, v in state.items() if k != "step"}
