@@ -65,7 +65,7 @@ def opened(how: ComparedOptions) -> list[Entry]:
 
 
 def _written(spec: str) -> Entry | None:
-    """A run or an evaluation; None for a model. Raises UsageError for what is none of them."""
+    """A run or an evaluation; None for a model. Raises UsageError for anything else."""
     path = Path(spec).expanduser()
     if path.suffix == ".json" and not path.is_dir():
         return entry_of_evaluation(path)
