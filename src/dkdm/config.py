@@ -355,9 +355,9 @@ class PoolOptions(StorageOptions, SourceOptions):
     eta: Share = 1.0
     """Noise added when a state moves: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
     replay: Annotated[int, Range(1, 1000)] = 1
-    """How often each evaluation of the teacher is learnt from. With 2, every second batch is drawn
-    from those of the last 64 new batches, and the same --max-train-steps ask the teacher for half
-    as many."""
+    """How often an evaluation of the teacher is learnt from, on average. With 2, every second batch
+    is drawn from those of the last 64 new batches, and the same --max-train-steps ask the teacher
+    for half as many."""
     keep_finished: CountOrNone = 0
     """Keep this many of the last samples that became clean, in the run's folder, for dkdm harvest;
     0 keeps none."""
