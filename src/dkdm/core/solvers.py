@@ -84,7 +84,7 @@ def _slope(found: Prediction, share: bool) -> Tensor:
 
 
 SOLVERS: dict[str, Solver] = {"heun": heun, "dpm": dpm}
-SPACINGS: dict[str, Spacing] = {"heun": "linspace", "dpm": "trailing"}
+SPACING: Spacing = "trailing"
 FAINTEST = math.exp(
     -5.1
 )  # alpha / sigma: below it an error of eps is more than 164 times that in x_0
@@ -93,10 +93,11 @@ FAINTEST = math.exp(
 def spacing_of(name: str, process: Process, prediction: PredictionType) -> Spacing | None:
     """Where the levels of a sampler lie; None if as the process has them.
 
-    Both of second order start at the most noise, as they do in diffusers: "leading" starts below
-    it, where x is no longer noise alone. dpm extrapolates over log(alpha / sigma), which leaps at
-    t = 0, so that its last step has to start above it. Models that predict eps keep the process's
-    levels where the most noise hides x_0 (a cosine schedule; Lu et al. leave such levels out).
+    Those of second order start at the most noise: "leading" starts below it, where x is no longer
+    noise alone. Their last step starts above t = 0: log(alpha / sigma), over which dpm
+    extrapolates, leaps there, and heun would divide a network's error by that sigma. Models that
+    predict eps keep the process's levels where the most noise hides x_0 (a cosine schedule; Lu et
+    al. leave such levels out).
     """
     hidden = process.alpha[-1] / process.sigma[-1] < FAINTEST
-    return None if prediction == "epsilon" and hidden else SPACINGS.get(name)
+    return SPACING if name in SOLVERS and not (prediction == "epsilon" and hidden) else None
