@@ -35,6 +35,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "default, AdamW": {"learning_rate": 2e-3},
     "real images": {"source": "images", "images": "fashion-mnist"},
+    "real images, eps, AdamW": {
+        "source": "images",
+        "images": "fashion-mnist",
+        "student_prediction": "epsilon",
+        "learning_rate": 2e-3,
+    },
     "v": {"student_prediction": "v_prediction"},
     "x_0": {"student_prediction": "sample"},
     "flow": {"student_process": "flow"},
