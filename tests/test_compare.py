@@ -10,10 +10,12 @@ import torch
 from browser import CHROMIUM, browser
 from dkdm.cli import main
 from dkdm.config import CompareCommand, ComparedOptions, to_json
+from dkdm.core.checkpoint import write_tensors
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import TeacherDistance
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
 from dkdm.evaluation.figures import Figure
+from dkdm.evaluation.results import SAMPLES, read_samples
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models import load_teacher
 from dkdm.report.entries import Entry, entry_of_evaluation, entry_of_run, named_shortly
@@ -362,3 +364,14 @@ def test_a_browser_shows_the_page_within_its_width(tmp_path, width):
         assert "Frechet distance" in seen.run("document.body.innerText")
         colour = "getComputedStyle(document.querySelector('.chart path.c{}')).stroke"
         assert seen.run(colour.format(0)) != seen.run(colour.format(1)) != "none"
+
+
+@pytest.mark.parametrize("labels", [torch.tensor(3), torch.zeros(3, 2).long(), torch.zeros(2)])
+def test_samples_whose_labels_do_not_fit_are_not_shown(tmp_path, labels):
+    run = run_in(tmp_path / "a")
+    samples = read_samples(tmp_path / "a")
+    write_tensors(tmp_path / "a" / SAMPLES, {**samples, "labels": labels})
+    assert entry_of_run(tmp_path / "a").samples is None
+    page = tmp_path / "both.html"
+    table_of(run, run_in(tmp_path / "b"), output=page)
+    assert page.exists()

@@ -122,3 +122,15 @@ def test_a_run_goes_on_with_its_optimizer(begun, expected, tmp_path):
 
 def test_a_checkpoint_without_its_run_is_one_of_adamw(tmp_path):
     assert optimizer(tmp_path / "checkpoint-2") == ("adamw", 1e-4)
+
+
+@pytest.mark.parametrize("begun", [{"learning_rate": 1e-3}, {"optimizer": "muon"}])
+def test_a_run_does_not_go_on_with_another_optimizer(begun, tmp_path):
+    found = tmp_path / "checkpoint-2"
+    found.mkdir()
+    (tmp_path / "config.json").write_text(to_json(DistillConfig(**begun)))
+    before = begun.get("optimizer", "adamw")
+    other = {"adamw": "muon", "muon": "adamw"}[before]
+    with pytest.raises(UsageError, match=f"by a run with --optimizer {before}: go on with"):
+        optimizer(found, optimizer=other)
+    assert optimizer(found, optimizer=before)[0] == before

@@ -1,6 +1,7 @@
 """A student learns from an evaluation several times; no evaluation is invented."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from dkdm.core import checkpoint, replay
 from dkdm.core.denoiser import Batch
 from dkdm.core.replay import Replayed
 from dkdm.errors import UsageError
+from dkdm.evaluation.pool_state import read_pool_state
 from dkdm.runs.arms import ARMS, make_source, prepare_source
+from dkdm.runs.outputs import save_pool
 from factories import counting, denoiser
 from small_runs import SMALL
 
@@ -127,3 +130,32 @@ def test_without_replay_nothing_is_wrapped(tmp_path):
 def test_what_cannot_be_replayed_is_refused(tmp_path, changes, said):
     with pytest.raises(UsageError, match=said):
         source(denoiser(), tmp_path, **changes)
+
+
+def test_a_run_may_go_on_with_batches_of_another_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "RECENT", 3)
+    for sizes in ((4, 7), (7, 4)):
+        found, new = source(denoiser(), tmp_path), []
+        for number in range(20):
+            size = sizes[number // 10]
+            new.append(states(step(found, size)[0]))
+            assert states(step(found, size)[0]) <= set().union(*new)
+        assert {tuple(x.flatten().tolist()) for x in found.kept["x"]} == set().union(*new[-3:])
+
+
+def test_what_it_goes_on_from_lies_where_new_batches_lie(tmp_path):
+    first = source(denoiser(), tmp_path)
+    batch, _ = step(first)
+    elsewhere = SimpleNamespace(device=torch.device("meta"))
+    again = Replayed(first.source, elsewhere, 2)
+    again.load_state_dict(first.state_dict())
+    found = {key: value.device.type for key, value in again.kept.items()}
+    conditions = {f"cond.{key}": value.device.type for key, value in batch.cond.items()}
+    assert found == {"x": "meta", "output": "meta", "t": "cpu", **conditions}
+
+
+def test_the_pool_at_the_end_is_that_of_the_source(tmp_path):
+    found = source(denoiser(), tmp_path)
+    step(found)
+    save_pool(found, tmp_path)
+    assert read_pool_state(tmp_path).entries == 24

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from browser import CHROMIUM, browser
 from dkdm.cli import main
@@ -47,8 +48,9 @@ class Component:
 class Shown(Exception):
     """A message in the browser."""
 
-    def __init__(self, text, duration):
+    def __init__(self, text, duration, print_exception):
         del duration
+        assert not print_exception
         super().__init__(text)
 
 
@@ -192,3 +194,21 @@ def test_a_browser_draws_with_both_models_and_asks_no_other_address(tmp_path):
 def test_a_pair_of_other_shapes_is_refused():
     with pytest.raises(UsageError, match="compare models of one shape"):
         pair_of(denoiser(), replace(denoiser(), sample_shape=(1, 16, 16)), None)
+
+
+def test_as_many_steps_as_a_run_was_measured_with_can_be_drawn():
+    gradio = Gradio()
+    page(gradio, pair(), steps=250)
+    (wiring,) = gradio.button.wired
+    steps = next(each for each in wiring["inputs"] if each.options["label"] == "steps")
+    least, most, value = steps.given
+    assert least <= value <= most and value == 250
+
+
+def test_what_went_wrong_is_shown_as_text():
+    named = pair(name="<b>mine</b>")
+    next(named.student.network.parameters()).data.fill_(torch.nan)
+    draw = offered(named)[1]
+    with pytest.raises(Shown, match="&lt;b&gt;mine") as caught:
+        draw(0, 2, 1.0, -1, "ddim", 2)
+    assert "<b>" not in str(caught.value)

@@ -30,7 +30,11 @@ STATE = "state.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SOURCE = "source/"
 AVERAGE = "_ema/"
-OPTIONS = {AVERAGE: "an average (--use-ema)", "features": "feature distillation (--feature-weight)"}
+OPTIONS = {
+    AVERAGE: "an average (--use-ema)",
+    "features": "feature distillation (--feature-weight)",
+    "replay": "--replay",
+}
 ORIGIN = "dkdm_origin"  # attribute of a network without a config; see models/custom_network.py
 
 

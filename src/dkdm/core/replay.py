@@ -72,12 +72,14 @@ class Replayed:
         output = target.output if variance is None else torch.cat([target.output, variance], 1)
         cond = {f"cond.{key}": value for key, value in batch.cond.items()}
         new = {"x": batch.x, "t": batch.t, "output": output, **cond}
-        count, place = len(batch.t), self.step // self.times % RECENT
+        count = len(batch.t)
+        first = self.step // self.times % RECENT * count
         for key, value in new.items():
-            if key in self.kept and len(self.kept[key]) > place * count:
-                self.kept[key][place * count : (place + 1) * count] = value
-            else:
-                self.kept[key] = torch.cat([self.kept.get(key, value[:0]), value])
+            # fewer or more than so many batches of this size, if a run goes on with another size
+            old = self.kept.get(key, value[:0])[: RECENT * count].to(value.device)
+            if len(old) >= first + count:
+                old[first : first + count] = value
+            self.kept[key] = old if len(old) >= first + count else torch.cat([old[:first], value])
 
     def advance(self, batch: Batch, target: Prediction) -> None:
         """Move the states of a new batch on; others stay."""
@@ -95,6 +97,10 @@ class Replayed:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from there."""
-        device = self.teacher.device
         self.step = int(state["step"])
-        self.kept = {k: v if k == "t" else v.to(device) for k, v in state.items() if k != "step"}
+        device = self.teacher.device
+        self.kept = {
+            key: value.to(device) if key in ("x", "output") else value
+            for key, value in state.items()
+            if key != "step"
+        }

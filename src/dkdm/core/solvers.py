@@ -85,9 +85,8 @@ def _slope(found: Prediction, share: bool) -> Tensor:
 
 SOLVERS: dict[str, Solver] = {"heun": heun, "dpm": dpm}
 SPACING: Spacing = "trailing"
-FAINTEST = math.exp(
-    -5.1
-)  # alpha / sigma: below it an error of eps is more than 164 times that in x_0
+# alpha / sigma: below it an error of eps is more than 164 times as large in x_0
+FAINTEST = math.exp(-5.1)
 
 
 def spacing_of(name: str, process: Process, prediction: PredictionType) -> Spacing | None:

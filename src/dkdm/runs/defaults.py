@@ -54,11 +54,17 @@ def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:
     """The config with `optimizer` and `learning_rate` decided.
 
     found: the checkpoint that the run goes on from, if any: as before. new: whether the network
-    starts from random weights.
+    starts from random weights. Raises UsageError for another optimizer than that of the run.
     """
     options, begun = config.optimizing, _begun(found.parent, RunConfig) if found else None
-    if begun is not None and options.optimizer == "auto":
-        options = replace(options, optimizer=begun.optimizing.optimizer)
+    if begun is not None:
+        before = begun.optimizing.decided(new=False).optimizer
+        if options.optimizer not in ("auto", before):
+            raise UsageError(
+                f"{found} was written by a run with --optimizer {before}: go on with the same, or "
+                "start a new run"
+            )
+        options = replace(options, optimizer=before)
     if begun is not None and options.learning_rate is None:
         options = replace(options, learning_rate=begun.optimizing.learning_rate)
     options = options.decided(new and found is None)

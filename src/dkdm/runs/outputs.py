@@ -23,6 +23,7 @@ from dkdm.core.mixed import Mixed
 from dkdm.core.modes import evaluating, say_if
 from dkdm.core.pool import Pool
 from dkdm.core.progress import track
+from dkdm.core.replay import Replayed
 from dkdm.core.sources import Source
 from dkdm.data.named import REFERENCES, chosen_extractor, chosen_reference, load_reference
 from dkdm.data.reference import Reference
@@ -149,6 +150,7 @@ def _on_the_way(
 
 def save_pool(source: Source, output_dir: Path) -> None:
     """Write pool.json: how the entries lie now. Sources without a pool write nothing."""
+    source = source.source if isinstance(source, Replayed) else source
     pool = source.pool if isinstance(source, Mixed) else source
     if isinstance(pool, Pool):
         state_of(pool).save(output_dir)

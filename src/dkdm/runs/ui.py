@@ -6,7 +6,7 @@ import os
 import socket
 from typing import Any, get_args
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dkdm.config import Sampler, UiCommand
 from dkdm.core.denoiser import Denoiser
@@ -84,7 +84,9 @@ def page(gradio: Any, pair: Pair, steps: int = STEPS) -> Any:
             try:
                 return drawn_as_html(pair, dict(zip(inputs, values, strict=True)))
             except DkdmError as error:
-                raise gradio.Error(str(error), duration=None) from error
+                # gradio shows an error as HTML
+                said = str(escape(str(error)))
+                raise gradio.Error(said, duration=None, print_exception=False) from error
 
         wiring = {"fn": draw, "inputs": [*inputs.values()], "outputs": outputs}
         button.click(**wiring, show_progress="minimal")
@@ -100,7 +102,7 @@ def _inputs(gradio: Any, pair: Pair, steps: int) -> dict[str, Any]:
         found["prompt"] = gradio.Textbox(label="prompt")
     with gradio.Row():
         found["seed"] = gradio.Number(0, label="seed", precision=0, minimum=0)
-        found["num_steps"] = gradio.Slider(1, 200, steps, step=1, label="steps")
+        found["num_steps"] = gradio.Slider(1, max(200, steps), steps, step=1, label="steps")
         if pair.can_be_guided:
             baked = " (teacher; the student has it built in)" if pair.is_baked else ""
             scale = pair.guidance_scale
