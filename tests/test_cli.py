@@ -94,7 +94,8 @@ def test_underscores_are_accepted(tmp_path, capsys):
     ]
     assert "--max_train_steps" in args
     assert main([*args, "--dry_run"]) == 0
-    assert "source" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "source" in said and "optimizer muon, learning rate 0.02" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -107,6 +108,8 @@ def test_underscores_are_accepted(tmp_path, capsys):
         (("--classes", "7"), "class id 7 out of range: use 0..2"),
         (("--stride", "fast"), "--stride 'fast'"),
         (("--recipe", "no-such-recipe"), "--recipe 'no-such-recipe': give one of demo"),
+        (("--dry-run", "--smoke"), "--dry-run and --smoke exclude each other: remove one"),
+        (("--recipe", "demo", "--config", "c.json"), "--recipe and --config exclude each other"),
         (("--pool-size", "2"), "--pool-size 2 is smaller than a batch of 8"),
         (("--pool-size", "1000000000000"), "GiB"),
         (("--resume-from-checkpoint", "checkpoint-7"), "there is no checkpoint"),

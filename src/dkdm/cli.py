@@ -38,7 +38,7 @@ from dkdm.config import (
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.command_line import parse, summary
 from dkdm.reading.files import check_output
-from dkdm.reading.options import Grouped, places
+from dkdm.reading.options import Grouped, flag, places
 from dkdm.runs.config_file import config_file
 from dkdm.runs.recipes import check_given, recipe, recipes
 from dkdm.version import __version__
@@ -110,6 +110,9 @@ def _run_config(
     first.add_argument("--dry-run", "--dry_run", action="store_true")
     first.add_argument("--smoke", action="store_true")
     known, rest = first.parse_known_args(args)
+    for one, other in (("recipe", "config"), ("dry_run", "smoke")):
+        if getattr(known, one) and getattr(known, other):
+            raise UsageError(f"{flag(one)} and {flag(other)} exclude each other: remove one")
     start: type[Config] | Config = kind
     if known.recipe:
         start = recipe(known.recipe, kind)

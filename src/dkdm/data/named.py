@@ -19,6 +19,7 @@ from dkdm.data.real_images import summarized
 from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.data.statistics_file import holds_statistics, statistics_reference, with_images
 from dkdm.errors import UsageError
+from dkdm.reading.places import expanded
 
 FASHION = "fashion"
 ARRAYS = (".npz", ".npy", ".safetensors")
@@ -60,7 +61,7 @@ def load_reference(
     """
     if str(spec) in REFERENCES:
         return REFERENCES[str(spec)](str(spec), extractor, shape, cache)
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in ARRAYS):
         raise UsageError(
             f"there is no reference {spec}: use {' or '.join(REFERENCES)}, or give a folder of "

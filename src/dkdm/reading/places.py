@@ -21,6 +21,11 @@ CODE = (".py", ".pyc", ".pyo", ".so", ".pkl", ".pickle")
 MAX_ENTRIES = 100_000  # files and folders of a model
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ or ~user at its start replaced by that home; as it is if there is none."""
+    return Path(os.path.expanduser(path))
+
+
 def inside(folder: Path, name: object, where: str) -> Path:
     """The path of a name, such as `unet/config.json`, that `where` gives for something in `folder`.
 

@@ -105,6 +105,8 @@ def describe(config: DistillConfig) -> str:
         f"({student.num_parameters / teacher.num_parameters:.1%})",
         student_reading(student, teacher),
         f"start     {ready.start}",
+        f"optimizer {config.optimizing.optimizer}, learning rate "
+        f"{config.optimizing.learning_rate:g}",
         f"source    {source}: {ARMS[source].size(teacher, config)}",
         f"cost      {plan.preparing:,} teacher evaluations to prepare, {plan.training:,} to train, "
         "and restarts of chains",

@@ -45,6 +45,7 @@ from dkdm.evaluation.single_images import SingleImages
 from dkdm.models import chosen_teacher, load_teacher, with_texts
 from dkdm.models.locate import INDEX, is_hub_id
 from dkdm.reading.made_here import was_made_here
+from dkdm.reading.places import expanded
 from dkdm.reading.plugins import named_code, split
 from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import sampling_guidance
@@ -71,7 +72,7 @@ class Standard:
 
 def run_of(spec: str) -> Run | None:
     """The config of the run whose folder this is; None for any other model."""
-    path = Path(spec).expanduser() / "config.json"
+    path = expanded(spec) / "config.json"
     if not path.is_file() or not (path.parent / INDEX).is_file():
         return None
     try:
@@ -86,7 +87,7 @@ def weights_of(spec: str, run: Run | None) -> str:
     if run is None:
         return AS_GIVEN
     try:
-        said = read_evaluation(Path(spec).expanduser()).weights
+        said = read_evaluation(expanded(spec)).weights
     except DkdmError:  # a run without a comparison at its end
         said = ""
     decay = run.optimizing.ema_decay if run.optimizing.use_ema else None
@@ -174,7 +175,7 @@ def fitting(command: EvaluateCommand, judge: Denoiser) -> EvaluateCommand:
 
 def names_model(spec: str) -> bool:
     """Whether a reference is a model, rather than images."""
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_dir():
         return any((path / name).is_file() for name in (INDEX, "config.json"))
     if path.is_file():
