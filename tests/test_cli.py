@@ -181,3 +181,20 @@ def test_students_and_doctor_as_json(tmp_path, capsys, monkeypatch):
     assert rows["dit-xs"]["samples_per_second"] is None
     assert main(["doctor", "--json"]) in (0, 1)
     assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train", "interrupted; go on with --resume-from-checkpoint latest"),
+        ("harvest", "interrupted; the same command goes on"),
+        ("doctor", "interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys, command, said):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dkdm.cli._dispatch", interrupted)
+    assert main([command]) == 130
+    assert said in capsys.readouterr().err

@@ -225,11 +225,16 @@ def test_references_and_teachers_of_other_shapes_are_refused():
         dkdm.evaluate(denoiser(), teacher=vectors, **SMALL)
 
 
-def test_a_metric_that_the_network_does_not_give_is_refused_before_images_are_seen(monkeypatch):
+def test_a_metric_that_the_network_does_not_give_is_refused_before_images_are_seen(
+    tmp_path, monkeypatch
+):
     def load(*_, **__):
         raise AssertionError("images were opened")
 
-    monkeypatch.setattr("dkdm.runs.judges.load_reference", load)
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    monkeypatch.setattr("dkdm.runs.outputs.load_reference", load)
     for name, said in (("fid", "use fd"), ("sfid", "no statistics of spatial features")):
         with pytest.raises(
             UsageError, match=f"^{name} cannot be measured against images: .*{said}"

@@ -161,6 +161,18 @@ def copy_folder(
         shutil.copyfile(path, replaced(copied))
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """Make a folder of hard links to the files of one that dkdm wrote; copies where none can be."""
+
+    def linked(path: str, place: str) -> None:
+        try:
+            os.link(path, place)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, place)
+
+    shutil.copytree(source, target, copy_function=linked)
+
+
 def _is_data(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not hidden and path.suffix not in CODE
