@@ -33,13 +33,12 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
     goes on from a run of such a student. found: the checkpoint that the run goes on from, if any;
     its run decides both. Raises UsageError if that run cannot be found.
     """
-    begun = (
-        distillation_of(found.parent) if found else _start_of(config.student_choice.student_init)
-    )
-    prediction, weighting = config.student_choice.student_prediction, config.loss.loss_weighting
+    choice = config.student_choice
+    begun = distillation_of(found.parent) if found else _start_of(choice.student_init)
+    prediction, weighting = choice.student_prediction, config.loss.loss_weighting
     if prediction is None and begun is not None:
         prediction = begun.student_choice.student_prediction
-    elif prediction is None and _predicts_v(config.student_choice, teacher):
+    elif prediction is None and _predicts_v(choice, teacher):
         if found:
             raise UsageError(
                 f"{found} has no config.json of its run beside it: say what its student predicts, "
@@ -50,7 +49,6 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
     if weighting == "auto":
         weighting = begun.loss.loss_weighting if begun and found else "uniform"
     config = replace(config, student_prediction=prediction, loss_weighting=weighting)
-    choice = config.student_choice
     new = choice.student_init == "random" and choice.lora_rank is None
     return with_optimizer(config, found, new)
 

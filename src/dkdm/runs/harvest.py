@@ -38,7 +38,7 @@ from dkdm.models import chosen_teacher
 from dkdm.reading.files import check_output
 from dkdm.reading.places import expanded
 from dkdm.runs.arms import FINISHED
-from dkdm.runs.earlier import distillation_of, run_of, teacher_of
+from dkdm.runs.earlier import distillation_of, run_folder, run_of, teacher_of
 from dkdm.runs.measure import check_count, warnings_of
 from dkdm.runs.models import check_null_condition, given_conditions, ready_teacher
 from dkdm.runs.outputs import named_reference
@@ -120,14 +120,15 @@ def harvest_of(choice: GivenModel, conditions: GivenConditions, how: HarvestOpti
     Raises UsageError for options of a model beside a run, which names its teacher itself.
     """
     check_output("--output", how.output, folder=True, overwrite=True)
-    if not isinstance(run_of(choice.model), DistillConfig):
+    run = expanded(choice.model)
+    if run_folder(run) != run or not isinstance(run_of(run), DistillConfig):
         return harvest(how, given_conditions(chosen_teacher(choice), conditions))
     if choice != type(choice)(choice.model) or conditions != GivenConditions():
         raise UsageError(
             f"{choice.model} is a run, whose teacher is read with the run's own model and "
             "condition options: leave these out, or harvest the teacher by its name"
         )
-    return harvest(how, run=expanded(choice.model))
+    return harvest(how, run=run)
 
 
 def kept(run: Path) -> Samples | None:
