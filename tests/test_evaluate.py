@@ -249,6 +249,11 @@ def test_samples_that_are_not_finite_are_refused(tmp_path):
     assert not list((tmp_path / "shards").rglob("*.safetensors"))
 
 
+def test_no_name_is_no_choice_of_metrics():
+    with pytest.raises(UsageError, match="--metrics ' , ': give all, or names such as fd,kid"):
+        dkdm.evaluate(denoiser(), real(), metrics=" , ", **SMALL)
+
+
 def test_few_samples_for_fid_are_warned_of(capsys):
     inception = replace(EYE, name="inception-of-tests")
     found = dkdm.evaluate(denoiser(), replace(real(), network=inception), metrics="fid", **SMALL)

@@ -857,6 +857,11 @@ class MeasurementOptions(FeatureOptions, MeasuredAgainst):
     """For the metric clip, of text models: folder or hub id of a CLIP model as transformers saves
     it."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metrics is not None and not self.metrics.strip(", "):
+            raise UsageError(f"--metrics {shown(self.metrics)}: give all, or names such as fd,kid")
+
 
 class EvaluationFiles(Options, title="Output"):
     """Where results lie."""
