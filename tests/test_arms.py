@@ -56,7 +56,7 @@ def options(folder, output, source, target="noise", **changes):
         "max_train_steps": 4,
         "pool_size": 12,
         "fill_steps": 2,
-        "synthetic_samples": 9,
+        "synthetic_samples": 9 if source == "synthetic" else None,
         "synthetic_steps": 3,
         "stride": "random:8",
         "condition_dropout": 0.2,
@@ -278,6 +278,13 @@ def test_images_are_the_teachers_samples_of_its_classes(folder):
         ({"images_share": 0.2}, "--images: 3 images are fewer than the 6 of a batch"),
         ({"feature_weight": 1.0}, "the teacher does not see whole batches"),
         ({"source": "mixed", "train_batch_size": 1}, "--train-batch-size of 2 or more"),
+        ({"source": "dynamic"}, "--images: --source dynamic reads no images"),
+        ({"keep_finished": 9}, "--keep-finished: --source images has no chains"),
+        ({"synthetic_samples": 9}, "--synthetic-samples: --source images draws no set first"),
+        (
+            {"source": "synthetic", "images": None, "synthetic_samples": 5},
+            "--synthetic-samples 5 is smaller than a batch of 6",
+        ),
     ],
 )
 def test_what_images_cannot_have_is_refused_before_the_run(folder, tmp_path, changes, message):

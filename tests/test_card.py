@@ -149,6 +149,19 @@ def test_what_was_read_is_said_by_the_source(tmp_path, source, said):
     assert "no image was read" in card.text.lower()
 
 
+@pytest.mark.parametrize(
+    ("target", "init", "taught"),
+    [("noise", "random", False), ("teacher", "random", True), ("noise", "teacher", True)],
+)
+def test_a_student_of_images_alone_claims_no_distillation(tmp_path, target, init, taught):
+    config = DistillConfig(source="images", images_target=target, student_init=init)
+    card = card_of(tmp_path, denoiser(None), config)
+    assert ("distillation" in card.data.tags) is taught
+    assert ("which taught it nothing" in card.text) is not taught
+    assert (PAPER in card.text) is taught
+    assert "data-free" not in card.data.tags
+
+
 def test_a_model_trained_on_images_claims_no_distillation(tmp_path):
     card = card_of(tmp_path, denoiser(None), TrainConfig(images=str(tmp_path / "my-cats")))
     assert "trained on my-cats." in card.text

@@ -94,7 +94,8 @@ def test_underscores_are_accepted(tmp_path, capsys):
     ]
     assert "--max_train_steps" in args
     assert main([*args, "--dry_run"]) == 0
-    assert "source" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "source" in said and "optimizer muon, learning rate 0.02" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -107,6 +108,8 @@ def test_underscores_are_accepted(tmp_path, capsys):
         (("--classes", "7"), "class id 7 out of range: use 0..2"),
         (("--stride", "fast"), "--stride 'fast'"),
         (("--recipe", "no-such-recipe"), "--recipe 'no-such-recipe': give one of demo"),
+        (("--dry-run", "--smoke"), "--dry-run and --smoke exclude each other: remove one"),
+        (("--recipe", "demo", "--config", "c.json"), "--recipe and --config exclude each other"),
         (("--pool-size", "2"), "--pool-size 2 is smaller than a batch of 8"),
         (("--pool-size", "1000000000000"), "GiB"),
         (("--resume-from-checkpoint", "checkpoint-7"), "there is no checkpoint"),
@@ -178,3 +181,20 @@ def test_students_and_doctor_as_json(tmp_path, capsys, monkeypatch):
     assert rows["dit-xs"]["samples_per_second"] is None
     assert main(["doctor", "--json"]) in (0, 1)
     assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train", "interrupted; go on with --resume-from-checkpoint latest"),
+        ("harvest", "interrupted; the same command goes on"),
+        ("doctor", "interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys, command, said):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dkdm.cli._dispatch", interrupted)
+    assert main([command]) == 130
+    assert said in capsys.readouterr().err

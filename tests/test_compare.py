@@ -18,6 +18,7 @@ from dkdm.evaluation.figures import Figure
 from dkdm.evaluation.results import SAMPLES, read_samples
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models import load_teacher
+from dkdm.report import write_report
 from dkdm.report.entries import Entry, entry_of_evaluation, entry_of_run, named_shortly
 from dkdm.report.overlaid import overlaid
 from dkdm.report.rows_of_samples import rows_of_samples
@@ -371,7 +372,8 @@ def test_samples_whose_labels_do_not_fit_are_not_shown(tmp_path, labels):
     run = run_in(tmp_path / "a")
     samples = read_samples(tmp_path / "a")
     write_tensors(tmp_path / "a" / SAMPLES, {**samples, "labels": labels})
-    assert entry_of_run(tmp_path / "a").samples is None
+    entry = entry_of_run(tmp_path / "a")
+    assert entry.samples is None and any("do not fit together" in text for text in entry.missing)
     page = tmp_path / "both.html"
     table_of(run, run_in(tmp_path / "b"), output=page)
-    assert page.exists()
+    assert page.exists() and write_report(tmp_path / "a").exists()

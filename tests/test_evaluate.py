@@ -225,11 +225,16 @@ def test_references_and_teachers_of_other_shapes_are_refused():
         dkdm.evaluate(denoiser(), teacher=vectors, **SMALL)
 
 
-def test_a_metric_that_the_network_does_not_give_is_refused_before_images_are_seen(monkeypatch):
+def test_a_metric_that_the_network_does_not_give_is_refused_before_images_are_seen(
+    tmp_path, monkeypatch
+):
     def load(*_, **__):
         raise AssertionError("images were opened")
 
-    monkeypatch.setattr("dkdm.runs.judges.load_reference", load)
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    monkeypatch.setattr("dkdm.runs.outputs.load_reference", load)
     for name, said in (("fid", "use fd"), ("sfid", "no statistics of spatial features")):
         with pytest.raises(
             UsageError, match=f"^{name} cannot be measured against images: .*{said}"
@@ -242,6 +247,11 @@ def test_samples_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(DkdmError, match=r"3 of 3 samples of model hold NaN or infinity"):
         dkdm.evaluate(broken, real(), batch_size=3, output=tmp_path / "shards", **SMALL)
     assert not list((tmp_path / "shards").rglob("*.safetensors"))
+
+
+def test_no_name_is_no_choice_of_metrics():
+    with pytest.raises(UsageError, match="--metrics ' , ': give all, or names such as fd,kid"):
+        dkdm.evaluate(denoiser(), real(), metrics=" , ", **SMALL)
 
 
 def test_few_samples_for_fid_are_warned_of(capsys):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 import dkdm
 from dkdm.cli import main
-from dkdm.config import HarvestOptions
+from dkdm.config import HarvestOptions, read_config, to_json
 from dkdm.core import checkpoint
 from dkdm.core.conditioning import ClassLabels
 from dkdm.core.fill import empty_pool
@@ -188,6 +189,8 @@ def test_a_harvest_that_was_cut_off_goes_on_and_is_the_same(tmp_path, monkeypatc
     other = replace(how, seed=1)
     with pytest.raises(UsageError, match="holds samples with seed 0, not 1"):
         harvest(other, teacher)
+    with pytest.raises(UsageError, match="holds samples with conditions"):
+        harvest(replace(how, classes=(1,)), teacher)
 
 
 def test_webdataset_shards_hold_images_classes_and_nothing_else(tmp_path):
@@ -215,11 +218,51 @@ def test_pictures_come_back(tmp_path):
     [
         ({}, replace(denoiser(), sample_shape=(2, 8, 8)), "are no grey or colour images"),
         ({"classes": (7,)}, denoiser(), "class id 7 out of range"),
+        ({"steps": 51}, denoiser(), "51 sampling steps: use 1 to 50"),
+        ({"guidance_scale": 2.0}, denoiser(None), "unconditional"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, changes, teacher, message):
     with pytest.raises(UsageError, match=message):
         harvest(options(tmp_path / "set", **changes), teacher)
+    assert not (tmp_path / "set").exists()
+
+
+def test_samples_that_are_not_finite_are_not_written(tmp_path):
+    broken = replace(denoiser(), network=lambda x, t, class_labels: x * torch.nan)
+    with pytest.raises(DkdmError, match="30 of 30 samples of model hold NaN or infinity"):
+        harvest(options(tmp_path), broken)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_no_more_than_a_run_was_to_keep_is_taken(run, tmp_path):
+    few = tmp_path / "run"
+    shutil.copytree(run, few)
+    config = read_config(few / "config.json")
+    (few / "config.json").write_text(to_json(replace(config, keep_finished=3)))
+    found = harvest(options(tmp_path / "set", format="safetensors", num_samples=8), None, few)
+    assert (found.kept, found.drawn) == (3, 5)
+
+
+@pytest.mark.parametrize("given", [["--size", "8", "8"], ["--prompts", "a cat"]])
+def test_options_of_a_model_are_refused_beside_a_run(run, tmp_path, capsys, given):
+    assert main(["harvest", str(run), "--output", str(tmp_path / "set"), *given]) == 2
+    assert "leave these out, or harvest the teacher by its name" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--cond", "none.npz"], "this model has no custom conditions: remove --cond"),
+        (["--num-samples", "1"], "--num-samples 1 is too few for fd: give 2 or more"),
+        (["--reference", "nowhere"], "there is no reference nowhere"),
+    ],
+)
+def test_what_a_model_cannot_give_is_refused_by_the_command(tmp_path, capsys, given, message):
+    command = ["harvest", "builtin:fashion", "--output", str(tmp_path / "set")]
+    assert main([*command, "--reference", "fashion-test", *given]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
 
 
@@ -243,10 +286,13 @@ def test_the_command_measures_what_it_wrote(tmp_path, capsys):
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "0 samples that the run kept, 12 drawn" in said and "24 teacher evaluations" in said
-    assert "Frechet distance" in said and "--images" in said
+    assert "Frechet distance" in said and "floor" in said and "--images" in said
 
 
 def test_code_that_only_the_runs_folder_names_is_not_run(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DKDM_DATA_HOME", str(tmp_path / "elsewhere"))
     assert main(["harvest", str(run), "--output", str(tmp_path / "set")]) == 2
-    assert "names code: factories:teacher" in capsys.readouterr().err
+    assert (
+        "names code as its teacher, factories:teacher. If you trust that code, harvest"
+        in capsys.readouterr().err
+    )

@@ -86,6 +86,23 @@ def test_a_tall_matrix_is_moved_by_the_root_of_its_shape():
     assert math.isclose(moved.norm(), RATE * 2 * 16**0.5, rel_tol=0.2)
 
 
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (16, 16)])
+def test_a_gradient_of_zero_moves_nothing(shape):
+    weight = given(*shape)[0]
+    before = weight.detach().clone()
+    assert torch.equal(steps(Muon([weight], [], RATE), weight, [torch.zeros(shape)] * 2), before)
+
+
+def test_weights_of_half_precision_move_like_others():
+    weight, gradients = given(24, 16)
+    small = weight.detach().bfloat16().requires_grad_()
+    start = weight.detach().clone()
+    moved = steps(Muon([weight], [], 1.0), weight, gradients) - start
+    halved = steps(Muon([small], [], 1.0), small, [each.bfloat16() for each in gradients])
+    assert halved.dtype == torch.bfloat16
+    assert (halved.float() - start - moved).norm() < 0.05 * moved.norm()
+
+
 def test_a_schedule_scales_both():
     matrix, bias = given(16, 16)[0], given(24)[0]
     optimizer = Muon([matrix], [bias], RATE)

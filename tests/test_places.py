@@ -15,7 +15,7 @@ from dkdm.core import checkpoint
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, sketch_teacher
 from dkdm.models.components import Component
-from dkdm.reading.places import check_folder, copy_folder, inside
+from dkdm.reading.places import check_folder, copy_folder, expanded, inside
 from dkdm.report import write_report
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import load_student
@@ -239,3 +239,11 @@ def test_a_report_reads_and_writes_nothing_through_links(tmp_path):
     (run / "metrics.jsonl").symlink_to(secret)
     with pytest.raises(UsageError, match=r"metrics\.jsonl is a link that leads out"):
         write_report(run)
+
+
+def test_a_home_that_is_not_there_is_no_failure(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/x") == tmp_path / "x"
+    assert expanded("~no-such-user/x").parts == ("~no-such-user", "x")
+    with pytest.raises(UsageError, match="~no-such-user"):
+        load_teacher("~no-such-user/x")

@@ -13,6 +13,7 @@ from dkdm.networks.adm import AdmUNet
 from dkdm.runs.paper_recipes import PAPER_RECIPES, TO_BE_GIVEN
 from dkdm.runs.recipes import RECIPES, check_given, recipe
 from dkdm.runs.smoke import STAND_INS, shrunk, smoke
+from dkdm.runs.source import newly_drawn
 
 NEEDS_TEXT = {"fashion-text", "fashion-text-teacher"}
 QUICK = {"fashion-flow", "fashion-latent-teacher"}
@@ -49,7 +50,7 @@ def test_a_smoke_run_keeps_the_student_and_is_small(tmp_path):
     assert stood_in == ["(CIFAR-10 teacher)"]
     assert small.student_choice == config.student_choice
     assert small.loss == config.loss
-    assert small.training.samples_drawn == 4
+    assert newly_drawn(small.pool, small.training) == 4
     assert not small.hub.push_to_hub
 
 

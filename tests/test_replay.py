@@ -87,15 +87,18 @@ def test_the_oldest_batch_gives_way(tmp_path, monkeypatch):
     assert {tuple(x.flatten().tolist()) for x in found.kept["x"]} == set().union(*new[-3:])
 
 
-def test_it_goes_on_exactly(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes", [{"shards": 2}, {"source": "shuffled", "pool_size": 16}, {"source": "iterative"}]
+)
+def test_it_goes_on_exactly(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(replay, "RECENT", 2)
     teacher = denoiser()
-    first = source(teacher, tmp_path)
+    first = source(teacher, tmp_path, **changes)
     for _ in range(7):
         step(first)
     for name, part in first.parts().items():
         checkpoint.write_tensors(tmp_path / f"{name}.safetensors", part.state_dict())
-    again = source(teacher, tmp_path)
+    again = source(teacher, tmp_path, **changes)
     for name, part in again.parts().items():
         part.load_state_dict(checkpoint.read_tensors(tmp_path / f"{name}.safetensors"))
     for _ in range(7):
@@ -136,8 +139,8 @@ def test_a_run_may_go_on_with_batches_of_another_size(tmp_path, monkeypatch):
     monkeypatch.setattr(replay, "RECENT", 3)
     for sizes in ((4, 7), (7, 4)):
         found, new = source(denoiser(), tmp_path), []
-        for number in range(20):
-            size = sizes[number // 10]
+        for number in range(12):
+            size = sizes[number // 6]
             new.append(states(step(found, size)[0]))
             assert states(step(found, size)[0]) <= set().union(*new)
         assert {tuple(x.flatten().tolist()) for x in found.kept["x"]} == set().union(*new[-3:])

@@ -11,8 +11,11 @@ import torch
 
 import dkdm
 import programs
+import small_runs
 from dkdm.cli import main
+from dkdm.config import OptimizerOptions
 from dkdm.core import checkpoint
+from dkdm.core.learning import optimizer_of, set_peaks
 from dkdm.errors import DkdmError, UsageError
 from factories import denoiser
 
@@ -151,6 +154,39 @@ def test_without_an_average_none_is_kept(tmp_path):
     with pytest.raises(UsageError, match="was written by a run without an average"):
         dkdm.distill(denoiser(), "unet-tiny", replace(resumed, use_ema=True))
     dkdm.distill(denoiser(), "unet-tiny", resumed)
+
+
+def test_a_run_goes_on_with_the_learning_rate_that_is_given_anew(tmp_path):
+    small_runs.run(tmp_path, max_train_steps=2, evaluation_samples=0)
+    further = {"max_train_steps": 3, "resume_from_checkpoint": "latest", "learning_rate": 2e-4}
+    _, metrics, _ = small_runs.run(tmp_path, evaluation_samples=0, **further)
+    assert [entry["learning_rate"] for entry in metrics] == [1e-3, 1e-3, 2e-4]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_schedule_goes_on_where_it_was_under_other_peaks(kind):
+    network = torch.nn.Linear(16, 16)
+
+    def after(steps, rate):
+        options = OptimizerOptions(optimizer=kind, learning_rate=rate, lr_scheduler="cosine")
+        optimizer, schedule = optimizer_of(network, [*network.parameters()], options, 10)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        return optimizer, schedule
+
+    before, position = after(4, 0.02)
+    optimizer, schedule = after(0, 0.01)
+    peaks = schedule.base_lrs
+    optimizer.load_state_dict(before.state_dict())
+    schedule.load_state_dict(position.state_dict())
+    set_peaks(schedule, peaks)
+    for steps in (4, 5):
+        expected = after(steps, 0.01)[0].param_groups
+        for own, wanted in zip(optimizer.param_groups, expected, strict=True):
+            assert own["lr"] == pytest.approx(wanted["lr"], rel=1e-9)
+        optimizer.step()
+        schedule.step()
 
 
 def test_same_seed_same_losses(whole, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.evaluation.validation import Validation
+from dkdm.reading.places import link_folder
+from dkdm.runs.earlier import run_of, weights_of
 from dkdm.students import student_of
+from dkdm.students.start import read_checkpoint
 from factories import denoiser, tiny_unet
 from small_runs import SMALL
 
@@ -193,7 +197,7 @@ def test_what_a_run_cannot_measure_is_refused_before_work(tmp_path):
 
 
 def test_only_what_is_measured_alike_is_compared(tmp_path, capsys):
-    def write(folder, _):
+    def write(folder, *_):
         (folder / "weights").touch()
 
     first = Selection(tmp_path, "higher", {"metric": "is"}, write)
@@ -212,6 +216,53 @@ def test_only_what_is_measured_alike_is_compared(tmp_path, capsys):
     (tmp_path / "best" / "weights").write_text("damaged")
     again.load_state_dict(first.state_dict())
     assert "weights is damaged" in capsys.readouterr().err
+
+
+def test_the_former_best_survives_a_kill_while_it_is_replaced(tmp_path, monkeypatch):
+    def write(folder, model, former):
+        last = former and (former / "weights").read_text()
+        (folder / "weights").write_text(f"{model} after {last}")
+
+    found = Selection(tmp_path, "lower", {"metric": "gap"}, write)
+    found.offer(1, 3.0, "first")
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        found.offer(2, 1.0, "second")
+    monkeypatch.undo()
+    again = Selection(tmp_path, "lower", {"metric": "gap"}, write)
+    again.load_state_dict({"step": 1, "value": 3.0})
+    assert again.best == (1, 3.0)
+    again.offer(2, 1.0, "second")
+    assert (tmp_path / "best" / "weights").read_text() == "second after first after None"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_the_best_is_described_and_measured_beside_its_teacher(whole):
+    best = json.loads((whole / "best/best.json").read_text())
+    card = (whole / "best" / "README.md").read_text()
+    assert "# run/best" in card and f"of step {best['step']}, EMA" in card
+    checkpoint.verify_folder(whole / "best")
+    run = run_of(whole / "best")
+    assert run == run_of(whole) == run_of(whole / "checkpoint-4") and run.output_dir == whole
+    assert weights_of(whole / "best", run).startswith(f"of step {best['step']}, EMA")
+    assert run_of(whole / "unet") is None
+    started, best = read_checkpoint(str(whole / "best")), weights(whole / "best")
+    assert started.keys() == best.keys()
+    assert all(torch.equal(started[key], best[key]) for key in best)
+
+
+def test_components_of_the_former_best_are_linked(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "weights").write_text("many")
+    link_folder(tmp_path / "vae", tmp_path / "best" / "vae")
+    assert (tmp_path / "best/vae/weights").samefile(tmp_path / "vae/weights")
 
 
 def test_options_name_each_other():

@@ -94,6 +94,14 @@ def test_training_goes_on_exactly_from_a_step():
     assert not torch.equal(source(seed=1).draw(5).x, source().draw(5).x)
 
 
+def test_a_run_goes_on_with_as_many_images():
+    state, fewer = source().state_dict(), source(5)
+    with pytest.raises(UsageError, match="a run on 12 images, these are 5: resume with the"):
+        fewer.load_state_dict(state)
+    del state["size"]  # as former versions wrote it
+    fewer.load_state_dict(state)
+
+
 def test_a_batch_larger_than_the_images_is_refused():
     with pytest.raises(UsageError, match="batch size 13 is larger than the 12 images"):
         source().draw(13)

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ from dkdm.config import (
     DoctorCommand,
     EvaluateCommand,
     ExportCommand,
+    GivenConditions,
     HarvestCommand,
     InspectCommand,
     PlanCommand,
@@ -38,15 +39,20 @@ from dkdm.config import (
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.command_line import parse, summary
 from dkdm.reading.files import check_output
-from dkdm.reading.options import Grouped, places
+from dkdm.reading.options import Grouped, flag, places
 from dkdm.runs.config_file import config_file
 from dkdm.runs.recipes import check_given, recipe, recipes
 from dkdm.version import __version__
 
 if TYPE_CHECKING:
     from dkdm.core.denoiser import Denoiser
+    from dkdm.evaluation.rows import Row
 
 Config = TypeVar("Config", bound=RunConfig)
+AFTER_INTERRUPT = {
+    **dict.fromkeys(("distill", "train"), "; go on with --resume-from-checkpoint latest"),
+    **dict.fromkeys(("evaluate", "harvest"), "; the same command goes on"),
+}
 INSPECTED_PROMPT = "a photograph of a house"
 
 
@@ -63,11 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dkdm: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        resumes = bool(args) and args[0] == "evaluate"
-        hint = (
-            "the same command goes on" if resumes else "go on with --resume-from-checkpoint latest"
-        )
-        print(f"\ndkdm: interrupted; {hint}", file=sys.stderr)
+        hint = AFTER_INTERRUPT.get("".join(args[:1]), "")
+        print(f"\ndkdm: interrupted{hint}", file=sys.stderr)
         return 130
 
 
@@ -110,6 +113,9 @@ def _run_config(
     first.add_argument("--dry-run", "--dry_run", action="store_true")
     first.add_argument("--smoke", action="store_true")
     known, rest = first.parse_known_args(args)
+    for one, other in (("recipe", "config"), ("dry_run", "smoke")):
+        if getattr(known, one) and getattr(known, other):
+            raise UsageError(f"{flag(one)} and {flag(other)} exclude each other: remove one")
     start: type[Config] | Config = kind
     if known.recipe:
         start = recipe(known.recipe, kind)
@@ -199,47 +205,31 @@ def _sample(options: SampleCommand) -> int:
 
 
 def _harvest(options: HarvestCommand) -> int:
-    from dkdm.evaluation.rows import metric_rows
-    from dkdm.runs.harvest import chosen_reference_of, harvest, teacher_and_run
+    from dkdm.runs.harvest import harvest_of
 
-    how = options.harvest
-    check_output("--output", how.output, folder=True, overwrite=True)
-    teacher, run = teacher_and_run(options.model_choice)
-    if run is None:
-        given = options.conditions
-        teacher = _with_prompts(teacher, given.prompts, given.negative_prompt)
-    found = harvest(how, teacher, run, chosen_reference_of(how, teacher))
+    found = harvest_of(options.model_choice, options.conditions, options.harvest)
     print(f"{found.folder}: {found.kept:,} samples that the run kept, {found.drawn:,} drawn with")
     print(f"  {found.evaluations:,} teacher evaluations")
-    for row in metric_rows(found.metrics) if found.metrics else []:
-        print(f"{row.label:43s}{row.texts[0]:>14s}")
+    if found.rows:
+        _print_with_floors(found.rows)
     print(f"to train on it: {found.usage}")
     return 0
+
+
+def _print_with_floors(rows: Iterable[Row]) -> None:
+    print(f"{'':47s}{'value':>14s}{'floor':>14s}")
+    for row in rows:
+        print(f"{row.label:47s}{row.texts[0]:>14s}{row.floor_text:>14s}")
 
 
 def _load(
     options: SampleCommand | ExportCommand | InspectCommand, prompt: str | None = None
 ) -> Denoiser:
     """The model that was named, with the conditions that were given; prompt: if none was."""
-    from dkdm.core.inputs import with_rows
     from dkdm.models import chosen_teacher
+    from dkdm.runs.models import given_conditions
 
-    denoiser, given = chosen_teacher(options.model_choice), options.conditions
-    conditioning = with_rows(denoiser.conditioning, given.cond)
-    denoiser = dataclasses.replace(denoiser, conditioning=conditioning)
-    return _with_prompts(denoiser, given.prompts, given.negative_prompt, prompt)
-
-
-def _with_prompts(
-    denoiser: Denoiser, prompts: str | None, negative: str = "", default: str | None = None
-) -> Denoiser:
-    """A text model with the prompts, or with one that will do; any other as it is."""
-    from dkdm.core.kinds import kind_of
-    from dkdm.models import with_texts
-
-    if prompts is None and kind_of(denoiser.conditioning).asks == "prompt":
-        prompts = default
-    return with_texts(denoiser, prompts, negative)
+    return given_conditions(chosen_teacher(options.model_choice), options.conditions, prompt)
 
 
 def _evaluate(options: EvaluateCommand) -> int:
@@ -250,10 +240,7 @@ def _evaluate(options: EvaluateCommand) -> int:
 
     found = run_evaluation(options)
     if PartialState().is_main_process:
-        print(f"{'':47s}{'value':>14s}{'floor':>14s}")
-        for row in evaluation_rows(found):
-            floor = "" if row.floor is None else row.format(row.floor)
-            print(f"{row.label:47s}{row.texts[0]:>14s}{floor:>14s}")
+        _print_with_floors(evaluation_rows(found))
         counts = {n for each in found.metrics.values() if (n := each.floor_samples)}
         for count in sorted(counts - {found.num_samples}):
             print(f"floors are of {count:,} samples, not {found.num_samples:,}")
@@ -322,12 +309,13 @@ def _check_student(options: CheckStudentCommand) -> int:
     from dkdm.checks.findings import print_findings
     from dkdm.checks.student import check_student
     from dkdm.models import chosen_teacher
+    from dkdm.runs.models import given_conditions
 
     student, how = options.student_choice, options.check
     teacher = chosen_teacher(options.teacher_choice)
     checkup = check_student(
         student.student,
-        _with_prompts(teacher, how.prompts, default=INSPECTED_PROMPT),
+        given_conditions(teacher, GivenConditions(how.prompts), INSPECTED_PROMPT),
         prediction=student.student_prediction,
         process=student.student_process,
         compile_backend=how.compile_backend if how.compile else None,

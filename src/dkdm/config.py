@@ -136,9 +136,9 @@ class StudentChoice(Options, title="Student"):
     student: str = "dit-xs"
     """A preset (see `dkdm students`), a diffusers config.json, or module:factory."""
     student_prediction: PredictionType | None = None
-    """What the student predicts. Default: v_prediction for a teacher of epsilon that clips x_0, if
-    the student starts from random weights; else what the teacher predicts, or what the scheduler
-    given as --student-process says."""
+    """What the student predicts. Default: v_prediction if the teacher predicts epsilon and clips
+    x_0, and the student starts from random weights; else what the teacher predicts, or what the
+    scheduler given as --student-process says."""
     student_process: ProcessName = "teacher"
     """Noise process of the student: teacher, ddpm-linear, ddpm-cosine, flow, edm, or the path of a
     scheduler_config.json. Matched with the teacher's by the signal-to-noise ratio."""
@@ -222,8 +222,8 @@ class WeightingOptions(Options, title="Loss"):
     """How noise levels are weighted. uniform: equally, on the student's output. snr, min-snr: by
     the signal-to-noise ratio (capped at --snr-gamma), on the error of x_0. capped: by the same
     ratio plus 1, which is uniform for v_prediction but for the cap. student: by how densely the
-    student's own process places its levels. auto: capped where v_prediction is the default for a
-    teacher of epsilon, else uniform."""
+    student's own process places its levels. auto: capped if --student-prediction is left open and
+    becomes v_prediction, else uniform."""
     snr_gamma: Annotated[float, Range(0, above=True)] = 5.0
     """Largest signal-to-noise ratio that capped and min-snr use as a weight."""
 
@@ -413,7 +413,21 @@ class CheckpointOptions(Options, title="Checkpoint"):
     none; or auto: TensorBoard if it is installed."""
 
 
-class EvaluationOptions(Options, title="Evaluation"):
+class FeatureOptions(Options):
+    """The network whose features are compared, and how it sees the images of a reference."""
+
+    feature_network: str | None = None
+    """Network whose features are compared: the file of the Inception network
+    (inception-2015-12-05), download, which fetches it once, or fashion, the packaged one. Default:
+    fashion for Fashion-MNIST, otherwise the file that was given before."""
+    resize: Resize = "bilinear"
+    """How images are brought to the Inception network's 299x299; published tables and statistics of
+    ADM and EDM used tensorflow."""
+    skip_bad: bool = False
+    """Leave out images of the reference that cannot be read, instead of ending."""
+
+
+class RunEvaluation(Options, title="Evaluation"):
     """Sample grids and a metric during the run, and the comparison at its end."""
 
     validation_steps: CountOrNone = 1000
@@ -428,7 +442,7 @@ class EvaluationOptions(Options, title="Evaluation"):
     """Samples drawn for --validation-metric, from the same noise every time."""
     ship_best: bool = False
     """Ship the best weights by --validation-metric instead of the last."""
-    evaluation_samples: CountOrNone = 1000
+    evaluation_samples: Annotated[int, Range(0, 10**6)] = 1000
     """Samples drawn from each model for the final distances; 0 skips them."""
     sampling_guidance_scale: Scale = 1.0
     """Guidance scale of the grids and of the final evaluation; 1 turns guidance off and costs
@@ -436,15 +450,10 @@ class EvaluationOptions(Options, title="Evaluation"):
     evaluation_reference: str = "auto"
     """Real images for the final distances: fashion-test, fashion-train, a folder of images, an .npz
     of images or statistics; none; or auto, which recognizes Fashion-MNIST by its class names."""
-    feature_network: str | None = None
-    """Network whose features are compared: the file of the Inception network
-    (inception-2015-12-05), download, which fetches it once, or fashion, the packaged one. Default:
-    fashion for Fashion-MNIST, otherwise the file that was given before."""
-    resize: Resize = "bilinear"
-    """How images are brought to the Inception network's 299x299; published tables and statistics of
-    ADM and EDM used tensorflow."""
-    skip_bad: bool = False
-    """Leave out images of the reference that cannot be read, instead of ending."""
+
+
+class EvaluationOptions(FeatureOptions, RunEvaluation):
+    """Sample grids and a metric during the run, and the comparison at its end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -792,36 +801,6 @@ class PushOptions(GivenRun):
     """Make a new repository private."""
 
 
-class HarvestOptions(Options, title="Harvest"):
-    """What to write, and how samples beyond those that a run kept are drawn."""
-
-    output: Path = Path("harvest")
-    """Folder to write. The same command goes on with one that it left unfinished."""
-    num_samples: Annotated[int, Range(1, 10**8)] = 1000
-    """Number of samples."""
-    format: Literal["png", "webdataset", "safetensors"] = "png"
-    """png: images in one folder for each class, prompts beside them. webdataset: tar files.
-    safetensors: tensors as the network has them, latents for a latent model."""
-    steps: Count = 50
-    """Sampler steps of each sample that is drawn."""
-    sampler: Sampler = "ddim"
-    """ddim, ddpm, euler, heun or dpm, as for dkdm sample."""
-    batch_size: Count = 64
-    """Samples drawn at once; they do not depend on it."""
-    seed: Seed = 0
-    """Random seed. Sample i depends on nothing but the seed and i."""
-    classes: tuple[ClassId, ...] | None = None
-    """Class ids, in turns. Default: those that the run's student learnt, or all."""
-    guidance_scale: Scale | None = None
-    """Scale of classifier-free guidance. Default: the run's, or 1."""
-    reference: str | None = None
-    """Real images to measure the set against, as for --evaluation-reference. Default: none."""
-    feature_network: str | None = None
-    """The Inception network's file, 'download', or 'fashion', as for dkdm distill."""
-    resize: Resize = "bilinear"
-    """How images are resized for the Inception network."""
-
-
 class SampleCommand(Grouped, command="sample"):
     """Draw samples from a model."""
 
@@ -852,8 +831,8 @@ class MeasuredSamples(DrawOptions):
     """Samples drawn at once. It does not change them."""
 
 
-class MeasurementOptions(Options, title="Measurement"):
-    """What the samples are measured against, and by what."""
+class MeasuredAgainst(Options, title="Measurement"):
+    """What the samples are measured against."""
 
     reference: str | None = None
     """fashion-test, fashion-train, a folder of images, an .npz of images or statistics, another
@@ -862,13 +841,11 @@ class MeasurementOptions(Options, title="Measurement"):
     metrics: str | None = None
     """Names separated by commas, or all. Default: the usual ones of the reference, and the distance
     to the teacher if there is one."""
-    feature_network: str | None = None
-    """Network whose features are compared: the file of the Inception network
-    (inception-2015-12-05), download, which fetches it once, or fashion, the packaged one. Default:
-    fashion for Fashion-MNIST, otherwise the file that was given before."""
-    resize: Resize = "bilinear"
-    """How images are brought to the Inception network's 299x299; published tables and statistics of
-    ADM and EDM used tensorflow."""
+
+
+class MeasurementOptions(FeatureOptions, MeasuredAgainst):
+    """What the samples are measured against, and by what."""
+
     feature_device: str | None = None
     """Device of the feature network, such as cpu or cuda:1. Default: the model's."""
     lpips_weights: str | None = None
@@ -879,8 +856,11 @@ class MeasurementOptions(Options, title="Measurement"):
     clip_model: str | None = None
     """For the metric clip, of text models: folder or hub id of a CLIP model as transformers saves
     it."""
-    skip_bad: bool = False
-    """Leave out files of the reference that cannot be read, instead of ending."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metrics is not None and not self.metrics.strip(", "):
+            raise UsageError(f"--metrics {shown(self.metrics)}: give all, or names such as fd,kid")
 
 
 class EvaluationFiles(Options, title="Output"):
@@ -917,6 +897,37 @@ class UiCommand(Grouped, command="ui"):
     model_choice: GivenModel
     teacher_choice: JudgedTeacher
     page: PageOptions
+
+
+class SampleSet(Options):
+    """What is written."""
+
+    output: Path = Path("harvest")
+    """Folder to write. The same command goes on with one that it left unfinished."""
+    format: Literal["png", "webdataset", "safetensors"] = "png"
+    """png: images in one folder for each class, prompts beside them. webdataset: tar files.
+    safetensors: tensors as the network has them, latents for a latent model."""
+
+
+class HarvestOptions(FeatureOptions, DrawOptions, SampleSet, title="Harvest"):
+    """What to write, and how samples beyond those that a run kept are drawn."""
+
+    num_samples: Annotated[int, Range(1, 10**8)] = 1000
+    """Number of samples."""
+    steps: Count = 50
+    """Sampler steps of each sample that is drawn."""
+    classes: tuple[ClassId, ...] | None = None
+    """Class ids, repeated in turn. Default: those that the run's student learnt, or all."""
+    guidance_interval: str | None = None
+    """LOW:HIGH, the shares of noise (0 clean, 1 noise) between which guidance acts. Default: as in
+    the run, or everywhere."""
+    guidance_scale: Scale | None = None
+    """Scale of classifier-free guidance. Default: the run's (the middle of its range), or 1."""
+    batch_size: Count = 64
+    """Samples drawn at once. It does not change them."""
+    reference: str | None = None
+    """Real images to measure the set against: fashion-test, fashion-train, a folder of images, or
+    an .npz of images or statistics. Default: the set is not measured."""
 
 
 class HarvestCommand(Grouped, command="harvest"):

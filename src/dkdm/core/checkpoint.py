@@ -34,6 +34,7 @@ OPTIONS = {
     AVERAGE: "an average (--use-ema)",
     "features": "feature distillation (--feature-weight)",
     "replay": "--replay",
+    "source/finished": "kept samples (--keep-finished)",
 }
 ORIGIN = "dkdm_origin"  # attribute of a network without a config; see models/custom_network.py
 
@@ -41,9 +42,11 @@ ORIGIN = "dkdm_origin"  # attribute of a network without a config; see models/cu
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Create `folder` with what `fill` writes, or nothing at all.
 
-    The files are written beside it, hashed into a manifest, flushed to disk and renamed.
+    The files are written beside it, hashed into a manifest, flushed to disk and renamed. A folder
+    that is there is moved aside first and deleted last: `restore_folder` brings it back after a
+    kill in between.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, former = folder.with_name(f".{folder.name}.partial"), _former(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
@@ -52,8 +55,22 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     for path in _files(partial):
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    restore_folder(folder)
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
     partial.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Bring back a folder that a killed `write_folder` had moved aside for a new one."""
+    if not folder.exists() and _former(folder).is_dir():
+        _former(folder).rename(folder)
+
+
+def _former(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.former")
 
 
 class Part(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ def optimizer_of(
         num_training_steps=num_steps,
     )
     return optimizer, schedule
+
+
+def set_peaks(schedule: Any, peaks: Sequence[float]) -> None:
+    """Give a restored schedule and its optimizer these peak learning rates, one for each group."""
+    if schedule.base_lrs == peaks:
+        return
+    schedule.base_lrs = [*peaks]
+    groups = schedule.optimizer.param_groups
+    for group, peak, share in zip(groups, peaks, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = peak, peak * share(schedule.last_epoch)
 
 
 def autocasting(accelerator: Accelerator, call: Call | None) -> Call:

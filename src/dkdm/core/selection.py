@@ -35,14 +35,15 @@ class Selection:
       is renamed into place when whole. Nothing but better weights replaces it.
     - `better`: which values are better. Of equal ones the first is kept.
     - `how`: what is measured and how, as JSON; values of another `how` are not compared.
-    - `write`: writes a model into a folder.
+    - `write`: writes a model into a folder; given the folder of the former best, it need not copy
+      what both have.
     - `best`: None before the first.
     """
 
     output_dir: Path
     better: Literal["lower", "higher"]
     how: Mapping[str, Any]
-    write: Callable[[Path, Denoiser], None]
+    write: Callable[[Path, Denoiser, Path | None], None]
     best: Best | None = None
 
     def offer(self, step: int, value: float, model: Denoiser) -> None:
@@ -52,7 +53,7 @@ class Selection:
         found = Best(step, value)
 
         def fill(folder: Path) -> None:
-            self.write(folder, model)
+            self.write(folder, model, self.output_dir / FOLDER if self.best else None)
             text = json.dumps({**found._asdict(), **self.how}, indent=2) + "\n"
             (folder / RECORD).write_text(text, encoding="utf-8")
 
@@ -89,6 +90,7 @@ class Selection:
 
     def _found(self) -> Best:
         folder = self.output_dir / FOLDER
+        checkpoint.restore_folder(folder)
         checkpoint.verify_folder(folder)
         record = read_best(folder)
         if {key: record.get(key) for key in self.how} != dict(self.how):

@@ -115,11 +115,20 @@ class Images:
         return {"images": self}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The step: everything random follows from it and the seed."""
-        return {"step": torch.tensor(self.step)}
+        """The step, from which and the seed all that is random follows; how many images."""
+        return {"step": torch.tensor(self.step), "size": torch.tensor(len(self.images))}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from that step."""
+        """Go on from that step. Raises UsageError for a set of another size.
+
+        Former checkpoints do not know their size.
+        """
+        size = int(state.get("size", len(self.images)))
+        if size != len(self.images):
+            raise UsageError(
+                f"the checkpoint is of a run on {size} images, these are {len(self.images)}: "
+                "resume with the --images and --images-share the run was started with"
+            )
         self.step = int(state["step"])
 
 
@@ -135,10 +144,8 @@ class Synthetic(Images):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The step and the size of the set; the set itself, unless it lies in shards."""
-        counts = {"evaluations": self.evaluations, "size": len(self.images)}
         whole = as_tensors(self.images, self.conditions) if self.shards is None else {}
-        own = {key: torch.tensor(value) for key, value in counts.items()} | whole
-        return own | super().state_dict()
+        return {"evaluations": torch.tensor(self.evaluations), **whole, **super().state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the set. Raises UsageError for one of another size, DkdmError if a shard lacks.

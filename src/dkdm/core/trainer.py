@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.learning import Ema, Finite, autocasting, optimizer_of, prepare
+from dkdm.core.learning import Ema, Finite, autocasting, optimizer_of, prepare, set_peaks
 from dkdm.core.modes import without_label_dropout
 from dkdm.core.objective import Objective
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
@@ -206,8 +206,10 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Go on exactly from a checkpoint. Raises DkdmError if it is damaged."""
         checkpoint.verify_folder(folder)
+        peaks = self.schedule.base_lrs
         with checkpoint.restoring(folder):
             about = checkpoint.read_parts(folder, self.parts())
+            set_peaks(self.schedule, peaks)
             self.step_number = Fields(about, str(folder / checkpoint.STATE)).whole("step")
         if self.selection is not None:
             self.selection.load_state_dict(about.get("best", {}))

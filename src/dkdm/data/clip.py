@@ -17,6 +17,7 @@ from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.models.locate import is_hub_id, locate
 from dkdm.reading.allowed import component_class
 from dkdm.reading.fields import read_json, shown
+from dkdm.reading.places import expanded
 
 BATCH = 50
 OPTION = "--clip-model"
@@ -90,7 +91,7 @@ def clip_score(given: str | Path, device: str = "cpu") -> ClipScore:
     """
     if find_spec("transformers") is None:
         raise DkdmError(f"{OPTION} needs transformers: pip install 'dkdm[text]'")
-    if not Path(given).expanduser().is_dir() and not is_hub_id(str(given)):
+    if not expanded(given).is_dir() and not is_hub_id(str(given)):
         raise UsageError(f"{OPTION} {given}: give the folder or the hub id of a CLIP model")
     folder = locate(str(given))
     found = read_json(folder / "config.json", "a CLIP model").get("model_type")

@@ -19,6 +19,7 @@ from dkdm.data.real_images import summarized
 from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.data.statistics_file import holds_statistics, statistics_reference, with_images
 from dkdm.errors import UsageError
+from dkdm.reading.places import expanded
 
 FASHION = "fashion"
 ARRAYS = (".npz", ".npy", ".safetensors")
@@ -60,12 +61,7 @@ def load_reference(
     """
     if str(spec) in REFERENCES:
         return REFERENCES[str(spec)](str(spec), extractor, shape, cache)
-    path = Path(spec).expanduser()
-    if not path.is_dir() and not (path.is_file() and path.suffix.lower() in ARRAYS):
-        raise UsageError(
-            f"there is no reference {spec}: use {' or '.join(REFERENCES)}, or give a folder of "
-            f"images or a file ({', '.join(ARRAYS)})"
-        )
+    path = reference_path(spec)
     network = extractor or inception_extractor()
     source = image_folder(path, skip_bad) if path.is_dir() else array_images(path)
     look = partial(summarized, source, network, cache, shape)
@@ -75,6 +71,17 @@ def load_reference(
     if ADM_IMAGES not in array_names(path):
         return known
     return with_images(known, source.open(network), look)
+
+
+def reference_path(spec: str | Path) -> Path:
+    """The folder or file that a reference of no other name is. Raises UsageError for none."""
+    path = expanded(spec)
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() in ARRAYS):
+        raise UsageError(
+            f"there is no reference {spec}: use {' or '.join(REFERENCES)}, or give a folder of "
+            f"images or a file ({', '.join(ARRAYS)})"
+        )
+    return path
 
 
 def _enough(reference: Reference) -> Reference:

@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 
 from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.reading.files import atomic, cache_dir
+from dkdm.reading.places import expanded
 
 DOWNLOAD = "download"
 TIMEOUT = 60.0
@@ -49,7 +50,7 @@ class Published:
             return self._cached(reversed([*self.forms])) or self._absent()
         if str(given) == DOWNLOAD:
             return self._cached([*self.forms][-1:]) or self._fetched()
-        path = Path(given).expanduser()
+        path = expanded(given)
         if path.is_dir():
             return self._in_folder(path)
         if not path.is_file():

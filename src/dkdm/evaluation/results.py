@@ -175,6 +175,10 @@ def read_samples(run_dir: Path) -> dict[str, Tensor]:
     samples = read_tensors_of(run_dir, SAMPLES)
     if samples.keys() - {"labels"} != {"teacher", "student"}:
         raise DkdmError(f"{SAMPLES} holds {', '.join(samples)}, not teacher and student")
+    labels = samples.get("labels")
+    fits = labels is None or (not labels.is_floating_point() and labels.ndim == 1)
+    if not fits or len({len(each) if each.ndim else 0 for each in samples.values()}) > 1:
+        raise DkdmError(f"{SAMPLES} holds tensors that do not fit together")
     return samples
 
 

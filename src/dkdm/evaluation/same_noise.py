@@ -96,6 +96,11 @@ def decoded(denoiser: Denoiser, samples: Tensor, batch_size: int = 64) -> Tensor
     return images
 
 
+def shown_shape(denoiser: Denoiser) -> tuple[int, ...]:
+    """The shape of one sample as it is shown: decoded, if it is a latent."""
+    return tuple(decoded(denoiser, torch.zeros(1, *denoiser.sample_shape)).shape[1:])
+
+
 def shared_noise(denoiser: Denoiser, seed: int, indices: range) -> Callable[[int], Tensor]:
     """The noise of samples `indices`: step -> [B, ...], step -1 the start, whatever the model.
 

@@ -18,6 +18,7 @@ from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.models.effective import listed
 from dkdm.models.pipelines import LEFT_OUT
 from dkdm.reading.fields import read_json
+from dkdm.reading.places import expanded
 
 BUILTIN = Path(str(resources.files("dkdm"))) / "models" / "builtin"
 INDEX = "model_index.json"
@@ -54,7 +55,7 @@ def locate(
     """
     if spec.startswith("builtin:"):
         return _builtin(spec.removeprefix("builtin:"))
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.exists():
         return path
     if is_hub_id(spec):

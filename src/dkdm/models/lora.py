@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.models.formats.state_dict import read_header, read_weights
 from dkdm.reading.fields import Fields, is_number, shown
+from dkdm.reading.places import expanded
 
 LoraChoice = Path | str | tuple[Path | str, float]
 _DOWN = ".lora_A.weight"  # rows of these, in peft's names, are a layer's rank
@@ -54,14 +55,14 @@ def read_choice(choice: LoraChoice) -> Lora:
             f"--teacher-lora {shown(choice)}: give FILE, FILE:WEIGHT or (FILE, WEIGHT)"
         )
     weighted = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", str(file))
-    if file is choice and weighted and not Path(file).expanduser().exists():
+    if file is choice and weighted and not expanded(file).exists():
         file, weight = weighted[1], float(weighted[2])
     return Lora(_existing(Path(file)), float(weight))
 
 
 def _existing(path: Path) -> Path:
     """The file, or the only one of a folder that diffusers would take."""
-    path = path.expanduser()
+    path = expanded(path)
     inside = [path / name for name in IN_FOLDER if (path / name).is_file()]
     if not path.is_file() and not inside:
         raise UsageError(

@@ -33,6 +33,7 @@ from dkdm.models.stand_ins import (
 )
 from dkdm.reading.arguments import refuse
 from dkdm.reading.fields import Fields, read_json
+from dkdm.reading.places import expanded
 from dkdm.reading.sizes import MAX_LEVELS
 
 
@@ -104,7 +105,7 @@ def named_config(spec: str, clip_range: float | None = None) -> Config:
         config = class_config(NAMED[spec], NAMED[spec]["_class_name"], spec)
         clips = clip_range is not None and "clip_sample" in config
         return config | ({"clip_sample": True, "clip_sample_range": clip_range} if clips else {})
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     places = (path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
     file = next((place for place in places if place.is_file()), path)
     try:

@@ -21,6 +21,11 @@ CODE = (".py", ".pyc", ".pyo", ".so", ".pkl", ".pickle")
 MAX_ENTRIES = 100_000  # files and folders of a model
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ or ~user at its start replaced by that home; as it is if there is none."""
+    return Path(os.path.expanduser(path))
+
+
 def inside(folder: Path, name: object, where: str) -> Path:
     """The path of a name, such as `unet/config.json`, that `where` gives for something in `folder`.
 
@@ -154,6 +159,18 @@ def copy_folder(
         copied = target / path.relative_to(source)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, replaced(copied))
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Make a folder of hard links to the files of one that dkdm wrote; copies where none can be."""
+
+    def linked(path: str, place: str) -> None:
+        try:
+            os.link(path, place)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, place)
+
+    shutil.copytree(source, target, copy_function=linked)
 
 
 def _is_data(path: Path, folder: Path) -> bool:

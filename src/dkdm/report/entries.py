@@ -103,8 +103,6 @@ def _samples_of(run: Run) -> Samples | None:
     own, teacher, labels = (run.samples.get(key) for key in ("student", "teacher", "labels"))
     if own is None or teacher is None or own.shape != teacher.shape or not 2 <= own.ndim <= 5:
         return None
-    if labels is not None and (labels.shape != own.shape[:1] or labels.is_floating_point()):
-        return None
     known, asked = run.comparison.class_names or (), run.comparison.asked_for
     numbers = [] if labels is None else labels.tolist()
     names = [known[i] if 0 <= i < len(known) else f"{asked} {i}" for i in numbers]

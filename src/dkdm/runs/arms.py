@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -51,10 +51,13 @@ class Arm:
     """An arm whose source is a pool.
 
     kind: class of the pool. noise: whether it begins as pure noise, whatever --fill says.
+    chains: whether chains end, whose samples can be kept. images: whether real images are read.
     """
 
     kind: type[Pool] = Pool
     noise: bool = False
+    chains: ClassVar[bool] = True
+    images: ClassVar[bool] = False
 
     def teaching(self, images: ImageOptions) -> Teaching:
         """What the teacher says of its batches."""
@@ -138,6 +141,8 @@ class GroupsArm(BatchArm):
 class SyntheticArm(Arm):
     """A set of finished samples of the teacher, drawn first."""
 
+    chains = False
+
     def teaching(self, images: ImageOptions) -> Teaching:
         """Nothing."""
         del images
@@ -145,11 +150,19 @@ class SyntheticArm(Arm):
 
     def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
         """A set of no given size costs what the dynamic pool does."""
-        each = guidance_factor(teacher, config.guidance)
+        each, batch_size = (
+            guidance_factor(teacher, config.guidance),
+            config.training.train_batch_size,
+        )
         steps, size = config.synthetic.synthetic_steps, config.synthetic.synthetic_samples
         if size is None:
             _, *costs = Arm().plan(teacher, config)
-            size = max(config.training.train_batch_size, int(sum(costs) // (steps * each)))
+            size = max(batch_size, int(sum(costs) // (steps * each)))
+        if size < batch_size:
+            raise UsageError(
+                f"--synthetic-samples {size} is smaller than a batch of {batch_size}: give "
+                f"{batch_size} or more"
+            )
         return SourcePlan(size, round(size * steps * each), 0)
 
     def size(self, teacher: Denoiser, config: DistillConfig) -> str:
@@ -189,6 +202,9 @@ class SyntheticArm(Arm):
 class ImagesArm(Arm):
     """Real images: the target is the noise that was added, or the teacher's evaluation."""
 
+    chains = False
+    images = True
+
     def teaching(self, images: ImageOptions) -> Teaching:
         """All or nothing."""
         asked = images.images_target == "teacher"
@@ -196,7 +212,6 @@ class ImagesArm(Arm):
 
     def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
         """A teacher that is asked evaluates every sample."""
-        check_images_given(config)
         if config.images_choice.images_target == "noise":
             return SourcePlan(0, 0, 0)
         each = guidance_factor(teacher, config.guidance)
@@ -228,13 +243,14 @@ class ImagesArm(Arm):
 class MixedArm(Arm):
     """The dynamic pool and real images, in every batch."""
 
+    images = True
+
     def teaching(self, images: ImageOptions) -> Teaching:
         """At the teacher's levels; pool and images are evaluated one after the other."""
         return Teaching(variance=images.images_target == "teacher", features=False)
 
     def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
         """As the dynamic pool of smaller batches, and the images' evaluations."""
-        check_images_given(config)
         if config.training.train_batch_size < 2:
             raise UsageError("--source mixed: give a --train-batch-size of 2 or more")
         size, preparing, training = Arm().plan(teacher, _without_images(config))
@@ -297,12 +313,24 @@ def prepare_source(source: Source, teacher: Denoiser, config: DistillConfig) -> 
     ARMS[config.pool.source].prepare(source, teacher, config)
 
 
-def check_images_given(config: DistillConfig) -> None:
-    """Raise UsageError for a source of images without images."""
-    if config.images_choice.images is None:
-        raise UsageError(
-            f"--source {config.pool.source}: give --images, which is fashion-mnist or a folder"
-        )
+def check_options(config: DistillConfig) -> None:
+    """Raise UsageError for options that the source needs or cannot use; no model is needed."""
+    source, arm, images = config.pool.source, ARMS[config.pool.source], config.images_choice.images
+    if arm.images and images is None:
+        raise UsageError(f"--source {source}: give --images, which is fashion-mnist or a folder")
+    unused = {
+        "--images": ("reads no images", images is not None and not arm.images),
+        "--keep-finished": ("has no chains", config.pool.keep_finished > 0 and not arm.chains),
+        "--synthetic-samples": (
+            "draws no set first",
+            config.synthetic.synthetic_samples is not None and source != "synthetic",
+        ),
+    }
+    for option, (reason, is_unused) in unused.items():
+        if is_unused:
+            raise UsageError(
+                f"{option}: --source {source} {reason}: remove {option}, or choose another --source"
+            )
 
 
 def shown_images(options: ImageOptions) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from dkdm.config import CompareCommand, ComparedOptions
 from dkdm.core.conditioning import ClassLabels, Condition
@@ -20,6 +19,7 @@ from dkdm.models.locate import INDEX, is_hub_id
 from dkdm.models.place import device_of_run
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic, check_output
+from dkdm.reading.places import expanded
 from dkdm.report.comparison_page import comparison_page
 from dkdm.report.entries import SHOWN, Entry, Samples, entry_of_evaluation, entry_of_run, how_drawn
 from dkdm.report.side_by_side import Table, side_by_side
@@ -66,7 +66,7 @@ def opened(how: ComparedOptions) -> list[Entry]:
 
 def _written(spec: str) -> Entry | None:
     """A run or an evaluation; None for a model. Raises UsageError for anything else."""
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.suffix == ".json" and not path.is_dir():
         return entry_of_evaluation(path)
     config = path / "config.json"

@@ -11,6 +11,7 @@ from dkdm.errors import UsageError
 from dkdm.reading.fields import read_json
 from dkdm.reading.made_here import was_made_here
 from dkdm.reading.options import flag
+from dkdm.reading.places import expanded
 from dkdm.reading.plugins import named_code, split
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -44,7 +45,7 @@ def _refuse_upload(config: RunConfig, path: Path, typed: Set[str]) -> None:
 
 
 def _refuse_output_elsewhere(config: RunConfig, path: Path, typed: Set[str]) -> None:
-    output = config.run.output_dir.expanduser().resolve()
+    output = expanded(config.run.output_dir).resolve()
     inside = output.is_relative_to(Path.cwd()) or output == path.resolve().parent
     if "output_dir" not in typed and not inside:
         raise UsageError(

@@ -13,11 +13,15 @@ from typing import TypeVar
 
 import torch
 
-from dkdm.config import DistillConfig, RunConfig, StudentOptions, read_config
-from dkdm.core.checkpoint import checkpoints
+from dkdm.config import DistillConfig, RunConfig, StudentOptions
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.process import Process
 from dkdm.errors import UsageError
+from dkdm.reading.options import flag
+from dkdm.runs.earlier import distillation_of, run_of
+
+# options of a source that a checkpoint takes for granted
+OF_THE_SOURCE = ("source", "images_target", "mixed_share")
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -29,12 +33,12 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
     goes on from a run of such a student. found: the checkpoint that the run goes on from, if any;
     its run decides both. Raises UsageError if that run cannot be found.
     """
-    origin = found.parent if found else Path(config.student_choice.student_init)
-    begun = _begun(origin, DistillConfig)
-    prediction, weighting = config.student_choice.student_prediction, config.loss.loss_weighting
+    choice = config.student_choice
+    begun = distillation_of(found.parent) if found else _start_of(choice.student_init)
+    prediction, weighting = choice.student_prediction, config.loss.loss_weighting
     if prediction is None and begun is not None:
         prediction = begun.student_choice.student_prediction
-    elif prediction is None and _predicts_v(config.student_choice, teacher):
+    elif prediction is None and _predicts_v(choice, teacher):
         if found:
             raise UsageError(
                 f"{found} has no config.json of its run beside it: say what its student predicts, "
@@ -45,7 +49,6 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
     if weighting == "auto":
         weighting = begun.loss.loss_weighting if begun and found else "uniform"
     config = replace(config, student_prediction=prediction, loss_weighting=weighting)
-    choice = config.student_choice
     new = choice.student_init == "random" and choice.lora_rank is None
     return with_optimizer(config, found, new)
 
@@ -56,7 +59,7 @@ def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:
     found: the checkpoint that the run goes on from, if any: as before. new: whether the network
     starts from random weights. Raises UsageError for another optimizer than that of the run.
     """
-    options, begun = config.optimizing, _begun(found.parent, RunConfig) if found else None
+    options, begun = config.optimizing, run_of(found.parent) if found else None
     if begun is not None:
         before = begun.optimizing.decided(new=False).optimizer
         if options.optimizer not in ("auto", before):
@@ -71,11 +74,21 @@ def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:
     return replace(config, optimizer=options.optimizer, learning_rate=options.learning_rate)
 
 
-def _begun(folder: Path, kind: type[Config]) -> Config | None:
-    """The config of the run in a folder, if one of that kind is there."""
-    file = folder / "config.json"
-    config = read_config(file) if file.is_file() and checkpoints(folder) else None
-    return config if isinstance(config, kind) else None
+def check_same_source(config: DistillConfig, found: Path | None) -> None:
+    """Raise UsageError if a run goes on from a checkpoint of a run with another source."""
+    begun = distillation_of(found.parent) if found else None
+    for name in OF_THE_SOURCE if begun else ():
+        given, was = getattr(config, name), getattr(begun, name)
+        if given != was:
+            raise UsageError(
+                f"{flag(name)} {given}: {found} is of a run with {flag(name)} {was}: resume with "
+                "the options it was started with, or give another --output-dir"
+            )
+
+
+def _start_of(student_init: str) -> DistillConfig | None:
+    """The distillation whose weights a student starts from; None if it starts from others."""
+    return None if student_init in ("random", "teacher") else distillation_of(student_init)
 
 
 def _predicts_v(choice: StudentOptions, teacher: Denoiser) -> bool:

@@ -18,9 +18,9 @@ from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.models import chosen_teacher, place
 from dkdm.models.architectures import component_of
-from dkdm.runs.arms import ARMS, make_source, prepare_source
+from dkdm.runs.arms import ARMS, check_options, make_source, prepare_source
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
-from dkdm.runs.defaults import with_defaults
+from dkdm.runs.defaults import check_same_source, with_defaults
 from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
 from dkdm.runs.models import (
     check_null_condition,
@@ -105,6 +105,8 @@ def describe(config: DistillConfig) -> str:
         f"({student.num_parameters / teacher.num_parameters:.1%})",
         student_reading(student, teacher),
         f"start     {ready.start}",
+        f"optimizer {config.optimizing.optimizer}, learning rate "
+        f"{config.optimizing.learning_rate:g}",
         f"source    {source}: {ARMS[source].size(teacher, config)}",
         f"cost      {plan.preparing:,} teacher evaluations to prepare, {plan.training:,} to train, "
         "and restarts of chains",
@@ -143,7 +145,9 @@ def prepared(
     run, training, evaluation = config.run, config.training, config.evaluation
     arm, conditions, guidance = ARMS[config.pool.source], config.conditions, config.guidance
     check_metric(evaluation)
+    check_options(config)
     found = checkpoint_of(run, config.checkpoints)
+    check_same_source(config, found)
     accelerator = start_accelerator(run, training, config.checkpoints)
     if not isinstance(teacher, Denoiser):
         teacher = chosen_teacher(config.teacher_choice)

@@ -24,19 +24,18 @@ from dkdm.evaluation.shards import Drawing, draw_shards, missing_shards
 from dkdm.models import chosen_teacher, place
 from dkdm.reading.arguments import given
 from dkdm.reading.files import cache_dir, check_output
+from dkdm.runs.earlier import Run, weights_of
 from dkdm.runs.judges import (
     Given,
-    Run,
     Standard,
     fitting,
     judged_teacher,
+    known_run,
     named_metrics,
     ready,
-    run_of,
     scales_of,
     single_images,
     standard_of,
-    weights_of,
 )
 from dkdm.runs.measure import (
     Plan,
@@ -88,7 +87,9 @@ def run_evaluation(
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     plan = planned(command, state.device, model, reference, teacher)
     root = command.files.output or cache_dir("evaluations")
-    for warning in warnings_of(plan) if state.is_main_process else ():
+    count, network = command.sampling.num_samples, plan.standard.network
+    warnings = warnings_of(plan.metrics, count, network)
+    for warning in warnings if state.is_main_process else ():
         print(f"warning: {warning}", file=sys.stderr)
     for drawing in plan.drawings:
         draw_own(drawing, root, state.process_index, state.num_processes)
@@ -128,7 +129,7 @@ def planned(
     teacher: Denoiser | None = None,
 ) -> Plan:
     """Open all that the options name and check that it fits together; nothing is drawn."""
-    run = None if model else run_of(command.model_choice.model)
+    run = None if model else known_run(command.model_choice.model)
     model = model or chosen_teacher(command.model_choice)
     scales = scales_of(command, run, model)
     model = ready(model, command, scales[0])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dkdm.config import DistillConfig, GivenModel, HarvestOptions, read_config
+from dkdm.config import DistillConfig, GivenConditions, GivenModel, HarvestOptions, parse_interval
 from dkdm.core import checkpoint
 from dkdm.core.conditioning import ClassLabels, Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
@@ -24,19 +25,23 @@ from dkdm.core.kinds import kind_of
 from dkdm.core.modes import evaluating
 from dkdm.core.progress import track
 from dkdm.core.solvers import spacing_of
-from dkdm.data.named import chosen_extractor, load_reference
 from dkdm.data.reference import Features, Reference
 from dkdm.data.sample_files import FORMATS, Part, SampleFiles
 from dkdm.errors import UsageError
+from dkdm.evaluation.circumstances import floors_of
+from dkdm.evaluation.fingerprint import hash_of
 from dkdm.evaluation.metrics import Metrics, Sampled, measure, usual
-from dkdm.evaluation.same_noise import Sampling, batches, decoded
+from dkdm.evaluation.rows import Row, metric_rows
+from dkdm.evaluation.same_noise import Sampling, batches, decoded, shown_shape
+from dkdm.evaluation.shards import check_finite
 from dkdm.models import chosen_teacher
-from dkdm.reading.fields import read_json
 from dkdm.reading.files import check_output
-from dkdm.reading.made_here import was_made_here
-from dkdm.reading.plugins import named_code, split
+from dkdm.reading.places import expanded
 from dkdm.runs.arms import FINISHED
-from dkdm.runs.models import ready_teacher
+from dkdm.runs.earlier import distillation_of, run_folder, run_of, teacher_of
+from dkdm.runs.measure import check_count, warnings_of
+from dkdm.runs.models import check_null_condition, given_conditions, ready_teacher
+from dkdm.runs.outputs import named_reference
 
 
 @dataclass(frozen=True)
@@ -48,47 +53,56 @@ class Harvest:
     drawn: int
     evaluations: int
     usage: str
-    metrics: Metrics | None = None
+    rows: tuple[Row, ...] = ()
 
 
 def harvest(
-    how: HarvestOptions,
-    teacher: Denoiser | None = None,
-    run: Path | None = None,
-    reference: Reference | None = None,
+    how: HarvestOptions, teacher: Denoiser | None = None, run: Path | None = None
 ) -> Harvest:
     """Write `how.num_samples` finished samples into a folder; the same call goes on where it ended.
 
     teacher: draws what lacks; None takes the run's. run: the folder of a distillation, whose kept
     samples come first. Samples of no class are left out. Raises UsageError for an output that holds
-    something else and for samples that are no images, DkdmError for damaged files.
+    something else and for samples that are no images, DkdmError for damaged files and for samples
+    that are not finite.
     """
     config = None if run is None else _config_of(run)
     if teacher is None:
-        teacher = _teacher_of(run, config)
-    teacher = _with_conditions(teacher, how, config)
-    scale = _scale(how, config)
-    files = _files(how, teacher)
-    found = None if run is None else _of_classes(kept(run), teacher)
-    count = 0 if found is None else min(how.num_samples, len(found[0]))
-    about = {"samples": how.num_samples, "kept": count, "model": str(run or teacher.name)}
-    drawing = {"steps": how.steps, "sampler": how.sampler, "seed": how.seed, "guidance": scale}
-    SampleShards(how.output).claim({**about, **drawing, "format": how.format})
+        teacher = teacher_of(config, "harvest")
+    teacher, scale = _ready(teacher, how, config), _scale(how, config)
+    each = _evaluations(teacher, how, scale)
+    check_null_condition(teacher, guided=scale != 1)
+    files, reference = _files(how, teacher), _reference(how, teacher)
+    found = None if config is None or run is None else _last_kept(run, config, teacher, how)
+    count = 0 if found is None else len(found[0])
+    turns = teacher.conditioning.in_turns(how.num_samples)
+    about = {
+        "samples": how.num_samples,
+        "kept": count,
+        "model": str(run or teacher.name),
+        "conditions": hash_of(turns),
+        "steps": how.steps,
+        "sampler": how.sampler,
+        "seed": how.seed,
+        "guidance": scale,
+        "guidance_interval": teacher.guidance_interval,
+        "format": how.format,
+    }
+    SampleShards(how.output).claim(about)
     with (
         evaluating(teacher.network, teacher.call),
         track(how.num_samples, 0, "harvest") as progress,
     ):
         for number, rows in enumerate(_parts(count, how.num_samples)):
             if not files.has(number, rows):
-                own = None if found is None else _last(found, count)
-                samples, cond = _samples(teacher, own, rows, count, how, scale)
+                own = found if rows.stop <= count else None
+                samples, cond = _samples(teacher, own, rows, turns, how, scale)
                 files.write(number, _part(teacher, rows, samples, cond, files.images))
             progress(rows.stop)
     files.finish(range(how.num_samples))
     drawn = how.num_samples - count
-    each = _evaluations(teacher, how, scale)
-    measured = None if reference is None else _measured(files, teacher, reference, count, how)
-    usage = files.usage(teacher.sample_shape if not files.images else _shape(teacher))
+    usage = files.usage(shown_shape(teacher) if files.images else teacher.sample_shape)
+    measured = _measured(files, teacher, reference, count, how) if reference else ()
     return Harvest(how.output, count, drawn, each * drawn, usage, measured)
 
 
@@ -100,10 +114,21 @@ def _evaluations(teacher: Denoiser, how: HarvestOptions, scale: float) -> int:
     return int(teacher.evaluations_at(visited, scale != 1).sum())
 
 
-def is_run(model: str) -> bool:
-    """Whether this is the folder of a distillation."""
-    path = Path(model) / "config.json"
-    return path.is_file() and read_json(path, "a config").get("kind") == DistillConfig.__name__
+def harvest_of(choice: GivenModel, conditions: GivenConditions, how: HarvestOptions) -> Harvest:
+    """What `dkdm harvest` does: `harvest` of a run or of a model, as the command line names it.
+
+    Raises UsageError for options of a model beside a run, which names its teacher itself.
+    """
+    check_output("--output", how.output, folder=True, overwrite=True)
+    run = expanded(choice.model)
+    if run_folder(run) != run or not isinstance(run_of(run), DistillConfig):
+        return harvest(how, given_conditions(chosen_teacher(choice), conditions))
+    if choice != type(choice)(choice.model) or conditions != GivenConditions():
+        raise UsageError(
+            f"{choice.model} is a run, whose teacher is read with the run's own model and "
+            "condition options: leave these out, or harvest the teacher by its name"
+        )
+    return harvest(how, run=run)
 
 
 def kept(run: Path) -> Samples | None:
@@ -112,7 +137,7 @@ def kept(run: Path) -> Samples | None:
     Raises DkdmError for damaged files.
     """
     folders = checkpoint.checkpoints(run)
-    file = folders[-1] / checkpoint.SOURCE / f"{FINISHED}.safetensors" if folders else run
+    file = run.joinpath(*folders[-1:], checkpoint.SOURCE, f"{FINISHED}.safetensors")
     if not file.is_file():
         return None
     state, shards = checkpoint.read_tensors(file), SampleShards(run / FINISHED)
@@ -124,33 +149,20 @@ def kept(run: Path) -> Samples | None:
 
 
 def _config_of(run: Path) -> DistillConfig:
-    config = read_config(run / "config.json")
-    if not isinstance(config, DistillConfig):
-        raise UsageError(f"{run} is no distillation: harvest its model with dkdm sample")
+    config = distillation_of(run)
+    if config is None:
+        raise UsageError(f"{run} is no distillation: give its folder, or a model")
     return config
 
 
-def _teacher_of(run: Path | None, config: DistillConfig | None) -> Denoiser:
-    """The teacher of a run. Raises UsageError for code that only the run's folder names."""
-    assert config is not None
-    choice = config.teacher_choice
-    for spec in [*named_code(choice.model), *named_code(choice.factory)]:
-        if not was_made_here({"spec": spec}, split(spec)[0]):
-            raise UsageError(
-                f"{run}/config.json names code: {spec}. If you trust that code, harvest that "
-                f"teacher by its name"
-            )
-    return chosen_teacher(choice)
-
-
-def _with_conditions(
-    teacher: Denoiser, how: HarvestOptions, config: DistillConfig | None
-) -> Denoiser:
+def _ready(teacher: Denoiser, how: HarvestOptions, config: DistillConfig | None) -> Denoiser:
     """The teacher with the classes or prompts of its run, or those that are asked for."""
     if config is not None:
         asked = config.conditions, config.guidance, config.evaluation, config.run.seed
         teacher = ready_teacher(teacher, *asked)
-    return replace(teacher, conditioning=restrict_classes(teacher.conditioning, how.classes))
+    interval = parse_interval(how.guidance_interval) or teacher.guidance_interval
+    conditioning = restrict_classes(teacher.conditioning, how.classes)
+    return replace(teacher, conditioning=conditioning, guidance_interval=interval)
 
 
 def _scale(how: HarvestOptions, config: DistillConfig | None) -> float:
@@ -160,18 +172,13 @@ def _scale(how: HarvestOptions, config: DistillConfig | None) -> float:
     return 1.0 if config is None else sum(config.guidance.scales) / 2
 
 
-def _shape(teacher: Denoiser) -> tuple[int, ...]:
-    blank = torch.zeros(1, *teacher.sample_shape)
-    return tuple(decoded(teacher, blank).shape[1:])
-
-
 def _files(how: HarvestOptions, teacher: Denoiser) -> SampleFiles:
     """The files to write. Raises UsageError if they cannot be written, or hold no such samples."""
     check_output("--output", how.output, folder=True, overwrite=True)
     conditioning = teacher.conditioning
     classes = conditioning.num_classes if isinstance(conditioning, ClassLabels) else None
     files = FORMATS[how.format](how.output, classes)
-    shape = _shape(teacher) if files.images else (3, 1, 1)
+    shape = shown_shape(teacher) if files.images else (3, 1, 1)
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UsageError(
             f"--format {how.format}: samples of shape {shape} are no grey or colour images: use "
@@ -182,6 +189,20 @@ def _files(how: HarvestOptions, teacher: Denoiser) -> SampleFiles:
     return files
 
 
+def _reference(how: HarvestOptions, teacher: Denoiser) -> Reference | None:
+    """What the set is measured against. Raises UsageError if it does not fit the samples."""
+    if how.reference is None:
+        return None
+    shape = shown_shape(teacher)
+    reference = named_reference(how.reference, how, shape, str(teacher.device))
+    if reason := reference.refusal(shape):
+        raise UsageError(f"--reference {how.reference} {reason}")
+    check_count(usual(reference), how.num_samples)
+    for warning in warnings_of(usual(reference), how.num_samples, reference.network):
+        print(f"warning: {warning}", file=sys.stderr)
+    return reference
+
+
 def _parts(kept_count: int, count: int) -> list[range]:
     """The set in parts of one shard; kept and drawn samples are not in the same."""
     ends = [*range(SHARD, kept_count, SHARD), kept_count]
@@ -190,10 +211,20 @@ def _parts(kept_count: int, count: int) -> list[range]:
     return [range(a, b) for a, b in zip(starts, ends, strict=False) if b > a]
 
 
-def _of_classes(found: Samples | None, teacher: Denoiser) -> Samples | None:
+def _last_kept(
+    run: Path, config: DistillConfig, teacher: Denoiser, how: HarvestOptions
+) -> Samples | None:
+    """The last samples that a run kept, as many as it was to keep and are asked for."""
+    found = kept(run)
+    if found is None:
+        return None
+    samples, cond = _of_classes(found, teacher)
+    first = max(0, len(samples) - min(how.num_samples, config.pool.keep_finished))
+    return samples[first:], {key: value[first:] for key, value in cond.items()}
+
+
+def _of_classes(found: Samples, teacher: Denoiser) -> Samples:
     """Kept samples of a class that is drawn, or of a prompt; not those of "no class"."""
-    if found is None or not found[1]:
-        return found
     samples, cond = found
     conditioning, right = teacher.conditioning, torch.ones(len(samples), dtype=torch.bool)
     if isinstance(conditioning, ClassLabels):
@@ -203,30 +234,24 @@ def _of_classes(found: Samples | None, teacher: Denoiser) -> Samples | None:
     return samples[right], {key: value[right] for key, value in cond.items()}
 
 
-def _last(found: Samples, count: int) -> Samples:
-    first = len(found[0]) - count
-    return found[0][first:], {key: value[first:] for key, value in found[1].items()}
-
-
 def _samples(
     teacher: Denoiser,
     found: Samples | None,
     rows: range,
-    kept_count: int,
+    turns: Condition,
     how: HarvestOptions,
     scale: float,
 ) -> Samples:
     """Kept samples, or drawn ones: sample i depends on (seed, i) alone."""
-    if rows.stop <= kept_count:
-        assert found is not None
-        return found[0][rows.start : rows.stop], {
-            key: value[rows.start : rows.stop] for key, value in found[1].items()
-        }
-    turns = teacher.conditioning.in_turns(how.num_samples)
+    here = slice(rows.start, rows.stop)
+    if found is not None:
+        return found[0][here], {key: value[here] for key, value in found[1].items()}
     sampling = Sampling(how.num_samples, how.steps, how.seed, how.sampler, how.batch_size)
-    drawn = [batch for _, batch in batches(teacher, turns, sampling, scale, rows)]
-    cond = {key: value[rows.start : rows.stop] for key, value in turns.items()}
-    return torch.cat(drawn), cond
+    drawn = []
+    for _, batch in batches(teacher, turns, sampling, scale, rows):
+        check_finite(teacher, batch)
+        drawn.append(batch)
+    return torch.cat(drawn), {key: value[here] for key, value in turns.items()}
 
 
 def _part(teacher: Denoiser, rows: range, samples: Tensor, cond: Condition, images: bool) -> Part:
@@ -245,7 +270,7 @@ def _measured(
     reference: Reference,
     kept_count: int,
     how: HarvestOptions,
-) -> Metrics:
+) -> tuple[Row, ...]:
     """What the set is worth, from the images as they were written."""
     features, labels = [], []
     for number, rows in enumerate(_parts(kept_count, how.num_samples)):
@@ -254,26 +279,7 @@ def _measured(
         features.append(reference.network(shown))
         labels += [] if own is None else [own]
     whole = torch.cat(labels) if labels else None
-    return measure(Sampled(Features.joined(features), whole), reference, usual(reference))
-
-
-def chosen_reference_of(how: HarvestOptions, teacher: Denoiser) -> Reference | None:
-    """The reference that --reference names. Raises UsageError if it does not fit the samples."""
-    if how.reference is None:
-        return None
-    shape, network = _shape(teacher), None
-    if how.feature_network is not None:
-        network = chosen_extractor(how.feature_network, how.resize, str(teacher.device))
-    reference = load_reference(how.reference, network, shape=shape)
-    reason = reference.refusal(shape)
-    if reason:
-        raise UsageError(f"--reference {how.reference} {reason}")
-    return reference
-
-
-def teacher_and_run(choice: GivenModel) -> tuple[Denoiser, Path | None]:
-    """What the command line names: a run's teacher and its folder, or a model."""
-    if is_run(choice.model):
-        run = Path(choice.model)
-        return _teacher_of(run, _config_of(run)), run
-    return chosen_teacher(choice), None
+    names = usual(reference)
+    found: Metrics = measure(Sampled(Features.joined(features), whole), reference, names)
+    floors, _ = floors_of(reference, names, how.num_samples)
+    return tuple(metric_rows(found, floors=floors))

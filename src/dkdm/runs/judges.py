@@ -1,4 +1,4 @@
-"""What a model is measured against: the run it is of, its teacher, a reference."""
+"""What a model is measured against: its teacher, a reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from dkdm.config import (
     MeasurementOptions,
     TrainConfig,
     parse_interval,
-    read_config,
 )
 from dkdm.core.conditioning import restrict_classes
 from dkdm.core.denoiser import Denoiser
@@ -28,30 +27,24 @@ from dkdm.data.clip import clip_score
 from dkdm.data.named import (
     FASHION,
     REFERENCE_OF_CLASSES,
-    REFERENCES,
     chosen_extractor,
     chosen_reference,
-    load_reference,
 )
 from dkdm.data.perceptual import perceptual_distance
 from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.errors import DkdmError, UsageError
-from dkdm.evaluation.circumstances import weights_in_words
-from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, missing_of_network
-from dkdm.evaluation.results import read_evaluation
-from dkdm.evaluation.same_noise import decoded
+from dkdm.evaluation.metrics import PER_SAMPLE
+from dkdm.evaluation.same_noise import shown_shape
 from dkdm.evaluation.shards import Drawing
 from dkdm.evaluation.single_images import SingleImages
 from dkdm.models import chosen_teacher, load_teacher, with_texts
 from dkdm.models.locate import INDEX, is_hub_id
-from dkdm.reading.made_here import was_made_here
-from dkdm.reading.plugins import named_code, split
+from dkdm.reading.places import expanded
+from dkdm.runs.earlier import Run, run_of, teacher_of
 from dkdm.runs.models import check_null_condition
-from dkdm.runs.outputs import sampling_guidance
+from dkdm.runs.outputs import named_reference, sampling_guidance
 
-AS_GIVEN = "as they are given"
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-Run = DistillConfig | TrainConfig
 Given = str | Path | Denoiser | Reference | None
 
 
@@ -69,28 +62,13 @@ class Standard:
     network: FeatureExtractor | None = None
 
 
-def run_of(spec: str) -> Run | None:
-    """The config of the run whose folder this is; None for any other model."""
-    path = Path(spec).expanduser() / "config.json"
-    if not path.is_file() or not (path.parent / INDEX).is_file():
-        return None
+def known_run(spec: str) -> Run | None:
+    """The options of the run that a model is of; None for any other model."""
     try:
-        return read_config(path)
+        return run_of(spec)
     except UsageError as error:
         _note(f"{spec} is measured as a model without a run ({error})")
         return None
-
-
-def weights_of(spec: str, run: Run | None) -> str:
-    """Which weights a folder ships, in words: as its run says, or by the run's options."""
-    if run is None:
-        return AS_GIVEN
-    try:
-        said = read_evaluation(Path(spec).expanduser()).weights
-    except DkdmError:  # a run without a comparison at its end
-        said = ""
-    decay = run.optimizing.ema_decay if run.optimizing.use_ema else None
-    return said or weights_in_words(run.training.max_train_steps, decay)
 
 
 def judged_teacher(choice: JudgedTeacher, run: Run | None, asked: bool) -> Denoiser | None:
@@ -102,27 +80,14 @@ def judged_teacher(choice: JudgedTeacher, run: Run | None, asked: bool) -> Denoi
     if choice.model:
         return chosen_teacher(choice)
     try:
-        return _teacher_of(run)
+        teacher = teacher_of(run)
     except DkdmError as error:
         if asked:
             raise
         if isinstance(run, DistillConfig):
             _note(f"the distance to the teacher is left out: {error}")
         return None
-
-
-def _teacher_of(run: Run | None) -> Denoiser:
-    """Raises UsageError for what is no distillation, and for code that a stranger's file names."""
-    if not isinstance(run, DistillConfig):
-        raise UsageError("the model is no run that names its teacher: give --teacher MODEL")
-    choice = run.teacher_choice
-    for spec in (each for name in (choice.model, choice.factory) for each in named_code(name)):
-        if not was_made_here({"spec": spec}, split(spec)[0]):
-            raise UsageError(
-                f"the run names code as its teacher, {spec}. If you trust that code, give "
-                f"--teacher {choice.model}"
-            )
-    teacher = chosen_teacher(choice)
+    assert isinstance(run, DistillConfig)  # by `teacher_of`
     return replace(teacher, guidance_interval=run.guidance.interval or teacher.guidance_interval)
 
 
@@ -174,7 +139,7 @@ def fitting(command: EvaluateCommand, judge: Denoiser) -> EvaluateCommand:
 
 def names_model(spec: str) -> bool:
     """Whether a reference is a model, rather than images."""
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_dir():
         return any((path / name).is_file() for name in (INDEX, "config.json"))
     if path.is_file():
@@ -205,19 +170,23 @@ def standard_of(
     scale: that a model is guided by whose samples are the reference. Raises UsageError for a
     reference that is missing or does not fit the model's samples.
     """
-    shape, how = _shown_shape(model), command.measurement
+    shape, how = shown_shape(model), command.measurement
     place = how.feature_device or str(device)
     if given is None:
         name = chosen_reference("auto", class_names_of(model))
-        found = _real(name, how, shape, place) if name else None
+        found = named_reference(name, how, shape, place, named_metrics(how)) if name else None
         return Standard(found, None, found.network) if found and found.fits(shape) else Standard()
     judge = _model_of(given, teacher)
     if judge is not None:
         judge = judge if judge is teacher else ready(judge, fitting(command, judge), scale)
-        if _shown_shape(judge) != shape:
-            raise _misfit(judge.name, f"draws samples of shape {_shown_shape(judge)}, not {shape}")
+        if shown_shape(judge) != shape:
+            raise _misfit(judge.name, f"draws samples of shape {shown_shape(judge)}, not {shape}")
         return Standard(None, judge, _extractor(model, how, place, shape))
-    reference = given if isinstance(given, Reference) else _real(str(given), how, shape, place)
+    reference = (
+        given
+        if isinstance(given, Reference)
+        else named_reference(str(given), how, shape, place, named_metrics(how))
+    )
     if reason := reference.refusal(shape):
         raise _misfit(reference.name, reason)
     return Standard(reference, None, reference.network)
@@ -230,25 +199,11 @@ def named_metrics(how: MeasurementOptions) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in how.metrics.split(",") if name.strip()))
 
 
-def _real(spec: str, how: MeasurementOptions, shape: tuple[int, ...], place: str) -> Reference:
-    if spec in REFERENCES and how.feature_network is None:
-        return load_reference(spec)
-    network = chosen_extractor(how.feature_network, how.resize, place)
-    for name in named_metrics(how):
-        if name in METRICS and (reason := missing_of_network(METRICS[name], network)):
-            raise UsageError(f"{name} cannot be measured against {spec}: {reason}")
-    return load_reference(spec, network, skip_bad=how.skip_bad, shape=shape)
-
-
 def _misfit(name: str, reason: str) -> UsageError:
     return UsageError(
         f"--reference {name} {reason}; teacher_distance and gap need no images, and --teacher "
         "MODEL alone measures them"
     )
-
-
-def _shown_shape(model: Denoiser) -> tuple[int, ...]:
-    return tuple(decoded(model, torch.zeros(1, *model.sample_shape)).shape[1:])
 
 
 def _model_of(given: Given, teacher: Denoiser | None) -> Denoiser | None:
@@ -296,7 +251,7 @@ def single_images(
     asked, how = set(metrics) & set(PER_SAMPLE), command.measurement
     if not asked:
         return None
-    shape = _shown_shape(own.denoiser)
+    shape = shown_shape(own.denoiser)
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UsageError(
             f"--metrics {', '.join(sorted(asked))}: grey or RGB images are compared, and "

@@ -26,6 +26,7 @@ from dkdm.config import (
 )
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.selection import FOLDER as BEST
 from dkdm.core.trainer import Trainer
 from dkdm.errors import UsageError
 from dkdm.reading import files
@@ -34,7 +35,7 @@ from dkdm.reading.places import check_folder
 from dkdm.reading.plugins import split
 from dkdm.report import write_report
 from dkdm.runs.config_file import code_named_in
-from dkdm.runs.validation import shipped_weights
+from dkdm.runs.validation import best_weights, shipped_weights
 from dkdm.shipping.card import NO_LICENCE, Measured, write_card
 from dkdm.shipping.hub import publish, reserve
 from dkdm.shipping.pipeline_folder import shipping_notes, write_pipeline
@@ -130,6 +131,8 @@ def carry_out(
         weights=weights,
         measured=measured,
     )
+    if best := best_weights(trainer, config.evaluation):
+        write_card(folder / BEST, student, config, teacher=teacher, minutes=minutes, weights=best)
     notes = [] if licensed else [f"{NO_LICENCE} {folder}/README.md"]
     for note in [*notes, *shipping_notes(student)]:
         print(f"note: {note}", file=sys.stderr)

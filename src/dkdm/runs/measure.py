@@ -20,7 +20,8 @@ from dkdm.evaluation.comparison import describe, versions
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
 from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, Sampled, check, measure, missing, usual
 from dkdm.evaluation.shards import Drawing, Drawn, read_shards
-from dkdm.runs.judges import AS_GIVEN, Standard, named_metrics
+from dkdm.runs.earlier import AS_GIVEN
+from dkdm.runs.judges import Standard, named_metrics
 
 NOT_YET = FeatureStatistics(torch.zeros(0), torch.zeros(0, 0), 0)
 ALONE = ("is", "class_accuracy")  # made of samples alone, without the reference's
@@ -85,7 +86,7 @@ def chosen_metrics(
             f"{' and '.join(NAMES)} need a teacher alone"
         )
     check(metrics, known)
-    _check_count(metrics, command.sampling.num_samples)
+    check_count(metrics, command.sampling.num_samples)
     if not metrics and not beside:
         raise UsageError(
             "nothing can be measured: give --reference with images or a model, or --teacher MODEL, "
@@ -94,7 +95,8 @@ def chosen_metrics(
     return metrics, beside
 
 
-def _check_count(names: Sequence[str], count: int) -> None:
+def check_count(names: Sequence[str], count: int) -> None:
+    """Raise UsageError for samples that are too few for one of the metrics."""
     for name in names:
         if count < (fewest := min(METRICS[name].least, FEWEST)):
             raise UsageError(f"--num-samples {count} is too few for {name}: give {fewest} or more")
@@ -129,7 +131,7 @@ def measured(plan: Plan, root: Path) -> Evaluation:
         reference=_against(plan, reference) if reference else None,
         metrics=_metrics(plan, own, reference, others) if plan.metrics else {},
         **_beside_teacher(plan, own, teachers),
-        warnings=tuple(warnings_of(plan)),
+        warnings=tuple(warnings_of(plan.metrics, sampling.num_samples, plan.standard.network)),
         device=describe(drawing.denoiser.device),
         versions=versions(),
         judges=drawing.single.judges if drawing.single else {},
@@ -220,10 +222,9 @@ def _beside_teacher(plan: Plan, own: Drawn, teachers: Drawn | None) -> dict[str,
     return found
 
 
-def warnings_of(plan: Plan) -> list[str]:
-    """What a reader of the numbers has to know."""
-    count = plan.command.sampling.num_samples
-    fewest = {name: _fewest(name, plan.standard.network) for name in plan.metrics}
+def warnings_of(names: Sequence[str], count: int, network: FeatureExtractor | None) -> list[str]:
+    """What a reader of these metrics of so many samples has to know."""
+    fewest = {name: _fewest(name, network) for name in names}
     return [
         f"{METRICS[name].label} of {count:,} samples cannot be compared with other numbers: fewer "
         f"than {least:,} samples leave the covariance of its features singular and the distance "

@@ -10,6 +10,7 @@ from dkdm.checks.inspection import quick_check
 from dkdm.checks.student import first_look
 from dkdm.config import (
     EvaluationOptions,
+    GivenConditions,
     GuidanceOptions,
     StudentOptions,
     TeacherConditions,
@@ -17,7 +18,7 @@ from dkdm.config import (
 from dkdm.core.conditioning import for_student, restrict_classes
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.inputs import refuse_without_rows, try_conditioning
+from dkdm.core.inputs import refuse_without_rows, try_conditioning, with_rows
 from dkdm.core.kinds import kind_of
 from dkdm.core.matching import covered, same_levels
 from dkdm.errors import UsageError
@@ -158,6 +159,17 @@ def with_conditions(teacher: Denoiser, conditions: TeacherConditions, seed: int)
         )
     decode = None if teacher.decode is no_decoder else teacher.decode
     return replace(teacher, conditioning=conditioning, decode=decode)
+
+
+def given_conditions(
+    model: Denoiser, given: GivenConditions, default: str | None = None
+) -> Denoiser:
+    """The model with the prompts or rows that were given; default: a prompt if none was."""
+    prompts = given.prompts
+    if prompts is None and kind_of(model.conditioning).asks == "prompt":
+        prompts = default
+    model = replace(model, conditioning=with_rows(model.conditioning, given.cond))
+    return with_texts(model, prompts, given.negative_prompt)
 
 
 def check_null_condition(model: Denoiser, guided: bool, dropout: float = 0.0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dkdm.config import (
     EvaluationOptions,
+    FeatureOptions,
     GuidanceOptions,
     RunOptions,
     SamplingOptions,
@@ -25,15 +26,21 @@ from dkdm.core.pool import Pool
 from dkdm.core.progress import track
 from dkdm.core.replay import Replayed
 from dkdm.core.sources import Source
-from dkdm.data.named import REFERENCES, chosen_extractor, chosen_reference, load_reference
+from dkdm.data.named import (
+    REFERENCES,
+    chosen_extractor,
+    chosen_reference,
+    load_reference,
+    reference_path,
+)
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import Circumstances, circumstances_of, measurement_of
 from dkdm.evaluation.comparison import compare
-from dkdm.evaluation.metrics import evaluate_images
+from dkdm.evaluation.metrics import METRICS, evaluate_images, missing_of_network
 from dkdm.evaluation.pool_state import state_of
 from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
-from dkdm.evaluation.same_noise import Sampling, decoded, draw
+from dkdm.evaluation.same_noise import Sampling, decoded, draw, shown_shape
 from dkdm.evaluation.trajectories import Trajectories, trajectories
 from dkdm.reading.files import atomic, check_output
 from dkdm.report.grids import sample_grid
@@ -193,8 +200,8 @@ def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | 
     spec = chosen_reference(choice, getattr(model.conditioning, "names", None))
     if spec is None:
         return None
-    shape = tuple(decoded(model, torch.zeros(1, *model.sample_shape)).shape[1:])
-    reference = _load(spec, evaluation, shape, str(model.device))
+    shape = shown_shape(model)
+    reference = named_reference(spec, evaluation, shape, str(model.device))
     reason = reference.refusal(shape)
     if reason and choice == "auto":
         return None
@@ -208,16 +215,29 @@ def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | 
     return reference
 
 
-def _load(
-    spec: str, evaluation: EvaluationOptions, shape: tuple[int, ...], device: str
+def named_reference(
+    spec: str,
+    how: FeatureOptions,
+    shape: tuple[int, ...],
+    place: str,
+    metrics: Sequence[str] = (),
 ) -> Reference:
-    network = evaluation.feature_network
+    """The reference of this name, whose network is as asked, or the one that belongs to it.
+
+    shape: of the samples that are to be measured. place: the network's device. metrics: that are to
+    be measured. Raises UsageError for a network that does not serve them, before it sees an image.
+    """
     if spec in REFERENCES:
         packaged = load_reference(spec)
-        if network is None or packaged.refusal(shape):
+        if how.feature_network is None or packaged.refusal(shape):
             return packaged
-    extractor = chosen_extractor(network, evaluation.resize, device)
-    return load_reference(spec, extractor, skip_bad=evaluation.skip_bad, shape=shape)
+    else:
+        reference_path(spec)  # a name that is wrong is refused before a network is asked for
+    extractor = chosen_extractor(how.feature_network, how.resize, place)
+    for name in metrics:
+        if name in METRICS and (reason := missing_of_network(METRICS[name], extractor)):
+            raise UsageError(f"{name} cannot be measured against {spec}: {reason}")
+    return load_reference(spec, extractor, skip_bad=how.skip_bad, shape=shape)
 
 
 def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:

@@ -50,7 +50,6 @@ SMALL_SOURCE: Settings = {
     "pool_size": 8,
     "fill": "few-step",
     "fill_steps": 2,
-    "synthetic_samples": 4,
     "synthetic_steps": 2,
     "keep_finished": 0,
 }
@@ -113,6 +112,7 @@ def shrunk(config: RunConfig, scratch: Path) -> tuple[RunConfig, list[str]]:
     stood_in = []
     if isinstance(config, DistillConfig):
         changed |= SMALL_SOURCE
+        changed["synthetic_samples"] = 4 if config.pool.source == "synthetic" else None
         teacher, images = config.teacher_choice.model, config.images_choice.images
         shape = SHAPES[0] if lacks(teacher) is None else STAND_INS[teacher].shape
         stood_in += [] if lacks(teacher) is None else [teacher]

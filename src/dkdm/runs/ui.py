@@ -16,7 +16,7 @@ from dkdm.evaluation.numbers import count
 from dkdm.models import chosen_teacher, place
 from dkdm.models.place import device_of_run
 from dkdm.report.media import media
-from dkdm.runs.judges import judged_teacher, run_of
+from dkdm.runs.judges import judged_teacher, known_run
 from dkdm.runs.pair import Drawn, Pair, Wish, draw_both, pair_of
 
 HOST = "127.0.0.1"
@@ -35,7 +35,7 @@ def serve(command: UiCommand) -> None:
     """
     gradio = gradio_module()
     _check_port(command.page.port)
-    run = run_of(command.model_choice.model)
+    run = known_run(command.model_choice.model)
     student = chosen_teacher(command.model_choice)
     teacher = judged_teacher(command.teacher_choice, run, asked=True)
     assert teacher is not None  # since it was asked for

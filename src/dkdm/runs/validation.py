@@ -74,14 +74,21 @@ def _measuring(
 
 def shipped_weights(trainer: Trainer, evaluation: EvaluationOptions) -> str:
     """Which weights a finished run ships, in words."""
+    best = best_weights(trainer, evaluation) if evaluation.ship_best else None
     decay = trainer.optimizing.ema_decay if trainer.ema else None
-    selection = trainer.selection if evaluation.ship_best else None
+    return best or weights_in_words(trainer.step_number, decay)
+
+
+def best_weights(trainer: Trainer, evaluation: EvaluationOptions) -> str | None:
+    """Which weights lie in `best/`, in words; None if none do."""
+    selection = trainer.selection
     if selection is None or (best := selection.best) is None:
-        return weights_in_words(trainer.step_number, decay)
+        return None
     metric, count = selection.how["metric"], selection.how["num_samples"]
     value = watched(metric).format(best.value)
     every = f"validated every {evaluation.validation_steps:,} steps"
     chosen = f"the best by {metric} ({value}, {count:,} samples of other noise), {every}"
+    decay = trainer.optimizing.ema_decay if trainer.ema else None
     return weights_in_words(best.step, decay, chosen)
 
 

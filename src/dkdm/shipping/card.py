@@ -18,6 +18,7 @@ from dkdm.config import (
 )
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
+from dkdm.core.selection import FOLDER as BEST
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count
 from dkdm.evaluation.results import Measurement
@@ -72,15 +73,18 @@ def write_card(
     teacher: given for a distillation. minutes: the training's duration. weights: which ones the
     folder holds, in words.
     """
-    name = folder.absolute().name
+    path = folder.absolute()
+    name = f"{path.parent.name}/{BEST}" if path.name == BEST else path.name
     if isinstance(config, DistillConfig):
         origin = origin_of(config.teacher_choice)
-        data_free = config.pool.source not in READ_IMAGES
-        lead = _lead_of_distilled(denoiser, origin, teacher, config.pool.source)
+        data_free, taught = config.pool.source not in READ_IMAGES, _is_taught(config)
+        lead = (_lead_of_distilled if taught else _lead_of_trained)(
+            denoiser, origin, teacher, config.pool.source
+        )
         scale = config.evaluation.sampling_guidance_scale
         limits = _limits_of_distilled(denoiser, config.guidance, config.conditions, scale)
     else:
-        origin, limits, data_free = None, [], False
+        origin, limits, data_free, taught = None, [], False, False
         images = plain(Path(config.data.images).name)
         lead = f"{type(denoiser.network).__name__} trained on {images}."
     inherited = origin.licence if origin else {}
@@ -88,7 +92,7 @@ def write_card(
     text = render(
         "dkdm.shipping",
         "card.md.j2",
-        front_matter=_front_matter(name, denoiser, origin, licence, measured, data_free),
+        front_matter=_front_matter(name, denoiser, origin, licence, measured, taught, data_free),
         title=plain(name),
         lead=lead,
         images=[(caption, path) for path, caption in _IMAGES.items() if (folder / path).is_file()],
@@ -103,7 +107,7 @@ def write_card(
         prompted=kind_of(denoiser.conditioning).asks == "prompt",
         licence=_licence_text(licence, inherited, origin),
         hyperparameters=_hyperparameters(config.flat()),
-        distilled=origin is not None,
+        distilled=taught,
         version=__version__,
     )
     (folder / CARD).write_text(text, encoding="utf-8")
@@ -122,16 +126,17 @@ def _front_matter(
     origin: Origin | None,
     licence: Mapping[str, Any],
     measured: Measured,
+    taught: bool,
     data_free: bool,
 ) -> str:
     """What the hub reads, as YAML; it has no `base_model_relation` for a distillation.
 
-    data_free: whether no image was read.
+    taught: whether by a teacher. data_free: whether no image was read.
     """
     task = _task(denoiser)
     results = _results(task, measured) if task else None
     tags = ["diffusers", "diffusion", "dkdm"]
-    tags += ["distillation"] if origin else []
+    tags += ["distillation"] if taught else []
     tags += ["data-free"] if data_free else []
     tags += ["class-conditional"] if kind_of(denoiser.conditioning).asks == "class_labels" else []
     matter = ModelCardData(
@@ -225,6 +230,24 @@ def _lead_of_distilled(
     student = f"{type(denoiser.network).__name__} ({count(denoiser.num_parameters)} parameters)"
     data = LEARNT_FROM.get(source, NO_IMAGES)
     return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
+
+
+def _is_taught(config: DistillConfig) -> bool:
+    """Whether a teacher's evaluations, samples or weights made the student what it is."""
+    by_noise = config.pool.source == "images" and config.images_choice.images_target == "noise"
+    return not by_noise or config.student_choice.student_init == "teacher"
+
+
+def _lead_of_trained(
+    denoiser: Denoiser, origin: Origin, teacher: Denoiser | None, source: SourceKind
+) -> str:
+    """What it is if the teacher lent its noise process and conditions alone."""
+    del source
+    size = f" ({_sized(teacher)})" if teacher else ""
+    return (
+        f"{_sized(denoiser)}, trained on images with the noise process and the conditions of "
+        f"{_shown_name(origin)}{size}, which taught it nothing: the baseline of a distillation."
+    )
 
 
 def _shown_name(origin: Origin) -> str:

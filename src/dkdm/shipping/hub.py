@@ -27,7 +27,7 @@ from dkdm.shipping.licence import CARD, origin_of
 from dkdm.version import __version__
 
 # Hidden files are half written, or not dkdm's.
-STAYS_HERE = ["checkpoint-*", "best/*", "logs/*", ".*"]
+STAYS_HERE = ["checkpoint-*", "best/*", "finished/*", "synthetic/*", "logs/*", ".*"]
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 

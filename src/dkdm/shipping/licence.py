@@ -15,6 +15,7 @@ from dkdm.config import TeacherOptions
 from dkdm.errors import UsageError
 from dkdm.models.locate import builtin_names, is_hub_id, locate
 from dkdm.reading.fields import read_text, read_yaml
+from dkdm.reading.places import expanded
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -73,7 +74,7 @@ def _hub_id(spec: str) -> str | None:
     if is_hub_id(spec):
         cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=spec, repo_type="model")
         return spec if cached.is_dir() else None
-    path = Path(spec).expanduser().absolute().as_posix()
+    path = expanded(spec).absolute().as_posix()
     found = re.search(r"/models--([^/]+)/snapshots(?:/|$)", path)
     return found[1].replace("--", "/", 1) if found else None
 
@@ -85,7 +86,7 @@ def _card_of(spec: str, subfolder: str | None, revision: str | None) -> Path | N
     builtin = spec in [f"builtin:{name}" for name in builtin_names()]
     if ":" in spec and not builtin:
         return None
-    folder = locate(spec) if builtin else Path(spec).expanduser()
+    folder = locate(spec) if builtin else expanded(spec)
     places = (folder / (subfolder or "") / CARD, folder / CARD)
     return next((path for path in places if path.is_file()), None)
 

@@ -26,7 +26,7 @@ from dkdm.models.schedulers import SIGMA_RANGE, beta_fields, clips_as, flow_grid
 from dkdm.models.stand_ins import EDM_SCHEDULERS, FIRST_ORDER, ON_BETAS
 from dkdm.networks import shipped_source
 from dkdm.reading.files import identifier, render
-from dkdm.reading.places import copy_folder
+from dkdm.reading.places import copy_folder, link_folder
 from dkdm.shipping.call_source import call_source
 from dkdm.shipping.custom_network import shipment, shipping_note
 
@@ -37,9 +37,10 @@ COMPONENTS = (
 )
 
 
-def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
+def write_pipeline(folder: Path, denoiser: Denoiser, former: Path | None = None) -> None:
     """Write network, scheduler, index and the teacher's other components, as diffusers does.
 
+    former: a folder that was written for the same teacher; its components are linked, not copied.
     The folder samples with a pipeline of diffusers if one can feed the network; otherwise it holds
     a short `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm. A network made by
     a user's factory brings its source. If no scheduler of diffusers stands for the process, the
@@ -59,9 +60,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     components = _named_for(stock, denoiser.bundle.components)
     if stock is None:
         components = {key: part for key, part in components.items() if key in COMPONENTS}
-    for name, part in components.items():
-        if part.folder.resolve() != (folder / name).resolve():
-            copy_folder(part.folder, folder / name, part.root, part.owns)
+    _write_components(folder, components, former)
     index: dict[str, Any] = {
         "_class_name": stock or ["pipeline", "DenoiserPipeline"],
         "_diffusers_version": diffusers.__version__,
@@ -77,6 +76,16 @@ def write_pipeline(folder: Path, denoiser: Denoiser) -> None:
     else:
         index = {**denoiser.bundle.entries, **index}
     _write_json(folder / "model_index.json", index)
+
+
+def _write_components(
+    folder: Path, components: Mapping[str, Component], former: Path | None
+) -> None:
+    for name, part in components.items():
+        if former is not None and (former / name).is_dir():
+            link_folder(former / name, folder / name)
+        elif part.folder.resolve() != (folder / name).resolve():
+            copy_folder(part.folder, folder / name, part.root, part.owns)
 
 
 def shipping_notes(denoiser: Denoiser) -> list[str]:

@@ -53,8 +53,9 @@ def load_student(
 
 def denoiser_folder(folder: Path) -> Path:
     """The denoiser's folder in a pipeline or checkpoint (averaged, if the run averages)."""
-    averaged = "_ema" if (folder / MANIFEST).is_file() and _averages(folder.parent) else ""
-    within = [folder / f"{name}{averaged}" for name in DENOISERS]
+    averages = (folder / MANIFEST).is_file() and _averages(folder.parent)
+    endings = ("_ema", "") if averages else ("",)  # best/ holds the averaged weights alone
+    within = [folder / f"{name}{ending}" for ending in endings for name in DENOISERS]
     return next((each for each in within if each.is_dir()), folder)
 
 

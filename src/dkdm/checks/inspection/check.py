@@ -183,8 +183,8 @@ def _failure(levels: tuple[LevelError, ...], max_trials: int) -> Finding:
     usual = f"at most {WORST_RATIO} times at every level, below {BEST_RATIO} times at the best"
     remedy = "check that these are trained weights, and how the input is scaled"
     if max_trials:
-        others = f"{max_trials} other combinations of prediction type, time, sign and schedule"
-        remedy = f"{others} do not denoise either: {remedy}"
+        tried = f"other prediction types, times, signs and schedules (combinations: {max_trials})"
+        remedy = f"{tried} do not denoise either: {remedy}"
     return Finding("denoising", "problem", _seen(levels), remedy, usual)
 
 

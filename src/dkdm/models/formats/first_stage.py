@@ -22,7 +22,7 @@ from dkdm.errors import UsageError
 from dkdm.models.components import Autoencoder, Component
 from dkdm.models.formats.state_dict import frozen
 from dkdm.reading.files import cache_dir, cached_folder
-from dkdm.reading.places import check_folder
+from dkdm.reading.places import check_folder, expanded
 
 Config = Mapping[str, Any]
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
@@ -36,7 +36,7 @@ def latent_bundle(folder: str | None, channels: int, pipeline: str | None = None
     """
     if folder is None:
         return Bundle()
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if not (path / "config.json").is_file():
         raise UsageError(
             f"--vae {folder}: give the folder of a diffusers AutoencoderKL, with config.json"
