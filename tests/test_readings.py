@@ -151,7 +151,7 @@ class Table(nn.Module):
 def test_a_table_of_times_is_no_crash(rows):
     found = check_denoising(read(Table(rows), LINEAR, "epsilon"), num_steps=10, max_trials=30)
     assert found.denoises is False
-    assert "other combinations of prediction type" in found.warnings[0].remedy
+    assert "other prediction types, times, signs and schedules" in found.warnings[0].remedy
 
 
 class Random(nn.Module):
