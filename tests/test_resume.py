@@ -15,7 +15,7 @@ import small_runs
 from dkdm.cli import main
 from dkdm.config import OptimizerOptions
 from dkdm.core import checkpoint
-from dkdm.core.learning import optimizer_of, set_peaks
+from dkdm.core.learning import ScheduleState, optimizer_of
 from dkdm.errors import DkdmError, UsageError
 from factories import denoiser
 
@@ -177,10 +177,8 @@ def test_a_schedule_goes_on_where_it_was_under_other_peaks(kind):
 
     before, position = after(4, 0.02)
     optimizer, schedule = after(0, 0.01)
-    peaks = schedule.base_lrs
     optimizer.load_state_dict(before.state_dict())
-    schedule.load_state_dict(position.state_dict())
-    set_peaks(schedule, peaks)
+    ScheduleState(schedule).load_state_dict(ScheduleState(position).state_dict())
     for steps in (4, 5):
         expected = after(steps, 0.01)[0].param_groups
         for own, wanted in zip(optimizer.param_groups, expected, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,26 @@ def optimizer_of(
     return optimizer, schedule
 
 
-def set_peaks(schedule: Any, peaks: Sequence[float]) -> None:
-    """Give a restored schedule and its optimizer these peak learning rates, one for each group."""
-    if schedule.base_lrs == peaks:
-        return
-    schedule.base_lrs = [*peaks]
-    groups = schedule.optimizer.param_groups
-    for group, peak, share in zip(groups, peaks, schedule.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = peak, peak * share(schedule.last_epoch)
+class ScheduleState:
+    """A schedule as a part; the peak learning rates stay those of the options."""
+
+    def __init__(self, schedule: Any) -> None:
+        self.schedule = schedule
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's own."""
+        return dict(self.schedule.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, after the optimizer, whose rates follow."""
+        schedule, peaks = self.schedule, self.schedule.base_lrs
+        schedule.load_state_dict(state)
+        if schedule.base_lrs == peaks:
+            return
+        schedule.base_lrs = peaks
+        groups = schedule.optimizer.param_groups
+        for group, peak, share in zip(groups, peaks, schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * share(schedule.last_epoch)
 
 
 def autocasting(accelerator: Accelerator, call: Call | None) -> Call:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.learning import Ema, Finite, autocasting, optimizer_of, prepare, set_peaks
+from dkdm.core.learning import Ema, Finite, ScheduleState, autocasting, optimizer_of, prepare
 from dkdm.core.modes import without_label_dropout
 from dkdm.core.objective import Objective
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
@@ -163,11 +163,6 @@ class Trainer:
             network = self.merge(network)
         return replace(self.student, network=network.eval().requires_grad_(False))
 
-    def best(self) -> Denoiser:
-        """The student with the best weights that were validated."""
-        student = self.averaged()
-        return student if self.selection is None else self.selection.restored(student, self.name)
-
     def parts(self) -> dict[str, checkpoint.Part]:
         """All that changes while training, by its file in a checkpoint."""
         weights = checkpoint.WEIGHTS.removesuffix(".safetensors")
@@ -176,7 +171,7 @@ class Trainer:
             f"{self.name}_ema/{weights}": self.ema,
             "features": self.features,
             "optimizer": checkpoint.OptimizerState(self.optimizer),
-            "schedule": self.schedule,
+            "schedule": ScheduleState(self.schedule),
             "scaler": self.accelerator.scaler,
             "random": checkpoint.RandomState(),
         }
@@ -206,10 +201,8 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Go on exactly from a checkpoint. Raises DkdmError if it is damaged."""
         checkpoint.verify_folder(folder)
-        peaks = self.schedule.base_lrs
         with checkpoint.restoring(folder):
             about = checkpoint.read_parts(folder, self.parts())
-            set_peaks(self.schedule, peaks)
             self.step_number = Fields(about, str(folder / checkpoint.STATE)).whole("step")
         if self.selection is not None:
             self.selection.load_state_dict(about.get("best", {}))

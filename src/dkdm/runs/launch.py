@@ -118,7 +118,9 @@ def carry_out(
     trainer.run()
     minutes = (time.monotonic() - started) / 60
     trainer.accelerator.end_training()
-    student = trainer.best() if config.evaluation.ship_best else trainer.averaged()
+    student = trainer.averaged()
+    if config.evaluation.ship_best and trainer.selection is not None:
+        student = trainer.selection.restored(student, trainer.name)
     write_pipeline(trainer.output_dir, student)
     weights = shipped_weights(trainer, config.evaluation)
     folder, measured = config.run.output_dir, measure(student, weights)
