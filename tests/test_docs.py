@@ -140,7 +140,7 @@ def test_the_readmes_numbers_of_the_embedded_teacher_and_its_student_are_theirs(
 
 
 def test_the_measured_numbers_of_the_readme_are_those_of_the_results():
-    results = (ROOT / "benchmarks/results/2026-11-22-fashion.md").read_text()
+    results = (ROOT / "benchmarks/results/2026-11-26-muon-and-ladder.md").read_text()
     first = (ROOT / "README.md").read_text().partition("## Measured")[2].partition("\n\n| run")[2]
     first = first.partition("\n\n")[0]
     demo = results.partition("## `dkdm distill --recipe demo`")[2].partition("\n## ")[0]
