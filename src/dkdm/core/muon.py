@@ -1,7 +1,7 @@
 """Muon: each matrix moves by the nearest orthogonal matrix to its momentum (Jordan et al., 2024).
 
-Several times fewer steps than AdamW for a network that starts from random weights; see
-`docs/evidence.md`. Convolutions are matrices of one row for each output channel. torch.optim.Muon
+It takes a network of random weights further than AdamW in as many steps: `docs/evidence.md`.
+Convolutions are matrices of one row for each output channel. torch.optim.Muon
 takes no convolutions, and one matrix at a time.
 """
 
