@@ -179,6 +179,14 @@ class TrainingOptions(Options, title="Training"):
     --teacher-dtype."""
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimizer step."""
+    cuda_graphs: bool = True
+    """On a CUDA device, start all kernels of a network's call at once, as a CUDA graph; calls that
+    cannot be captured stay as they are. Results are equal to rounding."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether a student's calls are replayed: gradients of one would change those before."""
+        return self.cuda_graphs and self.gradient_accumulation_steps == 1
 
 
 class OptimizerOptions(Options, title="Optimizer"):

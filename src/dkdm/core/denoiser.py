@@ -21,6 +21,7 @@ from dkdm.core.conditioning import (
     guide,
 )
 from dkdm.core.decoding import decoded, no_decoder
+from dkdm.core.devices import to_device
 from dkdm.core.inputs import try_conditioning
 from dkdm.core.kinds import check_conditioning
 from dkdm.core.modes import evaluating
@@ -200,7 +201,7 @@ class Denoiser(NamedArguments):
         self, batch: Batch, scale: float | Tensor, inside: Tensor
     ) -> tuple[Prediction, Prediction]:
         """`predict_both`, evaluated under the null condition for the rows inside the interval."""
-        rows = inside.to(batch.x.device)
+        rows = to_device(inside, batch.x.device)
         null = self.conditioning.null(len(inside))
         both = {
             key: torch.cat([value, null[key].to(value) if key in null else value[inside]])
@@ -226,7 +227,7 @@ class Denoiser(NamedArguments):
     def _evaluate(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         meaning = self.parameterization
         shown = scale_input(meaning.prediction, x, self.process.at(t)[1], meaning.sigma_data)
-        time = self.network_time[t.cpu()].to(x.device, torch.float32)
+        time = to_device(self.network_time[t.cpu()], x.device, torch.float32)
         output = self._called(self._cast(shown), time, cond)
         check_output(self.name, output, x, self.out_channels)
         return output.to(torch.promote_types(output.dtype, torch.float32))
@@ -239,7 +240,7 @@ class Denoiser(NamedArguments):
             return self.call(self.network, x, time, self._fed(x, cond))
         outputs, order = [], []
         for part, names in ((absent, cond.keys() & {"guidance"}), (~absent, cond.keys())):
-            rows = part.nonzero().flatten().to(x.device)
+            rows = to_device(part.nonzero().flatten(), x.device)
             if len(rows):
                 fed = self._fed(x[rows], {name: cond[name][part] for name in names})
                 outputs.append(self.call(self.network, x[rows], time[rows], fed))
@@ -253,7 +254,7 @@ class Denoiser(NamedArguments):
         fed = {**fixed, **(self.conditioning.embed(cond) if drawn else cond)}
         if not self.embeds_guidance:
             fed.pop("guidance", None)
-        placed = {key: value.to(x.device) for key, value in fed.items()}
+        placed = {key: to_device(value, x.device) for key, value in fed.items()}
         return {k: v if k in IN_FLOAT32 else self._cast(v) for k, v in placed.items()}
 
     def _cast(self, value: Tensor) -> Tensor:

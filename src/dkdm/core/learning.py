@@ -53,7 +53,8 @@ def optimizer_of(
         rest = [weight for weight in parameters if weight not in hidden]
         optimizer = Muon(matrices, rest, rate, decay)
     else:
-        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay)
+        fused = all(weight.device.type == "cuda" for weight in parameters)
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=fused or None)
     schedule = get_scheduler(
         options.lr_scheduler,
         optimizer,
@@ -121,7 +122,7 @@ class Ema:
         new = network.state_dict()
         floating = [k for k, v in self.weights.items() if v.is_floating_point()]
         torch._foreach_lerp_(
-            [self.weights[k] for k in floating], [new[k].detach() for k in floating], 1 - decay
+            [self.weights[k] for k in floating], [new[k] for k in floating], 1 - decay
         )
         for key in self.weights.keys() - set(floating):
             self.weights[key].copy_(new[key])

@@ -86,19 +86,21 @@ class Muon(torch.optim.Optimizer):
             if weight.grad is not None:
                 alike[tuple(weight.flatten(1).shape), weight.dtype, weight.device].append(weight)
         for (shape, *_), weights in alike.items():
-            directions = orthogonal(torch.stack([self._direction(w, group) for w in weights]))
+            directions = orthogonal(torch.stack(self._directions(weights, group)).flatten(2))
             pace = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            moves = [d.view_as(w).to(w) for d, w in zip(directions, weights, strict=True)]
+            moves = [d.view_as(w) for d, w in zip(directions.to(weights[0]), weights, strict=True)]
             torch._foreach_add_(weights, moves, alpha=-pace)
 
-    def _direction(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        """The gradient after momentum (Nesterov's), as a matrix."""
-        gradient, state = weight.grad, self.state[weight]
-        assert gradient is not None
-        average = state["average"] = state.get("average", torch.zeros_like(weight))
-        average.lerp_(gradient, 1 - group["momentum"])
-        return torch.lerp(gradient, average, group["momentum"]).flatten(1)
+    def _directions(self, weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The gradients of weights of one shape after momentum (Nesterov's)."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        for weight in weights:
+            if "average" not in self.state[weight]:
+                self.state[weight]["average"] = torch.zeros_like(weight)
+        averages = [self.state[weight]["average"] for weight in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        return list(torch._foreach_lerp(gradients, averages, group["momentum"]))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dkdm.config import LossOptions, WeightingOptions
 from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.devices import to_device
 from dkdm.core.matching import amplifies
 from dkdm.core.prediction import Prediction, clip_x_0, from_x_0_eps
 from dkdm.core.variational import variational_loss
@@ -63,7 +64,7 @@ class Objective:
         if self.teacher is not None:
             alpha, sigma = self.teacher.process.at(batch.t)
             target = clip_x_0(target, batch.x, alpha, sigma, self.clipping)
-        weights = self.weights[batch.t.cpu()].to(batch.x.device, batch.x.dtype)
+        weights = to_device(self.weights[batch.t.cpu()], batch.x.device, batch.x.dtype)
         return weights * simple_loss(student, prediction, target, batch.t)
 
     def _variational(

@@ -18,6 +18,7 @@ from dkdm.core.chains import Guidance, Stride, joined, random_conditioning_odds,
 from dkdm.core.checkpoint import Part
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.devices import to_device
 from dkdm.core.finished import Finished
 from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
@@ -97,7 +98,8 @@ class Pool:
                 )
             chosen += self._chosen(shard, here, count)
         rows = torch.tensor(chosen)
-        x = self.x[rows.to(self.x.device)].to(self.teacher.device, torch.float32)
+        x = self.x[to_device(rows, self.x.device)]
+        x = to_device(x, self.teacher.device, torch.float32)
         t = self.t[rows]
         strides, _ = self._laws(rows)
         return Batch(x, t, self._shown(rows, t), rows, (t - strides).clamp(min=-1))
@@ -168,7 +170,7 @@ class Pool:
         cond = {k: torch.where(row_mask(done, v), fresh[k], v) for k, v in own.items()}
         self.store(batch.rows, x, t, cond)
         if done.any():
-            rows, on = batch.rows[done], done.nonzero().flatten().to(x.device)
+            rows, on = batch.rows[done], to_device(done.nonzero().flatten(), x.device)
             if self.finished is not None:
                 self.finished.add(x[on], {key: value[done] for key, value in own.items()})
             self._restart(rows, start[on], z[on])
@@ -181,7 +183,8 @@ class Pool:
         cond = {key: value[rows] for key, value in self.cond.items()}
         lower = t < top
         if lower.any():
-            on, level = lower.nonzero().flatten().to(x.device), torch.full_like(t[lower], top)
+            on = to_device(lower.nonzero().flatten(), x.device)
+            level = torch.full_like(t[lower], top)
             own = {key: value[lower] for key, value in cond.items()}
             batch = Batch(x[on], level, own, rows[lower], t[lower])
             x[on] = self.move(batch, self.target(batch), z[on])
@@ -224,7 +227,7 @@ class Pool:
 
     def store(self, rows: Tensor, x: Tensor, t: Tensor, cond: Condition) -> None:
         """Overwrite entries."""
-        self.x[rows.to(self.x.device)] = x.to(self.x.device, self.x.dtype)
+        self.x[to_device(rows, self.x.device)] = x.to(self.x.device, self.x.dtype)
         self.t[rows] = t
         for key, value in cond.items():
             self.cond[key][rows] = value

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dkdm.core.clipping import Clipping
+from dkdm.core.devices import to_device
 from dkdm.errors import UsageError
 from dkdm.reading.arguments import NamedArguments, chosen, number, refuse, set_fields, whole
 from dkdm.reading.arrays import table
@@ -147,4 +148,4 @@ class Process(NamedArguments):
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Shape [B] values so that they multiply a [B, ...] tensor, in its dtype and on its device."""
-    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return to_device(values, like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))

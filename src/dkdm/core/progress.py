@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from dkdm.core.devices import to_device
+
 BUCKETS = 10
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -44,7 +46,7 @@ class LossPerLevel:
 
     def add(self, t: Tensor, losses: Tensor) -> None:
         """Count the losses [B] of samples at t [B]."""
-        bucket = (t * BUCKETS // self.num_levels).to(losses.device)
+        bucket = to_device(t * BUCKETS // self.num_levels, losses.device)
         both = torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)])
         self.sums.index_add_(1, bucket, both)
 

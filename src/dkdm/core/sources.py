@@ -12,6 +12,7 @@ from torch import Tensor
 from dkdm.core.checkpoint import Part
 from dkdm.core.conditioning import Condition, Conditioning, dropped
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.devices import to_device
 from dkdm.core.finished import (
     Samples,
     SampleShards,
@@ -78,7 +79,7 @@ class Images:
         rows = self._rows(batch_size)
         random = generator("cpu", self.seed, "draw", self.step)
         t = torch.randint(self.process.num_levels, (batch_size,), generator=random)
-        x_0 = self.images[rows].to(self.device)
+        x_0 = to_device(self.images[rows], self.device)
         x = self.process.add_noise(x_0, self._eps(x_0.shape), t)
         cond = {key: value[rows] for key, value in self.conditions.items()}
         cond = dropped(self.conditioning, cond, random, self.condition_dropout if cond else 0.0)
@@ -86,7 +87,7 @@ class Images:
 
     def target(self, batch: Batch) -> Prediction:
         """The image and the noise themselves."""
-        x_0 = self.images[batch.rows].to(self.device)
+        x_0 = to_device(self.images[batch.rows], self.device)
         eps = self._eps(x_0.shape)
         alpha, sigma = self.process.at(batch.t)
         own = self.parameterization

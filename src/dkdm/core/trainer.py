@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.graphs import Replayed
 from dkdm.core.learning import Ema, Finite, ScheduleState, autocasting, optimizer_of, prepare
 from dkdm.core.modes import without_label_dropout
 from dkdm.core.objective import Objective
@@ -73,6 +74,8 @@ class Trainer:
         wrapped, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         seen = self.student_on_teacher_levels
         call = autocasting(self.accelerator, seen.call)
+        if self.training.replays:
+            call = Replayed(call)
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
         self.finite = Finite(self.output_dir)

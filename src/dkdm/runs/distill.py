@@ -12,6 +12,7 @@ from torch import nn
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import config_given, student_given, teacher_given
+from dkdm.core.graphs import replayed
 from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating, put_into_evaluation, say_if
 from dkdm.core.trainer import Trainer
@@ -162,6 +163,7 @@ def prepared(
     plan = arm.plan(teacher, config)
     start = start_student(student, teacher, config.student_choice, found)
     place(teacher, accelerator.device, config.teacher_choice.offload)
+    teacher = replayed(teacher) if training.cuda_graphs else teacher
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
     source = make_source(watched(teacher), student, config, accelerator.device)

@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from dkdm.config import EvaluateCommand
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.graphs import replayed
 from dkdm.core.progress import track
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
@@ -144,6 +145,7 @@ def planned(
     for each in (model, teacher, standard.model):
         if each is not None:
             place(each, device)
+    model, teacher = replayed(model), teacher and replayed(teacher)
     own, teachers, others = _drawings(command, model, teacher, standard, scales, beside)
     place_of_network = command.measurement.feature_device or str(device)
     single = single_images(command, own, teacher, scales[1], metrics, place_of_network)

@@ -1,0 +1,177 @@
+"""What must hold on an accelerator too: the same numbers as on a CPU, and exact resume."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import PartialState
+
+import dkdm
+from dkdm.core.denoiser import Batch
+from dkdm.core.graphs import replayed
+from dkdm.core.muon import Muon
+from dkdm.core.progress import read_metrics
+from dkdm.evaluation.same_noise import Sampling, draw
+from dkdm.models import load_teacher
+from dkdm.models.place import place
+from factories import denoiser, some_batch
+from small_runs import SMALL
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),
+]
+DEVICE = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def exact_arithmetic(monkeypatch):
+    """TF32 rounds the factors of convolutions to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
+
+
+def distilled(folder, **changes):
+    changes = {"student": "dit-tiny", "max_train_steps": 8, "evaluation_samples": 0} | changes
+    return dkdm.distill(denoiser(), None, replace(SMALL, output_dir=folder, **changes))
+
+
+def test_a_teacher_predicts_as_on_the_cpu():
+    model = denoiser()
+    there = replace(model, network=copy.deepcopy(model.network).to(DEVICE))
+    batch = some_batch(model)
+    cond = {key: value.to(DEVICE) for key, value in batch.cond.items()}
+    moved = batch._replace(x=batch.x.to(DEVICE), cond=cond)
+    with torch.no_grad():
+        expected, found = model.predict(batch), there.predict(moved)
+    torch.testing.assert_close(found.x_0.cpu(), expected.x_0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [1e-3, None], ids=["adamw", "muon"])
+def test_losses_are_those_of_a_cpu(tmp_path, monkeypatch, rate):
+    # noise for the fill and for eta > 0 is drawn on the device
+    same = {"learning_rate": rate, "pool_device": "cpu", "fill": "none", "eta": 0.0}
+    there = losses(distilled(tmp_path / "there", **same))
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        PartialState._reset_state()
+        here = losses(distilled(tmp_path / "here", **same))
+    PartialState._reset_state()
+    assert len(there) == 8
+    assert there == pytest.approx(here, rel=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
+    settings = {"mixed_precision": precision, "checkpointing_steps": 4}
+    whole = distilled(tmp_path / "whole", **settings)
+    parts = tmp_path / "parts"
+    distilled(parts, **settings)
+    for name in ("checkpoint-8", "model_index.json"):
+        (parts / name).rename(tmp_path / name)
+    distilled(parts, **settings, resume_from_checkpoint="checkpoint-4")
+    manifests = (folder / "checkpoint-8" / "manifest.json" for folder in (whole, parts))
+    expected, resumed = (json.loads(file.read_text()) for file in manifests)
+    assert resumed == expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns(tmp_path, precision):
+    found = losses(distilled(tmp_path / "run", mixed_precision=precision, max_train_steps=40))
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+
+def test_muon_moves_as_on_the_cpu():
+    random = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(24, 40, generator=random) for _ in range(2))
+    moved = []
+    for device in ("cpu", "cuda"):
+        weight = start.to(device).clone().requires_grad_()
+        weight.grad = gradient.to(device)
+        Muon([weight], [], 0.02).step()
+        moved.append(weight.detach().cpu() - start)
+    # there it calculates in bfloat16
+    assert (moved[0] - moved[1]).norm() < 0.05 * moved[0].norm()
+
+
+def test_samples_are_those_of_the_cpu():
+    model = load_teacher("builtin:fashion")
+    how = Sampling(20, 10, seed=0)
+    cond = model.conditioning.in_turns(20)
+    here = draw(model, cond, how)
+    place(model, DEVICE)
+    there = draw(model, cond, how)
+    assert (there.cpu() - here).abs().mean() < 1e-3
+
+
+def batches(model, count=6):
+    random = torch.Generator().manual_seed(4)
+    for _ in range(count):
+        x = torch.randn(5, *model.sample_shape, generator=random).to(DEVICE)
+        t = torch.randint(model.process.num_levels, (5,), generator=random)
+        yield Batch(x, t, model.conditioning.draw(5, random))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_replayed_network_answers_and_learns_as_the_network(learns):
+    plain = denoiser()
+    plain.network.to(DEVICE).train(learns)
+    graphed = replayed(plain)
+    for batch in batches(plain):
+        found = []
+        for model in (plain, graphed):
+            plain.network.zero_grad()
+            with torch.set_grad_enabled(learns):
+                output = model.predict(batch).output
+            if learns:
+                output.square().mean().backward()
+            gradients = [p.grad.clone() for p in plain.network.parameters() if learns]
+            found.append([output.detach(), *gradients])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert len(graphed.call.graphs) == 1
+
+
+def test_a_network_with_a_hook_is_not_replayed():
+    model = replayed(denoiser())
+    model.network.to(DEVICE)
+    seen = []
+    model.network.conv_in.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        for batch in batches(model):
+            model.predict(batch)
+    assert len(seen) == 6
+    assert not model.call.graphs
+
+
+class Waits(torch.nn.Module):
+    """Reads a number from the device, which a graph cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, time, **cond):
+        del time, cond
+        return x * float(self.scale)
+
+
+def test_what_cannot_be_captured_is_called_as_it_is(capsys):
+    model = replayed(replace(denoiser(classes=None), network=Waits().to(DEVICE), call=None))
+    with torch.no_grad():
+        for batch in batches(model):
+            torch.testing.assert_close(model.predict(batch).output, batch.x)
+    assert "Waits is not replayed as a CUDA graph" in capsys.readouterr().err
+    assert float(torch.ones(2, device=DEVICE).sum()) == 2  # the device is well
+
+
+def test_runs_with_and_without_graphs_learn_the_same(tmp_path):
+    settings = {"eta": 1.0, "max_train_steps": 12, "learning_rate": 1e-3}
+    with_graphs = losses(distilled(tmp_path / "with", **settings))
+    without = losses(distilled(tmp_path / "without", cuda_graphs=False, **settings))
+    assert with_graphs == pytest.approx(without, rel=1e-4)
