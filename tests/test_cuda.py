@@ -64,7 +64,8 @@ def test_losses_are_those_of_a_cpu(tmp_path, monkeypatch, rate):
         here = losses(distilled(tmp_path / "here", **same))
     PartialState._reset_state()
     assert len(there) == 8
-    assert there == pytest.approx(here, rel=2e-3)
+    # Muon calculates in bfloat16 there
+    assert there == pytest.approx(here, rel=2e-3 if rate else 2e-2)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -133,6 +134,7 @@ def test_a_replayed_network_answers_and_learns_as_the_network(learns):
                 output.square().mean().backward()
             gradients = [p.grad.clone() for p in plain.network.parameters() if learns]
             found.append([output.detach(), *gradients])
+            del output  # a graph of the last step would hold its streams
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
     assert len(graphed.call.graphs) == 1
 

@@ -51,6 +51,16 @@ def test_it_moves_as_torchs_own_does():
     assert (own - steps(other, theirs, gradients)).norm() < 0.02 * moved
 
 
+def test_a_convolution_and_a_layer_of_one_shape_move_together():
+    layer, gradients = given(16, 12)
+    kernel = layer.detach().clone()[..., None, None].requires_grad_()
+    both = Muon([layer, kernel], [], RATE)
+    for gradient in gradients:
+        layer.grad, kernel.grad = gradient, gradient[..., None, None]
+        both.step()
+    assert torch.equal(layer, kernel[..., 0, 0])
+
+
 def test_a_convolution_is_a_matrix_of_its_output_channels():
     kernel, gradients = given(16, 8, 3, 3)
     matrix = kernel.detach().flatten(1).clone().requires_grad_()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,6 +142,8 @@ def learning_graph(
     """
     called = _Called(call, network, tuple(cond)).train(network.training)
     fixed = tuple(value.clone() for value in (x, time, *cond.values()))
+    with suppress(AttributeError):  # of later versions of torch; the streams differ on purpose
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     captured = torch.cuda.make_graphed_callables(called, fixed, allow_unused_input=True)
 
     def replay(x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -86,7 +86,8 @@ class Muon(torch.optim.Optimizer):
             if weight.grad is not None:
                 alike[tuple(weight.flatten(1).shape), weight.dtype, weight.device].append(weight)
         for (shape, *_), weights in alike.items():
-            directions = orthogonal(torch.stack(self._directions(weights, group)).flatten(2))
+            matrices = [each.flatten(1) for each in self._directions(weights, group)]
+            directions = orthogonal(torch.stack(matrices))
             pace = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             moves = [d.view_as(w) for d, w in zip(directions.to(weights[0]), weights, strict=True)]
