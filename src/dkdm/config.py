@@ -130,6 +130,40 @@ class TeacherOptions(TeacherChoice, renamed={"check": "check"}):
     not. The check does not change the run."""
 
 
+class SeveralTeachers(Options, title="Several teachers"):
+    """Further teachers of the same student; each has a part of every batch."""
+
+    more_teachers: tuple[str, ...] | None = None
+    """Further teachers, read like the first; --teacher A --teacher B says the same. Default:
+    none."""
+    more_prompts: tuple[str, ...] | None = None
+    """Prompts of each further teacher, as --prompts; --prompts A --prompts B says the same.
+    Default: those of the first."""
+    label_offset: tuple[CountOrNone, ...] | None = None
+    """First class id of each teacher among the student's. Default: one teacher's classes after the
+    other's."""
+    teacher_share: tuple[Annotated[float, Range(0, above=True)], ...] | None = None
+    """Part of each teacher in a batch, relative to the others. Default: every class or prompt comes
+    equally often."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = 1 + len(self.more_teachers or ())
+        for name in ("label_offset", "teacher_share"):
+            given = getattr(self, name)
+            if given is not None and (len(given) != count or count == 1):
+                raise UsageError(
+                    f"{self.flag(name)} {' '.join(map(str, given))}: give a number for each of "
+                    "several teachers, --teacher A --teacher B"
+                )
+        prompts = len(self.more_prompts or ())
+        if prompts not in (0, count - 1):
+            raise UsageError(
+                f"--prompts: {prompts + 1} files for {count} teachers: give one for each, or one "
+                "for all"
+            )
+
+
 class StudentChoice(Options, title="Student"):
     """The model to train, and how it relates to its teacher."""
 
@@ -498,6 +532,9 @@ class DataOptions(Options, title="Data"):
     """Channels, height and width the images are brought to."""
     class_conditional: bool = True
     """Learn the images' class labels, if there are any."""
+    classes: tuple[ClassId, ...] | None = None
+    """Learn the images of these classes only; the model numbers them 0, 1, ... in this order.
+    Default: all."""
 
 
 class NetworkOptions(Options, title="Network"):
@@ -556,6 +593,7 @@ class DistillConfig(RunConfig, command="distill"):
     """Distil a teacher into a student without images."""
 
     teacher_choice: TeacherOptions
+    teachers: SeveralTeachers
     student_choice: StudentOptions
     run: RunOptions
     training: TrainingOptions

@@ -66,7 +66,6 @@ def open_student(
     taught_variance: whether something teaches a variance; a student without it has a fixed one.
     factory: the code that makes a folder's custom network.
     """
-    refuse_shared_network(teacher, given)
     if isinstance(given, Denoiser):
         return given_student(like_teacher(given, teacher), teacher)
     read_as = teacher.parameterization

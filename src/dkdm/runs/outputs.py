@@ -25,6 +25,7 @@ from dkdm.core.modes import evaluating, say_if
 from dkdm.core.pool import Pool
 from dkdm.core.progress import track
 from dkdm.core.replay import Replayed
+from dkdm.core.several import Several
 from dkdm.core.sources import Source
 from dkdm.data.named import (
     REFERENCES,
@@ -38,7 +39,7 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import Circumstances, circumstances_of, measurement_of
 from dkdm.evaluation.comparison import compare
 from dkdm.evaluation.metrics import METRICS, evaluate_images, missing_of_network
-from dkdm.evaluation.pool_state import state_of
+from dkdm.evaluation.pool_state import states_of
 from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw, shown_shape
 from dkdm.evaluation.trajectories import Trajectories, trajectories
@@ -157,10 +158,18 @@ def _on_the_way(
 
 def save_pool(source: Source, output_dir: Path) -> None:
     """Write pool.json: how the entries lie now. Sources without a pool write nothing."""
+    placed: list[tuple[Source, Tensor | None]] = [(source, None)]
+    if isinstance(source, Several):
+        placed = [(share.source, share.levels) for share in source.shares]
+    pools = [(pool, levels) for each, levels in placed if (pool := _pool_of(each))]
+    if pools:
+        states_of(pools, source.process.num_levels).save(output_dir)
+
+
+def _pool_of(source: Source) -> Pool | None:
     source = source.source if isinstance(source, Replayed) else source
     pool = source.pool if isinstance(source, Mixed) else source
-    if isinstance(pool, Pool):
-        state_of(pool).save(output_dir)
+    return pool if isinstance(pool, Pool) else None
 
 
 def measure_model(
