@@ -86,8 +86,9 @@ def distill(
     said = [f"student starts from {ready.start}", f"this run takes {in_words(ready.needed)}"]
     said += ready.warnings
     if config.teacher_choice.check and trainer.step_number == 0:
-        each = parts_of(taught_by)
-        said += [teacher_warning(one, ready.speeds.evaluation) for one in each]
+        for one in parts_of(taught_by):
+            name = "the teacher" if one is taught_by else one.name
+            said.append(teacher_warning(one, ready.speeds.evaluation, name))
     for line in filter(None, said):
         print(line, file=sys.stderr)
 
