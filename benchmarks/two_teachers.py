@@ -193,7 +193,7 @@ def print_confusion(row: tuple[str, Measured]) -> None:
 
 
 def write_picture(models: dict[str, Denoiser], args: argparse.Namespace) -> None:
-    """Two rows of the teachers' samples, each of the one that knows the class, two of the student."""
+    """Two rows of the teachers' samples, each by the one that knows it, two of the student."""
     halves = [_samples(models[name], 10, args) for name in NAMES]
     both = torch.stack([half.view(2, 5, *half.shape[1:]) for half in halves], dim=1)
     images = torch.cat([both.flatten(0, 2), _samples(models["student"], 20, args)])

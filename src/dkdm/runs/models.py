@@ -31,7 +31,8 @@ from dkdm.students.space import check_same_samples
 def teacher_warning(teacher: Denoiser, seconds: float, name: str = "the teacher") -> str:
     """What a quick check finds wrong with a teacher; empty if nothing.
 
-    seconds: of one evaluation. name: what it is called. The check never ends a run: what a network raises is the warning.
+    seconds: of one evaluation. name: what it is called. The check never ends a run:
+    what a network raises is the warning.
     """
     try:
         found = quick_check(teacher, 1 / max(seconds, 1e-9))
