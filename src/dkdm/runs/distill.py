@@ -20,10 +20,16 @@ from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.models import place
 from dkdm.models.architectures import component_of
-from dkdm.runs.arms import check_options
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import check_same_source, with_defaults
-from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
+from dkdm.runs.few_steps import OBJECTIVES
+from dkdm.runs.launch import (
+    carry_out,
+    check_run_folder,
+    checkpoint_of,
+    is_finished,
+    start_accelerator,
+)
 from dkdm.runs.models import (
     check_null_condition,
     name_of,
@@ -33,21 +39,12 @@ from dkdm.runs.models import (
     student_warnings,
     teacher_warning,
 )
-from dkdm.runs.objective import features_of, objective_of
-from dkdm.runs.outputs import (
-    compare_models,
-    reference_of,
-    sample_grids,
-    sampling_guidance,
-    save_pool,
-)
+from dkdm.runs.objective import features_of
+from dkdm.runs.outputs import reference_of, sample_grids, sampling_guidance
 from dkdm.runs.source import SourcePlan
 from dkdm.runs.teachers import (
     Given,
-    arm_of,
-    make_source,
     opened_teachers,
-    prepare_source,
     ready_teachers,
     teacher_names,
     teachers_given,
@@ -80,7 +77,26 @@ def distill(
         **teacher_names(teachers),
         student=name_of(student) or config.student_choice.student,
     )
-    check_run_folder(config.run, config.checkpoints, DistillConfig)
+    program = OBJECTIVES[config.few_steps.objective]
+    parts = [*program.before(config), config]
+    for part in parts:
+        check_run_folder(part.run, part.checkpoints, DistillConfig)
+    if len(parts) > 1:
+        prepared(config, teachers, student)  # refuses now what the last part would refuse
+    for part in parts[:-1]:
+        if not is_finished(part.run.output_dir):
+            distill(teachers, student, part)
+            config = replace(config, resume_from_checkpoint=None)
+    return distill_part(program.last(config), teachers, student)
+
+
+def distill_part(
+    config: DistillConfig,
+    teachers: Sequence[str | Denoiser] | None = None,
+    student: str | Denoiser | nn.Module | None = None,
+) -> Path:
+    """Carry out one part of a run, of the models that the options name or that are given."""
+    program = OBJECTIVES[config.few_steps.objective]
     ready = prepared(config, teachers, student)
     config, taught_by, trainer = ready.config, ready.teacher, ready.trainer
     said = [f"student starts from {ready.start}", f"this run takes {in_words(ready.needed)}"]
@@ -94,13 +110,12 @@ def distill(
 
     def begin() -> None:
         if ready.is_new:
-            prepare_source(trainer.source, taught_by, config)
+            program.prepare(trainer.source, taught_by, config)
             trainer.save()
 
     def measure(finished: Denoiser, weights: str) -> Measured:
-        save_pool(trainer.source, config.run.output_dir)
-        shown = config.run, config.evaluation, config.guidance, ready.reference, weights
-        return compare_models(ready.teacher, finished, *shown)
+        about = config, ready.reference, weights, trainer.source
+        return program.measure(ready.teacher, finished, *about)
 
     with evaluating(taught_by.network, taught_by.call, taught_by.decode, frozen=True):
         return carry_out(config, trainer, measure, begin, taught_by)
@@ -111,9 +126,16 @@ def describe(config: DistillConfig) -> str:
 
     Raises what `distill` raises before its work, but for an output folder that is taken.
     """
+    program = OBJECTIVES[config.few_steps.objective]
+    begun = replace(program.last(config), student_init=config.student_choice.student_init)
+    return "\n\n".join(map(_described, [*program.before(config), begun]))
+
+
+def _described(config: DistillConfig) -> str:
+    program = OBJECTIVES[config.few_steps.objective]
     ready = prepared(config)
     config, teacher, student = ready.config, ready.teacher, ready.trainer.student
-    plan, source = ready.plan, config.pool.source
+    plan = ready.plan
     lines = [
         *(f"teacher   {one.name}: {one.num_parameters:,} parameters" for one in parts_of(teacher)),
         f"student   {student.name}: {student.num_parameters:,} parameters "
@@ -122,7 +144,7 @@ def describe(config: DistillConfig) -> str:
         f"start     {ready.start}",
         f"optimizer {config.optimizing.optimizer}, learning rate "
         f"{config.optimizing.learning_rate:g}",
-        f"source    {source}: {arm_of(teacher, config).size(teacher, config)}",
+        f"source    {program.describe(teacher, config)}",
         f"cost      {plan.preparing:,} teacher evaluations to prepare, {plan.training:,} to train, "
         "and restarts of chains",
         f"time      {in_words(ready.needed)}",
@@ -158,15 +180,16 @@ def prepared(
 ) -> Ready:
     """Teacher, student, source and trainer of a run; given models take the place of named ones."""
     run, training, evaluation = config.run, config.training, config.evaluation
-    conditions, guidance = config.conditions, config.guidance
+    program, conditions = OBJECTIVES[config.few_steps.objective], config.conditions
+    guidance = config.guidance
     check_metric(evaluation)
-    check_options(config)
+    program.check(config)
     found = checkpoint_of(run, config.checkpoints)
     check_same_source(config, found)
     accelerator = start_accelerator(run, training, config.checkpoints)
     teacher = ready_teachers(opened_teachers(config, teachers), config)
-    arm, pattern = arm_of(teacher, config), pattern_of(teacher)
-    config, teaching = with_defaults(config, pattern, found), arm.teaching(config.images_choice)
+    pattern, teaching = pattern_of(teacher), program.teaching(teacher, config)
+    config = with_defaults(config, pattern, found)
     factory = config.teacher_choice.factory
     for one in parts_of(teacher):
         refuse_shared_network(one, student)
@@ -174,12 +197,13 @@ def prepared(
     guided = sampling_guidance(evaluation, guidance, student)[1] != 1
     check_null_condition(student, guided, conditions.condition_dropout)
     warnings = student_warnings(student, pattern)
-    plan = arm.plan(teacher, config)
+    plan = program.plan(teacher, config)
     start = start_student(student, pattern, config.student_choice, found)
+    student = program.student(student, teacher, config)
     place(teacher, accelerator.device, config.teacher_choice.offload)
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
-    source = make_source(watched(teacher), student, config, accelerator.device)
+    source = program.source(watched(teacher), student, config, accelerator.device)
     on_teacher_levels = watched(on_levels_of(student, source.process))
     trainer = Trainer(
         run.output_dir,
@@ -189,7 +213,7 @@ def prepared(
         student,
         on_teacher_levels,
         source,
-        objective_of(student, on_teacher_levels, teacher, config.loss, features, teaching),
+        program.loss(student, on_teacher_levels, teacher, config, features),
         accelerator,
         component_of(type(student.network).__name__),
         sample_grids(run, evaluation, teacher, guidance),
