@@ -166,23 +166,6 @@ class SeveralTeachers(Options, title="Several teachers"):
     """Part of each teacher in a batch, relative to the others. Default: every class or prompt comes
     equally often."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        count = 1 + len(self.more_teachers or ())
-        for name in ("label_offset", "teacher_share"):
-            given = getattr(self, name)
-            if given is not None and (len(given) != count or count == 1):
-                raise UsageError(
-                    f"{self.flag(name)} {' '.join(map(str, given))}: give a number for each of "
-                    "several teachers, --teacher A --teacher B"
-                )
-        prompts = len(self.more_prompts or ())
-        if prompts not in (0, count - 1):
-            raise UsageError(
-                f"--prompts: {prompts + 1} files for {count} teachers: give one for each, or one "
-                "for all"
-            )
-
 
 class StudentChoice(Options, title="Student"):
     """The model to train, and how it relates to its teacher."""

@@ -88,6 +88,11 @@ class Teachers(Denoiser):
             self.members = tuple(replace(one, guidance_interval=interval) for one in self.members)
         self._on_levels = tuple(on_levels_of(one, self.process) for one in self.members)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first."""
+        return self.members[0].device
+
     def predict_both(
         self, batch: Batch, guidance_scale: float | Tensor = 1.0
     ) -> tuple[Prediction, Prediction]:
@@ -203,7 +208,7 @@ class CommonLevels(NamedTuple):
         """A table of each process's levels as one of all, float64 [T]; None is 1 everywhere."""
         found = torch.ones(self.process.num_levels, dtype=torch.float64)
         for at, table in zip(self.positions, tables, strict=True):
-            found[at] = 1.0 if table is None else table
+            found[at] = 1.0 if table is None else table.double()
         return found
 
 

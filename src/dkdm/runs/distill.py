@@ -200,7 +200,8 @@ def prepared(
     plan = program.plan(teacher, config)
     start = start_student(student, pattern, config.student_choice, found)
     student = program.student(student, teacher, config)
-    place(teacher, accelerator.device, config.teacher_choice.offload)
+    for one in parts_of(teacher):
+        place(one, accelerator.device, config.teacher_choice.offload)
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
     source = program.source(watched(teacher), student, config, accelerator.device)

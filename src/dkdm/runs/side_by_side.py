@@ -155,7 +155,7 @@ def _names(
     """Names of all classes, or None if no teacher has names; those in one place are joined."""
     found: dict[int, list[str]] = {}
     for one, at in zip(teachers, offsets, strict=True):
-        own, short = one.conditioning, Path(one.name).name
+        own, short = one.conditioning, Path(one.name).name.rpartition(":")[2]
         drawn: tuple[int, ...] = (0,)
         names: tuple[str, ...] | None = (short,)
         if isinstance(own, ClassLabels):

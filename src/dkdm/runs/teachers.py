@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def teacher_names(given: Sequence[Denoiser | str] | None) -> dict[str, Any]:
     if given is None:
         return {}
     first, *others = (each.name if isinstance(each, Denoiser) else each for each in given)
-    return {"teacher": first, "more_teachers": tuple(others) or None}
+    return {"teacher": first} | ({"more_teachers": tuple(others)} if others else {})
 
 
 def named_teachers(config: DistillConfig) -> list[str]:
@@ -60,14 +61,35 @@ def named_teachers(config: DistillConfig) -> list[str]:
 def opened_teachers(
     config: DistillConfig, given: Sequence[Denoiser | str] | None = None
 ) -> list[Denoiser]:
-    """All teachers of a run, in evaluation mode; those that were given as they are."""
+    """All teachers of a run, in evaluation mode; the first are those that were given.
+
+    Raises UsageError for options of several teachers that are not one for each.
+    """
+    check_numbers(config)
     found = []
-    for each in given or named_teachers(config):
+    for each in [*(given or ()), *named_teachers(config)[len(given or ()) :]]:
         if not isinstance(each, Denoiser):
             each = chosen_teacher(replace(config.teacher_choice, model=each))
         say_if(put_into_evaluation(each.network, each.call, each.decode))
         found.append(each)
     return found
+
+
+def check_numbers(config: DistillConfig) -> None:
+    """Raise UsageError for options of several teachers that are not one for each."""
+    options, count = config.teachers, len(named_teachers(config))
+    for name in ("label_offset", "teacher_share"):
+        given = getattr(options, name)
+        if given is not None and (len(given) != count or count == 1):
+            raise UsageError(
+                f"{options.flag(name)} {' '.join(map(str, given))}: give a number for each of "
+                "several teachers, --teacher A --teacher B"
+            )
+    if options.more_prompts is not None and len(options.more_prompts) != count - 1:
+        files = 1 + len(options.more_prompts)
+        raise UsageError(
+            f"--prompts: {files} files for {count} teachers: give one for each, or one for all"
+        )
 
 
 def teachers_of(config: DistillConfig) -> Denoiser:
@@ -83,7 +105,28 @@ def ready_teachers(opened: Sequence[Denoiser], config: DistillConfig) -> Denoise
     asked = conditions_of_each(opened, config)
     more = config.guidance, config.evaluation, config.run.seed
     ready = [ready_teacher(one, own, *more) for one, own in zip(opened, asked, strict=True)]
-    return ready[0] if len(ready) == 1 else side_by_side(ready, config.teachers.label_offset)
+    if len(ready) == 1:
+        return ready[0]
+    teachers = side_by_side(ready, config.teachers.label_offset)
+    for line in shared_classes(teachers):
+        print(f"note: {line}", file=sys.stderr)
+    return teachers
+
+
+def shared_classes(teacher: Denoiser) -> list[str]:
+    """A line for each class of the student that several teachers teach."""
+    assert isinstance(teacher, Teachers)
+    own, count = teacher.conditioning, len(teacher.members)
+    if not isinstance(own, ClassLabels):
+        return []
+    label = [{"class_labels": torch.tensor([i])} for i in own.drawn]
+    known = [sum(bool(place.knows(cond)) for place in teacher.places) for cond in label]
+    names = [f" ({own.names[i]})" if own.names else "" for i in own.drawn]
+    return [
+        f"class {i}{name} is taught by {times} of {count} teachers"
+        for i, name, times in zip(own.drawn, names, known, strict=True)
+        if times > 1
+    ]
 
 
 def conditions_of_each(
