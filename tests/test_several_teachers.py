@@ -91,8 +91,8 @@ def test_offsets_put_classes_apart_or_into_one_place():
     assert apart.names[3:] == ("class 3", "shirt", "coat")
     shared = both(offsets=[0, 0])
     assert shared_classes(shared) == [
-        "class 0 (shirt or shoes 0) is taught by 2 of 2 teachers",
-        "class 1 (coat or shoes 1) is taught by 2 of 2 teachers",
+        "class 0 (shirt or shoes 0) has 2 of 2 teachers",
+        "class 1 (coat or shoes 1) has 2 of 2 teachers",
     ]
     assert shared.conditioning.names == ("shirt or shoes 0", "coat or shoes 1", "shoes 2")
     x, cond = rows(shared, [0, 2])

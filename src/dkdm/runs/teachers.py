@@ -123,7 +123,7 @@ def shared_classes(teacher: Denoiser) -> list[str]:
     known = [sum(bool(place.knows(cond)) for place in teacher.places) for cond in label]
     names = [f" ({own.names[i]})" if own.names else "" for i in own.drawn]
     return [
-        f"class {i}{name} is taught by {times} of {count} teachers"
+        f"class {i}{name} has {times} of {count} teachers"
         for i, name, times in zip(own.drawn, names, known, strict=True)
         if times > 1
     ]
