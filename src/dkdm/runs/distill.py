@@ -199,6 +199,7 @@ def prepared(
     warnings = student_warnings(student, pattern)
     plan = program.plan(teacher, config)
     start = start_student(student, pattern, config.student_choice, found)
+    warnings.append(program.warning(student))
     student = program.student(student, teacher, config)
     for one in parts_of(teacher):
         place(one, accelerator.device, config.teacher_choice.offload)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dkdm.config import DistillConfig
 from dkdm.core.chains import Guidance
@@ -16,14 +17,26 @@ from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled
 from dkdm.core.sources import Source
-from dkdm.errors import UsageError
+from dkdm.data.reference import Reference
+from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.circumstances import circumstances_of
+from dkdm.evaluation.comparison import compare
+from dkdm.evaluation.few_steps import Drawn, StepsTable, measure_steps
+from dkdm.evaluation.rows import comparison_rows
+from dkdm.models import LoadOptions, load_teacher, place
 from dkdm.runs.arms import ARMS, Teaching, mebibytes
 from dkdm.runs.objectives import Loss, Program
+from dkdm.runs.outputs import GRID_COLUMNS, GRID_SAMPLES, sampling_guidance, save_grid
 from dkdm.runs.source import SourcePlan, guidance_factor
-from dkdm.students.heads import with_heads
+from dkdm.shipping.card import Measured
+from dkdm.shipping.pipeline_folder import write_pipeline
+from dkdm.students.heads import one_step, with_heads
 
 PLAIN = "plain"  # the folder of the first part, in that of the run
+ONE_STEP = "one-step"
+FEW_STEPS_GRID = "few-steps"
 SHARE = 0.35
+MANY = 25  # sampling steps of a teacher and of a plain student
 
 
 def plain_steps(config: DistillConfig) -> int:
@@ -68,6 +81,7 @@ class FewSteps(Program):
             condition_dropout=0.0,
             random_conditioning=0.0,
             validation_sampling_steps=max(few.steps),
+            sampling_guidance_scale=1.0,
             validation_metric=None,
             ship_best=False,
         )
@@ -121,6 +135,18 @@ class FewSteps(Program):
         levels = grid_levels(teacher.process, few.few_step_heads, few.few_step_shift)
         return with_heads(student, grid_of(student, teacher.process, levels, few.steps))
 
+    def warning(self, student: Denoiser) -> str:
+        """That a learned variance is dropped, and that eps says little where all is noise."""
+        own = student.parameterization
+        if own.learns_variance:
+            return "note: a few-step student has no variance: the student's is dropped"
+        if own.prediction == "epsilon":
+            return (
+                "warning: the student predicts eps, whose error at pure noise grows in a step from "
+                "there: use --student-prediction v_prediction if its weights allow it"
+            )
+        return ""
+
     def source(
         self, teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
     ) -> Source:
@@ -155,6 +181,77 @@ class FewSteps(Program):
         del on_teacher_levels, teacher, config, features
         assert isinstance(student, ParallelHeads)
         return HeadsObjective(student)
+
+    def measure(
+        self,
+        teacher: Denoiser,
+        student: Denoiser,
+        config: DistillConfig,
+        reference: Reference | None,
+        weights: str,
+        source: Source,
+    ) -> Measured:
+        """Write the one-step model, and measure every number of steps beside teacher and plain."""
+        del source
+        assert isinstance(student, ParallelHeads)
+        folder, evaluation = config.run.output_dir, config.evaluation
+        single = one_step(student)
+        if single is not None:
+            write_pipeline(folder / ONE_STEP, single, folder)
+        if evaluation.evaluation_samples == 0:
+            return Measured()
+        scale, _ = sampling_guidance(evaluation, config.guidance, student)
+        table, images = self._by_steps(teacher, student, config, reference, scale)
+        table.save(folder)
+        save_grid(folder, FEW_STEPS_GRID, torch.cat(images))
+        found = compare(
+            teacher,
+            student,
+            num_samples=evaluation.evaluation_samples,
+            num_steps=max(student.intervals.steps),
+            seed=config.run.seed,
+            guidance_teacher=scale,
+            reference=reference,
+        )
+        found = replace(found, weights=weights, gaps=())  # its heads are no denoiser's outputs
+        found.save(folder)
+        save_grid(folder, "grid", found.samples["student"][:GRID_SAMPLES])
+        rows, how = comparison_rows(found), circumstances_of(found).in_words()
+        return Measured(1.0, rows, how, found.student.metrics, found.measurement, table)
+
+    def _by_steps(
+        self,
+        teacher: Denoiser,
+        student: ParallelHeads,
+        config: DistillConfig,
+        reference: Reference | None,
+        scale: float,
+    ) -> tuple[StepsTable, list[Tensor]]:
+        steps, evaluation = student.intervals.steps, config.evaluation
+        many = (*steps, MANY)
+        models = [Drawn("student", student, steps)]
+        plain = _plain(config, student.device)
+        if plain is not None:
+            models.insert(0, Drawn("plain student", plain, many))
+        count, seed = evaluation.evaluation_samples, config.run.seed
+        first = Drawn("teacher", teacher, many, scale)
+        table, images = measure_steps(first, models, count, seed, reference, GRID_COLUMNS)
+        rows = [("teacher", MANY), *(("student", number) for number in steps)]
+        return table, [images[row] for row in rows]
+
+
+def _plain(config: DistillConfig, device: torch.device) -> Denoiser | None:
+    """The model that the student started from; None if its folder is no model, or it is random."""
+    start = config.student_choice.student_init
+    if start in ("random", "teacher"):
+        return None
+    try:
+        factory = config.teacher_choice.factory
+        found = load_teacher(start, options=LoadOptions(factory=factory))
+    except DkdmError:
+        return None  # weights alone
+    place(found, device)
+    return found
 
 
 OBJECTIVES: dict[str, Program] = {"dkdm": Program(), "few-step": FewSteps()}

@@ -63,6 +63,11 @@ class Program:
         del teacher, config
         return student
 
+    def warning(self, student: Denoiser) -> str:
+        """What a user should know of this student before the start; empty for nothing."""
+        del student
+        return ""
+
     def source(
         self, teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
     ) -> Source:

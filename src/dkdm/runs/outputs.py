@@ -76,13 +76,14 @@ def sample_grids(
         if teacher is not None and not drawn:
             drawn.append(decoded(teacher, draw(teacher, cond, sampling, for_teacher)))
         own = decoded(student, draw(student, cond, sampling, for_student))
-        _save_grid(run.output_dir, f"step-{step:06d}", torch.cat([*drawn, own]))
+        save_grid(run.output_dir, f"step-{step:06d}", torch.cat([*drawn, own]))
         return {}
 
     return write
 
 
-def _save_grid(output_dir: Path, name: str, samples: Tensor) -> None:
+def save_grid(output_dir: Path, name: str, samples: Tensor) -> None:
+    """Write samples/NAME.png in rows of `GRID_COLUMNS`; samples that are no images are left out."""
     grid = sample_grid(samples, GRID_COLUMNS)
     if grid is None:
         return
@@ -135,8 +136,8 @@ def compare_models(
     comparison = replace(comparison, weights=weights)
     comparison.save(run.output_dir)
     samples = [comparison.samples[name] for name in ("teacher", "student")]
-    _save_grid(run.output_dir, "grid", samples[1][:GRID_SAMPLES])
-    _save_grid(run.output_dir, "comparison", torch.cat([each[:GRID_COLUMNS] for each in samples]))
+    save_grid(run.output_dir, "grid", samples[1][:GRID_SAMPLES])
+    save_grid(run.output_dir, "comparison", torch.cat([each[:GRID_COLUMNS] for each in samples]))
     few = Sampling(min(count, TRAJECTORIES), num_steps, run.seed)
     _on_the_way(teacher, student, few, scales).save(run.output_dir)
     rows, how = comparison_rows(comparison), circumstances_of(comparison).in_words()
@@ -189,7 +190,7 @@ def measure_model(
         return Measured(scale)
     cond = model.conditioning.in_turns(count)
     samples = decoded(model, draw(model, cond, Sampling(count, num_steps, run.seed), scale))
-    _save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
+    save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
     if reference is None:
         return Measured(scale)
     metrics = evaluate_images(samples, cond.get("class_labels"), reference)

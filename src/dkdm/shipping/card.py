@@ -20,6 +20,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
 from dkdm.core.selection import FOLDER as BEST
 from dkdm.core.teachers import parts_of
+from dkdm.evaluation.few_steps import StepsTable
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count
 from dkdm.evaluation.results import Measurement
@@ -54,6 +55,7 @@ class Measured(NamedTuple):
     - `rows`: the table of measurements; `how`: they came about, by names.
     - `metrics`: the same numbers for the hub's index; `measurement`: what they were
       measured against.
+    - `steps`: what was drawn in each number of steps, of a few-step student.
     """
 
     guidance_scale: float = 1.0
@@ -61,6 +63,7 @@ class Measured(NamedTuple):
     how: Sequence[tuple[str, str]] = ()
     metrics: Metrics | None = None
     measurement: Measurement | None = None
+    steps: StepsTable | None = None
 
 
 NOTHING = Measured()
@@ -111,6 +114,7 @@ def write_card(
         rows=_with_floors(measured.rows),
         how=[(label, plain(words)) for label, words in measured.how],
         compares=_compares(measured),
+        steps=measured.steps,
         limits=limits,
         prompted=kind_of(denoiser.conditioning).asks == "prompt",
         licence=_licence_text(licence, inherited, origins),
@@ -124,6 +128,7 @@ def write_card(
 
 _IMAGES = {
     "samples/grid.png": "samples",
+    "samples/few-steps.png": "upper row the teacher in 25 steps, then the student, fewest first",
     "samples/comparison.png": "upper row the teacher, lower row the student, from the same noise",
 }
 

@@ -101,7 +101,17 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
             "it works on latents of a custom autoencoder, which is not in the folder: its pipeline "
             "returns latents, and `dkdm sample` writes .safetensors"
         )
-    if clipping.range is not None and not clips_as(scheduler_config(denoiser), denoiser.process):
+    few = denoiser.intervals.steps if isinstance(denoiser, ParallelHeads) else ()
+    if len(few) > 1:
+        notes.append(
+            "`one-step/`, if it is there, is the same model in one step as an ordinary network; "
+            "`plain/` the student for many steps"
+        )
+    if (
+        not few
+        and clipping.range is not None
+        and not clips_as(scheduler_config(denoiser), denoiser.process)
+    ):
         low, high = clipping.center - clipping.range, clipping.center + clipping.range
         notes.append(
             f"its chain was clipped to {low:g}..{high:g}, and the folder's scheduler does not: "

@@ -123,9 +123,8 @@ class ParallelHeads(Denoiser):
         with evaluating(self.network, self.call):
             for block in blocks:
                 first = torch.full((len(x),), block.start)
-                shares = grid.shares(block).to(x.device, torch.float32)
                 outputs = self.heads(x, first, cond)
-                mean = torch.tensordot(outputs, shares, ([1], [0]))
+                mean = torch.tensordot(outputs, grid.shares(block).to(outputs), ([1], [0]))
                 x_0, eps = self._meant(mean, x, first)
                 alpha, sigma = float(grid.alpha[block.stop]), float(grid.sigma[block.stop])
                 x = alpha * x_0 + sigma * eps

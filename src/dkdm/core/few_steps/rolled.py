@@ -182,7 +182,7 @@ def rolled(x: Tensor, velocities: Tensor, widths: Tensor, first: Tensor, last: T
     """
     number = torch.arange(len(widths))
     inside = (first.unsqueeze(1) <= number) & (number < last.unsqueeze(1))
-    each = (inside * widths).to(x.device, x.dtype)
+    each = (inside * widths).to(velocities)
     each = each.sum(1, keepdim=True) if velocities.shape[1] == 1 else each
     return x + torch.einsum("bn,bn...->b...", each, velocities)
 
