@@ -126,6 +126,11 @@ def train_all(args: argparse.Namespace) -> None:
     )
 
 
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Where samples are drawn."""
+    return device_of_run() if args.device == "auto" else torch.device(args.device)
+
+
 def recognized(images: Tensor, labels: Tensor) -> Tensor:
     """As which class each image is recognized, as shares of the rows of each class [10, 10]."""
     logits = feature_extractor().compute(images).logits
@@ -137,7 +142,7 @@ def recognized(images: Tensor, labels: Tensor) -> Tensor:
 
 def measured(model: Denoiser, first_class: int, scale: float, args: argparse.Namespace) -> Measured:
     """Samples of every class the model has; first_class: what its class 0 is among the ten."""
-    place(model, device_of_run())
+    place(model, device_of(args))
     count = args.per_class * len(model.conditioning.drawn)  # type: ignore[attr-defined]
     cond = model.conditioning.in_turns(count)
     sampling = Sampling(count, args.sampler_steps, seed=0)

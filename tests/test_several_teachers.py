@@ -1,6 +1,7 @@
 """Several teachers of one student: each answers for its own conditions, at its own levels."""
 
 import json
+import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -271,8 +272,15 @@ def test_all_that_differs_is_said_at_once():
     assert "\n" not in said
 
 
-def text_teacher(name, texts, tmp_path, fingerprint="abc"):
-    prompts = Encoders().conditioning(fingerprint)
+class Halved(Encoders):
+    """Text encoders that answer otherwise."""
+
+    def encode(self, texts):
+        return {key: rows / 2 for key, rows in super().encode(texts).items()}
+
+
+def text_teacher(name, texts, tmp_path, fingerprint="abc", encoders=Encoders):
+    prompts = encoders().conditioning(fingerprint)
     conditioning = with_prompts(prompts, texts, root=tmp_path)
     return replace(first(), name=name, conditioning=conditioning)
 
@@ -288,10 +296,16 @@ def test_prompts_are_of_the_teacher_whose_file_has_them(tmp_path, monkeypatch):
     one, two = united.places
     assert two.to_all({"prompt": torch.tensor([0, 1, 2, 3])}, 4)["prompt"].tolist() == [0, 3, 2, 4]
     assert one.knows({"prompt": torch.arange(5)}).tolist() == [True, True, True, False, False]
-    with pytest.raises(UsageError, match="know no others"):
+    some = with_prompts(united.conditioning, ("bus", "cat"), root=tmp_path)
+    fewer = replace(united, conditioning=some).places
+    assert fewer[1].to_own({"prompt": torch.tensor([1])})["prompt"].tolist() == [3]
+    assert [place.own.tolist() for place in fewer] == [[0, -2, 1], [0, 3, -2]]
+    with pytest.raises(UsageError, match="the prompt 'x' is of none"):
         replace(united, conditioning=with_prompts(united.conditioning, ("x",), root=tmp_path))
     with pytest.raises(UsageError, match="text encoders abc and prompts through text encoders x"):
-        side_by_side([teachers[0], text_teacher("c", ("cat",), tmp_path, "x")])
+        side_by_side([teachers[0], text_teacher("c", ("cat",), tmp_path, "x", Halved)])
+    copied = text_teacher("d", ("cow",), tmp_path, "the same in other files")
+    assert side_by_side([teachers[0], copied]).conditioning.texts == ("cat", "dog", "cow")
     with pytest.raises(UsageError, match="and classes"):
         side_by_side([teachers[0], second()])
 
@@ -444,8 +458,21 @@ def test_what_comes_out_names_all_teachers_and_is_measured_beside_them(whole):
     again = teacher_of(dkdm.config.read_config(whole / "config.json"))
     assert isinstance(again, Teachers)
     assert again.conditioning == pattern_of(again).conditioning
-    turned = replace(again, places=again.places[::-1], members=again.members[::-1])
+    turned = replace(again, members=again.members[::-1])
     assert fingerprint(again) != fingerprint(turned)
+
+
+@pytest.mark.slow
+def test_few_steps_are_learnt_of_both(tmp_path):
+    few = {"objective": "few-step", "few_step_heads": 4, "student_steps": "1:4"}
+    config = replace(SMALL, output_dir=tmp_path / "run", few_step_pool=8, check=False, **few)
+    folder = dkdm.distill([first(), second()], "dit-tiny", config)
+    plain = json.loads((folder / "plain" / "pool.json").read_text())
+    assert plain["t"]["end"] == 90
+    student = load_teacher(str(folder))
+    assert student.conditioning.names == ("shirt", "coat", "shoes 0", "shoes 1", "shoes 2")
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    assert math.isfinite(json.loads(last)["loss"])
 
 
 def test_a_list_of_one_is_that_one_and_an_empty_one_is_refused(tmp_path):

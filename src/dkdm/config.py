@@ -164,7 +164,7 @@ class SeveralTeachers(Options, title="Several teachers"):
     other's."""
     teacher_share: tuple[Annotated[float, Range(0, above=True)], ...] | None = None
     """Part of each teacher in a batch, relative to the others. Default: every class or prompt comes
-    equally often."""
+    equally often, as in the last part of a few-step run."""
 
 
 class StudentChoice(Options, title="Student"):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dkdm.core.conditioning import Condition, Conditioning
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.kinds import kind_of
 from dkdm.core.matching import Matched, on_levels_of
 from dkdm.core.prediction import Prediction, from_x_0_eps
 from dkdm.core.process import Process, Spacing
@@ -67,22 +66,15 @@ class Teachers(Denoiser):
 
     Each row of a batch is evaluated by the first teacher that knows its condition, at the same
     signal-to-noise ratio, and each sample is drawn on its teacher's own levels. members: each with
-    its own process and conditions; places: where these lie in `conditioning`, which the places were
-    made for (`united`).
+    its own process and conditions; seats: the places of these in a conditioning of all.
     """
 
     members: tuple[Denoiser, ...] = ()
-    places: tuple[Place, ...] = ()
-    united: Conditioning | None = None
+    seats: Callable[[Conditioning], Sequence[Place]] = lambda _: ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        asked = kind_of(self.conditioning).asks
-        if asked == "prompt" and self.conditioning is not self.united:
-            raise UsageError(
-                "several teachers share out the prompts of their run and know no others: leave "
-                "--prompts out"
-            )
+        self.places = tuple(self.seats(self.conditioning))
         interval = self.guidance_interval
         if interval is not None:
             self.members = tuple(replace(one, guidance_interval=interval) for one in self.members)

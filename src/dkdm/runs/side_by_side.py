@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dkdm.core.conditioning import ABSENT, ClassLabels, Conditioning, Unconditional
@@ -19,6 +21,7 @@ from dkdm.models.prompts import Prompts, files_fingerprint, with_prompts
 
 WEIGHTS = (".safetensors", ".bin")
 LABELS, PROMPT = "class_labels", "prompt"
+CONDITIONS = "conditions:"
 
 
 def side_by_side(teachers: Sequence[Denoiser], offsets: Sequence[int] | None = None) -> Denoiser:
@@ -31,9 +34,13 @@ def side_by_side(teachers: Sequence[Denoiser], offsets: Sequence[int] | None = N
     first, kind = teachers[0], teachers[0].parameterization
     starts = offsets_of(teachers, offsets)
     texts = [one.conditioning for one in teachers if isinstance(one.conditioning, Prompts)]
-    united: tuple[Conditioning, list[Place]]
-    united = _all_prompts(texts) if texts else _all_classes(teachers, starts)
-    conditioning, places = united
+    conditioning: Conditioning
+    seats: Callable[[Conditioning], Sequence[Place]]
+    if texts:
+        conditioning, seats = _all_prompts(texts), partial(_prompt_places, texts)
+    else:
+        conditioning, places = _all_classes(teachers, starts)
+        seats = partial(_same, places)
     intervals = {one.guidance_interval for one in teachers}
     networks = [one.network for one in teachers if isinstance(one.network, nn.Module)]
     return Teachers(
@@ -48,9 +55,14 @@ def side_by_side(teachers: Sequence[Denoiser], offsets: Sequence[int] | None = N
         decode=first.decode,
         guidance_interval=intervals.pop() if len(intervals) == 1 else None,
         members=tuple(teachers),
-        places=tuple(places),
-        united=conditioning,
+        seats=seats,
     )
+
+
+def _same(places: Sequence[Place], conditioning: Conditioning) -> Sequence[Place]:
+    """Places of classes, of which a conditioning may leave out some."""
+    del conditioning
+    return places
 
 
 def listed(names: Sequence[str]) -> str:
@@ -63,7 +75,8 @@ def check_alike(teachers: Sequence[Denoiser]) -> None:
     first, *others = teachers
     found = []
     for other in others:
-        pairs = ((what, *map(value, (first, other))) for what, value in COMPARED.items())
+        pairs = [(what, *map(value, (first, other))) for what, value in COMPARED.items()]
+        pairs += [(CONDITIONS, *_asked(first, other))]
         apart = [f"{what} {mine} and {theirs}" for what, mine, theirs in pairs if mine != theirs]
         found += [f"{first.name} and {other.name}: {', '.join(apart)}"] if apart else []
     if found:
@@ -90,21 +103,40 @@ def _shown(numbers: Sequence[float]) -> str:
     return " ".join(f"{number:.6g}" for number in numbers)
 
 
-def _asked(model: Denoiser) -> str:
-    """The kind of conditions; classes and none go together."""
+def _asked(one: Denoiser, other: Denoiser) -> tuple[str, str]:
+    """The kinds of conditions of two teachers; classes and none go together."""
+    mine, theirs = one.conditioning, other.conditioning
+    if isinstance(mine, Prompts) and isinstance(theirs, Prompts) and _encode_alike(mine, theirs):
+        return "prompts", "prompts"
+    first, second = map(_kind, (one, other))
+    return first, second
+
+
+def _kind(model: Denoiser) -> str:
     conditioning = model.conditioning
     if isinstance(conditioning, Prompts):
         return f"prompts through text encoders {conditioning.encoders.fingerprint}"
     if isinstance(conditioning, (ClassLabels, Unconditional)):
         return "classes"
-    return f"conditions of {model.name} ({kind_of(conditioning).label})"
+    return f"those of {model.name} ({kind_of(conditioning).label})"
+
+
+def _encode_alike(mine: Prompts, theirs: Prompts) -> bool:
+    """Whether the text encoders are the same, by their files or by what they make of a prompt."""
+    if mine.encoders.fingerprint == theirs.encoders.fingerprint:
+        return True
+    probe = {"prompt": torch.tensor([0, 1])}
+    one, other = (with_prompts(each, mine.texts[:1]).embed(probe) for each in (mine, theirs))
+    return one.keys() == other.keys() and all(
+        one[key].shape == other[key].shape and torch.allclose(one[key], other[key], atol=1e-4)
+        for key in one
+    )
 
 
 COMPARED: dict[str, Callable[[Denoiser], Any]] = {
     "samples of shape": lambda model: tuple(model.sample_shape),
     "values in": lambda model: model.value_range,
     "in": _latents,
-    "conditions:": _asked,
 }
 
 
@@ -171,20 +203,25 @@ def _names(
     return tuple(" or ".join(found.get(i, [f"class {i}"])) for i in range(total))
 
 
-def _all_prompts(kinds: Sequence[Prompts]) -> tuple[Prompts, list[Place]]:
+def _all_prompts(kinds: Sequence[Prompts]) -> Prompts:
     """The prompts of all, each text once."""
     negatives = {kind.negative for kind in kinds}
     if len(negatives) > 1:
         raise UsageError("teachers of prompts need one negative prompt: give --negative-prompt")
     texts = list(dict.fromkeys(text for kind in kinds for text in kind.texts))
-    numbers = {text: i + 1 for i, text in enumerate(texts)}
-    united = with_prompts(kinds[0], texts, kinds[0].negative)
-    places = [
-        Place.of(
-            PROMPT,
-            {0: 0} | {i + 1: numbers[text] for i, text in enumerate(kind.texts)},
-            len(texts) + 1,
+    return with_prompts(kinds[0], texts, kinds[0].negative)
+
+
+def _prompt_places(kinds: Sequence[Prompts], conditioning: Conditioning) -> list[Place]:
+    """Whose prompts a conditioning has. Raises UsageError for one that no teacher has."""
+    assert isinstance(conditioning, Prompts)
+    numbers = {text: i + 1 for i, text in enumerate(conditioning.texts)}
+    strange = numbers.keys() - {text for kind in kinds for text in kind.texts}
+    if strange:
+        raise UsageError(
+            f"the prompt '{min(strange)}' is of none of these teachers, which share out the "
+            "prompts of their run: give some of those, or leave --prompts out"
         )
-        for kind in kinds
-    ]
-    return united, places
+    own = [[(i, text) for i, text in enumerate(kind.texts) if text in numbers] for kind in kinds]
+    pairs = [{0: 0} | {i + 1: numbers[text] for i, text in each} for each in own]
+    return [Place.of(PROMPT, each, len(numbers) + 1) for each in pairs]
