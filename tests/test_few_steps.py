@@ -1,4 +1,4 @@
-"""Parallel heads against closed forms: flow coordinates, rolling and folding, the perfect student."""
+"""Parallel heads against closed forms: flow coordinates, rolling, folding, the perfect student."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from torch import nn
 from dkdm.config import parse_steps
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.few_steps.grid import Grid, grid_levels, grid_of
-from dkdm.core.few_steps.heads import ParallelHeads, on_grid
+from dkdm.core.few_steps.heads import on_grid
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled, rolled
-from dkdm.core.prediction import Parameterization, Prediction, from_x_0_eps
+from dkdm.core.prediction import Parameterization, Prediction
 from dkdm.core.process import per_sample
 from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
 from dkdm.core.steps import reverse_step

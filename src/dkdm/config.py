@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import lcm
+from math import ceil, lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -316,9 +316,10 @@ class FewStepOptions(Options, title="Few steps"):
                 f"or more: give --few-step-heads {2 * max(self.steps)}"
             )
         if odd:
+            fitting = lcm(*self.steps) * ceil(heads / lcm(*self.steps))
             raise UsageError(
                 f"--student-steps {self.student_steps}: {odd[0]} does not divide the {heads} "
-                f"intervals of --few-step-heads: give --few-step-heads {lcm(*self.steps)}"
+                f"intervals of --few-step-heads: give --few-step-heads {fitting}"
             )
 
     @property
