@@ -261,6 +261,22 @@ def test_classes_and_weights_reach_the_teacher_that_has_them(tmp_path):
             several(tmp_path, classes=wrong)
 
 
+@pytest.mark.parametrize("source", ["shuffled", "iterative"])
+def test_other_pools_are_shared_out_too(tmp_path, source):
+    given = {"train_batch_size": 5, "pool_size": None, "source": source, "fill": "none"}
+    teacher, found, config = several(tmp_path, **given)
+    batch = found.draw(5)
+    found.advance(batch, found.target(batch))
+    assert arm_of(teacher, config).plan(teacher, config).entries == 5
+    assert [len(share.source.t) for share in found.shares] == [2, 3]
+
+
+def test_what_one_of_them_cannot_do_is_said_with_its_name(tmp_path):
+    blank = replace(denoiser(None), name="plain")
+    with pytest.raises(UsageError, match="plain: guidance and condition dropout need"):
+        several(tmp_path, [first(), blank])
+
+
 def test_all_that_differs_is_said_at_once():
     other = toy((2, 64))
     ranged = replace(second(), name="ranged", value_range=(0.0, 1.0))

@@ -104,9 +104,14 @@ def ready_teachers(opened: Sequence[Denoiser], config: DistillConfig) -> Denoise
     """
     asked = conditions_of_each(opened, config)
     more = config.guidance, config.evaluation, config.run.seed
-    ready = [ready_teacher(one, own, *more) for one, own in zip(opened, asked, strict=True)]
-    if len(ready) == 1:
-        return ready[0]
+    if len(opened) == 1:
+        return ready_teacher(opened[0], asked[0], *more)
+    ready = []
+    for one, own in zip(opened, asked, strict=True):
+        try:
+            ready.append(ready_teacher(one, own, *more))
+        except UsageError as error:
+            raise UsageError(f"{one.name}: {error}") from error
     teachers = side_by_side(ready, config.teachers.label_offset)
     for line in shared_classes(teachers):
         print(f"note: {line}", file=sys.stderr)
