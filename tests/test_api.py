@@ -145,7 +145,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     code = next(block for block in blocks if "dkdm.distill" in block)
     teacher, small = denoiser(), dkdm.DistillConfig
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dkdm.runs.distill.chosen_teacher", lambda _: teacher)
+    monkeypatch.setattr("dkdm.runs.teachers.chosen_teacher", lambda _: teacher)
     shrunk = {key: getattr(SMALL, key) for key in ("train_batch_size", "pool_size", "fill_steps")}
     rest = {"evaluation_samples": 8, "validation_sampling_steps": 2, "validation_steps": 0}
 

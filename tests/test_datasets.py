@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dkdm.config import DataOptions, NetworkOptions
+from dkdm.core.conditioning import ClassLabels
 from dkdm.data.fashion import ROOT, load_fashion_mnist
 from dkdm.data.images import load_image_folder
 from dkdm.data.named import load_images
-from dkdm.errors import DkdmError
+from dkdm.data.training_set import training_data
+from dkdm.errors import DkdmError, UsageError
 
 needs_data = pytest.mark.skipif(not ROOT.is_dir(), reason="Fashion-MNIST is not installed")
 
@@ -36,6 +39,22 @@ def test_pooling_keeps_the_mean_of_the_published_training_images() -> None:
     assert len(images) == len(labels) == 60_000
     brightness = ((images + 1) / 2).double().mean().item()
     assert brightness * 32**2 / 28**2 == pytest.approx(0.2860, abs=1e-4)
+
+
+def test_images_of_some_classes_are_numbered_anew(tmp_path: Path) -> None:
+    for level, name in enumerate(("a", "b", "c")):
+        save_grey(tmp_path / name / "one.png", 100 * level)
+        save_grey(tmp_path / name / "two.png", 100 * level)
+    options = DataOptions(str(tmp_path), (1, 4, 4), classes=(2, 0))
+    data, like = training_data(options, NetworkOptions())
+    assert data.conditions["class_labels"].tolist() == [1, 1, 0, 0]
+    assert data.images[:, 0, 0, 0].tolist() == pytest.approx([-1, -1, 0.5686, 0.5686], abs=1e-3)
+    assert like.conditioning == ClassLabels(2, null_class=2)
+    for wrong in ((3,), (0, 0)):
+        with pytest.raises(UsageError, match="give each id once, from 0 to 2"):
+            training_data(DataOptions(str(tmp_path), (1, 4, 4), classes=wrong), NetworkOptions())
+    with pytest.raises(UsageError, match="the images have no classes"):
+        training_data(DataOptions(str(tmp_path / "a"), (1, 4, 4), classes=(0,)), NetworkOptions())
 
 
 def test_missing_fashion_mnist_says_how_to_get_it(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ REFUSED = {
     "a stride of all levels": (*DISTILL, "--stride", "50"),
     "a small pool": (*DISTILL, "--pool-size", "3"),
     "a class that is none": (*DISTILL, "--classes", "7"),
+    "sources of several": (*DISTILL, "--teacher", "factories:teacher", "--source", "synthetic"),
+    "offsets of one": (*DISTILL, "--label-offset", "0", "4"),
     "an unknown student": (*DISTILL, "--student", "unet-gigantic"),
     "a wide student": (*DISTILL, "--student", "factories:wide_student"),
     "adapters on nothing": (*DISTILL, "--lora-rank", "2"),
@@ -66,7 +68,7 @@ def test_a_reference_of_another_shape_is_refused_before_the_run(
 def test_a_distance_of_one_sample_is_refused_before_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     embedded = ("--teacher", "builtin:fashion", "--student", "dit-tiny")
-    assert main([*DISTILL, *embedded, "--evaluation-samples", "1"]) == 2
+    assert main(["distill", *embedded, *QUICK, "--evaluation-samples", "1"]) == 2
     said = "too few for a distance to fashion-test: give 2 or more, or --evaluation-reference none"
     assert f"--evaluation-samples 1 is {said}" in capsys.readouterr().err
     assert tree(tmp_path) == {}

@@ -112,7 +112,7 @@ def _run_config(
     first.add_argument("--config", type=Path)
     first.add_argument("--dry-run", "--dry_run", action="store_true")
     first.add_argument("--smoke", action="store_true")
-    known, rest = first.parse_known_args(args)
+    known, rest = first.parse_known_args(repeated(args) if kind is DistillConfig else args)
     for one, other in (("recipe", "config"), ("dry_run", "smoke")):
         if getattr(known, one) and getattr(known, other):
             raise UsageError(f"{flag(one)} and {flag(other)} exclude each other: remove one")
@@ -133,6 +133,21 @@ def _run_config(
         return config, _smoke
     check_given(config)
     return config, _describe if known.dry_run else None
+
+
+def repeated(args: Sequence[str]) -> list[str]:
+    """--teacher A --teacher B, and prompts of each, as --teacher A --more-teachers B."""
+    found = list(args)
+    for one, more in (("--teacher", "--more-teachers"), ("--prompts", "--more-prompts")):
+        places = [i for i, arg in enumerate(found) if arg == one or arg.startswith(f"{one}=")]
+        others: list[str] = []
+        for i in reversed(places[1:]):
+            name, equals, value = found[i].partition("=")
+            width = 1 if equals else 2
+            others[:0] = [value] if equals else found[i + 1 : i + 2]
+            del found[i : i + width]
+        found += [more, *others] if others else []
+    return found
 
 
 def _describe(config: RunConfig) -> int:

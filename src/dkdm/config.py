@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import ceil, lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,6 +23,7 @@ FillKind = Literal["few-step", "ancestral", "none"]
 LossWeighting = Literal["auto", "uniform", "capped", "snr", "min-snr", "student"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ProcessName = str
+ObjectiveKind = Literal["dkdm", "few-step"]
 EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
 
 Count = Annotated[int, Range(1)]
@@ -42,6 +44,24 @@ def parse_stride(text: str) -> tuple[int, int]:
         raise UsageError(f"--stride {shown(text)}: give a number of levels or random:MEAN")
     mean = int(read[2])
     return (1, 2 * mean - 1) if read[1] else (mean, mean)
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """The numbers of sampling steps of '1:8' (1, 2, 4, 8), '4' or '1,4', rising.
+
+    Raises UsageError for anything else.
+    """
+    numbers = [int(part) for part in re.split("[:,]", text) if re.fullmatch("[0-9]{1,4}", part)]
+    legal = re.fullmatch("[0-9]+(:[0-9]+|(,[0-9]+)*)", text) and numbers and min(numbers) > 0
+    if not legal or len(numbers) != len(re.split("[:,]", text)) or numbers[0] > numbers[-1]:
+        raise UsageError(
+            f"--student-steps {shown(text)}: give LOW:HIGH such as 1:8, which is 1, 2, 4 and 8, or "
+            "numbers separated by commas"
+        )
+    if ":" not in text:
+        return tuple(sorted(set(numbers)))
+    doubled = (numbers[0] * 2**power for power in range(numbers[1].bit_length()))
+    return tuple(sorted({*(steps for steps in doubled if steps < numbers[1]), numbers[1]}))
 
 
 def parse_scale(text: str) -> tuple[float, float]:
@@ -128,6 +148,23 @@ class TeacherOptions(TeacherChoice, renamed={"check": "check"}):
     check: bool = True
     """Before the start, check for about five seconds that the teacher denoises, and warn if it does
     not. The check does not change the run."""
+
+
+class SeveralTeachers(Options, title="Several teachers"):
+    """Further teachers of the same student; each has a part of every batch."""
+
+    more_teachers: tuple[str, ...] | None = None
+    """Further teachers, read like the first; --teacher A --teacher B says the same. Default:
+    none."""
+    more_prompts: tuple[str, ...] | None = None
+    """Prompts of each further teacher, as --prompts; --prompts A --prompts B says the same.
+    Default: those of the first."""
+    label_offset: tuple[CountOrNone, ...] | None = None
+    """First class id of each teacher among the student's. Default: one teacher's classes after the
+    other's."""
+    teacher_share: tuple[Annotated[float, Range(0, above=True)], ...] | None = None
+    """Part of each teacher in a batch, relative to the others. Default: every class or prompt comes
+    equally often, as in the last part of a few-step run."""
 
 
 class StudentChoice(Options, title="Student"):
@@ -247,6 +284,56 @@ class LossOptions(WeightingOptions):
     """Which features to compare. name: those of modules with the same name. resolution: of the same
     resolution. auto: by name, or by resolution if no names agree. Or pairs of module names,
     TEACHER=STUDENT, such as 'mid_block=transformer_blocks.2,...'."""
+
+
+class FewStepOptions(Options, title="Few steps"):
+    """A student that samples in a few steps."""
+
+    objective: ObjectiveKind = "dkdm"
+    """What the student learns. dkdm: to denoise as its teacher does, for many sampling steps.
+    few-step: that first, and in the last part of the run to go several steps at once (parallel-head
+    distillation)."""
+    student_steps: str = "1:8"
+    """Numbers of sampling steps that a few-step student can draw in: LOW:HIGH, doubling, such as
+    1:8 for 1, 2, 4 and 8; or a list such as 1,4. Each divides --few-step-heads."""
+    few_step_share: Annotated[float, Range(0, 1, above=True)] | None = None
+    """Share of --max-train-steps, the last ones, that learns few steps. Default: 0.35, or 1 if
+    --student-init names a run or weights, which are not trained further first."""
+    few_step_heads: Annotated[int, Range(1, 1024)] = 16
+    """Intervals that the way from noise to data is cut into; the student predicts the mean velocity
+    over each in one evaluation."""
+    few_step_shift: Annotated[float, Range(0, 100, above=True)] = 1.0
+    """Shift of these intervals towards noise: 1 cuts evenly in the share of noise, 3 puts more of
+    them where there is much."""
+    few_step_targets: Annotated[int, Range(1, 1024)] = 1
+    """Heads that are taught at each state, one teacher evaluation each, for one evaluation of the
+    student."""
+    few_step_on_policy: Share = 1.0
+    """Share of the states that the student itself moves on; the teacher moves the others."""
+    few_step_pool: Count = 256
+    """States that few steps are learnt at, a batch or more."""
+    few_step_learning_rate: Annotated[float, Range(0, 1000)] = 1e-3
+    """Peak learning rate of this part, whose optimizer is AdamW."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        heads, odd = self.few_step_heads, [n for n in self.steps if self.few_step_heads % n]
+        if max(self.steps) > heads:
+            raise UsageError(
+                f"--student-steps {self.student_steps}: {max(self.steps)} steps need as many heads "
+                f"or more: give --few-step-heads {2 * max(self.steps)}"
+            )
+        if odd:
+            fitting = lcm(*self.steps) * ceil(heads / lcm(*self.steps))
+            raise UsageError(
+                f"--student-steps {self.student_steps}: {odd[0]} does not divide the {heads} "
+                f"intervals of --few-step-heads: give --few-step-heads {fitting}"
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The numbers of sampling steps, rising."""
+        return parse_steps(self.student_steps)
 
 
 class ConditionOptions(Options, title="Condition"):
@@ -506,6 +593,9 @@ class DataOptions(Options, title="Data"):
     """Channels, height and width the images are brought to."""
     class_conditional: bool = True
     """Learn the images' class labels, if there are any."""
+    classes: tuple[ClassId, ...] | None = None
+    """Learn the images of these classes only; the model numbers them 0, 1, ... in this order.
+    Default: all."""
 
 
 class NetworkOptions(Options, title="Network"):
@@ -564,6 +654,7 @@ class DistillConfig(RunConfig, command="distill"):
     """Distil a teacher into a student without images."""
 
     teacher_choice: TeacherOptions
+    teachers: SeveralTeachers
     student_choice: StudentOptions
     run: RunOptions
     training: TrainingOptions
@@ -573,6 +664,7 @@ class DistillConfig(RunConfig, command="distill"):
     synthetic: SyntheticOptions
     images_choice: ImageOptions
     loss: LossOptions
+    few_steps: FewStepOptions
     optimizing: OptimizerOptions
     checkpoints: CheckpointOptions
     evaluation: EvaluationOptions

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dkdm.core.calls import Call, Network, offloaded_to
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.teachers import Teachers
 
 SIGHTS = 3  # calls of a shape before it is captured: some come once
 MOST = {False: 16, True: 2}  # graphs that are kept, by whether they learn: each holds activations
@@ -156,5 +157,7 @@ def learning_graph(
 
 def replayed(model: Denoiser) -> Denoiser:
     """The same model, whose calls are replayed on a CUDA device."""
+    if isinstance(model, Teachers):
+        return replace(model, members=tuple(map(replayed, model.members)))
     assert model.call is not None
     return replace(model, call=Replayed(model.call))

@@ -105,10 +105,10 @@ def matched_process(process: Process, other: Process) -> Process:
     """
     alpha, sigma = gauge_of(process).pair(_clamped(process, other))
     times = _between(process, other, process.network_time)
-    return _Matched(alpha, sigma, times, process.final, scheduler=process.scheduler)
+    return Matched(alpha, sigma, times, process.final, scheduler=process.scheduler)
 
 
-class _Matched(Process):
+class Matched(Process):
     """Levels some of which are equal: a process's outermost ones stand for several of another."""
 
     def __post_init__(self) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.graphs import Replayed
 from dkdm.core.learning import Ema, Finite, ScheduleState, autocasting, optimizer_of, prepare
 from dkdm.core.modes import without_label_dropout
-from dkdm.core.objective import Objective
+from dkdm.core.prediction import Prediction
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
 from dkdm.core.selection import Selection
 from dkdm.core.sources import Source
@@ -49,7 +49,7 @@ class Trainer:
     student: Denoiser
     student_on_teacher_levels: Denoiser
     source: Source
-    objective: Objective
+    objective: Callable[[Denoiser, Batch, Prediction], Tensor]
     accelerator: Accelerator
     name: str = "unet"
     validate: Callable[[int, Denoiser], Mapping[str, float]] | None = None

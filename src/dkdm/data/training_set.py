@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from dkdm.core.prediction import Parameterization
 from dkdm.core.progress import track
 from dkdm.data.images import ImageSet
 from dkdm.data.named import load_images
+from dkdm.errors import UsageError
 from dkdm.models.pipeline_folder import read_base
 from dkdm.models.prompts import Prompts, with_prompts
 from dkdm.models.schedulers import from_scheduler_config, named_config, prediction_type
@@ -41,7 +43,7 @@ def training_data(
     Raises UsageError for options that do not fit together, DkdmError for images, captions or a
     base that cannot be read.
     """
-    image_set = load_images(data.images, data.sample_shape)
+    image_set = _of_classes(load_images(data.images, data.sample_shape), data.classes)
     scheduler, bundle, text = None, Bundle(), None
     if network.base is not None:
         with understood(f"--base {network.base}"):
@@ -65,6 +67,30 @@ def training_data(
         bundle=bundle,
     )
     return TrainingData(images, conditions), like
+
+
+def _of_classes(image_set: ImageSet, classes: Sequence[int] | None) -> ImageSet:
+    """The images of these classes, which are numbered anew in this order; None keeps all."""
+    if classes is None:
+        return image_set
+    labels, names = image_set.labels, image_set.class_names
+    if labels is None:
+        raise UsageError("--classes: the images have no classes: remove it")
+    known = int(labels.max()) + 1
+    wrong = sorted({each for each in classes if each >= known})
+    if wrong or len(set(classes)) < len(classes):
+        said = " ".join(map(str, classes))
+        raise UsageError(f"--classes {said}: give each id once, from 0 to {known - 1}")
+    place = torch.full((known,), -1)
+    place[list(classes)] = torch.arange(len(classes))
+    rows = (place[labels] >= 0).nonzero().flatten()
+
+    def captions() -> tuple[str, ...]:
+        every = image_set.captions()
+        return tuple(every[row] for row in rows.tolist())
+
+    named = tuple(names[each] for each in classes) if names else None
+    return ImageSet(image_set.images[rows], place[labels[rows]], captions, named)
 
 
 def _captions(

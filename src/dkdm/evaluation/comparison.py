@@ -13,6 +13,7 @@ from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import simple_loss
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
+from dkdm.core.teachers import network_name
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import measurement_of
@@ -136,7 +137,7 @@ def _measure(
     metrics = evaluate_images(images, labels, reference) if reference else None
     return ModelResult(
         name=denoiser.name,
-        network=type(denoiser.network).__name__,
+        network=network_name(denoiser),
         parameters=denoiser.num_parameters,
         macs=count_macs(denoiser),
         evaluations_per_second=evaluations_per_second(denoiser, SPEED_BATCH),

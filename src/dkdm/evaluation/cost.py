@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.modes import evaluating
+from dkdm.core.teachers import parts_of
 
 
 def undisturbed(denoiser: Denoiser) -> AbstractContextManager[bool]:
@@ -28,8 +29,12 @@ def count_macs(denoiser: Denoiser) -> int:
     """Count the multiply-accumulates of one network evaluation of one sample.
 
     Convolutions, matrix products and attention count; elementwise arithmetic does not. Attention is
-    computed by its plain formula here, since torch does not count its fused form on the CPU.
+    computed by its plain formula here, since torch does not count its fused form on the CPU. Of
+    several teachers it is the mean.
     """
+    parts = parts_of(denoiser)
+    if len(parts) > 1:
+        return sum(map(count_macs, parts)) // len(parts)
     counter = FlopCounterMode(display=False)
     with undisturbed(denoiser), _plain_attention(), counter:
         denoiser.predict(probe(denoiser, 1))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of, null_or_none
+from dkdm.core.teachers import Teachers
 from dkdm.evaluation.cost import probe
 from dkdm.models.prompts import Prompts, folder_fingerprint
 
@@ -23,8 +24,10 @@ def fingerprint(denoiser: Denoiser) -> str:
     A network that is no module is known by what it answers to two samples of noise.
     """
     digest = hashlib.sha256()
-    for part in _parts(denoiser):
-        digest.update(hashlib.sha256(part).digest())
+    several = denoiser.members if isinstance(denoiser, Teachers) else ()
+    for model in (denoiser, *several):
+        for part in _parts(model):
+            digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,13 +54,23 @@ class PoolState:
 
 def state_of(pool: Pool) -> PoolState:
     """The entries of this process as they lie now."""
-    known = pool.born >= 0
+    return states_of([(pool, None)], pool.process.num_levels)
+
+
+def states_of(pools: Sequence[tuple[Pool, Tensor | None]], num_levels: int) -> PoolState:
+    """The same of several pools together.
+
+    Beside each pool: where its levels lie among `num_levels` common ones; None if they are its own.
+    """
+    t = torch.cat([pool.t if levels is None else levels[pool.t] for pool, levels in pools])
+    born, step = torch.cat([pool.born for pool, _ in pools]), pools[0][0].step
+    known = born >= 0
     return PoolState(
-        entries=len(pool.t),
-        batches=pool.step,
-        t=histogram(pool.t, pool.process.num_levels),
-        age=histogram(pool.step - pool.born[known], pool.step + 1),
-        as_filled=int((pool.born == 0).sum()),
+        entries=len(t),
+        batches=step,
+        t=histogram(t, num_levels),
+        age=histogram(step - born[known], step + 1),
+        as_filled=int((born == 0).sum()),
         unknown=int((~known).sum()),
     )
 

@@ -16,6 +16,8 @@ from dkdm.core.checkpoint import load_network_weights, refuse_other_contents
 from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.grid import GRID, Grid
+from dkdm.core.few_steps.heads import on_grid
 from dkdm.core.inputs import from_index
 from dkdm.core.prediction import Parameterization, VarianceType
 from dkdm.errors import DkdmError, UsageError
@@ -129,6 +131,9 @@ def denoiser_of(
 ) -> Denoiser:
     """What configs, index and the other components say; its network is a placeholder."""
     check_embeddings(known.name, config, _reads_text(bundle), str(folder))
+    grid = _saved_grid(index, folder)
+    if grid is not None and config.get("out_channels"):  # of all heads
+        config = {**config, "out_channels": config["out_channels"] // grid.num_heads}
     shape = known.shape(config, options.sample_size or _saved_size(index))
     patch = known.patch(config)
     check_sample(shape, f"{folder}: by its config.json", patch if patch > 1 else None)
@@ -137,7 +142,7 @@ def denoiser_of(
     _check_channels(folder, config, shape, bundle)
     conditioning, constants = _conditioning(folder, known, config, index, bundle)
     constants |= known.constants(config, shape, bundle) if known.constants else {}
-    return Denoiser(
+    denoiser = Denoiser(
         _placeholder,
         process,
         Parameterization(
@@ -152,6 +157,14 @@ def denoiser_of(
         decode=no_decoder if index.get("_latents") else None,
         bundle=bundle,
     )
+    return denoiser if grid is None else on_grid(denoiser, grid)
+
+
+def _saved_grid(index: Mapping[str, Any], folder: Path) -> Grid | None:
+    """The grid of a few-step model; None for any other."""
+    if GRID not in index:
+        return None
+    return Grid.of_dict(index[GRID], f"{folder / INDEX}: {GRID}")
 
 
 def check_places(folder: Path, index: dict[str, Any]) -> None:

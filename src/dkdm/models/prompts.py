@@ -293,8 +293,21 @@ def folder_fingerprint(folders: Sequence[Path], *parts: str) -> str:
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}".encode())
-            with open(file, "rb") as opened:
-                digest.update(opened.read(2**20))
-                opened.seek(max(0, file.stat().st_size - 2**20))
-                digest.update(opened.read(2**20))
+            _add_ends(digest, file)
     return digest.hexdigest()[:16]
+
+
+def files_fingerprint(files: Sequence[Path]) -> str:
+    """A short hash of files by size and ends, whatever they are called."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.stat().st_size}".encode())
+        _add_ends(digest, file)
+    return digest.hexdigest()[:8]
+
+
+def _add_ends(digest: hashlib._Hash, file: Path) -> None:
+    with open(file, "rb") as opened:
+        digest.update(opened.read(2**20))
+        opened.seek(max(0, file.stat().st_size - 2**20))
+        digest.update(opened.read(2**20))

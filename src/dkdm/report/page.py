@@ -69,9 +69,13 @@ def headline(run: Run) -> str:
         verb = "was" if run.is_finished else "is being"
         return f"{config.model.network} {verb} trained on {config.data.images}."
     verb = "learned" if run.is_finished else "is learning"
+    more = config.teachers.more_teachers or ()
+    names = " and ".join([config.teacher_choice.model, *more])
     if run.comparison is None:
-        return f"{config.student_choice.student} {verb} from {config.teacher_choice.model}."
+        return f"{config.student_choice.student} {verb} from {names}."
     teacher, student = run.comparison.teacher, run.comparison.student
+    if more:
+        return f"A {kind(student.network)} {verb} from {1 + len(more)} teachers: {names}."
     taught, teaching = kind(student.network), kind(teacher.network)
     larger = teacher.parameters - student.parameters
     size = "one of its size" if larger == 0 else "a larger one" if larger > 0 else "a smaller one"

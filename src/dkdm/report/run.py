@@ -16,6 +16,7 @@ from dkdm.core.positions import evenly
 from dkdm.core.progress import read_metrics
 from dkdm.data.images import open_image
 from dkdm.errors import DkdmError
+from dkdm.evaluation.few_steps import FEW_STEPS, StepsTable, read_steps_table
 from dkdm.evaluation.pool_state import POOL, PoolState, read_pool_state
 from dkdm.evaluation.results import (
     EVALUATION,
@@ -37,7 +38,7 @@ class Run:
     """What a run folder holds, and one sentence for each part that is missing.
 
     validated: steps at which `--validation-metric` was measured, and its values. trajectories,
-    pool: None for earlier runs, which are not incomplete without.
+    pool: None for earlier runs, which are not incomplete without. steps: of few-step students.
     """
 
     config: DistillConfig | TrainConfig
@@ -49,6 +50,7 @@ class Run:
     missing: list[str] = field(default_factory=list)
     trajectories: Trajectories | None = None
     pool: PoolState | None = None
+    steps: StepsTable | None = None
 
     @property
     def step(self) -> int:
@@ -85,7 +87,15 @@ class Stage(NamedTuple):
 
 def read_run(run_dir: Path) -> Run:
     """Read what a run folder holds. Raises UsageError without a `config.json` of a run."""
-    for name in ("config.json", "metrics.jsonl", EVALUATION, SAMPLES, TRAJECTORIES, POOL):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        EVALUATION,
+        SAMPLES,
+        TRAJECTORIES,
+        POOL,
+        FEW_STEPS,
+    ):
         check_place(run_dir / name, run_dir)
     config = read_config(run_dir / "config.json")
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -105,6 +115,8 @@ def read_run(run_dir: Path) -> Run:
             run.trajectories = read_trajectories(run_dir)
         with _named_if_missing(run):
             run.pool = read_pool_state(run_dir)
+        with _named_if_missing(run):
+            run.steps = read_steps_table(run_dir)
     if run.config.evaluation.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run

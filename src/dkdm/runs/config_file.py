@@ -15,7 +15,7 @@ from dkdm.reading.places import expanded
 from dkdm.reading.plugins import named_code, split
 
 Config = TypeVar("Config", bound=RunConfig)
-NAMES_CODE = ("teacher", "student", "network", "student_factory")
+NAMES_CODE = ("teacher", "more_teachers", "student", "network", "student_factory")
 
 
 def config_file(kind: type[Config], path: Path, args: Sequence[str]) -> Config:
@@ -66,5 +66,7 @@ def _refuse_code(config: RunConfig, path: Path, typed: Set[str]) -> None:
 def code_named_in(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The code that a config names: options, and module:factory."""
     for name in NAMES_CODE:
-        for spec in named_code(getattr(config, name, None)):
-            yield name, spec
+        value = getattr(config, name, None)
+        for each in value if isinstance(value, tuple) else (value,):
+            for spec in named_code(each):
+                yield name, spec

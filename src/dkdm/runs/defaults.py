@@ -21,7 +21,10 @@ from dkdm.reading.options import flag
 from dkdm.runs.earlier import distillation_of, run_of
 
 # options of a source that a checkpoint takes for granted
-OF_THE_SOURCE = ("source", "images_target", "mixed_share")
+OF_THE_SOURCE = (
+    *("source", "images_target", "mixed_share"),
+    *("more_teachers", "label_offset", "teacher_share", "more_prompts"),
+)
 
 Config = TypeVar("Config", bound=RunConfig)
 

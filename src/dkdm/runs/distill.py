@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,36 +12,44 @@ from torch import nn
 
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.given import config_given, student_given, teacher_given
+from dkdm.core.given import config_given, student_given
 from dkdm.core.graphs import replayed
 from dkdm.core.matching import on_levels_of
-from dkdm.core.modes import evaluating, put_into_evaluation, say_if
+from dkdm.core.modes import evaluating
+from dkdm.core.teachers import parts_of, pattern_of
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
-from dkdm.models import chosen_teacher, place
+from dkdm.models import place
 from dkdm.models.architectures import component_of
-from dkdm.runs.arms import ARMS, check_options, make_source, prepare_source
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import check_same_source, with_defaults
-from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
+from dkdm.runs.few_steps import OBJECTIVES
+from dkdm.runs.launch import (
+    carry_out,
+    check_run_folder,
+    checkpoint_of,
+    is_finished,
+    start_accelerator,
+)
 from dkdm.runs.models import (
     check_null_condition,
     name_of,
     open_student,
-    ready_teacher,
+    refuse_shared_network,
     student_reading,
     student_warnings,
     teacher_warning,
 )
-from dkdm.runs.objective import features_of, objective_of
-from dkdm.runs.outputs import (
-    compare_models,
-    reference_of,
-    sample_grids,
-    sampling_guidance,
-    save_pool,
-)
+from dkdm.runs.objective import features_of
+from dkdm.runs.outputs import reference_of, sample_grids, sampling_guidance
 from dkdm.runs.source import SourcePlan
+from dkdm.runs.teachers import (
+    Given,
+    opened_teachers,
+    ready_teachers,
+    teacher_names,
+    teachers_given,
+)
 from dkdm.runs.validation import check_metric, validate_by_metric
 from dkdm.shipping.card import Measured
 from dkdm.students.lora import merge_lora
@@ -48,48 +57,69 @@ from dkdm.students.start import Start, start_student
 
 
 def distill(
-    teacher: str | Path | Denoiser | None = None,
+    teacher: Given | Sequence[Given] | None = None,
     student: str | Path | Denoiser | nn.Module | None = None,
     config: DistillConfig | None = None,
 ) -> Path:
-    """Distil a teacher into a student without images; returns the output folder.
+    """Distil a teacher, or several, into a student without images; returns the output folder.
 
-    teacher, student: what the command line takes, or a Denoiser; None takes the config's. A student
-    may be a bare network too, called as `network(x_t, t, **cond)`. The folder is a diffusers
+    teacher, student: what the command line takes, or a Denoiser; None takes the config's. A list of
+    teachers teaches one student. A student may be a bare network too, called as
+    `network(x_t, t, **cond)`. The folder is a diffusers
     pipeline with a model card, `report.html`, metrics and checkpoints. A teacher in training mode
     is put into evaluation mode, and stays in it.
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
-    teacher = None if teacher is None else teacher_given(teacher)
+    teachers = teachers_given(teacher)
     student = None if student is None else student_given(student)
     config = DistillConfig() if config is None else config_given(config, DistillConfig)
     config = replace(
         config,
-        teacher=name_of(teacher) or config.teacher_choice.model,
+        **teacher_names(teachers),
         student=name_of(student) or config.student_choice.student,
     )
-    check_run_folder(config.run, config.checkpoints, DistillConfig)
-    ready = prepared(config, teacher, student)
-    config, teacher, trainer = ready.config, ready.teacher, ready.trainer
+    program = OBJECTIVES[config.few_steps.objective]
+    parts = [*program.before(config), config]
+    for part in parts:
+        check_run_folder(part.run, part.checkpoints, DistillConfig)
+    if len(parts) > 1:
+        prepared(config, teachers, student)  # refuses now what the last part would refuse
+    for part in parts[:-1]:
+        if not is_finished(part.run.output_dir):
+            distill(teachers, student, part)
+            config = replace(config, resume_from_checkpoint=None)
+    return distill_part(program.last(config), teachers, student)
+
+
+def distill_part(
+    config: DistillConfig,
+    teachers: Sequence[str | Denoiser] | None = None,
+    student: str | Denoiser | nn.Module | None = None,
+) -> Path:
+    """Carry out one part of a run, of the models that the options name or that are given."""
+    program = OBJECTIVES[config.few_steps.objective]
+    ready = prepared(config, teachers, student)
+    config, taught_by, trainer = ready.config, ready.teacher, ready.trainer
     said = [f"student starts from {ready.start}", f"this run takes {in_words(ready.needed)}"]
     said += ready.warnings
     if config.teacher_choice.check and trainer.step_number == 0:
-        said.append(teacher_warning(teacher, ready.speeds.evaluation))
+        for one in parts_of(taught_by):
+            name = "the teacher" if one is taught_by else one.name
+            said.append(teacher_warning(one, ready.speeds.evaluation, name))
     for line in filter(None, said):
         print(line, file=sys.stderr)
 
     def begin() -> None:
         if ready.is_new:
-            prepare_source(trainer.source, teacher, config)
+            program.prepare(trainer.source, taught_by, config)
             trainer.save()
 
     def measure(finished: Denoiser, weights: str) -> Measured:
-        save_pool(trainer.source, config.run.output_dir)
-        shown = config.run, config.evaluation, config.guidance, ready.reference, weights
-        return compare_models(ready.teacher, finished, *shown)
+        about = config, ready.reference, weights, trainer.source
+        return program.measure(ready.teacher, finished, *about)
 
-    with evaluating(teacher.network, teacher.call, teacher.decode, frozen=True):
-        return carry_out(config, trainer, measure, begin, teacher)
+    with evaluating(taught_by.network, taught_by.call, taught_by.decode, frozen=True):
+        return carry_out(config, trainer, measure, begin, taught_by)
 
 
 def describe(config: DistillConfig) -> str:
@@ -97,18 +127,25 @@ def describe(config: DistillConfig) -> str:
 
     Raises what `distill` raises before its work, but for an output folder that is taken.
     """
+    program = OBJECTIVES[config.few_steps.objective]
+    begun = replace(program.last(config), student_init=config.student_choice.student_init)
+    return "\n\n".join(map(_described, [*program.before(config), begun]))
+
+
+def _described(config: DistillConfig) -> str:
+    program = OBJECTIVES[config.few_steps.objective]
     ready = prepared(config)
     config, teacher, student = ready.config, ready.teacher, ready.trainer.student
-    plan, source = ready.plan, config.pool.source
+    plan = ready.plan
     lines = [
-        f"teacher   {teacher.name}: {teacher.num_parameters:,} parameters",
+        *(f"teacher   {one.name}: {one.num_parameters:,} parameters" for one in parts_of(teacher)),
         f"student   {student.name}: {student.num_parameters:,} parameters "
         f"({student.num_parameters / teacher.num_parameters:.1%})",
-        student_reading(student, teacher),
+        student_reading(student, pattern_of(teacher)),
         f"start     {ready.start}",
         f"optimizer {config.optimizing.optimizer}, learning rate "
         f"{config.optimizing.learning_rate:g}",
-        f"source    {source}: {ARMS[source].size(teacher, config)}",
+        f"source    {program.describe(teacher, config)}",
         f"cost      {plan.preparing:,} teacher evaluations to prepare, {plan.training:,} to train, "
         "and restarts of chains",
         f"time      {in_words(ready.needed)}",
@@ -139,34 +176,38 @@ class Ready(NamedTuple):
 
 def prepared(
     config: DistillConfig,
-    teacher: str | Denoiser | None = None,
+    teachers: Sequence[str | Denoiser] | None = None,
     student: str | Denoiser | nn.Module | None = None,
 ) -> Ready:
     """Teacher, student, source and trainer of a run; given models take the place of named ones."""
     run, training, evaluation = config.run, config.training, config.evaluation
-    arm, conditions, guidance = ARMS[config.pool.source], config.conditions, config.guidance
+    program, conditions = OBJECTIVES[config.few_steps.objective], config.conditions
+    guidance = config.guidance
     check_metric(evaluation)
-    check_options(config)
+    program.check(config)
     found = checkpoint_of(run, config.checkpoints)
     check_same_source(config, found)
     accelerator = start_accelerator(run, training, config.checkpoints)
-    if not isinstance(teacher, Denoiser):
-        teacher = chosen_teacher(config.teacher_choice)
-    say_if(put_into_evaluation(teacher.network, teacher.call, teacher.decode))
-    teacher = ready_teacher(teacher, conditions, guidance, evaluation, run.seed)
-    config, teaching = with_defaults(config, teacher, found), arm.teaching(config.images_choice)
+    teacher = ready_teachers(opened_teachers(config, teachers), config)
+    pattern, teaching = pattern_of(teacher), program.teaching(teacher, config)
+    config = with_defaults(config, pattern, found)
     factory = config.teacher_choice.factory
-    student = open_student(teacher, config.student_choice, teaching.variance, factory, student)
+    for one in parts_of(teacher):
+        refuse_shared_network(one, student)
+    student = open_student(pattern, config.student_choice, teaching.variance, factory, student)
     guided = sampling_guidance(evaluation, guidance, student)[1] != 1
     check_null_condition(student, guided, conditions.condition_dropout)
-    warnings = student_warnings(student, teacher)
-    plan = arm.plan(teacher, config)
-    start = start_student(student, teacher, config.student_choice, found)
-    place(teacher, accelerator.device, config.teacher_choice.offload)
+    warnings = student_warnings(student, pattern)
+    plan = program.plan(teacher, config)
+    start = start_student(student, pattern, config.student_choice, found)
+    warnings.append(program.warning(student))
+    student = program.student(student, teacher, config)
+    for one in parts_of(teacher):
+        place(one, accelerator.device, config.teacher_choice.offload)
     teacher = replayed(teacher) if training.cuda_graphs else teacher
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
-    source = make_source(watched(teacher), student, config, accelerator.device)
+    source = program.source(watched(teacher), student, config, accelerator.device)
     on_teacher_levels = watched(on_levels_of(student, source.process))
     trainer = Trainer(
         run.output_dir,
@@ -176,7 +217,7 @@ def prepared(
         student,
         on_teacher_levels,
         source,
-        objective_of(student, on_teacher_levels, teacher, config.loss, features, teaching),
+        program.loss(student, on_teacher_levels, teacher, config, features),
         accelerator,
         component_of(type(student.network).__name__),
         sample_grids(run, evaluation, teacher, guidance),

@@ -16,6 +16,7 @@ from dkdm.reading.fields import Fields, read_json
 from dkdm.reading.made_here import was_made_here
 from dkdm.reading.places import expanded
 from dkdm.reading.plugins import named_code, split
+from dkdm.runs.teachers import named_teachers, teachers_of
 
 AS_GIVEN = "as they are given"
 Run = DistillConfig | TrainConfig
@@ -58,14 +59,14 @@ def teacher_of(run: Run | None, otherwise: str = "give --teacher") -> Denoiser:
     """
     if not isinstance(run, DistillConfig):
         raise UsageError("the model is no run that names its teacher: give --teacher MODEL")
-    choice = run.teacher_choice
-    for spec in (each for name in (choice.model, choice.factory) for each in named_code(name)):
+    choice, names = run.teacher_choice, named_teachers(run)
+    for spec in (each for name in (*names, choice.factory) for each in named_code(name)):
         if not was_made_here({"spec": spec}, split(spec)[0]):
             raise UsageError(
                 f"the run names code as its teacher, {spec}. If you trust that code, {otherwise} "
                 f"{choice.model}"
             )
-    return chosen_teacher(choice)
+    return chosen_teacher(choice) if len(names) == 1 else teachers_of(run)
 
 
 def weights_of(place: str | Path, run: Run | None) -> str:

@@ -25,6 +25,7 @@ from dkdm.core.kinds import kind_of
 from dkdm.core.modes import evaluating
 from dkdm.core.progress import track
 from dkdm.core.solvers import spacing_of
+from dkdm.core.teachers import Teachers
 from dkdm.data.reference import Features, Reference
 from dkdm.data.sample_files import FORMATS, Part, SampleFiles
 from dkdm.errors import UsageError
@@ -157,7 +158,7 @@ def _config_of(run: Path) -> DistillConfig:
 
 def _ready(teacher: Denoiser, how: HarvestOptions, config: DistillConfig | None) -> Denoiser:
     """The teacher with the classes or prompts of its run, or those that are asked for."""
-    if config is not None:
+    if config is not None and not isinstance(teacher, Teachers):  # these are ready
         asked = config.conditions, config.guidance, config.evaluation, config.run.seed
         teacher = ready_teacher(teacher, *asked)
     interval = parse_interval(how.guidance_interval) or teacher.guidance_interval

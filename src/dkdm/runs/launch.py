@@ -34,6 +34,7 @@ from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
 from dkdm.reading.plugins import split
 from dkdm.report import write_report
+from dkdm.report.page import REPORT
 from dkdm.runs.config_file import code_named_in
 from dkdm.runs.validation import best_weights, shipped_weights
 from dkdm.shipping.card import NO_LICENCE, Measured, write_card
@@ -91,6 +92,11 @@ def check_run_folder(
         )
     if type(read_config(existing)) is not command:
         raise UsageError(f"--output-dir {folder} holds a run of another command")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a distillation in this folder has come to its end, which is its page."""
+    return (folder / REPORT).is_file()
 
 
 def checkpoint_of(run: RunOptions, checkpoints: CheckpointOptions) -> Path | None:

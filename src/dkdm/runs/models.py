@@ -28,23 +28,24 @@ from dkdm.students import given_student, student_of
 from dkdm.students.space import check_same_samples
 
 
-def teacher_warning(teacher: Denoiser, seconds: float) -> str:
+def teacher_warning(teacher: Denoiser, seconds: float, name: str = "the teacher") -> str:
     """What a quick check finds wrong with a teacher; empty if nothing.
 
-    seconds: of one evaluation. The check never ends a run: what a network raises is the warning.
+    seconds: of one evaluation. name: what it is called. The check never ends a run:
+    what a network raises is the warning.
     """
     try:
         found = quick_check(teacher, 1 / max(seconds, 1e-9))
     except Exception as error:
-        return f"warning: the teacher could not be checked: {type(error).__name__}: {error}"
+        return f"warning: {name} could not be checked: {type(error).__name__}: {error}"
     if found is None:
-        return "warning: the teacher is too slow for a quick check; dkdm inspect checks it"
+        return f"warning: {name} is too slow for a quick check; dkdm inspect checks it"
     if found.denoises:
         return ""
     start = "does not denoise as it is read" if found.denoises is False else "could not be judged"
     what = "".join(f"; {each.what}; {each.remedy}" for each in found.warnings[-1:])
     advice = "dkdm inspect says more; --no-check skips this check"
-    return f"warning: the teacher {start}{what}. {advice}"
+    return f"warning: {name} {start}{what}. {advice}"
 
 
 def name_of(model: str | Denoiser | nn.Module | None) -> str | None:
@@ -66,7 +67,6 @@ def open_student(
     taught_variance: whether something teaches a variance; a student without it has a fixed one.
     factory: the code that makes a folder's custom network.
     """
-    refuse_shared_network(teacher, given)
     if isinstance(given, Denoiser):
         return given_student(like_teacher(given, teacher), teacher)
     read_as = teacher.parameterization

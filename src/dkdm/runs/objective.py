@@ -7,6 +7,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features, match_features
 from dkdm.core.matching import level_weights
 from dkdm.core.objective import Objective, check_variance
+from dkdm.core.teachers import common_levels, parts_of
 from dkdm.errors import UsageError
 from dkdm.runs.arms import Teaching
 
@@ -24,9 +25,13 @@ def objective_of(
         check_variance(student, None)
     if not teaching.targets:
         return Objective(student, None, loss)
-    weights = level_weights(student, teacher, loss.loss_weighting)
+    parts = parts_of(teacher)
+    weights = [level_weights(student, one, loss.loss_weighting) for one in parts]
+    if len(parts) > 1:  # whose targets are clipped by their source, each as its teacher's
+        levels = common_levels([one.process for one in parts])
+        return Objective(on_teacher_levels, None, loss, levels.spread(weights))
     further = () if features is None else (features,)
-    return Objective(on_teacher_levels, teacher, loss, weights, further)
+    return Objective(on_teacher_levels, teacher, loss, weights[0], further)
 
 
 def features_of(
@@ -37,7 +42,7 @@ def features_of(
         return None
     if not teaching.features:
         raise UsageError(
-            "--feature-weight: with this --source the teacher does not see whole batches: remove "
-            "--feature-weight, or choose another --source"
+            "--feature-weight: with this --source, or several teachers, the teacher does not see "
+            "whole batches: remove --feature-weight, or choose another --source"
         )
     return match_features(teacher, student, loss.feature_layers, loss.feature_weight)

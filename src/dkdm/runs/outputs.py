@@ -25,6 +25,7 @@ from dkdm.core.modes import evaluating, say_if
 from dkdm.core.pool import Pool
 from dkdm.core.progress import track
 from dkdm.core.replay import Replayed
+from dkdm.core.several import Several
 from dkdm.core.sources import Source
 from dkdm.data.named import (
     REFERENCES,
@@ -38,7 +39,7 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import Circumstances, circumstances_of, measurement_of
 from dkdm.evaluation.comparison import compare
 from dkdm.evaluation.metrics import METRICS, evaluate_images, missing_of_network
-from dkdm.evaluation.pool_state import state_of
+from dkdm.evaluation.pool_state import states_of
 from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw, shown_shape
 from dkdm.evaluation.trajectories import Trajectories, trajectories
@@ -75,13 +76,14 @@ def sample_grids(
         if teacher is not None and not drawn:
             drawn.append(decoded(teacher, draw(teacher, cond, sampling, for_teacher)))
         own = decoded(student, draw(student, cond, sampling, for_student))
-        _save_grid(run.output_dir, f"step-{step:06d}", torch.cat([*drawn, own]))
+        save_grid(run.output_dir, f"step-{step:06d}", torch.cat([*drawn, own]))
         return {}
 
     return write
 
 
-def _save_grid(output_dir: Path, name: str, samples: Tensor) -> None:
+def save_grid(output_dir: Path, name: str, samples: Tensor) -> None:
+    """Write samples/NAME.png in rows of `GRID_COLUMNS`; samples that are no images are left out."""
     grid = sample_grid(samples, GRID_COLUMNS)
     if grid is None:
         return
@@ -134,8 +136,8 @@ def compare_models(
     comparison = replace(comparison, weights=weights)
     comparison.save(run.output_dir)
     samples = [comparison.samples[name] for name in ("teacher", "student")]
-    _save_grid(run.output_dir, "grid", samples[1][:GRID_SAMPLES])
-    _save_grid(run.output_dir, "comparison", torch.cat([each[:GRID_COLUMNS] for each in samples]))
+    save_grid(run.output_dir, "grid", samples[1][:GRID_SAMPLES])
+    save_grid(run.output_dir, "comparison", torch.cat([each[:GRID_COLUMNS] for each in samples]))
     few = Sampling(min(count, TRAJECTORIES), num_steps, run.seed)
     _on_the_way(teacher, student, few, scales).save(run.output_dir)
     rows, how = comparison_rows(comparison), circumstances_of(comparison).in_words()
@@ -157,10 +159,18 @@ def _on_the_way(
 
 def save_pool(source: Source, output_dir: Path) -> None:
     """Write pool.json: how the entries lie now. Sources without a pool write nothing."""
+    placed: list[tuple[Source, Tensor | None]] = [(source, None)]
+    if isinstance(source, Several):
+        placed = [(share.source, share.levels) for share in source.shares]
+    pools = [(pool, levels) for each, levels in placed if (pool := _pool_of(each))]
+    if pools:
+        states_of(pools, source.process.num_levels).save(output_dir)
+
+
+def _pool_of(source: Source) -> Pool | None:
     source = source.source if isinstance(source, Replayed) else source
     pool = source.pool if isinstance(source, Mixed) else source
-    if isinstance(pool, Pool):
-        state_of(pool).save(output_dir)
+    return pool if isinstance(pool, Pool) else None
 
 
 def measure_model(
@@ -180,7 +190,7 @@ def measure_model(
         return Measured(scale)
     cond = model.conditioning.in_turns(count)
     samples = decoded(model, draw(model, cond, Sampling(count, num_steps, run.seed), scale))
-    _save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
+    save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
     if reference is None:
         return Measured(scale)
     metrics = evaluate_images(samples, cond.get("class_labels"), reference)

@@ -19,12 +19,21 @@ from dkdm.config import (
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
 from dkdm.core.selection import FOLDER as BEST
+from dkdm.core.teachers import parts_of
+from dkdm.evaluation.few_steps import StepsTable
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count
 from dkdm.evaluation.results import Measurement
 from dkdm.evaluation.rows import Row
 from dkdm.reading.files import render
-from dkdm.shipping.licence import CARD, Origin, licence_of_student, origin_of
+from dkdm.shipping.licence import (
+    CARD,
+    Origin,
+    base_models,
+    common_licence,
+    licence_of_student,
+    origins_of,
+)
 from dkdm.shipping.markdown import code, link, plain
 from dkdm.shipping.pipeline_folder import shipping_notes, usage_snippet
 from dkdm.version import __version__
@@ -46,6 +55,7 @@ class Measured(NamedTuple):
     - `rows`: the table of measurements; `how`: they came about, by names.
     - `metrics`: the same numbers for the hub's index; `measurement`: what they were
       measured against.
+    - `steps`: what was drawn in each number of steps, of a few-step student.
     """
 
     guidance_scale: float = 1.0
@@ -53,6 +63,7 @@ class Measured(NamedTuple):
     how: Sequence[tuple[str, str]] = ()
     metrics: Metrics | None = None
     measurement: Measurement | None = None
+    steps: StepsTable | None = None
 
 
 NOTHING = Measured()
@@ -76,23 +87,23 @@ def write_card(
     path = folder.absolute()
     name = f"{path.parent.name}/{BEST}" if path.name == BEST else path.name
     if isinstance(config, DistillConfig):
-        origin = origin_of(config.teacher_choice)
+        origins = origins_of(config)
         data_free, taught = config.pool.source not in READ_IMAGES, _is_taught(config)
         lead = (_lead_of_distilled if taught else _lead_of_trained)(
-            denoiser, origin, teacher, config.pool.source
+            denoiser, origins, teacher, config.pool.source
         )
         scale = config.evaluation.sampling_guidance_scale
         limits = _limits_of_distilled(denoiser, config.guidance, config.conditions, scale)
     else:
-        origin, limits, data_free, taught = None, [], False, False
+        origins, limits, data_free, taught = [], [], False, False
         images = plain(Path(config.data.images).name)
         lead = f"{type(denoiser.network).__name__} trained on {images}."
-    inherited = origin.licence if origin else {}
+    inherited = common_licence(origins) if origins else {}
     licence = licence_of_student(config.hub.license, inherited)
     text = render(
         "dkdm.shipping",
         "card.md.j2",
-        front_matter=_front_matter(name, denoiser, origin, licence, measured, taught, data_free),
+        front_matter=_front_matter(name, denoiser, origins, licence, measured, taught, data_free),
         title=plain(name),
         lead=lead,
         images=[(caption, path) for path, caption in _IMAGES.items() if (folder / path).is_file()],
@@ -103,9 +114,10 @@ def write_card(
         rows=_with_floors(measured.rows),
         how=[(label, plain(words)) for label, words in measured.how],
         compares=_compares(measured),
+        steps=measured.steps,
         limits=limits,
         prompted=kind_of(denoiser.conditioning).asks == "prompt",
-        licence=_licence_text(licence, inherited, origin),
+        licence=_licence_text(licence, inherited, origins),
         hyperparameters=_hyperparameters(config.flat()),
         distilled=taught,
         version=__version__,
@@ -116,6 +128,7 @@ def write_card(
 
 _IMAGES = {
     "samples/grid.png": "samples",
+    "samples/few-steps.png": "upper row the teacher in 25 steps, then the student, fewest first",
     "samples/comparison.png": "upper row the teacher, lower row the student, from the same noise",
 }
 
@@ -123,7 +136,7 @@ _IMAGES = {
 def _front_matter(
     name: str,
     denoiser: Denoiser,
-    origin: Origin | None,
+    origins: Sequence[Origin],
     licence: Mapping[str, Any],
     measured: Measured,
     taught: bool,
@@ -143,7 +156,7 @@ def _front_matter(
         library_name="diffusers",
         pipeline_tag=task,
         **licence,
-        base_model=origin.base_model if origin else None,
+        base_model=base_models(origins) if origins else None,
         tags=tags,
         eval_results=results,
         model_name=name if results else None,
@@ -223,13 +236,12 @@ _PAPER = "DKDM ([arXiv 2409.03550](https://arxiv.org/abs/2409.03550))"
 
 
 def _lead_of_distilled(
-    denoiser: Denoiser, origin: Origin, teacher: Denoiser | None, source: SourceKind
+    denoiser: Denoiser, origins: Sequence[Origin], teacher: Denoiser | None, source: SourceKind
 ) -> str:
     """What it is, from what, and whether images were read."""
-    size = f" ({_sized(teacher)})" if teacher else ""
     student = f"{type(denoiser.network).__name__} ({count(denoiser.num_parameters)} parameters)"
     data = LEARNT_FROM.get(source, NO_IMAGES)
-    return f"{student} distilled from {_shown_name(origin)}{size} with {_PAPER}. {data}"
+    return f"{student} distilled from {_shown_teachers(origins, teacher)} with {_PAPER}. {data}"
 
 
 def _is_taught(config: DistillConfig) -> bool:
@@ -239,15 +251,22 @@ def _is_taught(config: DistillConfig) -> bool:
 
 
 def _lead_of_trained(
-    denoiser: Denoiser, origin: Origin, teacher: Denoiser | None, source: SourceKind
+    denoiser: Denoiser, origins: Sequence[Origin], teacher: Denoiser | None, source: SourceKind
 ) -> str:
     """What it is if the teacher lent its noise process and conditions alone."""
     del source
-    size = f" ({_sized(teacher)})" if teacher else ""
     return (
         f"{_sized(denoiser)}, trained on images with the noise process and the conditions of "
-        f"{_shown_name(origin)}{size}, which taught it nothing: the baseline of a distillation."
+        f"{_shown_teachers(origins, teacher)}, which taught it nothing: the baseline of a "
+        "distillation."
     )
+
+
+def _shown_teachers(origins: Sequence[Origin], teacher: Denoiser | None) -> str:
+    """The teachers' names, each with its size."""
+    sizes = [f" ({_sized(part)})" for part in parts_of(teacher)] if teacher else [""] * len(origins)
+    names = [_shown_name(origin) + size for origin, size in zip(origins, sizes, strict=True)]
+    return " and ".join(names)
 
 
 def _shown_name(origin: Origin) -> str:
@@ -268,7 +287,7 @@ def _details(
     time = "" if minutes is None else f", {minutes:.1f} minutes in its last process"
     details = [
         ("network", _sized(denoiser)),
-        ("teacher", _sized(teacher) if teacher else ""),
+        *(("teacher", _sized(part)) for part in (parts_of(teacher) if teacher else ())),
         ("sample shape", " x ".join(map(str, denoiser.sample_shape))),
         ("conditioning", kind_of(denoiser.conditioning).summary()),
         ("process", f"{scheduler}, T = {denoiser.process.num_levels}"),
@@ -308,8 +327,11 @@ def _inside(guidance: GuidanceOptions) -> str:
 
 
 def _licence_text(
-    licence: Mapping[str, Any], inherited: Mapping[str, Any], origin: Origin | None
+    licence: Mapping[str, Any], inherited: Mapping[str, Any], origins: Sequence[Origin]
 ) -> str:
+    if len(origins) > 1:
+        return _licences_text(licence, origins)
+    origin = next(iter(origins), None)
     if not licence:
         unknown = "Unknown: none was given"
         theirs = f", and no card of the teacher, {_shown_name(origin)}, names one" if origin else ""
@@ -326,6 +348,16 @@ def _licence_text(
     )
 
 
+def _licences_text(licence: Mapping[str, Any], origins: Sequence[Origin]) -> str:
+    """The student's licence, and that of each teacher."""
+    own = f"{_licence_name(licence)}." if licence else "Unknown: none was given."
+    each = "; ".join(
+        f"{_shown_name(origin)}: {_licence_name(origin.licence) if origin.licence else 'unknown'}"
+        for origin in origins
+    )
+    return f"{own} The teachers' licences apply to what was learned from them: {each}."
+
+
 def _licence_name(licence: Mapping[str, Any]) -> str:
     name = licence.get("license_name") or licence.get("license") or "unnamed"
     return link(name, licence.get("license_link", ""))
@@ -333,6 +365,7 @@ def _licence_name(licence: Mapping[str, Any]) -> str:
 
 _LEFT_OUT = {
     *("output_dir", "resume_from_checkpoint", "teacher", "teacher_flags", "images"),
+    "more_teachers",
     *("license", "push_to_hub", "hub_model_id", "hub_private"),
 }
 _NO_PATHS = ("negative_prompt", "teacher_revision", "teacher_subfolder")

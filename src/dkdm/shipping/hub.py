@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from dkdm.config import DistillConfig, HubOptions, read_config
 from dkdm.errors import DkdmError, UsageError, raised_as
 from dkdm.reading.places import check_folder
-from dkdm.shipping.licence import CARD, origin_of
+from dkdm.shipping.licence import CARD, origins_of
 from dkdm.version import __version__
 
 # Hidden files are half written, or not dkdm's.
@@ -76,7 +76,7 @@ def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> s
     wanted = hub_model_id or config.hub.hub_model_id or run.absolute().name
     repo_id = _repository(wanted, private or config.hub.hub_private)
     if isinstance(config, DistillConfig):
-        teacher = origin_of(config.teacher_choice).name
+        teacher = " and ".join(origin.name for origin in origins_of(config))
         made = f"{Path(config.student_choice.student).name} distilled from {teacher}"
     else:
         made = f"Trained on {Path(config.data.images).name}"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
-from dkdm.config import TeacherOptions
+from dkdm.config import DistillConfig, TeacherOptions
 from dkdm.errors import UsageError
 from dkdm.models.locate import builtin_names, is_hub_id, locate
 from dkdm.reading.fields import read_text, read_yaml
@@ -45,6 +45,26 @@ def origin_of(teacher: TeacherOptions) -> Origin:
     licence = {key: matter[key] for key in LICENCE_KEYS if _is_word(matter.get(key))}
     name = found or (spec if ":" in spec else Path(spec).name)
     return Origin(name, found, found or _named(matter.get("base_model")), _linked(licence, found))
+
+
+def origins_of(config: DistillConfig) -> list[Origin]:
+    """The origins of all teachers of a run."""
+    names = [config.teacher_choice.model, *(config.teachers.more_teachers or ())]
+    return [origin_of(replace(config.teacher_choice, model=name)) for name in names]
+
+
+def common_licence(origins: Sequence[Origin]) -> dict[str, Any]:
+    """The licence that all teachers have; empty if one's is unknown or another."""
+    first, *others = (dict(origin.licence) for origin in origins)
+    return first if all(other == first for other in others) else {}
+
+
+def base_models(origins: Sequence[Origin]) -> str | list[str] | None:
+    """The hub ids that a student's card names as its base; None if no teacher has one."""
+    if len(origins) == 1:
+        return origins[0].base_model
+    each = [o.base_model if isinstance(o.base_model, list) else [o.base_model] for o in origins]
+    return list(dict.fromkeys(name for names in each for name in names if name)) or None
 
 
 def licence_of_student(given: str | None, inherited: Mapping[str, Any]) -> dict[str, Any]:

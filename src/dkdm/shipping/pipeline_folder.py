@@ -15,6 +15,8 @@ from torch import nn
 from dkdm.core.checkpoint import save_network
 from dkdm.core.conditioning import ClassLabels, Conditioning
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.grid import GRID
+from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.inputs import to_index
 from dkdm.core.kinds import Row, kind_of
 from dkdm.core.process import Process
@@ -29,6 +31,7 @@ from dkdm.reading.files import identifier, render
 from dkdm.reading.places import copy_folder, link_folder
 from dkdm.shipping.call_source import call_source
 from dkdm.shipping.custom_network import shipment, shipping_note
+from dkdm.shipping.few_steps import few_steps_table
 
 # Components that `pipeline.py` has a parameter for, besides denoiser and scheduler.
 COMPONENTS = (
@@ -98,7 +101,17 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
             "it works on latents of a custom autoencoder, which is not in the folder: its pipeline "
             "returns latents, and `dkdm sample` writes .safetensors"
         )
-    if clipping.range is not None and not clips_as(scheduler_config(denoiser), denoiser.process):
+    few = denoiser.intervals.steps if isinstance(denoiser, ParallelHeads) else ()
+    if len(few) > 1:
+        notes.append(
+            "`one-step/`, if it is there, is the same model in one step as an ordinary network; "
+            "`plain/` the student for many steps"
+        )
+    if (
+        not few
+        and clipping.range is not None
+        and not clips_as(scheduler_config(denoiser), denoiser.process)
+    ):
         low, high = clipping.center - clipping.range, clipping.center + clipping.range
         notes.append(
             f"its chain was clipped to {low:g}..{high:g}, and the folder's scheduler does not: "
@@ -111,6 +124,8 @@ def _index_for_dkdm(denoiser: Denoiser) -> dict[str, Any]:
     """What dkdm reads back, under names with an underscore, which diffusers skips."""
     own, bundle = own_rows(denoiser), denoiser.bundle
     index: dict[str, Any] = _value_range(denoiser)
+    if isinstance(denoiser, ParallelHeads):
+        index[GRID] = denoiser.intervals.as_dict()
     if own:
         index["_conditions"] = to_index(own)
     if denoiser.decode is not None:
@@ -168,6 +183,8 @@ def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
 
 def _stock_pipeline(denoiser: Denoiser) -> str | None:
     """The diffusers pipeline that feeds this network and decodes its samples, if there is one."""
+    if isinstance(denoiser, ParallelHeads):
+        return None
     kind, coder = _feeding_pipeline(denoiser), denoiser.bundle.autoencoder
     decodes = kind is None or coder is None or coder.standard(kind) == coder.standard()
     return kind if decodes else None
@@ -236,6 +253,7 @@ def _pipeline_source(
         coder = bundle.autoencoder
     scheduler = denoiser.process.scheduler["_class_name"]
     family = encoding_of(bundle.pipeline) if asks == "prompt" else None
+    few = few_steps_table(denoiser) if isinstance(denoiser, ParallelHeads) else None
     return render(
         "dkdm.shipping",
         "pipeline.py.j2",
@@ -256,6 +274,8 @@ def _pipeline_source(
         value_range=denoiser.value_range if _value_range(denoiser) else None,
         own_rows={key: (row.shape, row.dtype) for key, row in own_rows(denoiser).items()},
         token_width=_token_width(denoiser.conditioning),
+        few_steps=few,
+        usual_steps=max(few or [25]),
     )
 
 
@@ -292,7 +312,8 @@ def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) 
     stock, kind = _stock_pipeline(denoiser), kind_of(denoiser.conditioning)
     given = [json.dumps(folder, ensure_ascii=False)]
     given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
-    arguments = [kind.usage(), *_usage_size(denoiser, stock), "num_inference_steps=50"]
+    steps = max(denoiser.intervals.steps) if isinstance(denoiser, ParallelHeads) else 50
+    arguments = [kind.usage(), *_usage_size(denoiser, stock), f"num_inference_steps={steps}"]
     if kind.asks and (stock or guidance_scale != 1.0):  # pipelines of diffusers have each a default
         arguments.append(f"guidance_scale={guidance_scale}")
     result = PIPELINES[stock].output if stock in PIPELINES else "images"

@@ -19,7 +19,7 @@ from dkdm.reading.arguments import given
 from dkdm.reading.files import check_output
 from dkdm.shipping.graph.description import describe_graph, sampling_tables
 from dkdm.shipping.graph.formats import Evaluate, Format, opened, require_onnx, runtime, write
-from dkdm.shipping.graph.network import GraphNetwork, random_inputs
+from dkdm.shipping.graph.network import GraphNetwork, graph_network, random_inputs
 from dkdm.shipping.graph.tracing import batch_range, trace
 
 __all__ = ["export_graph", "largest_difference"]
@@ -51,7 +51,7 @@ def export_graph(
     _check(denoiser, format, opset)
     output, beside, weights = check_files(output, format, overwrite)
     inputs = random_inputs(denoiser, TRACED_ROWS)
-    network = GraphNetwork(denoiser, inputs)
+    network = graph_network(denoiser, inputs)
     _say(f"tracing {type(denoiser.network).__name__}, {count(denoiser.num_parameters)} parameters")
     program = trace(network, inputs, denoiser.name)
     low, high = batch_range(program)

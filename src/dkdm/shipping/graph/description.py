@@ -6,6 +6,7 @@ from typing import Any
 
 from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.kinds import Condition, kind_of, rows_of
 from dkdm.core.prediction import EDM
 from dkdm.shipping.pipeline_folder import scheduler_config
@@ -20,10 +21,9 @@ def describe_graph(
     inputs: examples, which give shapes and types. batch: smallest and largest.
     """
     own, coder = denoiser.parameterization, denoiser.bundle.autoencoder
-    output = {
-        "name": "output",
-        "shape": ["batch", denoiser.out_channels, *denoiser.sample_shape[1:]],
-    }
+    few = min(denoiser.intervals.steps) if isinstance(denoiser, ParallelHeads) else None
+    channels = denoiser.sample_shape[0] if few else denoiser.out_channels
+    output = {"name": "output", "shape": ["batch", channels, *denoiser.sample_shape[1:]]}
     return {
         "made_with": f"dkdm {__version__}",
         "network": type(denoiser.network).__name__,
@@ -35,6 +35,7 @@ def describe_graph(
             for name, row in rows_of(inputs).items()
         ],
         "outputs": [{**output, "dtype": "float32"}],
+        "sampling_steps": few,
         "prediction_type": own.prediction,
         "variance_type": own.variance,
         "sigma_data": own.sigma_data if own.prediction in EDM else None,

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.kinds import Condition, null_or_none
 from dkdm.core.randomness import generator
 from dkdm.errors import UsageError
+from dkdm.shipping.few_steps import few_steps_table
 
 
 class GraphNetwork(nn.Module):
@@ -55,6 +57,37 @@ class GraphNetwork(nn.Module):
         return value.to(self.dtype) if floating else value
 
 
+class GraphSampler(GraphNetwork):
+    """A few-step model as it is sampled in its fewest steps: noise in, samples out.
+
+    Called by keyword with `noise` float32 [B, C, ...], standard normal, and the embedded
+    conditions; returns float32 [B, C, ...], clean samples, or latents of a latent model.
+    """
+
+    def __init__(self, denoiser: ParallelHeads, inputs: Condition) -> None:
+        super().__init__(denoiser, inputs)
+        self.start_std, self.channels = denoiser.process.start_std, denoiser.sample_shape[0]
+        self.steps = few_steps_table(denoiser)[min(denoiser.intervals.steps)]
+
+    def evaluate(self, noise: Tensor, **conditions: Tensor) -> Tensor:  # type: ignore[override]
+        """All sampling steps, one after the other."""
+        x = self.start_std * noise
+        for step in self.steps:
+            time = torch.full_like(x.flatten(1)[:, 0], step.time)
+            heads = super().evaluate(step.shown * x, time, **conditions)
+            heads = heads.unflatten(1, (len(step.shares), self.channels))
+            mean = torch.tensordot(heads, heads.new_tensor(step.shares), ([1], [0]))
+            x = step.kept * x + step.taken * mean
+        return x
+
+
+def graph_network(denoiser: Denoiser, inputs: Condition) -> GraphNetwork:
+    """What is exported of a denoiser: its network, or all sampling of a few-step model."""
+    if isinstance(denoiser, ParallelHeads):
+        return GraphSampler(denoiser, inputs)
+    return GraphNetwork(denoiser, inputs)
+
+
 def random_inputs(denoiser: Denoiser, count: int, seed: int = 0) -> Condition:
     """Inputs by their names: normal states, times of all levels, every second condition null.
 
@@ -64,6 +97,8 @@ def random_inputs(denoiser: Denoiser, count: int, seed: int = 0) -> Condition:
     t = torch.randint(denoiser.process.num_levels, (count,), generator=random)
     states = torch.randn(count, *denoiser.sample_shape, generator=random)
     fed = {"sample": states, "timestep": denoiser.network_time[t].float()}
+    if isinstance(denoiser, ParallelHeads):
+        fed = {"noise": states}
     if denoiser.embeds_guidance:
         fed["guidance"] = 1 + 7 * torch.rand(count, generator=random)
     embedded = denoiser.conditioning.embed(_conditions(denoiser, count, random))

@@ -1,0 +1,257 @@
+"""`--objective few-step`: a plain run, whose student learns parallel heads in the last part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dkdm.config import DistillConfig
+from dkdm.core.chains import Guidance
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.feature_loss import Features
+from dkdm.core.few_steps.grid import grid_levels, grid_of
+from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.objective import HeadsObjective
+from dkdm.core.few_steps.rolled import empty_rolled
+from dkdm.core.sources import Source
+from dkdm.data.reference import Reference
+from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.circumstances import circumstances_of
+from dkdm.evaluation.comparison import compare
+from dkdm.evaluation.few_steps import Drawn, StepsTable, measure_steps
+from dkdm.evaluation.rows import comparison_rows
+from dkdm.models import LoadOptions, load_teacher, place
+from dkdm.runs.arms import ARMS, Teaching, mebibytes
+from dkdm.runs.objectives import Loss, Program
+from dkdm.runs.outputs import GRID_COLUMNS, GRID_SAMPLES, sampling_guidance, save_grid
+from dkdm.runs.source import SourcePlan, guidance_factor
+from dkdm.shipping.card import Measured
+from dkdm.shipping.pipeline_folder import write_pipeline
+from dkdm.students.heads import one_step, with_heads
+
+PLAIN = "plain"  # the folder of the first part, in that of the run
+ONE_STEP = "one-step"
+FEW_STEPS_GRID = "few-steps"
+SHARE = 0.35
+MANY = 25  # sampling steps of a teacher and of a plain student
+
+
+def plain_steps(config: DistillConfig) -> int:
+    """Optimizer steps of the plain part; 0 if the student starts from a run or from weights."""
+    share, steps = config.few_steps.few_step_share, config.training.max_train_steps
+    if share is None:
+        share = SHARE if config.student_choice.student_init in ("random", "teacher") else 1.0
+    return min(round(steps * (1 - share)), steps - 1)
+
+
+class FewSteps(Program):
+    """Parallel-head distillation, from the weights of a plain run."""
+
+    def before(self, config: DistillConfig) -> list[DistillConfig]:
+        """The plain part, if there is one."""
+        steps = plain_steps(config)
+        if not steps:
+            return []
+        folder = config.run.output_dir / PLAIN
+        plain: dict[str, Any] = {
+            "objective": "dkdm",
+            "output_dir": folder,
+            "max_train_steps": steps,
+        }
+        return [replace(config, **plain, push_to_hub=False, hub_model_id=None)]
+
+    def last(self, config: DistillConfig) -> DistillConfig:
+        """The part that learns few steps, without what belongs to a chain or to many steps."""
+        few, plain = config.few_steps, plain_steps(config)
+        folder = config.run.output_dir / PLAIN
+        start = str(folder) if plain else config.student_choice.student_init
+        return replace(
+            config,
+            student_init=start,
+            max_train_steps=config.training.max_train_steps - plain,
+            few_step_share=1.0,
+            optimizer="adamw",
+            learning_rate=few.few_step_learning_rate,
+            feature_weight=0.0,
+            replay=1,
+            keep_finished=0,
+            condition_dropout=0.0,
+            random_conditioning=0.0,
+            validation_sampling_steps=max(few.steps),
+            sampling_guidance_scale=1.0,
+            validation_metric=None,
+            ship_best=False,
+        )
+
+    def check(self, config: DistillConfig) -> None:
+        """Raise UsageError for what few steps cannot be learnt with."""
+        super().check(config)
+        few, source, batch = config.few_steps, config.pool.source, config.training.train_batch_size
+        if ARMS[source].images or not ARMS[source].chains:
+            raise UsageError(
+                f"--objective few-step: --source {source} has no states of the teacher alone: use "
+                "--source dynamic, or distil with --objective dkdm"
+            )
+        if config.guidance.chain_only:
+            raise UsageError(
+                "--guidance-on chain: --objective few-step has no chain beside what it learns: use "
+                "--guidance-on target, which mixes guidance in once"
+            )
+        if config.student_choice.lora_rank is not None:
+            raise UsageError(
+                "--lora-rank: --objective few-step trains a new last layer: remove --lora-rank"
+            )
+        if few.few_step_pool < batch:
+            raise UsageError(
+                f"--few-step-pool {few.few_step_pool} is smaller than a batch of {batch}: give "
+                f"{batch} or more"
+            )
+
+    def teaching(self, teacher: Denoiser, config: DistillConfig) -> Teaching:
+        """Its predictions; hidden features are not compared."""
+        del teacher, config
+        return Teaching(features=False)
+
+    def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
+        """Nothing to prepare; in training as many evaluations as targets."""
+        few, training = config.few_steps, config.training
+        batches = training.max_train_steps * training.gradient_accumulation_steps
+        asked = batches * training.train_batch_size * few.few_step_targets
+        return SourcePlan(
+            few.few_step_pool, 0, round(asked * guidance_factor(teacher, config.guidance))
+        )
+
+    def describe(self, teacher: Denoiser, config: DistillConfig) -> str:
+        """The pool in words."""
+        count = config.few_steps.few_step_pool
+        return f"the student's own rolls: {count:,} states, {mebibytes(teacher, count, 'float32')}"
+
+    def student(self, student: Denoiser, teacher: Denoiser, config: DistillConfig) -> Denoiser:
+        """The student with its last layer N times."""
+        few = config.few_steps
+        levels = grid_levels(teacher.process, few.few_step_heads, few.few_step_shift)
+        return with_heads(student, grid_of(student, teacher.process, levels, few.steps))
+
+    def warning(self, student: Denoiser) -> str:
+        """That a learned variance is dropped, and that eps says little where all is noise."""
+        own = student.parameterization
+        if own.learns_variance:
+            return "note: a few-step student has no variance: the student's is dropped"
+        if own.prediction == "epsilon":
+            return (
+                "warning: the student predicts eps, whose error at pure noise grows in a step from "
+                "there: use --student-prediction v_prediction if its weights allow it"
+            )
+        return ""
+
+    def source(
+        self, teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
+    ) -> Source:
+        """States that the student itself rolls on."""
+        few = config.few_steps
+        assert isinstance(student, ParallelHeads)
+        levels = grid_levels(teacher.process, few.few_step_heads, few.few_step_shift)
+        return empty_rolled(
+            teacher,
+            student,
+            levels,
+            few.few_step_pool,
+            device,
+            config.run.seed,
+            Guidance.of_options(config.guidance),
+            targets=few.few_step_targets,
+            on_policy=few.few_step_on_policy,
+        )
+
+    def prepare(self, source: Source, teacher: Denoiser, config: DistillConfig) -> None:
+        """Nothing: the states begin as noise."""
+
+    def loss(
+        self,
+        student: Denoiser,
+        on_teacher_levels: Denoiser,
+        teacher: Denoiser,
+        config: DistillConfig,
+        features: Features | None,
+    ) -> Loss:
+        """Head by head."""
+        del on_teacher_levels, teacher, config, features
+        assert isinstance(student, ParallelHeads)
+        return HeadsObjective(student)
+
+    def measure(
+        self,
+        teacher: Denoiser,
+        student: Denoiser,
+        config: DistillConfig,
+        reference: Reference | None,
+        weights: str,
+        source: Source,
+    ) -> Measured:
+        """Write the one-step model, and measure every number of steps beside teacher and plain."""
+        del source
+        assert isinstance(student, ParallelHeads)
+        folder, evaluation = config.run.output_dir, config.evaluation
+        single = one_step(student)
+        if single is not None:
+            write_pipeline(folder / ONE_STEP, single, folder)
+        if evaluation.evaluation_samples == 0:
+            return Measured()
+        scale, _ = sampling_guidance(evaluation, config.guidance, student)
+        table, images = self._by_steps(teacher, student, config, reference, scale)
+        table.save(folder)
+        save_grid(folder, FEW_STEPS_GRID, torch.cat(images))
+        found = compare(
+            teacher,
+            student,
+            num_samples=evaluation.evaluation_samples,
+            num_steps=max(student.intervals.steps),
+            seed=config.run.seed,
+            guidance_teacher=scale,
+            reference=reference,
+        )
+        found = replace(found, weights=weights, gaps=())  # its heads are no denoiser's outputs
+        found.save(folder)
+        save_grid(folder, "grid", found.samples["student"][:GRID_SAMPLES])
+        rows, how = comparison_rows(found), circumstances_of(found).in_words()
+        return Measured(1.0, rows, how, found.student.metrics, found.measurement, table)
+
+    def _by_steps(
+        self,
+        teacher: Denoiser,
+        student: ParallelHeads,
+        config: DistillConfig,
+        reference: Reference | None,
+        scale: float,
+    ) -> tuple[StepsTable, list[Tensor]]:
+        steps, evaluation = student.intervals.steps, config.evaluation
+        many = (*steps, MANY)
+        models = [Drawn("student", student, steps)]
+        plain = _plain(config, student.device)
+        if plain is not None:
+            models.insert(0, Drawn("plain student", plain, many))
+        count, seed = evaluation.evaluation_samples, config.run.seed
+        first = Drawn("teacher", teacher, many, scale)
+        table, images = measure_steps(first, models, count, seed, reference, GRID_COLUMNS)
+        rows = [("teacher", MANY), *(("student", number) for number in steps)]
+        return table, [images[row] for row in rows]
+
+
+def _plain(config: DistillConfig, device: torch.device) -> Denoiser | None:
+    """The model that the student started from; None if its folder is no model, or it is random."""
+    start = config.student_choice.student_init
+    if start in ("random", "teacher"):
+        return None
+    try:
+        factory = config.teacher_choice.factory
+        found = load_teacher(start, options=LoadOptions(factory=factory))
+    except DkdmError:
+        return None  # weights alone
+    place(found, device)
+    return found
+
+
+OBJECTIVES: dict[str, Program] = {"dkdm": Program(), "few-step": FewSteps()}

@@ -1,0 +1,271 @@
+"""Few-step runs: two parts, what they ship, what they refuse, and that they resume bit by bit."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+import dkdm
+import own_networks
+import small_runs
+from dkdm.core.few_steps.grid import grid_levels, grid_of
+from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.progress import MetricsFile
+from dkdm.errors import UsageError
+from dkdm.evaluation.few_steps import read_steps_table
+from dkdm.models import load_teacher
+from dkdm.runs.distill import describe
+from dkdm.shipping.graph.network import graph_network, random_inputs
+from dkdm.students import given_student, student_of
+from dkdm.students.heads import one_step, with_heads
+from factories import denoiser
+
+FEW = {
+    "objective": "few-step",
+    "student_steps": "1:4",
+    "few_step_heads": 4,
+    "few_step_pool": 16,
+    "max_train_steps": 8,
+    "few_step_share": 0.5,
+    "evaluation_samples": 0,
+    "checkpointing_steps": 2,
+}
+STEPS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder, *_ = small_runs.run(tmp_path_factory.mktemp("few"), **FEW | {"evaluation_samples": 4})
+    return folder
+
+
+def manifest(folder, step):
+    return json.loads((folder / f"checkpoint-{step}" / "manifest.json").read_text())
+
+
+def drawn(model, steps, noise):
+    return model.sample(lambda _: noise, model.conditioning.of([0, 1]), steps)
+
+
+def test_a_run_ships_few_steps_one_step_and_many(finished):
+    few, single, plain = (load_teacher(finished / part) for part in ("", "one-step", "plain"))
+    assert isinstance(few, ParallelHeads) and few.intervals.steps == STEPS
+    assert not isinstance(plain, ParallelHeads)
+    assert single.num_parameters == plain.num_parameters < few.num_parameters
+    noise = torch.randn(2, 1, 8, 8)
+    once = drawn(few, 1, noise)
+    torch.testing.assert_close(drawn(single, 1, noise), once, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(drawn(few, 2, noise), once, atol=1e-3)
+    assert drawn(plain, 25, noise).isfinite().all()
+
+
+def test_diffusers_draws_what_dkdm_draws(finished):
+    for part, numbers in (("", STEPS), ("one-step", (1,))):
+        with warnings.catch_warnings(action="ignore"):
+            pipeline = DiffusionPipeline.from_pretrained(finished / part, trust_remote_code=True)
+        pipeline.set_progress_bar_config(disable=True)
+        model = load_teacher(finished / part)
+        for steps in numbers:
+            noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(steps))
+            images = pipeline(
+                class_labels=[0, 1],
+                num_inference_steps=steps,
+                generator=torch.Generator().manual_seed(steps),
+                output_type="latent",
+            ).images
+            torch.testing.assert_close(images, drawn(model, steps, noise), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="use one of"):
+        pipeline(class_labels=[0], num_inference_steps=2)
+    with pytest.raises(ValueError, match="guidance_scale must be 1"):
+        pipeline(class_labels=[0], guidance_scale=2.0)
+
+
+def test_the_plain_part_is_a_plain_run(finished, tmp_path):
+    plain, *_ = small_runs.run(tmp_path, max_train_steps=4, checkpointing_steps=2)
+    assert manifest(plain, 4) == manifest(finished / "plain", 4)
+
+
+def test_every_number_of_steps_is_measured_and_shown(finished):
+    table = read_steps_table(finished)
+    found = [(row.model, row.num_steps) for row in table.rows]
+    many = [*STEPS, 25]
+    assert found == [
+        *(("teacher", steps) for steps in many),
+        *(("plain student", steps) for steps in many),
+        *(("student", steps) for steps in STEPS),
+    ]
+    card, page = ((finished / name).read_text() for name in ("README.md", "report.html"))
+    assert "| plain student | 25 |" in card and "few-steps.png" in card and "one-step/" in card
+    assert "In a few steps" in page and "<td>plain student</td>" in page
+    (finished / "few_steps.json").write_text("{}")
+    with pytest.raises(dkdm.DkdmError, match="few_steps.json"):
+        read_steps_table(finished)
+    table.save(finished)
+
+
+def test_the_same_model_goes_on_as_a_graph(finished):
+    model = load_teacher(finished)
+    inputs = random_inputs(model, 2)
+    assert set(inputs) == {"noise", "class_labels"}
+    found = graph_network(model, inputs)(**inputs)
+    cond = {"class_labels": inputs["class_labels"]}
+    expected = model.sample(lambda _: inputs["noise"], cond, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class KilledError(Exception):
+    """In place of a kill."""
+
+
+@pytest.mark.parametrize(("part", "step"), [("plain", 3), ("run", 3)])
+def test_a_run_killed_in_either_part_resumes_bit_by_bit(
+    finished, tmp_path, monkeypatch, part, step
+):
+    write = MetricsFile.write
+
+    def write_and_die(self, entry):
+        write(self, entry)
+        if self.path.parent.name == part and entry["step"] == step:
+            raise KilledError
+
+    monkeypatch.setattr(MetricsFile, "write", write_and_die)
+    with pytest.raises(KilledError):
+        small_runs.run(tmp_path, **FEW)
+    monkeypatch.undo()
+    if part == "run":
+        with pytest.raises(UsageError, match="already holds a run"):
+            small_runs.run(tmp_path, **FEW)
+    folder, metrics, _ = small_runs.run(tmp_path, **FEW, resume_from_checkpoint="latest")
+    assert [entry["step"] for entry in metrics] == [1, 2, 3, 4]
+    assert manifest(folder / "plain", 4) == manifest(finished / "plain", 4)
+    resumed = manifest(folder, 4)
+    assert {"source/rolled.safetensors", "optimizer.safetensors", "state.json"} <= resumed.keys()
+    assert resumed == manifest(finished, 4)
+
+
+def test_few_steps_are_learnt_from_a_run_that_exists(finished, tmp_path):
+    start = str(finished / "plain")
+    more = {"few_step_share": None, "student_init": start, "max_train_steps": 4}
+    folder, _, evaluations = small_runs.run(tmp_path, **FEW | more)
+    assert evaluations == 4 * 8 and not (folder / "plain").exists()
+    assert (
+        manifest(folder, 4)["source/rolled.safetensors"]
+        == (manifest(finished, 4)["source/rolled.safetensors"])
+    )
+
+
+def test_guidance_is_mixed_into_the_target_once(tmp_path):
+    more = {"max_train_steps": 4, "guidance_scale": "3", "few_step_targets": 2}
+    folder, _, evaluations = small_runs.run(tmp_path, **FEW | more)
+    assert evaluations == 2 * 8 * 2 * 2  # steps, batch, targets, guided
+    model = load_teacher(folder)
+    with pytest.raises(UsageError, match="takes no guidance scale"):
+        model.sample(lambda _: torch.randn(1, 1, 8, 8), model.conditioning.of([0]), 1, 0.0, 3.0)
+
+
+def test_a_learned_variance_is_dropped_and_said(tmp_path, capsys):
+    teacher = denoiser(scheduler={"variance_type": "learned_range"}, out_channels=2)
+    folder, *_ = small_runs.run(tmp_path, teacher, **FEW)
+    assert "the student's is dropped" in capsys.readouterr().err
+    few, plain = load_teacher(folder), load_teacher(folder / "plain")
+    assert plain.parameterization.learns_variance and not few.parameterization.learns_variance
+    assert few.out_channels == 4
+
+
+REFUSED = [
+    ({"source": "synthetic"}, "--source synthetic has no states of the teacher"),
+    ({"source": "images", "images": "fashion-mnist"}, "--source images has no states"),
+    ({"guidance_on": "chain", "guidance_scale": "2"}, "--guidance-on chain"),
+    ({"lora_rank": 2, "student_init": "teacher"}, "--lora-rank"),
+    ({"few_step_pool": 7}, "--few-step-pool 7 is smaller than a batch of 8"),
+    ({"few_step_heads": 50, "student_steps": "1"}, "--few-step-heads 50: the teacher's 50 levels"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_few_steps_cannot_be_learnt_with_is_refused_before_work(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        small_runs.run(tmp_path, **FEW | changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_that_the_heads_do_not_allow_are_refused():
+    with pytest.raises(UsageError, match="32 steps need as many heads .* --few-step-heads 64"):
+        dkdm.DistillConfig(student_steps="1:32")
+    with pytest.raises(UsageError, match="3 does not divide the 16 .* --few-step-heads 18"):
+        dkdm.DistillConfig(student_steps="3")
+
+
+def test_a_dry_run_describes_both_parts():
+    config = replace(small_runs.SMALL, **FEW, teacher="factories:teacher", student="dit-tiny")
+    said = describe(config)
+    assert said.count("student   dit-tiny") == 2 and "the student's own rolls: 16 states" in said
+
+
+def grid_for(teacher, heads=4):
+    levels = grid_levels(teacher.process, heads)
+    return grid_of(teacher, teacher.process, levels, (1, heads))
+
+
+def outputs(model, level):
+    random = torch.Generator().manual_seed(level)
+    x = torch.randn(3, *model.sample_shape, generator=random)
+    cond = model.conditioning.draw(3, random)
+    with torch.no_grad():
+        model.network.eval()
+        return model.predict(dkdm.Batch(x, torch.full((3,), level), cond)).output
+
+
+WIDENED = ["unet-mini", "dit-tiny", "linear-tiny", "mobile-tiny", "own_networks:make"]
+
+
+@pytest.mark.parametrize("spec", WIDENED)
+def test_a_widened_student_begins_with_equal_heads_and_folds_again(spec):
+    teacher = denoiser()
+    student = student_of(spec, teacher)
+    with torch.no_grad():  # last layers that begin at zero would show nothing
+        for weight in student.network.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    wide = with_heads(student, grid_for(teacher))
+    for level in (49, 30, 0):
+        torch.testing.assert_close(outputs(wide, level), outputs(student, level))
+    with torch.no_grad():
+        for weight in wide.network.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    single = one_step(wide)
+    assert single.num_parameters == student.num_parameters
+    noise = torch.randn(2, 1, 8, 8)
+    found, expected = drawn(single, 1, noise), drawn(wide, 1, noise)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_given_as_an_object_is_widened_in_its_last_layer():
+    teacher = denoiser()
+    student = given_student(own_networks.Small(1, 1, num_labels=4), teacher)
+    wide = with_heads(student, grid_for(teacher))
+    assert wide.num_parameters - student.num_parameters == 3 * (8 * 9 + 1)
+    torch.testing.assert_close(outputs(wide, 7), outputs(student, 7))
+    assert student.network.last.out_channels == 1
+
+
+class Ends(nn.Module):
+    """A network that fixes the shape of its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, t, class_labels=None):
+        shift = t[:, None, None, None] / 100 + class_labels[:, None, None, None]
+        return self.layer(x + shift).view(x.shape)
+
+
+def test_a_network_whose_output_cannot_be_widened_is_refused(tmp_path):
+    teacher = denoiser()
+    with pytest.raises(UsageError, match="Ends: its output cannot be widened to 4 heads"):
+        small_runs.run(tmp_path, teacher, Ends(), **FEW)
+    assert not list(tmp_path.iterdir())
