@@ -62,7 +62,7 @@ def trainer_of(args: argparse.Namespace, precision: str, graphs: bool) -> Traine
         validation_steps=0,
         report_to="none",
     )
-    ready = prepared(config, teacher_of(args.teacher))
+    ready = prepared(config, [teacher_of(args.teacher)])
     prepare_source(ready.trainer.source, ready.teacher, ready.config)
     ready.teacher.network.eval().requires_grad_(False)  # type: ignore[union-attr]
     return ready.trainer
