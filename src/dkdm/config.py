@@ -159,7 +159,7 @@ class SeveralTeachers(Options, title="Several teachers"):
     more_prompts: tuple[str, ...] | None = None
     """Prompts of each further teacher, as --prompts; --prompts A --prompts B says the same.
     Default: those of the first."""
-    label_offset: tuple[CountOrNone, ...] | None = None
+    label_offset: tuple[Annotated[int, Range(0, 10**6)], ...] | None = None
     """First class id of each teacher among the student's. Default: one teacher's classes after the
     other's."""
     teacher_share: tuple[Annotated[float, Range(0, above=True)], ...] | None = None

@@ -22,6 +22,7 @@ from dkdm.models.prompts import Prompts, files_fingerprint, with_prompts
 WEIGHTS = (".safetensors", ".bin")
 LABELS, PROMPT = "class_labels", "prompt"
 CONDITIONS = "conditions:"
+PROBE = "a photograph of a house"
 
 
 def side_by_side(teachers: Sequence[Denoiser], offsets: Sequence[int] | None = None) -> Denoiser:
@@ -73,6 +74,8 @@ def listed(names: Sequence[str]) -> str:
 def check_alike(teachers: Sequence[Denoiser]) -> None:
     """Raise UsageError for teachers that cannot teach one student, with all that differs."""
     first, *others = teachers
+    if not others:
+        return
     found = []
     for other in others:
         pairs = [(what, *map(value, (first, other))) for what, value in COMPARED.items()]
@@ -126,7 +129,7 @@ def _encode_alike(mine: Prompts, theirs: Prompts) -> bool:
     if mine.encoders.fingerprint == theirs.encoders.fingerprint:
         return True
     probe = {"prompt": torch.tensor([0, 1])}
-    one, other = (with_prompts(each, mine.texts[:1]).embed(probe) for each in (mine, theirs))
+    one, other = (with_prompts(each, (PROBE,)).embed(probe) for each in (mine, theirs))
     return one.keys() == other.keys() and all(
         one[key].shape == other[key].shape and torch.allclose(one[key], other[key], atol=1e-4)
         for key in one

@@ -26,7 +26,7 @@ from dkdm.models.prompts import Prompts
 from dkdm.runs import arms
 from dkdm.runs.arms import ARMS, Arm, Teaching, mebibytes
 from dkdm.runs.models import ready_teacher
-from dkdm.runs.side_by_side import classes_of, offsets_of, side_by_side
+from dkdm.runs.side_by_side import check_alike, classes_of, offsets_of, side_by_side
 from dkdm.runs.source import SourcePlan
 
 Given = str | Path | Denoiser
@@ -102,6 +102,7 @@ def ready_teachers(opened: Sequence[Denoiser], config: DistillConfig) -> Denoise
 
     Raises UsageError as `ready_teacher` does, and for teachers that cannot teach one student.
     """
+    check_alike(opened)
     asked = conditions_of_each(opened, config)
     more = config.guidance, config.evaluation, config.run.seed
     if len(opened) == 1:
@@ -144,10 +145,10 @@ def conditions_of_each(
     conditions, several = config.conditions, config.teachers
     if len(teachers) == 1:
         return [conditions]
-    files = [conditions.prompts, *(several.more_prompts or [conditions.prompts] * len(teachers))]
+    others = several.more_prompts or [conditions.prompts] * (len(teachers) - 1)
     found = [
         replace(conditions, prompts=file if isinstance(one.conditioning, Prompts) else None)
-        for one, file in zip(teachers, files, strict=False)
+        for one, file in zip(teachers, [conditions.prompts, *others], strict=True)
     ]
     _refuse_prompts_of_none(teachers, conditions)
     if conditions.classes is None and conditions.class_weights is None:
