@@ -1,8 +1,10 @@
 """Few-step runs: two parts, what they ship, what they refuse, and that they resume bit by bit."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,15 @@ def test_diffusers_draws_what_dkdm_draws(finished):
         pipeline(class_labels=[0], num_inference_steps=2)
     with pytest.raises(ValueError, match="guidance_scale must be 1"):
         pipeline(class_labels=[0], guidance_scale=2.0)
+
+
+def test_the_page_draws_as_it_says(finished):
+    page = (Path(__file__).parents[1] / "docs/few-steps.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    names = {}
+    with warnings.catch_warnings(action="ignore"):
+        exec(code.replace("runs/few", str(finished)), names)
+    assert len(names["images"]) == 3
 
 
 def test_the_plain_part_is_a_plain_run(finished, tmp_path):

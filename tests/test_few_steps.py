@@ -2,23 +2,30 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from dkdm.config import parse_steps
+from dkdm.core.chains import Stride
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.few_steps.grid import Grid, grid_levels, grid_of
 from dkdm.core.few_steps.heads import on_grid
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled, rolled
+from dkdm.core.fill import empty_pool, fill_few_step
+from dkdm.core.objective import Objective
 from dkdm.core.prediction import Parameterization, Prediction
 from dkdm.core.process import per_sample
 from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.shards import Shards
 from dkdm.core.steps import reverse_step
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
+from dkdm.evaluation.energy import energy_distance
+from dkdm.students.heads import with_heads
 
 T, HEADS, STEPS = 100, 16, (1, 2, 4, 8)
 CPU = torch.device("cpu")
@@ -337,3 +344,68 @@ def test_numbers_of_steps(text, steps):
 def test_other_numbers_of_steps_are_refused(text):
     with pytest.raises(UsageError, match="--student-steps"):
         parse_steps(text)
+
+
+class Mlp(nn.Module):
+    """A network of points, told the level by sines."""
+
+    def __init__(self, outputs, width=128):
+        super().__init__()
+        self.register_buffer("frequencies", torch.arange(1, 9) * torch.pi / 200)
+        widths = [4 + 16, width, width, width]
+        layers = [nn.Sequential(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise(widths)]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, outputs))
+
+    def forward(self, x, time):
+        phase = time.unsqueeze(1) * self.frequencies
+        return self.layers(torch.cat([x, phase.sin(), phase.cos()], 1))
+
+
+def trained(pool, student, objective, steps):
+    optimizer = torch.optim.Adam(student.network.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        batch = pool.draw(256)
+        target = pool.target(batch)
+        loss = objective(student, batch, target).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        pool.advance(batch, target)
+    return student
+
+
+@pytest.mark.slow
+def test_one_step_is_as_good_as_sixteen_of_the_plain_student_at_equal_evaluations():
+    """Energy distances to the mixture; half of the few-step student's steps are plain."""
+    random = torch.Generator().manual_seed(0)
+    means = 1.3 * torch.randn(8, 4, generator=random, dtype=torch.float64)
+    mixture, process = GaussianMixture.of(means, std=0.25), rectified_flow(200)
+    kind = Parameterization("flow_prediction")
+    teacher = mixture_denoiser(mixture, process, kind)
+
+    def plain(steps):
+        torch.manual_seed(0)
+        pool = empty_pool(
+            teacher, 4096, CPU, torch.float32, Shards(1), stride=Stride(1, 39), eta=0.0
+        )
+        fill_few_step(pool, 8, 1024)
+        student = Denoiser(Mlp(4), process, kind, (4,))
+        return trained(pool, student, Objective(student, teacher), steps)
+
+    whole, begun = plain(3000), plain(1500)
+    levels = grid_levels(process, 32)
+    wide = with_heads(begun, grid_of(begun, process, levels, STEPS))
+    pool = empty_rolled(teacher, wide, levels, 1024, CPU)
+    trained(pool, wide, HeadsObjective(wide), 1500)
+    real = mixture.sample(4000, random)
+    noise = torch.randn(4000, 4, generator=random)
+
+    def distance(model, steps):
+        return energy_distance(model.sample(lambda _: noise, {}, steps), real).distance
+
+    sixteen = distance(whole, 16)
+    assert distance(whole, 1) > 50 * sixteen
+    assert distance(wide, 1) < 1.5 * sixteen
+    assert distance(wide, 4) < sixteen

@@ -312,8 +312,10 @@ class FewStepOptions(Options, title="Few steps"):
     """Share of the states that the student itself moves on; the teacher moves the others."""
     few_step_pool: Count = 256
     """States that few steps are learnt at, a batch or more."""
-    few_step_learning_rate: Annotated[float, Range(0, 1000)] = 1e-3
-    """Peak learning rate of this part, whose optimizer is AdamW."""
+    few_step_learning_rate: Annotated[float, Range(0, 1000)] | None = None
+    """Peak learning rate of this part. Default: optimizer and rate of the plain part, or of the run
+    that --student-init names. A rate that is given is AdamW's, unless --optimizer says
+    otherwise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

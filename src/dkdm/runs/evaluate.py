@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from dkdm.config import EvaluateCommand
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.graphs import replayed
 from dkdm.core.progress import track
 from dkdm.data.reference import Reference
@@ -48,6 +49,7 @@ from dkdm.runs.measure import (
 
 REFERENCE_SEED = 2**32  # beyond every --seed: samples that a model is measured against
 RESULT = "evaluation.json"
+MANY = 25  # steps of the teacher of a few-step model
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
 
 
@@ -142,6 +144,8 @@ def planned(
     with PartialState().main_process_first():  # which keeps what it sees in the cache
         standard = standard_of(given, model, teacher, command, device, scales[0])
     metrics, beside = chosen_metrics(command, standard, teacher)
+    if isinstance(model, ParallelHeads):  # heads lead over many levels, not to the output at one
+        beside = tuple(name for name in beside if name != "gap")
     for each in (model, teacher, standard.model):
         if each is not None:
             place(each, device)
@@ -176,6 +180,8 @@ def _drawings(
     few = min(how.num_samples, MOST) if beside else 0
     own = Drawing(model, cond, sampling, scales[0], network, few)
     fixed = replace(sampling, seed=REFERENCE_SEED)
+    if isinstance(model, ParallelHeads):  # its teacher takes the steps that it needs
+        fixed = replace(fixed, num_steps=max(how.steps, MANY))
     others = None
     if standard.model is not None and network is not None:
         if standard.model is teacher:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkdm.config import DistillConfig
+from dkdm.config import DistillConfig, OptimizerOptions
+from dkdm.core.calls import call_of
 from dkdm.core.chains import Guidance
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features
@@ -16,6 +17,7 @@ from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled
+from dkdm.core.graphs import Replayed
 from dkdm.core.sources import Source
 from dkdm.data.reference import Reference
 from dkdm.errors import DkdmError, UsageError
@@ -25,6 +27,7 @@ from dkdm.evaluation.few_steps import Drawn, StepsTable, measure_steps
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.models import LoadOptions, load_teacher, place
 from dkdm.runs.arms import ARMS, Teaching, mebibytes
+from dkdm.runs.earlier import distillation_of
 from dkdm.runs.objectives import Loss, Program
 from dkdm.runs.outputs import GRID_COLUMNS, GRID_SAMPLES, sampling_guidance, save_grid
 from dkdm.runs.source import SourcePlan, guidance_factor
@@ -45,6 +48,18 @@ def plain_steps(config: DistillConfig) -> int:
     if share is None:
         share = SHARE if config.student_choice.student_init in ("random", "teacher") else 1.0
     return min(round(steps * (1 - share)), steps - 1)
+
+
+def _optimizing(config: DistillConfig) -> OptimizerOptions:
+    """The optimizer of the last part, and its rate: those that trained the weights before."""
+    own, rate = config.optimizing, config.few_steps.few_step_learning_rate
+    if rate is not None:
+        return replace(own, learning_rate=rate).decided(new=False)
+    start = config.student_choice.student_init
+    begun = None if start in ("random", "teacher") else distillation_of(start)
+    if begun is not None and own.optimizer == "auto" and own.learning_rate is None:
+        return begun.optimizing.decided(new=False)
+    return own.decided(new=start == "random")
 
 
 class FewSteps(Program):
@@ -68,13 +83,14 @@ class FewSteps(Program):
         few, plain = config.few_steps, plain_steps(config)
         folder = config.run.output_dir / PLAIN
         start = str(folder) if plain else config.student_choice.student_init
+        how = _optimizing(config)
         return replace(
             config,
             student_init=start,
             max_train_steps=config.training.max_train_steps - plain,
             few_step_share=1.0,
-            optimizer="adamw",
-            learning_rate=few.few_step_learning_rate,
+            optimizer=how.optimizer,
+            learning_rate=how.learning_rate,
             feature_weight=0.0,
             replay=1,
             keep_finished=0,
@@ -153,6 +169,8 @@ class FewSteps(Program):
         """States that the student itself rolls on."""
         few = config.few_steps
         assert isinstance(student, ParallelHeads)
+        if config.training.replays and config.training.mixed_precision == "no":
+            student = replace(student, call=Replayed(student.call or call_of(student.network)))
         levels = grid_levels(teacher.process, few.few_step_heads, few.few_step_shift)
         return empty_rolled(
             teacher,

@@ -21,6 +21,7 @@ from dkdm.config import (
 )
 from dkdm.core.conditioning import restrict_classes
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.heads import check_sampling
 from dkdm.core.inputs import GivenRows, with_rows
 from dkdm.core.kinds import kind_of
 from dkdm.data.clip import clip_score
@@ -121,7 +122,7 @@ def ready(model: Denoiser, command: EvaluateCommand, scale: float) -> Denoiser:
     interval = parse_interval(sampling.guidance_interval) or model.guidance_interval
     model = replace(model, conditioning=rows, guidance_interval=interval)
     model = with_texts(model, conditions.prompts, conditions.negative_prompt)
-    model.process.timesteps(sampling.steps)
+    check_sampling(model, sampling.steps, scale)
     check_null_condition(model, guided=scale != 1)
     return model
 

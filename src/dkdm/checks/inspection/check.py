@@ -27,11 +27,13 @@ from dkdm.checks.inspection.denoising import (
 from dkdm.checks.inspection.readings import MAX_TRIALS, applied, cure_of
 from dkdm.checks.inspection.remedy import corrected, in_words
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.given import denoiser_given
 from dkdm.core.modes import say_if
 from dkdm.core.process import Process
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import undisturbed
+from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.reading.arrays import tensor as as_tensor
 
 # Measured: 0.01 of the values after minutes of training, 0.1 where the data is 1.5 times too wide.
@@ -94,6 +96,8 @@ def check_denoising(
     denoiser = denoiser_given("check_denoising: denoiser", denoiser)
     real = None if images is None else as_tensor("check_denoising: images", images).float()
     _check_request(denoiser, num_samples, num_steps, real)
+    if isinstance(denoiser, ParallelHeads):
+        return _of_heads(denoiser, num_samples, seed)
 
     def samples_of(reading: Denoiser) -> Samples:
         if real is not None:
@@ -124,6 +128,22 @@ def check_denoising(
     line = corrected(denoiser, cure)
     remedy = f"with {in_words(cure, reading)} it denoises: {line}"
     return result(False, warnings=(*warnings, replace(failure, remedy=remedy)), cure=line)
+
+
+def _of_heads(denoiser: ParallelHeads, num_samples: int, seed: int) -> DenoisingCheck:
+    """What can be said of a few-step model, whose outputs are no predictions of x_0."""
+    steps = denoiser.intervals.steps
+    cond = denoiser.conditioning.in_turns(num_samples)
+    drawn = draw(denoiser, cond, Sampling(num_samples, max(steps), seed))
+    what = (
+        f"a few-step model, which draws in {', '.join(map(str, steps))} steps, denoises no levels"
+    )
+    remedy = (
+        "measure its samples with dkdm evaluate --steps, or inspect the folder plain/ in its run"
+    )
+    usual = "a model for many steps"
+    finding = Finding("denoising", "warning", what, remedy, usual)
+    return DenoisingCheck(None, levels=(), samples=_spread(drawn), warnings=(finding,))
 
 
 def _few_steps(num_steps: int) -> Finding:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.devices import to_device
 from dkdm.core.few_steps.grid import Grid
 from dkdm.core.modes import evaluating
 from dkdm.core.prediction import Prediction, from_x_0_eps, scale_input, to_x_0_eps
@@ -57,7 +58,8 @@ class ParallelHeads(Denoiser):
         first: int64 [B], the interval at whose beginning each state is.
         """
         meaning, grid = self.parameterization, self.intervals
-        sigma, time = grid.sigma[:-1][first], grid.time[first].to(x.device, torch.float32)
+        sigma = grid.sigma[:-1][first]
+        time = to_device(grid.time[first], x.device, torch.float32)
         shown = scale_input(meaning.prediction, x, sigma, meaning.sigma_data)
         if self.embeds_guidance:
             cond = {"guidance": torch.ones(len(x)), **cond}
@@ -129,6 +131,16 @@ class ParallelHeads(Denoiser):
                 alpha, sigma = float(grid.alpha[block.stop]), float(grid.sigma[block.stop])
                 x = alpha * x_0 + sigma * eps
         return x
+
+
+def check_sampling(model: Denoiser, num_steps: int, guidance_scale: float = 1.0) -> None:
+    """Raise UsageError for a number of steps, or a scale, that a model cannot be drawn with."""
+    if not isinstance(model, ParallelHeads):
+        model.process.timesteps(num_steps)
+        return
+    model.intervals.blocks(num_steps)
+    if guidance_scale != 1 and not model.embeds_guidance:
+        raise UsageError(NO_GUIDANCE)
 
 
 def on_grid(denoiser: Denoiser, grid: Grid) -> ParallelHeads:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.devices import to_device
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.few_steps.rolled import Roll
 from dkdm.core.prediction import Prediction
@@ -26,7 +27,8 @@ class HeadsObjective:
         roll: Roll = batch.rows
         count, targets = roll.asked.shape
         which = torch.arange(count).repeat_interleave(targets)
-        heads = roll.outputs[which, roll.asked.flatten()]
-        velocity, place = target.eps - target.x_0, roll.x[which]
+        on, asked = (to_device(each, roll.x.device) for each in (which, roll.asked.flatten()))
+        heads = roll.outputs[on, asked]
+        velocity, place = target.eps - target.x_0, roll.x[on]
         wanted = self.student.wanted(velocity, place, roll.first[which])
         return (heads - wanted).square().flatten(1).mean(1)

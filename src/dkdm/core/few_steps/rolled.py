@@ -19,6 +19,7 @@ from dkdm.core.chains import Guidance, row_mask
 from dkdm.core.checkpoint import Part
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.devices import to_device
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.prediction import Prediction, clip_x_0
 from dkdm.core.process import Process, per_sample
@@ -86,7 +87,7 @@ class RolledPool:
         chooser = random.Random(derived_seed(self.seed, "draw", self.step))
         rows = torch.tensor(chooser.sample(range(len(self.x)), batch_size))
         first, cond = self.first[rows], {key: value[rows] for key, value in self.cond.items()}
-        place, grid = self.x[rows.to(self.x.device)], self.student.intervals
+        place, grid = self.x[to_device(rows, self.x.device)], self.student.intervals
         x = per_sample(grid.scale[first], place) * place
         outputs = self.student.heads(x, first, cond)
         velocities = self.student.velocities(outputs.detach(), x, first)
@@ -121,20 +122,21 @@ class RolledPool:
     def advance(self, batch: Batch, target: Prediction) -> None:
         """Move the states on by whole blocks; those that become clean start anew as noise."""
         roll: Roll = batch.rows
-        grid, rows = self.student.intervals, roll.rows.to(self.x.device)
+        grid, rows = self.student.intervals, to_device(roll.rows, self.x.device)
         host = generator("cpu", self.seed, "move", self.step)
         most = grid.longest // grid.shortest
         blocks = torch.randint(1, most + 1, (len(roll.first),), generator=host)
         last = roll.first + grid.shortest * blocks.where(~roll.by_teacher, 1)
         last = last.clamp(max=grid.num_heads)
         taught = (target.eps - target.x_0).unflatten(0, (-1, self.targets))[:, :1]
-        along = taught.where(row_mask(roll.by_teacher, taught).to(taught.device), roll.velocities)
+        by_teacher = to_device(row_mask(roll.by_teacher, taught), taught.device)
+        along = taught.where(by_teacher, roll.velocities)
         x = rolled(self.x[rows], along, grid.widths, roll.first, last)
         done = last == grid.num_heads
-        on, count = done.nonzero().flatten(), int(done.sum())
+        on, count = to_device(done.nonzero().flatten(), x.device), int(done.sum())
         noise = generator(self.x.device, self.seed, "noise", self.step)
         fresh = torch.randn(x.shape, generator=noise, device=x.device)
-        x[on.to(x.device)] = self.started(fresh)[on.to(x.device)]
+        x[on] = self.started(fresh)[on]
         self.x[rows] = x
         self.first[roll.rows] = last.where(~done, 0)
         for key, value in self.new_conditions(count, host).items():
@@ -182,7 +184,7 @@ def rolled(x: Tensor, velocities: Tensor, widths: Tensor, first: Tensor, last: T
     """
     number = torch.arange(len(widths))
     inside = (first.unsqueeze(1) <= number) & (number < last.unsqueeze(1))
-    each = (inside * widths).to(velocities)
+    each = to_device(inside * widths, velocities.device, velocities.dtype)
     each = each.sum(1, keepdim=True) if velocities.shape[1] == 1 else each
     return x + torch.einsum("bn,bn...->b...", each, velocities)
 
