@@ -140,9 +140,9 @@ def test_a_replayed_network_answers_and_learns_as_the_network(learns):
 
 
 def test_a_network_with_a_hook_is_not_replayed():
-    model = replayed(denoiser())
-    model.network.to(DEVICE)
-    seen = []
+    plain, seen = denoiser(), []
+    plain.network.to(DEVICE)
+    model = replayed(plain)
     model.network.conv_in.register_forward_hook(lambda *_: seen.append(1))
     with torch.no_grad():
         for batch in batches(model):

@@ -156,8 +156,15 @@ def learning_graph(
 
 
 def replayed(model: Denoiser) -> Denoiser:
-    """The same model, whose calls are replayed on a CUDA device."""
+    """The same model, whose calls are replayed if it is on a CUDA device."""
     if isinstance(model, Teachers):
         return replace(model, members=tuple(map(replayed, model.members)))
+    if model.device.type != "cuda" or isinstance(model.call, Replayed):
+        return model
     assert model.call is not None
     return replace(model, call=Replayed(model.call))
+
+
+def unreplayed(call: Call | None) -> Call | None:
+    """The call that is replayed; any other as it is."""
+    return call.call if isinstance(call, Replayed) else call

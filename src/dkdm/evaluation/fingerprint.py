@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.graphs import unreplayed
 from dkdm.core.kinds import kind_of, null_or_none
 from dkdm.core.teachers import Teachers
 from dkdm.evaluation.cost import probe
@@ -52,7 +53,7 @@ def _parts(denoiser: Denoiser) -> Iterator[bytes]:
         denoiser.value_range,
         denoiser.guidance_interval,
         _source(network),
-        _source(denoiser.call),
+        _source(unreplayed(denoiser.call)),
         _source(denoiser.decode),
         {key: value for key, value in _config(network).items() if not key.startswith("_")},
     )

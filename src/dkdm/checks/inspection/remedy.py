@@ -12,6 +12,7 @@ import torch
 from dkdm.checks.inspection.readings import Change, applied, parts_of
 from dkdm.core.calls import call_of
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.graphs import unreplayed
 from dkdm.core.kinds import kind_of
 from dkdm.core.prediction import Parameterization
 from dkdm.core.process import Process
@@ -69,7 +70,7 @@ def _shown(denoiser: Denoiser, changed: Mapping[str, str]) -> dict[str, str]:
         shown["value_range"] = str(denoiser.value_range)
     if denoiser.time is not None:
         shown["time"] = f'"{denoiser.time}"' if isinstance(denoiser.time, str) else "time"
-    if denoiser.call is not call_of(denoiser.network):
+    if unreplayed(denoiser.call) is not call_of(denoiser.network):
         shown["call"] = "call"
     for name, code in changed.items():
         code = code.replace("teacher.call(network, x, time, cond)", _shown_call(denoiser))
@@ -79,7 +80,7 @@ def _shown(denoiser: Denoiser, changed: Mapping[str, str]) -> dict[str, str]:
 
 def _shown_call(denoiser: Denoiser) -> str:
     """How the network was called so far."""
-    if denoiser.call is not call_of(denoiser.network):
+    if unreplayed(denoiser.call) is not call_of(denoiser.network):
         return "call(network, x, time, cond)"
     if type(denoiser.network).__module__.startswith("diffusers."):
         return "dkdm.core.calls.call_of(network)(network, x, time, cond)"
