@@ -14,6 +14,7 @@ from torch import nn
 import dkdm
 import own_networks
 import small_runs
+from dkdm.cli import main
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.progress import MetricsFile
@@ -21,6 +22,7 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import read_steps_table
 from dkdm.models import load_teacher
 from dkdm.runs.distill import describe
+from dkdm.runs.few_steps import OBJECTIVES
 from dkdm.shipping.graph.network import graph_network, random_inputs
 from dkdm.students import given_student, student_of
 from dkdm.students.heads import one_step, with_heads
@@ -167,6 +169,44 @@ def test_few_steps_are_learnt_from_a_run_that_exists(finished, tmp_path):
         manifest(folder, 4)["source/rolled.safetensors"]
         == (manifest(finished, 4)["source/rolled.safetensors"])
     )
+
+
+def test_several_teachers_teach_few_steps(tmp_path):
+    teachers = [denoiser(), denoiser(seed=1)]
+    folder, _, evaluations = small_runs.run(tmp_path, teachers, "dit-tiny", **FEW)
+    assert evaluations == 4 * 8
+    assert load_teacher(folder).conditioning.num_classes == 6
+
+
+def test_the_last_part_learns_as_the_plain_part_does():
+    def last(**changes):
+        config = replace(dkdm.DistillConfig(objective="few-step"), **changes)
+        how = OBJECTIVES["few-step"].last(config).optimizing
+        return how.optimizer, how.learning_rate
+
+    assert last() == ("muon", 0.02)
+    assert last(learning_rate=2e-3) == ("adamw", 2e-3)
+    assert last(student_init="teacher") == ("adamw", 1e-4)
+    assert last(few_step_learning_rate=3e-3) == ("adamw", 3e-3)
+    assert last(few_step_learning_rate=0.01, optimizer="muon") == ("muon", 0.01)
+
+
+def test_commands_take_a_few_step_model(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DKDM_CACHE", str(tmp_path / "cache"))
+    model, output = str(finished), str(tmp_path / "x.png")
+    assert main(["sample", model, "--num-samples", "2", "--output", output]) == 0
+    assert main(["inspect", model, "--num-samples", "2"]) == 0
+    assert "denoises no levels" in " ".join(capsys.readouterr().out.split())
+    measured = ["evaluate", model, "--num-samples", "4", "--teacher", "factories:teacher"]
+    assert main([*measured, "--steps", "2", "--json", str(tmp_path / "x.json")]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["num_steps"] == 2 and found["teacher_distance"] and found["gap"] is None
+    assert main([*measured, "--steps", "3"]) == 2
+    assert main([*measured, "--guidance-scale", "2"]) == 2
+    assert main(["distill", "--teacher", model, "--output-dir", str(tmp_path / "no")]) == 2
+    said = capsys.readouterr().err
+    assert "draws in 1, 2 or 4" in said and "takes no guidance scale" in said
+    assert "knows no levels between" in said and not (tmp_path / "no").exists()
 
 
 def test_guidance_is_mixed_into_the_target_once(tmp_path):

@@ -288,6 +288,7 @@ def _export(options: ExportCommand) -> int:
 
 def _inspect(options: InspectCommand) -> int:
     from dkdm.checks.inspection import inspect_denoiser, print_inspection, read_samples
+    from dkdm.core.few_steps.heads import usual_steps
     from dkdm.runs.outputs import check_sample_file, sample_to_file
 
     how = options.check
@@ -297,12 +298,13 @@ def _inspect(options: InspectCommand) -> int:
     found = inspect_denoiser(
         denoiser,
         num_samples=how.num_samples,
-        num_steps=how.steps,
+        num_steps=how.steps or 50,
         images=None if how.samples is None else read_samples(how.samples, denoiser),
     )
     _show(options.printing, found.as_dict(), partial(print_inspection, found))
     if how.output:
-        drawn = SamplingOptions(how.output, num_samples=how.num_samples, steps=how.steps)
+        steps = how.steps or usual_steps(denoiser, 50)
+        drawn = SamplingOptions(how.output, num_samples=how.num_samples, steps=steps)
         sample_to_file(denoiser, drawn)
     return int(found.check.denoises is False)
 

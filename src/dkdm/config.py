@@ -732,13 +732,17 @@ class SampleFile(Options):
     """Image to write (.png, .jpg, .webp), or the tensor [N, C, ...] (.safetensors)."""
 
 
+USUAL_STEPS = 25  # of samples that are drawn
+
+
 class DrawOptions(Options, title="Sampling"):
     """What to draw, and how."""
 
     num_samples: Annotated[int, Range(1, 10**6)] = 40
     """Number of samples."""
-    steps: Count = 25
-    """Sampler steps. Each is one network evaluation per sample, with heun two."""
+    steps: Count | None = None
+    """Sampler steps. Each is one network evaluation per sample, with heun two. Default: 25; of a
+    few-step model, the most that it draws in."""
     sampler: Sampler = "ddim"
     """ddim, which is euler too; ddpm, which adds noise; heun and dpm (DPM-Solver++), which are of
     second order and need fewer steps."""
@@ -753,6 +757,11 @@ class DrawOptions(Options, title="Sampling"):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_interval(self.guidance_interval)
+
+    @property
+    def num_steps(self) -> int:
+        """Sampler steps; 25 if they were left open."""
+        return self.steps or USUAL_STEPS
 
 
 class SamplingOptions(DrawOptions, SampleFile):
@@ -802,8 +811,8 @@ class InspectOptions(Options, title="Check"):
     """Image to write with a grid of the model's samples. Default: no image."""
     num_samples: Annotated[int, Range(1, 10**6)] = 8
     """Number of samples drawn for the check."""
-    steps: Count = 50
-    """Sampler steps of the check."""
+    steps: Count | None = None
+    """Sampler steps of the check. Default: 50."""
     samples: Path | None = None
     """Real samples to judge the model by, instead of its own: an array [N, C, ...] in the range it
     was trained on (.npy, .npz, .safetensors, .pt), or a folder of images."""

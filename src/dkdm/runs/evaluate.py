@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from dkdm.config import EvaluateCommand
+from dkdm.config import USUAL_STEPS, EvaluateCommand
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.heads import ParallelHeads, usual_steps
 from dkdm.core.graphs import replayed
 from dkdm.core.progress import track
 from dkdm.data.reference import Reference
@@ -49,7 +49,6 @@ from dkdm.runs.measure import (
 
 REFERENCE_SEED = 2**32  # beyond every --seed: samples that a model is measured against
 RESULT = "evaluation.json"
-MANY = 25  # steps of the teacher of a few-step model
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
 
 
@@ -134,6 +133,8 @@ def planned(
     """Open all that the options name and check that it fits together; nothing is drawn."""
     run = None if model else known_run(command.model_choice.model)
     model = model or chosen_teacher(command.model_choice)
+    steps = command.sampling.steps or usual_steps(model, USUAL_STEPS)
+    command = replace(command, steps=steps)
     scales = scales_of(command, run, model)
     model = ready(model, command, scales[0])
     teacher = teacher or _teacher(command, run)
@@ -176,12 +177,12 @@ def _drawings(
 ) -> tuple[Drawing, Drawing | None, Drawing | None]:
     how, network = command.sampling, standard.network
     cond = model.conditioning.in_turns(how.num_samples)
-    sampling = Sampling(how.num_samples, how.steps, how.seed, how.sampler, how.batch_size)
+    sampling = Sampling(how.num_samples, how.num_steps, how.seed, how.sampler, how.batch_size)
     few = min(how.num_samples, MOST) if beside else 0
     own = Drawing(model, cond, sampling, scales[0], network, few)
     fixed = replace(sampling, seed=REFERENCE_SEED)
     if isinstance(model, ParallelHeads):  # its teacher takes the steps that it needs
-        fixed = replace(fixed, num_steps=max(how.steps, MANY))
+        fixed = replace(fixed, num_steps=max(sampling.num_steps, USUAL_STEPS))
     others = None
     if standard.model is not None and network is not None:
         if standard.model is teacher:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkdm.config import DistillConfig, OptimizerOptions
+from dkdm.config import USUAL_STEPS, DistillConfig, OptimizerOptions
 from dkdm.core.calls import call_of
 from dkdm.core.chains import Guidance
 from dkdm.core.denoiser import Denoiser
@@ -39,7 +39,6 @@ PLAIN = "plain"  # the folder of the first part, in that of the run
 ONE_STEP = "one-step"
 FEW_STEPS_GRID = "few-steps"
 SHARE = 0.35
-MANY = 25  # sampling steps of a teacher and of a plain student
 
 
 def plain_steps(config: DistillConfig) -> int:
@@ -246,7 +245,7 @@ class FewSteps(Program):
         scale: float,
     ) -> tuple[StepsTable, list[Tensor]]:
         steps, evaluation = student.intervals.steps, config.evaluation
-        many = (*steps, MANY)
+        many = (*steps, USUAL_STEPS)
         models = [Drawn("student", student, steps)]
         plain = _plain(config, student.device)
         if plain is not None:
@@ -254,7 +253,7 @@ class FewSteps(Program):
         count, seed = evaluation.evaluation_samples, config.run.seed
         first = Drawn("teacher", teacher, many, scale)
         table, images = measure_steps(first, models, count, seed, reference, GRID_COLUMNS)
-        rows = [("teacher", MANY), *(("student", number) for number in steps)]
+        rows = [("teacher", USUAL_STEPS), *(("student", number) for number in steps)]
         return table, [images[row] for row in rows]
 
 

@@ -122,7 +122,7 @@ def ready(model: Denoiser, command: EvaluateCommand, scale: float) -> Denoiser:
     interval = parse_interval(sampling.guidance_interval) or model.guidance_interval
     model = replace(model, conditioning=rows, guidance_interval=interval)
     model = with_texts(model, conditions.prompts, conditions.negative_prompt)
-    check_sampling(model, sampling.steps, scale)
+    check_sampling(model, sampling.num_steps, scale)
     check_null_condition(model, guided=scale != 1)
     return model
 

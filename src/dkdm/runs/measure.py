@@ -123,7 +123,7 @@ def measured(plan: Plan, root: Path) -> Evaluation:
         model=model,
         num_samples=sampling.num_samples,
         sampler=sampling.sampler,
-        num_steps=sampling.steps,
+        num_steps=sampling.num_steps,
         seed=sampling.seed,
         batch_size=sampling.batch_size,
         guidance_interval=sampling.guidance_interval,

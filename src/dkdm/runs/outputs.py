@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dkdm.config import (
+    USUAL_STEPS,
     EvaluationOptions,
     FeatureOptions,
     GuidanceOptions,
@@ -20,6 +21,7 @@ from dkdm.config import (
 from dkdm.core import checkpoint
 from dkdm.core.conditioning import Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.heads import usual_steps
 from dkdm.core.mixed import Mixed
 from dkdm.core.modes import evaluating, say_if
 from dkdm.core.pool import Pool
@@ -268,7 +270,8 @@ def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:
     interval = parse_interval(how.guidance_interval)
     denoiser = replace(denoiser, conditioning=conditioning, guidance_interval=interval)
     cond = conditioning.in_turns(how.num_samples)
-    sampling = Sampling(how.num_samples, how.steps, how.seed, how.sampler)
+    steps = how.steps or usual_steps(denoiser, USUAL_STEPS)
+    sampling = Sampling(how.num_samples, steps, how.seed, how.sampler)
     with (
         evaluating(denoiser.network, denoiser.call) as changed,
         track(how.num_samples, 0, "sampling") as progress,

@@ -14,6 +14,7 @@ from PIL import Image
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.heads import usual_steps
 from dkdm.core.prediction import Parameterization
 from dkdm.core.randomness import generator
 from dkdm.data.fashion import SHAPES
@@ -96,7 +97,8 @@ def smoke(config: RunConfig) -> str:
             assert isinstance(small, TrainConfig)
             folder = train(small)
         model = load_teacher(str(folder))
-        drawn = draw(model, model.conditioning.in_turns(2), Sampling(2, 2, seed=0))
+        sampling = Sampling(2, usual_steps(model, 2), seed=0)
+        drawn = draw(model, model.conditioning.in_turns(2), sampling)
     if not bool(drawn.isfinite().all()):
         raise DkdmError("the model that was written draws samples that are not finite")
     about = f"{model.num_parameters:,} parameters, samples of {tuple(drawn.shape[1:])}"

@@ -133,6 +133,11 @@ class ParallelHeads(Denoiser):
         return x
 
 
+def usual_steps(model: Denoiser, many: int) -> int:
+    """The most steps that a few-step model draws in; `many` of any other."""
+    return max(model.intervals.steps) if isinstance(model, ParallelHeads) else many
+
+
 def check_sampling(model: Denoiser, num_steps: int, guidance_scale: float = 1.0) -> None:
     """Raise UsageError for a number of steps, or a scale, that a model cannot be drawn with."""
     if not isinstance(model, ParallelHeads):
