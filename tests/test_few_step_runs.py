@@ -67,25 +67,41 @@ def test_a_run_ships_few_steps_one_step_and_many(finished):
     assert drawn(plain, 25, noise).isfinite().all()
 
 
+@pytest.mark.parametrize("process", ["flow", "edm"])
+def test_a_student_of_another_process(tmp_path, process):
+    more = {"student_process": process, "evaluation_samples": 2}
+    folder, *_ = small_runs.run(tmp_path, denoiser(), "dit-tiny", **FEW | more)
+    assert {row.model for row in read_steps_table(folder).rows} > {"student"}
+    model = load_teacher(folder)
+    tau = grid_for(denoiser()).tau
+    torch.testing.assert_close(model.intervals.tau, tau, rtol=0, atol=0.02)
+    assert_diffusers_draws_the_same(folder, STEPS)
+
+
 def test_diffusers_draws_what_dkdm_draws(finished):
-    for part, numbers in (("", STEPS), ("one-step", (1,))):
-        with warnings.catch_warnings(action="ignore"):
-            pipeline = DiffusionPipeline.from_pretrained(finished / part, trust_remote_code=True)
-        pipeline.set_progress_bar_config(disable=True)
-        model = load_teacher(finished / part)
-        for steps in numbers:
-            noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(steps))
-            images = pipeline(
-                class_labels=[0, 1],
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(steps),
-                output_type="latent",
-            ).images
-            torch.testing.assert_close(images, drawn(model, steps, noise), rtol=1e-4, atol=1e-4)
+    assert_diffusers_draws_the_same(finished, STEPS)
+    pipeline = assert_diffusers_draws_the_same(finished / "one-step", (1,))
     with pytest.raises(ValueError, match="use one of"):
         pipeline(class_labels=[0], num_inference_steps=2)
     with pytest.raises(ValueError, match="guidance_scale must be 1"):
         pipeline(class_labels=[0], guidance_scale=2.0)
+
+
+def assert_diffusers_draws_the_same(folder, numbers):
+    with warnings.catch_warnings(action="ignore"):
+        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    model = load_teacher(folder)
+    for steps in numbers:
+        noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(steps))
+        images = pipeline(
+            class_labels=[0, 1],
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(steps),
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(images, drawn(model, steps, noise), rtol=1e-4, atol=1e-4)
+    return pipeline
 
 
 def test_the_page_draws_as_it_says(finished):
