@@ -28,10 +28,11 @@ import torch
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Denoiser
 from dkdm.models import load_teacher, place
-from dkdm.runs import few_steps
+from dkdm.runs import consistency, few_steps, programs
 from dkdm.runs.distill import distill
 
 FEW: dict[str, Any] = {"objective": "few-step"}
+PAIRS: dict[str, Any] = {"objective": "consistency"}
 ADAMW: dict[str, Any] = {"learning_rate": 2e-3}
 # each: options, and those of the last part alone
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -51,6 +52,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shift 2": (FEW | {"few_step_shift": 2.0}, {}),
     "pool 1,024": (FEW | {"few_step_pool": 1024}, {}),
     "half moved by the teacher": (FEW | {"few_step_on_policy": 0.5}, {}),
+    "consistency": (PAIRS, {}),
+    "consistency, AdamW": (PAIRS | ADAMW, {}),
+    "consistency, no more pure noise": (PAIRS | {"start_share": 0.0}, {}),
+    "consistency from scratch": (PAIRS | {"few_step_share": 1.0}, {}),
     # as many teacher evaluations: half as many states, each with two targets
     "2 targets": (FEW | {"few_step_targets": 2}, {"train_batch_size": 32}),
 }
@@ -72,6 +77,8 @@ SHARED: dict[str, Any] = {
 }
 STEPS = {"unet-mini": 390}  # by default 1,200
 MANY = (1, 2, 4, 8, 20)
+# what ships beside a student, by its key in a line
+BESIDE = {"plain at": few_steps.PLAIN, "many at": consistency.MANY_STEPS}
 Result = dict[str, dict[str, float]]
 
 
@@ -98,9 +105,9 @@ def run(teacher: str, folder: Path, samples: int, device: str, cell: cells.Cell)
     model = load_teacher(str(run_folder))
     few = config.few_steps.objective != "dkdm"
     found = {"at": at_each(model, config.few_steps.steps if few else MANY, samples, device)}
-    if (run_folder / few_steps.PLAIN).is_dir():
-        plain = load_teacher(str(run_folder / few_steps.PLAIN))
-        found["plain at"] = at_each(plain, MANY, samples, device)
+    for name, beside in BESIDE.items():
+        if (run_folder / beside).is_dir():
+            found[name] = at_each(load_teacher(str(run_folder / beside)), MANY, samples, device)
     return found
 
 
@@ -112,7 +119,7 @@ def with_last(options: Mapping[str, Any]) -> None:
         def last(self, config: DistillConfig) -> DistillConfig:
             return replace(usual(self, config), **options)
 
-    few_steps.OBJECTIVES["few-step"] = Changed()
+    programs.OBJECTIVES["few-step"] = Changed()
 
 
 def queue(args: argparse.Namespace) -> Iterator[cells.Cell]:
@@ -131,8 +138,9 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         student = line.get("student", "")
         found[student, line["variant"]].append(line["at"])
-        if "plain at" in line:
-            found[student, f"{line['variant']}: its plain part"].append(line["plain at"])
+        for name, beside in BESIDE.items():
+            if name in line:
+                found[student, f"{line['variant']}: its {beside}/"].append(line[name])
     head = ["student", "run", "seeds", *(f"{steps} steps" for steps in MANY)]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (student, variant), results in found.items():

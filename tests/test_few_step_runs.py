@@ -22,7 +22,7 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import read_steps_table
 from dkdm.models import load_teacher
 from dkdm.runs.distill import describe
-from dkdm.runs.few_steps import OBJECTIVES
+from dkdm.runs.programs import OBJECTIVES
 from dkdm.shipping.graph.network import graph_network, random_inputs
 from dkdm.students import given_student, student_of
 from dkdm.students.heads import one_step, with_heads

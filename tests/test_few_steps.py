@@ -12,7 +12,7 @@ from dkdm.config import parse_steps
 from dkdm.core.chains import Stride
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.few_steps.grid import Grid, grid_levels, grid_of
-from dkdm.core.few_steps.heads import on_grid
+from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled, rolled
 from dkdm.core.fill import empty_pool, fill_few_step
@@ -67,14 +67,14 @@ def student_of(process, kind, grid, velocities):
     like = Denoiser(lambda x, time: x, process, Parameterization(kind), (2,))
 
     def heads(shown, first):
-        shape = on_grid(like, grid)
+        shape = ParallelHeads.of(like, grid)
         sigma = grid.sigma[first]
         factor = (sigma**2 + 0.5**2).sqrt() if kind == "edm" else torch.ones_like(sigma)
         x = shown.double() * factor.unsqueeze(1)
         wanted = velocities(x / per_sample(grid.scale[first], x), first)
         return torch.stack([shape.wanted(v, x, first) for v in wanted.unbind(1)], 1)
 
-    return on_grid(
+    return ParallelHeads.of(
         Denoiser(Heads(grid, heads), process, Parameterization(kind), (2,)),
         grid,
     )
@@ -190,7 +190,7 @@ def learner(grid, seed=0):
     network = nn.Sequential(nn.Linear(3, 48), nn.SiLU(), nn.Linear(48, 2 * HEADS))
     denoiser = Denoiser(network, PROCESSES["ddpm"], Parameterization("v_prediction"), (2,))
     denoiser.call = lambda network, x, time, cond: network(torch.cat([x, time.unsqueeze(1) / T], 1))
-    return on_grid(denoiser, grid)
+    return ParallelHeads.of(denoiser, grid)
 
 
 def pool_of(student, **laws):

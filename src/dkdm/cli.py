@@ -288,7 +288,7 @@ def _export(options: ExportCommand) -> int:
 
 def _inspect(options: InspectCommand) -> int:
     from dkdm.checks.inspection import inspect_denoiser, print_inspection, read_samples
-    from dkdm.core.few_steps.heads import usual_steps
+    from dkdm.core.few_steps.model import usual_steps
     from dkdm.runs.outputs import check_sample_file, sample_to_file
 
     how = options.check

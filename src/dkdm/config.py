@@ -23,7 +23,7 @@ FillKind = Literal["few-step", "ancestral", "none"]
 LossWeighting = Literal["auto", "uniform", "capped", "snr", "min-snr", "student"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ProcessName = str
-ObjectiveKind = Literal["dkdm", "few-step"]
+ObjectiveKind = Literal["dkdm", "few-step", "consistency"]
 EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
 
 Count = Annotated[int, Range(1)]
@@ -292,7 +292,8 @@ class FewStepOptions(Options, title="Few steps"):
     objective: ObjectiveKind = "dkdm"
     """What the student learns. dkdm: to denoise as its teacher does, for many sampling steps.
     few-step: that first, and in the last part of the run to go several steps at once (parallel-head
-    distillation)."""
+    distillation). consistency: that first, and in the last part to jump to the end of the
+    trajectory too, with the same weights for few and many steps."""
     student_steps: str = "1:8"
     """Numbers of sampling steps that a few-step student can draw in: LOW:HIGH, doubling, such as
     1:8 for 1, 2, 4 and 8; or a list such as 1,4. Each divides --few-step-heads."""
@@ -316,6 +317,14 @@ class FewStepOptions(Options, title="Few steps"):
     """Peak learning rate of this part. Default: optimizer and rate of the plain part, or of the run
     that --student-init names. A rate that is given is AdamW's, unless --optimizer says
     otherwise."""
+    start_share: Share = 0.25
+    """consistency: states of pure noise beside a batch, as a share of it, where sampling begins.
+    Their teacher evaluations come on top."""
+    pair_length: Annotated[float, Range(0, 1, above=True)] = 0.125
+    """consistency: how far the two states of a pair lie apart on average, in the share of noise
+    sigma / (alpha + sigma)."""
+    pair_decay: Annotated[float, Range(0, 1, below=True)] = 0.95
+    """consistency: decay of the average of the student that the pairs are led by, per batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

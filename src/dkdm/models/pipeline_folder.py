@@ -17,7 +17,8 @@ from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.few_steps.grid import GRID, Grid
-from dkdm.core.few_steps.heads import on_grid
+from dkdm.core.few_steps.kinds import kind_saved
+from dkdm.core.few_steps.model import FewStep
 from dkdm.core.inputs import from_index
 from dkdm.core.prediction import Parameterization, VarianceType
 from dkdm.errors import DkdmError, UsageError
@@ -131,9 +132,10 @@ def denoiser_of(
 ) -> Denoiser:
     """What configs, index and the other components say; its network is a placeholder."""
     check_embeddings(known.name, config, _reads_text(bundle), str(folder))
-    grid = _saved_grid(index, folder)
-    if grid is not None and config.get("out_channels"):  # of all heads
-        config = {**config, "out_channels": config["out_channels"] // grid.num_heads}
+    few = _saved_few_steps(index, folder)
+    if few is not None and config.get("out_channels"):  # of all heads
+        outputs = few[0].outputs_on(few[1])
+        config = {**config, "out_channels": config["out_channels"] // outputs}
     shape = known.shape(config, options.sample_size or _saved_size(index))
     patch = known.patch(config)
     check_sample(shape, f"{folder}: by its config.json", patch if patch > 1 else None)
@@ -157,14 +159,15 @@ def denoiser_of(
         decode=no_decoder if index.get("_latents") else None,
         bundle=bundle,
     )
-    return denoiser if grid is None else on_grid(denoiser, grid)
+    return denoiser if few is None else few[0].of(denoiser, few[1])
 
 
-def _saved_grid(index: Mapping[str, Any], folder: Path) -> Grid | None:
-    """The grid of a few-step model; None for any other."""
+def _saved_few_steps(index: Mapping[str, Any], folder: Path) -> tuple[type[FewStep], Grid] | None:
+    """The kind of a few-step model, and its grid; None for any other."""
     if GRID not in index:
         return None
-    return Grid.of_dict(index[GRID], f"{folder / INDEX}: {GRID}")
+    grid = Grid.of_dict(index[GRID], f"{folder / INDEX}: {GRID}")
+    return kind_saved(index[GRID]), grid
 
 
 def check_places(folder: Path, index: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ from dkdm.models import place
 from dkdm.models.architectures import component_of
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import check_same_source, with_defaults
-from dkdm.runs.few_steps import OBJECTIVES
 from dkdm.runs.launch import (
     carry_out,
     check_run_folder,
@@ -42,6 +42,7 @@ from dkdm.runs.models import (
 )
 from dkdm.runs.objective import features_of
 from dkdm.runs.outputs import reference_of, sample_grids, sampling_guidance
+from dkdm.runs.programs import OBJECTIVES
 from dkdm.runs.source import SourcePlan
 from dkdm.runs.teachers import (
     Given,
@@ -52,7 +53,6 @@ from dkdm.runs.teachers import (
 )
 from dkdm.runs.validation import check_metric, validate_by_metric
 from dkdm.shipping.card import Measured
-from dkdm.students.lora import merge_lora
 from dkdm.students.start import Start, start_student
 
 
@@ -217,14 +217,14 @@ def prepared(
         student,
         on_teacher_levels,
         source,
-        program.loss(student, on_teacher_levels, teacher, config, features),
+        program.loss(student, on_teacher_levels, teacher, config, features, source),
         accelerator,
         component_of(type(student.network).__name__),
         sample_grids(run, evaluation, teacher, guidance),
         evaluation.validation_steps,
         features=features,
         frozen=start.frozen,
-        merge=merge_lora,
+        merge=partial(program.finished, student),
     )
     with accelerator.main_process_first():  # the others find what it keeps
         reference = reference_of(evaluation, teacher)

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from dkdm.config import USUAL_STEPS, EvaluateCommand
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.few_steps.heads import ParallelHeads, usual_steps
+from dkdm.core.few_steps.model import FewStep, usual_steps
 from dkdm.core.graphs import replayed
 from dkdm.core.progress import track
 from dkdm.data.reference import Reference
@@ -145,7 +145,7 @@ def planned(
     with PartialState().main_process_first():  # which keeps what it sees in the cache
         standard = standard_of(given, model, teacher, command, device, scales[0])
     metrics, beside = chosen_metrics(command, standard, teacher)
-    if isinstance(model, ParallelHeads):  # heads lead over many levels, not to the output at one
+    if isinstance(model, FewStep):  # whose steps lead over many levels, not to the output at one
         beside = tuple(name for name in beside if name != "gap")
     for each in (model, teacher, standard.model):
         if each is not None:
@@ -181,7 +181,7 @@ def _drawings(
     few = min(how.num_samples, MOST) if beside else 0
     own = Drawing(model, cond, sampling, scales[0], network, few)
     fixed = replace(sampling, seed=REFERENCE_SEED)
-    if isinstance(model, ParallelHeads):  # its teacher takes the steps that it needs
+    if isinstance(model, FewStep):  # its teacher takes the steps that it needs
         fixed = replace(fixed, num_steps=max(sampling.num_steps, USUAL_STEPS))
     others = None
     if standard.model is not None and network is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.model import FewStep
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled
 from dkdm.core.graphs import Replayed
@@ -61,6 +63,21 @@ def _optimizing(config: DistillConfig) -> OptimizerOptions:
     return own.decided(new=start == "random")
 
 
+def check_states(config: DistillConfig) -> None:
+    """Raise UsageError for a source without the teacher's states, and for guidance beside them."""
+    source, asked = config.pool.source, f"--objective {config.few_steps.objective}"
+    if ARMS[source].images or not ARMS[source].chains:
+        raise UsageError(
+            f"{asked}: --source {source} has no states of the teacher alone: use --source dynamic, "
+            "or distil with --objective dkdm"
+        )
+    if config.guidance.chain_only:
+        raise UsageError(
+            f"--guidance-on chain: {asked} has no chain beside what it learns: use --guidance-on "
+            "target, which mixes guidance in once"
+        )
+
+
 class FewSteps(Program):
     """Parallel-head distillation, from the weights of a plain run."""
 
@@ -104,17 +121,8 @@ class FewSteps(Program):
     def check(self, config: DistillConfig) -> None:
         """Raise UsageError for what few steps cannot be learnt with."""
         super().check(config)
-        few, source, batch = config.few_steps, config.pool.source, config.training.train_batch_size
-        if ARMS[source].images or not ARMS[source].chains:
-            raise UsageError(
-                f"--objective few-step: --source {source} has no states of the teacher alone: use "
-                "--source dynamic, or distil with --objective dkdm"
-            )
-        if config.guidance.chain_only:
-            raise UsageError(
-                "--guidance-on chain: --objective few-step has no chain beside what it learns: use "
-                "--guidance-on target, which mixes guidance in once"
-            )
+        check_states(config)
+        few, batch = config.few_steps, config.training.train_batch_size
         if config.student_choice.lora_rank is not None:
             raise UsageError(
                 "--lora-rank: --objective few-step trains a new last layer: remove --lora-rank"
@@ -193,9 +201,10 @@ class FewSteps(Program):
         teacher: Denoiser,
         config: DistillConfig,
         features: Features | None,
+        source: Source,
     ) -> Loss:
         """Head by head."""
-        del on_teacher_levels, teacher, config, features
+        del on_teacher_levels, teacher, config, features, source
         assert isinstance(student, ParallelHeads)
         return HeadsObjective(student)
 
@@ -208,17 +217,16 @@ class FewSteps(Program):
         weights: str,
         source: Source,
     ) -> Measured:
-        """Write the one-step model, and measure every number of steps beside teacher and plain."""
+        """Write what ships beside, and measure every number of steps beside teacher and plain."""
         del source
-        assert isinstance(student, ParallelHeads)
+        assert isinstance(student, FewStep)
         folder, evaluation = config.run.output_dir, config.evaluation
-        single = one_step(student)
-        if single is not None:
-            write_pipeline(folder / ONE_STEP, single, folder)
+        others = self.ship_beside(student, folder)
         if evaluation.evaluation_samples == 0:
             return Measured()
         scale, _ = sampling_guidance(evaluation, config.guidance, student)
-        table, images = self._by_steps(teacher, student, config, reference, scale)
+        first = Drawn("teacher", teacher, (*student.intervals.steps, USUAL_STEPS), scale)
+        table, images = _by_steps(first, student, others, config, reference)
         table.save(folder)
         save_grid(folder, FEW_STEPS_GRID, torch.cat(images))
         found = compare(
@@ -230,31 +238,37 @@ class FewSteps(Program):
             guidance_teacher=scale,
             reference=reference,
         )
-        found = replace(found, weights=weights, gaps=())  # its heads are no denoiser's outputs
+        found = replace(found, weights=weights, gaps=())  # its outputs are no denoiser's
         found.save(folder)
         save_grid(folder, "grid", found.samples["student"][:GRID_SAMPLES])
         rows, how = comparison_rows(found), circumstances_of(found).in_words()
         return Measured(1.0, rows, how, found.student.metrics, found.measurement, table)
 
-    def _by_steps(
-        self,
-        teacher: Denoiser,
-        student: ParallelHeads,
-        config: DistillConfig,
-        reference: Reference | None,
-        scale: float,
-    ) -> tuple[StepsTable, list[Tensor]]:
-        steps, evaluation = student.intervals.steps, config.evaluation
-        many = (*steps, USUAL_STEPS)
-        models = [Drawn("student", student, steps)]
-        plain = _plain(config, student.device)
-        if plain is not None:
-            models.insert(0, Drawn("plain student", plain, many))
-        count, seed = evaluation.evaluation_samples, config.run.seed
-        first = Drawn("teacher", teacher, many, scale)
-        table, images = measure_steps(first, models, count, seed, reference, GRID_COLUMNS)
-        rows = [("teacher", USUAL_STEPS), *(("student", number) for number in steps)]
-        return table, [images[row] for row in rows]
+    def ship_beside(self, student: FewStep, folder: Path) -> list[Drawn]:
+        """Write the one-step model; returns further models to be measured."""
+        assert isinstance(student, ParallelHeads)
+        single = one_step(student)
+        if single is not None:
+            write_pipeline(folder / ONE_STEP, single, folder)
+        return []
+
+
+def _by_steps(
+    teacher: Drawn,
+    student: FewStep,
+    others: list[Drawn],
+    config: DistillConfig,
+    reference: Reference | None,
+) -> tuple[StepsTable, list[Tensor]]:
+    steps = student.intervals.steps
+    models = [Drawn("student", student, steps), *others]
+    plain = _plain(config, student.device)
+    if plain is not None:
+        models.insert(0, Drawn("plain student", plain, teacher.steps))
+    count, seed = config.evaluation.evaluation_samples, config.run.seed
+    table, images = measure_steps(teacher, models, count, seed, reference, GRID_COLUMNS)
+    rows = [("teacher", USUAL_STEPS), *(("student", number) for number in steps)]
+    return table, [images[row] for row in rows]
 
 
 def _plain(config: DistillConfig, device: torch.device) -> Denoiser | None:
@@ -269,6 +283,3 @@ def _plain(config: DistillConfig, device: torch.device) -> Denoiser | None:
         return None  # weights alone
     place(found, device)
     return found
-
-
-OBJECTIVES: dict[str, Program] = {"dkdm": Program(), "few-step": FewSteps()}

@@ -21,7 +21,7 @@ from dkdm.config import (
 )
 from dkdm.core.conditioning import restrict_classes
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.few_steps.heads import check_sampling
+from dkdm.core.few_steps.model import check_sampling
 from dkdm.core.inputs import GivenRows, with_rows
 from dkdm.core.kinds import kind_of
 from dkdm.data.clip import clip_score

@@ -18,7 +18,7 @@ from dkdm.config import (
 from dkdm.core.conditioning import for_student, restrict_classes
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.model import FewStep
 from dkdm.core.inputs import refuse_without_rows, try_conditioning, with_rows
 from dkdm.core.kinds import kind_of
 from dkdm.core.matching import covered, same_levels
@@ -135,7 +135,7 @@ def ready_teacher(
     Raises UsageError if it does not have them, if a text teacher is given no prompts, and if it
     cannot do the guidance, condition dropout or random conditioning that is asked for.
     """
-    if isinstance(teacher, ParallelHeads):
+    if isinstance(teacher, FewStep):
         raise UsageError(
             f"--teacher {teacher.name} draws in a few steps and knows no levels between: "
             "give its own teacher, or the folder plain/ in it"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Batch, Denoiser
@@ -23,6 +23,7 @@ from dkdm.runs.outputs import compare_models, save_pool
 from dkdm.runs.source import SourcePlan
 from dkdm.runs.teachers import arm_of, make_source, prepare_source
 from dkdm.shipping.card import Measured
+from dkdm.students.lora import merge_lora
 
 Loss = Callable[[Denoiser, Batch, Prediction], Tensor]
 
@@ -85,10 +86,17 @@ class Program:
         teacher: Denoiser,
         config: DistillConfig,
         features: Features | None,
+        source: Source,
     ) -> Loss:
         """What is minimized, a loss of each sample of a batch."""
+        del source
         teaching = self.teaching(teacher, config)
         return objective_of(student, on_teacher_levels, teacher, config.loss, features, teaching)
+
+    def finished(self, student: Denoiser, network: nn.Module) -> nn.Module:
+        """The network as it is shipped and sampled, of a copy of that which learns."""
+        del student
+        return merge_lora(network)
 
     def measure(
         self,

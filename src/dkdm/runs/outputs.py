@@ -21,7 +21,7 @@ from dkdm.config import (
 from dkdm.core import checkpoint
 from dkdm.core.conditioning import Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.few_steps.heads import usual_steps
+from dkdm.core.few_steps.model import usual_steps
 from dkdm.core.mixed import Mixed
 from dkdm.core.modes import evaluating, say_if
 from dkdm.core.pool import Pool

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.model import FewStep
 from dkdm.core.prediction import KINDS, Row
 
 
 class Step(NamedTuple):
     """A sampling step from x: the network is fed `shown x` at `time`; `kept x + taken o` is next.
 
-    o is the mean of the heads' outputs by their `shares`. A DDIM step, in which all is linear.
+    o is the mean of the outputs by their `shares`; `noise` times new noise is added. A DDIM step,
+    or a jump that is noised again, in which all is linear.
     """
 
     time: float
@@ -22,9 +23,10 @@ class Step(NamedTuple):
     kept: float
     taken: float
     shares: tuple[float, ...]
+    noise: float
 
 
-def few_steps_table(denoiser: ParallelHeads) -> dict[int, list[Step]]:
+def few_steps_table(denoiser: FewStep) -> dict[int, list[Step]]:
     """The steps by their number, for each number that the model draws in."""
     steps = denoiser.intervals.steps
     return {
@@ -32,14 +34,15 @@ def few_steps_table(denoiser: ParallelHeads) -> dict[int, list[Step]]:
     }
 
 
-def _step(denoiser: ParallelHeads, block: range) -> Step:
+def _step(denoiser: FewStep, block: range) -> Step:
     grid, own = denoiser.intervals, denoiser.parameterization
     here = grid.alpha[block.start], grid.sigma[block.start]
     linear = KINDS[own.prediction](*here, own.sigma_data)
-    ends = torch.stack([grid.alpha[block.stop], grid.sigma[block.stop]])
+    alpha, sigma = grid.alpha[block.stop], grid.sigma[block.stop]
+    ends = torch.stack([alpha, torch.zeros_like(sigma) if denoiser.renoises else sigma])
     kept, taken = (ends @ torch.stack([_pair(linear.x_0), _pair(linear.eps)])).tolist()
-    shares = tuple(grid.shares(block).tolist())
-    return Step(float(grid.time[block.start]), float(linear.shown), kept, taken, shares)
+    shares, noise = tuple(denoiser.shares(block).tolist()), float(sigma * denoiser.renoises)
+    return Step(float(grid.time[block.start]), float(linear.shown), kept, taken, shares, noise)
 
 
 def _pair(row: Row) -> Tensor:

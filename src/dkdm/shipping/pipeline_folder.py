@@ -16,7 +16,7 @@ from dkdm.core.checkpoint import save_network
 from dkdm.core.conditioning import ClassLabels, Conditioning
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.few_steps.grid import GRID
-from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.model import FewStep
 from dkdm.core.inputs import to_index
 from dkdm.core.kinds import Row, kind_of
 from dkdm.core.process import Process
@@ -101,12 +101,9 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
             "it works on latents of a custom autoencoder, which is not in the folder: its pipeline "
             "returns latents, and `dkdm sample` writes .safetensors"
         )
-    few = denoiser.intervals.steps if isinstance(denoiser, ParallelHeads) else ()
-    if len(few) > 1:
-        notes.append(
-            "`one-step/`, if it is there, is the same model in one step as an ordinary network; "
-            "`plain/` the student for many steps"
-        )
+    few = denoiser.intervals.steps if isinstance(denoiser, FewStep) else ()
+    if isinstance(denoiser, FewStep) and len(few) > 1:
+        notes.append(denoiser.beside)
     if (
         not few
         and clipping.range is not None
@@ -124,8 +121,8 @@ def _index_for_dkdm(denoiser: Denoiser) -> dict[str, Any]:
     """What dkdm reads back, under names with an underscore, which diffusers skips."""
     own, bundle = own_rows(denoiser), denoiser.bundle
     index: dict[str, Any] = _value_range(denoiser)
-    if isinstance(denoiser, ParallelHeads):
-        index[GRID] = denoiser.intervals.as_dict()
+    if isinstance(denoiser, FewStep):
+        index[GRID] = denoiser.saved()
     if own:
         index["_conditions"] = to_index(own)
     if denoiser.decode is not None:
@@ -183,7 +180,7 @@ def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
 
 def _stock_pipeline(denoiser: Denoiser) -> str | None:
     """The diffusers pipeline that feeds this network and decodes its samples, if there is one."""
-    if isinstance(denoiser, ParallelHeads):
+    if isinstance(denoiser, FewStep):
         return None
     kind, coder = _feeding_pipeline(denoiser), denoiser.bundle.autoencoder
     decodes = kind is None or coder is None or coder.standard(kind) == coder.standard()
@@ -253,7 +250,7 @@ def _pipeline_source(
         coder = bundle.autoencoder
     scheduler = denoiser.process.scheduler["_class_name"]
     family = encoding_of(bundle.pipeline) if asks == "prompt" else None
-    few = few_steps_table(denoiser) if isinstance(denoiser, ParallelHeads) else None
+    few = few_steps_table(denoiser) if isinstance(denoiser, FewStep) else None
     return render(
         "dkdm.shipping",
         "pipeline.py.j2",
@@ -312,7 +309,7 @@ def usage_snippet(folder: str, denoiser: Denoiser, guidance_scale: float = 1.0) 
     stock, kind = _stock_pipeline(denoiser), kind_of(denoiser.conditioning)
     given = [json.dumps(folder, ensure_ascii=False)]
     given += _absent(stock, denoiser) if stock else ["trust_remote_code=True"]
-    steps = max(denoiser.intervals.steps) if isinstance(denoiser, ParallelHeads) else 50
+    steps = max(denoiser.intervals.steps) if isinstance(denoiser, FewStep) else 50
     arguments = [kind.usage(), *_usage_size(denoiser, stock), f"num_inference_steps={steps}"]
     if kind.asks and (stock or guidance_scale != 1.0):  # pipelines of diffusers have each a default
         arguments.append(f"guidance_scale={guidance_scale}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dkdm.core.checkpoint import ORIGIN
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.few_steps.grid import Grid
-from dkdm.core.few_steps.heads import ParallelHeads, on_grid
+from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.modes import evaluating
 from dkdm.errors import UsageError
 from dkdm.models.custom_network import is_own, make, origin_of
@@ -38,7 +38,7 @@ def with_heads(student: Denoiser, grid: Grid) -> ParallelHeads:
     count, channels = grid.num_heads, student.sample_shape[0]
 
     def heads_of(network: nn.Module) -> ParallelHeads:
-        return on_grid(replace(student, network=network), grid)
+        return ParallelHeads.of(replace(student, network=network), grid)
 
     def widened(rows: Tensor, outer: int) -> Tensor:
         mean = rows.unflatten(0, (outer, student.out_channels, -1))[:, :channels].unsqueeze(1)

@@ -27,7 +27,7 @@ from dkdm.checks.inspection.denoising import (
 from dkdm.checks.inspection.readings import MAX_TRIALS, applied, cure_of
 from dkdm.checks.inspection.remedy import corrected, in_words
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.model import FewStep
 from dkdm.core.given import denoiser_given
 from dkdm.core.modes import say_if
 from dkdm.core.process import Process
@@ -96,8 +96,8 @@ def check_denoising(
     denoiser = denoiser_given("check_denoising: denoiser", denoiser)
     real = None if images is None else as_tensor("check_denoising: images", images).float()
     _check_request(denoiser, num_samples, num_steps, real)
-    if isinstance(denoiser, ParallelHeads):
-        return _of_heads(denoiser, num_samples, seed)
+    if isinstance(denoiser, FewStep):
+        return _of_few_steps(denoiser, num_samples, seed)
 
     def samples_of(reading: Denoiser) -> Samples:
         if real is not None:
@@ -130,7 +130,7 @@ def check_denoising(
     return result(False, warnings=(*warnings, replace(failure, remedy=remedy)), cure=line)
 
 
-def _of_heads(denoiser: ParallelHeads, num_samples: int, seed: int) -> DenoisingCheck:
+def _of_few_steps(denoiser: FewStep, num_samples: int, seed: int) -> DenoisingCheck:
     """What can be said of a few-step model, whose outputs are no predictions of x_0."""
     steps = denoiser.intervals.steps
     cond = denoiser.conditioning.in_turns(num_samples)

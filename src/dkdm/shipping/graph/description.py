@@ -6,7 +6,7 @@ from typing import Any
 
 from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.model import FewStep
 from dkdm.core.kinds import Condition, kind_of, rows_of
 from dkdm.core.prediction import EDM
 from dkdm.shipping.pipeline_folder import scheduler_config
@@ -21,7 +21,7 @@ def describe_graph(
     inputs: examples, which give shapes and types. batch: smallest and largest.
     """
     own, coder = denoiser.parameterization, denoiser.bundle.autoencoder
-    few = min(denoiser.intervals.steps) if isinstance(denoiser, ParallelHeads) else None
+    few = min(denoiser.intervals.steps) if isinstance(denoiser, FewStep) else None
     channels = denoiser.sample_shape[0] if few else denoiser.out_channels
     output = {"name": "output", "shape": ["batch", channels, *denoiser.sample_shape[1:]]}
     return {

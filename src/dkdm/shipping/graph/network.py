@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.few_steps.heads import ParallelHeads
+from dkdm.core.few_steps.model import FewStep
 from dkdm.core.kinds import Condition, null_or_none
 from dkdm.core.randomness import generator
 from dkdm.errors import UsageError
@@ -64,10 +64,15 @@ class GraphSampler(GraphNetwork):
     conditions; returns float32 [B, C, ...], clean samples, or latents of a latent model.
     """
 
-    def __init__(self, denoiser: ParallelHeads, inputs: Condition) -> None:
+    def __init__(self, denoiser: FewStep, inputs: Condition) -> None:
         super().__init__(denoiser, inputs)
         self.start_std, self.channels = denoiser.process.start_std, denoiser.sample_shape[0]
         self.steps = few_steps_table(denoiser)[min(denoiser.intervals.steps)]
+        if any(step.noise for step in self.steps):
+            raise UsageError(
+                f"{denoiser.name}: {len(self.steps)} steps take new noise in between, and a graph "
+                "takes noise once: distil with 1 among --student-steps"
+            )
 
     def evaluate(self, noise: Tensor, **conditions: Tensor) -> Tensor:  # type: ignore[override]
         """All sampling steps, one after the other."""
@@ -83,7 +88,7 @@ class GraphSampler(GraphNetwork):
 
 def graph_network(denoiser: Denoiser, inputs: Condition) -> GraphNetwork:
     """What is exported of a denoiser: its network, or all sampling of a few-step model."""
-    if isinstance(denoiser, ParallelHeads):
+    if isinstance(denoiser, FewStep):
         return GraphSampler(denoiser, inputs)
     return GraphNetwork(denoiser, inputs)
 
@@ -97,7 +102,7 @@ def random_inputs(denoiser: Denoiser, count: int, seed: int = 0) -> Condition:
     t = torch.randint(denoiser.process.num_levels, (count,), generator=random)
     states = torch.randn(count, *denoiser.sample_shape, generator=random)
     fed = {"sample": states, "timestep": denoiser.network_time[t].float()}
-    if isinstance(denoiser, ParallelHeads):
+    if isinstance(denoiser, FewStep):
         fed = {"noise": states}
     if denoiser.embeds_guidance:
         fed["guidance"] = 1 + 7 * torch.rand(count, generator=random)

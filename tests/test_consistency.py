@@ -1,0 +1,400 @@
+"""Consistency on pairs: against closed forms, mirrored times, runs, what ships, what is refused."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from torch import nn
+
+import small_runs
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.few_steps.grid import grid_levels, grid_of
+from dkdm.core.few_steps.jumps import Jumps, at_both_times, check_mirror, mirrored
+from dkdm.core.few_steps.pairs import Pairs, PairsObjective, averaged_network, pair_ends
+from dkdm.core.fill import empty_pool, fill_few_step
+from dkdm.core.objective import Objective
+from dkdm.core.prediction import Parameterization, from_x_0_eps
+from dkdm.core.process import per_sample
+from dkdm.core.progress import MetricsFile
+from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.shards import Shards
+from dkdm.core.steps import reverse_step
+from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.errors import UsageError
+from dkdm.models import load_teacher
+from dkdm.shipping.graph.network import graph_network, random_inputs
+from dkdm.students import student_of
+from factories import denoiser
+
+T, CPU = 40, torch.device("cpu")
+MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], weights=[0.4, 0.6])
+PROCESSES = {
+    "ddpm": from_betas(beta_schedule("squaredcos_cap_v2", T)),
+    "flow": rectified_flow(T),
+}
+KINDS = [
+    ("ddpm", "epsilon"),
+    ("ddpm", "v_prediction"),
+    ("flow", "flow_prediction"),
+    ("flow", "sample"),
+]
+
+
+class Both(nn.Module):
+    """A network that is one function at its time and another at the mirrored time."""
+
+    def __init__(self, process, direct, jump):
+        super().__init__()
+        self.process, self.direct, self.jump = process, direct, jump
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, time):
+        t = (self.process.network_time.float() - time.abs().unsqueeze(1)).abs().argmin(1)
+        back, said = torch.signbit(time).unsqueeze(1), self.direct(x.double(), t)
+        return torch.where(back, self.jump(x.double(), t), said).to(x.dtype) + self.weight
+
+
+def student_like(teacher, kind, jump_to):
+    """A student that denoises as its teacher does, and whose jumps end at `jump_to`(x, t)."""
+    process = teacher.process
+
+    def output(x, t, x_0):
+        alpha, sigma = process.at(t)
+        eps = (x - per_sample(alpha, x) * x_0) / per_sample(sigma, x)
+        return from_x_0_eps(kind, x_0, eps, alpha, sigma)
+
+    def direct(x, t):
+        return output(x, t, teacher.predict(Batch(x, t, {})).x_0.double())
+
+    def jump(x, t):
+        return output(x, t, jump_to(x, t))
+
+    return Denoiser(Both(process, direct, jump), process, Parameterization(kind), (2,))
+
+
+def ddim_to_the_end(teacher, x, t):
+    """x_0 after DDIM steps through every level from t on."""
+    x, t = x.clone(), t.clone()
+    while bool((t >= 0).any()):
+        at = (t >= 0).nonzero().flatten()
+        said = teacher.predict(Batch(x[at], t[at], {}))
+        kind = teacher.parameterization
+        x[at] = reverse_step(
+            teacher.process, kind, x[at], said, t[at], t[at] - 1, x[at], eta=0.0
+        ).double()
+        t[at] -= 1
+    return x
+
+
+def pairs_of(teacher, student, **laws):
+    pool = empty_pool(teacher, 32, CPU, torch.float32, Shards(1), eta=0.0)
+    fill_few_step(pool, 4, 16)
+    averaged = averaged_network(student.network, 0.95, CPU)
+    return Pairs(pool, teacher, student.network, averaged, **laws)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_perfect_student_has_no_loss(name, kind):
+    """Where pairs are neighbouring levels, jumps are DDIM through all levels, exactly."""
+    process = PROCESSES[name]
+    teacher = mixture_denoiser(MIXTURE, process, Parameterization("sample"))
+    perfect = student_like(teacher, kind, lambda x, t: ddim_to_the_end(teacher, x, t))
+    source = pairs_of(teacher, perfect, length=1e-9)
+    objective = PairsObjective(Objective(perfect, teacher), teacher, perfect)
+    batch = source.draw(12)
+    assert torch.equal(batch.s, batch.t - 1) and batch.t.tolist()[12:] == [T - 1] * 3
+    target = source.target(batch)
+    assert float(objective(perfect, batch, target).detach().max()) < 1e-6
+    # one that jumps to what the teacher says at once is not perfect
+    hasty = student_like(teacher, kind, lambda x, t: teacher.predict(Batch(x, t, {})).x_0.double())
+    objective = PairsObjective(Objective(hasty, teacher), teacher, hasty)
+    assert float(objective(hasty, batch, target).detach().mean()) > 1e-5
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_target_is_that_of_the_mean_velocity(name):
+    """u* = (d / tau) v + (1 - d / tau) u(x_s, s), computed in flow coordinates."""
+    process = PROCESSES[name]
+    teacher = mixture_denoiser(MIXTURE, process, Parameterization("sample"))
+    student = student_like(teacher, "sample", lambda x, t: torch.sin(3 * x) + t.unsqueeze(1) / T)
+    source = pairs_of(teacher, student)
+    batch = source.draw(16)
+    target = source.target(batch)
+    found = PairsObjective(Objective(student, teacher), teacher, student).end(batch, target)
+
+    def flow(t):
+        alpha, sigma = process.at(t)
+        return (alpha + sigma).unsqueeze(1), (sigma / (alpha + sigma)).unsqueeze(1)
+
+    (scale, tau), (scale_s, tau_s) = flow(batch.t), flow(batch.s)
+    place, v = batch.x / scale, (target.eps - target.x_0).double()
+    on = place + (tau_s - tau) * v
+    ends = torch.sin(3 * on * scale_s) + batch.s.clamp(min=0).unsqueeze(1) / T
+    mean = torch.where(batch.s.unsqueeze(1) < 0, 0, (on - ends) / tau_s.clamp(min=1e-9))
+    share = (tau - tau_s) / tau
+    wanted = share * v + (1 - share) * mean
+    expected, said = place - tau * wanted, found.x_0.double()
+    torch.testing.assert_close(said, expected, rtol=1e-3, atol=1e-3)
+    velocity = (found.eps - found.x_0).double()
+    torch.testing.assert_close(tau * velocity, tau * wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_pairs_are_as_far_apart_as_asked():
+    process = from_betas(beta_schedule("squaredcos_cap_v2", 1000))
+    share = process.sigma / (process.alpha + process.sigma)
+    t, length = torch.tensor([999, 600, 300, 40, 0]), torch.tensor([0.1, 0.05, 0.15, 0.2, 0.1])
+    s = pair_ends(process, t, length.double())
+    assert s.tolist()[3:] == [-1, -1] and bool((s < t).all())
+    apart = (share[t] - share[s])[:3]
+    torch.testing.assert_close(apart, length[:3].double(), rtol=0, atol=1e-3)
+
+
+def test_a_batch_has_more_pure_noise_which_is_counted():
+    teacher = denoiser()
+    student = student_of("dit-tiny", teacher)
+    source = pairs_of(teacher, student, start_share=0.25)
+    before = source.evaluations
+    batch = source.draw(8)
+    target = source.target(batch)
+    assert len(batch.t) == len(target.x_0) == 10 and source.evaluations == before + 10
+    inner = source.inner.x.clone()
+    with torch.no_grad():
+        student.network.proj_out_2.bias.add_(1)
+    source.advance(batch, target)
+    assert not torch.equal(inner, source.inner.x)
+    averaged = source.averaged.module.proj_out_2.bias
+    assert torch.equal(averaged, student.network.proj_out_2.bias)  # the first counts alone
+    with torch.no_grad():
+        student.network.proj_out_2.bias.add_(1)
+    source.advance(batch, target)
+    torch.testing.assert_close(averaged, student.network.proj_out_2.bias - 0.95)
+
+
+def shaken(model):
+    """The same with weights that all matter."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.network.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    model.network.eval()
+    return model
+
+
+def answer(model, t):
+    random = torch.Generator().manual_seed(int(t))
+    x = torch.randn(3, *model.sample_shape, generator=random)
+    cond = model.conditioning.draw(3, random)
+    with torch.no_grad():
+        return model.predict(Batch(x, torch.full((3,), t % 50), cond)).output
+
+
+MIRRORED = ["unet-mini", "dit-tiny", "linear-tiny", "mobile-tiny"]
+
+
+@pytest.mark.parametrize("spec", MIRRORED)
+def test_a_mirrored_network_answers_as_the_other_at_the_mirrored_time(spec):
+    model = shaken(student_of(spec, denoiser()))
+    check_mirror(model)
+    both = at_both_times(model)
+    other = Denoiser(
+        mirrored(model),
+        model.process,
+        model.parameterization,
+        model.sample_shape,
+        model.conditioning,
+        model.constants,
+    )
+    for t in (49, 20, 3):
+        random = torch.Generator().manual_seed(t)
+        x, cond = torch.randn(3, 1, 8, 8, generator=random), model.conditioning.draw(3, random)
+        with torch.no_grad():
+            then = both.predict(Batch(x, torch.full((3,), t + 50), cond)).output
+            now = other.predict(Batch(x, torch.full((3,), t), cond)).output
+            plain = model.predict(Batch(x, torch.full((3,), t), cond)).output
+        assert float((now - then).abs().max()) == 0.0
+        assert not torch.allclose(now, plain, atol=1e-3)
+
+
+def test_every_embedding_of_a_transformer_is_mirrored():
+    """The DiT of diffusers embeds the time in each of its blocks and at its end."""
+    model = shaken(student_of("dit-tiny", denoiser()))
+    assert isinstance(model.network, DiTTransformer2DModel)
+    now, other = model.network.state_dict(), mirrored(model).state_dict()
+    changed = [key for key in now if not torch.equal(now[key], other[key])]
+    embedders = [key for key in now if key.endswith("timestep_embedder.linear_1.weight")]
+    assert changed == embedders and len(embedders) > 1
+    again = mirrored(
+        Denoiser(
+            mirrored(model),
+            model.process,
+            model.parameterization,
+            model.sample_shape,
+            model.conditioning,
+            model.constants,
+        )
+    )
+    assert all(torch.equal(now[key], value) for key, value in again.state_dict().items())
+
+
+class Raw(nn.Module):
+    """A network that is fed its time as a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x, t, class_labels=None):
+        time = (t / 50 + class_labels)[:, None, None, None]
+        both = torch.stack([x, time.expand(x.shape)], -1)
+        return self.layer(both).squeeze(-1)
+
+
+def test_networks_that_cannot_be_mirrored_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="Raw: .* no linear layer .* sines and cosines"):
+        small_runs.run(tmp_path, student=Raw(), **FEW)
+    assert not list(tmp_path.iterdir())
+    teacher = mixture_denoiser(MIXTURE, karras(20), Parameterization("edm"))
+    with pytest.raises(UsageError, match="does not rise from 0 at the data"):
+        check_mirror(teacher)
+
+
+FEW = {
+    "objective": "consistency",
+    "student_steps": "1:4",
+    "max_train_steps": 8,
+    "few_step_share": 0.5,
+    "eta": 0.0,
+    "evaluation_samples": 0,
+    "checkpointing_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("consistency")
+    return small_runs.run(folder, **FEW | {"evaluation_samples": 4})[0]
+
+
+def manifest(folder, step):
+    return json.loads((folder / f"checkpoint-{step}" / "manifest.json").read_text())
+
+
+def test_the_last_part_goes_on_with_the_pool_of_the_first(finished):
+    first, last = manifest(finished / "plain", 4), manifest(finished, 4)
+    shards = [name for name in first if name.startswith("source/shard")]
+    assert shards and set(last) >= {*shards, "source/pairs.safetensors"}
+    assert "source/averaged.safetensors" in last
+    config = json.loads((finished / "config.json").read_text())
+    assert config["fill"] == "none"
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    counted = json.loads(lines[0])["teacher_evaluations"]
+    assert 10 <= counted <= 18  # a batch of 8, 2 at T-1, and chains that begin anew: no filling
+
+
+def drawn(model, steps, generator):
+    def noise(_):
+        return torch.randn(2, 1, 8, 8, generator=generator)
+
+    return model.sample(noise, model.conditioning.of([0, 1]), steps)
+
+
+def test_a_run_ships_jumps_and_the_same_weights_for_many_steps(finished):
+    few, many = load_teacher(finished), load_teacher(finished / "many-steps")
+    assert isinstance(few, Jumps) and few.intervals.steps == (1, 2, 4)
+    assert type(many) is Denoiser
+    jump, both = answer(few, 30), at_both_times(many)
+    random = torch.Generator().manual_seed(30)
+    x, cond = torch.randn(3, 1, 8, 8, generator=random), many.conditioning.draw(3, random)
+    with torch.no_grad():
+        then = both.predict(Batch(x, torch.full((3,), 80), cond)).output
+    assert float((jump - then).abs().max()) == 0.0
+    table = json.loads((finished / "few_steps.json").read_text())
+    found = {(row["model"], row["num_steps"]) for row in table["rows"]}
+    assert {("student", 1), ("student", 4), ("student, many steps", 25)} <= found
+    assert ("student", 25) not in found and ("plain student", 25) in found
+
+
+def test_diffusers_jumps_and_noises_again_as_dkdm_does(finished):
+    with warnings.catch_warnings(action="ignore"):
+        pipeline = DiffusionPipeline.from_pretrained(finished, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    model = load_teacher(finished)
+    for steps in (1, 2, 4):
+        images = pipeline(
+            class_labels=[0, 1],
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(steps),
+            output_type="latent",
+        ).images
+        expected = drawn(model, steps, torch.Generator().manual_seed(steps))
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="guidance_scale must be 1"):
+        pipeline(class_labels=[0], guidance_scale=2.0)
+
+
+def test_a_jump_is_written_as_a_graph(finished):
+    model = load_teacher(finished)
+    inputs = random_inputs(model, 2)
+    found = graph_network(model, inputs)(**inputs)
+    cond = {"class_labels": inputs["class_labels"]}
+    expected = model.sample(lambda _: inputs["noise"], cond, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class KilledError(Exception):
+    """In place of a kill."""
+
+
+def test_a_run_killed_in_the_last_part_resumes_bit_by_bit(finished, tmp_path, monkeypatch):
+    write = MetricsFile.write
+
+    def write_and_die(self, entry):
+        write(self, entry)
+        if self.path.parent.name == "run" and entry["step"] == 3:
+            raise KilledError
+
+    monkeypatch.setattr(MetricsFile, "write", write_and_die)
+    with pytest.raises(KilledError):
+        small_runs.run(tmp_path, **FEW)
+    monkeypatch.undo()
+    folder, *_ = small_runs.run(tmp_path, **FEW, resume_from_checkpoint="latest")
+    assert manifest(folder, 4) == manifest(finished, 4)
+
+
+@pytest.mark.slow
+def test_a_learned_variance_stays_and_does_not_matter_in_few_steps(tmp_path):
+    teacher = denoiser(scheduler={"variance_type": "learned_range"}, out_channels=2)
+    folder, *_ = small_runs.run(tmp_path, teacher, **FEW | {"max_train_steps": 2})
+    model = load_teacher(folder)
+    assert model.parameterization.learns_variance
+    inputs = random_inputs(model, 2)
+    found = graph_network(model, inputs)(**inputs)
+    cond = {"class_labels": inputs["class_labels"]}
+    torch.testing.assert_close(found, model.sample(lambda _: inputs["noise"], cond, 1))
+
+
+REFUSED = [
+    ({"eta": 1.0}, "--eta 1: .* not on one trajectory: give --eta 0"),
+    ({"source": "synthetic"}, "--objective consistency: --source synthetic has no states"),
+    ({"guidance_on": "chain", "guidance_scale": "2"}, "--guidance-on chain"),
+    ({"lora_rank": 2, "student_init": "teacher"}, "--lora-rank"),
+    ({"more_teachers": ("builtin:fashion",)}, "takes one --teacher"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_pairs_cannot_be_learnt_with_is_refused_before_work(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        small_runs.run(tmp_path, **FEW | changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_are_drawn_in_the_steps_of_the_grid_alone():
+    teacher = denoiser()
+    levels = grid_levels(teacher.process, 4)
+    model = Jumps.of(teacher, grid_of(teacher, teacher.process, levels, (1, 4)))
+    with pytest.raises(UsageError, match="3 sampling steps"):
+        drawn(model, 3, torch.Generator())
+    assert drawn(model, 4, torch.Generator().manual_seed(0)).isfinite().all()
