@@ -13,6 +13,7 @@ from torch import nn
 
 import dkdm
 import own_networks
+import pipelines
 import small_runs
 from dkdm.cli import main
 from dkdm.core.few_steps.grid import grid_levels, grid_of
@@ -20,7 +21,7 @@ from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.progress import MetricsFile
 from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import read_steps_table
-from dkdm.models import load_teacher
+from dkdm.models import load_teacher, with_texts
 from dkdm.runs.distill import describe
 from dkdm.runs.programs import OBJECTIVES
 from dkdm.shipping.graph.network import graph_network, random_inputs
@@ -144,6 +145,44 @@ def test_the_same_model_goes_on_as_a_graph(finished):
     cond = {"class_labels": inputs["class_labels"]}
     expected = model.sample(lambda _: inputs["noise"], cond, 1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+PIPELINES = {
+    "stable_diffusion_v": {},
+    "sdxl": {},
+    "pixart": {},
+    "sd3": {},
+    "flux": {"teacher_size": (8, 8)},
+    "sana": {},
+    "wan": {"teacher_size": (2, 2, 2)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PIPELINES)
+def test_text_models_of_diffusers_in_few_steps(tmp_path, monkeypatch, name):
+    """A student of the teacher's own architecture, as diffusers draws it and as dkdm does."""
+    monkeypatch.setenv("DKDM_CACHE", str(tmp_path / "cache"))
+    getattr(pipelines, name)().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a red house\na blue house\n")
+    teacher, prompts = str(tmp_path / "teacher"), str(tmp_path / "prompts.txt")
+    config = replace(small_runs.SMALL, **FEW, **PIPELINES[name], train_batch_size=4, check=False)
+    config = replace(config, teacher=teacher, student=teacher, prompts=prompts)
+    folder = dkdm.distill(config=replace(config, output_dir=tmp_path / "run", max_train_steps=4))
+    assert (folder / "one-step").is_dir()
+    model = with_texts(load_teacher(folder), "a red house")
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    for steps in STEPS:
+        noise = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0))
+        expected = model.sample(lambda _, z=noise: z, model.conditioning.in_turns(1), steps)
+        images = pipeline(
+            "a red house",
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
 class KilledError(Exception):

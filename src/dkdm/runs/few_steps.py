@@ -262,7 +262,7 @@ def _by_steps(
 ) -> tuple[StepsTable, list[Tensor]]:
     steps = student.intervals.steps
     models = [Drawn("student", student, steps), *others]
-    plain = _plain(config, student.device)
+    plain = _plain(config, student)
     if plain is not None:
         models.insert(0, Drawn("plain student", plain, teacher.steps))
     count, seed = config.evaluation.evaluation_samples, config.run.seed
@@ -271,8 +271,9 @@ def _by_steps(
     return table, [images[row] for row in rows]
 
 
-def _plain(config: DistillConfig, device: torch.device) -> Denoiser | None:
-    """The model that the student started from; None if its folder is no model, or it is random."""
+def _plain(config: DistillConfig, student: Denoiser) -> Denoiser | None:
+    """The model that the student started from, asked for the same as it; None if it was random,
+    or its folder is no model."""
     start = config.student_choice.student_init
     if start in ("random", "teacher"):
         return None
@@ -281,5 +282,5 @@ def _plain(config: DistillConfig, device: torch.device) -> Denoiser | None:
         found = load_teacher(start, options=LoadOptions(factory=factory))
     except DkdmError:
         return None  # weights alone
-    place(found, device)
-    return found
+    place(found, student.device)
+    return replace(found, conditioning=student.conditioning)

@@ -126,19 +126,22 @@ def _randomize(tensors: list[Tensor]) -> None:
 def _remade(network: nn.Module, model: Denoiser, channels: int) -> nn.Module | None:
     """The network with other output channels and any weights; None if it cannot be made."""
     origin, config = origin_of(network), getattr(network, "config", {})
-    made: nn.Module | None = None
     if origin is not None and origin.factory is not None and origin.arguments is None:
         made = make(replace(origin, out_channels=channels), Path(origin.factory), origin.factory)
-    elif not is_own(network) and "out_channels" in config:
-        kind: Any = type(network)
-        made = kind.from_config({**config, "out_channels": channels})
-    if made is None or _same_keys(made, network) is False:
+    elif is_own(network):
         return _with_another_last_layer(network, model, channels)
+    else:
+        kind: Any = type(network)
+        own = config.get("out_channels") or config.get("in_channels", 0)  # 4C if it packs 2x2
+        wanted = own * channels // model.out_channels
+        made = kind.from_config({**config, "out_channels": wanted})
+    if not _differs_in_shapes(made, network):
+        return None
     made = made if model.dtype in (None, torch.float32) else made.to(model.dtype)
     return made.to(model.device)
 
 
-def _same_keys(made: nn.Module, network: nn.Module) -> bool:
+def _differs_in_shapes(made: nn.Module, network: nn.Module) -> bool:
     """Whether some tensor has another shape, and all have the same names."""
     one, other = made.state_dict(), network.state_dict()
     return one.keys() == other.keys() and any(one[k].shape != other[k].shape for k in one)
