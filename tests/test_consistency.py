@@ -9,6 +9,8 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from torch import nn
 
 import small_runs
+import toy_networks
+from dkdm.core.chains import Stride
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.jumps import Jumps, at_both_times, check_mirror, mirrored
@@ -23,6 +25,7 @@ from dkdm.core.shards import Shards
 from dkdm.core.steps import reverse_step
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
+from dkdm.evaluation.energy import energy_distance
 from dkdm.models import load_teacher
 from dkdm.shipping.graph.network import graph_network, random_inputs
 from dkdm.students import student_of
@@ -255,6 +258,12 @@ def test_networks_that_cannot_be_mirrored_are_refused(tmp_path):
     with pytest.raises(UsageError, match="Raw: .* no linear layer .* sines and cosines"):
         small_runs.run(tmp_path, student=Raw(), **FEW)
     assert not list(tmp_path.iterdir())
+    process = rectified_flow(200)
+    periodic = Denoiser(
+        toy_networks.Mlp(4), process, Parameterization("flow_prediction"), (4,), name="periodic"
+    )
+    with pytest.raises(UsageError, match="periodic: .* as at the mirrored time"):
+        check_mirror(periodic)
     teacher = mixture_denoiser(MIXTURE, karras(20), Parameterization("edm"))
     with pytest.raises(UsageError, match="does not rise from 0 at the data"):
         check_mirror(teacher)
@@ -363,6 +372,18 @@ def test_a_run_killed_in_the_last_part_resumes_bit_by_bit(finished, tmp_path, mo
     assert manifest(folder, 4) == manifest(finished, 4)
 
 
+def test_a_student_of_another_process_jumps_on_its_own_levels(tmp_path):
+    folder, *_ = small_runs.run(
+        tmp_path, student="dit-tiny", **FEW | {"max_train_steps": 2, "student_process": "flow"}
+    )
+    model, many = load_teacher(folder), load_teacher(folder / "many-steps")
+    grid = model.intervals
+    torch.testing.assert_close(grid.scale, torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(grid.time, 1000 * grid.tau[:-1], rtol=0, atol=1.0)
+    assert many.process.scheduler["_class_name"].startswith("FlowMatch")
+    assert drawn(model, 4, torch.Generator().manual_seed(0)).isfinite().all()
+
+
 @pytest.mark.slow
 def test_a_learned_variance_stays_and_does_not_matter_in_few_steps(tmp_path):
     teacher = denoiser(scheduler={"variance_type": "learned_range"}, out_channels=2)
@@ -398,3 +419,47 @@ def test_samples_are_drawn_in_the_steps_of_the_grid_alone():
     with pytest.raises(UsageError, match="3 sampling steps"):
         drawn(model, 3, torch.Generator())
     assert drawn(model, 4, torch.Generator().manual_seed(0)).isfinite().all()
+
+
+@pytest.mark.slow
+def test_one_step_is_far_better_than_the_plain_students_and_many_steps_stay():
+    """Energy distances to a mixture, at as many optimizer steps; half of them are plain."""
+    random = torch.Generator().manual_seed(0)
+    means = 1.3 * torch.randn(8, 4, generator=random, dtype=torch.float64)
+    mixture, process = GaussianMixture.of(means, std=0.25), rectified_flow(200)
+    kind = Parameterization("flow_prediction")
+    teacher = mixture_denoiser(mixture, process, kind)
+    levels = grid_levels(process, 8)
+    grid = grid_of(teacher, process, levels, (1, 2, 4, 8))
+
+    def pool():
+        made = empty_pool(
+            teacher, 4096, CPU, torch.float32, Shards(1), stride=Stride(1, 39), eta=0.0
+        )
+        fill_few_step(made, 8, 1024)
+        return made
+
+    torch.manual_seed(0)
+    student = Denoiser(toy_networks.Mlp(4, period=500), process, kind, (4,))
+    check_mirror(student)
+    plain = Objective(student, teacher)
+    toy_networks.trained(pool(), student, plain, 1500)
+    averaged = averaged_network(student.network, 0.95, CPU)
+    source = Pairs(pool(), teacher, student.network, averaged)
+    led = Denoiser(averaged.module, process, kind, (4,))
+    toy_networks.trained(source, student, PairsObjective(plain, teacher, led), 1500)
+    jumps = Jumps.of(Denoiser(mirrored(student), process, kind, (4,)), grid)
+    real = mixture.sample(4000, random)
+
+    def distance(model, steps):
+        noise = torch.Generator().manual_seed(1)
+
+        def drawn(_):
+            return torch.randn(4000, 4, generator=noise)
+
+        return energy_distance(model.sample(drawn, {}, steps), real).distance
+
+    found = {steps: distance(jumps, steps) for steps in (1, 2, 4)}
+    many = {steps: distance(student, steps) for steps in (1, 16)}
+    assert found[1] < many[1] / 20 and found[4] < many[1] / 20
+    assert many[16] < found[1]

@@ -2,12 +2,12 @@
 
 import json
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+import toy_networks
 from dkdm.config import parse_steps
 from dkdm.core.chains import Stride
 from dkdm.core.denoiser import Batch, Denoiser
@@ -346,36 +346,6 @@ def test_other_numbers_of_steps_are_refused(text):
         parse_steps(text)
 
 
-class Mlp(nn.Module):
-    """A network of points, told the level by sines."""
-
-    def __init__(self, outputs, width=128):
-        super().__init__()
-        self.register_buffer("frequencies", torch.arange(1, 9) * torch.pi / 200)
-        widths = [4 + 16, width, width, width]
-        layers = [nn.Sequential(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise(widths)]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, outputs))
-
-    def forward(self, x, time):
-        phase = time.unsqueeze(1) * self.frequencies
-        return self.layers(torch.cat([x, phase.sin(), phase.cos()], 1))
-
-
-def trained(pool, student, objective, steps):
-    optimizer = torch.optim.Adam(student.network.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        batch = pool.draw(256)
-        target = pool.target(batch)
-        loss = objective(student, batch, target).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        pool.advance(batch, target)
-    return student
-
-
 @pytest.mark.slow
 def test_one_step_is_as_good_as_sixteen_of_the_plain_student_at_equal_evaluations():
     """Energy distances to the mixture; half of the few-step student's steps are plain."""
@@ -391,14 +361,14 @@ def test_one_step_is_as_good_as_sixteen_of_the_plain_student_at_equal_evaluation
             teacher, 4096, CPU, torch.float32, Shards(1), stride=Stride(1, 39), eta=0.0
         )
         fill_few_step(pool, 8, 1024)
-        student = Denoiser(Mlp(4), process, kind, (4,))
-        return trained(pool, student, Objective(student, teacher), steps)
+        student = Denoiser(toy_networks.Mlp(4), process, kind, (4,))
+        return toy_networks.trained(pool, student, Objective(student, teacher), steps)
 
     whole, begun = plain(3000), plain(1500)
     levels = grid_levels(process, 32)
     wide = with_heads(begun, grid_of(begun, process, levels, STEPS))
     pool = empty_rolled(teacher, wide, levels, 1024, CPU)
-    trained(pool, wide, HeadsObjective(wide), 1500)
+    toy_networks.trained(pool, wide, HeadsObjective(wide), 1500)
     real = mixture.sample(4000, random)
     noise = torch.randn(4000, 4, generator=random)
 

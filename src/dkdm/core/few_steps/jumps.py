@@ -52,7 +52,7 @@ def check_mirror(model: Denoiser) -> None:
     What `mirrored` does is tried on a copy whose weights all matter.
     """
     time = model.network_time
-    if not bool((time.diff() > 0).all() and time[0] >= 0):
+    if not bool((time.diff() >= 0).all() and 0 <= time[0] < time[-1]):
         raise UsageError(
             f"{model.name}: --objective consistency asks it at the mirrored time -t too, and its "
             "time does not rise from 0 at the data: use --objective few-step, or a network that "
@@ -66,9 +66,18 @@ def check_mirror(model: Denoiser) -> None:
             weight.add_(noise.to(weight))
     network = mirrored(replace(model, network=tried))
     now, _ = _answers(replace(model, network=network))
-    _, then = _answers(replace(model, network=tried))
-    if not torch.allclose(now, then, rtol=TOLERANCE, atol=TOLERANCE * float(then.abs().max())):
+    plain, then = _answers(replace(model, network=tried))
+    if not _close(now, then):
         raise _no_mirror(model)
+    if _close(plain[0], then[0]):
+        raise UsageError(
+            f"{model.name}: at pure noise it answers as at the mirrored time, because its time is "
+            "periodic: use --objective few-step, or a network whose time is not"
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max())))
 
 
 def mirrored(model: Denoiser) -> nn.Module:
