@@ -402,6 +402,7 @@ REFUSED = [
     ({"guidance_on": "chain", "guidance_scale": "2"}, "--guidance-on chain"),
     ({"lora_rank": 2, "student_init": "teacher"}, "--lora-rank"),
     ({"more_teachers": ("builtin:fashion",)}, "takes one --teacher"),
+    ({"student_steps": "9997,9998,9999"}, "--student-steps .* 50 levels .* give fewer steps"),
 ]
 
 

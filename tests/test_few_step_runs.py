@@ -1,7 +1,9 @@
 """Few-step runs: two parts, what they ship, what they refuse, and that they resume bit by bit."""
 
 import json
+import math
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,14 @@ import own_networks
 import pipelines
 import small_runs
 from dkdm.cli import main
+from dkdm.config import read_config
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.progress import MetricsFile
 from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import read_steps_table
 from dkdm.models import load_teacher, with_texts
+from dkdm.report import write_report
 from dkdm.runs.distill import describe
 from dkdm.runs.programs import OBJECTIVES
 from dkdm.shipping.graph.network import graph_network, random_inputs
@@ -131,10 +135,19 @@ def test_every_number_of_steps_is_measured_and_shown(finished):
     card, page = ((finished / name).read_text() for name in ("README.md", "report.html"))
     assert "| plain student | 25 |" in card and "few-steps.png" in card and "one-step/" in card
     assert "In a few steps" in page and "<td>plain student</td>" in page
+    assert "went on from the plain student" in card and "are those after it" in page
     (finished / "few_steps.json").write_text("{}")
     with pytest.raises(dkdm.DkdmError, match="few_steps.json"):
         read_steps_table(finished)
     table.save(finished)
+
+
+def test_a_teacher_of_few_levels_is_drawn_in_all_of_them(tmp_path):
+    teacher = denoiser(scheduler={"num_train_timesteps": 12})
+    folder, *_ = small_runs.run(tmp_path, teacher, **FEW | {"evaluation_samples": 2})
+    rows = read_steps_table(folder).rows
+    most = {row.model: row.num_steps for row in rows}  # the last of each
+    assert most == {"teacher": 12, "plain student": 12, "student": 4}
 
 
 def test_the_same_model_goes_on_as_a_graph(finished):
@@ -204,6 +217,9 @@ def test_a_run_killed_in_either_part_resumes_bit_by_bit(
     with pytest.raises(KilledError):
         small_runs.run(tmp_path, **FEW)
     monkeypatch.undo()
+    if part == "plain":
+        (run,) = tmp_path.rglob("plain")
+        write_report(run)  # a user looks; the part is not finished by that
     if part == "run":
         with pytest.raises(UsageError, match="already holds a run"):
             small_runs.run(tmp_path, **FEW)
@@ -224,6 +240,13 @@ def test_few_steps_are_learnt_from_a_run_that_exists(finished, tmp_path):
         manifest(folder, 4)["source/rolled.safetensors"]
         == (manifest(finished, 4)["source/rolled.safetensors"])
     )
+
+
+@pytest.mark.parametrize("place", ["", "one-step"])
+def test_a_few_step_model_is_no_start(finished, tmp_path, place):
+    with pytest.raises(UsageError, match="is a few-step model.* give the run's folder plain/"):
+        small_runs.run(tmp_path, **FEW | {"student_init": str(finished / place)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_teachers_teach_few_steps(tmp_path):
@@ -264,6 +287,38 @@ def test_commands_take_a_few_step_model(finished, tmp_path, capsys, monkeypatch)
     assert "knows no levels between" in said and not (tmp_path / "no").exists()
 
 
+def test_an_edited_grid_is_refused_before_the_network_is_asked(finished, tmp_path):
+    folder = tmp_path / "edited"
+    shutil.copytree(finished / "one-step", folder)
+    index = json.loads((finished / "model_index.json").read_text())
+    kept = {"_few_steps": index["_few_steps"]}
+    single = json.loads((folder / "model_index.json").read_text())
+    wrong = [
+        (kept, "needs a network that gives 4 channels, and this one gives 1"),
+        ({"_few_steps": {**single["_few_steps"], "renoises": "no"}}, "renoises"),
+        ({"_few_steps": {**single["_few_steps"], "steps": [math.nan]}}, "steps"),
+        ({"_few_steps": None}, "is no grid"),
+    ]
+    for changes, message in wrong:
+        (folder / "model_index.json").write_text(json.dumps({**single, **changes}))
+        with pytest.raises(UsageError, match=message):
+            load_teacher(folder)
+
+
+def test_one_step_ships_from_a_run_in_mixed_precision_too(tmp_path):
+    more = {"mixed_precision": "bf16", "few_step_share": 1.0, "max_train_steps": 2}
+    folder, *_ = small_runs.run(tmp_path, **FEW | more)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    few, single = load_teacher(folder), load_teacher(folder / "one-step")
+    torch.testing.assert_close(drawn(single, 1, noise), drawn(few, 1, noise))
+
+
+def test_features_are_matched_in_the_plain_part_alone(tmp_path):
+    folder, *_ = small_runs.run(tmp_path, **FEW | {"feature_weight": 0.1})
+    assert read_config(folder / "plain" / "config.json").loss.feature_weight == 0.1
+    assert read_config(folder / "config.json").loss.feature_weight == 0
+
+
 def test_guidance_is_mixed_into_the_target_once(tmp_path):
     more = {"max_train_steps": 4, "guidance_scale": "3", "few_step_targets": 2}
     folder, _, evaluations = small_runs.run(tmp_path, **FEW | more)
@@ -299,11 +354,20 @@ def test_what_few_steps_cannot_be_learnt_with_is_refused_before_work(tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
-def test_steps_that_the_heads_do_not_allow_are_refused():
-    with pytest.raises(UsageError, match="32 steps need as many heads .* --few-step-heads 64"):
-        dkdm.DistillConfig(student_steps="1:32")
-    with pytest.raises(UsageError, match="3 does not divide the 16 .* --few-step-heads 18"):
-        dkdm.DistillConfig(student_steps="3")
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("1:32", "32 steps need as many heads .* give --few-step-heads 64"),
+        ("3", "3 does not divide the 16 .* give --few-step-heads 18"),
+        ("9999", "9999 steps need .* give fewer or other steps"),
+        ("3,5,7,11,13", "3 does not divide the 16 .* give fewer or other steps"),
+    ],
+)
+def test_steps_that_the_heads_do_not_allow_are_refused(steps, message):
+    config = dkdm.DistillConfig(student_steps=steps, objective="few-step")
+    with pytest.raises(UsageError, match=message):
+        OBJECTIVES["few-step"].check(config)
+    OBJECTIVES["consistency"].check(replace(config, eta=0.0))  # jumps have no heads
 
 
 def test_a_dry_run_describes_both_parts():

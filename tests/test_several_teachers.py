@@ -340,6 +340,12 @@ def test_repeated_options_name_several(given, read):
     assert repeated(given.split()) == read.split()
 
 
+@pytest.mark.parametrize("given", ["--teacher a --teacher", "--teacher a --teacher --student b"])
+def test_a_repeated_option_without_a_value_is_refused(given):
+    with pytest.raises(UsageError, match="--teacher was given without a value"):
+        repeated(given.split())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -143,9 +143,11 @@ def repeated(args: Sequence[str]) -> list[str]:
         others: list[str] = []
         for i in reversed(places[1:]):
             name, equals, value = found[i].partition("=")
-            width = 1 if equals else 2
-            others[:0] = [value] if equals else found[i + 1 : i + 2]
-            del found[i : i + width]
+            values = [value] if equals else found[i + 1 : i + 2]
+            if not values or values[0].startswith("--"):
+                raise UsageError(f"{one} was given without a value: name one, or remove it")
+            others[:0] = values
+            del found[i : i + (1 if equals else 2)]
         found += [more, *others] if others else []
     return found
 

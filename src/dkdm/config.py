@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import ceil, lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,6 +23,7 @@ LossWeighting = Literal["auto", "uniform", "capped", "snr", "min-snr", "student"
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ProcessName = str
 ObjectiveKind = Literal["dkdm", "few-step", "consistency"]
+MOST_HEADS = 1024  # of a few-step student
 EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
 
 Count = Annotated[int, Range(1)]
@@ -164,7 +164,7 @@ class SeveralTeachers(Options, title="Several teachers"):
     other's."""
     teacher_share: tuple[Annotated[float, Range(0, above=True)], ...] | None = None
     """Part of each teacher in a batch, relative to the others. Default: every class or prompt comes
-    equally often, as in the last part of a few-step run."""
+    equally often; in the last part of a few-step run they always do."""
 
 
 class StudentChoice(Options, title="Student"):
@@ -300,7 +300,7 @@ class FewStepOptions(Options, title="Few steps"):
     few_step_share: Annotated[float, Range(0, 1, above=True)] | None = None
     """Share of --max-train-steps, the last ones, that learns few steps. Default: 0.35, or 1 if
     --student-init names a run or weights, which are not trained further first."""
-    few_step_heads: Annotated[int, Range(1, 1024)] = 16
+    few_step_heads: Annotated[int, Range(1, MOST_HEADS)] = 16
     """Intervals that the way from noise to data is cut into; the student predicts the mean velocity
     over each in one evaluation."""
     few_step_shift: Annotated[float, Range(0, 100, above=True)] = 1.0
@@ -328,18 +328,7 @@ class FewStepOptions(Options, title="Few steps"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        heads, odd = self.few_step_heads, [n for n in self.steps if self.few_step_heads % n]
-        if max(self.steps) > heads:
-            raise UsageError(
-                f"--student-steps {self.student_steps}: {max(self.steps)} steps need as many heads "
-                f"or more: give --few-step-heads {2 * max(self.steps)}"
-            )
-        if odd:
-            fitting = lcm(*self.steps) * ceil(heads / lcm(*self.steps))
-            raise UsageError(
-                f"--student-steps {self.student_steps}: {odd[0]} does not divide the {heads} "
-                f"intervals of --few-step-heads: give --few-step-heads {fitting}"
-            )
+        parse_steps(self.student_steps)
 
     @property
     def steps(self) -> tuple[int, ...]:

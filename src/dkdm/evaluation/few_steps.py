@@ -25,6 +25,7 @@ from dkdm.reading.values import made_of
 FEW_STEPS = "few_steps.json"
 SHOWN = ("fd", "fid", "class_accuracy", "variance_ratio_mean")
 OTHER_NOISE = 1  # added to the seed for the samples that others are measured against
+PLAIN_STUDENT = "plain student"  # its name in a table
 MOST = 256  # samples of an energy distance here
 
 
@@ -86,6 +87,11 @@ class StepsTable:
         ]
 
     @property
+    def follows_plain(self) -> bool:
+        """Whether the student went on from a plain one, which is measured too."""
+        return any(row.model == PLAIN_STUDENT for row in self.rows)
+
+    @property
     def _measured(self) -> list[str]:
         return [name for name in SHOWN if all(name in row.metrics for row in self.rows)]
 
@@ -124,7 +130,7 @@ def measure_steps(
     standard = _images(teacher, cond, Sampling(few, most, seed + OTHER_NOISE))
     rows, images = [], {}
     for each in [teacher, *others]:
-        for steps in sorted(each.steps):
+        for steps in sorted(set(each.steps)):
             found = _images(each, cond, Sampling(num_samples, steps, seed))
             labels = cond.get("class_labels")
             measured: Any = evaluate_images(found, labels, reference).values if reference else {}

@@ -132,10 +132,9 @@ def denoiser_of(
 ) -> Denoiser:
     """What configs, index and the other components say; its network is a placeholder."""
     check_embeddings(known.name, config, _reads_text(bundle), str(folder))
-    few = _saved_few_steps(index, folder)
-    if few is not None and config.get("out_channels"):  # of all heads
-        outputs = few[0].outputs_on(few[1])
-        config = {**config, "out_channels": config["out_channels"] // outputs}
+    few, produced = _saved_few_steps(index, folder), config.get("out_channels")
+    if few is not None and produced:  # of all heads
+        config = {**config, "out_channels": produced // few[0].outputs_on(few[1])}
     shape = known.shape(config, options.sample_size or _saved_size(index))
     patch = known.patch(config)
     check_sample(shape, f"{folder}: by its config.json", patch if patch > 1 else None)
@@ -159,15 +158,24 @@ def denoiser_of(
         decode=no_decoder if index.get("_latents") else None,
         bundle=bundle,
     )
-    return denoiser if few is None else few[0].of(denoiser, few[1])
+    if few is None:
+        return denoiser
+    found = few[0].of(denoiser, few[1])
+    if produced and produced != found.out_channels:
+        raise UsageError(
+            f"{folder / INDEX}: {GRID} needs a network that gives {found.out_channels} channels, "
+            f"and this one gives {produced}: they do not belong together"
+        )
+    return found
 
 
 def _saved_few_steps(index: Mapping[str, Any], folder: Path) -> tuple[type[FewStep], Grid] | None:
     """The kind of a few-step model, and its grid; None for any other."""
     if GRID not in index:
         return None
-    grid = Grid.of_dict(index[GRID], f"{folder / INDEX}: {GRID}")
-    return kind_saved(index[GRID]), grid
+    where = f"{folder / INDEX}: {GRID}"
+    grid = Grid.of_dict(index[GRID], where)
+    return kind_saved(index[GRID], where), grid
 
 
 def check_places(folder: Path, index: dict[str, Any]) -> None:

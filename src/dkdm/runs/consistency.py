@@ -16,7 +16,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.jumps import Jumps, check_mirror, mirrored
-from dkdm.core.few_steps.model import FewStep
+from dkdm.core.few_steps.model import FewStep, usual_steps
 from dkdm.core.few_steps.pairs import Pairs, PairsObjective, averaged_network
 from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import Objective
@@ -93,7 +93,7 @@ class Consistency(FewSteps):
         except UsageError as error:
             raise UsageError(
                 f"--student-steps {few.student_steps}: the teacher's {teacher.process.num_levels} "
-                "levels lie too far apart for so many steps: give fewer"
+                "levels lie too far apart for a grid of all these: give fewer steps"
             ) from error
         return Jumps.of(student, grid_of(student, teacher.process, levels, few.steps))
 
@@ -161,4 +161,5 @@ class Consistency(FewSteps):
         """Write the model for many steps, the same weights at ordinary times."""
         many = replace(student.without_grid(), network=mirrored(student))
         write_pipeline(folder / MANY_STEPS, many, folder)
-        return [Drawn("student, many steps", many, (*student.intervals.steps, USUAL_STEPS))]
+        steps = *student.intervals.steps, usual_steps(many, USUAL_STEPS)
+        return [Drawn("student, many steps", many, steps)]

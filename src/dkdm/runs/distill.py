@@ -83,7 +83,7 @@ def distill(
     for part in parts:
         check_run_folder(part.run, part.checkpoints, DistillConfig)
     if len(parts) > 1:
-        prepared(config, teachers, student)  # refuses now what the last part would refuse
+        prepared(_last_as_first(config), teachers, student)  # refuses what it would refuse later
     for part in parts[:-1]:
         if not is_finished(part.run.output_dir):
             distill(teachers, student, part)
@@ -127,9 +127,14 @@ def describe(config: DistillConfig) -> str:
 
     Raises what `distill` raises before its work, but for an output folder that is taken.
     """
-    program = OBJECTIVES[config.few_steps.objective]
-    begun = replace(program.last(config), student_init=config.student_choice.student_init)
-    return "\n\n".join(map(_described, [*program.before(config), begun]))
+    parts = [*OBJECTIVES[config.few_steps.objective].before(config), _last_as_first(config)]
+    return "\n\n".join(map(_described, parts))
+
+
+def _last_as_first(config: DistillConfig) -> DistillConfig:
+    """The last part of a run, from the start of the first, while nothing has been trained."""
+    last = OBJECTIVES[config.few_steps.objective].last(config)
+    return replace(last, student_init=config.student_choice.student_init)
 
 
 def _described(config: DistillConfig) -> str:

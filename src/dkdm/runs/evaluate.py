@@ -180,23 +180,25 @@ def _drawings(
     sampling = Sampling(how.num_samples, how.num_steps, how.seed, how.sampler, how.batch_size)
     few = min(how.num_samples, MOST) if beside else 0
     own = Drawing(model, cond, sampling, scales[0], network, few)
-    fixed = replace(sampling, seed=REFERENCE_SEED)
-    if isinstance(model, FewStep):  # its teacher takes the steps that it needs
-        fixed = replace(fixed, num_steps=max(sampling.num_steps, USUAL_STEPS))
-    others = None
+    fixed, others = replace(sampling, seed=REFERENCE_SEED), None
+
+    def steps_of(other: Denoiser) -> Sampling:
+        """As the model; beside a few-step model, in the steps that the other one needs."""
+        if not isinstance(model, FewStep):
+            return fixed
+        many = max(sampling.num_steps, USUAL_STEPS)
+        return replace(fixed, num_steps=usual_steps(other, many))
+
     if standard.model is not None and network is not None:
         if standard.model is teacher:
-            both = Drawing(standard.model, cond, fixed, scales[1], network, few)
+            both = Drawing(standard.model, cond, steps_of(standard.model), scales[1], network, few)
             return own, both, both
         its = standard.model.conditioning.in_turns(how.num_samples)
-        others = Drawing(standard.model, its, fixed, scales[0], network)
+        others = Drawing(standard.model, its, steps_of(standard.model), scales[0], network)
     if teacher is None or not beside:
         return own, None, others
-    return (
-        own,
-        Drawing(teacher, cond, replace(fixed, num_samples=few), scales[1], None, few),
-        others,
-    )
+    sampled = replace(steps_of(teacher), num_samples=few)
+    return own, Drawing(teacher, cond, sampled, scales[1], None, few), others
 
 
 def draw_own(drawing: Drawing, root: Path, rank: int, world: int) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil, lcm
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dkdm.config import USUAL_STEPS, DistillConfig, OptimizerOptions
+from dkdm.config import (
+    MOST_HEADS,
+    USUAL_STEPS,
+    DistillConfig,
+    FewStepOptions,
+    OptimizerOptions,
+)
 from dkdm.core.calls import call_of
 from dkdm.core.chains import Guidance
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
-from dkdm.core.few_steps.model import FewStep
+from dkdm.core.few_steps.model import FewStep, usual_steps
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled
 from dkdm.core.graphs import Replayed
@@ -25,7 +32,7 @@ from dkdm.data.reference import Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.comparison import compare
-from dkdm.evaluation.few_steps import Drawn, StepsTable, measure_steps
+from dkdm.evaluation.few_steps import PLAIN_STUDENT, Drawn, StepsTable, measure_steps
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.models import LoadOptions, load_teacher, place
 from dkdm.runs.arms import ARMS, Teaching, mebibytes
@@ -78,6 +85,23 @@ def check_states(config: DistillConfig) -> None:
         )
 
 
+def check_heads(few: FewStepOptions) -> None:
+    """Raise UsageError for numbers of steps that the heads cannot be divided into."""
+    heads, steps, least = few.few_step_heads, few.steps, lcm(*few.steps)
+    odd = [number for number in steps if heads % number]
+    if not odd:
+        return
+    if max(steps) > heads:
+        reason, fitting = f"{max(steps)} steps need as many heads or more", 2 * least
+    else:
+        reason = f"{odd[0]} does not divide the {heads} intervals of --few-step-heads"
+        fitting = least * ceil(heads / least)
+    remedy = f"give --few-step-heads {fitting}"
+    if fitting > MOST_HEADS:
+        remedy = f"give fewer or other steps, which fit into {MOST_HEADS} heads"
+    raise UsageError(f"--student-steps {few.student_steps}: {reason}: {remedy}")
+
+
 class FewSteps(Program):
     """Parallel-head distillation, from the weights of a plain run."""
 
@@ -122,6 +146,7 @@ class FewSteps(Program):
         """Raise UsageError for what few steps cannot be learnt with."""
         super().check(config)
         check_states(config)
+        check_heads(config.few_steps)
         few, batch = config.few_steps, config.training.train_batch_size
         if config.student_choice.lora_rank is not None:
             raise UsageError(
@@ -225,7 +250,8 @@ class FewSteps(Program):
         if evaluation.evaluation_samples == 0:
             return Measured()
         scale, _ = sampling_guidance(evaluation, config.guidance, student)
-        first = Drawn("teacher", teacher, (*student.intervals.steps, USUAL_STEPS), scale)
+        many = usual_steps(teacher, USUAL_STEPS)
+        first = Drawn("teacher", teacher, (*student.intervals.steps, many), scale)
         table, images = _by_steps(first, student, others, config, reference)
         table.save(folder)
         save_grid(folder, FEW_STEPS_GRID, torch.cat(images))
@@ -264,10 +290,11 @@ def _by_steps(
     models = [Drawn("student", student, steps), *others]
     plain = _plain(config, student)
     if plain is not None:
-        models.insert(0, Drawn("plain student", plain, teacher.steps))
+        many = usual_steps(plain, USUAL_STEPS)
+        models.insert(0, Drawn(PLAIN_STUDENT, plain, (*steps, many)))
     count, seed = config.evaluation.evaluation_samples, config.run.seed
     table, images = measure_steps(teacher, models, count, seed, reference, GRID_COLUMNS)
-    rows = [("teacher", USUAL_STEPS), *(("student", number) for number in steps)]
+    rows = [("teacher", max(teacher.steps)), *(("student", number) for number in steps)]
     return table, [images[row] for row in rows]
 
 

@@ -39,6 +39,7 @@ from dkdm.runs.config_file import code_named_in
 from dkdm.runs.validation import best_weights, shipped_weights
 from dkdm.shipping.card import NO_LICENCE, Measured, write_card
 from dkdm.shipping.hub import publish, reserve
+from dkdm.shipping.licence import CARD
 from dkdm.shipping.pipeline_folder import shipping_notes, write_pipeline
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -95,8 +96,8 @@ def check_run_folder(
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a distillation in this folder has come to its end, which is its page."""
-    return (folder / REPORT).is_file()
+    """Whether a distillation in this folder has come to its end: its card, then its page."""
+    return all((folder / name).is_file() for name in (CARD, REPORT))
 
 
 def checkpoint_of(run: RunOptions, checkpoints: CheckpointOptions) -> Path | None:

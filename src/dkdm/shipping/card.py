@@ -128,7 +128,7 @@ def write_card(
 
 _IMAGES = {
     "samples/grid.png": "samples",
-    "samples/few-steps.png": "upper row the teacher in 25 steps, then the student, fewest first",
+    "samples/few-steps.png": "upper row the teacher in many steps, then the student, fewest first",
     "samples/comparison.png": "upper row the teacher, lower row the student, from the same noise",
 }
 

@@ -66,6 +66,7 @@ def one_step(student: ParallelHeads) -> ParallelHeads | None:
     grid, channels = student.intervals, student.sample_shape[0]
     if 1 not in grid.steps:
         return None
+    student = replace(student, network=_without_autocast(student.network))
     shares = grid.shares(range(grid.num_heads))
     ends = [0, grid.num_heads]
     single = Grid(grid.alpha[ends], grid.sigma[ends], grid.time[:1], (1,))
@@ -81,6 +82,15 @@ def one_step(student: ParallelHeads) -> ParallelHeads | None:
 
     found = _with_rows(student, channels, folded, alike)
     return None if found is None else replace(student, network=found, grid=single)
+
+
+def _without_autocast(network: Any) -> nn.Module:
+    """A copy of a network without what accelerate puts around its forward in mixed precision."""
+    copied: Any = copy.deepcopy(network)
+    original = copied.__dict__.pop("_original_forward", None)
+    if original is not None:
+        copied.forward = original
+    return copied
 
 
 def _with_rows(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dkdm.config import StudentOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.grid import GRID
 from dkdm.core.positions import counterparts
 from dkdm.errors import UsageError
 from dkdm.models.architectures import architecture_of
@@ -135,6 +136,15 @@ def _teacher_weights(teacher: Denoiser) -> dict[str, Tensor]:
     return weights
 
 
+def _refuse_few_steps(path: Path, spec: str) -> None:
+    index = path / INDEX
+    if index.is_file() and GRID in read_json(index, "a pipeline's index"):
+        raise UsageError(
+            f"--student-init {spec} is a few-step model, whose weights know no levels between its "
+            "steps: give the run's folder plain/ or many-steps/"
+        )
+
+
 def read_checkpoint(spec: str) -> dict[str, Tensor]:
     """The weights of a denoiser, adapters merged; the averaged ones if a run has them.
 
@@ -144,6 +154,7 @@ def read_checkpoint(spec: str) -> dict[str, Tensor]:
     path = locate(spec)
     if path.is_file():
         return merged_weights(read_weights(path).tensors)
+    _refuse_few_steps(path, spec)
     last = checkpoint.checkpoints(path)
     path_of_run = last[-1] if last and not (path / INDEX).is_file() else path
     if (path_of_run / checkpoint.MANIFEST).is_file():

@@ -24,6 +24,7 @@ from dkdm.reading.fields import Fields
 
 GRID = "_few_steps"  # in model_index.json
 TABLES = ("alpha", "sigma", "time")
+LARGEST = 1e9  # of their numbers in a file: far beyond any noise level, and finite in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +91,17 @@ class Grid:
         if not isinstance(values, Mapping):
             raise UsageError(f"{where} is no grid of a few-step model")
         found = Fields(values, where)
+        lowest = {"alpha": 0.0, "sigma": 0.0, "time": -LARGEST}
         alpha, sigma, time = (
-            torch.tensor(found.numbers(name), dtype=torch.float64) for name in TABLES
+            torch.tensor(found.numbers(name, low=lowest[name], high=LARGEST), dtype=torch.float64)
+            for name in TABLES
         )
-        steps = [int(number) for number in found.numbers("steps")]
-        grid, heads = cls(alpha, sigma, time, tuple(steps)), len(time)
-        fits = len(alpha) == len(sigma) == heads + 1 and min(steps) > 0
-        if not fits or any(heads % each for each in steps) or not _falls(grid):
+        heads = len(time)
+        steps = found.numbers("steps", low=1, high=heads)
+        grid = cls(alpha, sigma, time, tuple(int(number) for number in steps))
+        fits = len(alpha) == len(sigma) == heads + 1
+        whole = all(each.is_integer() and heads % each == 0 for each in steps)
+        if not fits or not whole or not _falls(grid):
             raise UsageError(f"{where} is no grid of a few-step model")
         return grid
 
@@ -104,7 +109,7 @@ class Grid:
         """The share of each interval in a block of them, summing to 1, float64 [N]."""
         widths = torch.zeros_like(self.widths)
         widths[block.start : block.stop] = self.widths[block.start : block.stop]
-        return widths / widths.sum()
+        return (widths / widths.sum()).abs()  # without a minus before zeros
 
 
 def _falls(grid: Grid) -> bool:
@@ -118,16 +123,19 @@ def grid_levels(process: Process, num_heads: int, shift: float = 1.0) -> Tensor:
     They are the levels nearest to an even grid in tau, shifted towards noise by tau' = s tau / (1 +
     (s - 1) tau) (SD3, arXiv 2403.03206, Eq. 23). Raises UsageError if two would be the same.
     """
+    too_fine = UsageError(
+        f"--few-step-heads {num_heads}: the teacher's {process.num_levels} levels lie too far "
+        "apart for so many intervals: give fewer heads, or --few-step-shift 1"
+    )
+    if num_heads > process.num_levels:
+        raise too_fine
     share = process.sigma / (process.alpha + process.sigma)
     end, start = process.final[1] / sum(process.final), share[-1]
     even = torch.linspace(1, 0, num_heads + 1, dtype=torch.float64)
     wanted = end + (start - end) * shift * even / (1 + (shift - 1) * even)
     levels = (share.unsqueeze(1) - wanted[:-1]).abs().argmin(0)
     if bool((levels.diff() >= 0).any()):
-        raise UsageError(
-            f"--few-step-heads {num_heads}: the teacher's {process.num_levels} levels lie too far "
-            "apart for so many intervals: give fewer heads"
-        )
+        raise too_fine
     return torch.cat([levels, levels.new_tensor([-1])])
 
 

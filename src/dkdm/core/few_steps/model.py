@@ -18,6 +18,7 @@ from dkdm.core.prediction import scale_input, to_x_0_eps
 from dkdm.core.process import Spacing
 from dkdm.core.refusals import check_output
 from dkdm.core.solvers import Solver
+from dkdm.core.teachers import parts_of
 from dkdm.errors import UsageError
 
 NO_GUIDANCE = (
@@ -136,8 +137,10 @@ class FewStep(Denoiser):
 
 
 def usual_steps(model: Denoiser, many: int) -> int:
-    """The most steps that a few-step model draws in; `many` of any other."""
-    return max(model.intervals.steps) if isinstance(model, FewStep) else many
+    """The most steps that a few-step model draws in; `many` of any other, if it has the levels."""
+    if isinstance(model, FewStep):
+        return max(model.intervals.steps)
+    return min(many, *(one.process.num_levels for one in parts_of(model)))
 
 
 def _fields(denoiser: Denoiser) -> dict[str, Any]:
