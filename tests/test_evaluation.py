@@ -13,7 +13,7 @@ from dkdm.data.named import chosen_reference, load_reference
 from dkdm.data.reference import FeatureStatistics
 from dkdm.errors import DkdmError
 from dkdm.evaluation.frechet import frechet_distance
-from dkdm.evaluation.metrics import evaluate_images, within_class_variance
+from dkdm.evaluation.metrics import evaluate_images, known_labels, within_class_variance
 
 TEST = load_reference("fashion-test")
 ASSETS = files("dkdm") / "data" / "fashion" / "features"
@@ -214,3 +214,12 @@ def test_card_and_statistics_are_those_of_the_data() -> None:
     assert metrics["fd"] == pytest.approx(0, abs=1e-5)
     assert metrics["variance_ratio_mean"] == pytest.approx(1, abs=1e-9)
     assert metrics["variance_ratio_min"] == pytest.approx(1, abs=1e-9)
+
+
+def test_classes_that_the_reference_does_not_know_are_not_measured():
+    images = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    known, more = torch.arange(20) % 10, torch.arange(20)
+    assert known_labels(known, TEST) is known
+    measured = evaluate_images(images, known_labels(more, TEST), TEST)
+    assert measured.get("class_accuracy") is None
+    assert measured["fd"] == evaluate_images(images, known, TEST)["fd"]

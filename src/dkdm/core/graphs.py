@@ -69,7 +69,7 @@ class Replayed:
             return False
         if network not in self.modules:
             self.modules[network] = tuple(network.modules())
-            self.refused = offloaded_to(network) is not None
+            self.refused = self.refused or offloaded_to(network) is not None
         recomputes = getattr(network, "is_gradient_checkpointing", False) and network.training
         return not recomputes and not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks

@@ -24,7 +24,7 @@ from dkdm.evaluation.cost import (
     undisturbed,
 )
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
-from dkdm.evaluation.metrics import evaluate_images
+from dkdm.evaluation.metrics import evaluate_images, known_labels
 from dkdm.evaluation.results import Comparison, LevelGap, ModelResult
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.version import __version__
@@ -134,7 +134,9 @@ def _measure(
     guidance_scale: float,
     reference: Reference | None,
 ) -> ModelResult:
-    metrics = evaluate_images(images, labels, reference) if reference else None
+    metrics = None
+    if reference is not None:
+        metrics = evaluate_images(images, known_labels(labels, reference), reference)
     return ModelResult(
         name=denoiser.name,
         network=network_name(denoiser),

@@ -15,7 +15,7 @@ from dkdm.data.reference import Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.cost import undisturbed
 from dkdm.evaluation.energy import energy_distance
-from dkdm.evaluation.metrics import METRICS, evaluate_images
+from dkdm.evaluation.metrics import METRICS, evaluate_images, known_labels
 from dkdm.evaluation.numbers import percent
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
 from dkdm.reading.fields import read_json
@@ -133,7 +133,10 @@ def measure_steps(
         for steps in sorted(set(each.steps)):
             found = _images(each, cond, Sampling(num_samples, steps, seed))
             labels = cond.get("class_labels")
-            measured: Any = evaluate_images(found, labels, reference).values if reference else {}
+            measured: Any = {}
+            if reference is not None:
+                known = known_labels(labels, reference)
+                measured = evaluate_images(found, known, reference).values
             apart = energy_distance(found[:few], standard).share if few > 1 else 0.0
             rows.append(StepsRow(each.name, steps, each.guidance_scale, apart, dict(measured)))
             images[each.name, steps] = found[:shown]

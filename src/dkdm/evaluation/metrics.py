@@ -87,6 +87,15 @@ def evaluate_images(images: Tensor, labels: Tensor | None, reference: Reference)
     return measure(sampled, reference, usual(reference))
 
 
+def known_labels(labels: Tensor | None, reference: Reference) -> Tensor | None:
+    """The labels [N] of samples, if the reference knows all of their classes; None leaves classes
+    unmeasured."""
+    names = reference.network.class_names
+    if labels is None or names is None or int(labels.max()) < len(names):
+        return labels
+    return None
+
+
 def measure(sampled: Sampled, reference: Reference | None, names: Iterable[str]) -> Metrics:
     """Measure samples by the named metrics; those that they do not have are left out.
 

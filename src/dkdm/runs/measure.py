@@ -18,7 +18,16 @@ from dkdm.evaluation.beside_teacher import NAMES, teacher_distance, teacher_gap
 from dkdm.evaluation.circumstances import floors_of
 from dkdm.evaluation.comparison import describe, versions
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
-from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, Sampled, check, measure, missing, usual
+from dkdm.evaluation.metrics import (
+    METRICS,
+    PER_SAMPLE,
+    Sampled,
+    check,
+    known_labels,
+    measure,
+    missing,
+    usual,
+)
 from dkdm.evaluation.shards import Drawing, Drawn, read_shards
 from dkdm.runs.earlier import AS_GIVEN
 from dkdm.runs.judges import Standard, named_metrics
@@ -167,7 +176,8 @@ def _metrics(
     plan: Plan, own: Drawn, reference: Reference | None, others: Drawn | None
 ) -> Mapping[str, Measured]:
     assert own.features is not None  # what is measured is seen
-    found = measure(Sampled(own.features, own.labels), reference, plan.metrics).values
+    labels = own.labels if reference is None else known_labels(own.labels, reference)
+    found = measure(Sampled(own.features, labels), reference, plan.metrics).values
     floors = _floors(plan, reference, others) if reference else {}
     return {name: Measured(value, *floors.get(name, ())) for name, value in found.items()}
 

@@ -40,7 +40,7 @@ from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import Circumstances, circumstances_of, measurement_of
 from dkdm.evaluation.comparison import compare
-from dkdm.evaluation.metrics import METRICS, evaluate_images, missing_of_network
+from dkdm.evaluation.metrics import METRICS, evaluate_images, known_labels, missing_of_network
 from dkdm.evaluation.pool_state import states_of
 from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw, shown_shape
@@ -195,7 +195,8 @@ def measure_model(
     save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
     if reference is None:
         return Measured(scale)
-    metrics = evaluate_images(samples, cond.get("class_labels"), reference)
+    labels = known_labels(cond.get("class_labels"), reference)
+    metrics = evaluate_images(samples, labels, reference)
     found = measurement_of(reference, count)
     how = Circumstances(count, num_steps, run.seed, {"": scale}, weights, found).in_words()
     rows = metric_rows(metrics, floors=floors_in(found))
