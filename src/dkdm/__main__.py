@@ -6,6 +6,20 @@ import sys
 # The current directory may be a folder that somebody else filled: what dkdm imports lies elsewhere.
 sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
 
+
+def yield_cores() -> None:
+    """Let threads that wait for others (libgomp's) give up their core soon, unless the user chose.
+
+    They look for work without a pause otherwise. Beside one busy process on two cores, the thread
+    that they wait for then gets its core so late that a step takes many times as long. libgomp
+    reads this when torch is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+yield_cores()
+
 from dkdm import cli  # noqa: E402
 
 

@@ -20,6 +20,7 @@ from dkdm.core.modes import evaluating
 from dkdm.core.teachers import parts_of, pattern_of
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
+from dkdm.evaluation.comparison import describe as described
 from dkdm.models import place
 from dkdm.models.architectures import component_of
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
@@ -100,7 +101,12 @@ def distill_part(
     program = OBJECTIVES[config.few_steps.objective]
     ready = prepared(config, teachers, student)
     config, taught_by, trainer = ready.config, ready.teacher, ready.trainer
-    said = [f"student starts from {ready.start}", f"this run takes {in_words(ready.needed)}"]
+    device = described(trainer.accelerator.device)
+    said = [
+        f"student starts from {ready.start}",
+        f"computes on {device}",
+        f"this run takes {in_words(ready.needed)}",
+    ]
     said += ready.warnings
     if config.teacher_choice.check and trainer.step_number == 0:
         for one in parts_of(taught_by):
