@@ -161,9 +161,10 @@ def denoiser_of(
     if few is None:
         return denoiser
     found = few[0].of(denoiser, few[1])
-    if produced and produced != found.out_channels:
+    needed = found.out_channels * (4 if known.packed else 1)  # of the 2x2 values of a token
+    if produced and produced != needed:
         raise UsageError(
-            f"{folder / INDEX}: {GRID} needs a network that gives {found.out_channels} channels, "
+            f"{folder / INDEX}: {GRID} needs a network that gives {needed} channels, "
             f"and this one gives {produced}: they do not belong together"
         )
     return found
