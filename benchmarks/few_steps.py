@@ -53,6 +53,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pool 1,024": (FEW | {"few_step_pool": 1024}, {}),
     "half moved by the teacher": (FEW | {"few_step_on_policy": 0.5}, {}),
     "consistency": (PAIRS, {}),
+    # 51 states of the pool and 13 at T-1 beside them are 64 evaluations a step
+    "consistency, equal evaluations": (PAIRS, {"train_batch_size": 51}),
     "consistency, AdamW": (PAIRS | ADAMW, {}),
     "consistency, no more pure noise": (PAIRS | {"start_share": 0.0}, {}),
     "consistency from scratch": (PAIRS | {"few_step_share": 1.0}, {}),
@@ -113,13 +115,16 @@ def run(teacher: str, folder: Path, samples: int, device: str, cell: cells.Cell)
 
 def with_last(options: Mapping[str, Any]) -> None:
     """Let the last part of few-step runs in this process have these options too."""
-    usual = few_steps.FewSteps.last
+    for name, kind in (("few-step", few_steps.FewSteps), ("consistency", consistency.Consistency)):
+        programs.OBJECTIVES[name] = _changed(kind, options)
 
-    class Changed(few_steps.FewSteps):
+
+def _changed(kind: type[few_steps.FewSteps], options: Mapping[str, Any]) -> few_steps.FewSteps:
+    class Changed(kind):  # type: ignore[misc, valid-type]
         def last(self, config: DistillConfig) -> DistillConfig:
-            return replace(usual(self, config), **options)
+            return replace(super().last(config), **options)
 
-    programs.OBJECTIVES["few-step"] = Changed()
+    return Changed()
 
 
 def queue(args: argparse.Namespace) -> Iterator[cells.Cell]:
