@@ -15,7 +15,7 @@ import pipelines
 import small_runs
 from dkdm import load_teacher
 from dkdm.config import DistillConfig, read_config, to_json
-from dkdm.core import checkpoint
+from dkdm.core import checkpoint, folders
 from dkdm.core.trainer import Trainer
 from dkdm.errors import DkdmError
 from dkdm.evaluation.results import EVALUATION, SAMPLES
@@ -119,7 +119,7 @@ KINDS = [
     Kind("run", SAMPLES, write_report),
     Kind("run", "samples/step-000100.png", write_report),
     Kind("run", "checkpoint-1/manifest.json",
-         lambda folder: checkpoint.verify_folder(folder / "checkpoint-1")),
+         lambda folder: folders.verify_folder(folder / "checkpoint-1")),
     Kind("card", "README.md", carded),
     Kind("prompts", "prompts.txt", lambda f: read_prompts(str(f / "prompts.txt"), 10, 0)),
     Kind("schedule", "scheduler_config.json", scheduled, 2),
@@ -163,7 +163,7 @@ def make_run(folder):
     finished.write_metrics(folder, last=200)
     finished.write_stages(folder, 100, 200)
     finished.comparison().save(folder)
-    checkpoint.write_folder(
+    folders.write_folder(
         folder / "checkpoint-1", lambda f: checkpoint.save_network(factories.tiny_unet(), f)
     )
 
@@ -271,10 +271,10 @@ def with_hashes(folder, whole, file, data):
 
     def fill(partial):
         shutil.copytree(whole, partial, dirs_exist_ok=True)
-        (partial / checkpoint.MANIFEST).unlink()
+        (partial / folders.MANIFEST).unlink()
         (partial / file).write_bytes(data)
 
-    checkpoint.write_folder(folder, fill)
+    folders.write_folder(folder, fill)
 
 
 @pytest.mark.filterwarnings("ignore")

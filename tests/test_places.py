@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import pipelines
 from dkdm import load_teacher
-from dkdm.core import checkpoint
+from dkdm.core import checkpoint, folders
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, sketch_teacher
 from dkdm.models.components import Component
@@ -217,15 +217,15 @@ def test_names_that_files_give_stay_below(tmp_path, name):
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
     (tmp_path / "secret").write_text("private")
     folder = tmp_path / "checkpoint-1"
-    checkpoint.write_folder(folder, lambda f: save_file({"a": torch.ones(1)}, f / "a.safetensors"))
-    checkpoint.verify_folder(folder)
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({"../secret": "0"}))
+    folders.write_folder(folder, lambda f: save_file({"a": torch.ones(1)}, f / "a.safetensors"))
+    folders.verify_folder(folder)
+    (folder / folders.MANIFEST).write_text(json.dumps({"../secret": "0"}))
     with pytest.raises(UsageError, match="names no file"):
-        checkpoint.verify_folder(folder)
-    (folder / checkpoint.MANIFEST).write_text("{}")
+        folders.verify_folder(folder)
+    (folder / folders.MANIFEST).write_text("{}")
     (folder / "b").symlink_to(tmp_path / "secret")
     with pytest.raises(DkdmError, match="leads out"):
-        checkpoint.verify_folder(folder)
+        folders.verify_folder(folder)
 
 
 def test_a_report_reads_and_writes_nothing_through_links(tmp_path):

@@ -14,7 +14,7 @@ import programs
 import small_runs
 from dkdm.cli import main
 from dkdm.config import OptimizerOptions
-from dkdm.core import checkpoint
+from dkdm.core import checkpoint, folders
 from dkdm.core.learning import ScheduleState, optimizer_of
 from dkdm.errors import DkdmError, UsageError
 from factories import denoiser
@@ -96,7 +96,7 @@ def as_formerly(folder):
     rows = {k: torch.cat([s[k] for s in shards]) for k in shards[0] if shards[0][k].ndim}
     counts = {"step": shards[0]["step"], "finished": torch.tensor(0)}
     shutil.rmtree(folder / "source")
-    (folder / checkpoint.MANIFEST).unlink()
+    (folder / folders.MANIFEST).unlink()
     state |= {
         "ema_updates": state["step"],
         "optimizer": parts["optimizer"],
@@ -110,7 +110,7 @@ def as_formerly(folder):
         checkpoint.write_tensors(partial / "source.safetensors", rows | counts)
         (partial / "state.json").write_text(json.dumps(state))
 
-    checkpoint.write_folder(folder, fill)
+    folders.write_folder(folder, fill)
 
 
 def test_a_checkpoint_of_the_former_layout_is_resumed_exactly(whole, tmp_path):
@@ -202,22 +202,140 @@ def test_checkpoint_loads_in_diffusers_by_itself(whole):
 def test_damaged_checkpoint_is_refused(whole, tmp_path):
     copy = tmp_path / "checkpoint-3"
     shutil.copytree(whole / "checkpoint-3", copy)
-    checkpoint.verify_folder(copy)
+    folders.verify_folder(copy)
     path = copy / "source" / "shard-0.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(DkdmError, match=r"shard-0\.safetensors is damaged"):
-        checkpoint.verify_folder(copy)
+        folders.verify_folder(copy)
     path.unlink()
     with pytest.raises(DkdmError, match=r"shard-0\.safetensors is missing"):
-        checkpoint.verify_folder(copy)
+        folders.verify_folder(copy)
+
+
+def emptied(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def without_hashes(folder):
+    (folder / folders.MANIFEST).write_text("{}")
+
+
+def cut_off(folder):
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flipped(folder):
+    path = folder / "unet" / checkpoint.WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def without_source(folder):
+    shutil.rmtree(folder / "source")
+
+
+def without_step(folder):
+    """As a writer with a fault would leave it: what is missing was never written."""
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    del state["step"]
+
+    def fill(partial):
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        (partial / folders.MANIFEST).unlink()
+        (partial / checkpoint.STATE).write_text(json.dumps(state))
+
+    folders.write_folder(folder, fill)
+
+
+DAMAGES = [emptied, without_hashes, cut_off, flipped, without_source, without_step]
+
+
+@pytest.fixture
+def some(whole, tmp_path):
+    """A run with its last three checkpoints."""
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(whole / name, tmp_path / name)
+    for path in checkpoint.checkpoints(whole)[-3:]:
+        shutil.copytree(path, tmp_path / path.name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_used(some, capsys, damage):
+    before, last = checkpoint.checkpoints(some)[-2:]
+    damage(last)
+    assert checkpoint.resolve(some, "latest") == before
+    said = capsys.readouterr().err
+    assert f"warning: {last}" in said
+    assert said.endswith(f"; {before.name} is used\n")
+    with pytest.raises(DkdmError, match=last.name):
+        checkpoint.resolve(some, str(last))
+
+
+def test_a_run_whose_last_two_checkpoints_are_damaged_ends_bit_by_bit_the_same(whole, some):
+    for path in checkpoint.checkpoints(some)[-2:]:
+        flipped(path)
+    finish(some, "--resume-from-checkpoint", "latest")
+    last = f"checkpoint-{STEPS}"
+    own, expected = ((run / last / folders.MANIFEST).read_text() for run in (some, whole))
+    assert own == expected
+    assert losses(some) == losses(whole)
+
+
+def test_without_a_whole_checkpoint_the_run_says_so(some):
+    for path in checkpoint.checkpoints(some):
+        flipped(path)
+    with pytest.raises(DkdmError, match=r"no checkpoint in .* is whole: .* Start the run anew"):
+        checkpoint.resolve(some, "latest")
+
+
+def test_a_checkpoint_of_a_later_step_is_not_kept_in_place_of_a_new_one(tmp_path):
+    for step in (3, 6, 9, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.rotate(tmp_path, 2, 9)
+    kept = [path.name for path in checkpoint.checkpoints(tmp_path)]
+    assert kept == ["checkpoint-6", "checkpoint-9", "checkpoint-100"]
+
+
+def test_what_killed_writes_leave_is_removed_or_brought_back(tmp_path):
+    for name in (".checkpoint-6.partial", ".checkpoint-3.former", ".checkpoint-9.former"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-9", "samples"):
+        (tmp_path / name).mkdir()
+    for name in (".config.0123abcd.json", "samples/.step-000006.0123abcd.png", ".note"):
+        (tmp_path / name).touch()
+    folders.remove_leftovers(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == [".note", "checkpoint-3", "checkpoint-9", "samples"]
+
+
+def test_loss_per_level_is_the_same_after_a_kill_between_two_lines(tmp_path):
+    wholly, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(wholly, "--logging-steps", "5")
+    cut.mkdir()
+    shutil.copy(wholly / "config.json", cut)
+    shutil.copytree(wholly / "checkpoint-6", cut / "checkpoint-6")
+    first = (wholly / "metrics.jsonl").read_text().splitlines()[0]
+    (cut / "metrics.jsonl").write_text(f"{first}\n")
+    finish(cut, "--logging-steps", "5", "--resume-from-checkpoint", "latest")
+
+    def levels(run):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["loss_per_level"]) for line in lines]
+
+    assert levels(cut) == levels(wholly)
+    assert [step for step, _ in levels(cut)] == [5, 10, STEPS]
 
 
 def test_rotation_keeps_the_newest(tmp_path):
     for step in (0, 5, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoint.rotate(tmp_path, 2)
+    checkpoint.rotate(tmp_path, 2, 100)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
         "checkpoint-10",
         "checkpoint-100",

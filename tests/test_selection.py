@@ -11,7 +11,7 @@ from accelerate import Accelerator
 import dkdm
 from dkdm.cli import main
 from dkdm.config import EvaluationOptions, TrainConfig
-from dkdm.core import checkpoint
+from dkdm.core import checkpoint, folders
 from dkdm.core.progress import MetricsFile, read_metrics
 from dkdm.core.randomness import derived_seed
 from dkdm.core.selection import Selection
@@ -248,7 +248,7 @@ def test_the_best_is_described_and_measured_beside_its_teacher(whole):
     best = json.loads((whole / "best/best.json").read_text())
     card = (whole / "best" / "README.md").read_text()
     assert "# run/best" in card and f"of step {best['step']}, EMA" in card
-    checkpoint.verify_folder(whole / "best")
+    folders.verify_folder(whole / "best")
     run = run_of(whole / "best")
     assert run == run_of(whole) == run_of(whole / "checkpoint-4") and run.output_dir == whole
     assert weights_of(whole / "best", run).startswith(f"of step {best['step']}, EMA")

@@ -1,18 +1,16 @@
-"""Checkpoints: a dict of parts, in a folder of safetensors and JSON, hashed, renamed into place.
+"""Checkpoints: a dict of parts, in a folder of safetensors and JSON that is whole or not there.
 
 Which parts a checkpoint holds is `Trainer.parts` and its source's `parts`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dkdm.core.folders import MANIFEST, moved_aside, restore_folder, verify_folder
 from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
-from dkdm.reading.fields import read_json
+from dkdm.reading.fields import Fields, read_json
 from dkdm.reading.files import atomic
-from dkdm.reading.places import check_folder, inside
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SOURCE = "source/"
+FORMER_STATE = ("optimizer", "lr_scheduler", "teacher_evaluations")
 AVERAGE = "_ema/"
+LOSSES = "losses"  # per level since the last line of metrics; former checkpoints have none
 OPTIONS = {
     AVERAGE: "an average (--use-ema)",
     "features": "feature distillation (--feature-weight)",
@@ -37,40 +36,6 @@ OPTIONS = {
     "source/finished": "kept samples (--keep-finished)",
 }
 ORIGIN = "dkdm_origin"  # attribute of a network without a config; see models/custom_network.py
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Create `folder` with what `fill` writes, or nothing at all.
-
-    The files are written beside it, hashed into a manifest, flushed to disk and renamed. A folder
-    that is there is moved aside first and deleted last: `restore_folder` brings it back after a
-    kill in between.
-    """
-    partial, former = folder.with_name(f".{folder.name}.partial"), _former(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    hashes = {str(p.relative_to(partial)): _sha256(p) for p in sorted(_files(partial))}
-    (partial / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
-    for path in _files(partial):
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-    restore_folder(folder)
-    if folder.exists():
-        shutil.rmtree(former, ignore_errors=True)
-        folder.rename(former)
-    partial.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def restore_folder(folder: Path) -> None:
-    """Bring back a folder that a killed `write_folder` had moved aside for a new one."""
-    if not folder.exists() and _former(folder).is_dir():
-        _former(folder).rename(folder)
-
-
-def _former(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.former")
 
 
 class Part(Protocol):
@@ -147,7 +112,7 @@ def _of_model(parts: Iterable[str]) -> set[str]:
 
 def _refuse_other_parts(folder: Path, theirs: set[str], ours: set[str]) -> None:
     """Raise UsageError for a part that only one of them has, except those a run may drop."""
-    for name in sorted((theirs ^ ours) - {"scaler"}):
+    for name in sorted((theirs ^ ours) - {"scaler", LOSSES}):
         if name in theirs and AVERAGE in name:
             continue  # a run may drop its average
         lacks = "without" if name in ours else "with"
@@ -200,20 +165,6 @@ class RandomState:
                 torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
 
 
-def verify_folder(folder: Path) -> None:
-    """Raise DkdmError unless every file is there and is what was written."""
-    check_folder(folder)
-    try:
-        hashes = read_json(folder / MANIFEST, "a checkpoint's hashes")
-    except UsageError as error:
-        raise DkdmError(f"{folder} is not a complete checkpoint: {error}") from error
-    for name, digest in hashes.items():
-        if not inside(folder, name, str(folder / MANIFEST)).is_file():
-            raise DkdmError(f"checkpoint {folder}: {name} is missing; resume from an earlier one")
-        if _sha256(folder / name) != digest:
-            raise DkdmError(f"checkpoint {folder}: {name} is damaged; resume from an earlier one")
-
-
 def restoring(folder: Path) -> AbstractContextManager[None]:
     """Around what restores a checkpoint: optimizers and schedulers raise anything."""
     return raised_as(
@@ -224,31 +175,60 @@ def restoring(folder: Path) -> AbstractContextManager[None]:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(found, key=_step_of)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raise DkdmError unless a checkpoint is whole: every file as it was written, and a state."""
+    verify_folder(folder, STATE)
+    try:
+        state = Fields(read_json(folder / STATE, "a checkpoint's state"), str(folder / STATE))
+        state.whole("step")
+        missing = () if "parts" in state.values else set(FORMER_STATE) - state.values.keys()
+        if missing:
+            raise UsageError(f"{folder / STATE}: parts are missing")
+    except UsageError as error:
+        raise DkdmError(f"{folder} is not complete: {error}") from error
+
+
+def newest(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole; None if there is none at all.
+
+    stderr names those that are damaged. Raises DkdmError if all are.
+    """
+    damaged = []
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            verify_checkpoint(folder)
+        except DkdmError as error:
+            damaged.append(str(error))
+            continue
+        for said in damaged:
+            print(f"warning: {said}; {folder.name} is used", file=sys.stderr)
+        return folder
+    if damaged:
+        raise DkdmError(
+            f"no checkpoint in {output_dir} is whole: {'; '.join(damaged)}. Start the run anew in "
+            "another folder"
+        )
+    return None
 
 
 def resolve(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint that 'latest' or a path names; None if there is no checkpoint yet.
+    """The checkpoint that 'latest' or a path names, verified; None if there is none yet.
 
-    Raises UsageError for a path that is not a checkpoint.
+    Raises UsageError for a path that is not a checkpoint, DkdmError for one that is damaged.
     """
     if wanted == "latest":
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
+        for folder in moved_aside(output_dir):
+            restore_folder(folder)
+        return newest(output_dir)
     for path in (Path(wanted), output_dir / wanted):
         if (path / MANIFEST).is_file():
+            verify_checkpoint(path)
             return path
     raise UsageError(
         f"--resume-from-checkpoint {wanted}: there is no checkpoint; give 'latest', or one of "
@@ -256,11 +236,16 @@ def resolve(output_dir: Path, wanted: str) -> Path | None:
     )
 
 
-def rotate(output_dir: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`; None keeps all."""
+def rotate(output_dir: Path, limit: int | None, step: int) -> None:
+    """Delete the oldest checkpoints up to `step` beyond `limit`; None keeps all."""
+    known = [path for path in checkpoints(output_dir) if _step_of(path) <= step]
     if limit is not None:
-        for path in checkpoints(output_dir)[: -max(limit, 1)]:
+        for path in known[: -max(limit, 1)]:
             shutil.rmtree(path)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -274,67 +259,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(memory)
     with atomic(path) as partial:
         save_file(data, partial)
-
-
-def refuse_other_content(path: Path) -> None:
-    """Raise UsageError for a file that is a checkpoint by its name alone.
-
-    Such as a Git LFS pointer, a web page that was saved instead of the file, or a GGUF file.
-    """
-    try:
-        with path.open("rb") as file:
-            start = file.read(256).lstrip().lower()
-    except OSError as error:
-        raise DkdmError(f"{path} cannot be read: {error}") from error
-    found = next((what for first, what in _OTHER_CONTENT.items() if start.startswith(first)), None)
-    if found:
-        raise UsageError(f"{path}: {found}")
-
-
-_PAGE = "a web page, not weights: download the file again (log in first if its page asks for that)"
-_OTHER_CONTENT = {
-    b"version https://git-lfs": "a Git LFS pointer, not weights: run git lfs pull in its folder",
-    b"<!doctype": _PAGE,
-    b"<html": _PAGE,
-    b"<?xml": _PAGE,
-    b'{"error': _PAGE,
-    b"gguf": "a GGUF file, whose weights are quantized: give the file or the diffusers folder "
-    "that it was made from",
-}
-
-
-def refuse_other_contents(folder: Path) -> None:
-    """Call `refuse_other_content` for every file of weights that lies directly in a folder."""
-    weights = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
-    files = [path for path in weights if path.is_file()]
-    for path in files:
-        refuse_other_content(path)
-    if any(path.suffix == ".safetensors" for path in files):
-        return  # which are read instead
-    for path in files:
-        names: list[str] = []
-        with suppress(Exception):  # a damaged pickle may raise anything: what reads it says so
-            names = unknown_names(path)
-        if names:
-            raise more_than_weights(path, names)
-
-
-def unknown_names(path: Path) -> list[str]:
-    """Classes and functions in a checkpoint that torch does not know as harmless.
-
-    Before torch 1.6 a checkpoint was no zip file; `torch.load` itself refuses them there.
-    """
-    zipped = zipfile.is_zipfile(path)
-    return torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-
-
-def more_than_weights(path: Path, names: Sequence[str]) -> UsageError:
-    """The error that says that a checkpoint holds what would run as code."""
-    return UsageError(
-        f"{path}: holds more than weights ({', '.join(names[:3])}), which would run as code. If "
-        "you trust it, save its state dict alone: "
-        "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
-    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

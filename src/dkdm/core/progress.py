@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.progress import (
 from torch import Tensor
 
 from dkdm.core.devices import to_device
+from dkdm.reading.files import atomic
 
 BUCKETS = 10
 COLUMNS = (
@@ -56,6 +57,13 @@ class LossPerLevel:
         self.sums.zero_()
         return [total / n if n else None for total, n in zip(totals, counts, strict=True)]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Sums of losses and counts since the last call of `take`."""
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.sums.copy_(state["sums"])
+
 
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, appended; lines after `step` are dropped first."""
@@ -64,7 +72,8 @@ class MetricsFile:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_metrics(path) if entry.get("step", 0) <= step]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
+        with atomic(path) as partial:
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.folders import restore_folder, verify_folder, write_folder
 from dkdm.errors import DkdmError
 from dkdm.reading.fields import Fields, read_json
 
@@ -57,7 +58,7 @@ class Selection:
             text = json.dumps({**found._asdict(), **self.how}, indent=2) + "\n"
             (folder / RECORD).write_text(text, encoding="utf-8")
 
-        checkpoint.write_folder(self.output_dir / FOLDER, fill)
+        write_folder(self.output_dir / FOLDER, fill)
         self.best = found
 
     def _is_best(self, value: float) -> bool:
@@ -90,8 +91,8 @@ class Selection:
 
     def _found(self) -> Best:
         folder = self.output_dir / FOLDER
-        checkpoint.restore_folder(folder)
-        checkpoint.verify_folder(folder)
+        restore_folder(folder)
+        verify_folder(folder, RECORD)
         record = read_best(folder)
         if {key: record.get(key) for key in self.how} != dict(self.how):
             raise DkdmError(f"{folder} was chosen by another measurement")

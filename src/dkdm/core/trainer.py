@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.folders import write_folder
 from dkdm.core.graphs import Replayed
 from dkdm.core.learning import Ema, Finite, ScheduleState, autocasting, optimizer_of, prepare
 from dkdm.core.modes import without_label_dropout
@@ -177,6 +178,7 @@ class Trainer:
             "schedule": ScheduleState(self.schedule),
             "scaler": self.accelerator.scaler,
             "random": checkpoint.RandomState(),
+            checkpoint.LOSSES: self.losses,
         }
         parts |= {f"{checkpoint.SOURCE}{name}": part for name, part in self.source.parts().items()}
         return {name: part for name, part in parts.items() if part is not None}
@@ -189,8 +191,10 @@ class Trainer:
         self.finite.check(self.network, self.step_number)
         if self.accelerator.is_main_process:
             folder = self.output_dir / f"checkpoint-{self.step_number}"
-            checkpoint.write_folder(folder, self._write)
-            checkpoint.rotate(self.output_dir, self.checkpoints.checkpoints_total_limit)
+            write_folder(folder, self._write)
+            checkpoint.verify_checkpoint(folder)
+            limit = self.checkpoints.checkpoints_total_limit
+            checkpoint.rotate(self.output_dir, limit, self.step_number)
 
     def _write(self, folder: Path) -> None:
         about = {"step": self.step_number, "frozen": sorted(self.frozen)}
@@ -202,8 +206,7 @@ class Trainer:
                 checkpoint.save_config(self.network, folder / copies)
 
     def resume(self, folder: Path) -> None:
-        """Go on exactly from a checkpoint. Raises DkdmError if it is damaged."""
-        checkpoint.verify_folder(folder)
+        """Go on exactly from a checkpoint that is whole. Raises DkdmError if it does not fit."""
         with checkpoint.restoring(folder):
             about = checkpoint.read_parts(folder, self.parts())
             self.step_number = Fields(about, str(folder / checkpoint.STATE)).whole("step")

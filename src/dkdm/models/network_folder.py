@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dkdm.core.bundle import Bundle
-from dkdm.core.checkpoint import refuse_other_contents
 from dkdm.core.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES, Architecture
@@ -20,6 +19,7 @@ from dkdm.models.pipeline_folder import denoiser_of, load_network
 from dkdm.models.schedulers import NAMED, named_config
 from dkdm.reading.fields import Fields, as_named, read_json
 from dkdm.reading.sizes import check_numbers
+from dkdm.reading.weights import refuse_other_contents
 
 PARTS = ("unet_ema", "transformer_ema", "unet", "transformer")
 _PARTS_ALONE = {

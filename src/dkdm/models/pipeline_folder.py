@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dkdm.core.bundle import Bundle
-from dkdm.core.checkpoint import load_network_weights, refuse_other_contents
+from dkdm.core.checkpoint import load_network_weights
 from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.decoding import no_decoder
 from dkdm.core.denoiser import Denoiser
@@ -53,6 +53,7 @@ from dkdm.reading.fields import as_named, is_name, read_json, shown
 from dkdm.reading.places import check_folder, check_place
 from dkdm.reading.plugins import distrust
 from dkdm.reading.sizes import building, check_numbers, check_sample
+from dkdm.reading.weights import refuse_other_contents
 
 
 def load_pipeline_folder(folder: Path, options: LoadOptions) -> Denoiser:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import keyword
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 def atomic(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it becomes `path` when the block ends without an error.
 
-    Readers see the old file or the whole new one. The suffix stays, a link at `path` is replaced
-    rather than followed, and the mode is what the umask gives, whatever the writer of the file did.
+    Readers see the old file or the whole new one, also after a power cut. The suffix stays, a link
+    at `path` is replaced rather than followed, and the mode is what the umask gives, whatever the
+    writer of the file did.
     """
     partial = _beside(path)
     partial.touch()
@@ -34,9 +36,28 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(mode)
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
         partial.replace(path)
+        flush_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Files of killed `atomic` blocks, in a folder that nobody writes to."""
+    names = re.compile(r"\..+\.[0-9a-f]{8}(\.\w+)?")
+    return [path for path in folder.glob(".*") if names.fullmatch(path.name) and path.is_file()]
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can say so."""
+    with suppress(OSError):
+        entry = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entry)
+        finally:
+            os.close(entry)
 
 
 def _beside(path: Path) -> Path:

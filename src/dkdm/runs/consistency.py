@@ -130,7 +130,6 @@ class Consistency(FewSteps):
             prepare_source(source.inner, teacher, config)
             return
         assert isinstance(source.inner, Pool)
-        checkpoint.verify_folder(found)
         values = read_json(found / checkpoint.STATE, "a checkpoint's state")["parts"]
         with checkpoint.restoring(found):
             for name, part in source.inner.parts().items():

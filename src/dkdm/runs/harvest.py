@@ -137,8 +137,8 @@ def kept(run: Path) -> Samples | None:
 
     Raises DkdmError for damaged files.
     """
-    folders = checkpoint.checkpoints(run)
-    file = run.joinpath(*folders[-1:], checkpoint.SOURCE, f"{FINISHED}.safetensors")
+    last = checkpoint.newest(run) or run
+    file = last / checkpoint.SOURCE / f"{FINISHED}.safetensors"
     if not file.is_file():
         return None
     state, shards = checkpoint.read_tensors(file), SampleShards(run / FINISHED)

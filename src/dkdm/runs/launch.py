@@ -26,6 +26,7 @@ from dkdm.config import (
 )
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.folders import remove_leftovers
 from dkdm.core.selection import FOLDER as BEST
 from dkdm.core.trainer import Trainer
 from dkdm.errors import UsageError
@@ -159,6 +160,7 @@ def claim_output(config: Config, accelerator: Accelerator) -> Config:
     folder = config.run.output_dir
     config = replace(config, hub=reserve(config.hub, folder))
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     with files.atomic(folder / "config.json") as partial:
         partial.write_text(to_json(config))
     for _, spec in code_named_in(config):

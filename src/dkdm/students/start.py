@@ -12,6 +12,7 @@ from dkdm.config import StudentOptions
 from dkdm.core import checkpoint
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.few_steps.grid import GRID
+from dkdm.core.folders import MANIFEST, verify_folder
 from dkdm.core.positions import counterparts
 from dkdm.errors import UsageError
 from dkdm.models.architectures import architecture_of
@@ -84,7 +85,6 @@ def start_student(
 
 def _inherited(folder: Path) -> set[str]:
     """What a run with adapters inherited when it started, according to its checkpoint."""
-    checkpoint.verify_folder(folder)
     frozen = read_json(folder / "state.json", "a checkpoint's state").get("frozen")
     if not frozen or not all(isinstance(name, str) for name in frozen):
         raise UsageError(f"{folder} was trained without LoRA: resume without --lora-rank")
@@ -155,10 +155,10 @@ def read_checkpoint(spec: str) -> dict[str, Tensor]:
     if path.is_file():
         return merged_weights(read_weights(path).tensors)
     _refuse_few_steps(path, spec)
-    last = checkpoint.checkpoints(path)
-    path_of_run = last[-1] if last and not (path / INDEX).is_file() else path
-    if (path_of_run / checkpoint.MANIFEST).is_file():
-        checkpoint.verify_folder(path_of_run)
+    last = None if (path / INDEX).is_file() else checkpoint.newest(path)
+    path_of_run = last or path
+    if last is None and (path / MANIFEST).is_file():
+        verify_folder(path)
     folder = check_folder(denoiser_folder(path_of_run), path)
     whole = folder / checkpoint.WEIGHTS
     parts = sorted(folder.glob(f"{whole.stem}-*-of-*{whole.suffix}"))

@@ -1,0 +1,126 @@
+"""Folders that are there whole or not at all: written beside, hashed, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.fields import read_json
+from dkdm.reading.files import flush_folder, unfinished
+from dkdm.reading.places import check_folder, inside
+
+MANIFEST = "manifest.json"
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Create `folder` with what `fill` writes, or nothing at all.
+
+    The files are written beside it, their sizes and hashes into a manifest, all flushed to disk and
+    renamed. A folder that is there is moved aside first and deleted last: `restore_folder` brings
+    it back after a kill in between.
+    """
+    partial, former = folder.with_name(f".{folder.name}.partial"), _former(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        found = {str(p.relative_to(partial)): _entry(p) for p in sorted(_files(partial))}
+        (partial / MANIFEST).write_text(json.dumps(found, indent=2) + "\n")
+        _flush(partial)
+        restore_folder(folder)
+        if folder.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            folder.rename(former)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        restore_folder(folder)
+        raise
+    flush_folder(folder.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Bring back a folder that a killed `write_folder` had moved aside for a new one."""
+    if not folder.exists() and _former(folder).is_dir():
+        _former(folder).rename(folder)
+
+
+def moved_aside(output_dir: Path) -> list[Path]:
+    """Folders that killed writes had moved aside, by the names they had."""
+    former = output_dir.glob(".*.former")
+    return [output_dir / path.name[1 : -len(".former")] for path in former if path.is_dir()]
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what killed writes left behind in a folder; nobody else may be writing to it."""
+    for folder in moved_aside(output_dir):
+        restore_folder(folder)
+        shutil.rmtree(_former(folder), ignore_errors=True)
+    for path in output_dir.glob(".*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+    for folder in (output_dir, *filter(Path.is_dir, output_dir.glob("*"))):
+        for path in unfinished(folder):
+            path.unlink(missing_ok=True)
+
+
+def verify_folder(folder: Path, *needed: str) -> None:
+    """Raise DkdmError unless every file is there and is what was written.
+
+    needed: files that it must have.
+    """
+    check_folder(folder)
+    try:
+        entries = read_json(folder / MANIFEST, "the hashes of a folder")
+    except UsageError as error:
+        raise DkdmError(f"{folder} is not complete: {error}") from error
+    for name in needed:
+        if name not in entries:
+            raise DkdmError(f"{folder} is not complete: {MANIFEST} does not list {name}")
+    for name, entry in entries.items():
+        _verify(folder, name, entry)
+
+
+def _verify(folder: Path, name: str, entry: Any) -> None:
+    path = inside(folder, name, str(folder / MANIFEST))
+    if not path.is_file():
+        raise DkdmError(f"{folder}: {name} is missing")
+    if isinstance(entry, Mapping):
+        size, digest = entry.get("bytes"), entry.get("sha256")
+    else:
+        size, digest = path.stat().st_size, entry  # as former versions wrote it
+    if path.stat().st_size != size or _sha256(path) != digest:
+        raise DkdmError(f"{folder}: {name} is damaged")
+
+
+def _former(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.former")
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    """Wait until all files of a folder, and their names, are on the disk."""
+    for path in _files(folder):
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            flush_folder(path)
