@@ -21,11 +21,12 @@ from dkdm.cli import main
 from dkdm.config import read_config
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
-from dkdm.core.progress import MetricsFile
+from dkdm.core.progress import MetricsFile, read_metrics
 from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import read_steps_table
 from dkdm.models import load_teacher, with_texts
 from dkdm.report import write_report
+from dkdm.report.run import read_run, spent
 from dkdm.runs.distill import describe
 from dkdm.runs.programs import OBJECTIVES
 from dkdm.shipping.graph.network import graph_network, random_inputs
@@ -135,11 +136,24 @@ def test_every_number_of_steps_is_measured_and_shown(finished):
     card, page = ((finished / name).read_text() for name in ("README.md", "report.html"))
     assert "| plain student | 25 |" in card and "few-steps.png" in card and "one-step/" in card
     assert "In a few steps" in page and "<td>plain student</td>" in page
-    assert "went on from the plain student" in card and "are those after it" in page
+    assert "went on from the plain student" in card and "above are of both parts" in page
     (finished / "few_steps.json").write_text("{}")
     with pytest.raises(dkdm.DkdmError, match="few_steps.json"):
         read_steps_table(finished)
     table.save(finished)
+
+
+def test_what_both_parts_took_is_added_up(finished, tmp_path):
+    last, first = (
+        read_metrics(finished / part / "metrics.jsonl")[-1]["teacher_evaluations"]
+        for part in ("", "plain")
+    )
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    both = spent(read_run(moved))
+    assert both.steps == 8 and both.evaluations == last + first > last > 0
+    assert both.seconds > spent(read_run(moved / "plain")).seconds > 0
+    shutil.rmtree(moved / "plain")
+    assert spent(read_run(moved))[:2] == (4, last)
 
 
 def test_a_teacher_of_few_levels_is_drawn_in_all_of_them(tmp_path):

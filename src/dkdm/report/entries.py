@@ -15,8 +15,7 @@ from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.figures import Figure, figures_of_comparison, figures_of_evaluation
 from dkdm.evaluation.numbers import count, duration
 from dkdm.evaluation.results import EVALUATION
-from dkdm.reading.fields import is_number
-from dkdm.report.run import Run, read_run
+from dkdm.report.run import Run, read_run, spent
 
 SHOWN = 10  # samples of each
 UNINTERESTING = ("output_dir", "resume_from_checkpoint")
@@ -86,14 +85,13 @@ def how_drawn(num_steps: int, guidance_scale: float) -> str:
 
 
 def training_facts(run: Run) -> dict[str, str]:
-    """What the training took, as far as it is logged."""
-    last = run.metrics[-1] if run.metrics else {}
-    evaluations, rate = last.get("teacher_evaluations"), last.get("steps_per_second")
-    facts = {"optimizer steps": f"{run.step:,}"}
-    if is_number(evaluations) and evaluations > 0:
+    """What the training took, as far as it is logged; of both parts, if there were two."""
+    steps, evaluations, seconds = spent(run)
+    facts = {"optimizer steps": f"{steps:,}"}
+    if evaluations:
         facts["teacher evaluations"] = count(evaluations)
-    if is_number(rate) and rate > 0:
-        facts["training time"] = duration(run.step / rate)
+    if seconds:
+        facts["training time"] = duration(seconds)
     return facts
 
 

@@ -39,6 +39,7 @@ class Run:
 
     validated: steps at which `--validation-metric` was measured, and its values. trajectories,
     pool: None for earlier runs, which are not incomplete without. steps: of few-step students.
+    earlier: the last line of the metrics of the part that came first, if the run had two.
     """
 
     config: DistillConfig | TrainConfig
@@ -51,6 +52,7 @@ class Run:
     trajectories: Trajectories | None = None
     pool: PoolState | None = None
     steps: StepsTable | None = None
+    earlier: dict[str, Any] | None = None
 
     @property
     def step(self) -> int:
@@ -76,6 +78,32 @@ class Run:
     def is_distillation(self) -> bool:
         """Whether the student learned from a teacher and saw no image."""
         return isinstance(self.config, DistillConfig)
+
+
+class Spent(NamedTuple):
+    """What the training of all parts of a run took: optimizer steps, teacher evaluations, seconds.
+
+    The last two are 0 if they were not logged.
+    """
+
+    steps: int
+    evaluations: float
+    seconds: float
+
+
+def spent(run: Run) -> Spent:
+    """What a run took, by the last lines of its metrics."""
+    lines = [line for line in (run.earlier, *run.metrics[-1:]) if line]
+    each = zip(*(_spent(line) for line in lines), strict=True)
+    return Spent(*map(sum, each)) if lines else Spent(0, 0.0, 0.0)
+
+
+def _spent(line: dict[str, Any]) -> Spent:
+    step, evaluations, rate = (
+        value if is_number(value := line.get(key)) and value > 0 else 0
+        for key in ("step", "teacher_evaluations", "steps_per_second")
+    )
+    return Spent(int(step), evaluations, step / rate if rate else 0.0)
 
 
 class Stage(NamedTuple):
@@ -117,9 +145,22 @@ def read_run(run_dir: Path) -> Run:
             run.pool = read_pool_state(run_dir)
         with _named_if_missing(run):
             run.steps = read_steps_table(run_dir)
+        run.earlier = _earlier(run_dir, run.config)
     if run.config.evaluation.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run
+
+
+def _earlier(run_dir: Path, config: DistillConfig | TrainConfig) -> dict[str, Any] | None:
+    """The last metrics of the part that came first: it lies in the run's folder, whose weights the
+    run started from."""
+    assert isinstance(config, DistillConfig)
+    start = Path(config.student_choice.student_init)
+    if start.parent != config.run.output_dir:
+        return None
+    file = check_place(run_dir / start.name / "metrics.jsonl", run_dir)
+    logged = [entry for entry in read_metrics(file) if "validation" not in entry]
+    return logged[-1] if logged else None
 
 
 def validated_in(lines: list[dict[str, Any]], metric: str | None) -> list[tuple[int, float]]:

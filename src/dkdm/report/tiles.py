@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from dkdm.evaluation.numbers import compared, count, duration, number, percent
 from dkdm.evaluation.results import Comparison
 from dkdm.evaluation.rows import Row, comparison_rows
-from dkdm.reading.fields import is_number
 from dkdm.report.html import sentence
-from dkdm.report.run import Run
+from dkdm.report.run import Run, spent
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ def tiles(run: Run) -> list[Tile]:
     if run.is_distillation:
         things = f"{run.noun.capitalize()}s"
         found.append(Tile(f"{things} read", "0", "the student saw the teacher's answers only"))
-    last = run.metrics[-1] if run.metrics else {}
-    evaluations, rate = last.get("teacher_evaluations"), last.get("steps_per_second")
-    if is_number(evaluations) and evaluations > 0:
-        detail = f"samples through the teacher in {run.step:,} steps"
+    steps, evaluations, seconds = spent(run)
+    parts = " of both parts" if run.earlier else ""
+    if evaluations:
+        detail = f"samples through the teacher in {steps:,} steps{parts}"
         found.append(Tile("Teacher evaluations", count(evaluations), detail))
-    if is_number(rate) and rate > 0:
-        detail = f"{run.step:,} steps, {number(rate)} a second"
-        found.append(Tile("Training time", duration(run.step / rate), detail))
+    if seconds:
+        detail = f"{steps:,} steps{parts}, {number(steps / seconds)} a second"
+        found.append(Tile("Training time", duration(seconds), detail))
     return found
 
 
