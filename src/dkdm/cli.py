@@ -36,6 +36,7 @@ from dkdm.config import (
     TrainConfig,
     UiCommand,
 )
+from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.command_line import parse, summary
 from dkdm.reading.files import check_output
@@ -57,7 +58,8 @@ INSPECTED_PROMPT = "a photograph of a house"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a failure, 2 for wrong usage."""
+    """Run one command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 75 for a run
+    that a signal stopped and that goes on from there, 130 for another command that Ctrl-C ended."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -68,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"dkdm: {error}", file=sys.stderr)
         return error.exit_code
+    except Stopped as stopped:
+        print(f"\ndkdm: {stopped}", file=sys.stderr)
+        return RESUMABLE
     except KeyboardInterrupt:
         hint = AFTER_INTERRUPT.get("".join(args[:1]), "")
         print(f"\ndkdm: interrupted{hint}", file=sys.stderr)
@@ -92,7 +97,8 @@ def _dispatch(args: list[str]) -> int:
     if not issubclass(kind, RunConfig):
         return run(parse(kind, args[1:]))
     config, instead = _run_config(kind, args[1:])
-    return instead(config) if instead else run(config)
+    with answering_signals():
+        return instead(config) if instead else run(config)
 
 
 def _usage() -> str:

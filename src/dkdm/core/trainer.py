@@ -24,6 +24,7 @@ from dkdm.core.prediction import Prediction
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
 from dkdm.core.selection import Selection
 from dkdm.core.sources import Source
+from dkdm.core.stopping import Stopped, whole
 from dkdm.reading.fields import Fields
 
 
@@ -41,6 +42,7 @@ class Trainer:
     selection: the best weights so far; a checkpoint says which they are.
     frozen: names of the parameters that are not trained, because adapters are.
     merge: makes a plain network of one with adapters, in place; None for networks without.
+    unnoted: mean loss of the last step until it is written down. saved: last step that was saved.
     """
 
     output_dir: Path
@@ -60,6 +62,8 @@ class Trainer:
     frozen: frozenset[str] = frozenset()
     merge: Callable[[nn.Module], nn.Module] | None = None
     step_number: int = 0
+    unnoted: Tensor | None = None
+    saved: int = -1
 
     def __post_init__(self) -> None:
         options, device = self.optimizing, self.accelerator.device
@@ -112,33 +116,50 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def run(self) -> None:
-        """Train to the last step, with metrics, checkpoints and sample grids on the way."""
-        last, first, started = self.training.max_train_steps, self.step_number, time.monotonic()
-        metrics, every = MetricsFile(self.output_dir / "metrics.jsonl", first), self.checkpoints
-        with track(last, first) as progress, without_label_dropout(self.network):
-            while self.step_number < last:
-                loss = self.step()
-                self.finite.note(loss, self.step_number)
-                if self.validate and self.validation_steps and self._due(self.validation_steps):
-                    self._validate(metrics)
-                if self._due(every.logging_steps):
-                    self.finite.check()
-                    elapsed = time.monotonic() - started
-                    metrics.write(self._metrics(loss, (self.step_number - first) / elapsed))
-                progress(self.step_number, loss)
-                if self._due(every.checkpointing_steps):
-                    self.save()
+        """Train to the last step, with metrics, checkpoints and sample grids on the way.
 
-    def _validate(self, metrics: MetricsFile) -> None:
-        """Before the step's own line and checkpoint, which thus knows what was found."""
-        assert self.validate is not None
+        A signal stops it between two steps, or while it validates: it saves, and raises Stopped.
+        """
+        last, first = self.training.max_train_steps, self.step_number
+        metrics = MetricsFile(self.output_dir / "metrics.jsonl", first)
+        started = time.monotonic()
+        with track(last, first) as progress, without_label_dropout(self.network):
+            try:
+                while self.step_number < last or self.unnoted is not None:
+                    with whole():
+                        loss = self.unnoted = self.step() if self.unnoted is None else self.unnoted
+                    self._note(loss, metrics, first, started)
+                    progress(self.step_number, loss)
+            except Stopped:
+                if self.saved < self.step_number or self.unnoted is not None:
+                    self.save()
+                raise
+
+    def _note(self, loss: Tensor, metrics: MetricsFile, first: int, started: float) -> None:
+        """Write down a step: validation, a line of metrics, a checkpoint, where they are due."""
+        self.finite.note(loss, self.step_number)
+        found = self._validated()
+        with whole():
+            if found:
+                metrics.write({"step": self.step_number, "validation": found})
+                shown = {f"validation/{name}": value for name, value in found.items()}
+                self.accelerator.log(shown, step=self.step_number)
+            if self._due(self.checkpoints.logging_steps):
+                self.finite.check()
+                elapsed = time.monotonic() - started
+                metrics.write(self._metrics(loss, (self.step_number - first) / elapsed))
+            self.unnoted = None
+            if self._due(self.checkpoints.checkpointing_steps):
+                self.save()
+
+    def _validated(self) -> dict[str, float]:
+        """What was measured, if it is due, before the step's own line and checkpoint, which thus
+        knows it."""
+        if not self.validate or not self.validation_steps or not self._due(self.validation_steps):
+            return {}
         self.finite.check()
         with torch.random.fork_rng():
-            found = self.validate(self.step_number, self.averaged())
-        if found:
-            metrics.write({"step": self.step_number, "validation": dict(found)})
-            shown = {f"validation/{name}": value for name, value in found.items()}
-            self.accelerator.log(shown, step=self.step_number)
+            return dict(self.validate(self.step_number, self.averaged()))
 
     def _due(self, every: int) -> bool:
         last = self.step_number == self.training.max_train_steps
@@ -193,11 +214,14 @@ class Trainer:
             folder = self.output_dir / f"checkpoint-{self.step_number}"
             write_folder(folder, self._write)
             checkpoint.verify_checkpoint(folder)
+            self.saved = self.step_number
             limit = self.checkpoints.checkpoints_total_limit
             checkpoint.rotate(self.output_dir, limit, self.step_number)
 
     def _write(self, folder: Path) -> None:
-        about = {"step": self.step_number, "frozen": sorted(self.frozen)}
+        about: dict[str, Any] = {"step": self.step_number, "frozen": sorted(self.frozen)}
+        if self.unnoted is not None:
+            about["unnoted"] = float(self.unnoted)
         if self.selection is not None:
             about["best"] = self.selection.state_dict()
         checkpoint.write_parts(folder, self.parts(), about)
@@ -209,6 +233,8 @@ class Trainer:
         """Go on exactly from a checkpoint that is whole. Raises DkdmError if it does not fit."""
         with checkpoint.restoring(folder):
             about = checkpoint.read_parts(folder, self.parts())
-            self.step_number = Fields(about, str(folder / checkpoint.STATE)).whole("step")
+            state = Fields(about, str(folder / checkpoint.STATE))
+            self.step_number, loss = state.whole("step"), state.number("unnoted", None)
+        self.unnoted = None if loss is None else torch.tensor(loss, device=self.accelerator.device)
         if self.selection is not None:
             self.selection.load_state_dict(about.get("best", {}))

@@ -1,0 +1,76 @@
+"""Signals that ask a run to stop: it ends its step, saves, and can go on later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # SIGUSR1: what Slurm is told to send before its end
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the run; what it has done is saved, or is in the last checkpoint."""
+
+
+class _State:
+    """Of this process: signals are its own, and not one run's."""
+
+    number: int | None = None  # of the signal that came
+    blocks: int = 0  # that must end first
+
+
+@contextmanager
+def answering_signals() -> Iterator[None]:
+    """Let the first signal raise Stopped, as soon as no `whole` block is open; the next one
+    ends the process at once. Other threads than the main one have no signals to answer."""
+    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    try:
+        before = {number: signal.signal(number, _answer) for number in numbers}
+    except ValueError:
+        yield
+        return
+    _State.number = None
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _answer(number: int, frame: FrameType | None) -> None:
+    del frame
+    if _State.number is not None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
+    _State.number = number
+    if not _State.blocks:
+        raise _stopped()
+    name = signal.Signals(number).name
+    print(
+        f"\n{name}: the run saves and stops; again: it stops at once", file=sys.stderr, flush=True
+    )
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """A block that a signal does not interrupt: Stopped is raised at its end."""
+    _State.blocks += 1
+    try:
+        yield
+    finally:
+        _State.blocks -= 1
+    if _State.number is not None and not _State.blocks:
+        raise _stopped()
+
+
+def _stopped() -> Stopped:
+    name = signal.Signals(_State.number or 0).name
+    return Stopped(
+        f"stopped by {name}; the same command with --resume-from-checkpoint latest goes on"
+    )

@@ -1,0 +1,143 @@
+"""A run that a signal stops saves what it has, and ends bit by bit as if nothing had come."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from dkdm.cli import main
+from dkdm.core import checkpoint
+from dkdm.core.folders import MANIFEST
+from dkdm.core.progress import MetricsFile
+from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals, whole
+from dkdm.core.trainer import Trainer
+from test_resume import STEPS, command, losses
+
+SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"]
+MORE = ("--validation-steps", "7", "--validation-sampling-steps", "1", "--logging-steps", "2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(command(folder, *MORE)) == 0
+    return folder
+
+
+def send(name):
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+def once(name):
+    """Sends the signal when it is called first: a second one ends the process."""
+    left = [name]
+    return lambda: left and send(left.pop())
+
+
+def in_step(monkeypatch, name):
+    """While the seventh step moves its batch on: after the update, before the pool's."""
+    interrupt, update = once(name), Trainer._update
+
+    def then(self):
+        update(self)
+        if self.step_number == 6:
+            interrupt()
+
+    monkeypatch.setattr(Trainer, "_update", then)
+
+
+def in_validation(monkeypatch, name):
+    """While the seventh step is validated; its line of metrics is not written yet."""
+    interrupt, averaged = once(name), Trainer.averaged
+
+    def then(self):
+        if self.step_number == 7:
+            interrupt()
+        return averaged(self)
+
+    monkeypatch.setattr(Trainer, "averaged", then)
+
+
+def in_save(monkeypatch, name):
+    """While checkpoint-6 is written."""
+    interrupt, write = once(name), Trainer._write
+
+    def then(self, folder):
+        write(self, folder)
+        if self.step_number == 6:
+            interrupt()
+
+    monkeypatch.setattr(Trainer, "_write", then)
+
+
+def in_metrics(monkeypatch, name):
+    interrupt, write = once(name), MetricsFile.write
+
+    def then(self, entry):
+        write(self, entry)
+        if entry["step"] == 8:
+            interrupt()
+
+    monkeypatch.setattr(MetricsFile, "write", then)
+
+
+PHASES = [(in_step, 7), (in_validation, 7), (in_save, 6), (in_metrics, 8)]
+
+
+@pytest.mark.parametrize(("phase", "step"), PHASES)
+def test_a_stopped_run_goes_on_as_if_nothing_had_come(
+    undisturbed, tmp_path, capsys, phase, step, monkeypatch
+):
+    name, folder = SIGNALS[step % len(SIGNALS)], tmp_path / "run"
+    before = signal.getsignal(getattr(signal, name))
+    with monkeypatch.context() as patch:
+        phase(patch, name)
+        assert main(command(folder, *MORE)) == RESUMABLE == 75
+    assert signal.getsignal(getattr(signal, name)) is before
+    said = capsys.readouterr().err
+    assert f"stopped by {name}; the same command with --resume-from-checkpoint latest" in said
+    assert checkpoint.newest(folder).name == f"checkpoint-{step}"
+    assert main(command(folder, *MORE, "--resume-from-checkpoint", "latest")) == 0
+    last = f"checkpoint-{STEPS}/{MANIFEST}"
+    assert (folder / last).read_text() == (undisturbed / last).read_text()
+    assert losses(folder) == losses(undisturbed)
+    assert per_level(folder) == per_level(undisturbed)
+
+
+def per_level(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss_per_level"] for line in lines]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_block_ends_before_a_signal_does(name):
+    done = []
+    with pytest.raises(Stopped, match=f"stopped by {name}"), answering_signals():
+        with whole():
+            with whole():
+                send(name)
+            done.append("inner")
+            done.append("outer")
+        done.append("never")
+    assert done == ["inner", "outer"]
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(2)
+            with answering_signals(), whole():
+                send("SIGTERM")
+                send("SIGTERM")
+        finally:
+            os._exit(3)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+def test_a_later_run_in_the_same_process_is_not_stopped_by_an_earlier_signal():
+    with pytest.raises(Stopped), answering_signals():
+        send("SIGUSR1")
+    with answering_signals(), whole():
+        pass
