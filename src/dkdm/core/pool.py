@@ -20,6 +20,7 @@ from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.devices import to_device
 from dkdm.core.finished import Finished
+from dkdm.core.moves import Moves, rows_of
 from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
 from dkdm.core.randomness import derived_seed, generator
@@ -65,7 +66,7 @@ class Pool:
         self.evaluated = torch.zeros(len(self.entries.slices), dtype=torch.int64)
         self.born = torch.zeros(len(self.t), dtype=torch.int64)
         self._step = torch.zeros((), dtype=torch.int64)
-        self._drawn: tuple[Tensor, int, tuple[Tensor, Condition]] | None = None
+        self._planned: tuple[int, Moves] | None = None
 
     @property
     def step(self) -> int:
@@ -88,6 +89,13 @@ class Pool:
 
     def draw(self, batch_size: int) -> Batch:
         """A batch of distinct entries, an equal part from each shard, in O(batch)."""
+        moves = self.plan(batch_size)
+        self._planned = self.step, moves
+        x = self.x[to_device(moves.rows, self.x.device)]
+        return moves.batch(to_device(x, self.teacher.device, torch.float32))
+
+    def plan(self, batch_size: int) -> Moves:
+        """What the next step does with which entries. Changes nothing."""
         chosen: list[int] = []
         for shard, count in self.shards.shares(batch_size, self.step).items():
             here = self.entries.slices[shard]
@@ -97,12 +105,28 @@ class Pool:
                     f"{self.shards.total} shards: give --pool-size {batch_size} or more"
                 )
             chosen += self._chosen(shard, here, count)
-        rows = torch.tensor(chosen)
-        x = self.x[to_device(rows, self.x.device)]
-        x = to_device(x, self.teacher.device, torch.float32)
-        t = self.t[rows]
-        strides, _ = self._laws(rows)
-        return Batch(x, t, self._shown(rows, t), rows, (t - strides).clamp(min=-1))
+        return self._moves(torch.tensor(chosen))
+
+    def _moves(self, rows: Tensor) -> Moves:
+        """What the next step does with these entries.
+
+        A state at t goes to t - k. Below 0 its chain is finished, and the entry starts again at
+        (t - k) mod T, which keeps t uniform for any law of k that does not depend on t. For k = 1
+        that is pure noise at T-1, the paper's rule.
+        """
+        t, own = self.t[rows], rows_of(self.cond, rows)
+        strides, fresh = self._laws(rows)
+        done = t < strides
+        cond = {k: torch.where(row_mask(done, v), fresh[k], v) for k, v in own.items()}
+        s, following = (t - strides).clamp(min=-1), (t - strides) % self.process.num_levels
+        return Moves(rows, t, s, following, own, cond, self._shown(rows, t))
+
+    def _moves_of(self, batch: Batch) -> Moves:
+        """What was planned when the batch was drawn."""
+        planned = self._planned
+        if planned and planned[0] == self.step and planned[1].rows is batch.rows:
+            return planned[1]
+        return self._moves(batch.rows)
 
     def _chosen(self, shard: int, here: slice, count: int) -> list[int]:
         """Which of a shard's entries this step draws: a random subset (DKDM, algorithm 1)."""
@@ -115,7 +139,7 @@ class Pool:
 
     def _shown(self, rows: Tensor, t: Tensor) -> Condition:
         """The entries' conditions or, at random, others to show in a batch (arXiv 2504.02011)."""
-        cond = {key: value[rows] for key, value in self.cond.items()}
+        cond = rows_of(self.cond, rows)
         if not self.random_conditioning:
             return cond
         others, luck = [], []
@@ -157,54 +181,42 @@ class Pool:
     def advance(self, batch: Batch, target: Prediction) -> None:
         """Replace the batch's entries by their next states.
 
-        A state at t goes to t - k. Below 0 its chain is finished, and the entry starts again at
-        (t - k) mod T, which keeps t uniform for any law of k that does not depend on t. For k = 1
-        that is pure noise at T-1, the paper's rule. Where a chain is finished, the move's result
-        is a clean sample, kept if `finished` is given, and its noise serves the new chain.
+        Where a chain is finished, the move's result is a clean sample, kept if `finished` is given,
+        and its noise serves the new chain.
         """
-        strides, fresh = self._laws(batch.rows)
-        z, start = self._noise(batch)
-        x = self.move(batch, target, z)
-        done, t = batch.t < strides, (batch.t - strides) % self.process.num_levels
-        own = {key: value[batch.rows] for key, value in self.cond.items()}
-        cond = {k: torch.where(row_mask(done, v), fresh[k], v) for k, v in own.items()}
-        self.store(batch.rows, x, t, cond)
+        moves, (z, start) = self._moves_of(batch), self._noise(batch)
+        x, done = self.move(batch, target, z), moves.done
         if done.any():
-            rows, on = batch.rows[done], to_device(done.nonzero().flatten(), x.device)
+            on = to_device(done.nonzero().flatten(), x.device)
             if self.finished is not None:
-                self.finished.add(x[on], {key: value[done] for key, value in own.items()})
-            self._restart(rows, start[on], z[on])
-        self.step += 1
+                self.finished.add(x[on], rows_of(moves.own, done))
+            x[on] = self._restart(moves.only(done), start[on], z[on])
+        self.write(moves.rows, x)
+        self.commit(moves)
 
-    def _restart(self, rows: Tensor, start: Tensor, z: Tensor) -> None:
+    def _restart(self, moves: Moves, start: Tensor, z: Tensor) -> Tensor:
         """Begin chains anew: pure noise at T-1, moved once by the teacher if they begin lower."""
-        process, top = self.process, self.process.num_levels - 1
-        x, t = process.start_std * start, self.t[rows]
-        cond = {key: value[rows] for key, value in self.cond.items()}
-        lower = t < top
+        x, lower = self.process.start_std * start, moves.begin_below(self.process.num_levels - 1)
         if lower.any():
             on = to_device(lower.nonzero().flatten(), x.device)
-            level = torch.full_like(t[lower], top)
-            own = {key: value[lower] for key, value in cond.items()}
-            batch = Batch(x[on], level, own, rows[lower], t[lower])
+            batch = moves.only(lower).restarts(x[on], self.process.num_levels - 1)
             x[on] = self.move(batch, self.target(batch), z[on])
-        self.store(rows, x, t, cond)
-        self.born[rows] = self.step + 1
+        return x
+
+    def commit(self, moves: Moves) -> None:
+        """Note the levels, conditions and births of entries that have moved: the end of a step."""
+        self.note(moves.rows, moves.following, moves.next)
+        self.born[moves.rows[moves.done]] = self.step + 1
+        self.step += 1
 
     def _laws(self, rows: Tensor) -> tuple[Tensor, Condition]:
-        """What this step draws for the chains of a batch: strides, and conditions if they end.
-
-        It is drawn once: `advance` finds what `draw` has drawn.
-        """
-        if self._drawn and self._drawn[0] is rows and self._drawn[1] == self.step:
-            return self._drawn[2]
+        """What this step draws for the chains of entries: strides, and conditions if they end."""
         strides, conds = [], []
         for shard, count in self.entries.by_shard(rows):
             host = generator("cpu", self.seed, "move", shard, self.step)
             conds.append(self.new_conditions(count, host))
             strides.append(self._strides(count, host))
-        self._drawn = rows, self.step, (torch.cat(strides), joined(conds))
-        return self._drawn[2]
+        return torch.cat(strides), joined(conds)
 
     def _strides(self, count: int, random: torch.Generator) -> Tensor:
         """How far the entries of a shard move, int64 [count]; each by itself."""
@@ -227,7 +239,15 @@ class Pool:
 
     def store(self, rows: Tensor, x: Tensor, t: Tensor, cond: Condition) -> None:
         """Overwrite entries."""
+        self.write(rows, x)
+        self.note(rows, t, cond)
+
+    def write(self, rows: Tensor, x: Tensor) -> None:
+        """Overwrite the states of entries."""
         self.x[to_device(rows, self.x.device)] = x.to(self.x.device, self.x.dtype)
+
+    def note(self, rows: Tensor, t: Tensor, cond: Condition) -> None:
+        """Overwrite levels and conditions of entries."""
         self.t[rows] = t
         for key, value in cond.items():
             self.cond[key][rows] = value
