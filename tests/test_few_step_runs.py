@@ -450,6 +450,8 @@ class Ends(nn.Module):
 
 def test_a_network_whose_output_cannot_be_widened_is_refused(tmp_path):
     teacher = denoiser()
+    with pytest.raises(UsageError, match="widened to 4 heads.*finished channels"):
+        small_runs.run(tmp_path, teacher, "uvit-tiny", **FEW)
     with pytest.raises(UsageError, match="Ends: its output cannot be widened to 4 heads"):
         small_runs.run(tmp_path, teacher, Ends(), **FEW)
     assert not list(tmp_path.iterdir())

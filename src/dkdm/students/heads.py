@@ -52,8 +52,9 @@ def with_heads(student: Denoiser, grid: Grid) -> ParallelHeads:
     if found is None:
         raise UsageError(
             f"{student.name}: its output cannot be widened to {count} heads: give a network that "
-            "ends in a linear layer or a convolution, or a factory module:name whose network has "
-            "as many output channels as it is asked for"
+            "ends in a linear layer or a convolution of hidden channels (uvit-* ends in one of "
+            "finished channels), or a factory module:name whose network has as many output "
+            "channels as it is asked for"
         )
     return heads_of(found)
 

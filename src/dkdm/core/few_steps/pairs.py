@@ -34,6 +34,7 @@ def averaged_network(network: nn.Module, decay: float, device: torch.device) -> 
     """The average of a network that learns, as it begins."""
     averaged = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(decay))
     averaged.eval().requires_grad_(False)
+    averaged.n_averaged = averaged.n_averaged.cpu()  # asked at each step: nothing waits for it
     return averaged
 
 
