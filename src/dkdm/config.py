@@ -416,8 +416,20 @@ class StorageOptions(Options, title="Pool"):
     --source shuffled."""
     pool_dtype: Literal["float32", "float16"] = "float32"
     """Precision the pool is stored in."""
-    pool_device: Literal["device", "cpu"] = "device"
-    """Where the pool is stored: beside the models, or in host memory."""
+    pool_device: Literal["device", "cpu", "disk"] = "device"
+    """Where the pool is stored: beside the models, in host memory, or in a file that is mapped into
+    memory."""
+    pool_dir: Path | None = None
+    """Folder on whose disk --pool-device disk keeps the pool, in a file without a name, which is
+    gone when the run ends; checkpoints hold the pool too. Default: that of --output-dir."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool_dir is not None and self.pool_device != "disk":
+            raise UsageError(
+                f"--pool-dir {self.pool_dir}: the pool lies in memory; remove it, or give "
+                "--pool-device disk"
+            )
 
 
 class SourceOptions(Options):

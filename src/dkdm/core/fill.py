@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from dkdm.core.progress import track
 from dkdm.core.randomness import generator
 from dkdm.core.shards import ONE_PROCESS, Shards
 from dkdm.core.steps import reverse_step
-from dkdm.errors import UsageError
-from dkdm.reading.machine import usable_memory
+from dkdm.core.storage import in_memory, on_disk
 
 
 def uniform_levels(size: int, num_levels: int, random: torch.Generator) -> Tensor:
@@ -33,38 +33,27 @@ def empty_pool(
     dtype: torch.dtype,
     shards: Shards = ONE_PROCESS,
     kind: type[Pool] = Pool,
+    folder: Path | None = None,
     **fields: object,
 ) -> Pool:
     """A pool of pure noise with every entry at T-1, ready to be filled.
 
-    Raises UsageError if it does not fit in the storage device's free memory.
+    folder: on whose disk the states lie, mapped into the memory of the CPU; None: in the storage
+    device's memory. Raises UsageError if they do not fit in what is free there.
     """
     shards = replace(shards, total=min(shards.total, size))
     shape = (sum(shards.sizes(size).values()), *teacher.sample_shape)
-    check_memory(shape, dtype, storage)
-    x = torch.empty(shape, dtype=dtype, device=storage)
+    x = in_memory(shape, dtype, storage) if folder is None else on_disk(shape, dtype, folder)
     t = torch.full((len(x),), teacher.process.num_levels - 1)
     pool = kind(teacher, x, t, {}, shards=shards, size=size, **fields)  # type: ignore[arg-type]
     conds = []
     for shard, here in pool.entries.slices.items():
-        noise = generator(storage, pool.seed, "start", shard)
+        noise = generator(x.device, pool.seed, "start", shard)
         x[here].normal_(generator=noise).mul_(teacher.process.start_std)
         host = generator("cpu", pool.seed, "condition", shard)
         conds.append(pool.new_conditions(here.stop - here.start, host))
     pool.cond = joined(conds)
     return pool
-
-
-def check_memory(shape: tuple[int, ...], dtype: torch.dtype, storage: torch.device) -> None:
-    """Raise UsageError if a tensor of this shape exceeds the free memory of its device."""
-    needed = torch.Size(shape).numel() * dtype.itemsize
-    free = torch.cuda.mem_get_info(storage)[0] if storage.type == "cuda" else usable_memory()
-    if needed > 0.9 * free:
-        raise UsageError(
-            f"a pool of {shape[0]} entries of shape {shape[1:]} in {dtype} takes "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {storage}: give a "
-            "smaller --rho or --pool-size, --pool-dtype float16, or --pool-device cpu"
-        )
 
 
 @torch.no_grad()

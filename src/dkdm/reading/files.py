@@ -87,9 +87,7 @@ def check_output(
         raise UsageError(f"{option} {path} is a link to nothing: remove it, or give another name")
     if path.exists() and not overwrite:
         raise UsageError(f"{option} {path} exists: give another name, or --overwrite")
-    place = path if path.is_dir() else path.parent
-    while not os.path.lexists(place):
-        place = place.parent
+    place = existing_folder(path if path.is_dir() else path.parent)
     if not place.is_dir():
         raise UsageError(f"{option} {path}: {place} is not a folder: give another path")
     try:
@@ -100,6 +98,13 @@ def check_output(
             f"{option} {path}: nothing can be written to {place.absolute()} ({error.strerror}): "
             "give another path"
         ) from error
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest above it that exists."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
 
 
 def cache_dir(name: str) -> Path:

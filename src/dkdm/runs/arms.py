@@ -89,7 +89,7 @@ class Arm:
         del student
         size = self.plan(teacher, config).entries
         asked = config.pool, config.guidance, config.conditions
-        pool = make_pool(teacher, size, *asked, config.run.seed, device, self.kind)
+        pool = make_pool(teacher, size, *asked, device, config.run, self.kind)
         if config.pool.keep_finished:
             shards = SampleShards(config.run.output_dir / FINISHED)
             pool.finished = Finished(shards, config.pool.keep_finished)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from dkdm.config import GuidanceOptions, PoolOptions, TeacherConditions, TrainingOptions
+from dkdm.config import (
+    GuidanceOptions,
+    PoolOptions,
+    RunOptions,
+    TeacherConditions,
+    TrainingOptions,
+)
 from dkdm.core.chains import Guidance, Stride
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
 from dkdm.core.pool import Pool
 from dkdm.core.shards import Shards
 from dkdm.errors import UsageError
+from dkdm.reading.files import check_output
 
 
 class SourcePlan(NamedTuple):
@@ -34,25 +42,35 @@ def make_pool(
     pool: PoolOptions,
     guidance: GuidanceOptions,
     conditions: TeacherConditions,
-    seed: int,
     device: torch.device,
+    run: RunOptions,
     kind: type[Pool] = Pool,
 ) -> Pool:
     """An unfilled pool as the options describe it."""
     return empty_pool(
         teacher,
         size,
-        torch.device("cpu") if pool.pool_device == "cpu" else device,
+        device if pool.pool_device == "device" else torch.device("cpu"),
         getattr(torch, pool.pool_dtype),
         Shards(pool.shards),
         kind,
+        _folder(pool, run),
         stride=Stride.of_options(pool, teacher.process.num_levels),
         eta=pool.eta,
         guidance=Guidance.of_options(guidance),
         condition_dropout=conditions.condition_dropout,
         random_conditioning=conditions.random_conditioning,
-        seed=seed,
+        seed=run.seed,
     )
+
+
+def _folder(pool: PoolOptions, run: RunOptions) -> Path | None:
+    """The folder on whose disk the pool lies; None for one in memory."""
+    if pool.pool_device != "disk":
+        return None
+    if pool.pool_dir is None:
+        return run.output_dir
+    return check_output("--pool-dir", pool.pool_dir, folder=True, overwrite=True)
 
 
 def newly_drawn(pool: PoolOptions, training: TrainingOptions) -> int:

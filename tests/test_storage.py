@@ -1,0 +1,97 @@
+"""A pool on disk: the same numbers as in memory, and no trace of it when the run is over."""
+
+import json
+import mmap
+import os
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dkdm
+from dkdm.config import PoolOptions
+from dkdm.core import storage
+from dkdm.core.storage import on_disk
+from dkdm.errors import UsageError
+from factories import denoiser
+from small_runs import SMALL
+
+HALF = torch.float16
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """How many bytes were mapped, a number for each file."""
+    sizes = []
+    real = mmap.mmap
+    monkeypatch.setattr(
+        storage, "mmap", SimpleNamespace(mmap=lambda *args: sizes.append(args[1]) or real(*args))
+    )
+    return sizes
+
+
+def distilled(folder, **changes):
+    config = {"max_train_steps": 6, "checkpointing_steps": 3, "evaluation_samples": 0, **changes}
+    return dkdm.distill(denoiser(), "dit-tiny", replace(SMALL, output_dir=folder, **config))
+
+
+def hashes(folder):
+    return json.loads((folder / "checkpoint-6" / "manifest.json").read_text())
+
+
+def test_a_run_with_its_pool_on_disk_equals_one_in_memory_and_resumes(tmp_path, mapped):
+    shared = {"pool_dtype": "float16", "stride": "random:6"}
+    disk = {**shared, "pool_device": "disk"}
+    expected = hashes(distilled(tmp_path / "memory", **shared))
+    assert not mapped
+    folder = distilled(tmp_path / "disk", **disk)
+    assert mapped == [24 * 64 * HALF.itemsize]
+    assert hashes(folder) == expected
+    shutil.rmtree(folder / "checkpoint-6")
+    (folder / "model_index.json").unlink()
+    distilled(folder, **disk, resume_from_checkpoint="latest")
+    assert hashes(folder) == expected
+    assert len(mapped) == 2
+    names = [{path.name for path in run.iterdir()} for run in (folder, tmp_path / "memory")]
+    assert names[0] == names[1]
+
+
+def test_values_are_kept_in_the_file_and_the_file_has_no_name(tmp_path):
+    states = on_disk((1000, 3), HALF, tmp_path / "not" / "there")
+    states[500:].fill_(2)
+    assert float(states.double().sum()) == 2 * 500 * 3
+    assert states.shape == (1000, 3)
+    assert states.dtype == HALF
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    message = r"pool of 200000 entries .* 1\.1 GiB, and 1\.0 GiB are free on the disk of .*--rho"
+    with pytest.raises(UsageError, match=message):
+        on_disk((200_000, 3072), HALF, tmp_path)
+
+
+def test_space_that_cannot_be_had_is_said_with_the_reason(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UsageError, match="No space left on device.*--pool-dir on another disk"):
+        on_disk((10, 3), HALF, tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_for_a_pool_in_memory_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--pool-dir .* give --pool-device disk"):
+        PoolOptions(pool_dir=tmp_path)
+
+
+def test_a_place_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    changes = {"pool_device": "disk", "pool_dir": tmp_path / "file"}
+    with pytest.raises(UsageError, match="--pool-dir"):
+        distilled(tmp_path / "run", **changes)
+    assert os.listdir(tmp_path) == ["file"]
