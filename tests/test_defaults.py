@@ -10,7 +10,7 @@ from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
 from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.errors import UsageError
-from dkdm.runs.defaults import check_same_source, with_defaults, with_optimizer
+from dkdm.runs.defaults import with_defaults, with_optimizer
 
 MIXTURE = GaussianMixture.of([[0.0, 1.0]], 0.1)
 UNCLIPPED = from_betas(beta_schedule("linear", 20))
@@ -92,16 +92,6 @@ def test_a_folder_called_teacher_is_no_run(tmp_path, monkeypatch):
         (tmp_path / name / "config.json").write_text(to_json(begun))
     assert decided(DistillConfig()) == ("v_prediction", "capped")
     assert decided(DistillConfig(student_init="teacher")) == (None, "uniform")
-
-
-def test_a_run_goes_on_with_its_own_source(tmp_path):
-    found = tmp_path / "checkpoint-1"
-    found.mkdir()
-    (tmp_path / "config.json").write_text(to_json(DistillConfig(source="shuffled")))
-    check_same_source(DistillConfig(source="shuffled"), found)
-    check_same_source(DistillConfig(), None)
-    with pytest.raises(UsageError, match="checkpoint-1 is of a run with --source shuffled: resume"):
-        check_same_source(DistillConfig(), found)
 
 
 def test_a_checkpoint_without_its_run_does_not_say_what_its_student_predicts(tmp_path):

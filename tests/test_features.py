@@ -212,7 +212,12 @@ def test_a_run_with_features_resumes_exactly_and_ships_the_network_alone(tmp_pat
 def test_features_cannot_come_and_go_within_a_run(tmp_path, before):
     run(tmp_path, steps=2, feature_weight=before)
     with pytest.raises(UsageError, match="written by a run with.*--feature-weight"):
-        run(tmp_path, feature_weight=0.5 - before, resume_from_checkpoint="latest")
+        run(
+            tmp_path,
+            feature_weight=0.5 - before,
+            resume_from_checkpoint="latest",
+            accept_changes=True,
+        )
 
 
 def test_features_need_a_teacher_that_sees_the_batches(tmp_path):

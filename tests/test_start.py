@@ -303,5 +303,6 @@ def test_adapters_are_not_added_when_a_run_goes_on(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     config = replace(CONFIG, output_dir=folder, lora_rank=2, resume_from_checkpoint="latest")
+    config = replace(config, accept_changes=True)
     with pytest.raises(UsageError, match="checkpoint-4 was trained without LoRA"):
         dkdm.distill(denoiser(), None, config)

@@ -145,7 +145,9 @@ def test_a_run_resumes_exactly_without_drawing_the_set_again(tmp_path):
     )
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     with pytest.raises(UsageError, match="synthetic set is .*; --synthetic-samples 10 keeps its s"):
-        dkdm.distill(denoiser(), "dit-tiny", replace(resumed, synthetic_samples=11))
+        dkdm.distill(
+            denoiser(), "dit-tiny", replace(resumed, synthetic_samples=11, accept_changes=True)
+        )
 
 
 def test_nothing_teaches_a_variance(tmp_path):

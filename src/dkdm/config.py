@@ -513,6 +513,8 @@ class CheckpointOptions(Options, title="Checkpoint"):
     """Keep this many checkpoints; None keeps all."""
     resume_from_checkpoint: str | None = None
     """'latest', or the path of a checkpoint of this run. Default: start anew."""
+    accept_changes: bool = False
+    """Resume even if options that say what the run means, or the teacher, have changed."""
     logging_steps: Count = 10
     """Optimizer steps between lines in metrics.jsonl."""
     report_to: str = "auto"

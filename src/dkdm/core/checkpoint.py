@@ -24,6 +24,7 @@ from dkdm.reading.fields import Fields, read_json
 from dkdm.reading.files import atomic
 
 STATE = "state.json"
+RUN = "run.json"  # facts about the run: its options, its teacher, versions
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SOURCE = "source/"
 FORMER_STATE = ("optimizer", "lr_scheduler", "teacher_evaluations")
@@ -124,7 +125,10 @@ def _refuse_other_parts(folder: Path, theirs: set[str], ours: set[str]) -> None:
 
 
 class OptimizerState:
-    """An optimizer as a part: the state of each parameter by its number."""
+    """An optimizer as a part: the state of each parameter by its number.
+
+    Weight decay stays that of the options.
+    """
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -143,7 +147,11 @@ class OptimizerState:
             index, _, key = name.partition(".")
             if key:
                 entries.setdefault(int(index), {})[key] = value
-        groups = state["param_groups"]
+        own = self.optimizer.state_dict()["param_groups"]
+        groups = [
+            {**theirs, "weight_decay": ours["weight_decay"]}
+            for theirs, ours in zip(state["param_groups"], own, strict=True)
+        ]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 

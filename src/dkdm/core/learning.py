@@ -65,7 +65,7 @@ def optimizer_of(
 
 
 class ScheduleState:
-    """A schedule as a part; the peak learning rates stay those of the options."""
+    """A schedule as a part; its kind, length and peak rates stay those of the options."""
 
     def __init__(self, schedule: Any) -> None:
         self.schedule = schedule
@@ -78,12 +78,11 @@ class ScheduleState:
         """Go on from there, after the optimizer, whose rates follow."""
         schedule, peaks = self.schedule, self.schedule.base_lrs
         schedule.load_state_dict(state)
-        if schedule.base_lrs == peaks:
-            return
         schedule.base_lrs = peaks
         groups = schedule.optimizer.param_groups
         for group, peak, share in zip(groups, peaks, schedule.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = peak, peak * share(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in groups]
 
 
 def autocasting(accelerator: Accelerator, call: Call | None) -> Call:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Trainer:
     frozen: names of the parameters that are not trained, because adapters are.
     merge: makes a plain network of one with adapters, in place; None for networks without.
     unnoted: mean loss of the last step until it is written down. saved: last step that was saved.
+    about: facts that every checkpoint repeats, as JSON.
     """
 
     output_dir: Path
@@ -64,6 +66,7 @@ class Trainer:
     step_number: int = 0
     unnoted: Tensor | None = None
     saved: int = -1
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         options, device = self.optimizing, self.accelerator.device
@@ -225,6 +228,7 @@ class Trainer:
         if self.selection is not None:
             about["best"] = self.selection.state_dict()
         checkpoint.write_parts(folder, self.parts(), about)
+        (folder / checkpoint.RUN).write_text(json.dumps(self.about, indent=2) + "\n")
         for copies in (self.name, f"{self.name}_ema"):
             if (folder / copies).is_dir():
                 checkpoint.save_config(self.network, folder / copies)

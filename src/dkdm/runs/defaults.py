@@ -17,14 +17,7 @@ from dkdm.config import DistillConfig, RunConfig, StudentOptions
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.process import Process
 from dkdm.errors import UsageError
-from dkdm.reading.options import flag
 from dkdm.runs.earlier import distillation_of, run_of
-
-# options of a source that a checkpoint takes for granted
-OF_THE_SOURCE = (
-    *("source", "images_target", "mixed_share"),
-    *("more_teachers", "label_offset", "teacher_share", "more_prompts"),
-)
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -75,18 +68,6 @@ def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:
         options = replace(options, learning_rate=begun.optimizing.learning_rate)
     options = options.decided(new and found is None)
     return replace(config, optimizer=options.optimizer, learning_rate=options.learning_rate)
-
-
-def check_same_source(config: DistillConfig, found: Path | None) -> None:
-    """Raise UsageError if a run goes on from a checkpoint of a run with another source."""
-    begun = distillation_of(found.parent) if found else None
-    for name in OF_THE_SOURCE if begun else ():
-        given, was = getattr(config, name), getattr(begun, name)
-        if given != was:
-            raise UsageError(
-                f"{flag(name)} {given}: {found} is of a run with {flag(name)} {was}: resume with "
-                "the options it was started with, or give another --output-dir"
-            )
 
 
 def _start_of(student_init: str) -> DistillConfig | None:

@@ -23,8 +23,9 @@ from dkdm.data.reference import Reference
 from dkdm.evaluation.comparison import describe as described
 from dkdm.models import place
 from dkdm.models.architectures import component_of
+from dkdm.models.identity import identity_of
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
-from dkdm.runs.defaults import check_same_source, with_defaults
+from dkdm.runs.defaults import with_defaults
 from dkdm.runs.launch import (
     carry_out,
     check_run_folder,
@@ -44,6 +45,7 @@ from dkdm.runs.models import (
 from dkdm.runs.objective import features_of
 from dkdm.runs.outputs import reference_of, sample_grids, sampling_guidance
 from dkdm.runs.programs import OBJECTIVES
+from dkdm.runs.resume import check_changes, check_same_teacher, facts_of
 from dkdm.runs.source import SourcePlan
 from dkdm.runs.teachers import (
     Given,
@@ -99,6 +101,7 @@ def distill_part(
 ) -> Path:
     """Carry out one part of a run, of the models that the options name or that are given."""
     program = OBJECTIVES[config.few_steps.objective]
+    changes = check_changes(config, checkpoint_of(config.run, config.checkpoints))
     ready = prepared(config, teachers, student)
     config, taught_by, trainer = ready.config, ready.teacher, ready.trainer
     device = described(trainer.accelerator.device)
@@ -125,7 +128,7 @@ def distill_part(
         return program.measure(ready.teacher, finished, *about)
 
     with evaluating(taught_by.network, taught_by.call, taught_by.decode, frozen=True):
-        return carry_out(config, trainer, measure, begin, taught_by)
+        return carry_out(config, trainer, measure, begin, taught_by, changes)
 
 
 def describe(config: DistillConfig) -> str:
@@ -144,6 +147,7 @@ def _last_as_first(config: DistillConfig) -> DistillConfig:
 
 
 def _described(config: DistillConfig) -> str:
+    check_changes(config, checkpoint_of(config.run, config.checkpoints))
     program = OBJECTIVES[config.few_steps.objective]
     ready = prepared(config)
     config, teacher, student = ready.config, ready.teacher, ready.trainer.student
@@ -197,9 +201,10 @@ def prepared(
     check_metric(evaluation)
     program.check(config)
     found = checkpoint_of(run, config.checkpoints)
-    check_same_source(config, found)
     accelerator = start_accelerator(run, training, config.checkpoints)
     teacher = ready_teachers(opened_teachers(config, teachers), config)
+    identity = identity_of(teacher)
+    check_same_teacher(identity, found, config.checkpoints.accept_changes)
     pattern, teaching = pattern_of(teacher), program.teaching(teacher, config)
     config = with_defaults(config, pattern, found)
     factory = config.teacher_choice.factory
@@ -236,6 +241,7 @@ def prepared(
         features=features,
         frozen=start.frozen,
         merge=partial(program.finished, student),
+        about={**facts_of(config), "teacher": identity},
     )
     with accelerator.main_process_first():  # the others find what it keeps
         reference = reference_of(evaluation, teacher)

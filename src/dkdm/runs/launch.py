@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +37,7 @@ from dkdm.reading.plugins import split
 from dkdm.report import write_report
 from dkdm.report.page import REPORT
 from dkdm.runs.config_file import code_named_in
+from dkdm.runs.resume import Change, note_start
 from dkdm.runs.validation import best_weights, shipped_weights
 from dkdm.shipping.card import NO_LICENCE, Measured, write_card
 from dkdm.shipping.hub import publish, reserve
@@ -115,12 +116,15 @@ def carry_out(
     measure: Callable[[Denoiser, str], Measured],
     before: Callable[[], None] = lambda: None,
     teacher: Denoiser | None = None,
+    changes: Sequence[Change] = (),
 ) -> Path:
     """Train, measure the student, describe and publish it; returns the output folder.
 
-    before: what is done first in the folder of the run. teacher: of a distillation.
+    before: what is done first in the folder of the run. teacher: of a distillation. changes: of the
+    options since the run was started.
     """
     config = claim_output(config, trainer.accelerator)
+    note_start(config.run.output_dir, trainer.step_number, changes)
     before()
     started = time.monotonic()
     trainer.run()

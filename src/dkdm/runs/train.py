@@ -16,6 +16,7 @@ from dkdm.runs.defaults import with_optimizer
 from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
 from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import measure_model, reference_of, sample_grids
+from dkdm.runs.resume import check_changes, facts_of
 from dkdm.runs.validation import check_metric, validate_by_metric
 from dkdm.students import student_of
 
@@ -30,6 +31,7 @@ def train(config: TrainConfig) -> Path:
     check_metric(evaluation)
     check_run_folder(run, config.checkpoints, TrainConfig)
     found = checkpoint_of(run, config.checkpoints)
+    changes = check_changes(config, found)
     config = with_optimizer(config, found, new=True)
     accelerator = start_accelerator(run, config.training, config.checkpoints)
     data, like = training_data(config.data, config.model, conditions.negative_prompt, run.seed)
@@ -58,6 +60,7 @@ def train(config: TrainConfig) -> Path:
         component_of(type(model.network).__name__),
         sample_grids(run, evaluation),
         evaluation.validation_steps,
+        about=facts_of(config),
     )
     with accelerator.main_process_first():  # the others find what it keeps
         reference = reference_of(evaluation, model)
@@ -65,4 +68,4 @@ def train(config: TrainConfig) -> Path:
     if found:
         trainer.resume(found)
     measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)
-    return carry_out(config, trainer, measure)
+    return carry_out(config, trainer, measure, changes=changes)
