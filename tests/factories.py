@@ -75,6 +75,14 @@ def teacher():
     return denoiser()
 
 
+def other_teacher():
+    """The same network with other weights."""
+    made = denoiser()
+    with torch.no_grad():
+        next(made.network.parameters()).mul_(0.5)
+    return made
+
+
 def thin_teacher():
     """A teacher of few layers, to be traced: that takes as long as it has operations."""
     made = denoiser()

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -215,7 +216,7 @@ def newest(output_dir: Path) -> Path | None:
             damaged.append(str(error))
             continue
         for said in damaged:
-            print(f"warning: {said}; {folder.name} is used", file=sys.stderr)
+            _warn(f"{said}; {folder.name} is used")
         return folder
     if damaged:
         raise DkdmError(
@@ -223,6 +224,12 @@ def newest(output_dir: Path) -> Path | None:
             "another folder"
         )
     return None
+
+
+@cache
+def _warn(text: str) -> None:
+    """Say it once, however often a run's folder is looked at."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def resolve(output_dir: Path, wanted: str) -> Path | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dkdm.core.chains import joined
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.filling import Filling
 from dkdm.core.pool import Pool
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
@@ -57,15 +58,17 @@ def empty_pool(
 
 
 @torch.no_grad()
-def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
+def fill_few_step(
+    pool: Pool, num_steps: int, batch_size: int, filling: Filling | None = None
+) -> None:
     """Spread the entries over all levels: sample each in `num_steps` DDIM steps, then noise it.
 
     Costs num_steps teacher evaluations per entry. The few-step sampler decides which states there
     are; the target of each is exact. The steps start at T-1 (trailing spacing), the level of pure
-    noise, whatever spacing the teacher has.
+    noise, whatever spacing the teacher has. filling: knows what is done, and notes what is.
     """
-    teacher = pool.teacher
-    for part, levels, noise in _parts(pool, batch_size, "few-step fill"):
+    teacher, filling = pool.teacher, filling or Filling(pool)
+    for part, levels, noise in _parts(filling, batch_size, "few-step fill"):
         cond = {key: value[part] for key, value in pool.cond.items()}
         shape = (len(levels), *teacher.sample_shape)
 
@@ -84,14 +87,14 @@ def fill_few_step(pool: Pool, num_steps: int, batch_size: int) -> None:
 
 
 @torch.no_grad()
-def fill_ancestral(pool: Pool, batch_size: int) -> None:
+def fill_ancestral(pool: Pool, batch_size: int, filling: Filling | None = None) -> None:
     """Shuffle denoise (DKDM, algorithm 1): move each entry from T-1 down to its level.
 
     Costs T-1-t teacher evaluations per entry, about T/2 on average, and is exact.
     """
-    teacher = pool.teacher
+    teacher, filling = pool.teacher, filling or Filling(pool)
     process = teacher.process
-    for part, levels, noise in _parts(pool, batch_size, "ancestral fill", in_order=True):
+    for part, levels, noise in _parts(filling, batch_size, "ancestral fill", in_order=True):
         cond = {key: value[part] for key, value in pool.cond.items()}
         x = pool.x[part.to(pool.x.device)].to(teacher.device, torch.float32)
         for level in range(process.num_levels - 1, int(levels.min()), -1):
@@ -107,9 +110,11 @@ def fill_ancestral(pool: Pool, batch_size: int) -> None:
 
 
 def _parts(
-    pool: Pool, batch_size: int, label: str, in_order: bool = False
+    filling: Filling, batch_size: int, label: str, in_order: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
-    """Cut every shard into batches: (rows, their levels, noise), with progress."""
+    """Cut every shard into batches: (rows, their levels, noise), with progress; those that are
+    done are left out."""
+    pool, passed = filling.pool, 0
     device, num_levels = pool.teacher.device, pool.teacher.process.num_levels
     with track(len(pool.t), 0, label) as progress:
         for shard, here in pool.entries.slices.items():
@@ -118,6 +123,10 @@ def _parts(
             levels = uniform_levels(size, num_levels, host)
             order = levels.argsort(descending=True) if in_order else torch.arange(size)
             for i, chunk in enumerate(order.split(batch_size)):
+                passed += 1
+                if passed <= filling.done:
+                    continue
                 noise = generator(device, pool.seed, "fill", shard, i)
-                yield here.start + chunk, levels[chunk], noise
+                with filling.batch():
+                    yield here.start + chunk, levels[chunk], noise
                 progress(here.start + min((i + 1) * batch_size, size))

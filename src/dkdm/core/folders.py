@@ -83,8 +83,19 @@ def verify_folder(folder: Path, *needed: str) -> None:
     for name in needed:
         if name not in entries:
             raise DkdmError(f"{folder} is not complete: {MANIFEST} does not list {name}")
-    for name, entry in entries.items():
-        _verify(folder, name, entry)
+    seen = str(folder.resolve()), *((str(p), *_stamp(p)) for p in sorted(_files(folder)))
+    if seen not in _verified:
+        for name, entry in entries.items():
+            _verify(folder, name, entry)
+        _verified.add(seen)
+
+
+_verified: set[tuple[Any, ...]] = set()  # folders as they were when their hashes were checked
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _verify(folder: Path, name: str, entry: Any) -> None:

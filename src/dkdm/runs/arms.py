@@ -99,7 +99,8 @@ class Arm:
         """Let the teacher prepare it."""
         del teacher
         if not self.noise:
-            fill(source, config.pool, config.training.train_batch_size)
+            output_dir = config.run.output_dir
+            fill(source, config.pool, config.training.train_batch_size, output_dir)
 
     def shorter(self, pool: PoolOptions) -> str:
         """Options that make preparing shorter."""

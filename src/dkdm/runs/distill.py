@@ -27,9 +27,12 @@ from dkdm.models.identity import identity_of
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import with_defaults
 from dkdm.runs.launch import (
+    anew,
+    begun_by,
     carry_out,
     check_run_folder,
     checkpoint_of,
+    filled_in,
     is_finished,
     start_accelerator,
 )
@@ -101,7 +104,8 @@ def distill_part(
 ) -> Path:
     """Carry out one part of a run, of the models that the options name or that are given."""
     program = OBJECTIVES[config.few_steps.objective]
-    changes = check_changes(config, checkpoint_of(config.run, config.checkpoints))
+    begun = begun_by(config.run, config.checkpoints)
+    changes = check_changes(config, begun)
     ready = prepared(config, teachers, student)
     config, taught_by, trainer = ready.config, ready.teacher, ready.trainer
     device = described(trainer.accelerator.device)
@@ -110,7 +114,7 @@ def distill_part(
         f"computes on {device}",
         f"this run takes {in_words(ready.needed)}",
     ]
-    said += ready.warnings
+    said += [anew(config.run, config.checkpoints), *ready.warnings]
     if config.teacher_choice.check and trainer.step_number == 0:
         for one in parts_of(taught_by):
             name = "the teacher" if one is taught_by else one.name
@@ -119,7 +123,9 @@ def distill_part(
         print(line, file=sys.stderr)
 
     def begin() -> None:
-        if ready.is_new:
+        if not ready.is_new:
+            return
+        with filled_in(config.run.output_dir, trainer.about):
             program.prepare(trainer.source, taught_by, config)
             trainer.save()
 
@@ -147,7 +153,7 @@ def _last_as_first(config: DistillConfig) -> DistillConfig:
 
 
 def _described(config: DistillConfig) -> str:
-    check_changes(config, checkpoint_of(config.run, config.checkpoints))
+    check_changes(config, begun_by(config.run, config.checkpoints))
     program = OBJECTIVES[config.few_steps.objective]
     ready = prepared(config)
     config, teacher, student = ready.config, ready.teacher, ready.trainer.student
@@ -204,7 +210,8 @@ def prepared(
     accelerator = start_accelerator(run, training, config.checkpoints)
     teacher = ready_teachers(opened_teachers(config, teachers), config)
     identity = identity_of(teacher)
-    check_same_teacher(identity, found, config.checkpoints.accept_changes)
+    begun = begun_by(run, config.checkpoints)
+    check_same_teacher(identity, begun, config.checkpoints.accept_changes)
     pattern, teaching = pattern_of(teacher), program.teaching(teacher, config)
     config = with_defaults(config, pattern, found)
     factory = config.teacher_choice.factory

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -25,6 +28,7 @@ from dkdm.config import (
     to_json,
 )
 from dkdm.core import checkpoint
+from dkdm.core.checkpoint import RUN
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.folders import remove_leftovers
 from dkdm.core.selection import FOLDER as BEST
@@ -38,6 +42,7 @@ from dkdm.report import write_report
 from dkdm.report.page import REPORT
 from dkdm.runs.config_file import code_named_in
 from dkdm.runs.resume import Change, note_start
+from dkdm.runs.source import FILL
 from dkdm.runs.validation import best_weights, shipped_weights
 from dkdm.shipping.card import NO_LICENCE, Measured, write_card
 from dkdm.shipping.hub import publish, reserve
@@ -108,6 +113,32 @@ def checkpoint_of(run: RunOptions, checkpoints: CheckpointOptions) -> Path | Non
     if wanted and folder.is_dir():
         check_folder(folder)
     return checkpoint.resolve(folder, wanted) if wanted else None
+
+
+def begun_by(run: RunOptions, checkpoints: CheckpointOptions) -> Path | None:
+    """What says how the run was started: its checkpoint, or a fill that is not done yet."""
+    filling = run.output_dir / FILL
+    given = checkpoints.resume_from_checkpoint
+    unfinished = filling if given == "latest" and (filling / RUN).is_file() else None
+    return checkpoint_of(run, checkpoints) or unfinished
+
+
+def anew(run: RunOptions, checkpoints: CheckpointOptions) -> str:
+    """What is said if there is nothing to resume; empty if there is, or nothing was asked for."""
+    if not checkpoints.resume_from_checkpoint or begun_by(run, checkpoints):
+        return ""
+    return f"{run.output_dir} has no checkpoint yet: the run starts anew"
+
+
+@contextmanager
+def filled_in(folder: Path, about: Mapping[str, Any]) -> Iterator[None]:
+    """Keep what is filled, and how, in the folder of a run until its first checkpoint."""
+    filling = folder / FILL
+    filling.mkdir(exist_ok=True)
+    with files.atomic(filling / RUN) as partial:
+        partial.write_text(json.dumps(about, indent=2) + "\n")
+    yield
+    shutil.rmtree(filling)
 
 
 def carry_out(

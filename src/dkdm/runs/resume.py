@@ -59,7 +59,7 @@ class Change(NamedTuple):
 
 
 def changes_of(config: RunConfig, found: Path | None) -> list[Change]:
-    """What has changed since the run of a checkpoint was started; none without one."""
+    """What has changed since the last start of the run that a checkpoint, or a fill, belongs to."""
     begun = None if found is None else run_of(found.parent)
     if found is not None and begun is None:
         print(
@@ -110,7 +110,7 @@ def _show(changes: list[Change]) -> None:
 def check_same_teacher(
     identity: Mapping[str, str], found: Path | None, accept_changes: bool
 ) -> None:
-    """Raise UsageError if a checkpoint was made with another teacher.
+    """Raise UsageError if a checkpoint, or a fill, was made with another teacher.
 
     identity: what the teacher is, by the names of its parts. Former checkpoints do not say.
     """

@@ -18,10 +18,13 @@ from dkdm.config import (
 from dkdm.core.chains import Guidance, Stride
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
+from dkdm.core.filling import Filling
 from dkdm.core.pool import Pool
 from dkdm.core.shards import Shards
 from dkdm.errors import UsageError
 from dkdm.reading.files import check_output
+
+FILL = "fill"  # folder of a run, of pools that are not filled yet
 
 
 class SourcePlan(NamedTuple):
@@ -102,12 +105,16 @@ def guidance_of_set(guidance: GuidanceOptions) -> float:
     return low
 
 
-def fill(pool: Pool, options: PoolOptions, batch_size: int) -> None:
-    """Prepare the pool as asked."""
-    if options.fill == "ancestral":
-        fill_ancestral(pool, batch_size)
-    elif options.fill == "few-step":
-        fill_few_step(pool, options.fill_steps, batch_size)
+def fill(pool: Pool, options: PoolOptions, batch_size: int, output_dir: Path) -> None:
+    """Prepare the pool as asked; what a killed run had filled in `output_dir` is taken over."""
+    place = f"{pool.seed}-{pool.shards.rank}-of-{pool.shards.world}"
+    how = {"fill": options.fill, "fill_steps": options.fill_steps, "batch_size": batch_size}
+    filling = Filling(pool, output_dir / FILL / place, how)
+    with filling.kept():
+        if options.fill == "ancestral":
+            fill_ancestral(pool, batch_size, filling)
+        elif options.fill == "few-step":
+            fill_few_step(pool, options.fill_steps, batch_size, filling)
 
 
 def guidance_factor(teacher: Denoiser, guidance: GuidanceOptions) -> float:
