@@ -41,6 +41,7 @@ from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.command_line import parse, summary
 from dkdm.reading.files import check_output
 from dkdm.reading.options import Grouped, flag, places
+from dkdm.reading.places import expanded
 from dkdm.runs.config_file import config_file
 from dkdm.runs.recipes import check_given, recipe, recipes
 from dkdm.version import __version__
@@ -380,10 +381,16 @@ def _plan(options: PlanCommand) -> int:
 
 
 def _doctor(options: DoctorCommand) -> int:
-    from dkdm.checks.doctor import examine
     from dkdm.checks.findings import print_findings
 
-    findings = examine()
+    if options.examined.run is None:
+        from dkdm.checks.doctor import examine
+
+        findings = examine()
+    else:
+        from dkdm.runs.health import examine_run
+
+        findings = examine_run(expanded(options.examined.run))
     as_dicts = [each.as_dict() for each in findings]
     _show(options.printing, as_dicts, partial(print_findings, findings))
     return int(any(each.status == "problem" for each in findings))

@@ -1106,9 +1106,18 @@ class PlanCommand(Grouped, command="plan"):
     printing: PrintOptions
 
 
-class DoctorCommand(Grouped, command="doctor"):
-    """Check the environment."""
+class ExaminedRun(Options, title="Run", positional=("run",)):
+    """What is checked."""
 
+    run: Path | None = None
+    """The output folder of a run: its files, every checkpoint, the finished model, the teacher.
+    Default: the environment."""
+
+
+class DoctorCommand(Grouped, command="doctor"):
+    """Check the environment, or whether a run is whole."""
+
+    examined: ExaminedRun
     printing: PrintOptions
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,7 @@ from dkdm.core.selection import FOLDER as BEST
 from dkdm.core.trainer import Trainer
 from dkdm.errors import UsageError
 from dkdm.reading import files
+from dkdm.reading.lock import holder, locked
 from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
 from dkdm.reading.plugins import split
@@ -91,6 +92,8 @@ def check_run_folder(
     """Raise UsageError if a run of this command cannot have its output folder."""
     folder, existing = run.output_dir, run.output_dir / "config.json"
     files.check_output("--output-dir", folder, folder=True, overwrite=True)
+    if (who := holder(folder)) is not None:
+        raise UsageError(f"--output-dir {folder} is being written by {who}: wait for its end")
     if not existing.is_file():
         return
     if not checkpoints.resume_from_checkpoint:
@@ -154,6 +157,27 @@ def carry_out(
     before: what is done first in the folder of the run. teacher: of a distillation. changes: of the
     options since the run was started.
     """
+    folder, is_main = config.run.output_dir, trainer.accelerator.is_main_process
+    with claimed(folder, type(config).command) if is_main else nullcontext():
+        return _carried_out(config, trainer, measure, before, teacher, changes)
+
+
+@contextmanager
+def claimed(folder: Path, command: str) -> Iterator[None]:
+    """The folder of a run, as long as it is written. Raises UsageError if somebody else writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, f"dkdm {command}"):
+        yield
+
+
+def _carried_out(
+    config: DistillConfig | TrainConfig,
+    trainer: Trainer,
+    measure: Callable[[Denoiser, str], Measured],
+    before: Callable[[], None],
+    teacher: Denoiser | None,
+    changes: Sequence[Change],
+) -> Path:
     config = claim_output(config, trainer.accelerator)
     note_start(config.run.output_dir, trainer.step_number, changes)
     before()

@@ -1,0 +1,83 @@
+"""One writer at a time: a lock on a folder that ends with the process that holds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dkdm.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder while the block runs. The system lets go of it when the process ends, however
+    it does, so that no lock is stale.
+
+    what: the holder, for the message. Raises UsageError if another process holds the folder. A
+    file system that knows no locks is warned of.
+    """
+    path = folder / LOCK
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _take(file):
+            raise UsageError(
+                f"{folder} is being written by {holder(folder) or 'another process'}: wait for its "
+                "end, stop it, or give another folder"
+            )
+        os.ftruncate(file, 0)
+        about = {"pid": os.getpid(), "host": platform.node(), "what": what}
+        os.write(file, json.dumps(about).encode())
+        yield
+    finally:
+        os.close(file)
+
+
+def _take(file: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(
+            f"warning: this file system knows no locks ({error.strerror}): do not start another "
+            "run in this folder",
+            file=sys.stderr,
+        )
+    return True
+
+
+def holder(folder: Path) -> str | None:
+    """Who holds a folder, in words; None if nobody does."""
+    path = folder / LOCK
+    if not path.is_file() or fcntl is None:
+        return None
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _in_words(file.read(1000))
+        except OSError:
+            return None
+    return None
+
+
+def _in_words(about: bytes) -> str:
+    try:
+        found = json.loads(about)
+        return f"process {int(found['pid'])} on {found['host']} ({found['what']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
