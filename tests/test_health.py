@@ -122,9 +122,8 @@ def test_a_second_writer_is_refused_before_any_work(run, capsys):
         args = ["--output-dir", str(run), "--resume-from-checkpoint", "latest"]
         assert main([*COMMAND, *args]) == 2
         assert statuses(run)["lock"][0] == "ok"
-    assert (
-        f"--output-dir {run} is being written by {who}: wait for its end" in capsys.readouterr().err
-    )
+    said = f"--output-dir {run} is being written by {who}: wait for its end"
+    assert said in capsys.readouterr().err
     assert (run / HISTORY).read_text() == history
     assert holder(run) is None
 

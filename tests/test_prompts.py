@@ -168,7 +168,7 @@ def test_rows_are_what_was_encoded(tmp_path):
     assert_rows(conditioning, conditioning.null(2), ["ugly", "ugly"])
     assert_rows(conditioning, conditioning.in_turns(11), [*TEXTS, "number 0"])
     files = sorted(file.name for file in (tmp_path / "prompts" / "abc").iterdir())
-    assert files == [*(f"embeddings-0000{i}.safetensors" for i in range(3)), "index.jsonl"]
+    assert files == [".lock", *(f"embeddings-0000{i}.safetensors" for i in range(3)), "index.jsonl"]
 
 
 @pytest.mark.usefixtures("small_files")
@@ -201,6 +201,26 @@ def test_what_was_encoded_before_an_interruption_stays(tmp_path):
     conditioning = with_prompts(later.conditioning(), TEXTS, root=tmp_path)
     assert later.asked == list(TEXTS[3:])
     assert_rows(conditioning, conditioning.of(TEXTS), TEXTS)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_two_processes_that_encode_at_once_share_the_cache(tmp_path):
+    other = Encoders()
+    theirs = []
+
+    class Interrupted(Encoders):
+        def encode(self, texts):
+            if not theirs:  # as another process that encodes other prompts meanwhile
+                theirs.append(with_prompts(other.conditioning(), ("theirs", "both"), root=tmp_path))
+            return super().encode(texts)
+
+    ours = with_prompts(Interrupted().conditioning(), ("ours", "both"), root=tmp_path)
+    assert_rows(ours, ours.of(["ours", "both"]), ["ours", "both"])
+    assert_rows(theirs[0], theirs[0].of(["theirs", "both"]), ["theirs", "both"])
+    later = Encoders()
+    both = with_prompts(later.conditioning(), ("ours", "theirs", "both"), root=tmp_path)
+    assert later.asked == []
+    assert_rows(both, both.of(["theirs", "ours", "both"]), ["theirs", "ours", "both"])
 
 
 @pytest.mark.usefixtures("small_files")

@@ -26,9 +26,11 @@ from dkdm.core.conditioning import Condition, dropped
 from dkdm.core.kinds import Kind, Row, rows_of
 from dkdm.core.progress import track
 from dkdm.errors import DkdmError, UsageError
-from dkdm.reading.files import cache_dir
+from dkdm.reading.files import atomic, cache_dir
+from dkdm.reading.lock import locked
 
 ENCODED_AT_ONCE = 32
+INDEX = "index.jsonl"
 ROWS_A_FILE = 1024
 MAX_PROMPT = 100_000  # characters
 
@@ -195,7 +197,7 @@ class EmbeddingCache:
     def open(cls, folder: Path) -> EmbeddingCache:
         """Open a cache, which is empty if the folder is new. Raises DkdmError if it is damaged."""
         cache = cls(folder)
-        index = folder / "index.jsonl"
+        index = folder / INDEX
         if not index.is_file():
             return cache
         try:
@@ -223,7 +225,10 @@ class EmbeddingCache:
         return replace(self, order=order, opened={})
 
     def encode(self, texts: Sequence[str], encoders: TextEncoders) -> None:
-        """Encode the texts that are not there yet, a file at a time; what is done stays done."""
+        """Encode the texts that are not there yet, a file at a time; what is done stays done.
+
+        Several processes may do so at once: each file is added under a lock.
+        """
         missing = list(dict.fromkeys(text for text in texts if _hash(text) not in self.places))
         if not missing:
             return
@@ -239,12 +244,14 @@ class EmbeddingCache:
         encoders.release()
 
     def _append(self, texts: Sequence[str], parts: Sequence[Condition]) -> None:
-        number = len({place[0] for place in self.places.values()})
         tensors = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
-        file, hashes = self._file(number), [_hash(text) for text in texts]
-        write_tensors(file, tensors)
-        with open(self.folder / "index.jsonl", "a") as index:
-            index.write(json.dumps(hashes) + "\n")
+        index, hashes = self.folder / INDEX, [_hash(text) for text in texts]
+        with locked(self.folder, "prompts", wait=True):
+            known = index.read_text() if index.is_file() else ""
+            number = len(known.splitlines())
+            write_tensors(self._file(number), tensors)
+            with atomic(index) as partial:
+                partial.write_text(f"{known}{json.dumps(hashes)}\n")
         self.places |= {key: (number, row) for row, key in enumerate(hashes)}
 
     def _file(self, number: int) -> Path:

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dkdm.errors import UsageError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: nothing is locked there
-    fcntl = None  # type: ignore[assignment]
+fcntl: Any = None
+with suppress(ImportError):  # on Windows, where nothing is locked
+    fcntl = importlib.import_module("fcntl")
 
 LOCK = ".lock"
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Hold a folder while the block runs. The system lets go of it when the process ends, however
     it does, so that no lock is stale.
 
-    what: the holder, for the message. Raises UsageError if another process holds the folder. A
-    file system that knows no locks is warned of.
+    what: the holder, for the message. wait: for another process that holds the folder; otherwise
+    UsageError is raised. A file system that knows no locks is warned of.
     """
     path = folder / LOCK
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _take(file):
+        if not _take(file, wait):
             raise UsageError(
                 f"{folder} is being written by {holder(folder) or 'another process'}: wait for its "
                 "end, stop it, or give another folder"
@@ -44,11 +45,11 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         os.close(file)
 
 
-def _take(file: int) -> bool:
+def _take(file: int, wait: bool) -> bool:
     if fcntl is None:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
