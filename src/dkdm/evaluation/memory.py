@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -104,3 +106,20 @@ def weights_mib(denoiser: Denoiser) -> float:
         return 0.0
     tensors = [*network.parameters(), *network.buffers()]
     return sum(tensor.nbytes for tensor in tensors) / MIB
+
+
+def peak_allocated(work: Callable[[], object]) -> int:
+    """Largest number of bytes that torch's allocator gave out at once while `work` ran.
+
+    On CUDA the caching allocator says it; on a CPU torch's profiler sees every allocation.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    found = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    found.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in found), initial=0))
