@@ -1,11 +1,13 @@
 """dkdm compare: no row mixes what was measured differently; what cannot be compared is refused."""
 
+import io
 import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from browser import CHROMIUM, browser
 from dkdm.cli import main
@@ -23,7 +25,7 @@ from dkdm.report.entries import Entry, entry_of_evaluation, entry_of_run, named_
 from dkdm.report.overlaid import overlaid
 from dkdm.report.rows_of_samples import rows_of_samples
 from dkdm.report.side_by_side import ABSENT, side_by_side
-from dkdm.report.tables import markdown
+from dkdm.report.tables import markdown, print_comparison
 from dkdm.runs.compare import compare_runs, conditions, entry_of_model, opened
 from finished_run import CONFIG, comparison, write_metrics, write_validation
 
@@ -204,6 +206,16 @@ def test_names_of_others_are_text(tmp_path, capsys):
     written = (tmp_path / "t.md").read_text()
     assert "<img" not in re.sub(r"\\.", "", written) and "\x1b" not in written
     assert len({row.count("|") - row.count("\\|") for row in written.splitlines() if row}) <= 4
+
+
+def test_runs_that_do_not_fit_beside_each_other_come_in_blocks(tmp_path):
+    table, out = table_of(*(run_in(tmp_path / f"run-{i}") for i in range(7))), io.StringIO()
+    print_comparison(table, Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    named = [re.findall(r"run-\d", line) for line in lines if "floor" in line]
+    assert named == [[f"run-{i}" for i in block] for block in ((0, 1, 2, 3), (4, 5, 6))]
+    counts = [line.split().count("3.00") for line in lines if line.startswith(FRECHET)]
+    assert list(filter(None, counts)) == [4, 3]  # no number is cut in two
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+import small_runs
+from dkdm.checks import memory_plan
 from dkdm.checks.memory_plan import _SAVINGS, PlannedRun, changes, plan, training_mib
 from dkdm.cli import main
+from dkdm.config import OptimizerOptions
+from dkdm.core import replay
 from dkdm.core.denoiser import Batch
+from dkdm.core.learning import optimizer_of
 from dkdm.errors import UsageError
 from dkdm.evaluation.memory import MIB, LiveStorages, fused_attention
+from dkdm.runs.arms import make_source
+from dkdm.students import student_of
 from factories import denoiser
 
 SMALL = PlannedRun(student="dit-tiny", train_batch_size=8, pool_size=100)
@@ -42,7 +49,8 @@ def test_activations_on_the_meta_device_are_those_of_a_real_step(teacher):
 
 def test_parts_are_what_they_are_named(teacher, small):
     weights = small.device["student weights"]
-    assert small.device["optimizer"] == weights  # Muon's
+    assert weights < small.device["optimizer"] < 1.3 * weights  # Muon's, AdamW's of few weights
+    assert 0 < small.device["update"] < 4 * weights
     assert small.device["student gradients"] == small.device["EMA"] == weights
     assert small.device["teacher weights"] == pytest.approx(
         teacher.num_parameters * 4 / MIB, rel=0.05
@@ -103,6 +111,34 @@ def test_fewer_samples_than_devices_are_refused(teacher):
         plan(teacher, replace(SMALL, train_batch_size=2), gpus=4)
 
 
+def test_the_optimizer_is_counted_as_it_is(teacher, small):
+    student = student_of("dit-tiny", teacher)
+    weights = [*student.network.parameters()]
+    optimizer, _ = optimizer_of(student.network, weights, OptimizerOptions().decided(True), 1)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = [v.nbytes for state in optimizer.state.values() for v in state.values()]
+    assert small.device["optimizer"] == sum(kept) / MIB
+    adamw = plan(teacher, replace(SMALL, optimizer="adamw")).device
+    twice = 2 * small.device["student weights"]
+    assert adamw["optimizer"] == pytest.approx(twice, rel=1e-3)  # and a count for each weight
+    assert adamw["update"] < small.device["update"]
+
+
+def test_replay_keeps_states_and_outputs_of_the_last_batches(teacher, small, monkeypatch):
+    assert small.device["replay"] == 0
+    for module in (replay, memory_plan):
+        monkeypatch.setattr(module, "RECENT", 3)
+    options = replace(small_runs.SMALL, replay=2, fill="none", train_batch_size=8)
+    source = make_source(teacher, teacher, options, torch.device("cpu"))
+    for _ in range(2 * 4):
+        batch = source.draw(8)
+        source.advance(batch, source.target(batch))
+    kept = sum(source.kept[name].nbytes for name in ("x", "output"))
+    assert plan(teacher, replace(SMALL, replay=2)).device["replay"] == kept / MIB
+
+
 def test_options_of_the_run_decide(teacher, small):
     guided = plan(teacher, replace(SMALL, guidance_scale="4"))
     assert guided.device["teacher evaluation"] > 1.9 * small.device["teacher evaluation"]
@@ -112,11 +148,13 @@ def test_options_of_the_run_decide(teacher, small):
 
 
 def test_command_says_by_its_exit_code_whether_it_fits(capsys, monkeypatch):
-    command = ["plan", "factories:teacher", "dit-tiny", "--train-batch-size", "2", "--json"]
+    command = ["plan", "factories:teacher", "dit-tiny", "--train-batch-size", "2"]
+    command += ["--optimizer", "adamw", "--replay", "3", "--json"]
     assert main([*command, "--memory", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["device_total"] <= found["limit"] == 1024
     assert found["choices"]["train_batch_size"] == 2
+    assert found["choices"]["optimizer"] == "adamw" and found["choices"]["replay"] == 3
     assert found["choices"]["gpus"] == 1 and found["choices"]["guided"] is False
     monkeypatch.setattr("dkdm.checks.memory_plan._SAVINGS", _SAVINGS[:1])
     assert main([*command[:-1], "--memory", "0.4"]) == 1

@@ -164,6 +164,22 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_given_anew(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_optimizer_goes_on_with_the_weight_decay_that_is_given_anew(kind):
+    def made(decay):
+        network = torch.nn.Linear(16, 16)
+        options = OptimizerOptions(optimizer=kind, weight_decay=decay)
+        return optimizer_of(network, [*network.parameters()], options, 10)[0]
+
+    resumed = made(0.3)
+    checkpoint.OptimizerState(resumed).load_state_dict(
+        checkpoint.OptimizerState(made(0.1)).state_dict()
+    )
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.3] * len(
+        resumed.param_groups
+    )
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_schedule_goes_on_where_it_was_under_other_peaks(kind):
     network = torch.nn.Linear(16, 16)
 

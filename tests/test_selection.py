@@ -21,6 +21,7 @@ from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.evaluation.validation import Validation
 from dkdm.reading.places import link_folder
+from dkdm.runs.compare import entry_of_model
 from dkdm.runs.earlier import run_of, weights_of
 from dkdm.students import student_of
 from dkdm.students.start import read_checkpoint
@@ -269,3 +270,11 @@ def test_options_name_each_other():
     with pytest.raises(UsageError, match="validation_metric"):
         TrainConfig(metric_for_best_model="fd")
     assert EvaluationOptions(validation_metric="gap", ship_best=True).ship_best
+
+
+def test_the_best_is_compared_as_weights_of_its_run(whole, monkeypatch):
+    monkeypatch.setattr("dkdm.runs.compare.evaluations_per_second", lambda *_: 1.0)
+    best = json.loads((whole / "best/best.json").read_text())
+    found = entry_of_model(str(whole / "best"), draws=False)
+    assert found.facts["weights"].startswith(f"of step {best['step']}, EMA")
+    assert "the best by gap" in found.facts["weights"]

@@ -226,8 +226,8 @@ class TrainingOptions(Options, title="Training"):
         return self.cuda_graphs and self.gradient_accumulation_steps == 1
 
 
-class OptimizerOptions(Options, title="Optimizer"):
-    """The optimizer, its learning rate, and the average of the weights."""
+class OptimizerChoice(Options, title="Optimizer"):
+    """Which optimizer."""
 
     optimizer: Literal["auto", "adamw", "muon"] = "auto"
     """adamw; or muon for matrices and convolutions (Jordan et al., 2024) and AdamW for the rest,
@@ -235,6 +235,11 @@ class OptimizerOptions(Options, title="Optimizer"):
     no --learning-rate is given; else adamw."""
     learning_rate: Annotated[float, Range(0, 1000)] | None = None
     """Peak learning rate. Default: 1e-4 for adamw, 0.02 for muon."""
+
+
+class OptimizerOptions(OptimizerChoice):
+    """The optimizer, its learning rate, and the average of the weights."""
+
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (
         "constant_with_warmup"
     )
@@ -409,7 +414,7 @@ class GuidanceOptions(Options, title="Guidance"):
 
 
 class StorageOptions(Options, title="Pool"):
-    """How large the pool is, and where it lies."""
+    """How large the pool is, where it lies, and what is kept of its batches."""
 
     pool_size: Count | None = None
     """Noisy samples in the pool, a batch or more. Default: follows from --rho; a batch for
@@ -422,6 +427,10 @@ class StorageOptions(Options, title="Pool"):
     pool_dir: Path | None = None
     """Folder on whose disk --pool-device disk keeps the pool, in a file without a name, which is
     gone when the run ends; checkpoints hold the pool too. Default: that of --output-dir."""
+    replay: Annotated[int, Range(1, 1000)] = 1
+    """How often an evaluation of the teacher is learnt from, on average. With 2, every second batch
+    is drawn from those of the last 64 new batches, and the same --max-train-steps ask the teacher
+    for half as many."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -461,10 +470,6 @@ class PoolOptions(StorageOptions, SourceOptions):
     random:M to draw it uniformly from 1 to 2M - 1."""
     eta: Share = 1.0
     """Noise added when a state moves: 1 is ancestral (DDPM), 0 deterministic (DDIM)."""
-    replay: Annotated[int, Range(1, 1000)] = 1
-    """How often an evaluation of the teacher is learnt from, on average. With 2, every second batch
-    is drawn from those of the last 64 new batches, and the same --max-train-steps ask the teacher
-    for half as many."""
     keep_finished: CountOrNone = 0
     """Keep this many of the last samples that became clean, in the run's folder, for dkdm harvest;
     0 keeps none."""
@@ -1102,6 +1107,7 @@ class PlanCommand(Grouped, command="plan"):
     student_choice: PlannedStudent
     training: TrainingOptions
     pool: StorageOptions
+    optimizing: OptimizerChoice
     plan: PlanOptions
     printing: PrintOptions
 

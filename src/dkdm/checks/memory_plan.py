@@ -21,8 +21,9 @@ from dkdm.config import (
     TrainingOptions,
 )
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.learning import prepare
+from dkdm.core.learning import optimizer_of, prepare
 from dkdm.core.modes import silence_label_dropout
+from dkdm.core.replay import RECENT
 from dkdm.errors import UsageError
 from dkdm.evaluation.memory import (
     MIB,
@@ -66,10 +67,10 @@ class MemoryPlan:
     def device_total(self) -> float:
         """What a device holds at the worst moment of a step.
 
-        The teacher's evaluation is over before the student's begins.
+        The teacher's evaluation is over before the student's begins, and that before its update.
         """
-        passing = (self.device["teacher evaluation"], self.device["student activations"])
-        return sum(self.device.values()) - min(passing)
+        passing = [self.device[name] for name in _PASSING]
+        return sum(self.device.values()) - sum(passing) + max(passing)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan and the options it depends on, as JSON values."""
@@ -80,8 +81,11 @@ class MemoryPlan:
         return {"choices": choices, **held}
 
 
+_PASSING = ("teacher evaluation", "student activations", "update")
 _DECISIVE = (
     "train_batch_size",
+    "optimizer",
+    "replay",
     "mixed_precision",
     "gradient_checkpointing",
     "use_ema",
@@ -98,8 +102,8 @@ def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
 
     teacher: its network may be on the meta device. Activations are those of one forward and
     backward pass of the batch that a device gets, with fused attention and without what kernels
-    allocate inside themselves. Raises UsageError if the student does not fit the teacher, and for
-    fewer samples than devices.
+    allocate inside themselves. The student starts from random weights. Raises UsageError if it does
+    not fit the teacher, and for fewer samples than devices.
     """
     batch_size, pool, choice = run.training.train_batch_size, run.pool, run.teacher_choice
     if batch_size < gpus:
@@ -120,15 +124,20 @@ def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
         "teacher weights": teacher_mib if choice.offload == "layers" else 0.0,
         "pool": pool_mib if pool.pool_device == "cpu" else 0.0,
     }
+    trained = _in_training(student, run.training)
+    activations = training_mib(trained, batch)
+    states, update = optimizer_mib(trained, run.optimizing)
     on_device = {
         "teacher weights": teacher_mib - on_host["teacher weights"],
         "teacher evaluation": evaluation,
         "student weights": weights,
         "student gradients": weights,
-        "optimizer": weights * (1 if run.optimizing.decided(new=True).optimizer == "muon" else 2),
+        "optimizer": states,
+        "update": update,
         "EMA": weights if run.optimizing.use_ema else 0.0,
-        "student activations": training_mib(_in_training(student, run.training), batch),
+        "student activations": activations,
         "pool": pool_mib - on_host["pool"],
+        "replay": replay_mib(teacher, run, batch),
         "CUDA context": CONTEXT_MIB,
     }
     return MemoryPlan(run, gpus, pool_size, on_device, on_host)
@@ -167,6 +176,32 @@ def training_mib(student: Denoiser, batch_size: int) -> float:
     gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
     network.zero_grad(set_to_none=True)
     return max(0.0, (storages.peak - gradients) / MIB)
+
+
+def optimizer_mib(student: Denoiser, options: OptimizerOptions) -> tuple[float, float]:
+    """MiB of what the optimizer of random weights keeps, and of what an update takes beside it."""
+    network: nn.Module = student.network  # type: ignore[assignment]
+    weights = [p for p in network.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    optimizer, _ = optimizer_of(network, weights, options.decided(new=True), 1)
+    with LiveStorages() as storages:
+        optimizer.step()  # the first makes what is kept
+        kept = sum(v.nbytes for state in optimizer.state.values() for v in state.values())
+        storages.peak = storages.alive
+        optimizer.step()
+        passing = storages.peak - storages.alive
+    network.zero_grad(set_to_none=True)
+    return kept / MIB, passing / MIB
+
+
+def replay_mib(teacher: Denoiser, run: PlannedRun, batch_size: int) -> float:
+    """MiB of the evaluations that are kept to be learnt from again, without their conditions."""
+    if run.pool.replay == 1:
+        return 0.0
+    channels, *size = teacher.sample_shape
+    values = (channels + teacher.out_channels) * torch.Size(size).numel()
+    return RECENT * batch_size * values * torch.float32.itemsize / MIB
 
 
 def device_memory_mib() -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from math import ceil
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,22 +13,37 @@ from rich.table import Table as Grid
 from dkdm.report.side_by_side import Line, Table
 from dkdm.shipping.markdown import one_line, plain
 
+LABELS, COLUMN = 34, 11  # characters of the terminal: what stands before the columns, and of each
+
 
 def print_comparison(table: Table, console: Console) -> None:
-    """Print the numbers with their circumstances, then what differs between the runs."""
-    grid = _grid(["", "under", *table.names, "floor"])
-    for line in table.lines:
-        texts = [_bold(line, column, text) for column, text in enumerate(line.texts)]
-        grid.add_row(_safe(_marked(table, line)), line.letter, *texts, _safe(line.floor))
-    console.print(grid)
+    """Print the numbers with their circumstances, then what differs between the runs.
+
+    Columns that do not fit beside each other come in blocks, one below the other.
+    """
+    blocks = _blocks(len(table.names), console.width)
+    for columns in blocks:
+        grid = _grid(["", "under", *(table.names[i] for i in columns), "floor"])
+        for line in table.lines:
+            texts = [_bold(line, i, line.texts[i]) for i in columns]
+            grid.add_row(_safe(_marked(table, line)), line.letter, *texts, _safe(line.floor))
+        console.print(grid)
     for text in _below(table):
         console.print(_safe(text), soft_wrap=True)
     for title, rows in (("", table.facts), ("options that differ", table.options)):
-        if rows:
-            grid = _grid([title, *table.names])
+        for columns in blocks if rows else ():
+            grid = _grid([title, *(table.names[i] for i in columns)])
             for name, values in rows.items():
-                grid.add_row(_safe(name), *map(_safe, values))
+                grid.add_row(_safe(name), *(_safe(values[i]) for i in columns))
             console.print(grid)
+
+
+def _blocks(count: int, width: int) -> list[range]:
+    """So many columns in blocks as equal as can be, each fit for a terminal of this width."""
+    most = max(1, (width - LABELS) // COLUMN)
+    parts = max(1, ceil(count / most))
+    edges = [round(count * i / parts) for i in range(parts + 1)]
+    return [range(low, high) for low, high in pairwise(edges)]
 
 
 def _safe(text: str) -> str:

@@ -24,6 +24,7 @@ from dkdm.report.comparison_page import comparison_page
 from dkdm.report.entries import SHOWN, Entry, Samples, entry_of_evaluation, entry_of_run, how_drawn
 from dkdm.report.side_by_side import Table, side_by_side
 from dkdm.report.tables import markdown
+from dkdm.runs.earlier import run_folder, run_of, weights_of
 
 KINDS = "a run's folder, the JSON of dkdm evaluate --json, or a model"
 SUFFIXES = (".html", ".md")
@@ -72,7 +73,8 @@ def _written(spec: str) -> Entry | None:
     config = path / "config.json"
     if config.is_file() and "kind" in read_json(config, "the config.json of a run or a model"):
         return entry_of_run(path)
-    if path.is_dir() and not (config.is_file() or (path / INDEX).is_file()):
+    known = config.is_file() or (path / INDEX).is_file() or run_folder(path) != path
+    if path.is_dir() and not known:
         raise UsageError(f"{spec} is neither a run nor a model: give {KINDS}")
     if not path.exists() and ":" not in spec and not is_hub_id(spec):
         raise UsageError(f"{spec} does not exist: give {KINDS}")
@@ -85,7 +87,7 @@ def entry_of_model(spec: str, draws: bool = True, beside: Entry | None = None) -
     draws: whether there are any. beside: a run, from whose noise and with whose steps they are
     drawn; None draws others.
     """
-    model = load_teacher(spec)
+    model, run = load_teacher(spec), run_of(spec)
     place(model, device_of_run())
     rate = evaluations_per_second(model, SPEED_BATCH)
     figures = [
@@ -97,7 +99,11 @@ def entry_of_model(spec: str, draws: bool = True, beside: Entry | None = None) -
     return Entry(
         spec,
         "model",
-        {"network": type(model.network).__name__, "samples shown": how},
+        {
+            "network": type(model.network).__name__,
+            "weights": weights_of(spec, run) if run else "",
+            "samples shown": how,
+        },
         figures,
         samples=samples,
         missing=[f"only size and speed were measured: dkdm evaluate {spec} --json measures more"],
