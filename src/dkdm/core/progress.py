@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.progress import (
 from torch import Tensor
 
 from dkdm.core.devices import to_device
+from dkdm.core.tolerance import tolerated
 from dkdm.reading.files import atomic
 
 BUCKETS = 10
@@ -69,16 +71,29 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, appended; lines after `step` are dropped first."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+        self.path, self.waiting = path, b""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_metrics(path) if entry.get("step", 0) <= step]
         with atomic(path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as handle:
-            handle.write(json.dumps(entry) + "\n")
+        """Append one line; a line that the disk does not take is written with the next one."""
+        self.waiting += json.dumps(entry).encode() + b"\n"
+        with tolerated("metrics.jsonl: lines wait to be written", self.path.parent):
+            with self.path.open("ab", buffering=0) as handle:
+                size = handle.tell()
+                try:
+                    _write_all(handle, self.waiting)
+                except OSError:
+                    handle.truncate(size)
+                    raise
+            self.waiting = b""
+
+
+def _write_all(handle: FileIO, data: bytes) -> None:
+    while data:
+        data = data[handle.write(data) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

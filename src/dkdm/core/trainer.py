@@ -26,6 +26,7 @@ from dkdm.core.progress import LossPerLevel, MetricsFile, track
 from dkdm.core.selection import Selection
 from dkdm.core.sources import Source
 from dkdm.core.stopping import Stopped, whole
+from dkdm.core.tolerance import tracked
 from dkdm.reading.fields import Fields
 
 
@@ -146,7 +147,7 @@ class Trainer:
             if found:
                 metrics.write({"step": self.step_number, "validation": found})
                 shown = {f"validation/{name}": value for name, value in found.items()}
-                self.accelerator.log(shown, step=self.step_number)
+                tracked(self.accelerator.log, shown, step=self.step_number)
             if self._due(self.checkpoints.logging_steps):
                 self.finite.check()
                 elapsed = time.monotonic() - started
@@ -179,7 +180,8 @@ class Trainer:
         if self.source.evaluations is not None:
             entry["teacher_evaluations"] = self.source.evaluations
         shown = ("loss", "learning_rate", "steps_per_second", "teacher_evaluations")
-        self.accelerator.log({k: entry[k] for k in shown if k in entry}, step=self.step_number)
+        known = {k: entry[k] for k in shown if k in entry}
+        tracked(self.accelerator.log, known, step=self.step_number)
         return entry
 
     def averaged(self) -> Denoiser:

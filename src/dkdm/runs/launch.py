@@ -32,8 +32,9 @@ from dkdm.core.checkpoint import RUN
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.folders import remove_leftovers
 from dkdm.core.selection import FOLDER as BEST
+from dkdm.core.tolerance import tracked, warn
 from dkdm.core.trainer import Trainer
-from dkdm.errors import UsageError
+from dkdm.errors import DkdmError, UsageError
 from dkdm.reading import files
 from dkdm.reading.lock import holder, locked
 from dkdm.reading.made_here import remember
@@ -178,13 +179,13 @@ def _carried_out(
     teacher: Denoiser | None,
     changes: Sequence[Change],
 ) -> Path:
-    config = claim_output(config, trainer.accelerator)
+    config = claim_output(config, trainer.accelerator, trainer.step_number > 0)
     note_start(config.run.output_dir, trainer.step_number, changes)
     before()
     started = time.monotonic()
     trainer.run()
     minutes = (time.monotonic() - started) / 60
-    trainer.accelerator.end_training()
+    tracked(trainer.accelerator.end_training)
     student = trainer.averaged()
     if config.evaluation.ship_best and trainer.selection is not None:
         student = trainer.selection.restored(student, trainer.name)
@@ -211,18 +212,25 @@ def _carried_out(
     return folder
 
 
-def claim_output(config: Config, accelerator: Accelerator) -> Config:
+def claim_output(config: Config, accelerator: Accelerator, resumed: bool = False) -> Config:
     """Take the output folder and start the trackers, once nothing can be refused any more.
 
-    Returns the config with the name of its repository on the hub.
+    Returns the config with the name of its repository on the hub. A hub that cannot be reached ends
+    a new run, before its work; one that is resumed goes on.
     """
     folder = config.run.output_dir
-    config = replace(config, hub=reserve(config.hub, folder))
+    try:
+        config = replace(config, hub=reserve(config.hub, folder))
+    except DkdmError as error:
+        if not resumed or isinstance(error, UsageError):
+            raise
+        warn(f"{error}; the run goes on, and is uploaded at its end")
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     with files.atomic(folder / "config.json") as partial:
         partial.write_text(to_json(config))
     for _, spec in code_named_in(config):
         remember({"spec": spec}, split(spec)[0])
-    accelerator.init_trackers("dkdm", {key: str(value) for key, value in config.flat().items()})
+    options = {key: str(value) for key, value in config.flat().items()}
+    tracked(accelerator.init_trackers, "dkdm", options)
     return config

@@ -29,6 +29,7 @@ from dkdm.core.progress import track
 from dkdm.core.replay import Replayed
 from dkdm.core.several import Several
 from dkdm.core.sources import Source
+from dkdm.core.tolerance import tolerated
 from dkdm.data.named import (
     REFERENCES,
     chosen_extractor,
@@ -90,9 +91,10 @@ def save_grid(output_dir: Path, name: str, samples: Tensor) -> None:
     if grid is None:
         return
     folder = output_dir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / f"{name}.png") as partial:
-        grid.save(partial)
+    with tolerated(f"samples/{name}.png was not written", output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / f"{name}.png") as partial:
+            grid.save(partial)
 
 
 def sampling_guidance(
