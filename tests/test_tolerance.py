@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 import small_runs
 from dkdm.core.progress import MetricsFile, read_metrics
 from dkdm.core.tolerance import tolerated, tracked
+from dkdm.errors import DkdmError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -67,3 +68,19 @@ def test_what_a_tracker_takes_is_called(capsys):
     seen = []
     tracked(seen.append, 3)
     assert seen == [3] and capsys.readouterr().err == ""
+
+
+def test_a_hub_that_is_gone_stops_a_new_run_but_not_one_that_goes_on(tmp_path, monkeypatch, capsys):
+    small_runs.run(tmp_path, max_train_steps=1, evaluation_samples=0)
+
+    def gone(hub, folder):
+        del hub, folder
+        raise DkdmError("the hub cannot be reached")
+
+    monkeypatch.setattr("dkdm.runs.launch.reserve", gone)
+    on = {"max_train_steps": 2, "evaluation_samples": 0}
+    with pytest.raises(DkdmError, match="cannot be reached"):
+        small_runs.run(tmp_path / "new", **on)
+    _, metrics, _ = small_runs.run(tmp_path, resume_from_checkpoint="latest", **on)
+    assert [entry["step"] for entry in metrics] == [1, 2]
+    assert "the hub cannot be reached; the run goes on, and is uploaded" in capsys.readouterr().err
