@@ -27,7 +27,8 @@ import torch
 
 from dkdm.config import DistillConfig
 from dkdm.core.denoiser import Denoiser
-from dkdm.models import load_teacher, place
+from dkdm.models import load_teacher
+from dkdm.models.place import place
 from dkdm.runs import consistency, few_steps, programs
 from dkdm.runs.distill import distill
 

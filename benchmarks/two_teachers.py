@@ -29,8 +29,7 @@ from dkdm.data.fashion.reference import feature_extractor
 from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
-from dkdm.models import place
-from dkdm.models.place import device_of_run
+from dkdm.models.place import device_of_run, place
 from dkdm.report.grids import grid
 
 HALVES = (range(5), range(5, 10))

@@ -13,8 +13,8 @@ import pipelines
 from dkdm.core.bundle import Bundle
 from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError
-from dkdm.models import LoadOptions, load_teacher, place, with_texts
-from dkdm.models.place import device_of_run, quantize_int8
+from dkdm.models import LoadOptions, load_teacher, with_texts
+from dkdm.models.place import device_of_run, place, quantize_int8
 from dkdm.models.text import text_conditioning
 from factories import denoiser
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -179,6 +178,8 @@ def _first_samples(teacher: Tensor, student: Tensor, labels: Tensor | None) -> d
 
 def versions() -> dict[str, str]:
     """The versions of dkdm, torch and diffusers that are in use."""
+    import diffusers  # seconds, which a page that is written anew need not wait
+
     return {
         "dkdm": __version__,
         "torch": torch.__version__,

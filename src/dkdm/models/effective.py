@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from packaging.version import InvalidVersion, Version
 
 from dkdm.errors import UsageError
@@ -126,6 +125,8 @@ _NEEDS_A_PACKAGE = {  # scipy, torchsde: a class with the same arguments and tho
 
 def stock_class(name: object, base: str = "ConfigMixin") -> Any:
     """A class of diffusers that derives from `base`; None if it has none of this name."""
+    import diffusers  # seconds, which who only looks for a folder need not wait
+
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else 0
     known = isinstance(found, type) and issubclass(found, getattr(diffusers, base))
     return found if known else None

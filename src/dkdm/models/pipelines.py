@@ -8,11 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from dkdm.core.bundle import Bundle
 from dkdm.errors import UsageError
-from dkdm.models.effective import listed
+from dkdm.models.effective import listed, stock_class
 from dkdm.reading.fields import as_named
 
 EMBEDS, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
@@ -48,14 +46,16 @@ class Encoding:
 
     def all_arguments(self, bundle: Bundle) -> dict[str, Any]:
         """What `encode_prompt` takes beside prompts; the bundle's entries come first."""
-        call = inspect.signature(getattr(diffusers, str(bundle.pipeline)).__call__).parameters
+        call = inspect.signature(
+            stock_class(str(bundle.pipeline), "DiffusionPipeline").__call__
+        ).parameters
         defaults = {name: call[name].default for name in self.defaults}
         given = {name: bundle.entries[name] for name in self.defaults if name in bundle.entries}
         return {**self.arguments, **defaults, **given}
 
     def absent(self, pipeline: str, encoders: Sequence[str]) -> list[str]:
         """Parameters of the pipeline that are neither its scheduler nor one of its encoders."""
-        init = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
+        init = inspect.signature(stock_class(pipeline, "DiffusionPipeline").__init__).parameters
         present = {"self", "scheduler", *encoders}
         return [
             name

@@ -14,9 +14,8 @@ from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed
 from dkdm.evaluation.figures import memories, sizes, speed
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.evaluation.same_noise import Sampling, decoded, draw
-from dkdm.models import load_teacher, place
 from dkdm.models.locate import INDEX, is_hub_id
-from dkdm.models.place import device_of_run
+from dkdm.models.place import device_of_run, place
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic, check_output
 from dkdm.reading.places import expanded
@@ -87,6 +86,8 @@ def entry_of_model(spec: str, draws: bool = True, beside: Entry | None = None) -
     draws: whether there are any. beside: a run, from whose noise and with whose steps they are
     drawn; None draws others.
     """
+    from dkdm.models import load_teacher  # diffusers, which runs and evaluations do not need
+
     model, run = load_teacher(spec), run_of(spec)
     place(model, device_of_run())
     rate = evaluations_per_second(model, SPEED_BATCH)

@@ -21,9 +21,9 @@ from dkdm.core.teachers import parts_of, pattern_of
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.evaluation.comparison import describe as described
-from dkdm.models import place
 from dkdm.models.architectures import component_of
 from dkdm.models.identity import identity_of
+from dkdm.models.place import place
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import with_defaults
 from dkdm.runs.launch import (

@@ -23,7 +23,8 @@ from dkdm.evaluation.comparison import check_shapes
 from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.same_noise import Sampling
 from dkdm.evaluation.shards import Drawing, draw_shards, missing_shards
-from dkdm.models import chosen_teacher, place
+from dkdm.models import chosen_teacher
+from dkdm.models.place import place
 from dkdm.reading.arguments import given
 from dkdm.reading.files import cache_dir, check_output
 from dkdm.runs.earlier import Run, weights_of

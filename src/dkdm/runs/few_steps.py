@@ -34,7 +34,8 @@ from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.comparison import compare
 from dkdm.evaluation.few_steps import PLAIN_STUDENT, Drawn, StepsTable, measure_steps
 from dkdm.evaluation.rows import comparison_rows
-from dkdm.models import LoadOptions, load_teacher, place
+from dkdm.models import LoadOptions, load_teacher
+from dkdm.models.place import place
 from dkdm.runs.arms import ARMS, Teaching, mebibytes
 from dkdm.runs.earlier import distillation_of
 from dkdm.runs.objectives import Loss, Program

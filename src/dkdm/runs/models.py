@@ -6,8 +6,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from dkdm.checks.inspection import quick_check
-from dkdm.checks.student import first_look
 from dkdm.config import (
     EvaluationOptions,
     GivenConditions,
@@ -24,6 +22,7 @@ from dkdm.core.kinds import kind_of
 from dkdm.core.matching import covered, same_levels
 from dkdm.errors import UsageError
 from dkdm.models import with_texts
+from dkdm.models.custom_network import is_own
 from dkdm.models.student_process import with_process
 from dkdm.students import given_student, student_of
 from dkdm.students.space import check_same_samples
@@ -35,6 +34,8 @@ def teacher_warning(teacher: Denoiser, seconds: float, name: str = "the teacher"
     seconds: of one evaluation. name: what it is called. The check never ends a run:
     what a network raises is the warning.
     """
+    from dkdm.checks.inspection import quick_check
+
     try:
         found = quick_check(teacher, 1 / max(seconds, 1e-9))
     except Exception as error:
@@ -106,7 +107,14 @@ def like_teacher(student: Denoiser, teacher: Denoiser) -> Denoiser:
 
 
 def student_warnings(student: Denoiser, teacher: Denoiser) -> list[str]:
-    """A line for each problem with a custom network; `dkdm check-student` says more."""
+    """A line for each problem with a custom network; `dkdm check-student` says more.
+
+    Networks of diffusers and dkdm are not looked at.
+    """
+    if not isinstance(student.network, nn.Module) or not is_own(student.network):
+        return []
+    from dkdm.checks.student import first_look
+
     return [f"warning: {each}" for each in first_look(student, teacher)]
 
 

@@ -13,8 +13,8 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import describe
 from dkdm.evaluation.numbers import count
-from dkdm.models import chosen_teacher, place
-from dkdm.models.place import device_of_run
+from dkdm.models import chosen_teacher
+from dkdm.models.place import device_of_run, place
 from dkdm.report.media import media
 from dkdm.runs.judges import judged_teacher, known_run
 from dkdm.runs.pair import Drawn, Pair, Wish, draw_both, pair_of

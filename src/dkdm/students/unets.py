@@ -13,7 +13,7 @@ from typing import Any, Literal
 import diffusers
 from torch import nn
 
-from dkdm.networks.adm import AdmUNet
+from dkdm.networks import network_class
 from dkdm.students.interface import Interface, Preset, check_halvings, group_size, preset
 
 
@@ -77,7 +77,7 @@ def adm(
     in_channels, height, _ = interface.shape_of("images")
     check_halvings(interface, len(channels))
     factors = tuple(2**level for level in range(len(channels)))
-    return AdmUNet(
+    network: nn.Module = network_class("AdmUNet")(
         sample_size=interface.sample_size,
         in_channels=in_channels,
         out_channels=interface.out_channels,
@@ -91,6 +91,7 @@ def adm(
         dropout=dropout,
         num_class_embeds=interface.num_class_embeds,
     )
+    return network
 
 
 def text_unet(interface: Interface, channels: tuple[int, ...], blocks: int) -> nn.Module:
