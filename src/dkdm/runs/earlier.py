@@ -11,12 +11,10 @@ from dkdm.core.selection import RECORD, read_best
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import weights_in_words
 from dkdm.evaluation.results import read_evaluation
-from dkdm.models import chosen_teacher
 from dkdm.reading.fields import Fields, read_json
 from dkdm.reading.made_here import was_made_here
 from dkdm.reading.places import expanded
 from dkdm.reading.plugins import named_code, split
-from dkdm.runs.teachers import named_teachers, teachers_of
 
 AS_GIVEN = "as they are given"
 Run = DistillConfig | TrainConfig
@@ -57,6 +55,9 @@ def teacher_of(run: Run | None, otherwise: str = "give --teacher") -> Denoiser:
     otherwise: how to name it instead. Raises UsageError for code that only the run's folder names,
     and for what is no distillation.
     """
+    from dkdm.models import chosen_teacher  # diffusers, which who only reads a folder does not need
+    from dkdm.runs.teachers import named_teachers, teachers_of
+
     if not isinstance(run, DistillConfig):
         raise UsageError("the model is no run that names its teacher: give --teacher MODEL")
     choice, names = run.teacher_choice, named_teachers(run)
