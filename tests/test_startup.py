@@ -97,7 +97,7 @@ def test_help_and_wrong_usage_need_no_torch():
     assert not closure({"dkdm.__main__", "dkdm.cli"}) & {"torch", "numpy", "diffusers", "PIL"}
 
 
-@pytest.mark.parametrize("command", ["report", "compare", "push", "doctor"])
+@pytest.mark.parametrize("command", ["report", "compare", "push"])
 def test_commands_that_load_no_model_import_no_models(command):
     assert not imported_by(command) & OF_LEARNING
 
