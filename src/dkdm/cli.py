@@ -65,19 +65,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
-        return _dispatch(args)
+        return _dispatch(args) if debug else _with_one_voice(args)
     except DkdmError as error:
         if debug:
             raise
-        print(f"dkdm: {error}", file=sys.stderr)
-        return error.exit_code
+        return _ended(f"dkdm: {error}", error.exit_code)
     except Stopped as stopped:
-        print(f"\ndkdm: {stopped}", file=sys.stderr)
-        return RESUMABLE
+        return _ended(f"\ndkdm: {stopped}", RESUMABLE)
     except KeyboardInterrupt:
         hint = AFTER_INTERRUPT.get("".join(args[:1]), "")
-        print(f"\ndkdm: interrupted{hint}", file=sys.stderr)
-        return 130
+        return _ended(f"\ndkdm: interrupted{hint}", 130)
+
+
+def _with_one_voice(args: list[str]) -> int:
+    """Of several processes whose connection breaks, the one that broke it shows its traceback."""
+    try:
+        return _dispatch(args)
+    except Exception as error:
+        if isinstance(error, DkdmError) or _speaks():
+            raise
+        return 1
+
+
+def _ended(message: str, code: int) -> int:
+    if _speaks():
+        print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def _speaks() -> bool:
+    """Whether this process says why it ends: the first of several that do."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from dkdm.core.processes import speaks_of_failure
+
+    return speaks_of_failure()
 
 
 def _dispatch(args: list[str]) -> int:
@@ -188,11 +210,14 @@ def _show(how: PrintOptions, values: Any, table: Callable[[Console], None]) -> N
 
 
 def _distill(config: DistillConfig) -> int:
+    from dkdm.core.processes import leave
     from dkdm.evaluation.results import read_evaluation
     from dkdm.evaluation.rows import comparison_rows
     from dkdm.runs.distill import distill
 
     folder = distill(config=config)
+    if not leave():
+        return 0
     if config.evaluation.evaluation_samples:
         print(f"{'teacher':>57s}{'student':>14s}")
         for row in comparison_rows(read_evaluation(folder)):
@@ -203,9 +228,12 @@ def _distill(config: DistillConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
+    from dkdm.core.processes import leave
     from dkdm.runs.train import train
 
     folder = train(config)
+    if not leave():
+        return 0
     print(f"{folder}/README.md")
     _print_url(config, folder)
     return 0

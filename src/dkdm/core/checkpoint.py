@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dkdm.core import processes
 from dkdm.core.folders import MANIFEST, moved_aside, restore_folder, verify_folder
 from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.reading.fields import Fields, read_json
@@ -28,6 +29,7 @@ STATE = "state.json"
 RUN = "run.json"  # facts about the run: its options, its teacher, versions
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SOURCE = "source/"
+RANDOM = "random"
 FORMER_STATE = ("optimizer", "lr_scheduler", "teacher_evaluations")
 AVERAGE = "_ema/"
 LOSSES = "losses"  # per level since the last line of metrics; former checkpoints have none
@@ -50,22 +52,40 @@ class Part(Protocol):
         """Restore it."""
 
 
-def write_parts(folder: Path, parts: Mapping[str, Part], about: Mapping[str, Any]) -> None:
-    """Write the tensors of each part to NAME.safetensors, and its other values to state.json."""
-    values: dict[str, dict[str, Any]] = {}
+def write_parts(
+    folder: Path,
+    parts: Mapping[str, Part],
+    about: Mapping[str, Any],
+    writers: Mapping[str, int] | None = None,
+) -> None:
+    """Write the tensors of each part to NAME.safetensors, and its other values to state.json.
+
+    writers: the process that writes each part, if several write one folder; None for one. Parts
+    that the main process lacks are tensors alone.
+    """
+    here = processes.rank() if writers else 0
+    writers = writers or dict.fromkeys(parts, here)
+    values: dict[str, dict[str, Any]] = {name: {} for name in writers}
     for name, part in parts.items():
         state = part.state_dict()
+        if writers[name] != here:
+            continue
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         values[name] = {key: value for key, value in state.items() if key not in tensors}
         if tensors:
             write_tensors(folder / f"{name}.safetensors", tensors)
+    if here:
+        return
     (folder / STATE).write_text(json.dumps({**about, "parts": values}, indent=2) + "\n")
 
 
-def read_parts(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+def read_parts(
+    folder: Path, parts: Mapping[str, Part], every: Iterable[str] = ()
+) -> dict[str, Any]:
     """Restore each part that `write_parts` wrote; returns `about`.
 
-    Raises UsageError if the run has a part that the checkpoint lacks, or the other way round.
+    every: the parts of all processes, if others read theirs. Raises UsageError if the run has a
+    part that the checkpoint lacks, or the other way round.
     """
     state = read_json(folder / STATE, "a checkpoint's state")
     if "parts" not in state:
@@ -75,7 +95,7 @@ def read_parts(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
     for name, part in parts.items():
         if name in theirs:
             restore(part, folder / f"{name}.safetensors", theirs[name])
-    _refuse_other_parts(folder, set(theirs), set(parts))
+    _refuse_other_parts(folder, set(theirs), set(every or parts))
     return state
 
 
@@ -117,6 +137,8 @@ def _refuse_other_parts(folder: Path, theirs: set[str], ours: set[str]) -> None:
     for name in sorted((theirs ^ ours) - {"scaler", LOSSES}):
         if name in theirs and AVERAGE in name:
             continue  # a run may drop its average
+        if name.startswith(RANDOM):
+            continue  # of another number of processes
         lacks = "without" if name in ours else "with"
         what = next((OPTIONS[key] for key in OPTIONS if key in name), name)
         raise UsageError(
@@ -154,6 +176,11 @@ class OptimizerState:
             for theirs, ours in zip(state["param_groups"], own, strict=True)
         ]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def random_of(rank: int) -> str:
+    """The name of a process's random state."""
+    return f"{RANDOM}-{rank}" if rank else RANDOM
 
 
 class RandomState:

@@ -43,6 +43,7 @@ def empty_pool(
     device's memory. Raises UsageError if they do not fit in what is free there.
     """
     shards = replace(shards, total=min(shards.total, size))
+    shards.check(size)
     shape = (sum(shards.sizes(size).values()), *teacher.sample_shape)
     x = in_memory(shape, dtype, storage) if folder is None else on_disk(shape, dtype, folder)
     t = torch.full((len(x),), teacher.process.num_levels - 1)

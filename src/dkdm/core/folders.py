@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dkdm.core import processes
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import flush_folder, unfinished
@@ -25,7 +26,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     renamed. A folder that is there is moved aside first and deleted last: `restore_folder` brings
     it back after a kill in between.
     """
-    partial, former = folder.with_name(f".{folder.name}.partial"), _former(folder)
+    partial, former = _partial(folder), _former(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -44,6 +45,20 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise
     flush_folder(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def write_together(folder: Path, fill: Callable[[Path], None]) -> None:
+    """`write_folder` by all processes, each of which fills in its part; together."""
+
+    def fill_in(partial: Path) -> None:
+        processes.wait()  # until the folder is there
+        fill(partial)
+        processes.wait()
+
+    if processes.is_main():
+        write_folder(folder, fill_in)
+    else:
+        fill_in(_partial(folder))
 
 
 def restore_folder(folder: Path) -> None:
@@ -108,6 +123,10 @@ def _verify(folder: Path, name: str, entry: Any) -> None:
         size, digest = path.stat().st_size, entry  # as former versions wrote it
     if path.stat().st_size != size or _sha256(path) != digest:
         raise DkdmError(f"{folder}: {name} is damaged")
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def _former(folder: Path) -> Path:

@@ -12,10 +12,12 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from dkdm.config import OptimizerOptions
-from dkdm.core import checkpoint
+from dkdm.core import checkpoint, processes
 from dkdm.core.calls import Call, Network
 from dkdm.core.muon import Muon, hidden_matrices
 from dkdm.errors import DkdmError, UsageError
+
+NEVER = 2**62  # a step that no run comes to
 
 
 def prepare(network: nn.Module, frozen: Collection[str], recompute: bool) -> list[nn.Parameter]:
@@ -134,6 +136,12 @@ class Ema:
         self.weights = {k: state[k].to(v.device, v.dtype) for k, v in self.weights.items()}
 
 
+def here(value: Tensor) -> Tensor:
+    """The part of a tensor that this process has: all of it, unless it is sharded."""
+    local: Callable[[], Tensor] | None = getattr(value, "to_local", None)
+    return value if local is None else local()
+
+
 class Finite:
     """Watches the losses and weights of a run, which `output_dir` holds the checkpoints of."""
 
@@ -148,13 +156,20 @@ class Finite:
         self.first_bad_step = torch.where(bad, step, known)
 
     def check(self, network: nn.Module | None = None, step: int = 0) -> None:
-        """Raise DkdmError if a loss was not finite, or a weight is not by this step."""
-        bad = int(self.first_bad_step)
-        if bad >= 0:
+        """Raise DkdmError if a loss was not finite, or a weight is not by this step.
+
+        Together: what one process finds ends all.
+        """
+        own = int(self.first_bad_step)
+        bad = processes.least(NEVER if own < 0 else own)
+        if bad != NEVER:
             raise self._error(f"the loss became NaN or infinite at step {bad}")
         given = () if network is None else network.parameters()
-        weights = [p for p in given if p.is_floating_point()]
-        if weights and not bool(torch.stack([p.isfinite().all() for p in weights]).all()):
+        weights = [here(p) for p in given if p.is_floating_point()]
+        if not weights:
+            return
+        finite = bool(torch.stack([p.isfinite().all() for p in weights]).all())
+        if not processes.least(int(finite)):
             raise self._error(f"the weights became NaN or infinite by step {step}")
 
     def _error(self, what: str) -> DkdmError:

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from dkdm.core import processes
 from dkdm.core.devices import to_device
 from dkdm.core.tolerance import tolerated
 from dkdm.reading.files import atomic
@@ -54,30 +55,43 @@ class LossPerLevel:
         self.sums.index_add_(1, bucket, both)
 
     def take(self) -> list[float | None]:
-        """The means since the last call, least noise first; None for a range without samples."""
-        totals, counts = self.sums.tolist()
+        """The means since the last call, least noise first; None for a range without samples.
+
+        Over all processes, together.
+        """
+        totals, counts = processes.total(self.sums).tolist()
         self.sums.zero_()
         return [total / n if n else None for total, n in zip(totals, counts, strict=True)]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Sums of losses and counts since the last call of `take`."""
-        return {"sums": self.sums}
+        """Sums of losses and counts since the last call of `take`, of all processes; together."""
+        return {"sums": processes.total(self.sums)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.sums.copy_(state["sums"])
+        self.sums.copy_(state["sums"] * processes.is_main())
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, appended; lines after `step` are dropped first."""
+    """`metrics.jsonl`: one JSON object a line, appended; lines after `step` are dropped first.
+
+    The main process writes it.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
+<<<<<<< HEAD
         self.path, self.waiting = path, b""
+=======
+        self.path = path
+        if not processes.is_main():
+            return
+>>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_metrics(path) if entry.get("step", 0) <= step]
         with atomic(path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
 
     def write(self, entry: dict[str, Any]) -> None:
+<<<<<<< HEAD
         """Append one line; a line that the disk does not take is written with the next one."""
         self.waiting += json.dumps(entry).encode() + b"\n"
         with tolerated("metrics.jsonl: lines wait to be written", self.path.parent):
@@ -94,6 +108,12 @@ class MetricsFile:
 def _write_all(handle: FileIO, data: bytes) -> None:
     while data:
         data = data[handle.write(data) :]
+=======
+        """Append one line."""
+        if processes.is_main():
+            with self.path.open("a") as handle:
+                handle.write(json.dumps(entry) + "\n")
+>>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

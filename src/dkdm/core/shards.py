@@ -24,6 +24,16 @@ class Shards:
     rank: int = 0
     world: int = 1
 
+    def check(self, batch_size: int) -> None:
+        """Raise UsageError unless every process has a part of every batch."""
+        in_turns = batch_size < self.total and self.total % self.world
+        if self.world > min(self.total, batch_size) or in_turns:
+            raise UsageError(
+                f"{self.world} processes, {self.total} shards, batches of {batch_size}: give "
+                f"--shards {self.world} or a multiple of it, and a --train-batch-size of "
+                f"{self.world} or more, so that none gets nothing"
+            )
+
     @property
     def own(self) -> range:
         """Numbers of the shards that this process keeps."""

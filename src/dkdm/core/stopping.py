@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from dkdm.core import processes
+
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # SIGUSR1: what Slurm is told to send before its end
 
@@ -69,8 +71,25 @@ def whole() -> Iterator[None]:
         raise _stopped()
 
 
+@contextmanager
+def stopping_together() -> Iterator[None]:
+    """Let a signal to one of several processes stop all of them, where `agree` is called."""
+    several = int(processes.world() > 1)
+    _State.blocks += several
+    try:
+        yield
+    finally:
+        _State.blocks -= several
+
+
+def agree() -> None:
+    """Raise Stopped if a signal came to any process; together."""
+    if processes.world() > 1 and processes.any_of(_State.number is not None):
+        raise _stopped()
+
+
 def _stopped() -> Stopped:
-    name = signal.Signals(_State.number or 0).name
+    name = "a signal" if _State.number is None else signal.Signals(_State.number).name
     return Stopped(
         f"stopped by {name}; the same command with --resume-from-checkpoint latest goes on"
     )

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
-from dkdm.core import checkpoint
+from dkdm.core import checkpoint, processes
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.folders import write_folder
+from dkdm.core.folders import write_together
 from dkdm.core.graphs import Replayed
 from dkdm.core.learning import Ema, Finite, ScheduleState, autocasting, optimizer_of, prepare
 from dkdm.core.modes import without_label_dropout
@@ -25,8 +25,13 @@ from dkdm.core.prediction import Prediction
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
 from dkdm.core.selection import Selection
 from dkdm.core.sources import Source
+<<<<<<< HEAD
 from dkdm.core.stopping import Stopped, whole
 from dkdm.core.tolerance import tracked
+=======
+from dkdm.core.spread import Learner, spread
+from dkdm.core.stopping import Stopped, agree, stopping_together, whole
+>>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
 from dkdm.reading.fields import Fields
 
 
@@ -80,17 +85,19 @@ class Trainer:
         optimizer, self.schedule = optimizer_of(
             self.network, learnt, options, self.training.max_train_steps
         )
-        wrapped, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        wrapped = self.accelerator.prepare_model(self.network, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.learner = spread(Learner(wrapped, self.features, self.objective))
         seen = self.student_on_teacher_levels
         call = autocasting(self.accelerator, seen.call)
-        if self.training.replays:
+        if self.training.replays and processes.world() == 1:
             call = Replayed(call)
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
         self.finite = Finite(self.output_dir)
 
     def step(self) -> Tensor:
-        """One optimizer step; returns the mean loss, still on the device."""
+        """One optimizer step; returns the mean loss of this process, still on the device."""
         losses = [self.learn() for _ in range(self.training.gradient_accumulation_steps)]
         self.step_number += 1
         if self.ema is not None:
@@ -100,15 +107,17 @@ class Trainer:
     def learn(self) -> Tensor:
         """One batch: draw, target, loss, update, advance. Returns its mean loss."""
         student = self.student_on_teacher_levels
-        with self.accelerator.accumulate(student.network):
-            batch = self.source.draw(self.training.train_batch_size)
+        size = self.training.train_batch_size
+        with self.accelerator.accumulate(self.learner):
+            batch = self.source.draw(size)
             target = self.source.target(batch)
-            loss = self.objective(student, batch, target)
-            self.accelerator.backward(loss.mean())
+            loss = self.learner(student, batch, target)
+            mean = loss.mean() * processes.part_of_mean(len(loss), size)
+            self.accelerator.backward(mean)
             self._update()
             self.source.advance(batch, target)
         self.losses.add(batch.t, loss.detach())
-        return loss.detach().mean()
+        return mean.detach()
 
     def _update(self) -> None:
         if self.accelerator.sync_gradients:
@@ -127,13 +136,15 @@ class Trainer:
         last, first = self.training.max_train_steps, self.step_number
         metrics = MetricsFile(self.output_dir / "metrics.jsonl", first)
         started = time.monotonic()
-        with track(last, first) as progress, without_label_dropout(self.network):
+        quiet = without_label_dropout(self.network)
+        with track(last, first) as progress, quiet, stopping_together():
             try:
                 while self.step_number < last or self.unnoted is not None:
                     with whole():
                         loss = self.unnoted = self.step() if self.unnoted is None else self.unnoted
                     self._note(loss, metrics, first, started)
                     progress(self.step_number, loss)
+                    agree()
             except Stopped:
                 if self.saved < self.step_number or self.unnoted is not None:
                     self.save()
@@ -162,6 +173,10 @@ class Trainer:
         if not self.validate or not self.validation_steps or not self._due(self.validation_steps):
             return {}
         self.finite.check()
+        return processes.by_main(self._validate) or {}
+
+    def _validate(self) -> dict[str, float]:
+        assert self.validate is not None
         with torch.random.fork_rng():
             return dict(self.validate(self.step_number, self.averaged()))
 
@@ -170,15 +185,16 @@ class Trainer:
         return last or (every > 0 and self.step_number % every == 0)
 
     def _metrics(self, loss: Tensor, steps_per_second: float) -> dict[str, Any]:
+        evaluations = self.source.evaluations
         entry = {
             "step": self.step_number,
-            "loss": float(loss),
+            "loss": float(processes.mean(loss)),
             "learning_rate": self.schedule.get_last_lr()[0],
             "steps_per_second": round(steps_per_second, 3),
             "loss_per_level": self.losses.take(),
         }
-        if self.source.evaluations is not None:
-            entry["teacher_evaluations"] = self.source.evaluations
+        if evaluations is not None:
+            entry["teacher_evaluations"] = int(processes.total(torch.tensor(evaluations)))
         shown = ("loss", "learning_rate", "steps_per_second", "teacher_evaluations")
         known = {k: entry[k] for k in shown if k in entry}
         tracked(self.accelerator.log, known, step=self.step_number)
@@ -203,33 +219,37 @@ class Trainer:
             "optimizer": checkpoint.OptimizerState(self.optimizer),
             "schedule": ScheduleState(self.schedule),
             "scaler": self.accelerator.scaler,
-            "random": checkpoint.RandomState(),
+            checkpoint.random_of(processes.rank()): checkpoint.RandomState(),
             checkpoint.LOSSES: self.losses,
         }
         parts |= {f"{checkpoint.SOURCE}{name}": part for name, part in self.source.parts().items()}
         return {name: part for name, part in parts.items() if part is not None}
 
     def save(self) -> None:
-        """Write a checkpoint of everything that changes, and delete those beyond the limit.
+        """Write a checkpoint of everything that changes, and delete the oldest; together.
 
         Raises DkdmError, and writes nothing, if a loss or a weight is not finite.
         """
         self.finite.check(self.network, self.step_number)
-        if self.accelerator.is_main_process:
-            folder = self.output_dir / f"checkpoint-{self.step_number}"
-            write_folder(folder, self._write)
-            checkpoint.verify_checkpoint(folder)
-            self.saved = self.step_number
-            limit = self.checkpoints.checkpoints_total_limit
-            checkpoint.rotate(self.output_dir, limit, self.step_number)
+        write_together(self.output_dir / f"checkpoint-{self.step_number}", self._write)
+        processes.by_main(self._rotate)
+        self.saved = self.step_number
+
+    def _rotate(self) -> None:
+        checkpoint.verify_checkpoint(self.output_dir / f"checkpoint-{self.step_number}")
+        limit = self.checkpoints.checkpoints_total_limit
+        checkpoint.rotate(self.output_dir, limit, self.step_number)
 
     def _write(self, folder: Path) -> None:
         about: dict[str, Any] = {"step": self.step_number, "frozen": sorted(self.frozen)}
         if self.unnoted is not None:
-            about["unnoted"] = float(self.unnoted)
+            about["unnoted"] = float(processes.mean(self.unnoted))
         if self.selection is not None:
             about["best"] = self.selection.state_dict()
-        checkpoint.write_parts(folder, self.parts(), about)
+        parts = self.parts()
+        checkpoint.write_parts(folder, parts, about, processes.owners(parts))
+        if not processes.is_main():
+            return
         (folder / checkpoint.RUN).write_text(json.dumps(self.about, indent=2) + "\n")
         for copies in (self.name, f"{self.name}_ema"):
             if (folder / copies).is_dir():
@@ -238,9 +258,10 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Go on exactly from a checkpoint that is whole. Raises DkdmError if it does not fit."""
         with checkpoint.restoring(folder):
-            about = checkpoint.read_parts(folder, self.parts())
+            parts = self.parts()
+            about = checkpoint.read_parts(folder, parts, processes.owners(parts))
             state = Fields(about, str(folder / checkpoint.STATE))
             self.step_number, loss = state.whole("step"), state.number("unnoted", None)
         self.unnoted = None if loss is None else torch.tensor(loss, device=self.accelerator.device)
-        if self.selection is not None:
+        if self.selection is not None and processes.is_main():
             self.selection.load_state_dict(about.get("best", {}))

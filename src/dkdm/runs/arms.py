@@ -90,6 +90,7 @@ class Arm:
         size = self.plan(teacher, config).entries
         asked = config.pool, config.guidance, config.conditions
         pool = make_pool(teacher, size, *asked, device, config.run, self.kind)
+        pool.shards.check(config.training.train_batch_size)
         if config.pool.keep_finished:
             shards = SampleShards(config.run.output_dir / FINISHED)
             pool.finished = Finished(shards, config.pool.keep_finished)

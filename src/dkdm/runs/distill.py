@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from dkdm.config import DistillConfig
+from dkdm.core import processes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import config_given, student_given
 from dkdm.core.graphs import replayed
@@ -49,6 +50,7 @@ from dkdm.runs.objective import features_of
 from dkdm.runs.outputs import reference_of, sample_grids, sampling_guidance
 from dkdm.runs.programs import OBJECTIVES
 from dkdm.runs.resume import check_changes, check_same_teacher, facts_of
+from dkdm.runs.shared import check_shared
 from dkdm.runs.source import SourcePlan
 from dkdm.runs.teachers import (
     Given,
@@ -76,7 +78,15 @@ def distill(
     is put into evaluation mode, and stays in it.
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
-    teachers = teachers_given(teacher)
+    with processes.quiet_unless_main():
+        return _distill(teachers_given(teacher), student, config)
+
+
+def _distill(
+    teachers: list[Denoiser | str] | None,
+    student: str | Path | Denoiser | nn.Module | None,
+    config: DistillConfig | None,
+) -> Path:
     student = None if student is None else student_given(student)
     config = DistillConfig() if config is None else config_given(config, DistillConfig)
     config = replace(
@@ -92,7 +102,7 @@ def distill(
         prepared(_last_as_first(config), teachers, student)  # refuses what it would refuse later
     for part in parts[:-1]:
         if not is_finished(part.run.output_dir):
-            distill(teachers, student, part)
+            _distill(teachers, student, part)
             config = replace(config, resume_from_checkpoint=None)
     return distill_part(program.last(config), teachers, student)
 
@@ -208,6 +218,8 @@ def prepared(
     program.check(config)
     found = checkpoint_of(run, config.checkpoints)
     accelerator = start_accelerator(run, training, config.checkpoints)
+    if processes.world() > 1:
+        check_shared(config)
     teacher = ready_teachers(opened_teachers(config, teachers), config)
     identity = identity_of(teacher)
     begun = begun_by(run, config.checkpoints)
@@ -250,9 +262,9 @@ def prepared(
         merge=partial(program.finished, student),
         about={**facts_of(config), "teacher": identity},
     )
-    with accelerator.main_process_first():  # the others find what it keeps
-        reference = reference_of(evaluation, teacher)
+    reference = processes.main_first(lambda: reference_of(evaluation, teacher))
     validate_by_metric(trainer, config, reference, teacher, guidance)
+    processes.own_randomness(run.seed)
     if found:
         trainer.resume(found)
     speeds = measured(teacher, student, training)

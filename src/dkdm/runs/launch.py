@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from dkdm.config import (
     CheckpointOptions,
@@ -27,7 +27,7 @@ from dkdm.config import (
     read_config,
     to_json,
 )
-from dkdm.core import checkpoint
+from dkdm.core import checkpoint, processes
 from dkdm.core.checkpoint import RUN
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.folders import remove_leftovers
@@ -58,7 +58,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 def start_accelerator(
     run: RunOptions, training: TrainingOptions, checkpoints: CheckpointOptions
 ) -> Accelerator:
-    """Seed torch; make the accelerator of a run. Raises UsageError for several processes."""
+    """Seed torch; make the accelerator of a run. Raises UsageError for accelerate's sharding."""
     set_seed(run.seed)
     AcceleratorState._reset_state()  # an earlier run in this process may have set another precision
     accelerator = Accelerator(
@@ -67,10 +67,10 @@ def start_accelerator(
         log_with=_trackers(checkpoints.report_to) or None,
         project_dir=run.output_dir / "logs",
     )
-    if accelerator.num_processes > 1:
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UsageError(
-            f"dkdm was started with {accelerator.num_processes} processes: start one; several are "
-            "not supported yet"
+            f"accelerate's config asks for {accelerator.distributed_type.value}: dkdm shards by "
+            "itself; choose multi-GPU or multi-CPU there"
         )
     return accelerator
 
@@ -136,8 +136,14 @@ def anew(run: RunOptions, checkpoints: CheckpointOptions) -> str:
 
 @contextmanager
 def filled_in(folder: Path, about: Mapping[str, Any]) -> Iterator[None]:
-    """Keep what is filled, and how, in the folder of a run until its first checkpoint."""
+    """Keep what is filled, and how, in the folder of a run until its first checkpoint.
+
+    All processes have written that at the end.
+    """
     filling = folder / FILL
+    if not processes.is_main():
+        yield
+        return
     filling.mkdir(exist_ok=True)
     with files.atomic(filling / RUN) as partial:
         partial.write_text(json.dumps(about, indent=2) + "\n")
@@ -158,8 +164,8 @@ def carry_out(
     before: what is done first in the folder of the run. teacher: of a distillation. changes: of the
     options since the run was started.
     """
-    folder, is_main = config.run.output_dir, trainer.accelerator.is_main_process
-    with claimed(folder, type(config).command) if is_main else nullcontext():
+    folder = config.run.output_dir
+    with claimed(folder, type(config).command) if processes.is_main() else nullcontext():
         return _carried_out(config, trainer, measure, before, teacher, changes)
 
 
@@ -179,13 +185,36 @@ def _carried_out(
     teacher: Denoiser | None,
     changes: Sequence[Change],
 ) -> Path:
+<<<<<<< HEAD
     config = claim_output(config, trainer.accelerator, trainer.step_number > 0)
     note_start(config.run.output_dir, trainer.step_number, changes)
+=======
+    config = processes.by_main(lambda: claim_output(config, trainer.accelerator)) or config
+    if processes.is_main():
+        note_start(config.run.output_dir, trainer.step_number, changes)
+>>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
     before()
     started = time.monotonic()
     trainer.run()
     minutes = (time.monotonic() - started) / 60
+<<<<<<< HEAD
     tracked(trainer.accelerator.end_training)
+=======
+    for tracker in trainer.accelerator.trackers:
+        tracker.finish()
+    processes.by_main(lambda: publish_run(config, trainer, measure, minutes, teacher))
+    return config.run.output_dir
+
+
+def publish_run(
+    config: DistillConfig | TrainConfig,
+    trainer: Trainer,
+    measure: Callable[[Denoiser, str], Measured],
+    minutes: float,
+    teacher: Denoiser | None,
+) -> None:
+    """Write, measure and describe the student, and publish it."""
+>>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
     student = trainer.averaged()
     if config.evaluation.ship_best and trainer.selection is not None:
         student = trainer.selection.restored(student, trainer.name)
@@ -209,7 +238,6 @@ def _carried_out(
     if teacher is not None:
         write_report(folder)
     publish(config.hub, folder)
-    return folder
 
 
 def claim_output(config: Config, accelerator: Accelerator, resumed: bool = False) -> Config:

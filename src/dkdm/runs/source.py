@@ -15,6 +15,7 @@ from dkdm.config import (
     TeacherConditions,
     TrainingOptions,
 )
+from dkdm.core import processes
 from dkdm.core.chains import Guidance, Stride
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
@@ -55,7 +56,7 @@ def make_pool(
         size,
         device if pool.pool_device == "device" else torch.device("cpu"),
         getattr(torch, pool.pool_dtype),
-        Shards(pool.shards),
+        Shards(pool.shards, processes.rank(), processes.world()),
         kind,
         _folder(pool, run),
         stride=Stride.of_options(pool, teacher.process.num_levels),

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from dkdm.config import TrainConfig
+from dkdm.core import processes
 from dkdm.core.given import config_given
 from dkdm.core.objective import Objective
 from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
+from dkdm.errors import UsageError
 from dkdm.models.architectures import component_of
 from dkdm.runs.defaults import with_optimizer
 from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
@@ -26,7 +28,11 @@ def train(config: TrainConfig) -> Path:
 
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
-    config = config_given(config, TrainConfig)
+    with processes.quiet_unless_main():
+        return _train(config_given(config, TrainConfig))
+
+
+def _train(config: TrainConfig) -> Path:
     run, conditions, evaluation = config.run, config.conditions, config.evaluation
     check_metric(evaluation)
     check_run_folder(run, config.checkpoints, TrainConfig)
@@ -34,6 +40,8 @@ def train(config: TrainConfig) -> Path:
     changes = check_changes(config, found)
     config = with_optimizer(config, found, new=True)
     accelerator = start_accelerator(run, config.training, config.checkpoints)
+    if processes.world() > 1:
+        raise UsageError("dkdm train takes one process: start one")
     data, like = training_data(config.data, config.model, conditions.negative_prompt, run.seed)
     model = student_of(config.model.network, like, factory=config.model.student_factory)
     check_null_condition(model, guided=evaluation.sampling_guidance_scale != 1)
@@ -62,9 +70,9 @@ def train(config: TrainConfig) -> Path:
         evaluation.validation_steps,
         about=facts_of(config),
     )
-    with accelerator.main_process_first():  # the others find what it keeps
-        reference = reference_of(evaluation, model)
+    reference = processes.main_first(lambda: reference_of(evaluation, model))
     validate_by_metric(trainer, config, reference)
+    processes.own_randomness(run.seed)
     if found:
         trainer.resume(found)
     measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)

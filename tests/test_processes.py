@@ -1,0 +1,139 @@
+"""A run in several processes computes what it does in one."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+from dkdm.core.checkpoint import read_tensors
+from ranks import launch
+
+STEPS = 4
+KILLED = """
+import os, signal
+from dkdm.core.trainer import Trainer
+step = Trainer.step
+def step_and_die(self):
+    if self.step_number == 3 and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+Trainer.step = step_and_die
+"""
+NOT_FINITE = """
+from dkdm.core.objective import Objective
+simple = Objective._simple
+def broken(self, *given):
+    return simple(self, *given) * (float("nan") if rank == 1 else 1.0)
+Objective._simple = broken
+"""
+FAILING = """
+from dkdm.core.pool import Pool
+from dkdm.errors import DkdmError
+advance = Pool.advance
+def broken(self, *given):
+    if rank == 1 and self.step == 2:
+        raise DkdmError("the disk is full")
+    return advance(self, *given)
+Pool.advance = broken
+"""
+
+
+def command(folder, *more):
+    return [
+        *("distill", "--output-dir", str(folder), "--teacher", "factories:teacher"),
+        *("--student", "dit-tiny", "--max-train-steps", str(STEPS), "--train-batch-size", "8"),
+        *("--pool-size", "19", "--stride", "random:20", "--fill-steps", "2"),
+        *("--checkpointing-steps", "2", "--logging-steps", "1", "--validation-steps", "0"),
+        *("--checkpoints-total-limit", "9", "--evaluation-samples", "0", "--no-check"),
+        *("--gradient-accumulation-steps", "2", "--condition-dropout", "0.2", *more),
+    ]
+
+
+def resumed(folder):
+    return command(folder, "--resume-from-checkpoint", "latest")
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What was printed by a run in one process, in two of which one is killed without warning, and
+    by others that fail; each with its exit code."""
+    root = tmp_path_factory.mktemp("runs")
+    orders = {
+        "one": (1, "", command(root / "one")),
+        "two": (2, KILLED, command(root / "two")),
+        "resumed": (2, "", resumed(root / "two")),
+        "refused": (2, "", command(root / "refused", "--shards", "1")),
+        "not finite": (2, NOT_FINITE, command(root / "not-finite")),
+        "failing": (2, FAILING, command(root / "failing")),
+    }
+    return root, dict(zip(orders, launch(root, *orders.values()), strict=True))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(folder):
+    files = {path.relative_to(folder): path for path in folder.rglob("*.safetensors")}
+    return {str(name): read_tensors(file) for name, file in sorted(files.items())}
+
+
+def assert_same_run(one, other):
+    """The same draws; losses and weights to rounding."""
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        for expected, found in zip(
+            [a["loss"], *a["loss_per_level"]], [b["loss"], *b["loss_per_level"]], strict=True
+        ):
+            assert found == (expected and pytest.approx(expected, rel=1e-5))
+        assert b["teacher_evaluations"] == a["teacher_evaluations"]
+    last = f"checkpoint-{STEPS}"
+    expected, found = tensors(one / last), tensors(other / last)
+    for name, parts in expected.items():
+        for key, value in parts.items():
+            torch.testing.assert_close(found[name][key], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_two_processes_prepare_what_one_does(said):
+    root, _ = said
+    expected, found = (tensors(root / name / "checkpoint-0") for name in ("one", "two"))
+    assert set(found) - set(expected) == {"random-1.safetensors"}
+    for name, parts in expected.items():
+        assert all(torch.equal(found[name][key], parts[key]) for key in parts), name
+
+
+def test_a_run_of_two_that_was_killed_ends_as_that_of_one(said):
+    root, found = said
+    assert found["one"][0] == 0, found["one"]
+    assert found["two"][0] == -signal.SIGKILL, found["two"]
+    assert found["resumed"][0] == 0, found["resumed"]
+    assert found["two"][1].count("computes on") == 1
+    assert_same_run(root / "one", root / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 4])
+def test_another_number_of_processes_goes_on(said, world, tmp_path):
+    root, _ = said
+    folder = tmp_path / "run"
+    shutil.copytree(root / "two", folder)
+    for name in ("checkpoint-4", "README.md"):
+        (folder / name).rename(tmp_path / name)
+    assert launch(tmp_path, (world, "", resumed(folder)))[0][0] == 0
+    assert_same_run(root / "one", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("refused", 2, "2 processes, 1 shards"),
+        ("not finite", 1, "the loss became NaN or infinite at step 1"),
+        ("failing", 1, "the disk is full"),
+    ],
+)
+def test_an_error_ends_all_with_one_message(said, name, code, message):
+    found = said[1][name]
+    assert (found[0], found[1].count("dkdm: ")) == (code, 1), found[1]
+    assert f"dkdm: {message}" in found[1]
+    assert "Traceback" not in found[1]
