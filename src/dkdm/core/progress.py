@@ -78,21 +78,18 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-<<<<<<< HEAD
         self.path, self.waiting = path, b""
-=======
-        self.path = path
         if not processes.is_main():
             return
->>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_metrics(path) if entry.get("step", 0) <= step]
         with atomic(path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
 
     def write(self, entry: dict[str, Any]) -> None:
-<<<<<<< HEAD
         """Append one line; a line that the disk does not take is written with the next one."""
+        if not processes.is_main():
+            return
         self.waiting += json.dumps(entry).encode() + b"\n"
         with tolerated("metrics.jsonl: lines wait to be written", self.path.parent):
             with self.path.open("ab", buffering=0) as handle:
@@ -108,12 +105,6 @@ class MetricsFile:
 def _write_all(handle: FileIO, data: bytes) -> None:
     while data:
         data = data[handle.write(data) :]
-=======
-        """Append one line."""
-        if processes.is_main():
-            with self.path.open("a") as handle:
-                handle.write(json.dumps(entry) + "\n")
->>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -25,13 +25,9 @@ from dkdm.core.prediction import Prediction
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
 from dkdm.core.selection import Selection
 from dkdm.core.sources import Source
-<<<<<<< HEAD
-from dkdm.core.stopping import Stopped, whole
-from dkdm.core.tolerance import tracked
-=======
 from dkdm.core.spread import Learner, spread
 from dkdm.core.stopping import Stopped, agree, stopping_together, whole
->>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
+from dkdm.core.tolerance import tracked
 from dkdm.reading.fields import Fields
 
 

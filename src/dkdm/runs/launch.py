@@ -185,23 +185,18 @@ def _carried_out(
     teacher: Denoiser | None,
     changes: Sequence[Change],
 ) -> Path:
-<<<<<<< HEAD
-    config = claim_output(config, trainer.accelerator, trainer.step_number > 0)
-    note_start(config.run.output_dir, trainer.step_number, changes)
-=======
-    config = processes.by_main(lambda: claim_output(config, trainer.accelerator)) or config
+    is_resumed = trainer.step_number > 0
+    config = (
+        processes.by_main(lambda: claim_output(config, trainer.accelerator, is_resumed)) or config
+    )
     if processes.is_main():
         note_start(config.run.output_dir, trainer.step_number, changes)
->>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
     before()
     started = time.monotonic()
     trainer.run()
     minutes = (time.monotonic() - started) / 60
-<<<<<<< HEAD
-    tracked(trainer.accelerator.end_training)
-=======
     for tracker in trainer.accelerator.trackers:
-        tracker.finish()
+        tracked(tracker.finish)
     processes.by_main(lambda: publish_run(config, trainer, measure, minutes, teacher))
     return config.run.output_dir
 
@@ -214,7 +209,6 @@ def publish_run(
     teacher: Denoiser | None,
 ) -> None:
     """Write, measure and describe the student, and publish it."""
->>>>>>> 2da2f55 (A run in several processes: each keeps its shards, gradients are averaged, any number goes on)
     student = trainer.averaged()
     if config.evaluation.ship_best and trainer.selection is not None:
         student = trainer.selection.restored(student, trainer.name)
