@@ -216,6 +216,9 @@ class TrainingOptions(Options, title="Training"):
     --teacher-dtype."""
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimizer step."""
+    deterministic: bool = False
+    """Use algorithms that give the same bits every time on a CUDA device too, at some cost in
+    speed. On a CPU they do anyway, with the same number of threads."""
     cuda_graphs: bool = True
     """On a CUDA device, start all kernels of a network's call at once, as a CUDA graph; calls that
     cannot be captured stay as they are. Results are equal to rounding."""

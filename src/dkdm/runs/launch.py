@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
@@ -43,6 +45,7 @@ from dkdm.reading.plugins import split
 from dkdm.report import write_report
 from dkdm.report.page import REPORT
 from dkdm.runs.config_file import code_named_in
+from dkdm.runs.memory import explained
 from dkdm.runs.resume import Change, note_start
 from dkdm.runs.source import FILL
 from dkdm.runs.validation import best_weights, shipped_weights
@@ -60,6 +63,9 @@ def start_accelerator(
 ) -> Accelerator:
     """Seed torch; make the accelerator of a run. Raises UsageError for accelerate's sharding."""
     set_seed(run.seed)
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first call
+        torch.use_deterministic_algorithms(True)
     AcceleratorState._reset_state()  # an earlier run in this process may have set another precision
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision,
@@ -191,9 +197,10 @@ def _carried_out(
     )
     if processes.is_main():
         note_start(config.run.output_dir, trainer.step_number, changes)
-    before()
-    started = time.monotonic()
-    trainer.run()
+    with explained(trainer, teacher):
+        before()
+        started = time.monotonic()
+        trainer.run()
     minutes = (time.monotonic() - started) / 60
     for tracker in trainer.accelerator.trackers:
         tracked(tracker.finish)
