@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from dkdm.networks.parts import Network, zeroed
+from dkdm.networks.parts import GroupNorm, Network, attend, zeroed
 
 GROUPS = 32
 
@@ -89,7 +89,7 @@ class AdmUNet(Network):
         up = _way_up(widths, attends, [widths[0], *skips], block, attention, resample)
         self.output_blocks = nn.ModuleList(up)
         self.out = nn.Sequential(
-            nn.GroupNorm(GROUPS, widths[0]),
+            GroupNorm(GROUPS, widths[0]),
             nn.SiLU(),
             zeroed(nn.Conv2d(widths[0], out_channels, 3, padding=1)),
         )
@@ -153,7 +153,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, in_channels),
+            GroupNorm(GROUPS, in_channels),
             nn.SiLU(),
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
@@ -162,7 +162,7 @@ class ResBlock(nn.Module):
             nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1))
         )
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, out_channels),
+            GroupNorm(GROUPS, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -194,7 +194,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.split_before_heads = split_before_heads
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.norm = GroupNorm(GROUPS, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -207,7 +207,7 @@ class AttentionBlock(nn.Module):
         else:
             parts = qkv.unflatten(1, (self.heads, 3, -1)).unbind(2)
         q, k, v = (part.transpose(2, 3) for part in parts)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
+        h = attend(q, k, v).transpose(2, 3).flatten(1, 2)
         return (pixels + self.proj_out(h)).reshape(x.shape)
 
 

@@ -14,7 +14,16 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from dkdm.networks.parts import Network, Resample, encoder_and_decoder, levels_of, one_hot, zeroed
+from dkdm.networks.parts import (
+    GroupNorm,
+    Network,
+    Resample,
+    attend,
+    encoder_and_decoder,
+    levels_of,
+    one_hot,
+    zeroed,
+)
 
 MIN_GROUP = 4  # channels that are normalized together, at least
 MAX_GROUPS = 32
@@ -238,8 +247,7 @@ class Block(nn.Module):
     def _attended(self, x: Tensor) -> Tensor:
         parts = self.qkv(self.norm2(x)).unflatten(1, (self.heads, -1, 3)).flatten(4)
         q, k, v = parts.permute(3, 0, 1, 4, 2)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(attended.transpose(2, 3).reshape(x.shape))
+        return self.proj(attend(q, k, v).transpose(2, 3).reshape(x.shape))
 
 
 class Conv(nn.Module):
@@ -321,6 +329,6 @@ def filtered(x: Tensor, kernel: Tensor, direction: Resample) -> Tensor:
     return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=margin, groups=channels)
 
 
-def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-5) -> GroupNorm:
     """Normalization of groups of at least four channels, 32 groups at most."""
-    return nn.GroupNorm(min(MAX_GROUPS, channels // MIN_GROUP), channels, eps)
+    return GroupNorm(min(MAX_GROUPS, channels // MIN_GROUP), channels, eps)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from dkdm.networks.parts import Network, Resample, encoder_and_decoder, levels_of, one_hot
+from dkdm.networks.parts import Network, Resample, attend, encoder_and_decoder, levels_of, one_hot
 
 EPS = 1e-4
 SILU_MAGNITUDE = 0.596
@@ -126,7 +126,7 @@ class Block(nn.Module):
         if self.heads:
             parts = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)
             q, k, v = normalized(parts, (2,)).permute(3, 0, 1, 4, 2)
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+            attended = attend(q, k, v).transpose(2, 3).reshape(x.shape)
             x = balanced(x, self.attn_proj(attended), RESIDUAL_SHARE)
         return x.clamp(-LARGEST, LARGEST)
 

@@ -18,6 +18,7 @@ from dkdm.networks.parts import (
     CONVOLUTIONS,
     Attention,
     ConditionedNetwork,
+    LayerNorm,
     projection,
     summed,
     to_samples,
@@ -63,7 +64,7 @@ class LinearTransformer(ConditionedNetwork):
         self.pooled = projection(pooled_projection_dim, width)
         hidden, reads = int(mlp_ratio * width), cross_attention_dim is not None
         self.blocks = nn.ModuleList(Block(width, heads, hidden, rank, reads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = LayerNorm(width, elementwise_affine=False)
         self.modulation = zeroed(nn.Linear(width, 2 * width))
         self.project = nn.Linear(width, out_channels * values)
         nn.init.normal_(self.project.weight, std=0.02 / math.sqrt(width))
@@ -86,7 +87,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, rank: int, reads: bool) -> None:
         super().__init__()
         self.modulation = zeroed(nn.Linear(width, 6 * width))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = LayerNorm(width, elementwise_affine=False)
         self.attention = LinearAttention(width, heads)
         self.reading = Attention(width, heads) if reads else None
         if self.reading is not None:

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
-from dkdm.networks.parts import Network
+from dkdm.networks.parts import GroupNorm, Network, attend, autocast_type
 
 MEMORIES = 4  # keys and values that every attention layer learns
 
@@ -134,7 +134,7 @@ class ConvNorm(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int | None) -> None:
         super().__init__()
         self.proj = conv3(in_channels, out_channels)
-        self.norm = nn.GroupNorm(groups, out_channels) if groups else PixelNorm(out_channels)
+        self.norm = GroupNorm(groups, out_channels) if groups else PixelNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]."""
@@ -150,7 +150,8 @@ class PixelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]."""
-        return F.normalize(x, dim=1) * self.g * math.sqrt(x.shape[1])
+        scaled = F.normalize(x, dim=1) * self.g * math.sqrt(x.shape[1])
+        return scaled.to(autocast_type(x) or scaled.dtype)
 
 
 class LinearAttention(nn.Module):
@@ -186,7 +187,7 @@ class FullAttention(nn.Module):
         """x: [B, C, H, W]."""
         q, k, v = _heads(self.to_qkv(self.norm(x)), self.mem_kv.shape[1]).transpose(3, 4)
         k, v = _remembered(self.mem_kv, k, v, dim=2)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+        attended = attend(q, k, v).transpose(2, 3)
         return self.to_out(attended.flatten(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -197,7 +198,7 @@ def _heads(qkv: Tensor, heads: int) -> Tensor:
 
 def _remembered(memory: Tensor, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Keys and values with the learned ones before them."""
-    both = memory[:, None].expand(-1, k.shape[0], -1, -1, -1)
+    both = memory.to(k.dtype)[:, None].expand(-1, k.shape[0], -1, -1, -1)
     return torch.cat([both[0], k], dim), torch.cat([both[1], v], dim)
 
 

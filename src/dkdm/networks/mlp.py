@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from dkdm.networks.parts import ConditionedNetwork, projection, summed, zeroed
+from dkdm.networks.parts import ConditionedNetwork, LayerNorm, projection, summed, zeroed
 
 
 class ResidualMLP(ConditionedNetwork):
@@ -46,7 +46,7 @@ class ResidualMLP(ConditionedNetwork):
         self.pooled = projection(pooled_projection_dim, width)
         self.first = nn.Linear(in_channels * places, width)
         self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.last = zeroed(nn.Linear(width, out_channels * places))
         self.passed = zeroed(nn.Linear(width, out_channels))
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = LayerNorm(width, elementwise_affine=False)
         self.told = zeroed(nn.Linear(width, 3 * width))
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
 

@@ -17,6 +17,7 @@ from dkdm.networks.parts import (
     CONVOLUTIONS,
     Attention,
     ConditionedNetwork,
+    GroupNorm,
     projection,
     summed,
     zeroed,
@@ -71,7 +72,7 @@ class MobileUNet(ConditionedNetwork):
         for above, inner in zip(widths[-2::-1], widths[:0:-1], strict=True):
             rest = [block(above, above) for _ in range(more)]
             self.up.append(nn.ModuleList([block(inner + above, above), *rest]))
-        self.norm = nn.GroupNorm(GROUPS, widths[0])
+        self.norm = GroupNorm(GROUPS, widths[0])
         self.last = zeroed(conv(widths[0], out_channels, 3, padding=1))
 
     def _output(
@@ -121,10 +122,10 @@ class Block(nn.Module):
         super().__init__()
         inner, self.stride = expansion * in_channels, stride
         self.told = nn.Linear(emb_width, 2 * in_channels)
-        self.norm = nn.GroupNorm(GROUPS, in_channels)
+        self.norm = GroupNorm(GROUPS, in_channels)
         self.expand = conv(in_channels, inner, 1)
         self.depthwise = conv(inner, inner, 3, stride, 1, groups=inner, bias=False)
-        self.inner_norm = nn.GroupNorm(GROUPS, inner)
+        self.inner_norm = GroupNorm(GROUPS, inner)
         self.project = conv(inner, out_channels, 1)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else conv(in_channels, out_channels, 1, bias=False)

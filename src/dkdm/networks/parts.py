@@ -97,7 +97,7 @@ def projection(features: int | None, width: int) -> nn.Module | None:
     """A layer for text of any scale; None for no text."""
     if features is None:
         return None
-    return nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width))
+    return nn.Sequential(LayerNorm(features), nn.Linear(features, width))
 
 
 def zeroed(layer: Layer) -> Layer:
@@ -107,13 +107,63 @@ def zeroed(layer: Layer) -> Layer:
     return layer
 
 
+def autocast_type(x: Tensor) -> torch.dtype | None:
+    """The type that autocast computes in on the device of x; None where it is off."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, whose result under autocast is of autocast's type.
+
+    torch's own is float32 on a CUDA device then, and so would be all up to the next convolution.
+    Mean and variance are computed in float32 in either.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, ...]."""
+        wanted = autocast_type(x)
+        if wanted is None:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps).to(wanted)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, whose result under autocast is of autocast's type, as that of `GroupNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., width]."""
+        wanted = autocast_type(x)
+        if wanted is None:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(wanted)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of q [B, heads, N, D] to k and v [B, heads, M, D].
+
+    mask: bool, broadcast to [B, heads, N, M]. The fast kernels of a device ask for channels that
+    lie side by side, which those of a convolution do not; on a CPU a copy costs more than it saves
+    in the backward pass.
+    """
+    if q.device.type != "cpu":
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Attention of tokens to each other, or to a text."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.q, self.kv = (nn.Linear(width, i * width, bias=False) for i in (1, 2))
         self.proj = nn.Linear(width, width)
 
@@ -124,8 +174,7 @@ class Attention(nn.Module):
         pairs = self.kv(h if text is None else text).unflatten(-1, (2, self.heads, -1))
         k, v = pairs.transpose(1, 3).unbind(2)
         visible = None if mask is None else mask[:, None, None]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, visible).transpose(1, 2).flatten(2))
 
 
 def token_grid(sample_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:

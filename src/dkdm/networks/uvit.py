@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from dkdm.networks.parts import (
     CONVOLUTIONS,
     ConditionedNetwork,
+    LayerNorm,
+    attend,
     projection,
     to_samples,
     to_tokens,
@@ -59,7 +61,7 @@ class UVit(ConditionedNetwork):
         self.earlier = nn.ModuleList(Block(width, heads, hidden) for _ in range(half))
         self.middle = Block(width, heads, hidden)
         self.later = nn.ModuleList(Block(width, heads, hidden, skip=True) for _ in range(half))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.project = nn.Linear(width, out_channels * values)
         self.smooth = CONVOLUTIONS[len(self.grid) - 1](out_channels, out_channels, 3, padding=1)
         self.apply(_initialize)
@@ -96,7 +98,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.skip = nn.Linear(2 * width, width) if skip else None
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
@@ -108,8 +110,7 @@ class Block(nn.Module):
         q, k, v = (
             self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        x = x + self.proj(attended.transpose(1, 2).flatten(2))
+        x = x + self.proj(attend(q, k, v, visible).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
