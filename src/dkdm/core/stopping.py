@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from dkdm.core import processes
-
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # SIGUSR1: what Slurm is told to send before its end
 
@@ -74,6 +72,8 @@ def whole() -> Iterator[None]:
 @contextmanager
 def stopping_together() -> Iterator[None]:
     """Let a signal to one of several processes stop all of them, where `agree` is called."""
+    from dkdm.core import processes  # torch, which a command's help does not wait for
+
     several = int(processes.world() > 1)
     _State.blocks += several
     try:
@@ -84,6 +84,8 @@ def stopping_together() -> Iterator[None]:
 
 def agree() -> None:
     """Raise Stopped if a signal came to any process; together."""
+    from dkdm.core import processes
+
     if processes.world() > 1 and processes.any_of(_State.number is not None):
         raise _stopped()
 
