@@ -517,6 +517,9 @@ class CheckpointOptions(Options, title="Checkpoint"):
 
     checkpointing_steps: Count = 1000
     """Optimizer steps between checkpoints; one more is written at the end."""
+    checkpoint_every: str | None = None
+    """Time after which a checkpoint is written too, such as 90s, 10m or 2h. Default: by steps
+    alone."""
     checkpoints_total_limit: Count | None = 2
     """Keep this many checkpoints; None keeps all."""
     resume_from_checkpoint: str | None = None
@@ -528,6 +531,20 @@ class CheckpointOptions(Options, title="Checkpoint"):
     report_to: str = "auto"
     """Trackers in addition to metrics.jsonl, separated by commas (tensorboard, trackio, wandb);
     none; or auto: TensorBoard if it is installed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint_every is not None and not self.seconds:
+            raise UsageError(
+                f"--checkpoint-every {shown(self.checkpoint_every)}: give a time such as 90s, 10m "
+                "or 2h"
+            )
+
+    @property
+    def seconds(self) -> float | None:
+        """`checkpoint_every` in seconds; None if it is left open or is no time."""
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh])", self.checkpoint_every or "")
+        return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else None
 
 
 class FeatureOptions(Options):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint, processes
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.folders import write_together
 from dkdm.core.graphs import Replayed
 from dkdm.core.learning import Ema, Finite, ScheduleState, autocasting, optimizer_of, prepare
 from dkdm.core.modes import without_label_dropout
 from dkdm.core.prediction import Prediction
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
+from dkdm.core.saving import Saver
 from dkdm.core.selection import Selection
 from dkdm.core.sources import Source
 from dkdm.core.spread import Learner, spread
@@ -45,7 +45,7 @@ class Trainer:
     selection: the best weights so far; a checkpoint says which they are.
     frozen: names of the parameters that are not trained, because adapters are.
     merge: makes a plain network of one with adapters, in place; None for networks without.
-    unnoted: mean loss of the last step until it is written down. saved: last step that was saved.
+    unnoted: mean loss of the last step until it is written down.
     about: facts that every checkpoint repeats, as JSON.
     """
 
@@ -67,7 +67,6 @@ class Trainer:
     merge: Callable[[nn.Module], nn.Module] | None = None
     step_number: int = 0
     unnoted: Tensor | None = None
-    saved: int = -1
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +90,12 @@ class Trainer:
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
         self.finite = Finite(self.output_dir)
+        self.saver = Saver(
+            self.output_dir,
+            self.checkpoints.checkpoints_total_limit,
+            self._write_more,
+            self.checkpoints.seconds,
+        )
 
     def step(self) -> Tensor:
         """One optimizer step; returns the mean loss of this process, still on the device."""
@@ -142,9 +147,13 @@ class Trainer:
                     progress(self.step_number, loss)
                     agree()
             except Stopped:
-                if self.saved < self.step_number or self.unnoted is not None:
+                if self.saver.saved < self.step_number or self.unnoted is not None:
                     self.save()
+                self.saver.finish()
                 raise
+            finally:
+                self.saver.wait()
+            self.saver.finish()
 
     def _note(self, loss: Tensor, metrics: MetricsFile, first: int, started: float) -> None:
         """Write down a step: validation, a line of metrics, a checkpoint, where they are due."""
@@ -160,7 +169,7 @@ class Trainer:
                 elapsed = time.monotonic() - started
                 metrics.write(self._metrics(loss, (self.step_number - first) / elapsed))
             self.unnoted = None
-            if self._due(self.checkpoints.checkpointing_steps):
+            if self._due(self.checkpoints.checkpointing_steps) or self.saver.is_due():
                 self.save()
 
     def _validated(self) -> dict[str, float]:
@@ -222,30 +231,20 @@ class Trainer:
         return {name: part for name, part in parts.items() if part is not None}
 
     def save(self) -> None:
-        """Write a checkpoint of everything that changes, and delete the oldest; together.
+        """Begin a checkpoint of everything that changes; together.
 
         Raises DkdmError, and writes nothing, if a loss or a weight is not finite.
         """
         self.finite.check(self.network, self.step_number)
-        write_together(self.output_dir / f"checkpoint-{self.step_number}", self._write)
-        processes.by_main(self._rotate)
-        self.saved = self.step_number
-
-    def _rotate(self) -> None:
-        checkpoint.verify_checkpoint(self.output_dir / f"checkpoint-{self.step_number}")
-        limit = self.checkpoints.checkpoints_total_limit
-        checkpoint.rotate(self.output_dir, limit, self.step_number)
-
-    def _write(self, folder: Path) -> None:
         about: dict[str, Any] = {"step": self.step_number, "frozen": sorted(self.frozen)}
         if self.unnoted is not None:
             about["unnoted"] = float(processes.mean(self.unnoted))
         if self.selection is not None:
             about["best"] = self.selection.state_dict()
-        parts = self.parts()
-        checkpoint.write_parts(folder, parts, about, processes.owners(parts))
-        if not processes.is_main():
-            return
+        self.saver.save(self.step_number, self.parts(), about)
+
+    def _write_more(self, folder: Path) -> None:
+        """What a checkpoint has beside its parts: facts of the run, configs of networks."""
         (folder / checkpoint.RUN).write_text(json.dumps(self.about, indent=2) + "\n")
         for copies in (self.name, f"{self.name}_ema"):
             if (folder / copies).is_dir():

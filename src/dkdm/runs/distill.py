@@ -138,6 +138,7 @@ def distill_part(
         with filled_in(config.run.output_dir, trainer.about):
             program.prepare(trainer.source, taught_by, config)
             trainer.save()
+            trainer.saver.wait()
 
     def measure(finished: Denoiser, weights: str) -> Measured:
         about = config, ready.reference, weights, trainer.source

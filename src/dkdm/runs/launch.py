@@ -154,7 +154,8 @@ def filled_in(folder: Path, about: Mapping[str, Any]) -> Iterator[None]:
     with files.atomic(filling / RUN) as partial:
         partial.write_text(json.dumps(about, indent=2) + "\n")
     yield
-    shutil.rmtree(filling)
+    if checkpoint.checkpoints(folder):
+        shutil.rmtree(filling)
 
 
 def carry_out(
