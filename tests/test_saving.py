@@ -98,9 +98,8 @@ def test_a_disk_that_takes_nothing_keeps_the_old_checkpoint_and_is_tried_again(
     saves.wait()
     said = capsys.readouterr().err
     assert "warning: checkpoint-5 could not be written: it needs 0 MB, and " in said
-    assert (
-        "No space left" in said and "the last checkpoint is checkpoint-4; training goes on" in said
-    )
+    assert f"[Errno {number}] {os.strerror(number)}); the last checkpoint is checkpoint-4" in said
+    assert "training goes on" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
     assert not saves.is_due()
     clock[0] += saving.AGAIN + 1
