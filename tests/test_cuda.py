@@ -9,6 +9,8 @@ import torch
 from accelerate.state import PartialState
 
 import dkdm
+from dkdm.config import SamplingOptions
+from dkdm.core.checkpoint import read_tensors
 from dkdm.core.denoiser import Batch
 from dkdm.core.graphs import replayed
 from dkdm.core.muon import Muon
@@ -16,6 +18,7 @@ from dkdm.core.progress import read_metrics
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models import load_teacher
 from dkdm.models.place import place
+from dkdm.runs.outputs import sample_to_file
 from factories import denoiser, some_batch
 from small_runs import SMALL
 
@@ -177,3 +180,32 @@ def test_runs_with_and_without_graphs_learn_the_same(tmp_path):
     with_graphs = losses(distilled(tmp_path / "with", **settings))
     without = losses(distilled(tmp_path / "without", cuda_graphs=False, **settings))
     assert with_graphs == pytest.approx(without, rel=1e-4)
+
+
+def test_samples_are_written_with_and_without_graphs(tmp_path):
+    found = {}
+    for graphs in (True, False):
+        file = tmp_path / f"{graphs}.safetensors"
+        how = SamplingOptions(file, num_samples=24, steps=10, cuda_graphs=graphs)
+        model = load_teacher("builtin:fashion")
+        sample_to_file(model, how)
+        assert model.device.type == "cuda"
+        found[graphs] = read_tensors(file)["samples"]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_under_autocast_is_near(tmp_path):
+    same = {"mixed_precision": "bf16", "eta": 0.0, "fill": "none"}
+    folders = {dtype: tmp_path / str(dtype) for dtype in (None, "float32")}
+    losses_of = {
+        dtype: losses(distilled(folder, teacher_dtype=dtype, **same))
+        for dtype, folder in folders.items()
+    }
+    assert losses_of[None] == pytest.approx(losses_of["float32"], rel=2e-2)
+
+
+def test_a_fill_in_larger_batches_learns_the_same(tmp_path):
+    settings = {"pool_size": 64, "shards": 1, "learning_rate": 1e-3}
+    plain = losses(distilled(tmp_path / "plain", **settings))
+    auto = losses(distilled(tmp_path / "auto", fill_batch_size="auto", **settings))
+    assert auto == pytest.approx(plain, rel=1e-3)

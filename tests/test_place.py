@@ -10,12 +10,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import pipelines
+from dkdm.config import EvaluateCommand, HarvestCommand, SampleCommand
 from dkdm.core.bundle import Bundle
 from dkdm.core.denoiser import Batch
 from dkdm.errors import DkdmError
 from dkdm.models import LoadOptions, load_teacher, with_texts
+from dkdm.models import place as places
 from dkdm.models.place import device_of_run, place, quantize_int8
 from dkdm.models.text import text_conditioning
+from dkdm.reading.command_line import parse
 from factories import denoiser
 
 
@@ -70,3 +73,23 @@ def test_missing_transformers_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("dkdm.models.text.find_spec", lambda name: None)
     with pytest.raises(DkdmError, match=r"pip install 'dkdm\[text\]'"):
         text_conditioning(tmp_path, Bundle("StableDiffusionPipeline"))
+
+
+def test_who_draws_brings_a_model_to_the_device_unless_it_is_on_one(monkeypatch):
+    moved, there = [], torch.device("cuda:1")
+    monkeypatch.setattr(places, "place", lambda *given: moved.append(given))
+    monkeypatch.setattr(places, "device_of_run", lambda: there)
+    model, elsewhere = denoiser(), denoiser()
+    elsewhere.network.to("meta")
+    assert places.ready_to_draw(model, True) is model
+    assert places.ready_to_draw(elsewhere, False) is elsewhere
+    assert moved == [(model, there)]
+
+
+@pytest.mark.parametrize("command", [SampleCommand, EvaluateCommand, HarvestCommand])
+def test_commands_that_draw_may_leave_graphs_out(command):
+    drawing = ("sampling", "harvest")
+    for args, expected in (([], True), (["--no-cuda-graphs"], False)):
+        options = parse(command, args)
+        group = next(getattr(options, name) for name in drawing if hasattr(options, name))
+        assert group.cuda_graphs is expected

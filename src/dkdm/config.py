@@ -108,9 +108,9 @@ class ModelChoice(Options, title="Model", renamed={"factory": "student_factory"}
     """Branch, tag or commit on the hub. Default: the repository's default branch."""
     variant: str | None = None
     """Variant of the weight files, such as fp16. Default: the plain files."""
-    dtype: Precision = "float32"
+    dtype: Precision | None = None
     """Precision of the weights. int8 quantizes linear layers with torchao and keeps the rest in
-    bfloat16."""
+    bfloat16. Default: float32."""
     format: str | None = None
     """Format of a checkpoint file, such as guided-diffusion. Default: recognized by its keys."""
     config: Path | None = None
@@ -142,6 +142,9 @@ class TeacherChoice(ModelChoice, title="Teacher", prefix="teacher"):
 class TeacherOptions(TeacherChoice, renamed={"check": "check"}):
     """The pretrained model to distil, and how it is read."""
 
+    dtype: Precision | None = None
+    """Precision of the weights and of the arithmetic. int8 quantizes linear layers with torchao and
+    keeps the rest in bfloat16. Default: weights in float32, arithmetic as --mixed-precision."""
     offload: Literal["none", "layers"] = "none"
     """layers: keep the teacher in host memory and move one layer at a time to the device; slow, but
     small."""
@@ -212,8 +215,12 @@ class TrainingOptions(Options, title="Training"):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the student's arithmetic; its weights stay float32. For the teacher see
-    --teacher-dtype."""
+    """Precision of the arithmetic of student and teacher while the pool is filled and the student
+    learns. Weights, noise levels and what is measured stay float32; --teacher-dtype float32 keeps
+    the teacher's arithmetic in float32."""
+    allow_tf32: bool = False
+    """On a CUDA device, let float32 matrix products round their factors to 10 bits (TF32), as
+    convolutions do there in any case: faster, and other results. Not measured on a device yet."""
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimizer step."""
     deterministic: bool = False
@@ -468,6 +475,10 @@ class PoolOptions(StorageOptions, SourceOptions):
     ancestral: exact chains (slow). none: pure noise."""
     fill_steps: Count = 20
     """Teacher evaluations that the few-step fill spends on each noisy sample."""
+    fill_batch_size: Count | Literal["auto"] | None = None
+    """Samples that the fill evaluates at once, in whole batches of --train-batch-size; the noise
+    is the same for all, so that the pool differs by rounding only. auto: what the device is fastest
+    with, found by doubling. Default: one batch."""
     stride: str = "1"
     """Noise levels that a noisy sample moves at once, fewer than the teacher has: a number, or
     random:M to draw it uniformly from 1 to 2M - 1."""
@@ -790,6 +801,9 @@ class DrawOptions(Options, title="Sampling"):
     guidance_interval: str | None = None
     """LOW:HIGH, the shares of noise (0 clean, 1 noise) between which guidance acts. Default:
     everywhere."""
+    cuda_graphs: bool = True
+    """On a CUDA device, start all kernels of a network's call at once, as a CUDA graph. Samples are
+    equal to rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -117,7 +117,8 @@ def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
     pool_size = pool.pool_size or round(pool.rho * teacher.process.num_levels * batch_size)
     values = pool_size * torch.Size(teacher.sample_shape).numel()
     pool_mib = values * getattr(torch, pool.pool_dtype).itemsize / gpus / MIB
-    held, teacher_mib = _held(teacher, choice.dtype)
+    _, teacher_mib = _held(teacher, choice.dtype or "float32")
+    held, _ = _held(teacher, choice.dtype or _PRECISIONS[run.training.mixed_precision])
     with fused_attention():
         evaluation = evaluation_mib(held, batch * (1 if run.guidance.is_off else 2))
     on_host = {
@@ -158,10 +159,12 @@ def _in_training(student: Denoiser, options: TrainingOptions) -> Denoiser:
     network: nn.Module = student.network  # type: ignore[assignment]
     silence_label_dropout(network)
     prepare(network, (), options.gradient_checkpointing)
-    return replace(student, network=nn.Module.to(network, _DTYPES[options.mixed_precision]))
+    return replace(
+        student, network=nn.Module.to(network, getattr(torch, _PRECISIONS[options.mixed_precision]))
+    )
 
 
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PRECISIONS: dict[str, Precision] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def training_mib(student: Denoiser, batch_size: int) -> float:

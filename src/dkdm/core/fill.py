@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,26 +58,43 @@ def empty_pool(
     return pool
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal numbers for batches that are evaluated together, each from its own generator,
+    so that none depends on its neighbours. sizes: of the batches."""
+
+    generators: Sequence[torch.Generator]
+    sizes: list[int]
+
+    def __call__(self, shape: Sequence[int], chosen: Tensor | None = None) -> Tensor:
+        """[sum of sizes, *shape]; chosen: bool, those of them that are drawn. None is all."""
+        counts = self.sizes if chosen is None else [int(c.sum()) for c in chosen.split(self.sizes)]
+        pairs = zip(counts, self.generators, strict=True)
+        return torch.cat([torch.randn(n, *shape, generator=g, device=g.device) for n, g in pairs])
+
+
 @torch.no_grad()
 def fill_few_step(
-    pool: Pool, num_steps: int, batch_size: int, filling: Filling | None = None
+    pool: Pool,
+    num_steps: int,
+    batch_size: int,
+    filling: Filling | None = None,
+    together: int = 1,
 ) -> None:
     """Spread the entries over all levels: sample each in `num_steps` DDIM steps, then noise it.
 
     Costs num_steps teacher evaluations per entry. The few-step sampler decides which states there
     are; the target of each is exact. The steps start at T-1 (trailing spacing), the level of pure
     noise, whatever spacing the teacher has. filling: knows what is done, and notes what is.
+    together: batches that are evaluated at once, which have the same noise as one by one.
     """
     teacher, filling = pool.teacher, filling or Filling(pool)
-    for part, levels, noise in _parts(filling, batch_size, "few-step fill"):
+    for part, levels, noise in _parts(filling, batch_size, "few-step fill", together):
         cond = {key: value[part] for key, value in pool.cond.items()}
-        shape = (len(levels), *teacher.sample_shape)
 
-        def draw(
-            step: int, shape: tuple[int, ...] = shape, noise: torch.Generator = noise
-        ) -> Tensor:
+        def draw(step: int, noise: Noise = noise) -> Tensor:
             del step
-            return torch.randn(shape, generator=noise, device=teacher.device)
+            return noise(teacher.sample_shape)
 
         scale = pool.guidance.of(cond)
         for level in teacher.process.timesteps(num_steps, "trailing"):
@@ -88,14 +105,17 @@ def fill_few_step(
 
 
 @torch.no_grad()
-def fill_ancestral(pool: Pool, batch_size: int, filling: Filling | None = None) -> None:
+def fill_ancestral(
+    pool: Pool, batch_size: int, filling: Filling | None = None, together: int = 1
+) -> None:
     """Shuffle denoise (DKDM, algorithm 1): move each entry from T-1 down to its level.
 
-    Costs T-1-t teacher evaluations per entry, about T/2 on average, and is exact.
+    Costs T-1-t teacher evaluations per entry, about T/2 on average, and is exact. together: as in
+    `fill_few_step`.
     """
     teacher, filling = pool.teacher, filling or Filling(pool)
     process = teacher.process
-    for part, levels, noise in _parts(filling, batch_size, "ancestral fill", in_order=True):
+    for part, levels, noise in _parts(filling, batch_size, "ancestral fill", together, True):
         cond = {key: value[part] for key, value in pool.cond.items()}
         x = pool.x[part.to(pool.x.device)].to(teacher.device, torch.float32)
         for level in range(process.num_levels - 1, int(levels.min()), -1):
@@ -105,17 +125,17 @@ def fill_ancestral(pool: Pool, batch_size: int, filling: Filling | None = None) 
             own = {key: value[active] for key, value in cond.items()}
             target = pool.target(Batch(x[on], t, own, part[active]))
             target, kind = target.chain or target, teacher.parameterization
-            z = torch.randn(x[on].shape, generator=noise, device=x.device)
+            z = noise(x.shape[1:], active)
             x[on] = reverse_step(process, kind, x[on], target, t, t - 1, z, 1.0)
         pool.store(part, x, levels, cond)
 
 
 def _parts(
-    filling: Filling, batch_size: int, label: str, in_order: bool = False
-) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
-    """Cut every shard into batches: (rows, their levels, noise), with progress; those that are
-    done are left out."""
-    pool, passed = filling.pool, 0
+    filling: Filling, batch_size: int, label: str, together: int, in_order: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Noise]]:
+    """Cut every shard into batches and take some of them together: (rows, their levels, noise),
+    with progress; those that are done are left out."""
+    pool, passed, done = filling.pool, 0, filling.done
     device, num_levels = pool.teacher.device, pool.teacher.process.num_levels
     with track(len(pool.t), 0, label) as progress:
         for shard, here in pool.entries.slices.items():
@@ -123,11 +143,14 @@ def _parts(
             host = generator("cpu", pool.seed, "levels", shard)
             levels = uniform_levels(size, num_levels, host)
             order = levels.argsort(descending=True) if in_order else torch.arange(size)
-            for i, chunk in enumerate(order.split(batch_size)):
-                passed += 1
-                if passed <= filling.done:
-                    continue
-                noise = generator(device, pool.seed, "fill", shard, i)
-                with filling.batch():
-                    yield here.start + chunk, levels[chunk], noise
-                progress(here.start + min((i + 1) * batch_size, size))
+            batches = order.split(batch_size)
+            first = min(max(0, done - passed), len(batches))
+            for i in range(first, len(batches), together):
+                some = batches[i : i + together]
+                numbers = range(i, i + len(some))
+                noise = [generator(device, pool.seed, "fill", shard, number) for number in numbers]
+                rows = torch.cat(some)
+                with filling.batch(len(some)):
+                    yield here.start + rows, levels[rows], Noise(noise, [len(b) for b in some])
+                progress(here.start + min(numbers.stop * batch_size, size))
+            passed += len(batches)

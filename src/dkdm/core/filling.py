@@ -45,11 +45,11 @@ class Filling:
             raise
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """The next batch, which a signal waits for."""
+    def batch(self, count: int = 1) -> Iterator[None]:
+        """The next batch, or several together, which a signal waits for."""
         with whole():
             yield
-            self.done += 1
+            self.done += count
         if time.monotonic() - self.saved_at > EVERY:
             self.save()
 

@@ -10,6 +10,8 @@ from accelerate.state import PartialState, is_initialized
 from torch import nn
 
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.graphs import replayed
+from dkdm.core.teachers import parts_of
 from dkdm.errors import DkdmError
 
 Offload = Literal["none", "layers"]
@@ -44,3 +46,12 @@ def place(denoiser: Denoiser, device: torch.device, offload: Offload = "none") -
         network.to(device)
     else:
         cpu_offload(network, execution_device=device, offload_buffers=True)
+
+
+def ready_to_draw(denoiser: Denoiser, cuda_graphs: bool) -> Denoiser:
+    """The model on the device of this process, unless it was brought to one, and with its calls as
+    CUDA graphs there, if they are wanted."""
+    for one in parts_of(denoiser):
+        if one.device.type == "cpu":
+            place(one, device_of_run())
+    return replayed(denoiser) if cuda_graphs else denoiser

@@ -23,7 +23,8 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) -> DistillConfig:
-    """The config with `student_prediction`, `loss_weighting` and the optimizer decided.
+    """The config with `student_prediction`, `loss_weighting`, the optimizer and, where a run goes
+    on that computed its teacher in float32, `teacher_dtype` decided.
 
     A new student of an eps teacher that clips x_0 predicts v, capped at low noise; so does one that
     goes on from a run of such a student. found: the checkpoint that the run goes on from, if any;
@@ -44,6 +45,8 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
         weighting = "capped" if weighting == "auto" else weighting
     if weighting == "auto":
         weighting = begun.loss.loss_weighting if begun and found else "uniform"
+    if found and begun is not None and begun.teacher_choice.dtype == "float32":
+        config = replace(config, teacher_dtype=config.teacher_choice.dtype or "float32")
     config = replace(config, student_prediction=prediction, loss_weighting=weighting)
     new = choice.student_init == "random" and choice.lora_rank is None
     return with_optimizer(config, found, new)

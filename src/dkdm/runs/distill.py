@@ -18,6 +18,7 @@ from dkdm.core.given import config_given, student_given
 from dkdm.core.graphs import replayed
 from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating
+from dkdm.core.precision import in_precision
 from dkdm.core.teachers import parts_of, pattern_of
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
@@ -117,7 +118,7 @@ def distill_part(
     begun = begun_by(config.run, config.checkpoints)
     changes = check_changes(config, begun)
     ready = prepared(config, teachers, student)
-    config, taught_by, trainer = ready.config, ready.teacher, ready.trainer
+    config, teacher, trainer = ready.config, ready.teacher, ready.trainer
     device = described(trainer.accelerator.device)
     said = [
         f"student starts from {ready.start}",
@@ -126,8 +127,8 @@ def distill_part(
     ]
     said += [anew(config.run, config.checkpoints), *ready.warnings]
     if config.teacher_choice.check and trainer.step_number == 0:
-        for one in parts_of(taught_by):
-            name = "the teacher" if one is taught_by else one.name
+        for one in parts_of(teacher):
+            name = "the teacher" if one is teacher else one.name
             said.append(teacher_warning(one, ready.speeds.evaluation, name))
     for line in filter(None, said):
         print(line, file=sys.stderr)
@@ -136,16 +137,16 @@ def distill_part(
         if not ready.is_new:
             return
         with filled_in(config.run.output_dir, trainer.about):
-            program.prepare(trainer.source, taught_by, config)
+            program.prepare(trainer.source, ready.taught_by, config)
             trainer.save()
             trainer.saver.wait()
 
     def measure(finished: Denoiser, weights: str) -> Measured:
         about = config, ready.reference, weights, trainer.source
-        return program.measure(ready.teacher, finished, *about)
+        return program.measure(teacher, finished, *about)
 
-    with evaluating(taught_by.network, taught_by.call, taught_by.decode, frozen=True):
-        return carry_out(config, trainer, measure, begin, taught_by, changes)
+    with evaluating(teacher.network, teacher.call, teacher.decode, frozen=True):
+        return carry_out(config, trainer, measure, begin, teacher, changes)
 
 
 def describe(config: DistillConfig) -> str:
@@ -190,12 +191,14 @@ def _described(config: DistillConfig) -> str:
 class Ready(NamedTuple):
     """A distillation up to the first write: nothing can be refused any more.
 
-    config: with what the teacher decides. is_new: whether the source is still to be prepared; a
-    checkpoint holds it.
+    config: with what the teacher decides. taught_by: the teacher in the precision of the run, which
+    the student learns from; what is measured is the teacher as it was read. is_new: whether the
+    source is still to be prepared; a checkpoint holds it.
     """
 
     config: DistillConfig
     teacher: Denoiser
+    taught_by: Denoiser
     trainer: Trainer
     is_new: bool
     plan: SourcePlan
@@ -241,9 +244,10 @@ def prepared(
     for one in parts_of(teacher):
         place(one, accelerator.device, config.teacher_choice.offload)
     teacher = replayed(teacher) if training.cuda_graphs else teacher
+    taught_by = teacher if config.teacher_choice.dtype else in_precision(teacher, accelerator)
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
-    source = program.source(watched(teacher), student, config, accelerator.device)
+    source = program.source(watched(taught_by), student, config, accelerator.device)
     on_teacher_levels = watched(on_levels_of(student, source.process))
     trainer = Trainer(
         run.output_dir,
@@ -253,7 +257,7 @@ def prepared(
         student,
         on_teacher_levels,
         source,
-        program.loss(student, on_teacher_levels, teacher, config, features, source),
+        program.loss(student, on_teacher_levels, taught_by, config, features, source),
         accelerator,
         component_of(type(student.network).__name__),
         sample_grids(run, evaluation, teacher, guidance),
@@ -268,8 +272,8 @@ def prepared(
     processes.own_randomness(run.seed)
     if found:
         trainer.resume(found)
-    speeds = measured(teacher, student, training)
+    speeds = measured(taught_by, student, training)
     needed = estimated(plan, training.max_train_steps, trainer.step_number, speeds)
     warnings.append(advice(needed, config.pool))
     about = plan, start, speeds, needed, reference, warnings
-    return Ready(config, teacher, trainer, found is None, *about)
+    return Ready(config, teacher, taught_by, trainer, found is None, *about)

@@ -142,16 +142,19 @@ def planned(
     if teacher is not None:
         check_shapes(teacher, model)
         teacher = ready(teacher, fitting(command, teacher), scales[1])
+    for each in (model, teacher):
+        if each is not None:
+            place(each, device)
+    if command.sampling.cuda_graphs:  # first, since the teacher may be the reference too
+        model, teacher = replayed(model), teacher and replayed(teacher)
     given = reference or command.measurement.reference
     with PartialState().main_process_first():  # which keeps what it sees in the cache
         standard = standard_of(given, model, teacher, command, device, scales[0])
     metrics, beside = chosen_metrics(command, standard, teacher)
     if isinstance(model, FewStep):  # whose steps lead over many levels, not to the output at one
         beside = tuple(name for name in beside if name != "gap")
-    for each in (model, teacher, standard.model):
-        if each is not None:
-            place(each, device)
-    model, teacher = replayed(model), teacher and replayed(teacher)
+    if standard.model is not None:
+        place(standard.model, device)
     own, teachers, others = _drawings(command, model, teacher, standard, scales, beside)
     place_of_network = command.measurement.feature_device or str(device)
     single = single_images(command, own, teacher, scales[1], metrics, place_of_network)

@@ -36,6 +36,7 @@ from dkdm.evaluation.rows import Row, metric_rows
 from dkdm.evaluation.same_noise import Sampling, batches, decoded, shown_shape
 from dkdm.evaluation.shards import check_finite
 from dkdm.models import chosen_teacher
+from dkdm.models.place import ready_to_draw
 from dkdm.reading.files import check_output
 from dkdm.reading.places import expanded
 from dkdm.runs.arms import FINISHED
@@ -90,6 +91,7 @@ def harvest(
         "format": how.format,
     }
     SampleShards(how.output).claim(about)
+    teacher = ready_to_draw(teacher, how.cuda_graphs)
     with (
         evaluating(teacher.network, teacher.call),
         track(how.num_samples, 0, "harvest") as progress,

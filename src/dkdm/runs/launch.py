@@ -33,6 +33,7 @@ from dkdm.core import checkpoint, processes
 from dkdm.core.checkpoint import RUN
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.folders import remove_leftovers
+from dkdm.core.precision import allow_tf32
 from dkdm.core.selection import FOLDER as BEST
 from dkdm.core.tolerance import tracked, warn
 from dkdm.core.trainer import Trainer
@@ -78,6 +79,8 @@ def start_accelerator(
             f"accelerate's config asks for {accelerator.distributed_type.value}: dkdm shards by "
             "itself; choose multi-GPU or multi-CPU there"
         )
+    if training.allow_tf32:
+        allow_tf32(accelerator.device)
     return accelerator
 
 

@@ -46,6 +46,7 @@ from dkdm.evaluation.pool_state import states_of
 from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw, shown_shape
 from dkdm.evaluation.trajectories import Trajectories, trajectories
+from dkdm.models.place import ready_to_draw
 from dkdm.reading.files import atomic, check_output
 from dkdm.report.grids import sample_grid
 from dkdm.report.images import reduced
@@ -272,6 +273,7 @@ def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:
     conditioning = restrict_classes(denoiser.conditioning, how.classes)
     interval = parse_interval(how.guidance_interval)
     denoiser = replace(denoiser, conditioning=conditioning, guidance_interval=interval)
+    denoiser = ready_to_draw(denoiser, how.cuda_graphs)
     cond = conditioning.in_turns(how.num_samples)
     steps = how.steps or usual_steps(denoiser, USUAL_STEPS)
     sampling = Sampling(how.num_samples, steps, how.seed, how.sampler)

@@ -31,14 +31,8 @@ HISTORY = "history.jsonl"
 FREE_GROUPS = {"optimizing", "checkpoints", "evaluation", "hub"}
 FREE = {
     *("output_dir", "max_train_steps", "gradient_checkpointing", "mixed_precision", "check"),
-    *(
-        "cuda_graphs",
-        "teacher_offload",
-        "student_factory",
-        "pool_device",
-        "pool_dir",
-        "deterministic",
-    ),
+    *("allow_tf32", "cuda_graphs", "deterministic", "fill_batch_size"),
+    *("teacher_offload", "student_factory", "pool_device", "pool_dir"),
 }
 # says nothing about the run
 UNSAID = {"output_dir", "resume_from_checkpoint", "accept_changes"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from dkdm.core.filling import Filling
 from dkdm.core.pool import Pool
 from dkdm.core.shards import Shards
 from dkdm.errors import UsageError
+from dkdm.evaluation.fastest import fastest, seconds_a_sample
 from dkdm.reading.files import check_output
 
 FILL = "fill"  # folder of a run, of pools that are not filled yet
@@ -112,10 +115,23 @@ def fill(pool: Pool, options: PoolOptions, batch_size: int, output_dir: Path) ->
     how = {"fill": options.fill, "fill_steps": options.fill_steps, "batch_size": batch_size}
     filling = Filling(pool, output_dir / FILL / place, how)
     with filling.kept():
+        if options.fill == "none":
+            return
+        together = max(1, _at_once(pool, options, batch_size) // batch_size)
         if options.fill == "ancestral":
-            fill_ancestral(pool, batch_size, filling)
-        elif options.fill == "few-step":
-            fill_few_step(pool, options.fill_steps, batch_size, filling)
+            fill_ancestral(pool, batch_size, filling, together)
+        else:
+            fill_few_step(pool, options.fill_steps, batch_size, filling, together)
+
+
+def _at_once(pool: Pool, options: PoolOptions, batch_size: int) -> int:
+    """How many samples the fill evaluates at once: as asked, or what the device is fastest with."""
+    if options.fill_batch_size != "auto":
+        return options.fill_batch_size or batch_size
+    most = max(part.stop - part.start for part in pool.entries.slices.values())
+    found = fastest(partial(seconds_a_sample, pool.teacher), batch_size, most)
+    print(f"the fill evaluates {found:,} samples at once", file=sys.stderr)
+    return found
 
 
 def guidance_factor(teacher: Denoiser, guidance: GuidanceOptions) -> float:
