@@ -39,6 +39,7 @@ FEW = {
     "student_steps": "1:4",
     "few_step_heads": 4,
     "few_step_pool": 16,
+    "few_step_batch_size": small_runs.SMALL.training.train_batch_size,
     "max_train_steps": 8,
     "few_step_share": 0.5,
     "evaluation_samples": 0,
@@ -270,6 +271,18 @@ def test_several_teachers_teach_few_steps(tmp_path):
     folder, _, evaluations = small_runs.run(tmp_path, teachers, "dit-tiny", **FEW)
     assert evaluations == 4 * 8
     assert load_teacher(folder).conditioning.num_classes == 6
+
+
+def test_the_last_part_takes_smaller_batches_for_as_many_states():
+    program, whole = OBJECTIVES["few-step"], dkdm.DistillConfig(objective="few-step")
+    whole = replace(whole, max_train_steps=100, train_batch_size=64, few_step_share=0.3)
+    last = program.last(whole)
+    assert (last.training.max_train_steps, last.training.train_batch_size) == (60, 32)
+    assert program.last(last) == last  # as its config.json says it
+    asked = program.last(replace(whole, few_step_batch_size=16))
+    assert (asked.training.max_train_steps, asked.training.train_batch_size) == (120, 16)
+    jumps = OBJECTIVES["consistency"].last(replace(whole, eta=0.0))
+    assert (jumps.training.max_train_steps, jumps.training.train_batch_size) == (30, 64)
 
 
 def test_the_last_part_learns_as_the_plain_part_does():

@@ -17,7 +17,7 @@ from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled, rolled
 from dkdm.core.fill import empty_pool, fill_few_step
 from dkdm.core.objective import Objective
-from dkdm.core.prediction import Parameterization, Prediction
+from dkdm.core.prediction import Parameterization, Prediction, from_x_0_eps
 from dkdm.core.process import per_sample
 from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
 from dkdm.core.shards import Shards
@@ -162,7 +162,7 @@ def test_a_perfect_student_has_no_loss(name, kind, targets, on_policy):
     levels = grid_levels(process, HEADS)
     student = perfect(teacher, grid, levels, kind)
     pool = empty_rolled(teacher, student, levels, 12, CPU, targets=targets, on_policy=on_policy)
-    objective = HeadsObjective(student)
+    objective = HeadsObjective(student, anchor=1.0)
     for step in range(4):
         batch = pool.draw(8)
         target = pool.target(batch)
@@ -249,6 +249,22 @@ def test_the_gradient_reaches_the_taught_head_alone():
     loss.sum().backward()
     touched = student.network[2].weight.grad.reshape(HEADS, -1).abs().sum(1).nonzero().flatten()
     assert touched.tolist() == batch.rows.asked.flatten().tolist()
+
+
+def test_the_anchor_is_the_plain_loss_where_the_teacher_was_asked():
+    _, grid = process_and_grid("ddpm")
+    student = learner(grid)
+    pool = pool_of(student, targets=2)
+    steps_of(pool, student, 3)  # states of every interval
+    batch = pool.draw(8)
+    target = pool.target(batch)
+    found = HeadsObjective(student, anchor=0.7)(student, batch, target)
+    loss = HeadsObjective(student)(student, batch, target)
+    said = student.predict(batch).output  # of the head that begins at the batch's level
+    alpha, sigma = PROCESSES["ddpm"].at(batch.t)
+    v = from_x_0_eps("v_prediction", target.x_0, target.eps, alpha, sigma)
+    expected = loss + 0.7 * (said - v).square().flatten(1).mean(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PROCESSES)

@@ -315,6 +315,9 @@ class FewStepOptions(Options, title="Few steps"):
     few_step_share: Annotated[float, Range(0, 1, above=True)] | None = None
     """Share of --max-train-steps, the last ones, that learns few steps. Default: 0.35, or 1 if
     --student-init names a run or weights, which are not trained further first."""
+    few_step_batch_size: Annotated[int, Range(1)] | None = None
+    """States in a batch of few-step's last part, which takes more steps the smaller they are, for
+    as many teacher evaluations. Default: half of --train-batch-size, in twice the steps."""
     few_step_heads: Annotated[int, Range(1, MOST_HEADS)] = 16
     """Intervals that the way from noise to data is cut into; the student predicts the mean velocity
     over each in one evaluation."""
@@ -324,6 +327,9 @@ class FewStepOptions(Options, title="Few steps"):
     few_step_targets: Annotated[int, Range(1, 1024)] = 1
     """Heads that are taught at each state, one teacher evaluation each, for one evaluation of the
     student."""
+    few_step_anchor: Annotated[float, Range(0, 1000)] = 1.0
+    """Weight of the plain loss where the teacher was asked, beside that of the head which leads
+    there: one more evaluation of the student a step, none of the teacher. 0 leaves it out."""
     few_step_on_policy: Share = 1.0
     """Share of the states that the student itself moves on; the teacher moves the others."""
     few_step_pool: Count = 256

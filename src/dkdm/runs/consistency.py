@@ -48,6 +48,10 @@ class Consistency(FewSteps):
             fill="none" if plain else config.pool.fill,
         )
 
+    def batch_size(self, config: DistillConfig) -> int:
+        """As in the plain part."""
+        return config.training.train_batch_size
+
     def check(self, config: DistillConfig) -> None:
         """Raise UsageError for what pairs cannot be learnt with."""
         Program.check(self, config)

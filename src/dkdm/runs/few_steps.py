@@ -121,15 +121,18 @@ class FewSteps(Program):
 
     def last(self, config: DistillConfig) -> DistillConfig:
         """The part that learns few steps, without what belongs to a chain or to many steps."""
-        few, plain = config.few_steps, plain_steps(config)
+        few, plain, size = config.few_steps, plain_steps(config), self.batch_size(config)
+        steps = config.training.max_train_steps - plain
         folder = config.run.output_dir / PLAIN
         start = str(folder) if plain else config.student_choice.student_init
         how = _optimizing(config)
         return replace(
             config,
             student_init=start,
-            max_train_steps=config.training.max_train_steps - plain,
             few_step_share=1.0,
+            max_train_steps=max(round(steps * config.training.train_batch_size / size), 1),
+            train_batch_size=size,
+            few_step_batch_size=size,
             optimizer=how.optimizer,
             learning_rate=how.learning_rate,
             feature_weight=0.0,
@@ -142,6 +145,10 @@ class FewSteps(Program):
             validation_metric=None,
             ship_best=False,
         )
+
+    def batch_size(self, config: DistillConfig) -> int:
+        """States in a batch of the last part, which takes steps for as many states as otherwise."""
+        return config.few_steps.few_step_batch_size or max(config.training.train_batch_size // 2, 1)
 
     def check(self, config: DistillConfig) -> None:
         """Raise UsageError for what few steps cannot be learnt with."""
@@ -202,7 +209,8 @@ class FewSteps(Program):
         """States that the student itself rolls on."""
         few = config.few_steps
         assert isinstance(student, ParallelHeads)
-        if config.training.replays and config.training.mixed_precision == "no":
+        once = not few.few_step_anchor  # a graph's gradients are those of one evaluation
+        if once and config.training.replays and config.training.mixed_precision == "no":
             student = replace(student, call=Replayed(student.call or call_of(student.network)))
         levels = grid_levels(teacher.process, few.few_step_heads, few.few_step_shift)
         return empty_rolled(
@@ -230,9 +238,9 @@ class FewSteps(Program):
         source: Source,
     ) -> Loss:
         """Head by head."""
-        del on_teacher_levels, teacher, config, features, source
+        del on_teacher_levels, teacher, features, source
         assert isinstance(student, ParallelHeads)
-        return HeadsObjective(student)
+        return HeadsObjective(student, config.few_steps.few_step_anchor)
 
     def measure(
         self,

@@ -34,8 +34,8 @@ class Roll(NamedTuple):
 
     rows: int64 [B] entries; x: their states [B, ...] in the student's scale; first: int64 [B]
     intervals that they are at; outputs: [B, N, C, ...]; velocities: the same as velocities, without
-    gradient; asked: int64 [B, M] heads that are taught; by_teacher: bool [B], which the teacher
-    moves.
+    gradient; asked: int64 [B, M] heads that are taught; reached: [B M, ...] the states there in the
+    student's scale; by_teacher: bool [B], which the teacher moves.
     """
 
     rows: Tensor
@@ -44,6 +44,7 @@ class Roll(NamedTuple):
     outputs: Tensor
     velocities: Tensor
     asked: Tensor
+    reached: Tensor
     by_teacher: Tensor
 
 
@@ -93,10 +94,11 @@ class RolledPool:
         velocities = self.student.velocities(outputs.detach(), x, first)
         asked, by_teacher = self._laws(first)
         ways = [rolled(place, velocities, grid.widths, first, k) for k in asked.T]
-        at, t = torch.stack(ways, 1).flatten(0, 1), self.levels[asked.flatten()]
+        at, which = torch.stack(ways, 1).flatten(0, 1), asked.flatten()
+        t, reached = self.levels[which], per_sample(grid.scale[which], at) * at
         alpha, sigma = self.process.at(t)
         every = {key: value.repeat_interleave(self.targets, 0) for key, value in cond.items()}
-        roll = Roll(rows, x, first, outputs, velocities, asked, by_teacher)
+        roll = Roll(rows, x, first, outputs, velocities, asked, reached, by_teacher)
         return Batch(per_sample(alpha + sigma, at) * at, t, every, roll)
 
     def _laws(self, first: Tensor) -> tuple[Tensor, Tensor]:
