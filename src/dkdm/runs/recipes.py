@@ -114,7 +114,7 @@ RECIPES: dict[str, tuple[type[RunConfig], Settings]] = {
             "output_dir": Path("runs/fashion-few-steps"),
             "student": "dit-tiny",
             "objective": "few-step",
-            "max_train_steps": 3000,
+            "max_train_steps": 2000,
             "few_step_share": 0.5,
             "replay": 2,
             "learning_rate": None,
