@@ -21,11 +21,11 @@ class Mlp(nn.Module):
         return self.layers(torch.cat([x, phase.sin(), phase.cos()], 1))
 
 
-def trained(pool, student, objective, steps):
+def trained(pool, student, objective, steps, batch_size=256):
     optimizer = torch.optim.Adam(student.network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        batch = pool.draw(256)
+        batch = pool.draw(batch_size)
         target = pool.target(batch)
         loss = objective(student, batch, target).mean()
         optimizer.zero_grad()
