@@ -96,6 +96,8 @@ def as_formerly(folder):
     rows = {k: torch.cat([s[k] for s in shards]) for k in shards[0] if shards[0][k].ndim}
     counts = {"step": shards[0]["step"], "finished": torch.tensor(0)}
     shutil.rmtree(folder / "source")
+    for later in (checkpoint.LOSSES, checkpoint.BAD_STEPS):
+        (folder / f"{later}.safetensors").unlink()
     (folder / folders.MANIFEST).unlink()
     state |= {
         "ema_updates": state["step"],

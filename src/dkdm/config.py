@@ -260,6 +260,9 @@ class OptimizerOptions(OptimizerChoice):
     """Weight decay, of either optimizer."""
     max_grad_norm: Annotated[float, Range(0, above=True)] = 1.0
     """Largest L2 norm of the gradient; a larger one is scaled down to it."""
+    max_bad_steps: Count = 10
+    """Steps in a row whose gradient is not finite, which change no weight, until the run goes back
+    to its last checkpoint with half the learning rate; after three times it ends."""
     use_ema: bool = True
     """Keep an exponential moving average of the weights, and ship it."""
     ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.9999

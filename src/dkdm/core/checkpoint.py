@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ RANDOM = "random"
 FORMER_STATE = ("optimizer", "lr_scheduler", "teacher_evaluations")
 AVERAGE = "_ema/"
 LOSSES = "losses"  # per level since the last line of metrics; former checkpoints have none
+BAD_STEPS = "bad_steps"  # former checkpoints have none
 OPTIONS = {
     AVERAGE: "an average (--use-ema)",
     "features": "feature distillation (--feature-weight)",
@@ -134,7 +135,7 @@ def _of_model(parts: Iterable[str]) -> set[str]:
 
 def _refuse_other_parts(folder: Path, theirs: set[str], ours: set[str]) -> None:
     """Raise UsageError for a part that only one of them has, except those a run may drop."""
-    for name in sorted((theirs ^ ours) - {"scaler", LOSSES}):
+    for name in sorted((theirs ^ ours) - {"scaler", LOSSES, BAD_STEPS}):
         if name in theirs and AVERAGE in name:
             continue  # a run may drop its average
         if name.startswith(RANDOM):
@@ -257,6 +258,21 @@ def newest(output_dir: Path) -> Path | None:
 def _warn(text: str) -> None:
     """Say it once, however often a run's folder is looked at."""
     print(f"warning: {text}", file=sys.stderr)
+
+
+def newest_finite(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole and whose numbers are all finite; None without one."""
+    for folder in reversed(checkpoints(output_dir)):
+        with suppress(DkdmError):
+            verify_checkpoint(folder)
+            if all(map(_is_finite, folder.rglob("*.safetensors"))):
+                return folder
+    return None
+
+
+def _is_finite(file: Path) -> bool:
+    values = read_tensors(file).values()
+    return all(bool(v.isfinite().all()) for v in values if v.is_floating_point())
 
 
 def resolve(output_dir: Path, wanted: str) -> Path | None:

@@ -16,8 +16,9 @@ from dkdm.core.pool import Pool
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
 from dkdm.core.shards import ONE_PROCESS, Shards
-from dkdm.core.steps import reverse_step
+from dkdm.core.steps import not_finite, reverse_step
 from dkdm.core.storage import in_memory, on_disk
+from dkdm.errors import DkdmError
 
 
 def uniform_levels(size: int, num_levels: int, random: torch.Generator) -> Tensor:
@@ -101,7 +102,7 @@ def fill_few_step(
             pool.count(part, torch.full_like(part, level))
         x_0 = teacher.sample(draw, cond, num_steps, 0.0, scale, "trailing")
         x = teacher.process.add_noise(x_0, draw(0), levels)
-        pool.store(part, x, levels, cond)
+        pool.store(part, _finite(x, teacher), levels, cond)
 
 
 @torch.no_grad()
@@ -127,7 +128,18 @@ def fill_ancestral(
             target, kind = target.chain or target, teacher.parameterization
             z = noise(x.shape[1:], active)
             x[on] = reverse_step(process, kind, x[on], target, t, t - 1, z, 1.0)
-        pool.store(part, x, levels, cond)
+        pool.store(part, _finite(x, teacher), levels, cond)
+
+
+def _finite(x: Tensor, teacher: Denoiser) -> Tensor:
+    """The states. Raises DkdmError, naming the teacher's type, if one is not finite."""
+    bad = len(not_finite(x))
+    if bad:
+        raise DkdmError(
+            f"{bad} of {len(x)} filled states are not finite: {teacher.name} overflows in "
+            f"{str(teacher.dtype).removeprefix('torch.')}. Give --teacher-dtype bfloat16 or float32"
+        )
+    return x
 
 
 def _parts(

@@ -70,7 +70,7 @@ class ScheduleState:
     """A schedule as a part; its kind, length and peak rates stay those of the options."""
 
     def __init__(self, schedule: Any) -> None:
-        self.schedule = schedule
+        self.schedule, self.peaks = schedule, list(schedule.base_lrs)
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's own."""
@@ -78,10 +78,13 @@ class ScheduleState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, after the optimizer, whose rates follow."""
-        schedule, peaks = self.schedule, self.schedule.base_lrs
-        schedule.load_state_dict(state)
-        schedule.base_lrs = peaks
-        groups = schedule.optimizer.param_groups
+        self.schedule.load_state_dict(state)
+        self.at_pace(1.0)
+
+    def at_pace(self, pace: float) -> None:
+        """Multiply the peak rates of the options by `pace`, from now on."""
+        schedule, peaks = self.schedule, [pace * peak for peak in self.peaks]
+        schedule.base_lrs, groups = peaks, schedule.optimizer.param_groups
         for group, peak, share in zip(groups, peaks, schedule.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = peak, peak * share(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in groups]
@@ -142,40 +145,18 @@ def here(value: Tensor) -> Tensor:
     return value if local is None else local()
 
 
-class Finite:
-    """Watches the losses and weights of a run, which `output_dir` holds the checkpoints of."""
+def check_finite(network: nn.Module, step: int, output_dir: Path) -> None:
+    """Raise DkdmError if a weight is not finite by this step; together.
 
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir = output_dir
-        self.first_bad_step = torch.tensor(-1)
-
-    def note(self, loss: Tensor, step: int) -> None:
-        """Remember the first step whose loss is not finite."""
-        known = self.first_bad_step.to(loss.device)
-        bad = ~loss.isfinite() & (known < 0)
-        self.first_bad_step = torch.where(bad, step, known)
-
-    def check(self, network: nn.Module | None = None, step: int = 0) -> None:
-        """Raise DkdmError if a loss was not finite, or a weight is not by this step.
-
-        Together: what one process finds ends all.
-        """
-        own = int(self.first_bad_step)
-        bad = processes.least(NEVER if own < 0 else own)
-        if bad != NEVER:
-            raise self._error(f"the loss became NaN or infinite at step {bad}")
-        given = () if network is None else network.parameters()
-        weights = [here(p) for p in given if p.is_floating_point()]
-        if not weights:
-            return
-        finite = bool(torch.stack([p.isfinite().all() for p in weights]).all())
-        if not processes.least(int(finite)):
-            raise self._error(f"the weights became NaN or infinite by step {step}")
-
-    def _error(self, what: str) -> DkdmError:
-        kept = checkpoint.checkpoints(self.output_dir)
-        return DkdmError(
-            f"{what}. The last good checkpoint is {kept[-1] if kept else '(none yet)'}. Try a "
-            "lower --learning-rate, a lower --max-grad-norm or --mixed-precision no, with "
-            "--resume-from-checkpoint latest"
-        )
+    output_dir: of the run, which has checkpoints.
+    """
+    weights = [here(p) for p in network.parameters() if p.is_floating_point()]
+    finite = not weights or bool(torch.stack([p.isfinite().all() for p in weights]).all())
+    if processes.least(int(finite)):
+        return
+    kept = checkpoint.checkpoints(output_dir)
+    raise DkdmError(
+        f"the weights became NaN or infinite by step {step}. The last good checkpoint is "
+        f"{kept[-1] if kept else '(none yet)'}. Try a lower --learning-rate, a lower "
+        "--max-grad-norm or --mixed-precision no, with --resume-from-checkpoint latest"
+    )

@@ -55,6 +55,10 @@ class Taught:
         """On to the next images."""
         self.images.advance(batch, target)
 
+    def mend(self) -> int:
+        """None: images are what they are."""
+        return 0
+
     def parts(self) -> dict[str, Part]:
         """The whole source."""
         return {"images": self}
@@ -114,6 +118,10 @@ class Mixed:
         assert target.chain is not None
         self.pool.advance(pooled, target.chain)
         self.images.advance(imaged, target)
+
+    def mend(self) -> int:
+        """Mend the pool; returns how many entries."""
+        return self.pool.mend()
 
     def parts(self) -> dict[str, Part]:
         """Of the pool and of the images."""

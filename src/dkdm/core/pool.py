@@ -25,7 +25,7 @@ from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
 from dkdm.core.randomness import derived_seed, generator
 from dkdm.core.shards import Entries, Shards, ShardState
-from dkdm.core.steps import reverse_step
+from dkdm.core.steps import not_finite, reverse_step
 from dkdm.errors import UsageError
 
 
@@ -208,6 +208,18 @@ class Pool:
         self.note(moves.rows, moves.following, moves.next)
         self.born[moves.rows[moves.done]] = self.step + 1
         self.step += 1
+
+    def mend(self) -> int:
+        """Begin chains anew whose states are not finite, as pure noise; returns how many."""
+        rows = not_finite(self.x)
+        if not len(rows):
+            return 0
+        noise = generator("cpu", self.seed, "mend", self.shards.rank, self.step)
+        x = self.process.start_std * torch.randn(len(rows), *self.x.shape[1:], generator=noise)
+        cond = self.new_conditions(len(rows), noise)
+        self.store(rows, x, torch.full_like(rows, self.process.num_levels - 1), cond)
+        self.born[rows] = self.step
+        return len(rows)
 
     def _laws(self, rows: Tensor) -> tuple[Tensor, Condition]:
         """What this step draws for the chains of entries: strides, and conditions if they end."""

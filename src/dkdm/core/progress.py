@@ -49,9 +49,10 @@ class LossPerLevel:
         self.sums = torch.zeros(2, BUCKETS, device=device)
 
     def add(self, t: Tensor, losses: Tensor) -> None:
-        """Count the losses [B] of samples at t [B]."""
+        """Count the losses [B] of samples at t [B], but for those that are not finite."""
         bucket = to_device(t * BUCKETS // self.num_levels, losses.device)
-        both = torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)])
+        finite = losses.isfinite()
+        both = torch.stack([torch.where(finite, losses.float(), 0.0), finite.float()])
         self.sums.index_add_(1, bucket, both)
 
     def take(self) -> list[float | None]:
@@ -79,11 +80,16 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path, self.waiting = path, b""
+        if processes.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.drop_after(step)
+
+    def drop_after(self, step: int) -> None:
+        """Drop the lines after a step, to which the run has gone back."""
         if not processes.is_main():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [entry for entry in read_metrics(path) if entry.get("step", 0) <= step]
-        with atomic(path) as partial:
+        kept = [entry for entry in read_metrics(self.path) if entry.get("step", 0) <= step]
+        with atomic(self.path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
 
     def write(self, entry: dict[str, Any]) -> None:

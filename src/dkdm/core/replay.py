@@ -14,6 +14,7 @@ from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
 from dkdm.core.randomness import generator
 from dkdm.core.sources import Source
+from dkdm.core.steps import not_finite
 
 RECENT = 64  # batches whose evaluations are kept
 
@@ -86,6 +87,16 @@ class Replayed:
         if self._is_new:
             self.source.advance(batch, target)
         self.step += 1
+
+    def mend(self) -> int:
+        """Mend the source, and show evaluations that are not finite no more; returns the former."""
+        if self.kept:
+            bad = torch.cat([not_finite(self.kept[name]) for name in ("x", "output")]).unique()
+            good = [n for n in range(len(self.kept["t"])) if n not in set(bad.tolist())]
+            if len(bad) and good:
+                for value in self.kept.values():
+                    value[bad.to(value.device)] = value[good[0]].clone()
+        return self.source.mend()
 
     def parts(self) -> Mapping[str, Part]:
         """The source's, and the evaluations that are kept."""

@@ -87,6 +87,10 @@ class Several:
             share.source.advance(part, answer)
         self._answers = ()
 
+    def mend(self) -> int:
+        """Mend every source; returns how many entries."""
+        return sum(share.source.mend() for share in self.shares)
+
     def parts(self) -> Mapping[str, Part]:
         """Those of every source, in a folder for each teacher."""
         return {

@@ -47,6 +47,9 @@ class Source(Protocol):
     def evaluations(self) -> int | None:
         """Samples that a teacher has evaluated so far; None if there is no teacher."""
 
+    def mend(self) -> int:
+        """Begin entries anew whose states are not finite; returns how many."""
+
     def parts(self) -> Mapping[str, Part]:
         """What a checkpoint keeps of it, by name, each in a separate file."""
 
@@ -110,6 +113,10 @@ class Images:
     def _eps(self, shape: torch.Size) -> Tensor:
         random = generator(self.device, self.seed, "noise", self.step)
         return torch.randn(shape, generator=random, device=self.device)
+
+    def mend(self) -> int:
+        """None: images are what they are."""
+        return 0
 
     def parts(self) -> dict[str, Part]:
         """The whole source."""

@@ -76,3 +76,9 @@ def sample(
         s = torch.full_like(t, following)
         x = reverse_step(process, parameterization, x, predict(x, t), t, s, z, eta)
     return x
+
+
+def not_finite(x: Tensor, rows: int = 4096) -> Tensor:
+    """The entries of x [N, ...] with a value that is not finite, int64 [n] on the CPU."""
+    bad = [~part.flatten(1).isfinite().all(1) for part in x.split(rows)]
+    return torch.cat(bad).nonzero().flatten().cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,17 @@ from torch import Tensor, nn
 
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint, processes
+from dkdm.core.bad_steps import ROLL_BACKS, BadSteps, mended, unchanged
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.graphs import Replayed
-from dkdm.core.learning import Ema, Finite, ScheduleState, autocasting, optimizer_of, prepare
+from dkdm.core.learning import (
+    Ema,
+    ScheduleState,
+    autocasting,
+    check_finite,
+    optimizer_of,
+    prepare,
+)
 from dkdm.core.modes import without_label_dropout
 from dkdm.core.prediction import Prediction
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
@@ -27,7 +36,7 @@ from dkdm.core.selection import Selection
 from dkdm.core.sources import Source
 from dkdm.core.spread import Learner, spread
 from dkdm.core.stopping import Stopped, agree, stopping_together, whole
-from dkdm.core.tolerance import tracked
+from dkdm.core.tolerance import tracked, warn
 from dkdm.reading.fields import Fields
 
 
@@ -89,7 +98,8 @@ class Trainer:
             call = Replayed(call)
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
-        self.finite = Finite(self.output_dir)
+        self.rates = ScheduleState(self.schedule)
+        self.bad_steps = BadSteps(options.max_bad_steps, device)
         self.saver = Saver(
             self.output_dir,
             self.checkpoints.checkpoints_total_limit,
@@ -123,7 +133,11 @@ class Trainer:
     def _update(self) -> None:
         if self.accelerator.sync_gradients:
             limit = self.optimizing.max_grad_norm
-            self.accelerator.clip_grad_norm_(self.network.parameters(), limit)
+            norm = self.accelerator.clip_grad_norm_(self.network.parameters(), limit)
+            if self.accelerator.scaler is None and unchanged(
+                self.optimizer, self.bad_steps.note(norm)
+            ):
+                self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.step()
         if self.accelerator.sync_gradients:
             self.schedule.step()
@@ -157,18 +171,19 @@ class Trainer:
 
     def _note(self, loss: Tensor, metrics: MetricsFile, first: int, started: float) -> None:
         """Write down a step: validation, a line of metrics, a checkpoint, where they are due."""
-        self.finite.note(loss, self.step_number)
         found = self._validated()
         with whole():
             if found:
                 metrics.write({"step": self.step_number, "validation": found})
                 shown = {f"validation/{name}": value for name, value in found.items()}
                 tracked(self.accelerator.log, shown, step=self.step_number)
+            self.unnoted = None
             if self._due(self.checkpoints.logging_steps):
-                self.finite.check()
                 elapsed = time.monotonic() - started
                 metrics.write(self._metrics(loss, (self.step_number - first) / elapsed))
-            self.unnoted = None
+                if self._mind_bad_steps():
+                    metrics.drop_after(self.step_number)
+                    return
             if self._due(self.checkpoints.checkpointing_steps) or self.saver.is_due():
                 self.save()
 
@@ -177,13 +192,41 @@ class Trainer:
         knows it."""
         if not self.validate or not self.validation_steps or not self._due(self.validation_steps):
             return {}
-        self.finite.check()
         return processes.by_main(self._validate) or {}
 
     def _validate(self) -> dict[str, float]:
         assert self.validate is not None
         with torch.random.fork_rng():
             return dict(self.validate(self.step_number, self.averaged()))
+
+    def _mind_bad_steps(self) -> bool:
+        """Mend the source after bad steps, and go back after too many; whether it did. Together."""
+        count = self.bad_steps.news()
+        if not count:
+            return False
+        fresh = int(processes.total(torch.tensor(mended(self.source))))
+        warn(
+            f"{count} of the last steps had a gradient that was not finite, and changed no weight; "
+            f"{fresh} entries of the source were not finite, and begin anew"
+        )
+        if self.bad_steps.too_many:
+            self._go_back()
+            return True
+        return False
+
+    def _go_back(self) -> None:
+        """To the last checkpoint whose numbers are all finite, with half the learning rate."""
+        self.saver.wait()
+        before, folder = copy.copy(self.bad_steps), checkpoint.newest_finite(self.output_dir)
+        if folder is None or before.rolled_back == ROLL_BACKS:
+            raise before.given_up(self.step_number, folder)
+        self.resume(folder)
+        self.bad_steps.after_going_back(before)
+        self.rates.at_pace(self.bad_steps.pace)
+        warn(
+            f"{before.most} steps in a row were bad: back to {folder.name}, with half the learning "
+            "rate"
+        )
 
     def _due(self, every: int) -> bool:
         last = self.step_number == self.training.max_train_steps
@@ -193,11 +236,16 @@ class Trainer:
         evaluations = self.source.evaluations
         entry = {
             "step": self.step_number,
-            "loss": float(processes.mean(loss)),
+            "loss": _number(float(processes.mean(loss))),
             "learning_rate": self.schedule.get_last_lr()[0],
             "steps_per_second": round(steps_per_second, 3),
             "loss_per_level": self.losses.take(),
         }
+        if self.bad_steps.total:
+            entry["bad_steps"] = self.bad_steps.total
+        if (spike := self.bad_steps.spike(entry["loss"])) is not None:
+            entry["loss_spike"] = round(spike, 2)
+            warn(f"the loss of step {self.step_number} is {spike:.1f} times the usual")
         if evaluations is not None:
             entry["teacher_evaluations"] = int(processes.total(torch.tensor(evaluations)))
         shown = ("loss", "learning_rate", "steps_per_second", "teacher_evaluations")
@@ -222,10 +270,11 @@ class Trainer:
             f"{self.name}_ema/{weights}": self.ema,
             "features": self.features,
             "optimizer": checkpoint.OptimizerState(self.optimizer),
-            "schedule": ScheduleState(self.schedule),
+            "schedule": self.rates,
             "scaler": self.accelerator.scaler,
             checkpoint.random_of(processes.rank()): checkpoint.RandomState(),
             checkpoint.LOSSES: self.losses,
+            checkpoint.BAD_STEPS: self.bad_steps,
         }
         parts |= {f"{checkpoint.SOURCE}{name}": part for name, part in self.source.parts().items()}
         return {name: part for name, part in parts.items() if part is not None}
@@ -235,7 +284,8 @@ class Trainer:
 
         Raises DkdmError, and writes nothing, if a loss or a weight is not finite.
         """
-        self.finite.check(self.network, self.step_number)
+        check_finite(self.network, self.step_number, self.output_dir)
+        mended(self.source)
         about: dict[str, Any] = {"step": self.step_number, "frozen": sorted(self.frozen)}
         if self.unnoted is not None:
             about["unnoted"] = float(processes.mean(self.unnoted))
@@ -258,5 +308,11 @@ class Trainer:
             state = Fields(about, str(folder / checkpoint.STATE))
             self.step_number, loss = state.whole("step"), state.number("unnoted", None)
         self.unnoted = None if loss is None else torch.tensor(loss, device=self.accelerator.device)
+        self.rates.at_pace(self.bad_steps.pace)
         if self.selection is not None and processes.is_main():
             self.selection.load_state_dict(about.get("best", {}))
+
+
+def _number(value: float) -> float | None:
+    """A number that JSON knows; None for one that is not finite."""
+    return value if math.isfinite(value) else None

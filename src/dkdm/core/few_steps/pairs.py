@@ -110,6 +110,10 @@ class Pairs:
         self.averaged.update_parameters(self.network)
         self.step += 1
 
+    def mend(self) -> int:
+        """Mend the pool; returns how many entries."""
+        return self.inner.mend()
+
     def parts(self) -> dict[str, Part]:
         """The pool's, the counts, and the average."""
         return {**self.inner.parts(), "pairs": self, "averaged": self.averaged}

@@ -24,6 +24,7 @@ from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.prediction import Prediction, clip_x_0
 from dkdm.core.process import Process, per_sample
 from dkdm.core.randomness import derived_seed, generator
+from dkdm.core.steps import not_finite
 from dkdm.errors import UsageError
 
 UNGUIDED = Guidance()
@@ -154,6 +155,15 @@ class RolledPool:
         """Conditions and guidance scales of new chains."""
         drawn = self.teacher.conditioning.draw(count, host)
         return drawn | self.guidance.draw(count, host)
+
+    def mend(self) -> int:
+        """Begin states anew that are not finite; returns how many."""
+        rows = not_finite(self.x)
+        host = generator("cpu", self.seed, "mend", self.step)
+        noise = torch.randn(len(rows), *self.x.shape[1:], generator=host)
+        self.x[to_device(rows, self.x.device)] = to_device(self.started(noise), self.x.device)
+        self.first[rows] = 0
+        return len(rows)
 
     def parts(self) -> dict[str, Part]:
         """The whole source."""

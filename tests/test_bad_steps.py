@@ -1,0 +1,198 @@
+"""Gradients, teachers and pool entries that are not finite: nothing of it reaches the weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import small_runs
+from dkdm.core.bad_steps import RECENT, BadSteps
+from dkdm.core.checkpoint import checkpoints, newest_finite, read_tensors
+from dkdm.core.objective import Objective
+from dkdm.core.pool import Pool
+from dkdm.core.progress import read_metrics
+from dkdm.core.trainer import Trainer
+from dkdm.errors import DkdmError
+from factories import denoiser
+
+RUN = {"max_train_steps": 8, "evaluation_samples": 0, "checkpointing_steps": 1}
+CPU = torch.device("cpu")
+
+
+def weights_of(folder, step, name="transformer"):
+    return read_tensors(folder / f"checkpoint-{step}/{name}/diffusion_pytorch_model.safetensors")
+
+
+def equal(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def bad_at(monkeypatch, *steps, value=float("nan")):
+    """Let the losses of these batches not be finite, counted over the whole test."""
+    simple, calls = Objective._simple, []
+
+    def then(self, student, *given):
+        calls.append(1)
+        loss = simple(self, student, *given)
+        return loss * value if len(calls) in steps else loss
+
+    monkeypatch.setattr(Objective, "_simple", then)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_step_changes_no_weight(tmp_path, monkeypatch, capsys, optimizer, value):
+    bad_at(monkeypatch, 3, 6, value=value)
+    more = {"optimizer": optimizer, "weight_decay": 0.1, "checkpoints_total_limit": None, **RUN}
+    folder, metrics, _ = small_runs.run(tmp_path, **more)
+    for before, after, same in ((1, 2, False), (2, 3, True), (3, 4, False), (5, 6, True)):
+        assert equal(weights_of(folder, before), weights_of(folder, after)) == same
+    assert all(v.isfinite().all() for v in weights_of(folder, 8, "transformer_ema").values())
+    assert [line.get("bad_steps", 0) for line in metrics] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert [line["loss"] is None for line in metrics] == [n in (3, 6) for n in range(1, 9)]
+    assert all(level is None or level < 1e3 for line in metrics for level in line["loss_per_level"])
+    said = capsys.readouterr().err
+    assert said.count("1 of the last steps had a gradient that was not finite") == 2
+
+
+def test_an_entry_that_is_not_finite_begins_anew(tmp_path, monkeypatch, capsys):
+    pools = []
+    draw = Pool.draw
+
+    def then(self, batch_size):
+        if self not in pools:
+            pools.append(self)
+            self.x[::3] = float("nan")
+        return draw(self, batch_size)
+
+    monkeypatch.setattr(Pool, "draw", then)
+    small_runs.run(tmp_path, **RUN)
+    (pool,) = pools
+    assert pool.x.isfinite().all()
+    assert "8 entries of the source were not finite, and begin anew" in capsys.readouterr().err
+
+
+def test_a_mended_entry_is_pure_noise_at_the_top():
+    pool = pool_of(64)
+    pool.t.fill_(3)
+    pool.x[::2] = float("inf")
+    kept = pool.x[1::2].clone()
+    assert pool.mend() == 32
+    assert torch.equal(pool.x[1::2], kept)
+    assert (pool.t[::2] == pool.process.num_levels - 1).all() and (pool.t[1::2] == 3).all()
+    assert 0.9 < float(pool.x[::2].std() / pool.process.start_std) < 1.1
+    assert pool.mend() == 0
+
+
+def pool_of(size):
+    teacher = denoiser()
+    x = torch.randn(size, *teacher.sample_shape)
+    cond = teacher.conditioning.draw(size, torch.Generator())
+    return Pool(teacher, x, torch.zeros(size, dtype=torch.int64), cond)
+
+
+def test_after_too_many_the_run_goes_back_with_half_the_rate(tmp_path, monkeypatch, capsys):
+    bad_at(monkeypatch, 4, 5, 6)
+    more = {"max_bad_steps": 3, "learning_rate": 1e-3, "checkpoints_total_limit": None}
+    folder, metrics, _ = small_runs.run(tmp_path, **RUN, **more)
+    said = capsys.readouterr().err
+    assert "3 steps in a row were bad: back to checkpoint-5, with half the learning rate" in said
+    assert [line["step"] for line in metrics] == list(range(1, 9))
+    assert [line["learning_rate"] for line in metrics] == [1e-3] * 5 + [5e-4] * 3
+    assert metrics[-1]["bad_steps"] == 3
+    _, metrics, _ = small_runs.run(
+        tmp_path, **{**RUN, **more, "max_train_steps": 9, "resume_from_checkpoint": "latest"}
+    )
+    assert metrics[-1]["learning_rate"] == 5e-4
+    assert not equal(weights_of(folder, 5), weights_of(folder, 6))
+
+
+def test_a_teacher_that_stays_bad_ends_the_run_with_a_report(tmp_path):
+    teacher = denoiser()
+    call = teacher.call
+
+    def overflows(network, x, time, cond):
+        return call(network, x, time, cond) * float("inf")
+
+    with pytest.raises(DkdmError) as caught:
+        small_runs.run(
+            tmp_path, replace(teacher, call=overflows), **RUN, max_bad_steps=2, fill="none"
+        )
+    said = str(caught.value)
+    assert "8 steps were bad, and the run " in said
+    assert "went back 3 times. The last good checkpoint is" in said
+    assert "lower --learning-rate" in said
+    last = checkpoints(tmp_path / "run")[-1]
+    assert newest_finite(tmp_path / "run") == last
+
+
+def test_a_fill_that_is_not_finite_ends_before_training(tmp_path):
+    teacher = denoiser()
+    call = teacher.call
+
+    def overflows(network, x, time, cond):
+        return call(network, x, time, cond) * float("nan")
+
+    with pytest.raises(DkdmError, match="filled states are not finite.*--teacher-dtype"):
+        small_runs.run(tmp_path, replace(teacher, call=overflows), **RUN)
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_a_checkpoint_with_a_number_that_is_not_finite_is_passed_over(tmp_path):
+    folder, _, _ = small_runs.run(tmp_path, **RUN, checkpoints_total_limit=None)
+    assert newest_finite(folder).name == "checkpoint-8"
+    trainer = {}
+    resume = Trainer.resume
+
+    def keep(self, place):
+        resume(self, place)
+        trainer["it"] = self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "resume", keep)
+        patch.setattr(Pool, "mend", lambda self: 0)
+        patch.setattr(Pool, "draw", spoil(Pool.draw))
+        on = {**RUN, "max_train_steps": 9, "resume_from_checkpoint": "latest", "max_bad_steps": 99}
+        small_runs.run(tmp_path, checkpoints_total_limit=None, **on)
+    assert trainer["it"].step_number == 9
+    assert newest_finite(folder).name == "checkpoint-8"
+
+
+def spoil(draw):
+    def then(self, batch_size):
+        self.x[0] = float("nan")
+        return draw(self, batch_size)
+
+    return then
+
+
+def test_a_spike_is_logged(tmp_path, monkeypatch, capsys):
+    bad_at(monkeypatch, 14, value=50.0)
+    _, metrics, _ = small_runs.run(tmp_path, **{**RUN, "max_train_steps": 15})
+    spikes = [line["step"] for line in metrics if "loss_spike" in line]
+    assert spikes == [14] and metrics[13]["loss_spike"] > 5
+    assert "the loss of step 14 is " in capsys.readouterr().err
+
+
+def test_what_is_known_of_bad_steps_survives_a_resume():
+    bad = BadSteps(3, CPU)
+    for norm in (1.0, float("nan"), float("inf")):
+        bad.note(torch.tensor(norm))
+    for number in range(2 * RECENT):
+        bad.spike(1.0 + number)
+    bad.rolled_back = 1
+    again = BadSteps(3, CPU)
+    again.load_state_dict(bad.state_dict())
+    assert (again.total, again.too_many, again.news(), again.pace) == (2, False, 0, 0.5)
+    assert again.recent == bad.recent
+    again.note(torch.tensor(float("nan")))
+    assert again.too_many and again.news() == 1
+    again.note(torch.tensor(1.0))
+    assert not again.too_many
+
+
+def test_lines_of_metrics_are_json_without_nan(tmp_path, monkeypatch):
+    bad_at(monkeypatch, 2)
+    folder, _, _ = small_runs.run(tmp_path, **RUN)
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    assert len(read_metrics(folder / "metrics.jsonl")) == 8
