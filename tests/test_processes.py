@@ -64,8 +64,10 @@ def said(tmp_path_factory):
         "one": (1, "", command(root / "one")),
         "two": (2, KILLED, command(root / "two")),
         "resumed": (2, "", resumed(root / "two")),
+        "sharded": (2, KILLED, command(root / "sharded", "--fsdp", "student")),
+        "replicated": (2, "", resumed(root / "sharded")),
         "refused": (2, "", command(root / "refused", "--shards", "1")),
-        "not finite": (2, NOT_FINITE, command(root / "not-finite")),
+        "not finite": (2, NOT_FINITE, command(root / "not-finite", "--max-bad-steps", "1")),
         "failing": (2, FAILING, command(root / "failing")),
     }
     return root, dict(zip(orders, launch(root, *orders.values()), strict=True))
@@ -112,6 +114,13 @@ def test_a_run_of_two_that_was_killed_ends_as_that_of_one(said):
     assert_same_run(root / "one", root / "two")
 
 
+def test_a_sharded_student_learns_as_a_replicated_one_and_its_checkpoint_is_whole(said):
+    root, found = said
+    assert found["sharded"][0] == -signal.SIGKILL, found["sharded"]
+    assert found["replicated"][0] == 0, found["replicated"]
+    assert_same_run(root / "one", root / "sharded")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 4])
 def test_another_number_of_processes_goes_on(said, world, tmp_path):
@@ -124,11 +133,36 @@ def test_another_number_of_processes_goes_on(said, world, tmp_path):
     assert_same_run(root / "one", folder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--source", "synthetic", "--synthetic-samples", "40", "--synthetic-steps", "2"],
+        ["--source", "iterative", "--fsdp", "student", "--optimizer", "adamw"],
+        ["--feature-weight", "0.5", "--student", "unet-tiny"],
+        ["--feature-weight", "0.5", "--student", "unet-tiny", "--fsdp", "student"],
+        ["--student", "thin-50", "--student-init", "teacher", "--lora-rank", "2"],
+        ["--train-batch-size", "3", "--mixed-precision", "bf16"],
+        ["--teacher", "factories:teacher", "--pool-size", "32"],
+    ],
+    ids=lambda options: "-".join(options).replace("--", ""),
+)
+def test_other_runs_are_those_of_one_process(options, tmp_path):
+    orders = [(n, "", command(tmp_path / str(n), *options)) for n in (1, 2)]
+    found = launch(tmp_path, *orders)
+    assert [code for code, _ in found] == [0, 0], found
+    tolerance = 1e-2 if "bf16" in options else 1e-4
+    one, two = (metrics(tmp_path / str(n)) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
+        assert b["teacher_evaluations"] == a["teacher_evaluations"]
+
+
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
         ("refused", 2, "2 processes, 1 shards"),
-        ("not finite", 1, "the loss became NaN or infinite at step 1"),
+        ("not finite", 1, "the gradient is not finite (NaN or infinite) by step 1"),
         ("failing", 1, "the disk is full"),
     ],
 )

@@ -14,6 +14,7 @@ from dkdm.config import TrainConfig
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.prediction import Parameterization, to_x_0_eps
 from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.shards import Shards
 from dkdm.core.sources import Images
 from dkdm.data.fashion import fashion_captions
 from dkdm.data.images import load_image_folder
@@ -92,6 +93,26 @@ def test_training_goes_on_exactly_from_a_step():
         assert torch.equal(batch.cond["class_labels"], same.cond["class_labels"])
         assert torch.equal(target.eps, equal.eps)
     assert not torch.equal(source(seed=1).draw(5).x, source().draw(5).x)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_parts_of_several_processes_are_the_batch_of_one(world):
+    fields = {"seed": 3, "condition_dropout": 0.3}
+    one = source(**fields)
+    parts = [source(**fields, drawn_by=Shards(rank=rank, world=world)) for rank in range(world)]
+    for _ in range(4):
+        (batch, target), found = step(one, 5), [step(part, 5) for part in parts]
+        for name in ("x", "t", "rows"):
+            each = torch.cat([getattr(own, name) for own, _ in found])
+            assert torch.equal(each, getattr(batch, name)), name
+        labels = torch.cat([own.cond["class_labels"] for own, _ in found])
+        assert torch.equal(labels, batch.cond["class_labels"])
+        assert torch.equal(torch.cat([own.output for _, own in found]), target.output)
+
+
+def test_fewer_samples_than_processes_are_refused():
+    with pytest.raises(UsageError, match="3 processes cannot share 2 samples"):
+        source(drawn_by=Shards(rank=0, world=3)).draw(2)
 
 
 def test_a_run_goes_on_with_as_many_images():

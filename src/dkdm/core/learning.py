@@ -15,6 +15,7 @@ from dkdm.config import OptimizerOptions
 from dkdm.core import checkpoint, processes
 from dkdm.core.calls import Call, Network
 from dkdm.core.muon import Muon, hidden_matrices
+from dkdm.core.sharded import here
 from dkdm.errors import DkdmError, UsageError
 
 NEVER = 2**62  # a step that no run comes to
@@ -137,12 +138,6 @@ class Ema:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.weights = {k: state[k].to(v.device, v.dtype) for k, v in self.weights.items()}
-
-
-def here(value: Tensor) -> Tensor:
-    """The part of a tensor that this process has: all of it, unless it is sharded."""
-    local: Callable[[], Tensor] | None = getattr(value, "to_local", None)
-    return value if local is None else local()
 
 
 def check_finite(network: nn.Module, step: int, output_dir: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dkdm.core import processes
 from dkdm.core.chains import Guidance
 from dkdm.core.checkpoint import Part
 from dkdm.core.conditioning import Condition
@@ -41,7 +42,8 @@ class Taught:
         """Noised images, and the scales they are evaluated under."""
         batch = self.images.draw(batch_size)
         random = generator("cpu", self.images.seed, "scale", self.images.step)
-        return batch._replace(cond=batch.cond | self.guidance.draw(batch_size, random))
+        scales, part = self.guidance.draw(batch_size, random), self.images.drawn_by.part(batch_size)
+        return batch._replace(cond=batch.cond | {k: v[part] for k, v in scales.items()})
 
     @torch.no_grad()
     def target(self, batch: Batch) -> Prediction:
@@ -64,13 +66,14 @@ class Taught:
         return {"images": self}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The images' step, and the evaluations so far."""
-        return {**self.images.state_dict(), "evaluations": torch.tensor(self.evaluations)}
+        """The images' step, and the evaluations of all processes so far; together."""
+        evaluations = processes.total(torch.tensor(self.evaluations))
+        return {**self.images.state_dict(), "evaluations": evaluations}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from that step."""
         self.images.load_state_dict(state)
-        self.evaluations = int(state["evaluations"])
+        self.evaluations = int(state["evaluations"]) * processes.is_main()
 
 
 @dataclass(eq=False)
@@ -98,7 +101,7 @@ class Mixed:
         """Samples of the pool, then noised images."""
         count = images_in_batch(batch_size, self.share)
         parts = self.pool.draw(batch_size - count), self.images.draw(count)
-        unguided = {"guidance": torch.ones(count)} if "guidance" in parts[0].cond else {}
+        unguided = {"guidance": torch.ones(len(parts[1].t))} if "guidance" in parts[0].cond else {}
         parts = parts[0], parts[1]._replace(cond=unguided | parts[1].cond)
         x, t = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "t"))
         return Batch(x, t, _joined(parts[0].cond, parts[1].cond), parts)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from dkdm.core.sharded import placed_like, whole
+
 # Five steps of this polynomial bring every singular value of at least 0.003 of the largest between
 # 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -44,7 +46,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step; matrices of one shape are orthogonalized together."""
+        """One step; matrices of one shape are orthogonalized together.
+
+        Every process orthogonalizes whole matrices, and moves its shards if they are sharded.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,11 +91,12 @@ class Muon(torch.optim.Optimizer):
             if weight.grad is not None:
                 alike[tuple(weight.flatten(1).shape), weight.dtype, weight.device].append(weight)
         for (shape, *_), weights in alike.items():
-            matrices = [each.flatten(1) for each in self._directions(weights, group)]
+            matrices = [whole(each).flatten(1) for each in self._directions(weights, group)]
             directions = orthogonal(torch.stack(matrices))
             pace = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            moves = [d.view_as(w) for d, w in zip(directions.to(weights[0]), weights, strict=True)]
+            pairs = zip(directions.to(weights[0].dtype), weights, strict=True)
+            moves = [placed_like(found.view(weight.shape), weight) for found, weight in pairs]
             torch._foreach_add_(weights, moves, alpha=-pace)
 
     def _directions(self, weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:

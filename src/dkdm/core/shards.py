@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dkdm.core import processes
 from dkdm.errors import UsageError
 
 
@@ -50,8 +51,26 @@ class Shards:
         turns = [(step * batch_size + i) % self.total for i in range(batch_size)]
         return {number: 1 for number in turns if number in self.own}
 
+    def part(self, batch_size: int) -> slice:
+        """Which of a batch's samples this process has, if they lie in no shards.
+
+        Raises UsageError for a batch of fewer samples than processes.
+        """
+        if batch_size < self.world:
+            raise UsageError(
+                f"{self.world} processes cannot share {batch_size} samples of a batch: give a "
+                "larger --train-batch-size, or start fewer processes"
+            )
+        ends = (self.rank * batch_size // self.world, (self.rank + 1) * batch_size // self.world)
+        return slice(*ends)
+
 
 ONE_PROCESS = Shards()
+
+
+def this_process() -> Shards:
+    """Which process this is."""
+    return Shards(rank=processes.rank(), world=processes.world())
 
 
 @dataclass(frozen=True, eq=False)

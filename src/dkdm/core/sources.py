@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dkdm.core import processes
 from dkdm.core.checkpoint import Part
 from dkdm.core.conditioning import Condition, Conditioning, dropped
 from dkdm.core.denoiser import Batch, Denoiser
@@ -24,6 +25,7 @@ from dkdm.core.prediction import Parameterization, Prediction, from_x_0_eps
 from dkdm.core.process import Process
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
+from dkdm.core.shards import Shards, this_process
 from dkdm.errors import DkdmError, UsageError
 
 
@@ -59,7 +61,8 @@ class Images:
     """Real images, noised to a uniform t; the target is the noise that was added.
 
     images: [N, C, H, W] in [-1, 1], or standardized latents; conditions: N rows, one per image.
-    condition_dropout: probability of the null condition.
+    condition_dropout: probability of the null condition. drawn_by: the process that draws; each
+    draws a batch for all, and keeps its part.
     """
 
     images: Tensor
@@ -71,7 +74,9 @@ class Images:
     condition_dropout: float = 0.0
     device: torch.device = torch.device("cpu")
     step: int = 0
+    drawn_by: Shards = field(default_factory=this_process)
     evaluations: int | None = field(default=None, init=False)
+    _size: int = field(default=0, init=False)
 
     def draw(self, batch_size: int) -> Batch:
         """Images in epochs of random order, at independent uniform levels."""
@@ -79,14 +84,14 @@ class Images:
             raise UsageError(
                 f"batch size {batch_size} is larger than the {len(self.images)} images"
             )
-        rows = self._rows(batch_size)
+        rows, part = self._rows(batch_size), self.drawn_by.part(batch_size)
         random = generator("cpu", self.seed, "draw", self.step)
-        t = torch.randint(self.process.num_levels, (batch_size,), generator=random)
-        x_0 = to_device(self.images[rows], self.device)
-        x = self.process.add_noise(x_0, self._eps(x_0.shape), t)
+        t = torch.randint(self.process.num_levels, (batch_size,), generator=random)[part]
         cond = {key: value[rows] for key, value in self.conditions.items()}
         cond = dropped(self.conditioning, cond, random, self.condition_dropout if cond else 0.0)
-        return Batch(x, t, cond, rows)
+        cond, rows, self._size = {k: v[part] for k, v in cond.items()}, rows[part], batch_size
+        x_0 = to_device(self.images[rows], self.device)
+        return Batch(self.process.add_noise(x_0, self._eps(x_0.shape), t), t, cond, rows)
 
     def target(self, batch: Batch) -> Prediction:
         """The image and the noise themselves."""
@@ -111,8 +116,11 @@ class Images:
         return order[position * batch_size : (position + 1) * batch_size]
 
     def _eps(self, shape: torch.Size) -> Tensor:
+        """Noise of this process's part of the last batch; shape: of that part."""
         random = generator(self.device, self.seed, "noise", self.step)
-        return torch.randn(shape, generator=random, device=self.device)
+        whole = self._size, *shape[1:]
+        noise = torch.randn(whole, generator=random, device=self.device)
+        return noise[self.drawn_by.part(self._size)]
 
     def mend(self) -> int:
         """None: images are what they are."""
@@ -151,9 +159,10 @@ class Synthetic(Images):
     evaluations: int = field(default=0, init=False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The step and the size of the set; the set itself, unless it lies in shards."""
+        """The step and the size of the set, together; the set itself, unless it lies in shards."""
         whole = as_tensors(self.images, self.conditions) if self.shards is None else {}
-        return {"evaluations": torch.tensor(self.evaluations), **whole, **super().state_dict()}
+        evaluations = processes.total(torch.tensor(self.evaluations))
+        return {"evaluations": evaluations, **whole, **super().state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the set. Raises UsageError for one of another size, DkdmError if a shard lacks.
@@ -169,7 +178,7 @@ class Synthetic(Images):
                 f"--synthetic-samples {size} keeps its size"
             )
         self.images, self.conditions = of_tensors(named) if "samples" in named else self._on_disk()
-        self.evaluations = int(state["evaluations"])
+        self.evaluations = int(state["evaluations"]) * processes.is_main()
         super().load_state_dict(state)
 
     def _on_disk(self) -> Samples:
@@ -204,17 +213,22 @@ def draw_set(
 ) -> None:
     """Draw the samples of a set, with `num_steps` teacher evaluations each (twice if guided).
 
-    Every batch is written as it comes, if the set has shards, and not drawn again. Raises
-    UsageError if the shards were begun with other options.
+    Every batch is written as it comes, if the set has shards, and not drawn again. Several
+    processes draw batches in turns, and read those of the others. Raises UsageError if the shards
+    were begun with other options.
     """
     size, shards = len(source.images), source.shards
     if shards is not None:
         asked = {"steps": num_steps, "guidance scale": guidance_scale, "batch size": batch_size}
-        shards.claim({"size": size, "seed": source.seed, "teacher": teacher.name, **asked})
+        about = {"size": size, "seed": source.seed, "teacher": teacher.name, **asked}
+        processes.by_main(lambda: shards.claim(about))
     done = set() if shards is None else set(shards.numbers())
+    turns = source.drawn_by.world if shards is not None else 1
     with track(size, batch_size * len(done), "drawing samples") as progress:
         for number, first in enumerate(range(0, size, batch_size)):
             chunk = slice(first, min(first + batch_size, size))
+            if number % turns != source.drawn_by.rank % turns:
+                continue
             if shards is not None and number in done:
                 _read_chunk(source, shards, number, chunk)
                 continue
@@ -223,9 +237,22 @@ def draw_set(
                 cond = {key: value[chunk] for key, value in source.conditions.items()}
                 shards.write(number, (source.images[chunk].clone(), cond))
             progress(chunk.stop)
+    if turns > 1:
+        _read_others(source, batch_size)
     levels = torch.tensor(teacher.process.timesteps(num_steps))
     each = int(teacher.evaluations_at(levels, guidance_scale != 1).sum())
-    source.evaluations += each * size
+    source.evaluations += each * size * processes.is_main()
+
+
+def _read_others(source: Synthetic, batch_size: int) -> None:
+    """Take the shards that other processes have drawn, together."""
+    shards, own = source.shards, source.drawn_by
+    assert shards is not None
+    processes.wait()
+    size = len(source.images)
+    for number, first in enumerate(range(0, size, batch_size)):
+        if number % own.world != own.rank:
+            _read_chunk(source, shards, number, slice(first, min(first + batch_size, size)))
 
 
 def _drawn(

@@ -1,15 +1,23 @@
-"""What learns, spread over the processes: each has all of it, and gradients are averaged."""
+"""How what learns is spread over the processes: every one has all of it, or a shard of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dkdm.core import processes
+from dkdm.core.checkpoint import Part
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.prediction import Prediction
+from dkdm.core.sharded import Whole, gathered
+from dkdm.core.units import shard, units_of
 
 Loss = Callable[[Denoiser, Batch, Prediction], Tensor]
 
@@ -29,11 +37,99 @@ class Learner(nn.Module):
         return self.objective(student, batch, target)
 
 
-def spread(learner: Learner) -> nn.Module:
-    """The same learner, whose gradients are the average over all processes (DDP).
+class Replicated:
+    """Every process has all of what learns; its gradients are the average of all (DDP)."""
 
-    Those of a batch that is not the last of its optimizer step wait, inside `no_sync`.
+    def place(self, student: Denoiser, features: nn.Module | None) -> None:
+        """Lay what learns where it stays; before its optimizer is made."""
+
+    def learner(self, learner: Learner) -> nn.Module:
+        """The same learner, whose gradients are reduced, but for batches inside its `no_sync`."""
+        return learner if processes.world() == 1 else DistributedDataParallel(learner)
+
+    def part(self, part: Part, own: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]) -> Part:
+        """A part of what learns as checkpoints keep it; own: which tensor lies where one does."""
+        del own
+        return part
+
+    def plain(self, network: nn.Module) -> nn.Module:
+        """A network that says what it is."""
+        return network
+
+    def copied(self, network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of a network with these weights, in the main process; together."""
+        if not processes.is_main():
+            return network
+        found = copy.deepcopy(network)
+        found.load_state_dict(weights)
+        return found
+
+
+class Sharded(Replicated):
+    """Every process has a shard of each tensor of what learns (FSDP2), and of its optimizer's.
+
+    A block of the network is whole while it computes. Equal to `Replicated` to rounding.
     """
-    if processes.world() == 1:
-        return learner
-    return DistributedDataParallel(learner)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # what a network returns may be a view, and is not changed in place here
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+
+    def place(self, student: Denoiser, features: nn.Module | None) -> None:
+        """Shard what learns; a copy of the network without weights is kept."""
+        network: nn.Module = student.network  # type: ignore[assignment]
+        self.skeleton = without_weights(network)
+        shard(network, units_of(student), self.device)
+        if features is not None:
+            shard(features, [], self.device)
+
+    def learner(self, learner: Learner) -> nn.Module:
+        """The same learner, which can leave its gradients unreduced."""
+        return ShardedLearner(learner.network, learner.features, learner.objective)
+
+    def part(self, part: Part, own: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]) -> Part:
+        """A part that is saved and restored as one of whole tensors."""
+        return Whole(part, own)
+
+    def plain(self, network: nn.Module) -> nn.Module:
+        """The network as it was before it was sharded, without weights."""
+        del network
+        return self.skeleton
+
+    def copied(self, network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A whole network with these weights, in the main process; together."""
+        full = gathered(weights)
+        if not processes.is_main():
+            return network
+        found = copy.deepcopy(self.skeleton)
+        found.load_state_dict(full, assign=True)
+        return found.to(self.device)
+
+
+class ShardedLearner(Learner):
+    """A learner whose modules are sharded."""
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Batches inside add their gradients to those of each process, which are not reduced."""
+        modules: list[Any] = [m for m in (self.network, self.features) if m is not None]
+        for module in modules:
+            module.set_requires_gradient_sync(False)
+        yield
+        for module in modules:
+            module.set_requires_gradient_sync(True)
+
+
+def spread_of(fsdp: str, device: torch.device) -> Replicated:
+    """The way that `--fsdp` asks for; one process has all."""
+    return Sharded(device) if fsdp == "student" and processes.world() > 1 else Replicated()
+
+
+def without_weights(network: nn.Module) -> nn.Module:
+    """A copy of a network whose parameters have shapes and no values."""
+    empty: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
+        for weight in network.parameters()
+    }
+    return copy.deepcopy(network, empty)

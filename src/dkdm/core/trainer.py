@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from dkdm.core.prediction import Prediction
 from dkdm.core.progress import LossPerLevel, MetricsFile, track
 from dkdm.core.saving import Saver
 from dkdm.core.selection import Selection
+from dkdm.core.sharded import by_parameter, own_state
+from dkdm.core.sharded import whole as whole_tensor
 from dkdm.core.sources import Source
-from dkdm.core.spread import Learner, spread
+from dkdm.core.spread import Learner, spread_of
 from dkdm.core.stopping import Stopped, agree, stopping_together, whole
 from dkdm.core.tolerance import tracked, warn
 from dkdm.reading.fields import Fields
@@ -82,16 +85,20 @@ class Trainer:
         options, device = self.optimizing, self.accelerator.device
         self.network: nn.Module = self.student.network  # type: ignore[assignment]
         recompute = self.training.gradient_checkpointing
-        learnt = prepare(self.network.to(device), self.frozen, recompute)
+        self.spread = spread_of(self.training.fsdp, device)
+        for module in filter(None, (self.network, self.features)):
+            module.to(device)
+        self.spread.place(self.student, self.features)
+        learnt = prepare(self.network, self.frozen, recompute)
         self.ema = Ema(self.network, options.ema_decay) if options.use_ema else None
         if self.features is not None:
-            learnt += self.features.to(device).parameters()
+            learnt += self.features.parameters()
         optimizer, self.schedule = optimizer_of(
             self.network, learnt, options, self.training.max_train_steps
         )
         wrapped = self.accelerator.prepare_model(self.network, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.learner = spread(Learner(wrapped, self.features, self.objective))
+        self.learner = self.spread.learner(Learner(wrapped, self.features, self.objective))
         seen = self.student_on_teacher_levels
         call = autocasting(self.accelerator, seen.call)
         if self.training.replays and processes.world() == 1:
@@ -133,7 +140,7 @@ class Trainer:
     def _update(self) -> None:
         if self.accelerator.sync_gradients:
             limit = self.optimizing.max_grad_norm
-            norm = self.accelerator.clip_grad_norm_(self.network.parameters(), limit)
+            norm = whole_tensor(self.accelerator.clip_grad_norm_(self.network.parameters(), limit))
             if self.accelerator.scaler is None and unchanged(
                 self.optimizer, self.bad_steps.note(norm)
             ):
@@ -192,12 +199,9 @@ class Trainer:
         knows it."""
         if not self.validate or not self.validation_steps or not self._due(self.validation_steps):
             return {}
-        return processes.by_main(self._validate) or {}
-
-    def _validate(self) -> dict[str, float]:
-        assert self.validate is not None
         with torch.random.fork_rng():
-            return dict(self.validate(self.step_number, self.averaged()))
+            model, validate = self.averaged(), partial(self.validate, self.step_number)
+            return dict(processes.by_main(lambda: validate(model)) or {})
 
     def _mind_bad_steps(self) -> bool:
         """Mend the source after bad steps, and go back after too many; whether it did. Together."""
@@ -254,10 +258,14 @@ class Trainer:
         return entry
 
     def averaged(self) -> Denoiser:
-        """A copy of the student with the averaged weights (the plain ones without EMA), merged."""
-        network = copy.deepcopy(self.network)
-        if self.ema is not None:
-            network.load_state_dict(self.ema.weights)
+        """A copy of the student with the averaged weights (the plain ones without EMA), merged.
+
+        In the main process, together; the student itself in the others.
+        """
+        weights = self.network.state_dict() if self.ema is None else self.ema.weights
+        network = self.spread.copied(self.network, weights)
+        if not processes.is_main():
+            return self.student
         if self.merge is not None:
             network = self.merge(network)
         return replace(self.student, network=network.eval().requires_grad_(False))
@@ -265,11 +273,19 @@ class Trainer:
     def parts(self) -> dict[str, checkpoint.Part]:
         """All that changes while training, by its file in a checkpoint."""
         weights = checkpoint.WEIGHTS.removesuffix(".safetensors")
-        parts = {
+        optimizer, part = checkpoint.OptimizerState(self.optimizer), self.spread.part
+        learnt = {
             f"{self.name}/{weights}": self.network,
             f"{self.name}_ema/{weights}": self.ema,
             "features": self.features,
-            "optimizer": checkpoint.OptimizerState(self.optimizer),
+        }
+        parts = {
+            **{
+                name: part(each, own_state(each))
+                for name, each in learnt.items()
+                if each is not None
+            },
+            "optimizer": part(optimizer, partial(by_parameter, self.optimizer)),
             "schedule": self.rates,
             "scaler": self.accelerator.scaler,
             checkpoint.random_of(processes.rank()): checkpoint.RandomState(),
@@ -298,7 +314,7 @@ class Trainer:
         (folder / checkpoint.RUN).write_text(json.dumps(self.about, indent=2) + "\n")
         for copies in (self.name, f"{self.name}_ema"):
             if (folder / copies).is_dir():
-                checkpoint.save_config(self.network, folder / copies)
+                checkpoint.save_config(self.spread.plain(self.network), folder / copies)
 
     def resume(self, folder: Path) -> None:
         """Go on exactly from a checkpoint that is whole. Raises DkdmError if it does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from dkdm.config import PoolOptions, TrainingOptions
+from dkdm.core import processes
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.modes import silence_label_dropout
+from dkdm.core.modes import without_label_dropout
+from dkdm.core.sharded import is_sharded
 from dkdm.evaluation.cost import probe, undisturbed
 from dkdm.evaluation.numbers import duration
 from dkdm.runs.arms import ARMS
@@ -78,23 +81,27 @@ def advice(estimate: Estimate, pool: PoolOptions) -> str:
 def measured(teacher: Denoiser, student: Denoiser, training: TrainingOptions) -> Speeds:
     """The speeds of both models in one batch, after a warm-up of two samples.
 
+    Of all processes, which measure at the same time, each in its part of a batch.
     Weights, buffers, gradients, modes, counters and the global random state are as before.
     """
-    size = training.train_batch_size
+    world = processes.world()
+    size = math.ceil(training.train_batch_size / world)
     with undisturbed(teacher), torch.no_grad(), torch.random.fork_rng():
         evaluation = _seconds(lambda count: teacher.predict(probe(teacher, count)), size) / size
 
-    network: nn.Module = copy.deepcopy(student.network)  # type: ignore[assignment]
-    silence_label_dropout(network)
+    network: nn.Module = student.network  # type: ignore[assignment]
+    if not any(map(is_sharded, network.parameters())):  # which cannot be copied
+        network = copy.deepcopy(network)
     learner = replace(student, network=network)
 
     def step(count: int) -> None:
         output = learner.predict(probe(learner, count)).output
         output.float().square().mean().backward()
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_label_dropout(network):
         step_seconds = _seconds(step, size)
-    return Speeds(evaluation, step_seconds * training.gradient_accumulation_steps)
+    network.zero_grad(set_to_none=True)
+    return Speeds(evaluation / world, step_seconds * training.gradient_accumulation_steps)
 
 
 def _seconds(work: Callable[[int], object], size: int) -> float:

@@ -208,19 +208,20 @@ def _carried_out(
     minutes = (time.monotonic() - started) / 60
     for tracker in trainer.accelerator.trackers:
         tracked(tracker.finish)
-    processes.by_main(lambda: publish_run(config, trainer, measure, minutes, teacher))
+    student = trainer.averaged()
+    processes.by_main(lambda: publish_run(config, trainer, student, measure, minutes, teacher))
     return config.run.output_dir
 
 
 def publish_run(
     config: DistillConfig | TrainConfig,
     trainer: Trainer,
+    student: Denoiser,
     measure: Callable[[Denoiser, str], Measured],
     minutes: float,
     teacher: Denoiser | None,
 ) -> None:
     """Write, measure and describe the student, and publish it."""
-    student = trainer.averaged()
     if config.evaluation.ship_best and trainer.selection is not None:
         student = trainer.selection.restored(student, trainer.name)
     write_pipeline(trainer.output_dir, student)

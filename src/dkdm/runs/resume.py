@@ -31,7 +31,7 @@ HISTORY = "history.jsonl"
 FREE_GROUPS = {"optimizing", "checkpoints", "evaluation", "hub"}
 FREE = {
     *("output_dir", "max_train_steps", "gradient_checkpointing", "mixed_precision", "check"),
-    *("allow_tf32", "cuda_graphs", "deterministic", "fill_batch_size"),
+    *("allow_tf32", "cuda_graphs", "deterministic", "fill_batch_size", "fsdp"),
     *("teacher_offload", "student_factory", "pool_device", "pool_dir"),
 }
 # says nothing about the run

@@ -12,7 +12,6 @@ from dkdm.core.objective import Objective
 from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
-from dkdm.errors import UsageError
 from dkdm.models.architectures import component_of
 from dkdm.runs.defaults import with_optimizer
 from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
@@ -40,8 +39,6 @@ def _train(config: TrainConfig) -> Path:
     changes = check_changes(config, found)
     config = with_optimizer(config, found, new=True)
     accelerator = start_accelerator(run, config.training, config.checkpoints)
-    if processes.world() > 1:
-        raise UsageError("dkdm train takes one process: start one")
     data, like = training_data(config.data, config.model, conditions.negative_prompt, run.seed)
     model = student_of(config.model.network, like, factory=config.model.student_factory)
     check_null_condition(model, guided=evaluation.sampling_guidance_scale != 1)
