@@ -1,6 +1,6 @@
 """Sampling beside the stock pipelines of diffusers: the same network, steps, batch and threads.
 
-    OMP_NUM_THREADS=1 python benchmarks/sampling.py [--batch-size 32] [--rounds 5] [--device cpu]
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py [--rounds 5] [--networks small]
 
 Both sides draw in turns. A ratio is the time of diffusers divided by that of dkdm, of the fastest
 rounds: 1 or more is not slower. One step of a few-step student stands beside its bare network, to
@@ -110,11 +110,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--networks", nargs="+", default=list(SIZES), choices=list(SIZES))
     options = parser.parse_args()
     print(f"{options.device}, {torch.get_num_threads()} thread(s), batch {options.batch_size}\n")
     print("| network | what | diffusers, s | dkdm, s | ratio |")
     print("|---|---|---|---|---|")
-    for size in SIZES:
+    for size in options.networks:
         for what, stock, own in rows(size, options.batch_size, options.rounds, options.device):
             print(f"| {size} | {what} | {stock:.3f} | {own:.3f} | {stock / own:.3f} |", flush=True)
 

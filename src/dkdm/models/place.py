@@ -49,9 +49,10 @@ def place(denoiser: Denoiser, device: torch.device, offload: Offload = "none") -
 
 
 def ready_to_draw(denoiser: Denoiser, cuda_graphs: bool) -> Denoiser:
-    """The model on the device of this process, unless it was brought to one, and with its calls as
-    CUDA graphs there, if they are wanted."""
+    """The model on this process's CUDA device, if there is one and unless it was brought to another,
+    with its calls as CUDA graphs there, if they are wanted."""
+    device = device_of_run()
     for one in parts_of(denoiser):
-        if one.device.type == "cpu":
-            place(one, device_of_run())
+        if device.type == "cuda" and one.device.type == "cpu":
+            place(one, device)
     return replayed(denoiser) if cuda_graphs else denoiser
