@@ -64,7 +64,7 @@ def said(tmp_path_factory):
         "one": (1, "", command(root / "one")),
         "two": (2, KILLED, command(root / "two")),
         "resumed": (2, "", resumed(root / "two")),
-        "sharded": (2, KILLED, command(root / "sharded", "--fsdp", "student")),
+        "sharded": (2, KILLED, command(root / "sharded", "--fsdp", "both")),
         "replicated": (2, "", resumed(root / "sharded")),
         "refused": (2, "", command(root / "refused", "--shards", "1")),
         "not finite": (2, NOT_FINITE, command(root / "not-finite", "--max-bad-steps", "1")),
@@ -114,7 +114,7 @@ def test_a_run_of_two_that_was_killed_ends_as_that_of_one(said):
     assert_same_run(root / "one", root / "two")
 
 
-def test_a_sharded_student_learns_as_a_replicated_one_and_its_checkpoint_is_whole(said):
+def test_sharded_models_compute_what_replicated_ones_do_and_checkpoints_are_whole(said):
     root, found = said
     assert found["sharded"][0] == -signal.SIGKILL, found["sharded"]
     assert found["replicated"][0] == 0, found["replicated"]
@@ -138,7 +138,16 @@ def test_another_number_of_processes_goes_on(said, world, tmp_path):
     "options",
     [
         ["--source", "synthetic", "--synthetic-samples", "40", "--synthetic-steps", "2"],
-        ["--source", "iterative", "--fsdp", "student", "--optimizer", "adamw"],
+        [
+            "--source",
+            "iterative",
+            "--fsdp",
+            "both",
+            "--optimizer",
+            "adamw",
+            "--guidance-scale",
+            "3",
+        ],
         ["--feature-weight", "0.5", "--student", "unet-tiny"],
         ["--feature-weight", "0.5", "--student", "unet-tiny", "--fsdp", "student"],
         ["--student", "thin-50", "--student-init", "teacher", "--lora-rank", "2"],

@@ -226,10 +226,10 @@ class TrainingOptions(Options, title="Training"):
     deterministic: bool = False
     """Use algorithms that give the same bits every time on a CUDA device too, at some cost in
     speed. On a CPU they do anyway, with the same number of threads."""
-    fsdp: Literal["none", "student"] = "none"
+    fsdp: Literal["none", "student", "teacher", "both"] = "none"
     """What several processes shard (FSDP2), so that each has a part of every tensor. none: each has
-    all of both models (DDP). student: the student's weights, their average, gradients and the
-    optimizer's state lie in shards."""
+    all of both models (DDP). student: its weights, their average, gradients and the optimizer's
+    state. teacher: its weights; it is asked by all processes together."""
     cuda_graphs: bool = True
     """On a CUDA device, start all kernels of a network's call at once, as a CUDA graph; calls that
     cannot be captured stay as they are. Results are equal to rounding."""

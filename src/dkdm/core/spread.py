@@ -123,7 +123,8 @@ class ShardedLearner(Learner):
 
 def spread_of(fsdp: str, device: torch.device) -> Replicated:
     """The way that `--fsdp` asks for; one process has all."""
-    return Sharded(device) if fsdp == "student" and processes.world() > 1 else Replicated()
+    is_sharded = fsdp in ("student", "both") and processes.world() > 1
+    return Sharded(device) if is_sharded else Replicated()
 
 
 def without_weights(network: nn.Module) -> nn.Module:

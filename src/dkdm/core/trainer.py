@@ -59,6 +59,7 @@ class Trainer:
     merge: makes a plain network of one with adapters, in place; None for networks without.
     unnoted: mean loss of the last step until it is written down.
     about: facts that every checkpoint repeats, as JSON.
+    align: called after each batch, so that all processes have asked the teacher as often.
     """
 
     output_dir: Path
@@ -80,6 +81,7 @@ class Trainer:
     step_number: int = 0
     unnoted: Tensor | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    align: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         options, device = self.optimizing, self.accelerator.device
@@ -134,6 +136,7 @@ class Trainer:
             self.accelerator.backward(mean)
             self._update()
             self.source.advance(batch, target)
+            self.align()
         self.losses.add(batch.t, loss.detach())
         return mean.detach()
 

@@ -16,6 +16,7 @@ from dkdm.core import processes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import config_given, student_given
 from dkdm.core.graphs import replayed
+from dkdm.core.lockstep import sharded_teacher
 from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating
 from dkdm.core.precision import in_precision
@@ -243,6 +244,9 @@ def prepared(
     student = program.student(student, teacher, config)
     for one in parts_of(teacher):
         place(one, accelerator.device, config.teacher_choice.offload)
+    align = Trainer.align
+    if processes.world() > 1 and training.fsdp in ("teacher", "both"):
+        teacher, align = sharded_teacher(teacher, accelerator.device)
     teacher = replayed(teacher) if training.cuda_graphs else teacher
     taught_by = teacher if config.teacher_choice.dtype else in_precision(teacher, accelerator)
     features = features_of(teacher, student, config.loss, teaching)
@@ -266,6 +270,7 @@ def prepared(
         frozen=start.frozen,
         merge=partial(program.finished, student),
         about={**facts_of(config), "teacher": identity},
+        align=align,
     )
     reference = processes.main_first(lambda: reference_of(evaluation, teacher))
     validate_by_metric(trainer, config, reference, teacher, guidance)
