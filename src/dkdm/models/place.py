@@ -49,8 +49,10 @@ def place(denoiser: Denoiser, device: torch.device, offload: Offload = "none") -
 
 
 def ready_to_draw(denoiser: Denoiser, cuda_graphs: bool) -> Denoiser:
-    """The model on this process's CUDA device, if there is one and unless it was brought to another,
-    with its calls as CUDA graphs there, if they are wanted."""
+    """The model on the CUDA device of this process, if there is one and the model is on the CPU.
+
+    cuda_graphs: whether its calls are replayed there.
+    """
     device = device_of_run()
     for one in parts_of(denoiser):
         if device.type == "cuda" and one.device.type == "cpu":
