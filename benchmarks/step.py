@@ -45,7 +45,11 @@ from dkdm.students import student_of
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-MODES: dict[str, dict[str, Any]] = {"eager": {"cuda_graphs": False}, "graphs": {}}
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {"accelerate": "off"},
+    "graphs": {},
+    "graph": {"accelerate": "graph"},
+}
 CUDA = torch.cuda.is_available()
 Step = Callable[[], object]
 

@@ -2,9 +2,13 @@
 
 from dataclasses import replace
 
+import torch
+
 import dkdm
 from dkdm.core.progress import read_metrics
+from dkdm.runs.arms import prepare_source
 from dkdm.runs.defaults import with_defaults
+from dkdm.runs.distill import prepared
 from dkdm.students import student_of
 from factories import denoiser
 
@@ -35,3 +39,25 @@ def student_parameterization(teacher):
     config = with_defaults(dkdm.DistillConfig(), teacher, None)
     prediction = config.student_choice.student_prediction or teacher.parameterization.prediction
     return replace(teacher.parameterization, prediction=prediction)
+
+
+def begun(folder, learns_variance=False, **changes):
+    """A trainer just before its first step, its source prepared; teacher and student are tiny."""
+    scheduler, channels = {"variance_type": "learned_range"}, 2
+    kinds = (scheduler, channels) if learns_variance else (None, 1)
+    teacher, student = (denoiser(3, kinds[0], seed, out_channels=kinds[1]) for seed in (0, 1))
+    changes = {"learning_rate": 1e-3, "lr_warmup_steps": 4, "check": False, **changes}
+    found = prepared(replace(SMALL, output_dir=folder / "run", **changes), [teacher], student)
+    prepare_source(found.trainer.source, found.teacher, found.config)
+    found.teacher.network.eval().requires_grad_(False)
+    return found.trainer
+
+
+def state_of(trainer):
+    """Every tensor that a checkpoint would keep, but the random state."""
+    return {
+        f"{name}/{key}": value.clone()
+        for name, part in trainer.parts().items()
+        for key, value in part.state_dict().items()
+        if isinstance(value, torch.Tensor) and name != "random"
+    }

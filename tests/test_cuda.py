@@ -10,6 +10,7 @@ from accelerate.state import PartialState
 
 import dkdm
 from dkdm.config import SamplingOptions
+from dkdm.core.captured.part import DevicePart
 from dkdm.core.checkpoint import read_tensors
 from dkdm.core.denoiser import Batch
 from dkdm.core.graphs import replayed
@@ -20,7 +21,7 @@ from dkdm.models import load_teacher
 from dkdm.models.place import place
 from dkdm.runs.outputs import sample_to_file
 from factories import denoiser, some_batch
-from small_runs import SMALL
+from small_runs import SMALL, begun, state_of
 
 pytestmark = [
     pytest.mark.cuda,
@@ -209,3 +210,115 @@ def test_a_fill_in_larger_batches_learns_the_same(tmp_path):
     plain = losses(distilled(tmp_path / "plain", **settings))
     auto = losses(distilled(tmp_path / "auto", fill_batch_size="auto", **settings))
     assert auto == pytest.approx(plain, rel=1e-3)
+
+
+CAPTURED = {
+    "strides": {"stride": "random:20", "condition_dropout": 0.2},
+    "guided": {"guidance_scale": "2:8", "stride": "random:9"},
+    "muon": {"optimizer": "muon", "learning_rate": 0.02},
+    "accumulation": {"gradient_accumulation_steps": 2, "stride": "random:20"},
+    "bfloat16": {"mixed_precision": "bf16"},
+    "features": {"feature_weight": 0.5},
+    "replay": {"replay": 2},
+    "host": {"pool_device": "cpu", "pool_pinned": True, "stride": "random:20"},
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_step_learns_what_the_usual_one_does(tmp_path, name):
+    settings = {"max_train_steps": 20, **CAPTURED[name]}
+    usual = begun(tmp_path / "usual", accelerate="off", **settings)
+    whole = begun(tmp_path / "whole", accelerate="graph", **settings)
+    expected, found = ([float(each.step()) for _ in range(20)] for each in (usual, whole))
+    assert type(whole.replay).__name__ == "WholeStep"
+    assert found == pytest.approx(expected, rel=2e-2 if name in ("muon", "bfloat16") else 1e-3)
+    assert whole.source.evaluations == usual.source.evaluations
+    same = state_of(whole), state_of(usual)
+    assert all(torch.equal(same[0][key], same[1][key]) for key in same[0] if key.endswith("/t"))
+
+
+@pytest.mark.parametrize("name", ["strides", "muon", "accumulation", "bfloat16"])
+def test_a_captured_step_is_resumed_exactly(tmp_path, name):
+    settings = {"max_train_steps": 8, "accelerate": "graph", **CAPTURED[name]}
+    whole, part = begun(tmp_path / "whole", **settings), begun(tmp_path / "part", **settings)
+    for trainer, steps in ((whole, 8), (part, 4)):
+        for _ in range(steps):
+            trainer.step()
+    part.save()
+    part.saver.finish()
+    resumed = begun(tmp_path / "resumed", **settings)
+    resumed.resume(part.output_dir / "checkpoint-4")
+    for _ in range(4):
+        resumed.step()
+    expected, found = state_of(whole), state_of(resumed)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_nobody_waits_for_a_captured_step(tmp_path):
+    trainer = begun(tmp_path, accelerate="graph", stride="random:20", max_train_steps=30)
+    trainer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            trainer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_few_kernels_are_started_beside_the_graph(tmp_path):
+    trainer = begun(tmp_path, accelerate="graph", max_train_steps=30)
+    trainer.step()
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as seen:
+        for _ in range(5):
+            trainer.step()
+        torch.cuda.synchronize()
+    counts = {event.key: event.count for event in seen.key_averages()}
+    launches = sum(n for key, n in counts.items() if key.startswith(("cudaLaunch", "cuLaunch")))
+    assert counts["cudaGraphLaunch"] == 5
+    assert launches / 5 <= 50
+
+
+def test_what_fails_in_a_capture_leaves_the_usual_step(tmp_path, monkeypatch, capsys):
+    usual = begun(tmp_path / "usual", accelerate="off", max_train_steps=9)
+    trainer = begun(tmp_path / "whole", accelerate="graph", max_train_steps=9)
+    learn = DevicePart.learn
+
+    def waits(part):
+        learn(part)
+        float(part.loss)
+
+    monkeypatch.setattr(DevicePart, "learn", waits)
+    found = [float(trainer.step()) for _ in range(6)]
+    assert trainer.replay is None
+    assert "the step is not captured as one CUDA graph" in capsys.readouterr().err
+    assert found == pytest.approx([float(usual.step()) for _ in range(6)], rel=1e-3)
+
+
+def test_a_teacher_on_a_stream_of_its_own_teaches_the_same(tmp_path):
+    settings = {"stride": "random:20", "max_train_steps": 12}
+    usual = begun(tmp_path / "usual", **settings)
+    ahead = begun(tmp_path / "ahead", teacher_prefetch=True, **settings)
+    expected, found = ([float(each.step()) for _ in range(12)] for each in (usual, ahead))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(ahead.source.source.t, usual.source.t)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_teacher_on_another_device_teaches_the_same(tmp_path):
+    settings = {"stride": "random:20", "max_train_steps": 12}
+    usual = begun(tmp_path / "usual", **settings)
+    ahead = begun(tmp_path / "ahead", teacher_device="cuda:1", **settings)
+    expected, found = ([float(each.step()) for _ in range(12)] for each in (usual, ahead))
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert ahead.source.source.x.device == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_states_that_travel_are_those_that_are_sent(tmp_path, place):
+    settings = {"stride": "random:20", "max_train_steps": 12, "pool_device": place}
+    usual = begun(tmp_path / "usual", **settings)
+    pinned = begun(tmp_path / "pinned", pool_pinned=True, **settings)
+    expected, found = ([float(each.step()) for _ in range(12)] for each in (usual, pinned))
+    assert found == pytest.approx(expected, rel=1e-4)
+    same = state_of(pinned), state_of(usual)
+    torch.testing.assert_close(*same, rtol=1e-3, atol=1e-3)

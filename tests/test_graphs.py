@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from dkdm.config import TrainingOptions
+from dkdm.core.compiled import Compiled
+from dkdm.core.faster import faster
 from dkdm.core.graphs import Replayed, replayed, unreplayed
 from dkdm.evaluation.fingerprint import fingerprint
 from factories import denoiser, some_batch
@@ -24,3 +27,50 @@ def test_a_replayed_model_is_the_same_model():
     wrapped = replace(model, call=Replayed(model.call))
     assert unreplayed(wrapped.call) is unreplayed(model.call) is model.call
     assert fingerprint(wrapped) == fingerprint(model)
+
+
+class Small(torch.nn.Module):
+    """A convolution that sees the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, time):
+        return self.conv(x) + time[:, None, None, None]
+
+
+def test_a_shape_that_comes_again_is_compiled_and_learns_the_same(capsys):
+    model = replace(denoiser(classes=None), network=Small(), call=None)
+    compiled = replace(model, call=Compiled(model.call, backend="eager"))
+    for count in (2, 3, 3, 3, 3, 3):
+        batch, found = some_batch(model, count), []
+        for each in (model, compiled):
+            model.network.zero_grad()
+            output = each.predict(batch).output
+            output.square().mean().backward()
+            found.append((output.detach(), model.network.conv.weight.grad.clone()))
+        torch.testing.assert_close(found[1], found[0])
+    assert len(compiled.call.graphs) == 1
+    assert capsys.readouterr().err.count("note: compiling Small for 3 samples took") == 1
+
+
+def test_what_cannot_be_compiled_is_called_as_it_is(capsys):
+    model = replace(denoiser(classes=None), network=Small(), call=None)
+    compiled = replace(model, call=Compiled(model.call, backend="nothing of this name"))
+    batch = some_batch(model)
+    with torch.no_grad():
+        for _ in range(6):
+            assert torch.equal(compiled.predict(batch).output, model.predict(batch).output)
+    assert capsys.readouterr().err.count("note: Small is not compiled") == 1
+
+
+def test_calls_are_made_as_the_option_says():
+    model = denoiser()
+    assert faster(model, "off") is faster(model, "networks") is model  # there is no CUDA device
+    assert isinstance(faster(model, "compile").call, Compiled)
+    assert unreplayed(faster(model, "compile").call) is model.call
+    options = TrainingOptions(gradient_accumulation_steps=2)
+    assert (options.acceleration, options.of_student) == ("networks", "off")
+    assert TrainingOptions(cuda_graphs=False, accelerate="graph").acceleration == "off"
+    assert replace(options, accelerate="compile").of_student == "compile"

@@ -22,6 +22,8 @@ FillKind = Literal["few-step", "ancestral", "none"]
 LossWeighting = Literal["auto", "uniform", "capped", "snr", "min-snr", "student"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ProcessName = str
+Acceleration = Literal["off", "networks", "graph", "compile"]
+Accelerate = Literal["auto", Acceleration]
 ObjectiveKind = Literal["dkdm", "few-step", "consistency"]
 MOST_HEADS = 1024  # of a few-step student
 EXPORTED = {"onnx": "student.onnx", "torch-export": "student.pt2", "int8": "student-int8"}
@@ -145,6 +147,12 @@ class TeacherOptions(TeacherChoice, renamed={"check": "check"}):
     dtype: Precision | None = None
     """Precision of the weights and of the arithmetic. int8 quantizes linear layers with torchao and
     keeps the rest in bfloat16. Default: weights in float32, arithmetic as --mixed-precision."""
+    device: str | None = None
+    """Another device for the teacher and its pool, such as cuda:1; there it evaluates the next
+    batch while the student learns (not yet run on two devices). Default: the student's."""
+    prefetch: bool = False
+    """On the student's device, let the teacher evaluate the next batch on a stream of its own while
+    the student learns (not yet run on a device)."""
     offload: Literal["none", "layers"] = "none"
     """layers: keep the teacher in host memory and move one layer at a time to the device; slow, but
     small."""
@@ -230,14 +238,31 @@ class TrainingOptions(Options, title="Training"):
     """What several processes shard (FSDP2), so that each has a part of every tensor. none: each has
     all of both models (DDP). student: its weights, their average, gradients and the optimizer's
     state. teacher: its weights; it is asked by all processes together."""
+    accelerate: Accelerate = "auto"
+    """How kernels are started on a CUDA device; results are equal to rounding. networks: all of a
+    network's call at once, as a CUDA graph. graph: all of a step (not yet run on a device). off:
+    one by one. What cannot be captured is started one by one. auto: networks. compile:
+    torch.compile makes both networks faster, on a CPU too; it takes minutes the first time, is kept
+    in the cache folder, and pays for long runs."""
     cuda_graphs: bool = True
-    """On a CUDA device, start all kernels of a network's call at once, as a CUDA graph; calls that
-    cannot be captured stay as they are. Results are equal to rounding."""
+    """--no-cuda-graphs is --accelerate off."""
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """What `accelerate` comes to."""
+        chosen: Acceleration = "networks" if self.accelerate == "auto" else self.accelerate
+        return chosen if self.cuda_graphs else "off"
+
+    @property
+    def of_student(self) -> Acceleration:
+        """How a student's calls are made: gradients of a replayed one change those before."""
+        compiled = self.acceleration == "compile"
+        return self.acceleration if compiled or self.gradient_accumulation_steps == 1 else "off"
 
     @property
     def replays(self) -> bool:
-        """Whether a student's calls are replayed: gradients of one would change those before."""
-        return self.cuda_graphs and self.gradient_accumulation_steps == 1
+        """Whether a student's calls are replayed as CUDA graphs."""
+        return self.of_student in ("networks", "graph")
 
 
 class OptimizerChoice(Options, title="Optimizer"):
@@ -450,6 +475,9 @@ class StorageOptions(Options, title="Pool"):
     pool_dir: Path | None = None
     """Folder on whose disk --pool-device disk keeps the pool, in a file without a name, which is
     gone when the run ends; checkpoints hold the pool too. Default: that of --output-dir."""
+    pool_pinned: bool = False
+    """Let the states of a pool in host memory or on disk travel through pinned memory, so that
+    nobody waits for them (not yet run on a device)."""
     replay: Annotated[int, Range(1, 1000)] = 1
     """How often an evaluation of the teacher is learnt from, on average. With 2, every second batch
     is drawn from those of the last 64 new batches, and the same --max-train-steps ask the teacher
@@ -461,6 +489,11 @@ class StorageOptions(Options, title="Pool"):
             raise UsageError(
                 f"--pool-dir {self.pool_dir}: the pool lies in memory; remove it, or give "
                 "--pool-device disk"
+            )
+        if self.pool_pinned and self.pool_device == "device":
+            raise UsageError(
+                "--pool-pinned: the pool lies beside the models; remove it, or give --pool-device "
+                "cpu or disk"
             )
 
 

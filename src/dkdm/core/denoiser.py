@@ -21,7 +21,7 @@ from dkdm.core.conditioning import (
     guide,
 )
 from dkdm.core.decoding import decoded, no_decoder
-from dkdm.core.devices import to_device
+from dkdm.core.devices import looked_up, to_device
 from dkdm.core.inputs import try_conditioning
 from dkdm.core.kinds import check_conditioning
 from dkdm.core.modes import evaluating
@@ -174,12 +174,12 @@ class Denoiser(NamedArguments):
     ) -> tuple[Prediction, Prediction]:
         """(unguided, guided) predictions; they cost no more than the guided one alone."""
         if self.rescale is not None:
-            factor = per_sample(self.rescale[batch.t.cpu()], batch.x)
+            factor = per_sample(looked_up(self.rescale, batch.t), batch.x)
             batch = batch._replace(x=factor * batch.x)
         if self.embeds_guidance:
             batch = self._fed_guidance(batch, guidance_scale)
         elif isinstance(guidance_scale, Tensor) or guidance_scale != 1:
-            inside = self.guided_levels[batch.t.cpu()].nonzero().flatten()
+            inside = self._inside(batch.t)
             if len(inside):
                 return self._guided(batch, guidance_scale, inside)
         prediction = self.read(self._evaluate(batch.x, batch.t, batch.cond), batch)
@@ -188,14 +188,19 @@ class Denoiser(NamedArguments):
     def evaluations_at(self, t: Tensor, guided: bool) -> Tensor:
         """How often the network is evaluated to predict each sample at t, int64 [B]."""
         twice = guided and not self.embeds_guidance
-        return 1 + (self.guided_levels[t.cpu()] & twice).long()
+        return 1 + (looked_up(self.guided_levels, t) & twice).long()
 
     def _fed_guidance(self, batch: Batch, scale: float | Tensor) -> Batch:
         """The batch with the guidance scale among its conditions, 1 outside of the interval."""
-        inside = self.guided_levels[batch.t.cpu()]
-        scale = torch.as_tensor(scale, dtype=torch.float32).expand(len(batch.t))
-        scale = torch.where(inside.to(scale.device), scale, torch.ones_like(scale))
-        return batch._replace(cond={"guidance": scale, **batch.cond})
+        inside = looked_up(self.guided_levels, batch.t)
+        inside = inside.to(scale.device) if isinstance(scale, Tensor) else inside
+        one = torch.ones_like(inside, dtype=torch.float32)
+        fed = torch.where(inside, (one * scale).float(), one)
+        return batch._replace(cond={"guidance": fed, **batch.cond})
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """Which rows of a batch are guided, int64 [n]."""
+        return looked_up(self.guided_levels, t).nonzero().flatten()
 
     def _guided(
         self, batch: Batch, scale: float | Tensor, inside: Tensor
@@ -227,7 +232,7 @@ class Denoiser(NamedArguments):
     def _evaluate(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         meaning = self.parameterization
         shown = scale_input(meaning.prediction, x, self.process.at(t)[1], meaning.sigma_data)
-        time = to_device(self.network_time[t.cpu()], x.device, torch.float32)
+        time = to_device(looked_up(self.network_time, t), x.device, torch.float32)
         output = self._called(self._cast(shown), time, cond)
         check_output(self.name, output, x, self.out_channels)
         return output.to(torch.promote_types(output.dtype, torch.float32))

@@ -11,3 +11,8 @@ def to_device(
 ) -> Tensor:
     """The same values on `device`; from the host they are sent without waiting for the device."""
     return value.to(device, dtype, non_blocking=value.device.type == "cpu")
+
+
+def looked_up(table: Tensor, t: Tensor) -> Tensor:
+    """A table's values at the levels t, int64 [B], on the table's device."""
+    return table[t.to(table.device)]

@@ -47,7 +47,7 @@ class Replayed:
         self, network: Network, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]
     ) -> Tensor:
         """The network's output for states x [B, ...] at times [B]."""
-        if x.device.type != "cuda" or not self._is_plain(network) or self.refused:
+        if self.refused or not self._applies(network, x):
             return self.call(network, x, time, cond)
         learns = torch.is_grad_enabled()
         key = learns, id(network), network.training, *map(_form, (x, time, *cond.values())), *cond  # type: ignore[union-attr]
@@ -62,6 +62,10 @@ class Replayed:
                 return self.call(network, x, time, cond)
             self.graphs[key] = replay
         return replay(x, time, cond)
+
+    def _applies(self, network: Network, x: Tensor) -> bool:
+        """Whether a call may be captured."""
+        return x.device.type == "cuda" and self._is_plain(network)
 
     def _is_plain(self, network: Network) -> bool:
         """Whether a network is one module on one device, which nothing looks into."""

@@ -123,12 +123,24 @@ class Ema:
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Move every floating-point weight towards the network's after step n; copy the others."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        self.move(network, self.share(step))
+
+    def share(self, step: int) -> float:
+        """The way to the network's weights that the average goes after step n."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def move(self, network: nn.Module, share: float | Tensor) -> None:
+        """Go this share of the way to the network's weights: a number, or one on the device."""
         new = network.state_dict()
         floating = [k for k, v in self.weights.items() if v.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.weights[k] for k in floating], [new[k] for k in floating], 1 - decay
-        )
+        old, wanted = [self.weights[k] for k in floating], [new[k] for k in floating]
+        if isinstance(share, Tensor):
+            apart = torch._foreach_sub(wanted, old)
+            torch._foreach_mul_(apart, share)
+            torch._foreach_add_(old, apart)
+        else:
+            torch._foreach_lerp_(old, wanted, share)
         for key in self.weights.keys() - set(floating):
             self.weights[key].copy_(new[key])
 

@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dkdm.core.chains import Guidance
 from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.prediction import Prediction
+from dkdm.core.steps import next_states
 
 
 class Moves(NamedTuple):
@@ -50,6 +53,25 @@ class Moves(NamedTuple):
         """The batch that moves new chains from pure noise x [B, ...] at `top` to their levels."""
         level = torch.full_like(self.following, top)
         return Batch(x, level, self.next, self.rows, self.following)
+
+
+def answer(teacher: Denoiser, guidance: Guidance, batch: Batch) -> Prediction:
+    """The teacher's prediction for a batch, guided as its chains are.
+
+    If the chain alone is guided, it is unguided and carries the guided one for `moved`.
+    """
+    unguided, guided = teacher.predict_both(batch, guidance.of(batch.cond))
+    return unguided._replace(chain=guided) if guidance.chain_only else guided
+
+
+def moved(teacher: Denoiser, batch: Batch, target: Prediction, z: Tensor, eta: float) -> Tensor:
+    """The batch's states at their next levels s < t, which are not looked at.
+
+    z: [B, ...] standard normal noise.
+    """
+    assert batch.s is not None
+    kind, prediction = teacher.parameterization, target.chain or target
+    return next_states(teacher.process, kind, batch.x, prediction, batch.t, batch.s, z, eta)
 
 
 def rows_of(cond: Condition, rows: Tensor) -> Condition:

@@ -60,11 +60,12 @@ class Muon(torch.optim.Optimizer):
 
     def _adamw(self, group: dict[str, Any]) -> None:
         weights = [weight for weight in group["params"] if weight.grad is not None]
+        captured = group.get("capturable", False)
         for weight in weights:
             if not self.state[weight]:
                 zero = torch.zeros_like(weight)
                 self.state[weight] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=weight.device if captured else None),
                     "exp_avg": zero,
                     "exp_avg_sq": zero.clone(),
                 }
@@ -76,6 +77,7 @@ class Muon(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
+            capturable=captured,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -97,7 +99,11 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             pairs = zip(directions.to(weights[0].dtype), weights, strict=True)
             moves = [placed_like(found.view(weight.shape), weight) for found, weight in pairs]
-            torch._foreach_add_(weights, moves, alpha=-pace)
+            if isinstance(pace, Tensor):  # in a graph
+                torch._foreach_mul_(moves, pace)
+                torch._foreach_sub_(weights, moves)
+            else:
+                torch._foreach_add_(weights, moves, alpha=-pace)
 
     def _directions(self, weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The gradients of weights of one shape after momentum (Nesterov's)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from dkdm.config import LossOptions, WeightingOptions
 from dkdm.core.clipping import Clipping
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.devices import to_device
+from dkdm.core.devices import looked_up, to_device
 from dkdm.core.matching import amplifies
 from dkdm.core.prediction import Prediction, clip_x_0, from_x_0_eps
 from dkdm.core.variational import variational_loss
@@ -42,19 +42,26 @@ class Objective:
         self.teacher = teacher
         self.vlb_weight = options.vlb_weight if isinstance(options, LossOptions) else 0.0
         self.weights = weights_of_levels(student, options, level_weights)
-        self.terms: list[Term] = [self._simple, *further]
+        self.further = tuple(further)
+        self.learns_variance = False
         self.clipping = Clipping()
         if teacher is not None and amplifies(student, teacher):
             self.clipping = replace(teacher.process.clipping, rederive_eps=True)
         if student.parameterization.learns_variance:
             check_variance(student, teacher)
-            self.terms[1:1] = [self._variational] if self.vlb_weight else []
+            self.learns_variance = bool(self.vlb_weight)
 
     def __call__(self, student: Denoiser, batch: Batch, target: Prediction) -> Tensor:
         """The loss of every sample, [B]; the student is evaluated once."""
         prediction = student.predict(batch)
         first, *rest = (term(student, prediction, batch, target) for term in self.terms)
         return sum(rest, first)
+
+    @property
+    def terms(self) -> list[Term]:
+        """The losses of every sample that are added up."""
+        variational = [self._variational] if self.learns_variance else []
+        return [self._simple, *variational, *self.further]
 
     def _simple(
         self, student: Denoiser, prediction: Prediction, batch: Batch, target: Prediction
@@ -64,7 +71,7 @@ class Objective:
         if self.teacher is not None:
             alpha, sigma = self.teacher.process.at(batch.t)
             target = clip_x_0(target, batch.x, alpha, sigma, self.clipping)
-        weights = to_device(self.weights[batch.t.cpu()], batch.x.device, batch.x.dtype)
+        weights = to_device(looked_up(self.weights, batch.t), batch.x.device, batch.x.dtype)
         return weights * simple_loss(student, prediction, target, batch.t)
 
     def _variational(

@@ -20,12 +20,13 @@ from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.devices import to_device
 from dkdm.core.finished import Finished
-from dkdm.core.moves import Moves, rows_of
+from dkdm.core.moves import Moves, answer, moved, rows_of
 from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
 from dkdm.core.randomness import derived_seed, generator
 from dkdm.core.shards import Entries, Shards, ShardState
-from dkdm.core.steps import not_finite, reverse_step
+from dkdm.core.states import States, states_of
+from dkdm.core.steps import check_move, not_finite
 from dkdm.errors import UsageError
 
 
@@ -38,7 +39,8 @@ class Pool:
     numbers of a shard are seeded by (seed, purpose, shard, step).
     eta: noise of a move. random_conditioning: the largest of `random_conditioning_odds`.
     size: entries over all processes; None: all are here. finished: keeps the samples whose chains
-    end; None keeps none. evaluated: teacher evaluations so far, int64 [shards of this process].
+    end; None keeps none. pinned: whether states travel through pinned memory. evaluated: teacher
+    evaluations so far, int64 [shards of this process].
     born: int64 [N], batches moved when each entry's chain began; 0 is as filled, -1 not known.
     """
 
@@ -55,13 +57,16 @@ class Pool:
     shards: Shards = Shards()
     size: int | None = None
     finished: Finished | None = None
+    pinned: bool = False
     entries: Entries = field(init=False)
     evaluated: Tensor = field(init=False)
     born: Tensor = field(init=False)
+    states: States = field(init=False)
 
     def __post_init__(self) -> None:
         size = self.size = len(self.t) if self.size is None else self.size
         self.shards = replace(self.shards, total=min(self.shards.total, size))
+        self.states = states_of(self.x, self.teacher.device, self.pinned)
         self.entries = Entries.of(self.shards.sizes(size))
         self.evaluated = torch.zeros(len(self.entries.slices), dtype=torch.int64)
         self.born = torch.zeros(len(self.t), dtype=torch.int64)
@@ -91,8 +96,11 @@ class Pool:
         """A batch of distinct entries, an equal part from each shard, in O(batch)."""
         moves = self.plan(batch_size)
         self._planned = self.step, moves
-        x = self.x[to_device(moves.rows, self.x.device)]
-        return moves.batch(to_device(x, self.teacher.device, torch.float32))
+        return moves.batch(self.gather(moves.rows))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The states of entries, beside the teacher, in float32."""
+        return self.states.gather(rows)
 
     def plan(self, batch_size: int) -> Moves:
         """What the next step does with which entries. Changes nothing."""
@@ -154,13 +162,9 @@ class Pool:
 
     @torch.no_grad()
     def target(self, batch: Batch) -> Prediction:
-        """The one teacher evaluation of the batch (two with guidance).
-
-        If the chain alone is guided, it is unguided and carries the guided one for `move`.
-        """
+        """The one teacher evaluation of the batch (two with guidance)."""
         self.count(batch.rows, batch.t)
-        unguided, guided = self.teacher.predict_both(batch, self.guidance.of(batch.cond))
-        return unguided._replace(chain=guided) if self.guidance.chain_only else guided
+        return answer(self.teacher, self.guidance, batch)
 
     def count(self, rows: Tensor, t: Tensor) -> None:
         """Note an evaluation of entries at levels t."""
@@ -173,9 +177,8 @@ class Pool:
         z: [B, ...] standard normal noise. Changes nothing in the pool.
         """
         assert batch.s is not None
-        process, kind = self.process, self.teacher.parameterization
-        prediction = target.chain or target
-        return reverse_step(process, kind, batch.x, prediction, batch.t, batch.s, z, self.eta)
+        check_move(self.teacher.parameterization, batch.t, batch.s, self.eta)
+        return moved(self.teacher, batch, target, z, self.eta)
 
     @torch.no_grad()
     def advance(self, batch: Batch, target: Prediction) -> None:
@@ -184,7 +187,7 @@ class Pool:
         Where a chain is finished, the move's result is a clean sample, kept if `finished` is given,
         and its noise serves the new chain.
         """
-        moves, (z, start) = self._moves_of(batch), self._noise(batch)
+        moves, (z, start) = self._moves_of(batch), self.noise(batch.rows)
         x, done = self.move(batch, target, z), moves.done
         if done.any():
             on = to_device(done.nonzero().flatten(), x.device)
@@ -211,6 +214,7 @@ class Pool:
 
     def mend(self) -> int:
         """Begin chains anew whose states are not finite, as pure noise; returns how many."""
+        self.states.settle()
         rows = not_finite(self.x)
         if not len(rows):
             return 0
@@ -234,15 +238,14 @@ class Pool:
         """How far the entries of a shard move, int64 [count]; each by itself."""
         return self.stride.draw(count, random)
 
-    def _noise(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Noise of this step for the moves of a batch, and for chains that begin anew."""
-        parts, device = [], batch.x.device
-        for shard, count in self.entries.by_shard(batch.rows):
+    def noise(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Noise of this step for the moves of entries, and for chains that begin: [2, B, ...]."""
+        parts, device = [], self.teacher.device
+        for shard, count in self.entries.by_shard(rows):
             noise = generator(device, self.seed, "noise", shard, self.step)
-            shape = (2, count, *batch.x.shape[1:])
+            shape = (2, count, *self.x.shape[1:])
             parts.append(torch.randn(shape, generator=noise, device=device))
-        z, start = torch.cat(parts, dim=1)
-        return z, start
+        return torch.cat(parts, dim=1, out=out)
 
     def new_conditions(self, count: int, random: torch.Generator) -> Condition:
         """Conditions and guidance scales of new chains."""
@@ -256,7 +259,7 @@ class Pool:
 
     def write(self, rows: Tensor, x: Tensor) -> None:
         """Overwrite the states of entries."""
-        self.x[to_device(rows, self.x.device)] = x.to(self.x.device, self.x.dtype)
+        self.states.write(rows, x)
 
     def note(self, rows: Tensor, t: Tensor, cond: Condition) -> None:
         """Overwrite levels and conditions of entries."""
@@ -266,6 +269,7 @@ class Pool:
 
     def parts(self) -> dict[str, Part]:
         """What is saved: each shard by itself, under its number over all processes."""
+        self.states.settle()
         sizes = {"size": torch.tensor(self.size), "shards": torch.tensor(self.shards.total)}
         found: dict[str, Part] = {} if self.finished is None else {"finished": self.finished}
         slices = self.entries.slices.items()

@@ -28,7 +28,8 @@ def in_precision(model: Denoiser, accelerator: Accelerator) -> Denoiser:
     if model.dtype != torch.float32:
         return model
     call = autocasting(accelerator, unreplayed(model.call))
-    return replace(model, call=Replayed(call) if isinstance(model.call, Replayed) else call)
+    made = type(model.call) if isinstance(model.call, Replayed) else None
+    return replace(model, call=made(call) if made else call)
 
 
 def allow_tf32(device: torch.device) -> None:

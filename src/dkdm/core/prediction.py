@@ -68,6 +68,12 @@ class Prediction(NamedTuple):
     variance_output: Tensor | None = None
     chain: Prediction | None = None
 
+    @property
+    def raw(self) -> Tensor:
+        """What the network said, with its variance, [B, C or 2C, ...]."""
+        variance = self.variance_output
+        return self.output if variance is None else torch.cat([self.output, variance], 1)
+
 
 Coefficient = Tensor | int
 Row = tuple[Coefficient, Coefficient, Coefficient]

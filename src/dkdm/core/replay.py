@@ -47,12 +47,13 @@ class Replayed:
         return self.source.evaluations
 
     @property
-    def _is_new(self) -> bool:
+    def is_new(self) -> bool:
+        """Whether the next batch is the source's."""
         return self.step % self.times == 0
 
     def draw(self, batch_size: int) -> Batch:
         """The source's next batch, or evaluated states; the outputs there are its `rows`."""
-        if self._is_new:
+        if self.is_new:
             return self.source.draw(batch_size)
         random = generator("cpu", self.seed, "replay", self.step)
         rows = torch.randperm(len(self.kept["t"]), generator=random)[:batch_size]
@@ -62,15 +63,15 @@ class Replayed:
 
     def target(self, batch: Batch) -> Prediction:
         """The source's target, or what the teacher said before."""
-        if not self._is_new:
+        if not self.is_new:
             return self.teacher.read(batch.rows, batch)
         target = self.source.target(batch)
-        self._keep(batch, target)
+        self.keep(batch, target)
         return target
 
-    def _keep(self, batch: Batch, target: Prediction) -> None:
-        variance = target.variance_output
-        output = target.output if variance is None else torch.cat([target.output, variance], 1)
+    def keep(self, batch: Batch, target: Prediction) -> None:
+        """Keep what the teacher said of the source's batch, for others."""
+        output = target.raw
         cond = {f"cond.{key}": value for key, value in batch.cond.items()}
         new = {"x": batch.x, "t": batch.t, "output": output, **cond}
         count = len(batch.t)
@@ -84,7 +85,7 @@ class Replayed:
 
     def advance(self, batch: Batch, target: Prediction) -> None:
         """Move the states of a new batch on; others stay."""
-        if self._is_new:
+        if self.is_new:
             self.source.advance(batch, target)
         self.step += 1
 

@@ -30,7 +30,21 @@ def reverse_step(
     2010.02502, Eq. 12) and Euler on a flow. Fixed-large and learned variances need eta = 1, act
     on the noise alone, never on the mean, and add none at the end. Returns x_prev [B, ...].
     """
-    _check_move(parameterization, t, s, eta)
+    check_move(parameterization, t, s, eta)
+    return next_states(process, parameterization, x, prediction, t, s, z, eta)
+
+
+def next_states(
+    process: Process,
+    parameterization: Parameterization,
+    x: Tensor,
+    prediction: Prediction,
+    t: Tensor,
+    s: Tensor,
+    z: Tensor,
+    eta: float,
+) -> Tensor:
+    """`reverse_step` of levels that are known to be right, which are not looked at."""
     alpha_t, sigma_t = process.at(t)
     alpha_s, sigma_s = process.at(s)
     prediction = clip_x_0(prediction, x, alpha_t, sigma_t, process.clipping)
@@ -46,7 +60,8 @@ def reverse_step(
     return mean + per_sample((s >= 0).double(), x) * (0.5 * log_var).exp() * z
 
 
-def _check_move(parameterization: Parameterization, t: Tensor, s: Tensor, eta: float) -> None:
+def check_move(parameterization: Parameterization, t: Tensor, s: Tensor, eta: float) -> None:
+    """Raise UsageError for a move that is none, or noise that a variance does not allow."""
     if not (s < t).all():
         raise UsageError("reverse step: every s must be smaller than its t")
     if eta not in (0, 1) and not parameterization.variance.startswith("fixed_small"):

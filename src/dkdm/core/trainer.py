@@ -20,7 +20,7 @@ from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint, processes
 from dkdm.core.bad_steps import ROLL_BACKS, BadSteps, mended, unchanged
 from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.graphs import Replayed
+from dkdm.core.faster import WAYS
 from dkdm.core.learning import (
     Ema,
     ScheduleState,
@@ -56,6 +56,7 @@ class Trainer:
         weights; gives what it measured, by names. It does not change the run.
     selection: the best weights so far; a checkpoint says which they are.
     frozen: names of the parameters that are not trained, because adapters are.
+    replay: what a step is instead of the usual calls, one after the other, see `core.captured`.
     merge: makes a plain network of one with adapters, in place; None for networks without.
     unnoted: mean loss of the last step until it is written down.
     about: facts that every checkpoint repeats, as JSON.
@@ -79,6 +80,7 @@ class Trainer:
     frozen: frozenset[str] = frozenset()
     merge: Callable[[nn.Module], nn.Module] | None = None
     step_number: int = 0
+    replay: Callable[[], Tensor] | None = None
     unnoted: Tensor | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     align: Callable[[], None] = lambda: None
@@ -103,8 +105,8 @@ class Trainer:
         self.learner = self.spread.learner(Learner(wrapped, self.features, self.objective))
         seen = self.student_on_teacher_levels
         call = autocasting(self.accelerator, seen.call)
-        if self.training.replays and processes.world() == 1:
-            call = Replayed(call)
+        if processes.world() == 1:
+            call = WAYS[self.training.of_student](call)
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
         self.rates = ScheduleState(self.schedule)
@@ -118,6 +120,8 @@ class Trainer:
 
     def step(self) -> Tensor:
         """One optimizer step; returns the mean loss of this process, still on the device."""
+        if self.replay is not None:
+            return self.replay()
         losses = [self.learn() for _ in range(self.training.gradient_accumulation_steps)]
         self.step_number += 1
         if self.ema is not None:

@@ -30,8 +30,8 @@ def variational_loss(
     alpha_s, sigma_s = student.process.at(t - 1)
     post = posterior_var(alpha_t, sigma_t, alpha_s, sigma_s)
     beta = transition_var(alpha_t, sigma_t, alpha_s, sigma_s)
-    pair_1, pair_0 = student.process.at(torch.tensor([1])), student.process.at(torch.tensor([0]))
-    clipped = torch.where(t.cpu() == 0, posterior_var(*pair_1, *pair_0), post)
+    pair_1, pair_0 = student.process.at(t.new_ones(1)), student.process.at(t.new_zeros(1))
+    clipped = torch.where((t == 0).to(post.device), posterior_var(*pair_1, *pair_0), post)
     direction = (sigma_s**2 - post).clamp(min=0).sqrt()
 
     def mean(p: Prediction) -> Tensor:

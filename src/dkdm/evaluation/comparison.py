@@ -117,6 +117,9 @@ def level_gaps(
         eps = torch.randn(x_0.shape, generator=generator("cpu", seed, "gap", int(level)))
         x = teacher.process.add_noise(x_0, eps, t)
         target = teacher.predict(Batch(x.to(teacher.device), t, rows, t), guidance_teacher)
+        target = target._replace(
+            x_0=target.x_0.to(student.device), eps=target.eps.to(student.device)
+        )
         found = student.predict(Batch(x.to(student.device), t, rows, t), guidance_student)
         nothing = found._replace(output=torch.zeros_like(found.output))
         gap = float(simple_loss(student, found, target, t).mean())

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from dkdm.config import DistillConfig, ImageOptions, PoolOptions, TrainingOptions
+from dkdm.core.ahead import Ahead
 from dkdm.core.chains import Guidance
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.finished import Finished, SampleShards
@@ -18,6 +19,7 @@ from dkdm.core.replay import Replayed
 from dkdm.core.sources import Images, Source, Synthetic, draw_set, empty_set
 from dkdm.data.teacher_images import images_of
 from dkdm.errors import UsageError
+from dkdm.runs.ahead import ahead_of, check_ahead, is_ahead, teacher_device
 from dkdm.runs.source import (
     SourcePlan,
     fill,
@@ -295,7 +297,9 @@ def make_source(
 ) -> Source:
     """The source that the options ask for, unprepared, with its replay."""
     arm, times = ARMS[config.pool.source], config.pool.replay
-    source = arm.make(teacher, student, config, device)
+    source = arm.make(teacher, student, config, teacher_device(config, device))
+    if is_ahead(config):
+        return ahead_of(source, config, device)
     if times == 1:
         return source
     if not arm.teaching(config.images_choice).targets:
@@ -311,12 +315,13 @@ def make_source(
 
 def prepare_source(source: Source, teacher: Denoiser, config: DistillConfig) -> None:
     """Let the teacher prepare what `make_source` made."""
-    source = source.source if isinstance(source, Replayed) else source
+    source = source.source if isinstance(source, (Replayed, Ahead)) else source
     ARMS[config.pool.source].prepare(source, teacher, config)
 
 
 def check_options(config: DistillConfig) -> None:
     """Raise UsageError for options that the source needs or cannot use; no model is needed."""
+    check_ahead(config)
     source, arm, images = config.pool.source, ARMS[config.pool.source], config.images_choice.images
     if arm.images and images is None:
         raise UsageError(f"--source {source}: give --images, which is fashion-mnist or a folder")

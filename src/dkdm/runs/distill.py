@@ -13,9 +13,10 @@ from torch import nn
 
 from dkdm.config import DistillConfig
 from dkdm.core import processes
+from dkdm.core.captured.choice import capture_steps
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.faster import faster
 from dkdm.core.given import config_given, student_given
-from dkdm.core.graphs import replayed
 from dkdm.core.lockstep import sharded_teacher
 from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating
@@ -27,6 +28,7 @@ from dkdm.evaluation.comparison import describe as described
 from dkdm.models.architectures import component_of
 from dkdm.models.identity import identity_of
 from dkdm.models.place import place
+from dkdm.runs.ahead import teacher_device
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import with_defaults
 from dkdm.runs.launch import (
@@ -243,11 +245,11 @@ def prepared(
     warnings.append(program.warning(student))
     student = program.student(student, teacher, config)
     for one in parts_of(teacher):
-        place(one, accelerator.device, config.teacher_choice.offload)
+        place(one, teacher_device(config, accelerator.device), config.teacher_choice.offload)
     align = Trainer.align
     if processes.world() > 1 and training.fsdp in ("teacher", "both"):
         teacher, align = sharded_teacher(teacher, accelerator.device)
-    teacher = replayed(teacher) if training.cuda_graphs else teacher
+    teacher = faster(teacher, training.acceleration)
     taught_by = teacher if config.teacher_choice.dtype else in_precision(teacher, accelerator)
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model
@@ -273,6 +275,8 @@ def prepared(
         align=align,
     )
     reference = processes.main_first(lambda: reference_of(evaluation, teacher))
+    if training.acceleration == "graph":
+        capture_steps(trainer)
     validate_by_metric(trainer, config, reference, teacher, guidance)
     processes.own_randomness(run.seed)
     if found:

@@ -19,6 +19,7 @@ from dkdm.config import (
     parse_interval,
 )
 from dkdm.core import checkpoint
+from dkdm.core.ahead import Ahead
 from dkdm.core.conditioning import Condition, restrict_classes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.few_steps.model import usual_steps
@@ -173,7 +174,7 @@ def save_pool(source: Source, output_dir: Path) -> None:
 
 
 def _pool_of(source: Source) -> Pool | None:
-    source = source.source if isinstance(source, Replayed) else source
+    source = source.source if isinstance(source, (Replayed, Ahead)) else source
     pool = source.pool if isinstance(source, Mixed) else source
     return pool if isinstance(pool, Pool) else None
 

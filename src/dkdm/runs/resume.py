@@ -31,8 +31,9 @@ HISTORY = "history.jsonl"
 FREE_GROUPS = {"optimizing", "checkpoints", "evaluation", "hub"}
 FREE = {
     *("output_dir", "max_train_steps", "gradient_checkpointing", "mixed_precision", "check"),
-    *("allow_tf32", "cuda_graphs", "deterministic", "fill_batch_size", "fsdp"),
-    *("teacher_offload", "student_factory", "pool_device", "pool_dir"),
+    *("accelerate", "allow_tf32", "cuda_graphs", "deterministic", "fill_batch_size", "fsdp"),
+    *("teacher_device", "teacher_offload", "teacher_prefetch", "student_factory"),
+    *("pool_device", "pool_dir", "pool_pinned"),
 }
 # says nothing about the run
 UNSAID = {"output_dir", "resume_from_checkpoint", "accept_changes"}

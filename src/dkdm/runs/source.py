@@ -68,6 +68,7 @@ def make_pool(
         condition_dropout=conditions.condition_dropout,
         random_conditioning=conditions.random_conditioning,
         seed=run.seed,
+        pinned=pool.pool_pinned,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dkdm.config import TrainConfig
 from dkdm.core import processes
+from dkdm.core.captured.choice import capture_steps
 from dkdm.core.given import config_given
 from dkdm.core.objective import Objective
 from dkdm.core.sources import Images
@@ -68,6 +69,8 @@ def _train(config: TrainConfig) -> Path:
         about=facts_of(config),
     )
     reference = processes.main_first(lambda: reference_of(evaluation, model))
+    if config.training.acceleration == "graph":
+        capture_steps(trainer)  # which says why not
     validate_by_metric(trainer, config, reference)
     processes.own_randomness(run.seed)
     if found:

@@ -1,0 +1,1 @@
+"""A whole step with fixed shapes, which a CUDA graph can hold."""

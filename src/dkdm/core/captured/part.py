@@ -1,0 +1,130 @@
+"""The device's part of a step: fixed shapes, no number read by the host, nothing sent from it.
+
+Each function reads tensors at fixed places and writes such tensors, so that a graph can hold it.
+The mathematics is that of `Pool`, `Objective` and `Denoiser`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dkdm.core.captured.optimizers import states_of, step_unless, stepped_by
+from dkdm.core.captured.placed import Placed
+from dkdm.core.chains import Guidance, row_mask
+from dkdm.core.conditioning import Condition
+from dkdm.core.denoiser import Batch
+from dkdm.core.learning import Ema
+from dkdm.core.moves import answer, moved
+from dkdm.core.objective import Objective
+from dkdm.core.prediction import Prediction
+from dkdm.core.progress import LossPerLevel
+
+Values = dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class DevicePart:
+    """What learns from a pool, and what it reads.
+
+    guidance, eta, start_std: laws of the pool. given: levels `t` and `s` of a batch, conditions by
+    `teacher.NAME` and `student.NAME`, the learning `rates`, and the average's `share` of a step.
+    new: of chains that begin below T-1 their places `at` in the batch, levels `s` and conditions,
+    and `valid`, which of them there are. x: states of the batch, [B, ...]. noise: [2, B, ...] for
+    moves, and for chains that begin. accumulates: batches of an optimizer step. What comes out is
+    next, the batch's next states; loss, its mean; norm, of the gradient; and output, what the
+    teacher's network said, [B, C or 2C, ...], which `again` reads.
+    """
+
+    guidance: Guidance
+    eta: float
+    start_std: float
+    teacher: Placed
+    student: Placed
+    objective: Objective
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    losses: LossPerLevel
+    max_grad_norm: float
+    accumulates: int
+    given: Values
+    new: Values
+    x: Tensor
+    noise: Tensor
+    output: Tensor = field(init=False)
+    next: Tensor = field(init=False)
+    loss: Tensor = field(init=False)
+    norm: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.next = torch.zeros_like(self.x)
+        count, _, *sides = self.x.shape
+        self.output = self.x.new_zeros(count, self.teacher.out_channels, *sides)
+        self.loss, self.norm = torch.zeros(2, device=self.x.device)
+
+    def learn(self) -> None:
+        """One batch: target, loss, gradients, and next states; new chains begin as pure noise."""
+        batch = self._batch()
+        with torch.no_grad():
+            target = answer(self.teacher, self.guidance, batch)
+            self.output.copy_(target.raw)
+        self._match(batch, target)
+        with torch.no_grad():
+            z, start = self.noise
+            x = moved(self.teacher, batch, target, z, self.eta)
+            begun = self.start_std * start
+            self.next.copy_(torch.where(row_mask(self.given["s"] < 0, x), begun, x))
+
+    def again(self) -> None:
+        """One batch that the teacher has evaluated before: loss and gradients."""
+        batch = self._batch()
+        self._match(batch, self.teacher.read(self.output, batch))
+
+    def _batch(self) -> Batch:
+        given = self.given
+        return Batch(self.x, given["t"], named(given, "teacher"), None, given["s"])
+
+    def _match(self, batch: Batch, target: Prediction) -> None:
+        seen = batch._replace(cond=named(self.given, "student"))
+        loss = self.objective(self.student, seen, target)
+        (loss.mean() / self.accumulates).backward()
+        self.losses.add(batch.t, loss.detach())
+        self.loss.copy_(loss.detach().mean())
+
+    def update(self) -> None:
+        """Clip the gradients, step the optimizer if they are finite, move the average."""
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        self.norm.copy_(norm)
+        with stepped_by(self.optimizer, self.given["rates"]):
+            step_unless(self.optimizer, ~norm.isfinite())
+        self.optimizer.zero_grad(set_to_none=self.accumulates == 1)
+        if self.ema is not None:
+            self.ema.move(self.network, self.given["share"])
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Move chains that begin below T-1 there from pure noise; rows that are not valid stay."""
+        new, at, teacher = self.new, self.new["at"], self.teacher
+        z, start = self.noise[:, at]
+        t = torch.full_like(at, teacher.process.num_levels - 1)
+        x = self.start_std * start
+        batch = Batch(x, t, named(new, "teacher"), None, new["s"])
+        target = answer(teacher, self.guidance, batch)
+        x = moved(teacher, batch, target, z, self.eta)
+        self.next.index_copy_(0, at, torch.where(row_mask(new["valid"], x), x, self.next[at]))
+
+    def state(self) -> list[Tensor]:
+        """All that the functions change, but the gradients."""
+        weights = [weight.detach() for g in self.optimizer.param_groups for weight in g["params"]]
+        averaged = [] if self.ema is None else list(self.ema.weights.values())
+        others = *self.network.buffers(), *states_of(self.optimizer), self.losses.sums
+        return [*weights, *averaged, *others]
+
+
+def named(values: Values, group: str) -> Condition:
+    """The conditions of a group, such as those named `teacher.class_labels`."""
+    first = f"{group}."
+    return {k.removeprefix(first): v for k, v in values.items() if k.startswith(first)}

@@ -1,0 +1,219 @@
+"""A step of training as one CUDA graph, and what the host does beside it.
+
+The host plans the next step (`Pool.plan`), sends it, and starts the graph; while the device works
+it goes on to the next. So nobody waits for the other, up to the steps that `Inputs` holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dkdm.core.captured.graph import captured, fresh
+from dkdm.core.captured.inputs import Inputs
+from dkdm.core.captured.optimizers import count_on
+from dkdm.core.captured.part import DevicePart, Values
+from dkdm.core.captured.placed import fed, placed, placed_objective
+from dkdm.core.chains import Stride
+from dkdm.core.conditioning import Condition
+from dkdm.core.denoiser import Denoiser
+from dkdm.core.moves import Moves
+from dkdm.core.objective import Objective
+from dkdm.core.pool import Pool
+from dkdm.core.prediction import Prediction
+from dkdm.core.replay import Replayed
+
+if TYPE_CHECKING:
+    from dkdm.core.trainer import Trainer
+
+Run = Callable[[], None]
+Sections = Mapping[str, Sequence[Run]]
+Make = Callable[[Sections], Mapping[str, Run]]
+
+
+def as_they_are(sections: Sections) -> dict[str, Run]:
+    """Sections whose functions are called one after the other, without a graph."""
+
+    def run(section: Sequence[Run]) -> None:
+        for function in section:
+            function()
+
+    return {name: partial(run, section) for name, section in sections.items()}
+
+
+class WholeStep:
+    """An optimizer step of a trainer whose source is a pool, in fixed shapes.
+
+    make: how the sections of the device's part are run: `captured` as graphs.
+    """
+
+    def __init__(self, trainer: Trainer, make: Make = captured) -> None:
+        objective, device = trainer.objective, trainer.accelerator.device
+        self.replayed = trainer.source if isinstance(trainer.source, Replayed) else None
+        pool = trainer.source if self.replayed is None else self.replayed.source
+        assert isinstance(pool, Pool) and isinstance(objective, Objective)
+        self.trainer, self.pool, self.make = trainer, pool, make
+        self.batch_size = trainer.training.train_batch_size
+        self.accumulates = trainer.training.gradient_accumulation_steps
+        self.spare = spare_rows(pool.stride, pool.process.num_levels, self.batch_size)
+        moves = pool.plan(self.batch_size)
+        self.given = Inputs(self._given(moves.t, moves.s, moves.shown), device)
+        self.new = Inputs(self._new(moves, torch.arange(0)), device)
+        teacher = placed(pool.teacher, device)
+        self.part = DevicePart(
+            pool.guidance,
+            pool.eta,
+            pool.process.start_std,
+            teacher,
+            placed(trainer.student_on_teacher_levels, device),
+            placed_objective(objective, teacher, device),
+            trainer.network,
+            trainer.optimizer.optimizer,
+            trainer.ema,
+            trainer.losses,
+            trainer.optimizing.max_grad_norm,
+            self.accumulates,
+            self.given.values,
+            self.new.values,
+            torch.zeros(self.batch_size, *pool.x.shape[1:], device=device),
+            torch.zeros(2, self.batch_size, *pool.x.shape[1:], device=device),
+        )
+        self._runs: Mapping[str, Run] | None = None
+
+    def __call__(self) -> Tensor:
+        """One optimizer step; returns the mean loss, still on the device."""
+        if self._runs is None or self._state is not self.part.optimizer.state:  # a run went back
+            self.prepare()
+        trainer, losses = self.trainer, []
+        for _ in range(self.accumulates):
+            losses.append(self._learn() if self._is_new else self._again())
+        if self.accumulates > 1:
+            self._run("update")
+        trainer.bad_steps.note(self.part.norm)
+        trainer.schedule.step()
+        trainer.step_number += 1
+        return torch.stack(losses).mean()
+
+    def prepare(self) -> None:
+        """Make the sections. Raises whatever a capture raises; the run's state is as before."""
+        pool, part = self.pool, self.part
+        moves = pool.plan(self.batch_size)
+        self._tell(moves)
+        self.new.send(self._new(moves, torch.arange(0)))
+        at_once = (part.update,) if self.accumulates == 1 else ()
+        sections: dict[str, Sequence[Run]] = {"learn": (part.learn, *at_once)}
+        if self.accumulates > 1:
+            sections["update"] = (part.update,)
+        if self.replayed is not None:
+            sections["again"] = (part.again, *at_once)
+        if pool.stride.high > 1:
+            sections["restart"] = (part.restart,)
+        count_on(part.optimizer, part.x.device)
+        self._state = part.optimizer.state
+        try:
+            with fresh(part):
+                self._runs = self.make(sections)
+        except Exception:
+            part.optimizer.zero_grad(set_to_none=True)
+            count_on(part.optimizer, torch.device("cpu"))
+            raise
+
+    def _tell(self, moves: Moves) -> None:
+        """Send a batch, its noise, and what the update needs."""
+        self.given.send(self._given(moves.t, moves.s, moves.shown))
+        self.part.x.copy_(self.pool.gather(moves.rows))
+        self.pool.noise(moves.rows, out=self.part.noise)
+
+    def _run(self, name: str) -> None:
+        assert self._runs is not None
+        self._runs[name]()
+
+    def _learn(self) -> Tensor:
+        """One batch; returns its mean loss."""
+        pool, moves = self.pool, self.pool.plan(self.batch_size)
+        self._tell(moves)
+        self._run("learn")
+        pool.count(moves.rows, moves.t)
+        self._restart(moves)
+        pool.write(moves.rows, self.part.next)
+        pool.commit(moves)
+        if self.replayed is not None:
+            channels, output = self.part.x.shape[1], self.part.output
+            variance = output[:, channels:] if output.shape[1] > channels else None
+            said = Prediction(output[:, :channels], self.part.x, self.part.x, variance)
+            self.replayed.keep(moves.batch(self.part.x), said)
+            self.replayed.step += 1
+        return self.part.loss.clone()
+
+    def _again(self) -> Tensor:
+        """One batch that the teacher has evaluated before; returns its mean loss."""
+        assert self.replayed is not None
+        batch = self.replayed.draw(self.batch_size)
+        self.given.send(self._given(batch.t, batch.t - 1, batch.cond))
+        self.part.x.copy_(batch.x)
+        self.part.output.copy_(batch.rows)
+        self._run("again")
+        self.replayed.step += 1
+        return self.part.loss.clone()
+
+    @property
+    def _is_new(self) -> bool:
+        return self.replayed is None or self.replayed.is_new
+
+    def _restart(self, moves: Moves) -> None:
+        """Move the chains that begin below T-1, `spare` of them at once."""
+        top = self.pool.process.num_levels - 1
+        below = moves.begin_below(top).nonzero().flatten()
+        for at in below.split(self.spare) if len(below) else ():
+            self.new.send(self._new(moves, at))
+            self._run("restart")
+        rows = moves.rows[below]
+        self.pool.count(rows, torch.full_like(rows, top))
+
+    def _given(self, t: Tensor, s: Tensor, cond: Condition) -> Values:
+        """What the device reads of a batch, and for the update."""
+        trainer, (teacher, student) = self.trainer, self._models
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        share = 0.0 if trainer.ema is None else trainer.ema.share(trainer.step_number + 1)
+        shown = fed(teacher, cond)
+        same = teacher.conditioning is student.conditioning
+        return {
+            "t": t,
+            "s": s,
+            "rates": torch.tensor(rates, dtype=torch.float32),
+            "share": torch.tensor(share, dtype=torch.float32),
+            **_under("teacher", shown),
+            **_under("student", shown if same else fed(student, cond)),
+        }
+
+    def _new(self, moves: Moves, at: Tensor) -> Values:
+        """The chains at these places of a batch, at most `spare`, and others that fill it up."""
+        others = torch.ones(len(moves.rows), dtype=torch.bool)
+        others[at] = False
+        every = torch.cat([at, others.nonzero().flatten()])[: self.spare]
+        some, valid = moves.only(every), torch.arange(self.spare) < len(at)
+        return {
+            "s": torch.where(valid, some.following, 0),
+            "at": every,
+            "valid": valid,
+            **_under("teacher", fed(self.pool.teacher, some.next)),
+        }
+
+    @property
+    def _models(self) -> tuple[Denoiser, Denoiser]:
+        return self.pool.teacher, self.trainer.student_on_teacher_levels
+
+
+def _under(group: str, cond: Condition) -> Condition:
+    return {f"{group}.{key}": value for key, value in cond.items()}
+
+
+def spare_rows(stride: Stride, num_levels: int, batch_size: int) -> int:
+    """Chains that a batch can begin at once below T-1: a little more than end on average."""
+    mean = batch_size * (stride.low + stride.high) / 2 / num_levels
+    return min(batch_size, math.ceil(mean + math.sqrt(mean)))

@@ -1,0 +1,274 @@
+"""The captured step's eager twin: fixed shapes on a CPU, beside the usual step.
+
+`test_cuda.py` has the graphs themselves.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dkdm.core.captured.choice import capture_steps
+from dkdm.core.captured.graph import fresh
+from dkdm.core.captured.inputs import Inputs
+from dkdm.core.captured.part import DevicePart
+from dkdm.core.captured.placed import placed, placed_objective
+from dkdm.core.captured.step import WholeStep, as_they_are, spare_rows
+from dkdm.core.chains import Stride
+from dkdm.core.learning import Ema
+from dkdm.core.muon import Muon
+from dkdm.core.progress import LossPerLevel
+from small_runs import begun, state_of
+
+CPU = torch.device("cpu")
+RUNS = {
+    "stride 1": {},
+    "classes, long strides": {"stride": "random:20", "condition_dropout": 0.2},
+    "guided": {"guidance_scale": "2:8", "stride": "7"},
+    "one scale": {"guidance_scale": "1.5", "random_conditioning": 0.5},
+    "guided chain": {"guidance_scale": "3", "guidance_on": "chain", "stride": "random:9"},
+    "another process": {"student_process": "flow", "stride": "random:20"},
+    "muon": {"optimizer": "muon", "learning_rate": 0.02, "weight_decay": 0.1},
+    "accumulation": {"gradient_accumulation_steps": 2, "stride": "random:20"},
+    "iterative": {"source": "iterative", "stride": "random:9", "pool_size": None},
+    "half a pool": {"pool_dtype": "float16", "use_ema": False, "eta": 0.0, "stride": "random:9"},
+    "replay": {"replay": 3, "stride": "random:9", "guidance_scale": "2"},
+    "features": {"feature_weight": 0.5, "stride": "random:9"},
+    "learned variance": {"eta": 1.0, "stride": "random:9"},
+}
+
+
+def ready(folder, name="stride 1", **changes):
+    return begun(folder, name == "learned variance", **{**RUNS[name], **changes})
+
+
+def some(*quick):
+    """All kinds of runs; those that are not named are slow."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
+
+
+@pytest.mark.parametrize("name", some("guided", "accumulation", "learned variance"))
+def test_fixed_shapes_learn_what_the_usual_step_learns(tmp_path, name):
+    usual, trainer = ready(tmp_path, name), ready(tmp_path, name)
+    whole = WholeStep(trainer, as_they_are)
+    losses = [[float(step()) for _ in range(8)] for step in (usual.step, whole)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    expected, found = state_of(usual), state_of(trainer)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=2e-3, atol=2e-5, msg=f"{name}: {key}")
+    assert trainer.source.evaluations == usual.source.evaluations
+    assert trainer.schedule.get_last_lr() == usual.schedule.get_last_lr()
+
+
+def test_a_resumed_step_of_fixed_shapes_equals_the_uninterrupted_one(tmp_path):
+    name = "classes, long strides"
+    whole, parts = ready(tmp_path, name), ready(tmp_path / "parts", name)
+    step = WholeStep(whole, as_they_are)
+    for _ in range(5):
+        step()
+    first = WholeStep(parts, as_they_are)
+    for _ in range(2):
+        first()
+    parts.save()
+    parts.saver.finish()
+    resumed = ready(tmp_path / "resumed", name)
+    resumed.resume(parts.output_dir / "checkpoint-2")
+    second = WholeStep(resumed, as_they_are)
+    for _ in range(3):
+        second()
+    expected, found = state_of(whole), state_of(resumed)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+class Watched(TorchDispatchMode):
+    """Counts operations, and refuses those whose result the host or a shape needs."""
+
+    HOST = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "equal",
+        "is_nonzero",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.counts[name] += 1
+        assert not name.startswith(self.HOST), name
+        if name in ("index", "index_put", "index_put_"):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            assert not masks, name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", some("guided", "learned variance"))
+def test_the_devices_part_reads_no_number(tmp_path, name):
+    whole = WholeStep(ready(tmp_path, name), as_they_are)
+    whole()
+    with Watched() as seen:
+        whole.part.learn()
+        whole.part.restart()
+        whole.part.again()
+    assert 100 < seen.counts.total() < 3000
+
+
+def test_the_watch_sees_what_a_capture_forbids():
+    mask = torch.tensor([True, False])
+    for forbidden in (lambda: bool(mask.any()), lambda: mask.nonzero(), lambda: mask[mask]):
+        with pytest.raises(AssertionError), Watched():
+            forbidden()
+
+
+@pytest.mark.parametrize("name", ["guided", "learned variance"])
+def test_nothing_of_the_host_is_used_on_the_device(tmp_path, name):
+    """On the meta device there are no values: a tensor of the CPU beside them is an error."""
+    trainer, meta = ready(tmp_path, name), torch.device("meta")
+    whole = WholeStep(trainer, as_they_are)
+    source, student = trainer.source, trainer.student_on_teacher_levels
+    for network in (source.teacher.network, trainer.network):
+        network.to(meta)
+    teacher = placed(source.teacher, meta)
+    part = DevicePart(
+        source.guidance,
+        source.eta,
+        source.process.start_std,
+        teacher,
+        placed(student, meta),
+        placed_objective(trainer.objective, teacher, meta),
+        trainer.network,
+        trainer.optimizer.optimizer,
+        Ema(trainer.network, 0.9),
+        LossPerLevel(source.process.num_levels, meta),
+        1.0,
+        1,
+        *({k: v.to(meta) for k, v in each.values.items()} for each in (whole.given, whole.new)),
+        whole.part.x.to(meta),
+        whole.part.noise.to(meta),
+    )
+    part.learn()
+    part.restart()
+    part.ema.move(part.network, part.given["share"])
+    gradients = [weight.grad for weight in trainer.network.parameters()]
+    assert all(gradient.device == meta for gradient in gradients)
+
+
+def test_what_a_capture_tries_leaves_no_trace(tmp_path):
+    trainer = ready(tmp_path, "muon")
+    whole, before = WholeStep(trainer, as_they_are), state_of(trainer)
+    random = torch.get_rng_state()
+    whole._tell(trainer.source.plan(8))
+    with fresh(whole.part):
+        for _ in range(3):
+            whole.part.learn()
+            whole.part.update()
+            torch.rand(3)
+    after = state_of(trainer)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(torch.get_rng_state(), random)
+    fresh_states = {key for key in after if key.startswith("optimizer/")}
+    assert fresh_states and all(not after[key].any() for key in fresh_states)
+
+
+def test_a_step_that_fails_to_be_captured_is_the_usual_one(tmp_path, monkeypatch, capsys):
+    usual, trainer = ready(tmp_path), ready(tmp_path)
+    monkeypatch.setattr("dkdm.core.captured.choice.misfit", lambda _: None)
+
+    def fails(sections):
+        for run in as_they_are(sections).values():
+            run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("dkdm.core.captured.step.captured", fails)
+    monkeypatch.setattr(WholeStep.__init__, "__defaults__", (fails,))
+    capture_steps(trainer)
+    assert [float(trainer.step()) for _ in range(4)] == [float(usual.step()) for _ in range(4)]
+    assert capsys.readouterr().err.count("not captured as one CUDA graph: operation not") == 1
+    expected, found = state_of(usual), state_of(trainer)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_without_a_cuda_device_the_step_stays_as_it_is(tmp_path, capsys):
+    trainer = ready(tmp_path, accelerate="graph")
+    assert trainer.replay is None
+    assert "not captured as one CUDA graph: there is no CUDA device" in capsys.readouterr().err
+
+
+def test_inputs_keep_shapes_and_values():
+    like = {
+        "a": torch.zeros(3, dtype=torch.int64),
+        "b": torch.zeros((), dtype=torch.float32),
+        "c": torch.zeros(5, dtype=torch.bool),
+        "d": torch.zeros(2, 2, dtype=torch.float16),
+    }
+    inputs = Inputs(like, CPU)
+    places = {name: value.data_ptr() for name, value in inputs.values.items()}
+    for number in range(1, 5):
+        sent = {name: (value + number).to(value.dtype) for name, value in like.items()}
+        inputs.send(sent)
+        for name, value in sent.items():
+            assert torch.equal(inputs.values[name], value)
+            assert inputs.values[name].data_ptr() == places[name]
+
+
+def test_most_steps_begin_their_chains_at_once():
+    assert spare_rows(Stride(1, 199), 1000, 128) == 17
+    assert spare_rows(Stride(30, 30), 50, 4) == 4
+    assert spare_rows(Stride(1, 1), 1000, 8) == 1
+
+
+def test_rates_and_shares_may_be_tensors():
+    random = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(24, 40, generator=random) for _ in range(2))
+    moved = []
+    for rate in (0.02, torch.tensor(0.02)):
+        weight = start.clone().requires_grad_()
+        weight.grad = gradient.clone()
+        optimizer = Muon([weight], [], 0.02, 0.1)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        moved.append(weight.detach())
+    torch.testing.assert_close(moved[1], moved[0])
+    layers = torch.nn.Linear(3, 3)
+    averages = [Ema(layers, 0.9) for _ in range(2)]
+    torch.nn.init.ones_(layers.weight)
+    averages[0].update(layers, 100)
+    averages[1].move(layers, torch.tensor(averages[1].share(100)))
+    torch.testing.assert_close(averages[1].weights, averages[0].weights)
+
+
+@pytest.mark.parametrize("name", ["stride 1", pytest.param("muon", marks=pytest.mark.slow)])
+def test_a_bad_step_changes_no_weight(tmp_path, name):
+    found = []
+    for fixed in (False, True):
+        trainer = ready(tmp_path, name)
+        step = WholeStep(trainer, as_they_are) if fixed else trainer.step
+        step()
+        before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+        trainer.source.x[trainer.source.plan(8).rows[0]] = torch.nan
+        step()
+        after = trainer.network.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert trainer.bad_steps.total == 1
+        found.append(state_of(trainer))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=2e-5, equal_nan=True)
+    assert all(value.isfinite().all() for key, value in found[1].items() if "optimizer" in key)
+
+
+def test_after_a_run_went_back_its_step_is_captured_anew(tmp_path):
+    made = []
+    trainer = ready(tmp_path)
+    whole = WholeStep(trainer, lambda sections: made.append(1) or as_they_are(sections))
+    trainer.save()
+    trainer.saver.finish()
+    losses = [float(whole()) for _ in range(3)]
+    trainer.resume(trainer.output_dir / "checkpoint-0")
+    assert [float(whole()) for _ in range(3)] == losses
+    assert len(made) == 2
