@@ -2,8 +2,8 @@
 
     python benchmarks/few_steps.py runs/few --students dit-tiny unet-mini --seeds 0 1 2 --jobs 2
 
-The teacher is the embedded one, or any folder. All runs of a student have as many optimizer steps
-and teacher evaluations. Each run is one line of `results.jsonl`, and is left out if its line is
+The teacher is the embedded one, or any folder. All runs of a student have as many teacher
+evaluations. Each run is one line of `results.jsonl`, and is left out if its line is
 there: a benchmark that was interrupted goes on. Writes `few_steps.md`: Frechet distance, class
 accuracy and variance within a class (1 = real images) of 1,000 samples without guidance, from the
 same noise, at each number of steps; mean and spread over the seeds. Teacher and plain students draw
@@ -39,6 +39,10 @@ ADAMW: dict[str, Any] = {"learning_rate": 2e-3}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "few-step": (FEW, {}),
+    "few-step, whole batches": (FEW | {"few_step_batch_size": 64, "few_step_anchor": 0.0}, {}),
+    "half batches alone": (FEW | {"few_step_anchor": 0.0}, {}),
+    "anchor alone": (FEW | {"few_step_batch_size": 64}, {}),
+    "quarter batches": (FEW | {"few_step_batch_size": 16}, {}),
     "plain, AdamW": (ADAMW, {}),
     "few-step, AdamW": (FEW | ADAMW, {}),
     "few steps by AdamW, rate 1e-3": (FEW | {"few_step_learning_rate": 1e-3}, {}),
@@ -60,7 +64,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "consistency, no more pure noise": (PAIRS | {"start_share": 0.0}, {}),
     "consistency from scratch": (PAIRS | {"few_step_share": 1.0}, {}),
     # as many teacher evaluations: half as many states, each with two targets
-    "2 targets": (FEW | {"few_step_targets": 2}, {"train_batch_size": 32}),
+    "2 targets": (FEW | {"few_step_targets": 2}, {"train_batch_size": 16}),
 }
 SHARED: dict[str, Any] = {
     "train_batch_size": 64,
