@@ -31,7 +31,9 @@ def same(trainer, other):
     "changes",
     [
         {"teacher_prefetch": True, "guidance_scale": "2:8"},
-        {"teacher_device": "cpu", "gradient_accumulation_steps": 2},
+        pytest.param(
+            {"teacher_device": "cpu", "gradient_accumulation_steps": 2}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"teacher_prefetch": True, "source": "iterative", "pool_size": None},
             marks=pytest.mark.slow,
