@@ -1,9 +1,11 @@
 """What makes a short run good: variants of one distillation, over seeds, at equal evaluations.
 
     python benchmarks/evidence.py runs/evidence --variants eps v flow --seeds 0 1 2 --jobs 2
+    python benchmarks/evidence.py runs/laws --variants laws --evaluations 28352
 
 The teacher is the embedded one read as an eps teacher (its v is turned into eps at every level), or
-any folder. Each run is one line of `results.jsonl`, and is left out if its line is there: a
+any folder. With --evaluations a variant takes as many steps as these leave once its pool is filled.
+Each run is one line of `results.jsonl`, and is left out if its line is there: a
 benchmark that was interrupted goes on. Writes `evidence.md`: distance to 10,000 test images (1,000
 samples, 20 DDIM steps, no guidance), mean and spread over the seeds, and the excess over the
 teacher beside that of the first variant.
@@ -29,6 +31,7 @@ from dkdm.core.process import Process
 from dkdm.models import load_teacher
 from dkdm.runs.distill import distill
 
+LEVELS = 1000
 VARIANTS: dict[str, dict[str, Any]] = {
     "eps, AdamW (the paper's)": {"student_prediction": "epsilon", "learning_rate": 2e-3},
     "eps": {"student_prediction": "epsilon"},
@@ -47,10 +50,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "edm": {"student_process": "edm"},
     "eps, min-SNR": {"student_prediction": "epsilon", "loss_weighting": "min-snr"},
     "v, min-SNR": {"student_prediction": "v_prediction", "loss_weighting": "min-snr"},
-    "replay": {"replay": 2},
-    "batch 32": {"train_batch_size": 32},
-    "batch 32, replay": {"train_batch_size": 32, "replay": 2},
 }
+MUON = {"optimizer": "muon"}
+LAWS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "stride 1, eta 1": {"stride": "1", "eta": 1.0},
+    "stride 1, eta 0": {"stride": "1"},
+    "random:50, eta 1": {"eta": 1.0},
+    "random:200, eta 0": {"stride": "random:200"},
+    "random:200, eta 1": {"stride": "random:200", "eta": 1.0},
+    "random:500, eta 0": {"stride": "random:500"},
+    "fill of 2 steps": {"fill_steps": 2},
+    "fill of 4 steps": {"fill_steps": 4},
+    "fill of 20 steps": {"fill_steps": 20},
+    "no fill": {"fill": "none"},
+    "no fill, random:200": {"fill": "none", "stride": "random:200"},
+    "replay 2": {"replay": 2},
+    "replay 3": {"replay": 3},
+    "replay 4": {"replay": 4},
+    "batch 32": {"train_batch_size": 32},
+    "batch 32, replay 2": {"train_batch_size": 32, "replay": 2},
+    "batch 128": {"train_batch_size": 128},
+    "rate 0.01": MUON | {"learning_rate": 0.01},
+    "rate 0.04": MUON | {"learning_rate": 0.04},
+    "no average": {"use_ema": False},
+    "average 0.9": {"ema_decay": 0.9},
+    "average 0.95": {"ema_decay": 0.95},
+}
+VARIANTS |= LAWS
 SHARED: dict[str, Any] = {
     "train_batch_size": 64,
     "lr_scheduler": "cosine",
@@ -109,18 +136,27 @@ def run(teacher: str, folder: Path, cell: cells.Cell) -> cells.Line:
     return cells.measured(load_teacher(str(run_folder)))
 
 
+def steps_within(settings: dict[str, Any], evaluations: int) -> int:
+    """Optimizer steps that so many teacher evaluations leave after the fill; restarts count."""
+    pool = DistillConfig(**settings).pool
+    assert pool.pool_size is not None
+    fill = 0 if pool.fill == "none" else pool.pool_size * pool.fill_steps
+    restarts = sum(pool.strides) / 2 / LEVELS
+    each = settings["train_batch_size"] * (1 + restarts) / pool.replay
+    return max(1, round((evaluations - fill) / each))
+
+
 def queue(args: argparse.Namespace) -> Iterator[cells.Cell]:
     """Seed by seed, so that an early end leaves a whole row."""
     yield {"variant": "teacher"}
     for seed in args.seeds:
         for student in args.students:
             for variant in args.variants:
-                yield {
-                    "variant": variant,
-                    "student": student,
-                    "seed": seed,
-                    "steps": args.steps,
-                }
+                settings = SHARED | VARIANTS[variant]
+                steps = args.steps
+                if args.evaluations is not None:
+                    steps = steps_within(settings, args.evaluations)
+                yield {"variant": variant, "student": student, "seed": seed, "steps": steps}
 
 
 def table(lines: list[dict[str, Any]], variants: list[str]) -> str:
@@ -159,11 +195,16 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--teacher", default="cnn-eps", help="cnn-eps, or any model")
     parser.add_argument("--students", nargs="+", default=["dit-tiny"])
-    parser.add_argument("--variants", nargs="+", default=["eps", "default"], choices=VARIANTS)
+    names = [*VARIANTS, "laws"]
+    parser.add_argument("--variants", nargs="+", default=["eps", "default"], choices=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=600)
+    length.add_argument("--evaluations", type=int, help="of the teacher, instead of --steps")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     args = parser.parse_args()
+    named = [LAWS if name == "laws" else [name] for name in args.variants]
+    args.variants = [name for group in named for name in group]
     args.folder.mkdir(parents=True, exist_ok=True)
     page = args.folder / "evidence.md"
 

@@ -93,6 +93,8 @@ def test_offloaded_teacher_and_pool_are_counted_on_the_host(teacher):
     assert found.device["teacher weights"] == found.device["pool"] == 0
     assert found.host["teacher weights"] > 0
     assert found.host["pool"] > 0
+    on_disk = plan(teacher, replace(SMALL, pool_device="disk"))
+    assert on_disk.device["pool"] == on_disk.host["pool"] == 0
 
 
 def test_advice_leads_to_a_plan_that_fits(teacher):

@@ -137,7 +137,7 @@ def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
         "update": update,
         "EMA": weights if run.optimizing.use_ema else 0.0,
         "student activations": activations,
-        "pool": pool_mib - on_host["pool"],
+        "pool": pool_mib if pool.pool_device == "device" else 0.0,
         "replay": replay_mib(teacher, run, batch),
         "CUDA context": CONTEXT_MIB,
     }

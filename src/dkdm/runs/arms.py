@@ -32,6 +32,12 @@ from dkdm.runs.source import (
 
 FINISHED = "finished"
 SYNTHETIC = "synthetic"
+# what decides a pool's size and beginning, and what moves, stores and shows its states
+OF_A_FILL = ("pool_size", "rho", "fill", "fill_steps")
+OF_CHAINS = (
+    *("stride", "eta", "random_conditioning"),
+    *("shards", "pool_dtype", "pool_device", "pool_dir"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,14 @@ class Arm:
 
     kind: class of the pool. noise: whether it begins as pure noise, whatever --fill says.
     chains: whether chains end, whose samples can be kept. images: whether real images are read.
+    ignores: options that change nothing.
     """
 
     kind: type[Pool] = Pool
     noise: bool = False
     chains: ClassVar[bool] = True
     images: ClassVar[bool] = False
+    ignores: ClassVar[tuple[str, ...]] = ()
 
     def teaching(self, images: ImageOptions) -> Teaching:
         """What the teacher says of its batches."""
@@ -115,6 +123,8 @@ class Arm:
 class BatchArm(Arm):
     """An arm whose pool is as large as a batch."""
 
+    ignores: ClassVar[tuple[str, ...]] = OF_A_FILL
+
     def entries(self, pool: PoolOptions, training: TrainingOptions, num_levels: int) -> int:
         """A batch."""
         del pool, num_levels
@@ -123,6 +133,8 @@ class BatchArm(Arm):
 
 class GroupsArm(BatchArm):
     """An arm whose pool is a batch, or the whole batches that --pool-size holds."""
+
+    ignores: ClassVar[tuple[str, ...]] = ("rho",)
 
     def entries(self, pool: PoolOptions, training: TrainingOptions, num_levels: int) -> int:
         """As many as fit into --pool-size, which may be left out."""
@@ -146,6 +158,7 @@ class SyntheticArm(Arm):
     """A set of finished samples of the teacher, drawn first."""
 
     chains = False
+    ignores: ClassVar[tuple[str, ...]] = OF_CHAINS
 
     def teaching(self, images: ImageOptions) -> Teaching:
         """Nothing."""
@@ -208,6 +221,7 @@ class ImagesArm(Arm):
 
     chains = False
     images = True
+    ignores: ClassVar[tuple[str, ...]] = (*OF_CHAINS, *OF_A_FILL)
 
     def teaching(self, images: ImageOptions) -> Teaching:
         """All or nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import lcm
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -37,6 +38,13 @@ MANY_STEPS = "many-steps"
 
 class Consistency(FewSteps):
     """Consistency on pairs of the teacher's states, beside the plain loss."""
+
+    ignores: ClassVar[tuple[str, ...]] = (
+        "few_step_heads",
+        "few_step_targets",
+        "few_step_on_policy",
+        "few_step_pool",
+    )
 
     def last(self, config: DistillConfig) -> DistillConfig:
         """The part that learns to jump; it goes on with the pool of the plain part."""

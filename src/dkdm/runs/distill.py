@@ -64,6 +64,7 @@ from dkdm.runs.teachers import (
     teachers_given,
 )
 from dkdm.runs.validation import check_metric, validate_by_metric
+from dkdm.runs.without_effect import without_effect
 from dkdm.shipping.card import Measured
 from dkdm.students.start import Start, start_student
 
@@ -98,6 +99,16 @@ def _distill(
         **teacher_names(teachers),
         student=name_of(student) or config.student_choice.student,
     )
+    return _in_parts(config, teachers, student, without_effect(config))
+
+
+def _in_parts(
+    config: DistillConfig,
+    teachers: Sequence[str | Denoiser] | None,
+    student: str | Denoiser | nn.Module | None,
+    notes: Sequence[str],
+) -> Path:
+    """Carry out all parts of a run, one after the other; the first that runs prints the notes."""
     program = OBJECTIVES[config.few_steps.objective]
     parts = [*program.before(config), config]
     for part in parts:
@@ -106,17 +117,21 @@ def _distill(
         prepared(_last_as_first(config), teachers, student)  # refuses what it would refuse later
     for part in parts[:-1]:
         if not is_finished(part.run.output_dir):
-            _distill(teachers, student, part)
-            config = replace(config, resume_from_checkpoint=None)
-    return distill_part(program.last(config), teachers, student)
+            _in_parts(part, teachers, student, notes)
+            config, notes = replace(config, resume_from_checkpoint=None), ()
+    return distill_part(program.last(config), teachers, student, notes)
 
 
 def distill_part(
     config: DistillConfig,
     teachers: Sequence[str | Denoiser] | None = None,
     student: str | Denoiser | nn.Module | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
-    """Carry out one part of a run, of the models that the options name or that are given."""
+    """Carry out one part of a run, of the models that the options name or that are given.
+
+    notes: lines that are printed once nothing can be refused any more.
+    """
     program = OBJECTIVES[config.few_steps.objective]
     begun = begun_by(config.run, config.checkpoints)
     changes = check_changes(config, begun)
@@ -128,7 +143,7 @@ def distill_part(
         f"computes on {device}",
         f"this run takes {in_words(ready.needed)}",
     ]
-    said += [anew(config.run, config.checkpoints), *ready.warnings]
+    said += [anew(config.run, config.checkpoints), *ready.warnings, *notes]
     if config.teacher_choice.check and trainer.step_number == 0:
         for one in parts_of(teacher):
             name = "the teacher" if one is teacher else one.name
@@ -158,7 +173,7 @@ def describe(config: DistillConfig) -> str:
     Raises what `distill` raises before its work, but for an output folder that is taken.
     """
     parts = [*OBJECTIVES[config.few_steps.objective].before(config), _last_as_first(config)]
-    return "\n\n".join(map(_described, parts))
+    return "\n\n".join([*map(_described, parts), *without_effect(config)])
 
 
 def _last_as_first(config: DistillConfig) -> DistillConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import ceil, lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -105,6 +105,8 @@ def check_heads(few: FewStepOptions) -> None:
 
 class FewSteps(Program):
     """Parallel-head distillation, from the weights of a plain run."""
+
+    ignores: ClassVar[tuple[str, ...]] = ("start_share", "pair_length", "pair_decay")
 
     def before(self, config: DistillConfig) -> list[DistillConfig]:
         """The plain part, if there is one."""

@@ -7,16 +7,18 @@ with its own source, objective, optimizer and checkpoints, and starts from the f
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dkdm.config import DistillConfig
+from dkdm.config import DistillConfig, FewStepOptions
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.feature_loss import Features
 from dkdm.core.prediction import Prediction
 from dkdm.core.sources import Source
 from dkdm.data.reference import Reference
+from dkdm.reading.options import hints
 from dkdm.runs.arms import Teaching, check_options
 from dkdm.runs.objective import objective_of
 from dkdm.runs.outputs import compare_models, save_pool
@@ -31,8 +33,12 @@ Loss = Callable[[Denoiser, Batch, Prediction], Tensor]
 class Program:
     """`--objective dkdm`: a student learns to denoise as its teacher does, in a run of one part.
 
-    Another objective overrides what differs.
+    Another objective overrides what differs. ignores: options that change nothing.
     """
+
+    ignores: ClassVar[tuple[str, ...]] = tuple(
+        name for name in hints(FewStepOptions) if name != "objective"
+    )
 
     def before(self, config: DistillConfig) -> list[DistillConfig]:
         """The runs that come first, each in a folder of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import measure_model, reference_of, sample_grids
 from dkdm.runs.resume import check_changes, facts_of
 from dkdm.runs.validation import check_metric, validate_by_metric
+from dkdm.runs.without_effect import without_effect
 from dkdm.students import student_of
 
 
@@ -75,5 +77,7 @@ def _train(config: TrainConfig) -> Path:
     processes.own_randomness(run.seed)
     if found:
         trainer.resume(found)
+    for note in without_effect(config):
+        print(note, file=sys.stderr)
     measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)
     return carry_out(config, trainer, measure, changes=changes)
