@@ -6,6 +6,7 @@ Its statistics (uniform t, states on the right law) are in test_pool_statistics.
 import copy
 import tracemalloc
 from collections import Counter
+from math import ceil
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from dkdm.core.prediction import Parameterization
 from dkdm.core.process import per_sample
 from dkdm.core.randomness import generator
 from dkdm.core.schedules import beta_schedule, from_betas, karras
+from dkdm.core.shards import Shards
 from dkdm.core.storage import check_memory
 from dkdm.errors import UsageError
 from dkdm.runs.arms import ARMS
-from dkdm.runs.source import pool_entries
+from dkdm.runs.source import fill_cost, pool_entries
 
 LEVELS, TOP = 100, 99
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", LEVELS))
@@ -414,12 +416,31 @@ def test_a_fill_leaves_conditions_alone():
         assert pool.step == 0
 
 
-def test_every_batch_of_a_fill_has_noise_of_its_own():
+@pytest.mark.parametrize("entries", [1, 4])
+def test_every_entry_of_a_fill_has_noise_of_its_own(entries):
     teacher = Denoiser(lambda x, _: 0 * x, COSINE, Parameterization("sample"), (3,))
     pool = empty_pool(teacher, 64, CPU, torch.float32)
-    fill_few_step(pool, 2, 4)
+    fill_few_step(pool, 2, 4, entries=entries)
     eps = pool.x / per_sample(COSINE.sigma[pool.t], pool.x)
     assert torch.pdist(eps).min() > 1e-3
+
+
+@pytest.mark.parametrize(("size", "entries"), [(200, 4), (67, 8), (20, 3), (7, 100)])
+def test_a_fill_makes_several_entries_of_a_sample_at_levels_far_apart(size, entries):
+    pool, shards = make(size=size, shards=Shards(3)), Shards(3).sizes(size).values()
+    fill_few_step(pool, 3, 16, entries=entries)
+    samples = sum(ceil(count / entries) for count in shards)
+    assert pool.evaluations == 3 * samples
+    planned = PoolOptions(fill_steps=3, fill_entries=entries, shards=3)
+    assert fill_cost(planned, size, LEVELS) == pool.evaluations
+    for here in pool.entries.slices.values():
+        apart = ceil((here.stop - here.start) / entries)
+        t, classes = pool.t[here], pool.cond["class_labels"][here]
+        for first in range(apart):
+            own = t[first::apart]
+            steps = (own - own[0]) % LEVELS
+            assert torch.equal(steps, torch.arange(len(own)) * LEVELS // entries)
+            assert (classes[first::apart] == classes[first]).all()
 
 
 # --- state ---------------------------------------------------------------------------------------

@@ -520,7 +520,10 @@ class PoolOptions(StorageOptions, SourceOptions):
     """How the pool is filled. few-step: finished samples, drawn in a few steps and noised afresh.
     ancestral: exact chains (slow). none: pure noise."""
     fill_steps: Count = 20
-    """Teacher evaluations that the few-step fill spends on each noisy sample."""
+    """Teacher evaluations that the few-step fill spends on each sample it draws."""
+    fill_entries: Annotated[int, Range(1, 1000)] = 1
+    """Noisy samples that the few-step fill makes of each sample it draws, at levels far apart: with
+    8 it costs an eighth."""
     fill_batch_size: Count | Literal["auto"] | None = None
     """Samples that the fill evaluates at once, in whole batches of --train-batch-size; the noise
     is the same for all, so that the pool differs by rounding only. auto: what the device is fastest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dkdm.core.chains import joined
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.devices import to_device
 from dkdm.core.filling import Filling
 from dkdm.core.pool import Pool
 from dkdm.core.progress import track
@@ -81,16 +83,20 @@ def fill_few_step(
     batch_size: int,
     filling: Filling | None = None,
     together: int = 1,
+    entries: int = 1,
 ) -> None:
-    """Spread the entries over all levels: sample each in `num_steps` DDIM steps, then noise it.
+    """Spread the entries over all levels: draw samples in `num_steps` DDIM steps, then noise them.
 
-    Costs num_steps teacher evaluations per entry. The few-step sampler decides which states there
+    Costs num_steps teacher evaluations per sample. The few-step sampler decides which states there
     are; the target of each is exact. The steps start at T-1 (trailing spacing), the level of pure
     noise, whatever spacing the teacher has. filling: knows what is done, and notes what is.
-    together: batches that are evaluated at once, which have the same noise as one by one.
+    together: batches that are evaluated at once, which have the same noise as one by one. entries:
+    made of each sample, with noise of their own at levels equally far apart.
     """
     teacher, filling = pool.teacher, filling or Filling(pool)
-    for part, levels, noise in _parts(filling, batch_size, "few-step fill", together):
+    for part, levels, noise in _parts(
+        filling, batch_size, "few-step fill", together, False, entries
+    ):
         cond = {key: value[part] for key, value in pool.cond.items()}
 
         def draw(step: int, noise: Noise = noise) -> Tensor:
@@ -101,8 +107,26 @@ def fill_few_step(
         for level in teacher.process.timesteps(num_steps, "trailing"):
             pool.count(part, torch.full_like(part, level))
         x_0 = teacher.sample(draw, cond, num_steps, 0.0, scale, "trailing")
-        x = teacher.process.add_noise(x_0, draw(0), levels)
-        pool.store(part, _finite(x, teacher), levels, cond)
+        for rows, t, of in _of_each(pool, part, levels, entries):
+            x = teacher.process.add_noise(x_0, draw(0), t)
+            own = {key: value[of] for key, value in cond.items()}
+            x = _finite(x, teacher)[to_device(of, x.device)]
+            pool.store(rows, x, t[of], own)
+
+
+def _of_each(
+    pool: Pool, part: Tensor, levels: Tensor, entries: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The entries of a batch of samples: (their rows, a level for each sample, of which they are).
+
+    part: the first entry of each; the others lie a share of the shard behind it.
+    """
+    here = next(each for each in pool.entries.slices.values() if each.stop > int(part[0]))
+    apart, num_levels = ceil((here.stop - here.start) / entries), pool.process.num_levels
+    for number in range(entries):
+        rows, shift = part + number * apart, number * num_levels // entries
+        of = (rows < here.stop).nonzero().flatten()
+        yield rows[of], (levels + shift) % num_levels, of
 
 
 @torch.no_grad()
@@ -143,15 +167,20 @@ def _finite(x: Tensor, teacher: Denoiser) -> Tensor:
 
 
 def _parts(
-    filling: Filling, batch_size: int, label: str, together: int, in_order: bool = False
+    filling: Filling,
+    batch_size: int,
+    label: str,
+    together: int,
+    in_order: bool = False,
+    entries: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, Noise]]:
     """Cut every shard into batches and take some of them together: (rows, their levels, noise),
-    with progress; those that are done are left out."""
+    with progress; those that are done are left out. entries: of each row; these are the first."""
     pool, passed, done = filling.pool, 0, filling.done
     device, num_levels = pool.teacher.device, pool.teacher.process.num_levels
     with track(len(pool.t), 0, label) as progress:
         for shard, here in pool.entries.slices.items():
-            size = here.stop - here.start
+            size = ceil((here.stop - here.start) / entries)
             host = generator("cpu", pool.seed, "levels", shard)
             levels = uniform_levels(size, num_levels, host)
             order = levels.argsort(descending=True) if in_order else torch.arange(size)
@@ -164,5 +193,5 @@ def _parts(
                 rows = torch.cat(some)
                 with filling.batch(len(some)):
                     yield here.start + rows, levels[rows], Noise(noise, [len(b) for b in some])
-                progress(here.start + min(numbers.stop * batch_size, size))
+                progress(min(here.start + numbers.stop * batch_size * entries, here.stop))
             passed += len(batches)

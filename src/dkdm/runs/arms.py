@@ -23,6 +23,7 @@ from dkdm.runs.ahead import ahead_of, check_ahead, is_ahead, teacher_device
 from dkdm.runs.source import (
     SourcePlan,
     fill,
+    fill_cost,
     guidance_factor,
     guidance_of_set,
     make_pool,
@@ -33,7 +34,7 @@ from dkdm.runs.source import (
 FINISHED = "finished"
 SYNTHETIC = "synthetic"
 # what decides a pool's size and beginning, and what moves, stores and shows its states
-OF_A_FILL = ("pool_size", "rho", "fill", "fill_steps")
+OF_A_FILL = ("pool_size", "rho", "fill", "fill_steps", "fill_entries")
 OF_CHAINS = (
     *("stride", "eta", "random_conditioning"),
     *("shards", "pool_dtype", "pool_device", "pool_dir"),
@@ -83,8 +84,7 @@ class Arm:
         pool, each = config.pool, guidance_factor(teacher, config.guidance)
         levels = teacher.process.num_levels
         size = self.entries(pool, config.training, levels)
-        per_entry = levels / 2 if pool.fill == "ancestral" else pool.fill_steps
-        preparing = 0 if self.noise or pool.fill == "none" else round(size * per_entry * each)
+        preparing = 0 if self.noise else round(fill_cost(pool, size, levels) * each)
         return SourcePlan(size, preparing, round(newly_drawn(config.pool, config.training) * each))
 
     def size(self, teacher: Denoiser, config: DistillConfig) -> str:
@@ -117,7 +117,7 @@ class Arm:
         """Options that make preparing shorter."""
         if pool.fill == "ancestral":
             return "--fill few-step, or a smaller --pool-size or --rho, makes it shorter"
-        return "a smaller --fill-steps, --pool-size or --rho makes it shorter"
+        return "--fill-entries 8, a smaller --fill-steps, --pool-size or --rho makes it shorter"
 
 
 class BatchArm(Arm):

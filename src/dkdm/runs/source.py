@@ -110,10 +110,21 @@ def guidance_of_set(guidance: GuidanceOptions) -> float:
     return low
 
 
+def fill_cost(pool: PoolOptions, size: int, num_levels: int) -> float:
+    """Teacher evaluations, of an unguided teacher, that fill a pool of `size` entries."""
+    if pool.fill == "none":
+        return 0
+    if pool.fill == "ancestral":
+        return size * num_levels / 2
+    shards = Shards(min(pool.shards, size)).sizes(size).values()
+    return pool.fill_steps * sum(math.ceil(count / pool.fill_entries) for count in shards)
+
+
 def fill(pool: Pool, options: PoolOptions, batch_size: int, output_dir: Path) -> None:
     """Prepare the pool as asked; what a killed run had filled in `output_dir` is taken over."""
     place = f"{pool.seed}-{pool.shards.rank}-of-{pool.shards.world}"
-    how = {"fill": options.fill, "fill_steps": options.fill_steps, "batch_size": batch_size}
+    names = ("fill", "fill_steps", "fill_entries")
+    how = {"batch_size": batch_size, **{name: getattr(options, name) for name in names}}
     filling = Filling(pool, output_dir / FILL / place, how)
     with filling.kept():
         if options.fill == "none":
@@ -122,7 +133,8 @@ def fill(pool: Pool, options: PoolOptions, batch_size: int, output_dir: Path) ->
         if options.fill == "ancestral":
             fill_ancestral(pool, batch_size, filling, together)
         else:
-            fill_few_step(pool, options.fill_steps, batch_size, filling, together)
+            each = options.fill_steps, batch_size, filling, together, options.fill_entries
+            fill_few_step(pool, *each)
 
 
 def _at_once(pool: Pool, options: PoolOptions, batch_size: int) -> int:

@@ -34,7 +34,7 @@ IN_A_DISTILLATION = (
     Rule("--feature-weight 0", ("feature_layers",), lambda c: not c.feature_weight),
     Rule("--guidance-scale 1", ("guidance_on",), lambda c: c.guidance.is_off),
     Rule("--pool-size", ("rho",), lambda c: c.pool_size is not None),
-    Rule("this --fill", ("fill_steps",), lambda c: c.fill != "few-step"),
+    Rule("this --fill", ("fill_steps", "fill_entries"), lambda c: c.fill != "few-step"),
     Rule("--synthetic-samples", OF_A_FILL, lambda c: c.synthetic_samples is not None),
     Rule("this --source", ("synthetic_steps",), lambda c: c.source != "synthetic"),
     Rule("this --source", ("mixed_share",), lambda c: c.source != "mixed"),
