@@ -30,6 +30,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.process import Process
 from dkdm.models import load_teacher
 from dkdm.runs.distill import distill
+from dkdm.runs.source import fill_cost
 
 LEVELS = 1000
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,8 @@ LAWS: dict[str, dict[str, Any]] = {
     "fill of 2 steps": {"fill_steps": 2},
     "fill of 4 steps": {"fill_steps": 4},
     "fill of 20 steps": {"fill_steps": 20},
+    "8 entries of a sample": {"fill_entries": 8},
+    "8 entries of a sample, replay 2": {"fill_entries": 8, "replay": 2},
     "no fill": {"fill": "none"},
     "no fill, random:200": {"fill": "none", "stride": "random:200"},
     "replay 2": {"replay": 2},
@@ -140,10 +143,9 @@ def steps_within(settings: dict[str, Any], evaluations: int) -> int:
     """Optimizer steps that so many teacher evaluations leave after the fill; restarts count."""
     pool = DistillConfig(**settings).pool
     assert pool.pool_size is not None
-    fill = 0 if pool.fill == "none" else pool.pool_size * pool.fill_steps
     restarts = sum(pool.strides) / 2 / LEVELS
     each = settings["train_batch_size"] * (1 + restarts) / pool.replay
-    return max(1, round((evaluations - fill) / each))
+    return max(1, round((evaluations - fill_cost(pool, pool.pool_size, LEVELS)) / each))
 
 
 def queue(args: argparse.Namespace) -> Iterator[cells.Cell]:
