@@ -9,6 +9,7 @@ import torch
 from accelerate.state import PartialState
 
 import dkdm
+from dkdm.checks.memory_plan import CONTEXT_MIB, PlannedRun, plan
 from dkdm.config import SamplingOptions
 from dkdm.core.captured.part import DevicePart
 from dkdm.core.checkpoint import read_tensors
@@ -16,10 +17,14 @@ from dkdm.core.denoiser import Batch
 from dkdm.core.graphs import replayed
 from dkdm.core.muon import Muon
 from dkdm.core.progress import read_metrics
+from dkdm.evaluation.memory import MIB, peak_allocated
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models import load_teacher
 from dkdm.models.place import place
+from dkdm.runs.arms import prepare_source
+from dkdm.runs.distill import prepared
 from dkdm.runs.outputs import sample_to_file
+from dkdm.students import student_of
 from factories import denoiser, some_batch
 from small_runs import SMALL, begun, state_of
 
@@ -322,3 +327,21 @@ def test_states_that_travel_are_those_that_are_sent(tmp_path, place):
     assert found == pytest.approx(expected, rel=1e-4)
     same = state_of(pinned), state_of(usual)
     torch.testing.assert_close(*same, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_plan_is_what_the_allocator_gives_out(tmp_path, precision):
+    options = {"student": "unet-mini", "train_batch_size": 128, "optimizer": "adamw"}
+    options |= {"mixed_precision": precision, "pool_size": 2000, "cuda_graphs": False}
+    config = replace(SMALL, output_dir=tmp_path / "run", fill="none", learning_rate=None, **options)
+
+    like = replace(denoiser(classes=None), sample_shape=(3, 32, 32))
+
+    def two_steps():
+        ready = prepared(config, [student_of("unet-tiny", like)])
+        prepare_source(ready.trainer.source, ready.teacher, ready.config)
+        for _ in range(2):
+            ready.trainer.step()
+
+    planned = plan(student_of("unet-tiny", like), PlannedRun(**options)).device_total - CONTEXT_MIB
+    assert planned == pytest.approx(peak_allocated(two_steps) / MIB, rel=0.1)

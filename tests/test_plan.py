@@ -9,17 +9,29 @@ import pytest
 import torch
 from torch import nn
 
+import dkdm
 import small_runs
 from dkdm.checks import memory_plan
-from dkdm.checks.memory_plan import _SAVINGS, PlannedRun, changes, plan, training_mib
+from dkdm.checks.memory_plan import (
+    _SAVINGS,
+    CONTEXT_MIB,
+    PlannedRun,
+    changes,
+    plan,
+    training_mib,
+)
 from dkdm.cli import main
-from dkdm.config import OptimizerOptions
+from dkdm.config import OptimizerOptions, PlanOptions
 from dkdm.core import replay
 from dkdm.core.denoiser import Batch
 from dkdm.core.learning import optimizer_of
+from dkdm.core.progress import read_metrics
 from dkdm.errors import UsageError
-from dkdm.evaluation.memory import MIB, LiveStorages, fused_attention
-from dkdm.runs.arms import make_source
+from dkdm.evaluation.memory import MIB, LiveStorages, fused_attention, peak_allocated
+from dkdm.reading.options import places
+from dkdm.runs.arms import make_source, prepare_source
+from dkdm.runs.distill import prepared
+from dkdm.runs.scale import scale
 from dkdm.students import student_of
 from factories import denoiser
 
@@ -41,7 +53,7 @@ def test_activations_on_the_meta_device_are_those_of_a_real_step(teacher):
     sketched = replace(student, network=copy.deepcopy(student.network).to("meta"))
     batch = Batch(torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64), {}, torch.zeros(8))
     cond = student.conditioning.draw(8, torch.Generator().manual_seed(0))
-    with LiveStorages() as real:
+    with LiveStorages(student.network) as real:
         student.predict(batch._replace(cond=cond)).output.square().mean().backward()
     gradients = sum(p.grad.nbytes for p in student.network.parameters())
     assert training_mib(sketched, 8) == pytest.approx((real.peak - gradients) / MIB, rel=0.1)
@@ -161,6 +173,94 @@ def test_command_says_by_its_exit_code_whether_it_fits(capsys, monkeypatch):
     monkeypatch.setattr("dkdm.checks.memory_plan._SAVINGS", _SAVINGS[:1])
     assert main([*command[:-1], "--memory", "0.4"]) == 1
     assert "does not fit" in capsys.readouterr().out
+
+
+CASES = {
+    "adamw": {"optimizer": "adamw", "use_ema": False},
+    "muon": {"gradient_checkpointing": True},
+    "bfloat16": {"optimizer": "adamw", "mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["adamw", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES)]
+)
+def test_the_plan_is_what_the_allocator_gives_out(tmp_path, case):
+    options = {"train_batch_size": 16, "pool_size": 500, **CASES[case]}
+    config = replace(
+        small_runs.SMALL, output_dir=tmp_path / "run", student="dit-xs", fill="none", **options
+    )
+
+    def two_steps():
+        ready = prepared(config, [denoiser()])
+        prepare_source(ready.trainer.source, ready.teacher, ready.config)
+        for _ in range(2):  # the optimizer has its state after the first
+            ready.trainer.step()
+
+    planned = plan(denoiser(), PlannedRun(**options)).device_total - CONTEXT_MIB
+    assert planned == pytest.approx(peak_allocated(two_steps) / MIB, rel=0.1)
+
+
+def test_a_run_takes_the_evaluations_and_the_disk_that_are_planned(tmp_path):
+    options = {"stride": "1", "max_train_steps": 10, "replay": 2, "evaluation_samples": 0}
+    config = replace(small_runs.SMALL, output_dir=tmp_path / "run", student="dit-xs", **options)
+    folder = dkdm.distill(denoiser(), None, config)
+    shared = {key: value for key, value in config.flat().items() if key in places(PlannedRun)}
+    found = plan(denoiser(), PlannedRun(**shared))
+    work = scale(denoiser(), found, PlanOptions())
+    metrics = read_metrics(folder / "metrics.jsonl")
+    assert metrics[-1]["teacher_evaluations"] == work.preparing + work.training
+    assert work.preparing == 24 * 2 and work.training == 5 * 8
+    files = [path for path in (folder / "checkpoint-10").rglob("*.safetensors") if path.is_file()]
+    written = sum(path.stat().st_size for path in files)
+    kept = found.disk["replay"] * MIB * (1 - 5 / 64)  # the memory is not full yet
+    assert work.checkpoint - kept == pytest.approx(written, rel=0.05)
+
+
+def test_what_passes_between_devices_and_how_long_it_takes(teacher):
+    machine = PlanOptions(device_tflops=1, utilization="0.5", link=1e-3)
+    run = replace(SMALL, pool_device="disk", max_train_steps=10, optimizer="adamw")
+    one, two = (scale(teacher, plan(teacher, run, gpus), machine) for gpus in (1, 2))
+    weights = plan(teacher, run).device["student weights"] * MIB
+    assert (one.sent, two.sent) == (0, pytest.approx(weights))  # 2 (N - 1) / N of the gradients
+    assert (one.moved, two.moved) == (2 * 8 * 64 * 4, 2 * 4 * 64 * 4)
+    samples = 8 * 10
+    computed = 2 * samples * (one.teacher_macs + 3 * one.student_macs) / 0.5e12
+    assert one.seconds_training == pytest.approx((computed, computed))
+    traffic = 10 * two.sent / 1e6
+    assert two.seconds_training == pytest.approx(
+        (max(computed / 2, traffic), computed / 2 + traffic)
+    )
+    prepared_in = 2 * 100 * 20 * one.teacher_macs / 0.5e12
+    assert one.seconds_preparing[0] == pytest.approx(prepared_in)
+    assert one.hours[1] == pytest.approx((prepared_in + computed) / 3600)
+
+
+def test_a_pool_on_disk_takes_no_memory_and_every_device_holds_gradients_on_their_way(teacher):
+    found = plan(teacher, replace(SMALL, pool_device="disk"), gpus=2)
+    assert found.device["pool"] == found.host["pool"] == 0
+    assert found.device["gradients on their way"] == found.device["student weights"]
+    assert found.disk["pool"] > 100 * 64 * 4 / MIB
+
+
+def test_shards_are_parts_and_send_more(teacher):
+    found = plan(teacher, replace(SMALL, fsdp="both", optimizer="adamw"), gpus=4)
+    whole = plan(teacher, replace(SMALL, optimizer="adamw"), gpus=4)
+    for name in ("teacher weights", "student weights", "student gradients", "optimizer", "EMA"):
+        assert found.device[name] == whole.device[name] / 4
+    assert found.device["gradients on their way"] == whole.device["gathered blocks"] == 0
+    both = whole.device["teacher weights"] + whole.device["student weights"]
+    assert 0 < found.device["gathered blocks"] < both
+    assert found.disk == whole.disk
+    sent = [scale(teacher, each, PlanOptions()).sent for each in (found, whole)]
+    weights, asked = (whole.device[name] * MIB for name in ("student weights", "teacher weights"))
+    assert sent == pytest.approx([0.75 * (3 * weights + asked), 0.75 * 2 * weights])
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "0.5:0.4", "a"])
+def test_a_utilization_that_is_no_share_is_refused(text):
+    with pytest.raises(UsageError, match="--utilization"):
+        PlanOptions(utilization=text)
 
 
 def test_fused_attention_needs_no_matrix_of_weights():

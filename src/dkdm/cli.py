@@ -395,6 +395,7 @@ def _plan(options: PlanCommand) -> int:
         print_plan,
     )
     from dkdm.models import chosen_teacher
+    from dkdm.runs.scale import print_scale, scale
 
     teacher = chosen_teacher(options.teacher_choice, sketched=True)
     shared = {key: each for key, each in options.flat().items() if key in places(PlannedRun)}
@@ -403,8 +404,14 @@ def _plan(options: PlanCommand) -> int:
     limit = device_memory_mib() if options.plan.memory is None else options.plan.memory * GIB
     advice = changes(teacher, found, limit)
     changed = [dataclasses.asdict(change) for change in advice]
-    values = {**found.as_dict(), "limit": limit, "changes": changed}
-    _show(options.printing, values, partial(print_plan, found, advice, limit))
+    work = scale(teacher, found, options.plan)
+    values = {**found.as_dict(), "limit": limit, "changes": changed, "scale": work.as_dict()}
+
+    def shown(console: Console) -> None:
+        print_plan(found, advice, limit, console)
+        print_scale(work, console)
+
+    _show(options.printing, values, shown)
     return int(found.device_total > limit)
 
 

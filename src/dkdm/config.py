@@ -90,6 +90,17 @@ def parse_interval(text: str | None) -> tuple[float, float] | None:
     return numbers[0], numbers[1]
 
 
+def parse_utilization(text: str) -> tuple[float, float]:
+    """Read a share in 0..1 or 'LOW:HIGH' as (low, high). Raises UsageError."""
+    numbers = _numbers(text)
+    if len(numbers) not in (1, 2) or not 0 < numbers[0] <= numbers[-1] <= 1:
+        raise UsageError(
+            f"--utilization {shown(text)}: give a share of the device's peak above 0 and up to 1, "
+            "or LOW:HIGH, such as 0.07:0.4"
+        )
+    return numbers[0], numbers[-1]
+
+
 def _numbers(text: str) -> list[float]:
     """The numbers between colons; none if one of them is no number."""
     try:
@@ -510,12 +521,9 @@ class SourceOptions(Options):
     most what the run can draw. --pool-size replaces it."""
 
 
-class PoolOptions(StorageOptions, SourceOptions):
-    """Where noisy samples come from: a pool of states that the teacher keeps denoising."""
+class FillOptions(Options):
+    """What the teacher is asked for before the first step."""
 
-    shards: Annotated[int, Range(1, 2**20)] = 8
-    """Logical parts of the pool, each with its own random numbers. Do not change it when resuming a
-    run."""
     fill: FillKind = "few-step"
     """How the pool is filled. few-step: finished samples, drawn in a few steps and noised afresh.
     ancestral: exact chains (slow). none: pure noise."""
@@ -524,6 +532,18 @@ class PoolOptions(StorageOptions, SourceOptions):
     fill_entries: Annotated[int, Range(1, 1000)] = 1
     """Noisy samples that the few-step fill makes of each sample it draws, at levels far apart: with
     8 it costs an eighth."""
+
+
+class PlannedPool(FillOptions, StorageOptions):
+    """How large the pool is, where it lies, and what the teacher is asked for."""
+
+
+class PoolOptions(FillOptions, StorageOptions, SourceOptions):
+    """Where noisy samples come from: a pool of states that the teacher keeps denoising."""
+
+    shards: Annotated[int, Range(1, 2**20)] = 8
+    """Logical parts of the pool, each with its own random numbers. Do not change it when resuming a
+    run."""
     fill_batch_size: Count | Literal["auto"] | None = None
     """Samples that the fill evaluates at once, in whole batches of --train-batch-size; the noise
     is the same for all, so that the pool differs by rounding only. auto: what the device is fastest
@@ -969,6 +989,23 @@ class PlanOptions(Options, title="Plan"):
     """Memory of a device in GiB. Default: that of this machine's GPU, or 24."""
     guidance: bool = False
     """Plan for a guided teacher, which doubles its batch."""
+    device_tflops: Annotated[float, Range(0, 10**6, above=True)] = 989.0
+    """Peak of a device in TFLOP/s, in the precision of the run. Default: H100 SXM, dense
+    bfloat16."""
+    utilization: str = "0.07:0.4"
+    """LOW:HIGH, the shares of that peak between which the networks run. Default: from what a
+    network of 57 M parameters reached at 32x32 (measured) to what large ones may (assumed)."""
+    link: Annotated[float, Range(0, 10**6, above=True)] = 50.0
+    """Rate of the network of each device in GB/s. Default: 400 Gb/s InfiniBand."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_utilization(self.utilization)
+
+    @property
+    def utilizations(self) -> tuple[float, float]:
+        """Lowest and highest share of the peak."""
+        return parse_utilization(self.utilization)
 
 
 class ComparedOptions(Options, title="Runs", positional=("runs",)):
@@ -1184,12 +1221,12 @@ class CheckStudentCommand(Grouped, command="check-student"):
 
 
 class PlanCommand(Grouped, command="plan"):
-    """Say how much memory a distillation takes, whether it fits, and what to change."""
+    """Say what a distillation takes: memory, whether it fits, what to change; time and traffic."""
 
     teacher_choice: PlannedTeacher
     student_choice: PlannedStudent
     training: TrainingOptions
-    pool: StorageOptions
+    pool: PlannedPool
     optimizing: OptimizerChoice
     plan: PlanOptions
     printing: PrintOptions

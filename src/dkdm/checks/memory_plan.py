@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from dkdm.config import (
     TrainingOptions,
 )
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.feature_loss import stage_names
 from dkdm.core.learning import optimizer_of, prepare
 from dkdm.core.modes import silence_label_dropout
 from dkdm.core.replay import RECENT
@@ -52,9 +53,10 @@ class PlannedRun(Grouped):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of a run in MiB, by what holds it: on each device, and on the host.
+    """The memory of a run in MiB, by what holds it: on each device, and beside it on its host.
 
-    gpus: devices that share the batch and the pool. pool_size: entries on all of them.
+    gpus: devices that share the batch and the pool. pool_size: entries on all of them. disk: what a
+    checkpoint of the whole run holds.
     """
 
     run: PlannedRun
@@ -62,6 +64,7 @@ class MemoryPlan:
     pool_size: int
     device: dict[str, float]
     host: dict[str, float]
+    disk: dict[str, float]
 
     @property
     def device_total(self) -> float:
@@ -77,8 +80,8 @@ class MemoryPlan:
         choices = {name: getattr(self.run, name) for name in _DECISIVE}
         choices |= {"gpus": self.gpus, "pool_size": self.pool_size}
         choices["guided"] = not self.run.guidance.is_off
-        held = {"device": self.device, "host": self.host, "device_total": self.device_total}
-        return {"choices": choices, **held}
+        held = {"device": self.device, "host": self.host, "disk": self.disk}
+        return {"choices": choices, **held, "device_total": self.device_total}
 
 
 _PASSING = ("teacher evaluation", "student activations", "update")
@@ -88,6 +91,7 @@ _DECISIVE = (
     "replay",
     "mixed_precision",
     "gradient_checkpointing",
+    "fsdp",
     "use_ema",
     "teacher_dtype",
     "teacher_offload",
@@ -95,6 +99,22 @@ _DECISIVE = (
     "pool_device",
     "student_factory",
 )
+
+
+class Sizes(NamedTuple):
+    """What is measured of a run, in MiB; the rest is arithmetic.
+
+    parameters: of the student. optimizer: what it keeps. update: what a step of it takes beside.
+    gathered: what is whole of the teacher, and of the student, while shards of it compute.
+    """
+
+    teacher: float
+    evaluation: float
+    parameters: int
+    activations: float
+    optimizer: float
+    update: float
+    gathered: tuple[float, float]
 
 
 def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
@@ -105,43 +125,94 @@ def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
     allocate inside themselves. The student starts from random weights. Raises UsageError if it does
     not fit the teacher, and for fewer samples than devices.
     """
-    batch_size, pool, choice = run.training.train_batch_size, run.pool, run.teacher_choice
+    batch_size = run.training.train_batch_size
     if batch_size < gpus:
         raise UsageError(
             f"--gpus {gpus} --train-batch-size {batch_size}: give each GPU at least one sample"
         )
-    batch = batch_size // gpus
+    return plan_of_sizes(sizes(teacher, run, batch_size // gpus), teacher, run, gpus)
+
+
+def sizes(teacher: Denoiser, run: PlannedRun, batch: int) -> Sizes:
+    """Measure both networks on the meta device with the batch of one device."""
+    choice, training = run.teacher_choice, run.training
     student = sketched_student_of(run.student_choice.student, teacher, choice.factory)
     student.check()
-    weights = student.num_parameters * 4 / MIB
-    pool_size = pool.pool_size or round(pool.rho * teacher.process.num_levels * batch_size)
-    values = pool_size * torch.Size(teacher.sample_shape).numel()
-    pool_mib = values * getattr(torch, pool.pool_dtype).itemsize / gpus / MIB
+    parameters = student.num_parameters
     _, teacher_mib = _held(teacher, choice.dtype or "float32")
-    held, _ = _held(teacher, choice.dtype or _PRECISIONS[run.training.mixed_precision])
+    held, _ = _held(teacher, choice.dtype or _PRECISIONS[training.mixed_precision])
     with fused_attention():
         evaluation = evaluation_mib(held, batch * (1 if run.guidance.is_off else 2))
+    gathered = gathered_mib(held), gathered_mib(student)
+    optimizer, update = optimizer_mib(student, run.optimizing)
+    activations = training_mib(_in_training(student, training), batch)
+    return Sizes(teacher_mib, evaluation, parameters, activations, optimizer, update, gathered)
+
+
+def plan_of_sizes(measured: Sizes, teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
+    """The memory of a run whose devices get the batch that was measured."""
+    batch_size, pool, training = run.training.train_batch_size, run.pool, run.training
+    weights = measured.parameters * 4 / MIB
+    sharded = {name: training.fsdp in (name, "both") and gpus > 1 for name in _SHARDED}
+    part, teacher_part = (1 / gpus if sharded[name] else 1.0 for name in ("student", "teacher"))
+    own, teacher_own = weights * part, measured.teacher * teacher_part
+    gathered = zip(measured.gathered, _SHARDED, strict=True)
+    pool_size = pool.pool_size or round(pool.rho * teacher.process.num_levels * batch_size)
+    values = pool_size * torch.Size(teacher.sample_shape).numel()
+    states = values * getattr(torch, pool.pool_dtype).itemsize / MIB
+    replayed = replay_mib(teacher, run, batch_size)
     on_host = {
-        "teacher weights": teacher_mib if choice.offload == "layers" else 0.0,
-        "pool": pool_mib if pool.pool_device == "cpu" else 0.0,
+        "teacher weights": teacher_own if run.teacher_choice.offload == "layers" else 0.0,
+        "pool": states / gpus if pool.pool_device == "cpu" else 0.0,
     }
-    trained = _in_training(student, run.training)
-    activations = training_mib(trained, batch)
-    states, update = optimizer_mib(trained, run.optimizing)
     on_device = {
-        "teacher weights": teacher_mib - on_host["teacher weights"],
-        "teacher evaluation": evaluation,
-        "student weights": weights,
-        "student gradients": weights,
-        "optimizer": states,
-        "update": update,
-        "EMA": weights if run.optimizing.use_ema else 0.0,
-        "student activations": activations,
-        "pool": pool_mib if pool.pool_device == "device" else 0.0,
-        "replay": replay_mib(teacher, run, batch),
+        "teacher weights": teacher_own - on_host["teacher weights"],
+        "teacher evaluation": measured.evaluation,
+        "student weights": own,
+        "weights in half precision": 0.0 if training.mixed_precision == "no" else weights / 2,
+        "student gradients": own,
+        "gradients on their way": weights if gpus > 1 and not sharded["student"] else 0.0,
+        "gathered blocks": sum(size for size, name in gathered if sharded[name]),
+        "optimizer": measured.optimizer * part,
+        "update": measured.update * part,
+        "EMA": own if run.optimizing.use_ema else 0.0,
+        "student activations": measured.activations,
+        "pool": states / gpus if pool.pool_device == "device" else 0.0,
+        "replay": replayed / gpus,
         "CUDA context": CONTEXT_MIB,
     }
-    return MemoryPlan(run, gpus, pool_size, on_device, on_host)
+    on_disk = {
+        "student weights": weights,
+        "optimizer": measured.optimizer,
+        "EMA": weights if run.optimizing.use_ema else 0.0,
+        "pool": states + pool_size * _noted(teacher, run.guidance) / MIB,
+        "replay": replayed,
+    }
+    return MemoryPlan(run, gpus, pool_size, on_device, on_host, on_disk)
+
+
+_SHARDED = ("teacher", "student")
+
+
+def gathered_mib(model: Denoiser) -> float:
+    """What is whole of a network in shards (FSDP2) while it computes, in MiB.
+
+    The parameters outside of its blocks, and two blocks: the next comes while one computes.
+    """
+    network: nn.Module = model.network  # type: ignore[assignment]
+    blocks = [
+        sum(parameter.nbytes for parameter in network.get_submodule(name).parameters())
+        for name in stage_names(network)
+    ]
+    whole = sum(parameter.nbytes for parameter in network.parameters())
+    return min(whole, whole - sum(blocks) + 2 * max(blocks, default=0)) / MIB
+
+
+def _noted(teacher: Denoiser, guidance: GuidanceOptions) -> int:
+    """Bytes that a pool keeps of an entry beside its state: level, birth, condition, scale."""
+    cond = teacher.conditioning.draw(1, torch.Generator().manual_seed(0))
+    scale = 0 if guidance.is_off else torch.float32.itemsize
+    return 2 * torch.int64.itemsize + scale + sum(value.nbytes for value in cond.values())
 
 
 def _held(teacher: Denoiser, precision: Precision) -> tuple[Denoiser, float]:
@@ -171,7 +242,7 @@ def training_mib(student: Denoiser, batch_size: int) -> float:
     """Largest memory alive in a forward and backward pass beside weights and gradients, in MiB."""
     cond = student.conditioning.draw(batch_size, torch.Generator().manual_seed(0))
     t = torch.zeros(batch_size, dtype=torch.int64)
-    with fused_attention(), LiveStorages() as storages:
+    with fused_attention(), LiveStorages(student.network) as storages:
         x = torch.zeros(batch_size, *student.sample_shape, device=student.device)
         prediction = student.predict(Batch(x, t, cond, t))
         prediction.output.square().mean().backward()
@@ -184,7 +255,7 @@ def training_mib(student: Denoiser, batch_size: int) -> float:
 def optimizer_mib(student: Denoiser, options: OptimizerOptions) -> tuple[float, float]:
     """MiB of what the optimizer of random weights keeps, and of what an update takes beside it."""
     network: nn.Module = student.network  # type: ignore[assignment]
-    weights = [p for p in network.parameters() if p.requires_grad]
+    weights = prepare(network, (), recompute=False)
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     optimizer, _ = optimizer_of(network, weights, options.decided(new=True), 1)
@@ -260,14 +331,14 @@ def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, consol
     whose = f"Each of {found.gpus} devices, with a" if several else "A"
     table = Table(
         "",
-        *(Column(f"{each}, GiB", justify="right") for each in ("device", "host")),
+        *(Column(f"{each}, GiB", justify="right") for each in ("device", "host", "checkpoint")),
         title=f"{whose} batch of {batch}",
         title_justify="left",
     )
     for name in found.device:
-        row = (found.device[name], found.host.get(name, 0.0))
+        row = (found.device[name], found.host.get(name, 0.0), found.disk.get(name, 0.0))
         table.add_row(name, *(f"{value / GIB:,.2f}" if value else "-" for value in row))
-    totals = (found.device_total, sum(found.host.values()))
+    totals = (found.device_total, sum(found.host.values()), sum(found.disk.values()))
     table.add_row("at most", *(f"{value / GIB:,.2f}" for value in totals))
     console.print(table)
     if found.device_total <= limit_mib:
@@ -278,5 +349,3 @@ def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, consol
         console.print(f"  {change.flag}: {change.device_total / GIB:,.2f} GiB", soft_wrap=True)
     if not advice or advice[-1].device_total > limit_mib:
         console.print("  Still too much: use a smaller student, or a device with more memory.")
-    if several:
-        console.print("Training on several devices is not supported yet.")

@@ -154,7 +154,9 @@ def exact_times(network: Network, x: Tensor, time: Tensor, guidance: Tensor | No
     It casts both to the precision of its layers first: 978.26 becomes 976 in bfloat16.
     """
     embedder = getattr(unwrapped(network), "time_text_embed", None)
-    exact = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type  # the meta device knows no autocast
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    exact = x.dtype == torch.float32 and not casts
     if exact or not isinstance(embedder, torch.nn.Module):
         return nullcontext()
     given = (time,) if guidance is None else (time, 1000 * guidance.float())

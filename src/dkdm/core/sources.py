@@ -77,6 +77,7 @@ class Images:
     drawn_by: Shards = field(default_factory=this_process)
     evaluations: int | None = field(default=None, init=False)
     _size: int = field(default=0, init=False)
+    _order: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
 
     def draw(self, batch_size: int) -> Batch:
         """Images in epochs of random order, at independent uniform levels."""
@@ -110,10 +111,10 @@ class Images:
     def _rows(self, batch_size: int) -> Tensor:
         per_epoch = len(self.images) // batch_size
         epoch, position = divmod(self.step, per_epoch)
-        order = torch.randperm(
-            len(self.images), generator=generator("cpu", self.seed, "epoch", epoch)
-        )
-        return order[position * batch_size : (position + 1) * batch_size]
+        if self._order is None or self._order[0] != epoch:  # drawn once: it costs O(images)
+            random = generator("cpu", self.seed, "epoch", epoch)
+            self._order = epoch, torch.randperm(len(self.images), generator=random)
+        return self._order[1][position * batch_size : (position + 1) * batch_size]
 
     def _eps(self, shape: torch.Size) -> Tensor:
         """Noise of this process's part of the last batch; shape: of that part."""

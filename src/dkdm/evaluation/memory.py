@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,11 +23,16 @@ MIB = 2**20
 
 
 class LiveStorages(TorchDispatchMode):
-    """Adds up what the operations inside allocate, as long as it is alive."""
+    """Adds up what the operations inside allocate, as long as it is alive.
 
-    def __init__(self) -> None:
+    network: its weights were there before; a view of one allocates nothing.
+    """
+
+    def __init__(self, network: object = None) -> None:
         super().__init__()
-        self.known: set[int] = set()
+        there = network.state_dict().values() if isinstance(network, nn.Module) else ()
+        self._before = [tensor.untyped_storage() for tensor in there]
+        self.known = {id(storage) for storage in self._before}
         self.alive = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +100,7 @@ def evaluation_mib(denoiser: Denoiser, batch_size: int) -> float:
 
     Counts tensors, not what a kernel allocates inside itself.
     """
-    with undisturbed(denoiser), LiveStorages() as storages:
+    with undisturbed(denoiser), LiveStorages(denoiser.network) as storages:
         denoiser.predict(probe(denoiser, batch_size))
     return storages.peak / MIB
 
@@ -113,6 +119,7 @@ def peak_allocated(work: Callable[[], object]) -> int:
 
     On CUDA the caching allocator says it; on a CPU torch's profiler sees every allocation.
     """
+    gc.collect()  # what is freed inside would count less than nothing
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
