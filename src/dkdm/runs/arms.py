@@ -21,6 +21,8 @@ from dkdm.data.teacher_images import images_of
 from dkdm.errors import UsageError
 from dkdm.runs.ahead import ahead_of, check_ahead, is_ahead, teacher_device
 from dkdm.runs.source import (
+    OF_A_FILL,
+    OF_CHAINS,
     SourcePlan,
     fill,
     fill_cost,
@@ -33,12 +35,6 @@ from dkdm.runs.source import (
 
 FINISHED = "finished"
 SYNTHETIC = "synthetic"
-# what decides a pool's size and beginning, and what moves, stores and shows its states
-OF_A_FILL = ("pool_size", "rho", "fill", "fill_steps", "fill_entries")
-OF_CHAINS = (
-    *("stride", "eta", "random_conditioning"),
-    *("shards", "pool_dtype", "pool_device", "pool_dir"),
-)
 
 
 @dataclass(frozen=True)

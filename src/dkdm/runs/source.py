@@ -29,6 +29,12 @@ from dkdm.evaluation.fastest import fastest, seconds_a_sample
 from dkdm.reading.files import check_output
 
 FILL = "fill"  # folder of a run, of pools that are not filled yet
+# what decides a pool's size and beginning, and what moves, stores and shows its states
+OF_A_FILL = ("pool_size", "rho", "fill", "fill_steps", "fill_entries", "fill_batch_size")
+OF_CHAINS = (
+    *("stride", "eta", "random_conditioning"),
+    *("shards", "pool_dtype", "pool_device", "pool_dir", "pool_pinned"),
+)
 
 
 class SourcePlan(NamedTuple):

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from dkdm.config import DistillConfig, RunConfig
 from dkdm.reading.options import flag
-from dkdm.runs.arms import ARMS, OF_A_FILL
+from dkdm.runs.arms import ARMS
 from dkdm.runs.programs import OBJECTIVES
 from dkdm.runs.side_by_side import listed
+from dkdm.runs.source import OF_A_FILL
 
 
 class Rule(NamedTuple):
