@@ -98,6 +98,13 @@ def student(sample_shape, out_channels, conditioning):
     return tiny_unet(4, out_channels, dropout=0.2)
 
 
+def plain_student(sample_shape, out_channels, conditioning):
+    """The same without dropout: what it learns is a function of what is drawn."""
+    del sample_shape, conditioning
+    torch.manual_seed(1)
+    return tiny_unet(4, out_channels)
+
+
 def student_of_five(sample_shape, out_channels, conditioning):
     """The same for five classes and "no class"."""
     del sample_shape, conditioning

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dkdm.core import processes
 from dkdm.core.calls import Network
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.positions import counterparts
@@ -92,6 +93,7 @@ class Features(nn.Module):
     def loss(self) -> Tensor:
         """weight times the mean over the pairs of |projected - teacher's|^2 / |teacher's|^2, [B].
 
+        The latter is that of the whole batch, of all processes; together.
         A guided teacher's batch is twice as long: its first half has the conditions.
         """
         apart = []
@@ -99,7 +101,7 @@ class Features(nn.Module):
             found = projection(self._seen[1][own].float())
             target = self._seen[0][theirs][: len(found)].float()
             target = resized(target, found.shape[2:])
-            power = target.square().mean().clamp(min=1e-12)
+            power = processes.mean_of_all(target.square()).clamp(min=1e-12)
             apart.append((found - target).square().flatten(1).mean(1) / power)
         self._seen = [{}, {}]
         return self.weight * torch.stack(apart).mean(0)

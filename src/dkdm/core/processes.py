@@ -22,6 +22,7 @@ from dkdm.core.randomness import derived_seed
 
 T = TypeVar("T")
 GRACE = 10  # seconds
+WHILE_SPEAKING = 2.0
 FAILED = "failed"
 _turns = itertools.count()
 
@@ -65,6 +66,14 @@ def mean(value: Tensor) -> Tensor:
     return total(value) / world() if world() > 1 else value
 
 
+def mean_of_all(values: Tensor) -> Tensor:
+    """The mean of the values of all processes, which may have different numbers; together."""
+    if world() == 1:
+        return values.mean()
+    found, count = total(torch.stack([values.sum(), values.new_tensor(values.numel())]))
+    return found / count
+
+
 def least(value: int) -> int:
     """The smallest of all processes' values, together."""
     if world() == 1:
@@ -106,7 +115,7 @@ def owners(names: Collection[str]) -> dict[str, int]:
     if world() == 1:
         return dict.fromkeys(names, 0)
     each: list[list[str]] = [[] for _ in range(world())]
-    distributed.all_gather_object(each, list(names))
+    distributed.all_gather_object(each, list(names), _on_hosts())
     found: dict[str, int] = {}
     for number, own in enumerate(each):
         for name in own:
@@ -187,7 +196,8 @@ def leave() -> bool:
 def speaks_of_failure() -> bool:
     """Whether this process is the first to fail, which says why; what follows in others is silent.
 
-    A process that fails ends, and the launcher then ends the others.
+    A process that fails ends, and the launcher then ends the others: those that are silent leave
+    the first one time to speak.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -196,8 +206,10 @@ def speaks_of_failure() -> bool:
         store = _store()
         if store is None:
             return os.environ.get("RANK", "0") == "0"
-        return bool(store.add(f"dkdm/failed/{attempt}", 1) == 1)
-    return False  # the main process, which keeps the store, has gone
+        if store.add(f"dkdm/failed/{attempt}", 1) == 1:
+            return True
+    time.sleep(WHILE_SPEAKING)
+    return False  # or the main process, which keeps the store, has gone
 
 
 def _connected() -> distributed.Store:

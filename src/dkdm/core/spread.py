@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dkdm.core import processes
 from dkdm.core.checkpoint import Part
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.modes import evaluating
 from dkdm.core.prediction import Prediction
 from dkdm.core.sharded import Whole, gathered
 from dkdm.core.units import shard, units_of
@@ -42,10 +43,15 @@ class Replicated:
 
     def place(self, student: Denoiser, features: nn.Module | None) -> None:
         """Lay what learns where it stays; before its optimizer is made."""
+        del features
+        self.student = student
 
     def learner(self, learner: Learner) -> nn.Module:
         """The same learner, whose gradients are reduced, but for batches inside its `no_sync`."""
-        return learner if processes.world() == 1 else DistributedDataParallel(learner)
+        if processes.world() == 1:
+            return learner
+        unused = bool(without_gradient(self.student))  # looking for them costs a little every step
+        return DistributedDataParallel(learner, find_unused_parameters=unused)
 
     def part(self, part: Part, own: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]) -> Part:
         """A part of what learns as checkpoints keep it; own: which tensor lies where one does."""
@@ -125,6 +131,21 @@ def spread_of(fsdp: str, device: torch.device) -> Replicated:
     """The way that `--fsdp` asks for; one process has all."""
     is_sharded = fsdp in ("student", "both") and processes.world() > 1
     return Sharded(device) if is_sharded else Replicated()
+
+
+def without_gradient(student: Denoiser) -> list[str]:
+    """Parameters that learn, and that the student's output does not depend on."""
+    network: nn.Module = student.network  # type: ignore[assignment]
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *student.sample_shape, generator=random).to(student.device)
+    t = torch.tensor([0, student.process.num_levels - 1])
+    batch = Batch(x, t, student.conditioning.draw(2, random))
+    with evaluating(network, student.call):
+        student.predict(batch).output.float().sum().backward()
+    learning = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    found = [name for name, weight in learning if weight.grad is None]
+    network.zero_grad(set_to_none=True)
+    return found
 
 
 def without_weights(network: nn.Module) -> nn.Module:
