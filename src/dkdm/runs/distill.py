@@ -264,7 +264,8 @@ def prepared(
     align = Trainer.align
     if processes.world() > 1 and training.fsdp in ("teacher", "both"):
         teacher, align = sharded_teacher(teacher, accelerator.device)
-    teacher = faster(teacher, training.acceleration)
+    else:
+        teacher = faster(teacher, training.acceleration)
     taught_by = teacher if config.teacher_choice.dtype else in_precision(teacher, accelerator)
     features = features_of(teacher, student, config.loss, teaching)
     watched = features.watched if features is not None else lambda model: model

@@ -46,6 +46,7 @@ def _of_sharded_teachers(config: DistillConfig) -> dict[str, tuple[bool, str]]:
             bool(config.teachers.more_teachers),
             "give --fsdp student or none",
         ),
+        f"{asked} with --teacher-prefetch": (config.teacher_choice.prefetch, "remove it"),
         f"{asked} with --source synthetic": (
             config.pool.source == "synthetic",
             "give another --source, or --fsdp student or none",
