@@ -23,6 +23,7 @@ class Rule(NamedTuple):
 
 IN_EVERY_RUN = (
     Rule("--lr-scheduler constant", ("lr_warmup_steps",), lambda c: c.lr_scheduler == "constant"),
+    Rule("--no-cuda-graphs", ("accelerate",), lambda c: not c.cuda_graphs),
     Rule("--no-use-ema", ("ema_decay",), lambda c: not c.use_ema),
     Rule(
         "this --loss-weighting",
@@ -34,6 +35,7 @@ IN_EVERY_RUN = (
 IN_A_DISTILLATION = (
     Rule("--feature-weight 0", ("feature_layers",), lambda c: not c.feature_weight),
     Rule("--guidance-scale 1", ("guidance_on",), lambda c: c.guidance.is_off),
+    Rule("--teacher-device", ("teacher_prefetch",), lambda c: c.teacher_device is not None),
     Rule("--pool-size", ("rho",), lambda c: c.pool_size is not None),
     Rule("this --fill", ("fill_steps", "fill_entries"), lambda c: c.fill != "few-step"),
     Rule("--synthetic-samples", OF_A_FILL, lambda c: c.synthetic_samples is not None),
