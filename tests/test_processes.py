@@ -169,7 +169,7 @@ def test_another_number_of_processes_goes_on(said, world, tmp_path):
         ["--train-batch-size", "3", "--mixed-precision", "bf16"],
         ["--validation-steps", "2", "--evaluation-samples", "4", "--validation-metric", "gap"],
         ["--validation-steps", "2", "--evaluation-samples", "4", "--fsdp", "student"],
-        ["--teacher", "factories:teacher", "--pool-size", "32"],
+        ["--teacher", "factories:teacher", "--pool-size", "32", "--student", "dit-tiny"],
     ],
     ids=lambda options: "-".join(options).replace("--", ""),
 )
