@@ -236,7 +236,8 @@ def main() -> None:
         found = table(case, kept / case.pipeline)
         print(f"{case.name}\n\n    {command(case, DEVICES[1])}\n\n{found}\n", flush=True)
         if args.write:
-            text = text.replace(in_document(text, name), found)
+            before = in_document(text, name)
+            text = text.replace(f"<!-- {name} -->\n{before}", f"<!-- {name} -->\n{found}")
     if args.write:
         DOC.write_text(text)
 
