@@ -2,9 +2,11 @@
 
     python benchmarks/processes.py [--processes 1 2] [--steps 60] [--turns 3] [--json FILE]
 
-Each turn runs the same distillation with every number of processes, one after the other, and reads
-the rate of its last half; medians over the turns are compared. Nothing else should run meanwhile:
-the load of the machine before each run is printed.
+Each turn runs the same distillation with every number of processes, one after the other, for
+`steps` and twice as many; medians over the turns are compared. The rate is that of the longer run's
+last half: nothing else should run meanwhile, and the load of the machine before each run is
+printed. CPU seconds a step, of all processes, are the difference of the two runs: they depend less
+on other work, and say what sharing adds to it, but not how long processes wait for each other.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,49 +28,59 @@ OPTIONS = [
 ]
 
 
-def rate(processes: int, steps: int) -> float:
-    """Steps a second of the last half of a run in so many processes."""
+def run(processes: int, steps: int) -> tuple[float, float]:
+    """Steps a second of the last half of a run in so many processes, and its CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
+        output = Path(folder) / "run"
         command = [sys.executable, "-m"]
         if processes > 1:
             command += ["torch.distributed.run", "--nproc-per-node", str(processes)]
             command += ["--master-port", "0", "-m"]
-        command += ["dkdm", "distill", "--output-dir", str(run), "--max-train-steps", str(steps)]
-        command += ["--logging-steps", str(steps // 2), *OPTIONS]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command += ["dkdm", "distill", "--output-dir", str(output)]
+        command += ["--max-train-steps", str(steps), "--logging-steps", str(steps // 2), *OPTIONS]
+        environment, before = {**os.environ, "OMP_NUM_THREADS": "1"}, cpu_seconds()
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        lines = (output / "metrics.jsonl").read_text().splitlines()
     half, whole = (1 / json.loads(line)["steps_per_second"] for line in lines[-2:])
-    return 1 / (2 * whole - half)
+    return 1 / (2 * whole - half), cpu_seconds() - before
+
+
+def cpu_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
     """Print a row for each number of processes, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rates: dict[int, list[float]] = {number: [] for number in args.processes}
+    found: dict[int, list[tuple[float, float]]] = {number: [] for number in args.processes}
     loads = []
     for _ in range(args.turns):
-        for number, found in rates.items():
+        for number, rows in found.items():
             loads.append(os.getloadavg()[0])
-            found.append(rate(number, args.steps))
-            print(f"{number}: {found[-1]:.3f} steps/s, load {loads[-1]:.1f}", flush=True)
-    medians = {number: statistics.median(found) for number, found in rates.items()}
-    first = min(medians)
-    print(f"\n{'processes':>9} {'steps/s':>9} {'of linear':>9}")
-    for number, median in medians.items():
-        share = median / medians[first] * first / number
-        print(f"{number:>9} {median:>9.3f} {share:>9.2f}")
+            (_, shorter), (rate, longer) = (run(number, n * args.steps) for n in (1, 2))
+            rows.append((rate, (longer - shorter) / args.steps))
+            print(f"{number}: {rate:.3f} steps/s, {rows[-1][1]:.3f} CPU s, load {loads[-1]:.1f}")
+    rates, works = (
+        {n: statistics.median(row[i] for row in rows) for n, rows in found.items()} for i in (0, 1)
+    )
+    first = min(rates)
+    print(f"\n{'processes':>9} {'steps/s':>9} {'of linear':>9} {'CPU s/step':>10} {'of one':>7}")
+    for number, rate in rates.items():
+        share = rate / rates[first] * first / number
+        work = works[number]
+        print(f"{number:>9} {rate:>9.3f} {share:>9.2f} {work:>10.3f} {work / works[first]:>7.2f}")
     print(f"load before each run: {min(loads):.1f} to {max(loads):.1f}")
     if args.json:
-        args.json.write_text(json.dumps({"rates": rates, "loads": loads}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"runs": found, "loads": loads}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_other_runs_are_those_of_one_process(options, tmp_path):
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
-        ("refused", 2, "2 processes, 1 shards"),
+        ("refused", 2, "2 processes cannot share 1 shards and batches"),
         ("not finite", 1, "the gradient is not finite (NaN or infinite) by step 1"),
         ("failing", 1, "the disk is full"),
     ],

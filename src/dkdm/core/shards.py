@@ -30,9 +30,9 @@ class Shards:
         in_turns = batch_size < self.total and self.total % self.world
         if self.world > min(self.total, batch_size) or in_turns:
             raise UsageError(
-                f"{self.world} processes, {self.total} shards, batches of {batch_size}: give "
-                f"--shards {self.world} or a multiple of it, and a --train-batch-size of "
-                f"{self.world} or more, so that none gets nothing"
+                f"{self.world} processes cannot share {self.total} shards and batches of "
+                f"{batch_size}: give --shards {self.world} or a multiple of it, and a "
+                f"--train-batch-size of {self.world} or more"
             )
 
     @property
