@@ -24,7 +24,7 @@ from pathlib import Path
 OPTIONS = [
     *("--teacher", "builtin:fashion", "--student", "dit-tiny", "--train-batch-size", "64"),
     *("--pool-size", "512", "--fill", "none", "--validation-steps", "0", "--no-check"),
-    *("--evaluation-samples", "0", "--checkpointing-steps", "0", "--report-to", "none"),
+    *("--evaluation-samples", "0", "--checkpointing-steps", "1000000", "--report-to", "none"),
 ]
 
 
