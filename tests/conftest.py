@@ -137,3 +137,13 @@ def marked_as_whole(request, shortened):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item):
     seed_from_name(item.nodeid)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tmp_path_factory):
+    """The run of `test_resume.command`, which nothing disturbed; its folder stays as it is."""
+    from test_resume import finish
+
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(folder)
+    return folder

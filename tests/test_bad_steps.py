@@ -180,10 +180,11 @@ def test_what_is_known_of_bad_steps_survives_a_resume():
         bad.note(torch.tensor(norm))
     for number in range(2 * RECENT):
         bad.spike(1.0 + number)
-    bad.rolled_back = 1
+    bad.rolled_back, bad.fresh = 1, 5
     again = BadSteps(3, CPU)
     again.load_state_dict(bad.state_dict())
-    assert (again.total, again.too_many, again.news(), again.pace) == (2, False, 0, 0.5)
+    assert (again.total, again.too_many, again.fresh, again.pace) == (2, False, 5, 0.5)
+    assert (again.news(), again.news()) == (2, 0)  # no line of metrics has told of them yet
     assert again.recent == bad.recent
     again.note(torch.tensor(float("nan")))
     assert again.too_many and again.news() == 1

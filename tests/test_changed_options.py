@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,10 @@ from dkdm.config import DistillConfig, TrainConfig, to_json
 from dkdm.core.checkpoint import RUN
 from dkdm.core.folders import MANIFEST, write_folder
 from dkdm.errors import UsageError
-from dkdm.models.identity import hash_of_weights, identity_of
+from dkdm.models.identity import hash_of_weights, identity_of, kind_of
 from dkdm.reading.options import places
 from dkdm.runs.resume import FREE, FREE_GROUPS, OF_THE_TEACHER, UNSAID, changes_of, check_changes
+from dkdm.students import student_of
 from factories import denoiser
 
 # one other value of every option of a distillation that is not a whole number, a share or a flag
@@ -123,6 +125,24 @@ def test_another_teacher_is_refused_unless_insisted(tmp_path):
     small_runs.run(tmp_path, other, accept_changes=True, **ON)
 
 
+def test_a_student_whose_file_has_changed_is_refused(tmp_path):
+    teacher, file = denoiser(), tmp_path / "config.json"
+    student_of("dit-tiny", teacher).network.save_config(tmp_path)
+    config = json.loads(file.read_text())
+    small_runs.run(tmp_path, teacher, str(file), **QUICK)
+    file.write_text(json.dumps({**config, "dropout": 0.25}))
+    with pytest.raises(UsageError, match=r"made with another student: its network differ\."):
+        small_runs.run(tmp_path, teacher, str(file), **ON)
+
+
+def test_a_network_with_a_config_of_its_own_kind_is_described():
+    one, other = (replace(denoiser(), network=torch.nn.Linear(2, 2)) for _ in range(2))
+    one.network.config, other.network.config = Namespace(depth=3), Namespace(depth=4)
+    assert kind_of(one)["network"] != kind_of(other)["network"]
+    other.network.config = "a text"
+    assert kind_of(other)["network"]
+
+
 def test_history_has_every_start_and_what_changed(tmp_path):
     small_runs.run(tmp_path, **QUICK)
     folder, _, _ = small_runs.run(tmp_path, learning_rate=2e-4, weight_decay=0.5, **ON)
@@ -170,6 +190,35 @@ def test_weights_are_hashed_by_name_type_shape_and_value():
     assert len(hashes) == 5
     assert hash_of_weights(dict(reversed(one.items()))) in hashes
     assert hash_of_weights({"empty": torch.zeros(0, 3)}) != hash_of_weights({})
+
+
+class Strange(torch.Tensor):
+    """A tensor of a class that is not known."""
+
+
+def test_tensors_of_any_class_and_place_are_hashed():
+    whole = torch.arange(4.0)
+    strange = {"a": whole.as_subclass(Strange)}
+    assert hash_of_weights(strange) == hash_of_weights({"a": whole})
+    sizes = {hash_of_weights({"a": torch.empty(n, device="meta")}) for n in (2, 3, 3)}
+    assert len(sizes) == 2
+
+
+def test_the_last_digits_of_a_noise_level_are_no_other_teacher():
+    one = denoiser()
+    process = replace(one.process, alpha=one.process.alpha * (1 + 1e-14))
+    assert identity_of(replace(one, process=process)) == identity_of(one)
+    process = replace(one.process, alpha=one.process.alpha * (1 + 1e-4))
+    assert identity_of(replace(one, process=process)) != identity_of(one)
+
+
+def test_more_steps_do_not_change_the_size_of_a_pool_that_was_left_open(tmp_path):
+    small_runs.run(tmp_path, pool_size=None, **QUICK)
+    for steps in (3, 4):
+        more = {**ON, "max_train_steps": steps, "pool_size": None}
+        folder, metrics, _ = small_runs.run(tmp_path, **more)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert json.loads((folder / "config.json").read_text())["pool_size"] == 16
 
 
 def test_the_hash_of_a_tensor_does_not_depend_on_its_strides():

@@ -19,6 +19,7 @@ from dkdm.core.filling import Filling
 from dkdm.core.pool import Pool
 from dkdm.core.shards import ONE_PROCESS, Shards
 from dkdm.core.stopping import RESUMABLE
+from dkdm.runs.launch import forget_fill
 from factories import denoiser
 from test_resume import STEPS, command, losses
 
@@ -84,13 +85,6 @@ def test_a_fill_that_was_made_otherwise_or_is_damaged_begins_anew(tmp_path, caps
     assert ("shard-0.safetensors is damaged; the pool is filled anew" in said) == (damage == "file")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert main(command(folder)) == 0
-    return folder
-
-
 def stop_in_fill(monkeypatch, name):
     """In the second batch of the fill."""
     sample, calls = Denoiser.sample, []
@@ -104,7 +98,7 @@ def stop_in_fill(monkeypatch, name):
     monkeypatch.setattr(Denoiser, "sample", then)
 
 
-def test_a_signal_saves_what_is_filled(undisturbed, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_what_is_filled(undisturbed_run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_in_fill(patch, "SIGTERM")
@@ -117,8 +111,8 @@ def test_a_signal_saves_what_is_filled(undisturbed, tmp_path, monkeypatch, capsy
     assert "starts anew" not in capsys.readouterr().err
     assert not (folder / "fill").exists()
     last = f"checkpoint-{STEPS}/manifest.json"
-    assert (folder / last).read_text() == (undisturbed / last).read_text()
-    assert losses(folder) == losses(undisturbed)
+    assert (folder / last).read_text() == (undisturbed_run / last).read_text()
+    assert losses(folder) == losses(undisturbed_run)
 
 
 def test_a_fill_does_not_go_on_with_another_teacher_or_seed(tmp_path, monkeypatch, capsys):
@@ -131,6 +125,28 @@ def test_a_fill_does_not_go_on_with_another_teacher_or_seed(tmp_path, monkeypatc
     args = command(folder, "--resume-from-checkpoint", "latest")
     assert main([arg.replace(":teacher", ":other_teacher") for arg in args]) == 2
     assert "made with another teacher: its weights differ" in capsys.readouterr().err
+
+
+def test_a_fill_that_cannot_be_saved_goes_on(tmp_path, monkeypatch, capsys):
+    def full(folder, fill):
+        del folder, fill
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dkdm.core.filling.write_folder", full)
+    monkeypatch.setattr("dkdm.core.filling.EVERY", -1)
+    pool = made_pool(8)
+    fill_few_step(pool, 1, 4, Filling(pool, tmp_path / "fill" / "0"))
+    assert pool.t.unique().numel() > 4
+    assert "warning: what is filled is not saved (OSError: [Errno 28]" in capsys.readouterr().err
+
+
+def test_what_a_fill_left_goes_with_the_first_checkpoint(tmp_path):
+    (tmp_path / "fill" / "0-0-of-1").mkdir(parents=True)
+    forget_fill(tmp_path)
+    assert (tmp_path / "fill").is_dir()
+    (tmp_path / "checkpoint-0").mkdir()
+    forget_fill(tmp_path)
+    assert not (tmp_path / "fill").exists()
 
 
 def test_latest_in_an_empty_folder_says_that_the_run_starts_anew(tmp_path, capsys):

@@ -144,6 +144,12 @@ def test_a_lock_that_a_killed_process_left_is_no_lock(tmp_path):
         pass
 
 
+def test_both_parts_of_a_run_are_looked_at(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run" / "plain")
+    found = statuses(tmp_path / "run")
+    assert set(found) == {f"plain/{name}" for name in statuses(finished)}
+
+
 def test_a_teacher_that_is_gone_is_a_warning(tmp_path):
     folder, _, _ = small_runs.run(
         tmp_path, denoiser(), max_train_steps=1, evaluation_samples=0, checkpointing_steps=1

@@ -55,11 +55,9 @@ def finish(folder, *more):
     assert main(command(folder, *more)) == 0
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(folder)
-    return folder
+@pytest.fixture
+def whole(undisturbed_run):
+    return undisturbed_run
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +346,28 @@ def test_loss_per_level_is_the_same_after_a_kill_between_two_lines(tmp_path):
 
     assert levels(cut) == levels(wholly)
     assert [step for step, _ in levels(cut)] == [5, 10, STEPS]
+
+
+def test_checkpoints_of_another_past_are_set_aside(tmp_path, capsys):
+    for step in (3, 6, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-9.aside").mkdir()
+    (tmp_path / "checkpoint-12").write_text("no folder")
+    checkpoint.set_aside_later(tmp_path, 3)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert {"checkpoint-6.aside", "checkpoint-9.aside", "checkpoint-9.aside1"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert "checkpoint-9 is set aside as checkpoint-9.aside1" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_back_by_hand_does_not_return_to_what_it_left(some):
+    first, *later = checkpoint.checkpoints(some)
+    given = ("--resume-from-checkpoint", first.name, "--max-train-steps", "10")
+    finish(some, *given, "--checkpoints-total-limit", "9")
+    names = [path.name for path in checkpoint.checkpoints(some)]
+    assert names == [first.name, "checkpoint-10"]
+    assert all((some / f"{path.name}.aside").is_dir() for path in later)
 
 
 def test_rotation_keeps_the_newest(tmp_path):

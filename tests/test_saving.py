@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+import dkdm
 import small_runs
 from dkdm.cli import main
 from dkdm.config import CheckpointOptions
@@ -113,6 +116,22 @@ def test_a_disk_that_takes_nothing_keeps_the_old_checkpoint_and_is_tried_again(
     assert value_in(tmp_path / "checkpoint-6") == [3, 3, 3]
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_no_fault_of_the_new_one(
+    tmp_path, monkeypatch, capsys
+):
+    def kept(*given):
+        del given
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "rotate", kept)
+    saves = saver(tmp_path)
+    saves.save(4, {"part": Part(1)}, {"step": 4})
+    saves.finish()
+    assert value_in(tmp_path / "checkpoint-4") == [1, 1, 1]
+    said = capsys.readouterr().err
+    assert "older checkpoints are not deleted" in said and "could not be written" not in said
+
+
 def test_a_checkpoint_that_is_not_whole_deletes_none(tmp_path, monkeypatch):
     saves = saver(tmp_path)
     for step in (1, 2):
@@ -148,6 +167,13 @@ def test_what_is_no_time_is_refused(given):
         CheckpointOptions(checkpoint_every=given)
 
 
+def test_nothing_but_the_history_reads_the_clock_on_the_wall():
+    """Which may jump: intervals are of time.monotonic."""
+    sources = {path.name: path.read_text() for path in Path(dkdm.__file__).parent.rglob("*.py")}
+    asked = re.compile(r"time\.time\(|datetime\.now\(|\.utcnow\(|localtime\(")
+    assert [name for name, text in sources.items() if asked.search(text)] == ["resume.py"]
+
+
 def test_a_run_saves_by_the_clock_too(tmp_path, monkeypatch):
     monkeypatch.setattr(Saver, "is_due", lambda self: self.saved < 2)
     folder, _, _ = small_runs.run(tmp_path, evaluation_samples=0, checkpoints_total_limit=None)
@@ -168,15 +194,15 @@ def limited(folder, size):
     return ended(forked(work))
 
 
-def test_a_run_whose_files_may_not_grow_keeps_what_it_has(tmp_path):
+def test_a_run_whose_files_may_not_grow_keeps_what_it_has(undisturbed_run, tmp_path):
     """As on a full disk: the limit fails every write that is larger, wherever it is."""
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert main(command(whole)) == 0
+    whole, folder = undisturbed_run, tmp_path / "run"
     shutil.copytree(whole, folder)
     for path in checkpoint.checkpoints(folder)[2:]:
         shutil.rmtree(path)
     kept = checkpoint.checkpoints(folder)[-1]
     before = (kept / MANIFEST).read_text()
+    assert limited(folder, 1000) == 1  # not even config.json
     assert limited(folder, 4000) == 1
     assert (kept / MANIFEST).read_text() == before
     assert checkpoint.newest(folder) == kept

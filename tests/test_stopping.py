@@ -12,6 +12,7 @@ from dkdm.core.folders import MANIFEST
 from dkdm.core.progress import MetricsFile
 from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals, whole
 from dkdm.core.trainer import Trainer
+from dkdm.runs import launch
 from test_resume import STEPS, command, losses
 
 SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"]
@@ -39,8 +40,8 @@ def in_step(monkeypatch, name):
     """While the seventh step moves its batch on: after the update, before the pool's."""
     interrupt, update = once(name), Trainer._update
 
-    def then(self):
-        update(self)
+    def then(self, loss):
+        update(self, loss)
         if self.step_number == 6:
             interrupt()
 
@@ -82,7 +83,18 @@ def in_metrics(monkeypatch, name):
     monkeypatch.setattr(MetricsFile, "write", then)
 
 
-PHASES = [(in_step, 7), (in_validation, 7), (in_save, None), (in_metrics, 8)]
+def in_the_end(monkeypatch, name):
+    """While the finished model is described, after the last step."""
+    interrupt, write = once(name), launch.write_card
+
+    def then(*given, **named):
+        interrupt()
+        return write(*given, **named)
+
+    monkeypatch.setattr(launch, "write_card", then)
+
+
+PHASES = [(in_step, 7), (in_validation, 7), (in_save, None), (in_metrics, 8), (in_the_end, STEPS)]
 
 
 @pytest.mark.parametrize(("phase", "step"), PHASES)
@@ -134,6 +146,16 @@ def test_a_second_signal_ends_the_process_at_once():
         finally:
             os._exit(3)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+def test_a_signal_that_a_launcher_passes_on_is_no_second_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = []
+    with pytest.raises(Stopped), answering_signals(), whole():
+        send("SIGTERM")
+        send("SIGTERM")
+        done.append("the block")
+    assert done == ["the block"]
 
 
 def test_a_later_run_in_the_same_process_is_not_stopped_by_an_earlier_signal():

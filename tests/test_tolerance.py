@@ -4,11 +4,13 @@ import errno
 import json
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 import small_runs
+from dkdm.core.finished import SHARD, Finished, SampleShards
 from dkdm.core.progress import MetricsFile, read_metrics
-from dkdm.core.tolerance import tolerated, tracked
+from dkdm.core.tolerance import named_faults, tolerated, tracked
 from dkdm.errors import DkdmError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -21,6 +23,41 @@ def test_a_fault_of_the_disk_is_a_warning_with_the_free_space(tmp_path, capsys, 
     said = capsys.readouterr().err
     assert said.startswith("\nwarning: the grid was not written (")
     assert "No space left on device; " in said and f" MB are free in {tmp_path})" in said
+
+
+@pytest.mark.parametrize("error", [FULL, PermissionError(errno.EACCES, "Permission denied")])
+def test_what_needs_the_disk_ends_in_one_line(tmp_path, error):
+    refused = pytest.raises(DkdmError, match=r"cannot be written to .* MB are free.*Make room")
+    with refused as said, named_faults(tmp_path):
+        raise error
+    assert "\n" not in str(said.value)
+    with pytest.raises(ConnectionError), named_faults(tmp_path):
+        raise ConnectionError("not of the disk")
+
+
+def test_finished_samples_wait_for_the_disk(tmp_path, monkeypatch, capsys):
+    finished = Finished(SampleShards(tmp_path / "finished"), 1024)
+    x = torch.arange(2.0 * SHARD).reshape(-1, 1)
+
+    def full(shards, number, samples):
+        del shards, number, samples
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleShards, "write", full)
+        finished.add(x[:SHARD], {})
+    assert "finished samples wait to be written" in capsys.readouterr().err
+    finished.add(x[SHARD:], {})
+    assert finished.shards.numbers() == [0, 1]
+    assert torch.equal(finished.shards.read(1)[0], x[SHARD:])
+
+
+def test_lines_that_wait_are_dropped_with_those_of_the_file(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write({"step": 1})
+    file.waiting = b'{"step": 2}\n{"step": 3}\n'
+    file.drop_after(2)
+    assert [entry["step"] for entry in read_metrics(file.path)] == [1, 2] and not file.waiting
 
 
 def test_other_errors_are_raised(tmp_path):

@@ -24,17 +24,19 @@ class BadSteps:
     """How many steps were bad, counted on the device; the host looks where it looks anyway.
 
     most: bad steps in a row after which the run rolls back. total, row: how many there were, and
-    in a row until now. rolled_back: how often the run went back.
+    in a row until now. rolled_back: how often the run went back. fresh: entries of the source that
+    were not finite and began anew.
     """
 
     def __init__(self, most: int, device: torch.device) -> None:
         self.most = most
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self.rolled_back = self.known = 0
+        self.rolled_back = self.known = self.fresh = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
 
     def note(self, norm: Tensor) -> Tensor:
-        """Count an update by the norm of its gradient; returns whether it is bad, on the device."""
+        """Count an update by the norm of its gradient, or by another number that is the same in all
+        processes; returns whether it is bad, on the device."""
         bad = ~norm.detach().isfinite()
         total, row = self.counts
         self.counts = torch.stack([total + bad, (row + 1) * bad])
@@ -59,7 +61,7 @@ class BadSteps:
         """Count on from what was known before a checkpoint was restored."""
         self.counts = torch.stack([before.counts[0], torch.zeros_like(before.counts[0])])
         self.rolled_back = before.rolled_back + 1
-        self.known = before.known
+        self.known, self.fresh = before.known, before.fresh
 
     def news(self) -> int:
         """Bad steps since this was asked last."""
@@ -90,13 +92,16 @@ class BadSteps:
             "counts": self.counts,
             "recent": torch.tensor(list(self.recent), dtype=torch.float64),
             "rolled_back": self.rolled_back,
+            "known": self.known,
+            "fresh": self.fresh,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.counts = state["counts"].to(self.counts.device)
         self.recent = deque(state["recent"].tolist(), RECENT)
         self.rolled_back = int(state["rolled_back"])
-        self.known = self.total
+        self.known = int(state.get("known", self.total))
+        self.fresh = int(state.get("fresh", 0))
 
 
 def mended(source: Source) -> int:

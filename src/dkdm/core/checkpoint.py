@@ -214,7 +214,8 @@ def restoring(folder: Path) -> AbstractContextManager[None]:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    named = re.compile(r"checkpoint-[0-9]{1,18}").fullmatch
+    found = [p for p in output_dir.glob("checkpoint-*") if named(p.name) and p.is_dir()]
     return sorted(found, key=_step_of)
 
 
@@ -299,7 +300,18 @@ def rotate(output_dir: Path, limit: int | None, step: int) -> None:
     known = [path for path in checkpoints(output_dir) if _step_of(path) <= step]
     if limit is not None:
         for path in known[: -max(limit, 1)]:
-            shutil.rmtree(path)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints beyond a step that a run goes on from: they are of another past, and
+    "latest" must not find them. stderr names them."""
+    for path in checkpoints(output_dir):
+        if _step_of(path) > step:
+            names = (f"{path.name}.aside{n or ''}" for n in range(10**6))
+            name = next(name for name in names if not (output_dir / name).exists())
+            path.rename(output_dir / name)
+            _warn(f"the run goes on from step {step}: {path} is set aside as {name}")
 
 
 def _step_of(path: Path) -> int:

@@ -14,6 +14,7 @@ from dkdm.core import checkpoint
 from dkdm.core.folders import restore_folder, verify_folder, write_folder
 from dkdm.core.pool import Pool
 from dkdm.core.stopping import Stopped, whole
+from dkdm.core.tolerance import tolerated
 from dkdm.errors import DkdmError
 from dkdm.reading.fields import Fields, read_json
 
@@ -54,9 +55,10 @@ class Filling:
             self.save()
 
     def save(self) -> None:
-        """Write what is filled."""
+        """Write what is filled; a disk that does not take it is a warning."""
         if self.folder is not None:
-            write_folder(self.folder, self._write)
+            with tolerated("what is filled is not saved", self.folder.parent.parent):
+                write_folder(self.folder, self._write)
         self.saved_at = time.monotonic()
 
     def _write(self, folder: Path) -> None:

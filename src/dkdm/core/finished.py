@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dkdm.core.checkpoint import read_tensors, write_tensors
 from dkdm.core.conditioning import Condition
+from dkdm.core.tolerance import tolerated
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
@@ -106,14 +107,18 @@ class Finished:
         rows = {key: value.clone() for key, value in cond.items()}
         self.rest.append((x.detach().float().cpu(), rows))
         self.count += len(x)
-        while self._waiting() >= SHARD:
-            samples, cond = joined_samples(self.rest)
-            number = (self.count - len(samples)) // SHARD
-            own = {key: value[:SHARD].clone() for key, value in cond.items()}
-            self.shards.write(number, (samples[:SHARD].clone(), own))
-            left = {key: value[SHARD:] for key, value in cond.items()}
-            self.rest = [(samples[SHARD:], left)]
-            self._delete_old(number)
+        with tolerated("finished samples wait to be written", self.shards.folder.parent):
+            while self._waiting() >= SHARD:
+                self._write_shard()
+
+    def _write_shard(self) -> None:
+        samples, cond = joined_samples(self.rest)
+        number = (self.count - len(samples)) // SHARD
+        own = {key: value[:SHARD].clone() for key, value in cond.items()}
+        self.shards.write(number, (samples[:SHARD].clone(), own))
+        left = {key: value[SHARD:] for key, value in cond.items()}
+        self.rest = [(samples[SHARD:], left)]
+        self._delete_old(number)
 
     def _waiting(self) -> int:
         return sum(len(samples) for samples, _ in self.rest)

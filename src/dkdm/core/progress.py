@@ -88,9 +88,11 @@ class MetricsFile:
         """Drop the lines after a step, to which the run has gone back."""
         if not processes.is_main():
             return
-        kept = [entry for entry in read_metrics(self.path) if entry.get("step", 0) <= step]
+        entries = [*read_metrics(self.path), *map(json.loads, self.waiting.splitlines())]
+        kept = [entry for entry in entries if entry["step"] <= step]
         with atomic(self.path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
+        self.waiting = b""
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line; a line that the disk does not take is written with the next one."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from dkdm.core import checkpoint, processes
 from dkdm.core.checkpoint import Part
 from dkdm.core.folders import write_folder, write_together
-from dkdm.core.tolerance import DISK_FAULTS, free_space, warn
+from dkdm.core.tolerance import DISK_FAULTS, free_space, tolerated, warn
 from dkdm.errors import DkdmError, in_a_line
 from dkdm.reading.machine import usable_memory
 
@@ -130,7 +130,6 @@ class Saver:
         folder = self._folder(step)
         try:
             write_folder(folder, fill)
-            self._rotate(step)
             self.fault = None
         except DISK_FAULTS as error:
             self.fault = (
@@ -140,6 +139,8 @@ class Saver:
             kept = checkpoint.checkpoints(self.output_dir)
             last = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
             warn(f"{self.fault}; {last}; training goes on, and a minute later it is tried again")
+            return
+        self._rotate(step)
 
     def _together(self, step: int, parts: Mapping[str, Part], about: Mapping[str, Any]) -> None:
         writers = processes.owners(parts)
@@ -155,7 +156,8 @@ class Saver:
     def _rotate(self, step: int) -> None:
         """Delete the oldest, after the new one was read again."""
         checkpoint.verify_checkpoint(self._folder(step))
-        checkpoint.rotate(self.output_dir, self.limit, step)
+        with tolerated("older checkpoints are not deleted", self.output_dir):
+            checkpoint.rotate(self.output_dir, self.limit, step)
 
     def _folder(self, step: int) -> Path:
         return self.output_dir / f"checkpoint-{step}"

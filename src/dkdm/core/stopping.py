@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # SIGUSR1: what Slurm is told to send before its end
+
+
+PASSED_ON = 1.0  # seconds in which the same signal comes again from a launcher that passes it on
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,16 +25,20 @@ class _State:
     """Of this process: signals are its own, and not one run's."""
 
     number: int | None = None  # of the signal that came
+    came: float = 0.0  # when
     blocks: int = 0  # that must end first
 
 
 @contextmanager
 def answering_signals() -> Iterator[None]:
     """Let the first signal raise Stopped, as soon as no `whole` block is open; the next one
-    ends the process at once. Other threads than the main one have no signals to answer."""
-    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    ends the process at once. Other threads than the main one have no signals to answer.
+
+    A launcher of several processes passes a signal on that they may have got already: what comes
+    within a second is not the next one for them.
+    """
     try:
-        before = {number: signal.signal(number, _answer) for number in numbers}
+        before = {number: signal.signal(number, _answer) for number in _numbers()}
     except ValueError:
         yield
         return
@@ -44,17 +52,25 @@ def answering_signals() -> Iterator[None]:
 
 def _answer(number: int, frame: FrameType | None) -> None:
     del frame
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     if _State.number is not None:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        if time.monotonic() - _State.came > PASSED_ON:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         return
-    _State.number = number
+    _State.number, _State.came = number, time.monotonic()
+    for each in () if several else _numbers():
+        signal.signal(each, signal.SIG_DFL)  # which ends a process that is stuck in C too
     if not _State.blocks:
         raise _stopped()
     name = signal.Signals(number).name
     print(
         f"\n{name}: the run saves and stops; again: it stops at once", file=sys.stderr, flush=True
     )
+
+
+def _numbers() -> list[int]:
+    return [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 @contextmanager

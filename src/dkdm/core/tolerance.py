@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +13,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dkdm.errors import in_a_line
+from dkdm.errors import DkdmError, in_a_line
 
 DISK_FAULTS = (OSError, SafetensorError)  # safetensors reports a full disk by its own error
+OF_THE_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE),
+}
 
 
 @contextmanager
@@ -27,6 +32,21 @@ def tolerated(what: str, folder: Path) -> Iterator[None]:
         yield
     except DISK_FAULTS as error:
         warn(f"{what} ({in_a_line(error)}; {free_space(folder)})")
+
+
+@contextmanager
+def named_faults(folder: Path) -> Iterator[None]:
+    """A block that cannot go on without the disk. Raises DkdmError in place of its faults, with
+    the free space of the folder that it writes to."""
+    try:
+        yield
+    except DISK_FAULTS as error:
+        if isinstance(error, OSError) and error.errno not in OF_THE_DISK:
+            raise
+        raise DkdmError(
+            f"{folder} cannot be written to or read ({in_a_line(error)}; {free_space(folder)}). "
+            "Make room or restore the permission, and go on with --resume-from-checkpoint latest"
+        ) from error
 
 
 def free_space(folder: Path) -> str:

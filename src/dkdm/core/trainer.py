@@ -109,6 +109,7 @@ class Trainer:
             call = WAYS[self.training.of_student](call)
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
+        self.since = self.step_number, time.monotonic()  # where the speed is measured from
         self.rates = ScheduleState(self.schedule)
         self.bad_steps = BadSteps(options.max_bad_steps, device)
         self.saver = Saver(
@@ -138,19 +139,19 @@ class Trainer:
             loss = self.learner(student, batch, target)
             mean = loss.mean() * processes.part_of_mean(len(loss), size)
             self.accelerator.backward(mean)
-            self._update()
+            self._update(mean.detach())
             self.source.advance(batch, target)
             self.align()
         self.losses.add(batch.t, loss.detach())
         return mean.detach()
 
-    def _update(self) -> None:
+    def _update(self, loss: Tensor) -> None:
         if self.accelerator.sync_gradients:
             limit = self.optimizing.max_grad_norm
             norm = whole_tensor(self.accelerator.clip_grad_norm_(self.network.parameters(), limit))
-            if self.accelerator.scaler is None and unchanged(
-                self.optimizer, self.bad_steps.note(norm)
-            ):
+            if self.accelerator.scaler is not None:  # which leaves a step out, and tries scales
+                self.bad_steps.note(processes.mean(loss))
+            elif unchanged(self.optimizer, self.bad_steps.note(norm)):
                 self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.step()
         if self.accelerator.sync_gradients:
@@ -164,14 +165,14 @@ class Trainer:
         """
         last, first = self.training.max_train_steps, self.step_number
         metrics = MetricsFile(self.output_dir / "metrics.jsonl", first)
-        started = time.monotonic()
+        self.since = first, time.monotonic()
         quiet = without_label_dropout(self.network)
         with track(last, first) as progress, quiet, stopping_together():
             try:
                 while self.step_number < last or self.unnoted is not None:
                     with whole():
                         loss = self.unnoted = self.step() if self.unnoted is None else self.unnoted
-                    self._note(loss, metrics, first, started)
+                    self._note(loss, metrics)
                     progress(self.step_number, loss)
                     agree()
             except Stopped:
@@ -183,7 +184,7 @@ class Trainer:
                 self.saver.wait()
             self.saver.finish()
 
-    def _note(self, loss: Tensor, metrics: MetricsFile, first: int, started: float) -> None:
+    def _note(self, loss: Tensor, metrics: MetricsFile) -> None:
         """Write down a step: validation, a line of metrics, a checkpoint, where they are due."""
         found = self._validated()
         with whole():
@@ -193,8 +194,7 @@ class Trainer:
                 tracked(self.accelerator.log, shown, step=self.step_number)
             self.unnoted = None
             if self._due(self.checkpoints.logging_steps):
-                elapsed = time.monotonic() - started
-                metrics.write(self._metrics(loss, (self.step_number - first) / elapsed))
+                metrics.write(self._metrics(loss))
                 if self._mind_bad_steps():
                     metrics.drop_after(self.step_number)
                     return
@@ -215,15 +215,18 @@ class Trainer:
         count = self.bad_steps.news()
         if not count:
             return False
-        fresh = int(processes.total(torch.tensor(mended(self.source))))
-        warn(
-            f"{count} of the last steps had a gradient that was not finite, and changed no weight; "
-            f"{fresh} entries of the source were not finite, and begin anew"
-        )
+        warn(f"{count} of the last steps had a gradient that was not finite, and changed no weight")
+        self._mend()
         if self.bad_steps.too_many:
             self._go_back()
             return True
         return False
+
+    def _mend(self) -> None:
+        """Begin entries of the source anew that are not finite; together."""
+        if fresh := int(processes.total(torch.tensor(mended(self.source)))):
+            self.bad_steps.fresh += fresh
+            warn(f"{fresh} entries of the source were not finite, and begin anew")
 
     def _go_back(self) -> None:
         """To the last checkpoint whose numbers are all finite, with half the learning rate."""
@@ -232,6 +235,8 @@ class Trainer:
         if folder is None or before.rolled_back == ROLL_BACKS:
             raise before.given_up(self.step_number, folder)
         self.resume(folder)
+        self.since = self.step_number, time.monotonic()
+        processes.by_main(partial(checkpoint.set_aside_later, self.output_dir, self.step_number))
         self.bad_steps.after_going_back(before)
         self.rates.at_pace(self.bad_steps.pace)
         warn(
@@ -243,8 +248,9 @@ class Trainer:
         last = self.step_number == self.training.max_train_steps
         return last or (every > 0 and self.step_number % every == 0)
 
-    def _metrics(self, loss: Tensor, steps_per_second: float) -> dict[str, Any]:
-        evaluations = self.source.evaluations
+    def _metrics(self, loss: Tensor) -> dict[str, Any]:
+        evaluations, (first, started) = self.source.evaluations, self.since
+        steps_per_second = (self.step_number - first) / (time.monotonic() - started)
         entry = {
             "step": self.step_number,
             "loss": _number(float(processes.mean(loss))),
@@ -254,6 +260,8 @@ class Trainer:
         }
         if self.bad_steps.total:
             entry["bad_steps"] = self.bad_steps.total
+        if self.bad_steps.fresh:
+            entry["entries_begun_anew"] = self.bad_steps.fresh
         if (spike := self.bad_steps.spike(entry["loss"])) is not None:
             entry["loss_spike"] = round(spike, 2)
             warn(f"the loss of step {self.step_number} is {spike:.1f} times the usual")
@@ -308,7 +316,7 @@ class Trainer:
         Raises DkdmError, and writes nothing, if a loss or a weight is not finite.
         """
         check_finite(self.network, self.step_number, self.output_dir)
-        mended(self.source)
+        self._mend()
         about: dict[str, Any] = {"step": self.step_number, "frozen": sorted(self.frozen)}
         if self.unnoted is not None:
             about["unnoted"] = float(processes.mean(self.unnoted))

@@ -36,6 +36,11 @@ def identity_of(model: Denoiser) -> dict[str, str]:
     return found
 
 
+def kind_of(model: Denoiser) -> dict[str, str]:
+    """`identity_of` without the weights, which a student changes."""
+    return {"network": _hash(_described(model.network)), "process": _hash(_process(model))}
+
+
 def hash_of_weights(state: Mapping[str, Any]) -> str:
     """SHA-256 of named tensors, wherever they are; of other values their JSON."""
     digest = hashlib.sha256()
@@ -44,27 +49,45 @@ def hash_of_weights(state: Mapping[str, Any]) -> str:
             digest.update(f"{name} {_text(value)}\n".encode())
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        plain = value.detach() if type(value) in (Tensor, nn.Parameter) else value.dequantize()
+        plain = _plain(value.detach())
+        if plain.is_meta:  # accelerate keeps its values elsewhere
+            continue
         for chunk in plain.reshape(-1).split(max(1, CHUNK // plain.itemsize)):
             digest.update(chunk.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
+def _plain(value: Tensor) -> Tensor:
+    """The values of a tensor of any class: of quantized ones, those that they stand for."""
+    if type(value) in (Tensor, nn.Parameter):
+        return value
+    try:
+        return value.dequantize()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return value.as_subclass(Tensor)
+
+
 def _described(network: object) -> dict[str, Any]:
-    config = getattr(network, "config", {})
-    known = {k: v for k, v in dict(config).items() if not str(k).startswith("_")} if config else {}
+    config: Any = getattr(network, "config", None)  # a user's may be anything
+    values = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    known = {str(k): v for k, v in values.items() if not str(k).startswith("_")}
     return {"class": type(network).__name__, "config": known}
 
 
 def _process(model: Denoiser) -> dict[str, Any]:
     process, own = model.process, model.parameterization
     return {
-        "alpha": process.alpha.tolist(),
-        "sigma": process.sigma.tolist(),
-        "network_time": process.network_time.tolist(),
+        "alpha": _rounded(process.alpha),
+        "sigma": _rounded(process.sigma),
+        "network_time": _rounded(process.network_time),
         "predicts": repr(own),
         "shape": list(model.sample_shape),
     }
+
+
+def _rounded(values: Tensor) -> list[str]:
+    """Numbers to six digits: another machine rounds the last ones otherwise."""
+    return [f"{value:.6g}" for value in values.tolist()]
 
 
 def _hash(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ with suppress(ImportError):  # on Windows, where nothing is locked
     fcntl = importlib.import_module("fcntl")
 
 LOCK = ".lock"
+TRIES, PAUSE = 5, 0.02  # seconds; `holder` looks for an instant
 
 
 @contextmanager
@@ -30,9 +32,9 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
     UsageError is raised. A file system that knows no locks is warned of.
     """
     path = folder / LOCK
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # of whom the umask lets write
     try:
-        if not _take(file, wait):
+        if not _taken(file, wait):
             raise UsageError(
                 f"{folder} is being written by {holder(folder) or 'another process'}: wait for its "
                 "end, stop it, or give another folder"
@@ -43,6 +45,14 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def _taken(file: int, wait: bool) -> bool:
+    for _ in range(TRIES - 1):
+        if _take(file, wait):
+            return True
+        time.sleep(PAUSE)
+    return _take(file, wait)
 
 
 def _take(file: int, wait: bool) -> bool:
@@ -66,13 +76,11 @@ def holder(folder: Path) -> str | None:
     path = folder / LOCK
     if not path.is_file() or fcntl is None:
         return None
-    with path.open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return _in_words(file.read(1000))
-        except OSError:
-            return None
     return None
 
 

@@ -27,6 +27,7 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import Drawn
 from dkdm.reading.fields import read_json
 from dkdm.runs.arms import Teaching
+from dkdm.runs.defaults import pool_size_of
 from dkdm.runs.few_steps import PLAIN, FewSteps, check_states, plain_steps
 from dkdm.runs.objectives import Loss, Program
 from dkdm.runs.source import SourcePlan, guidance_factor
@@ -121,6 +122,9 @@ class Consistency(FewSteps):
         """The pool, and states at T-1 beside it."""
         few, network = config.few_steps, student.network
         assert isinstance(network, nn.Module)
+        former = plain_checkpoint(config)
+        if former and config.pool.pool_size is None:
+            config = replace(config, pool_size=pool_size_of(former))
         return Pairs(
             make_source(teacher, student, replace(config, replay=1), device),
             teacher,
@@ -136,9 +140,8 @@ class Consistency(FewSteps):
     def prepare(self, source: Source, teacher: Denoiser, config: DistillConfig) -> None:
         """Take over the pool of the plain part, which counts what it has cost; else fill one."""
         assert isinstance(source, Pairs)
-        former = config.run.output_dir / PLAIN
-        found = checkpoint.resolve(former, "latest") if former.is_dir() else None
-        if found is None or config.pool.fill != "none":
+        found = plain_checkpoint(config)
+        if found is None:
             prepare_source(source.inner, teacher, config)
             return
         assert isinstance(source.inner, Pool)
@@ -174,3 +177,11 @@ class Consistency(FewSteps):
         write_pipeline(folder / MANY_STEPS, many, folder)
         steps = *student.intervals.steps, usual_steps(many, USUAL_STEPS)
         return [Drawn("student, many steps", many, steps)]
+
+
+def plain_checkpoint(config: DistillConfig) -> Path | None:
+    """The last checkpoint of the plain part, whose pool is taken over; None to fill one."""
+    former = config.run.output_dir / PLAIN
+    if config.pool.fill != "none" or not former.is_dir():
+        return None
+    return checkpoint.resolve(former, "latest")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import safe_open
 
 from dkdm.config import DistillConfig, RunConfig, StudentOptions
+from dkdm.core.checkpoint import SOURCE
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.process import Process
 from dkdm.errors import UsageError
@@ -24,7 +26,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) -> DistillConfig:
     """The config with `student_prediction`, `loss_weighting`, the optimizer and, where a run goes
-    on that computed its teacher in float32, `teacher_dtype` decided.
+    on, the size of its pool and the `teacher_dtype` of one that computed in float32 decided.
 
     A new student of an eps teacher that clips x_0 predicts v, capped at low noise; so does one that
     goes on from a run of such a student. found: the checkpoint that the run goes on from, if any;
@@ -48,8 +50,18 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
     if found and begun is not None and begun.teacher_choice.dtype == "float32":
         config = replace(config, teacher_dtype=config.teacher_choice.dtype or "float32")
     config = replace(config, student_prediction=prediction, loss_weighting=weighting)
+    if found and config.pool.pool_size is None:
+        config = replace(config, pool_size=pool_size_of(found))
     new = choice.student_init == "random" and choice.lora_rank is None
     return with_optimizer(config, found, new)
+
+
+def pool_size_of(found: Path) -> int | None:
+    """Entries of the pool in a checkpoint; None if it has none of one teacher."""
+    for path in (found / SOURCE).glob("shard-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            return int(file.get_tensor("size")) if "size" in set(file.keys()) else None
+    return None
 
 
 def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:

@@ -14,6 +14,7 @@ from torch import nn
 from dkdm.config import DistillConfig
 from dkdm.core import processes
 from dkdm.core.captured.choice import capture_steps
+from dkdm.core.checkpoint import checkpoints
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.faster import faster
 from dkdm.core.given import config_given, student_given
@@ -21,12 +22,13 @@ from dkdm.core.lockstep import sharded_teacher
 from dkdm.core.matching import on_levels_of
 from dkdm.core.modes import evaluating
 from dkdm.core.precision import in_precision
+from dkdm.core.stopping import whole
 from dkdm.core.teachers import parts_of, pattern_of
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.evaluation.comparison import describe as described
 from dkdm.models.architectures import component_of
-from dkdm.models.identity import identity_of
+from dkdm.models.identity import identity_of, kind_of
 from dkdm.models.place import place
 from dkdm.runs.ahead import teacher_device
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
@@ -53,7 +55,7 @@ from dkdm.runs.models import (
 from dkdm.runs.objective import features_of
 from dkdm.runs.outputs import reference_of, sample_grids, sampling_guidance
 from dkdm.runs.programs import OBJECTIVES
-from dkdm.runs.resume import check_changes, check_same_teacher, facts_of
+from dkdm.runs.resume import check_changes, check_same, facts_of
 from dkdm.runs.shared import check_shared
 from dkdm.runs.source import SourcePlan
 from dkdm.runs.teachers import (
@@ -118,8 +120,14 @@ def _in_parts(
     for part in parts[:-1]:
         if not is_finished(part.run.output_dir):
             _in_parts(part, teachers, student, notes)
-            config, notes = replace(config, resume_from_checkpoint=None), ()
+            config, notes = replace(config, resume_from_checkpoint=_of_the_next(config)), ()
     return distill_part(program.last(config), teachers, student, notes)
+
+
+def _of_the_next(config: DistillConfig) -> str | None:
+    """What the next part goes on from, after one that was trained: a checkpoint of its own."""
+    latest = config.checkpoints.resume_from_checkpoint == "latest"
+    return "latest" if latest and checkpoints(config.run.output_dir) else None
 
 
 def distill_part(
@@ -156,8 +164,9 @@ def distill_part(
             return
         with filled_in(config.run.output_dir, trainer.about):
             program.prepare(trainer.source, ready.taught_by, config)
-            trainer.save()
-            trainer.saver.wait()
+            with whole():
+                trainer.save()
+                trainer.saver.wait()
 
     def measure(finished: Denoiser, weights: str) -> Measured:
         about = config, ready.reference, weights, trainer.source
@@ -245,13 +254,16 @@ def prepared(
     teacher = ready_teachers(opened_teachers(config, teachers), config)
     identity = identity_of(teacher)
     begun = begun_by(run, config.checkpoints)
-    check_same_teacher(identity, begun, config.checkpoints.accept_changes)
+    insists = config.checkpoints.accept_changes
+    check_same("teacher", identity, begun, insists)
     pattern, teaching = pattern_of(teacher), program.teaching(teacher, config)
     config = with_defaults(config, pattern, found)
     factory = config.teacher_choice.factory
     for one in parts_of(teacher):
         refuse_shared_network(one, student)
     student = open_student(pattern, config.student_choice, teaching.variance, factory, student)
+    kind = kind_of(student)
+    check_same("student", kind, begun, insists)
     guided = sampling_guidance(evaluation, guidance, student)[1] != 1
     check_null_condition(student, guided, conditions.condition_dropout)
     warnings = student_warnings(student, pattern)
@@ -287,7 +299,7 @@ def prepared(
         features=features,
         frozen=start.frozen,
         merge=partial(program.finished, student),
-        about={**facts_of(config), "teacher": identity},
+        about={**facts_of(config), "teacher": identity, "student": kind},
         align=align,
     )
     reference = processes.main_first(lambda: reference_of(evaluation, teacher))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dkdm.checks.findings import Finding
@@ -16,6 +17,7 @@ from dkdm.models.identity import identity_of
 from dkdm.reading.fields import Fields, read_json
 from dkdm.reading.lock import holder
 from dkdm.runs.earlier import Run, run_of, teacher_of
+from dkdm.runs.few_steps import PLAIN
 from dkdm.runs.launch import is_finished
 from dkdm.runs.source import FILL
 from dkdm.students.loading import denoiser_folder
@@ -28,13 +30,25 @@ def examine_run(folder: Path) -> list[Finding]:
 
     Reads all of its files, and its teacher. Raises UsageError for what is no folder of a run.
     """
-    if not (folder / "config.json").is_file() and not checkpoints(folder):
+    parts = [place for place in (folder / PLAIN, folder) if _is_run(place)]
+    if not parts:
         raise UsageError(f"{folder} is no run: give the --output-dir of dkdm distill or train")
+    return [
+        found if part == folder else replace(found, name=f"{PLAIN}/{found.name}")
+        for part in parts
+        for found in _examined(part)
+    ]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or bool(checkpoints(folder))
+
+
+def _examined(folder: Path) -> Iterator[Finding]:
     config = _config(folder)
-    found = [config, *_parts(folder), _metrics(folder), _model(folder)]
+    yield from (config, *_parts(folder), _metrics(folder), _model(folder))
     if config.status == "ok":
-        found += _teacher(folder)
-    return found
+        yield from _teacher(folder)
 
 
 def _config(folder: Path) -> Finding:
@@ -108,9 +122,9 @@ def _model(folder: Path) -> Finding:
     """The finished model: its weights can be read, and are finite."""
     if not is_finished(folder):
         return Finding("model", "ok", f"the run is not finished; {LATEST} goes on with it")
-    place = denoiser_folder(folder)
-    files = sorted(place.glob("*.safetensors"))
     try:
+        place = denoiser_folder(folder)
+        files = sorted(place.glob("*.safetensors"))
         bad = [
             f"{file.name}: {name}"
             for file in files

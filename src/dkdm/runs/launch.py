@@ -35,7 +35,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.folders import remove_leftovers
 from dkdm.core.precision import allow_tf32
 from dkdm.core.selection import FOLDER as BEST
-from dkdm.core.tolerance import tracked, warn
+from dkdm.core.tolerance import named_faults, tolerated, tracked, warn
 from dkdm.core.trainer import Trainer
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading import files
@@ -157,8 +157,13 @@ def filled_in(folder: Path, about: Mapping[str, Any]) -> Iterator[None]:
     with files.atomic(filling / RUN) as partial:
         partial.write_text(json.dumps(about, indent=2) + "\n")
     yield
+    forget_fill(folder)
+
+
+def forget_fill(folder: Path) -> None:
+    """Delete what was filled, once a checkpoint has it."""
     if checkpoint.checkpoints(folder):
-        shutil.rmtree(filling)
+        shutil.rmtree(folder / FILL, ignore_errors=True)
 
 
 def carry_out(
@@ -175,7 +180,8 @@ def carry_out(
     options since the run was started.
     """
     folder = config.run.output_dir
-    with claimed(folder, type(config).command) if processes.is_main() else nullcontext():
+    taken = claimed(folder, type(config).command) if processes.is_main() else nullcontext()
+    with named_faults(folder), taken:
         return _carried_out(config, trainer, measure, before, teacher, changes)
 
 
@@ -195,12 +201,11 @@ def _carried_out(
     teacher: Denoiser | None,
     changes: Sequence[Change],
 ) -> Path:
-    is_resumed = trainer.step_number > 0
-    config = (
-        processes.by_main(lambda: claim_output(config, trainer.accelerator, is_resumed)) or config
-    )
+    step = trainer.step_number
+    config = processes.by_main(lambda: claim_output(config, trainer.accelerator, step)) or config
     if processes.is_main():
-        note_start(config.run.output_dir, trainer.step_number, changes)
+        with tolerated("history.jsonl lacks this start", config.run.output_dir):
+            note_start(config.run.output_dir, step, changes)
     with explained(trainer, teacher):
         before()
         started = time.monotonic()
@@ -246,21 +251,23 @@ def publish_run(
     publish(config.hub, folder)
 
 
-def claim_output(config: Config, accelerator: Accelerator, resumed: bool = False) -> Config:
+def claim_output(config: Config, accelerator: Accelerator, step: int = 0) -> Config:
     """Take the output folder and start the trackers, once nothing can be refused any more.
 
-    Returns the config with the name of its repository on the hub. A hub that cannot be reached ends
-    a new run, before its work; one that is resumed goes on.
+    step: that the run goes on from. Returns the config with the name of its repository on the hub.
+    A hub that cannot be reached ends a new run, before its work; one that is resumed goes on.
     """
     folder = config.run.output_dir
     try:
         config = replace(config, hub=reserve(config.hub, folder))
     except DkdmError as error:
-        if not resumed or isinstance(error, UsageError):
+        if not step or isinstance(error, UsageError):
             raise
         warn(f"{error}; the run goes on, and is uploaded at its end")
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    checkpoint.set_aside_later(folder, step)
+    forget_fill(folder)
     with files.atomic(folder / "config.json") as partial:
         partial.write_text(to_json(config))
     for _, spec in code_named_in(config):

@@ -41,9 +41,9 @@ UNSAID = {"output_dir", "resume_from_checkpoint", "accept_changes"}
 OF_THE_TEACHER = {
     *("teacher", "teacher_subfolder", "teacher_revision", "teacher_variant", "teacher_format"),
     *("teacher_config", "teacher_flags", "teacher_lora", "teacher_dtype", "teacher_size"),
-    *("teacher_null_class", "teacher_scheduler", "more_teachers"),
+    *("teacher_scheduler", "more_teachers"),
 }
-DECIDED = {"student_prediction", "loss_weighting", "optimizer", "learning_rate"}
+DECIDED = {"student_prediction", "loss_weighting", "optimizer", "learning_rate", "pool_size"}
 LEFT_OPEN = {None, "auto"}  # values of these, which are then as before
 
 
@@ -109,23 +109,24 @@ def _show(changes: list[Change]) -> None:
     Console(stderr=True).print(table)
 
 
-def check_same_teacher(
-    identity: Mapping[str, str], found: Path | None, accept_changes: bool
+def check_same(
+    what: str, identity: Mapping[str, str], found: Path | None, accept_changes: bool
 ) -> None:
-    """Raise UsageError if a checkpoint, or a fill, was made with another teacher.
+    """Raise UsageError if a checkpoint, or a fill, was made with another teacher or student.
 
-    identity: what the teacher is, by the names of its parts. Former checkpoints do not say.
+    what: which of them. identity: what it is, by the names of its parts. Former checkpoints do not
+    say.
     """
     if found is None or accept_changes:
         return
     facts = found / RUN
-    before = read_json(facts, "what made a checkpoint").get("teacher") if facts.is_file() else None
+    before = read_json(facts, "what made a checkpoint").get(what) if facts.is_file() else None
     known = before if isinstance(before, dict) else {}
     other = sorted(name for name in known if identity.get(name) != known[name])
     if other:
         raise UsageError(
-            f"{found} was made with another teacher: its {', '.join(other)} differ. Give the "
-            "teacher that the run was started with, or insist with --accept-changes"
+            f"{found} was made with another {what}: its {', '.join(other)} differ. Give the "
+            f"{what} that the run was started with, or insist with --accept-changes"
         )
 
 

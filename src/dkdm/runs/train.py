@@ -16,7 +16,7 @@ from dkdm.core.trainer import Trainer
 from dkdm.data.training_set import training_data
 from dkdm.models.architectures import component_of
 from dkdm.runs.defaults import with_optimizer
-from dkdm.runs.launch import carry_out, check_run_folder, checkpoint_of, start_accelerator
+from dkdm.runs.launch import anew, carry_out, check_run_folder, checkpoint_of, start_accelerator
 from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import measure_model, reference_of, sample_grids
 from dkdm.runs.resume import check_changes, facts_of
@@ -79,5 +79,7 @@ def _train(config: TrainConfig) -> Path:
         trainer.resume(found)
     for note in without_effect(config):
         print(note, file=sys.stderr)
+    if line := anew(run, config.checkpoints):
+        print(line, file=sys.stderr)
     measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)
     return carry_out(config, trainer, measure, changes=changes)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dkdm.config import EvaluationOptions, GuidanceOptions, RunConfig
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.selection import Selection
+from dkdm.core.tolerance import tolerated
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.evaluation.circumstances import weights_in_words
@@ -66,7 +67,8 @@ def _measuring(
     def validate(step: int, student: Denoiser) -> Mapping[str, float]:
         found = dict(draw_grid(step, student)) if draw_grid else {}
         value = validation.measure(student)
-        selection.offer(step, value, student)
+        with tolerated("the best weights are not kept", selection.output_dir):
+            selection.offer(step, value, student)
         return {**found, validation.name: value}
 
     return validate

@@ -27,7 +27,7 @@ from dkdm.shipping.licence import CARD, origins_of
 from dkdm.version import __version__
 
 # Hidden files are half written, or not dkdm's.
-OF_TRAINING = ["checkpoint-*", "best/*", "finished/*", "synthetic/*", "logs/*", ".*"]
+OF_TRAINING = ["checkpoint-*", "best/*", "finished/*", "synthetic/*", "fill/*", "logs/*", ".*"]
 STAYS_HERE = [*OF_TRAINING, *(f"plain/{each}" for each in OF_TRAINING)]  # of both parts of a run
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
