@@ -31,7 +31,8 @@ FILLS = {
 
 
 def made_pool(size, shards=ONE_PROCESS):
-    return empty_pool(denoiser(), size, torch.device("cpu"), torch.float32, shards, seed=3)
+    teacher = denoiser(scheduler={"num_train_timesteps": 10})
+    return empty_pool(teacher, size, torch.device("cpu"), torch.float32, shards, seed=3)
 
 
 class KilledError(Exception):
