@@ -34,8 +34,8 @@ def run(processes: int, steps: int) -> tuple[float, float]:
         output = Path(folder) / "run"
         command = [sys.executable, "-m"]
         if processes > 1:
-            command += ["torch.distributed.run", "--nproc-per-node", str(processes)]
-            command += ["--master-port", "0", "-m"]
+            command += ["torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(processes), "-m"]
         command += ["dkdm", "distill", "--output-dir", str(output)]
         command += ["--max-train-steps", str(steps), "--logging-steps", str(steps // 2), *OPTIONS]
         environment, before = {**os.environ, "OMP_NUM_THREADS": "1"}, cpu_seconds()
