@@ -1,6 +1,8 @@
 """How much faster several processes are than one, with one thread each and the same batch.
 
-    python benchmarks/processes.py [--processes 1 2] [--steps 60] [--turns 3] [--json FILE]
+    python benchmarks/processes.py [--processes 1 2] [--steps 30] [--turns 3] [--json FILE] OPTIONS
+
+OPTIONS are those of `dkdm distill`, such as --train-batch-size 256.
 
 Each turn runs the same distillation with every number of processes, one after the other, for
 `steps` and twice as many; medians over the turns are compared. The rate is that of the longer run's
@@ -28,7 +30,7 @@ OPTIONS = [
 ]
 
 
-def run(processes: int, steps: int) -> tuple[float, float]:
+def run(processes: int, steps: int, options: list[str]) -> tuple[float, float]:
     """Steps a second of the last half of a run in so many processes, and its CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
@@ -37,7 +39,7 @@ def run(processes: int, steps: int) -> tuple[float, float]:
             command += ["torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(processes), "-m"]
         command += ["dkdm", "distill", "--output-dir", str(output)]
-        command += ["--max-train-steps", str(steps), "--logging-steps", str(steps // 2), *OPTIONS]
+        command += ["--max-train-steps", str(steps), "--logging-steps", str(steps // 2), *options]
         environment, before = {**os.environ, "OMP_NUM_THREADS": "1"}, cpu_seconds()
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -60,13 +62,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
+    options = [*OPTIONS, *more]
     found: dict[int, list[tuple[float, float]]] = {number: [] for number in args.processes}
     loads = []
     for _ in range(args.turns):
         for number, rows in found.items():
             loads.append(os.getloadavg()[0])
-            (_, shorter), (rate, longer) = (run(number, n * args.steps) for n in (1, 2))
+            (_, shorter), (rate, longer) = (run(number, n * args.steps, options) for n in (1, 2))
             rows.append((rate, (longer - shorter) / args.steps))
             print(f"{number}: {rate:.3f} steps/s, {rows[-1][1]:.3f} CPU s, load {loads[-1]:.1f}")
     rates, works = (
