@@ -73,6 +73,7 @@ def test_validation_changes_nothing_of_the_training(whole, tmp_path):
         json.loads((run / "checkpoint-4/manifest.json").read_text()) for run in (whole, without)
     ]
     assert hashes[0].pop("state.json") != hashes[1].pop("state.json")  # it names the best
+    assert hashes[0].pop("run.json") != hashes[1].pop("run.json")  # it has the options
     assert hashes[0] == hashes[1]
     assert [entry for entry in lines(whole) if "validation" not in entry] == lines(without)
 
