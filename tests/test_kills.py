@@ -22,7 +22,7 @@ MORE = (
     *("--evaluation-samples", "4", "--evaluation-reference", "none", "--keep-finished", "4"),
 )
 MOMENTS = [  # (function, call at which it is killed, before or after its work)
-    ("dkdm.core.fill.reverse_step", 3, "before"),
+    ("dkdm.core.denoiser.Denoiser.sample", 2, "before"),
     ("dkdm.core.pool.Pool.store", 2, "after"),
     ("dkdm.core.folders._flush", 2, "after"),
     ("pathlib.Path.rename", 1, "before"),
