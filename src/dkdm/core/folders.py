@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,15 @@ def verify_folder(folder: Path, *needed: str) -> None:
     for name in needed:
         if name not in entries:
             raise DkdmError(f"{folder} is not complete: {MANIFEST} does not list {name}")
-    seen = str(folder.resolve()), *((str(p), *_stamp(p)) for p in sorted(_files(folder)))
-    if seen not in _verified:
-        for name, entry in entries.items():
-            _verify(folder, name, entry)
-        _verified.add(seen)
+    files = sorted(path.resolve() for path in _files(folder))
+    _verify_hashes(folder, tuple((path, *_stamp(path)) for path in files))
 
 
-_verified: set[tuple[Any, ...]] = set()  # folders as they were when their hashes were checked
+@lru_cache(maxsize=64)
+def _verify_hashes(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> None:
+    """Check every file of a folder, once for each state that its sizes and times show."""
+    for name, entry in read_json(folder / MANIFEST, "the hashes of a folder").items():
+        _verify(folder, name, entry)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
