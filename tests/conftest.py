@@ -5,7 +5,7 @@ import tempfile
 
 UNDER_XDIST = "PYTEST_XDIST_WORKER" in os.environ
 DATA_HOME = tempfile.TemporaryDirectory(prefix="dkdm-tests-")
-THREADS = 1 if UNDER_XDIST else int(os.environ.get("OMP_NUM_THREADS", "2"))
+THREADS = 1  # as the processes have that tests fork, whose results must be the same to the bit
 
 # Read by the libraries when they are imported, and inherited by the processes that tests start.
 os.environ.update(

@@ -104,8 +104,8 @@ def verify_folder(folder: Path, *needed: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _verify_hashes(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> None:
-    """Check every file of a folder, once for each state that its sizes and times show."""
+def _verify_hashes(folder: Path, seen: tuple[tuple[Path, int, int], ...]) -> None:  # noqa: ARG001
+    """Check every file of a folder, once for each state `seen` of it: its sizes and times."""
     for name, entry in read_json(folder / MANIFEST, "the hashes of a folder").items():
         _verify(folder, name, entry)
 
