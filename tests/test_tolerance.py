@@ -53,7 +53,7 @@ def test_finished_samples_wait_for_the_disk(tmp_path, monkeypatch, capsys):
 
 
 def test_lines_that_wait_are_dropped_with_those_of_the_file(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file = MetricsFile(tmp_path / "metrics.jsonl")
     file.write({"step": 1})
     file.waiting = b'{"step": 2}\n{"step": 3}\n'
     file.drop_after(2)
@@ -66,7 +66,7 @@ def test_other_errors_are_raised(tmp_path):
 
 
 def test_lines_that_the_disk_did_not_take_are_written_later(tmp_path, monkeypatch, capsys):
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file = MetricsFile(tmp_path / "metrics.jsonl")
     file.write({"step": 1})
 
     def cut_off(handle, data):

@@ -13,11 +13,12 @@ from typing import Any
 
 from dkdm.core import processes
 from dkdm.errors import DkdmError, UsageError
-from dkdm.reading.fields import read_json
+from dkdm.reading.fields import read_json, read_text
 from dkdm.reading.files import flush_folder, unfinished
 from dkdm.reading.places import check_folder, inside
 
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -46,6 +47,49 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise
     flush_folder(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def replace_files(folder: Path, fill: Callable[[Path], None]) -> set[Path]:
+    """Write files into a folder, each whole or not at all; others in it stay as they are.
+
+    `fill` writes them into a folder inside it, from which they are moved when all are whole.
+    Returns their paths, relative to the folder.
+    """
+    partial = folder / ".files.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        _flush(partial)
+        written = {path.relative_to(partial) for path in _files(partial)}
+        for name in sorted(written):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).replace(folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    flush_folder(folder)
+    return written
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS: the hashes of all files of a folder, as `sha256sum --check` reads them."""
+    names = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
+    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def damaged_by_sums(folder: Path) -> list[str]:
+    """The files of a folder that are missing or not as SHA256SUMS says.
+
+    Raises UsageError for a list that cannot be read or that leads out of the folder.
+    """
+    place, wrong = folder / SUMS, []
+    for line in read_text(place, "hashes of files").splitlines():
+        digest, _, name = line.partition("  ")
+        path = inside(folder, name, str(place)) if name else place
+        if not path.is_file() or _sha256(path) != digest:
+            wrong.append(name or SUMS)
+    return wrong
 
 
 def write_together(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -79,9 +123,9 @@ def remove_leftovers(output_dir: Path) -> None:
     for folder in moved_aside(output_dir):
         restore_folder(folder)
         shutil.rmtree(_former(folder), ignore_errors=True)
-    for path in output_dir.glob(".*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
     for folder in (output_dir, *filter(Path.is_dir, output_dir.glob("*"))):
+        for path in folder.glob(".*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
         for path in unfinished(folder):
             path.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from dkdm.core import processes
 from dkdm.core.devices import to_device
-from dkdm.core.tolerance import tolerated
+from dkdm.core.tolerance import tolerated, warn
+from dkdm.errors import DkdmError
+from dkdm.reading.fields import Fields
 from dkdm.reading.files import atomic
 
 BUCKETS = 10
@@ -73,32 +76,65 @@ class LossPerLevel:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, appended; lines after `step` are dropped first.
+    """`metrics.jsonl`: one JSON object a line, appended.
 
-    The main process writes it.
+    The main process writes it. waiting: lines that the disk did not take; a checkpoint keeps them.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.waiting = path, b""
-        if processes.is_main():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.drop_after(step)
 
     def drop_after(self, step: int) -> None:
-        """Drop the lines after a step, to which the run has gone back."""
+        """Drop the lines after a step, to which the run has gone back; write those that wait.
+
+        stderr says so if lines before it cannot be read.
+        """
         if not processes.is_main():
             return
-        entries = [*read_metrics(self.path), *map(json.loads, self.waiting.splitlines())]
-        kept = [entry for entry in entries if entry["step"] <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        known, lost = lines_to(self.path, step)
+        if lost:
+            warn(f"{lost} lines of {self.path} cannot be read, and are left out")
+        waiting = map(json.loads, self.waiting.splitlines())
+        kept = known + [each for each in waiting if each["step"] <= step and each not in known]
         with atomic(self.path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
         self.waiting = b""
 
+    def kept(self) -> dict[str, str]:
+        """What a checkpoint says of the lines that wait; empty if none do."""
+        return {"waiting_metrics": self.waiting.decode()} if self.waiting else {}
+
+    def restore(self, about: Mapping[str, Any]) -> None:
+        """Let the lines wait that waited at a checkpoint. Raises DkdmError if they are none."""
+        lines = Fields(about, "a checkpoint").text("waiting_metrics", "").splitlines()
+        if any(_metrics_of(line) is None for line in lines):
+            raise DkdmError("its waiting_metrics are no lines of metrics")
+        self.waiting = "".join(f"{line}\n" for line in lines).encode()
+
+    def flush(self) -> None:
+        """Wait until all lines are on the disk, as a checkpoint of their steps will be."""
+        if self.path.is_file():
+            with self.path.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+    def finish(self) -> None:
+        """Try once more to write lines that wait; stderr says what becomes of them."""
+        if self.waiting and processes.is_main():
+            self._append()
+            if self.waiting:
+                warn(
+                    f"metrics.jsonl lacks {len(self.waiting.splitlines())} lines, which the last "
+                    "checkpoint keeps: make room, and --resume-from-checkpoint latest writes them"
+                )
+
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line; a line that the disk does not take is written with the next one."""
-        if not processes.is_main():
-            return
-        self.waiting += json.dumps(entry).encode() + b"\n"
+        if processes.is_main():
+            self.waiting += json.dumps(entry).encode() + b"\n"
+            self._append()
+
+    def _append(self) -> None:
         with tolerated("metrics.jsonl: lines wait to be written", self.path.parent):
             with self.path.open("ab", buffering=0) as handle:
                 size = handle.tell()
@@ -120,11 +156,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Any other line, such as one cut off by a crash, is left out.
     """
+    return [entry for line in _lines(path) if (entry := _metrics_of(line)) is not None]
+
+
+def lines_to(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics.jsonl up to a step, and how many before the last of them are damaged."""
+    found = [_metrics_of(line) for line in _lines(path)]
+    to = [i for i, entry in enumerate(found) if entry is not None and entry["step"] <= step]
+    known = [entry for entry in (found[i] for i in to) if entry is not None]
+    lost = sum(entry is None for entry in found[: to[-1] if to else 0])
+    return known, lost
+
+
+def _lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", errors="replace") as lines:
-        found = [_metrics_of(line) for line in iter(lambda: lines.readline(MAX_LINE), "")]
-    return [entry for entry in found if entry is not None]
+        return list(iter(lambda: lines.readline(MAX_LINE), ""))
 
 
 def _metrics_of(line: str) -> dict[str, Any] | None:

@@ -110,6 +110,7 @@ class Trainer:
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
         self.since = self.step_number, time.monotonic()  # where the speed is measured from
+        self.metrics = MetricsFile(self.output_dir / "metrics.jsonl")
         self.rates = ScheduleState(self.schedule)
         self.bad_steps = BadSteps(options.max_bad_steps, device)
         self.saver = Saver(
@@ -164,7 +165,7 @@ class Trainer:
         A signal stops it between two steps, or while it validates: it saves, and raises Stopped.
         """
         last, first = self.training.max_train_steps, self.step_number
-        metrics = MetricsFile(self.output_dir / "metrics.jsonl", first)
+        self.metrics.drop_after(first)
         self.since = first, time.monotonic()
         quiet = without_label_dropout(self.network)
         with track(last, first) as progress, quiet, stopping_together():
@@ -172,7 +173,7 @@ class Trainer:
                 while self.step_number < last or self.unnoted is not None:
                     with whole():
                         loss = self.unnoted = self.step() if self.unnoted is None else self.unnoted
-                    self._note(loss, metrics)
+                    self._note(loss)
                     progress(self.step_number, loss)
                     agree()
             except Stopped:
@@ -183,20 +184,21 @@ class Trainer:
             finally:
                 self.saver.wait()
             self.saver.finish()
+            self.metrics.finish()
 
-    def _note(self, loss: Tensor, metrics: MetricsFile) -> None:
+    def _note(self, loss: Tensor) -> None:
         """Write down a step: validation, a line of metrics, a checkpoint, where they are due."""
         found = self._validated()
         with whole():
             if found:
-                metrics.write({"step": self.step_number, "validation": found})
+                self.metrics.write({"step": self.step_number, "validation": found})
                 shown = {f"validation/{name}": value for name, value in found.items()}
                 tracked(self.accelerator.log, shown, step=self.step_number)
             self.unnoted = None
             if self._due(self.checkpoints.logging_steps):
-                metrics.write(self._metrics(loss))
+                self.metrics.write(self._metrics(loss))
                 if self._mind_bad_steps():
-                    metrics.drop_after(self.step_number)
+                    self.metrics.drop_after(self.step_number)
                     return
             if self._due(self.checkpoints.checkpointing_steps) or self.saver.is_due():
                 self.save()
@@ -318,6 +320,7 @@ class Trainer:
         check_finite(self.network, self.step_number, self.output_dir)
         self._mend()
         about: dict[str, Any] = {"step": self.step_number, "frozen": sorted(self.frozen)}
+        about |= self.metrics.kept()
         if self.unnoted is not None:
             about["unnoted"] = float(processes.mean(self.unnoted))
         if self.selection is not None:
@@ -326,6 +329,7 @@ class Trainer:
 
     def _write_more(self, folder: Path) -> None:
         """What a checkpoint has beside its parts: facts of the run, configs of networks."""
+        self.metrics.flush()
         (folder / checkpoint.RUN).write_text(json.dumps(self.about, indent=2) + "\n")
         for copies in (self.name, f"{self.name}_ema"):
             if (folder / copies).is_dir():
@@ -338,6 +342,7 @@ class Trainer:
             about = checkpoint.read_parts(folder, parts, processes.owners(parts))
             state = Fields(about, str(folder / checkpoint.STATE))
             self.step_number, loss = state.whole("step"), state.number("unnoted", None)
+            self.metrics.restore(about)
         self.unnoted = None if loss is None else torch.tensor(loss, device=self.accelerator.device)
         self.rates.at_pace(self.bad_steps.pace)
         if self.selection is not None and processes.is_main():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dkdm.core.checkpoint import read_tensors, write_tensors
 from dkdm.errors import DkdmError
-from dkdm.reading.files import atomic
+from dkdm.reading.files import atomic, write_text
 
 LABELS = "labels.json"
 
@@ -112,7 +112,7 @@ class PngFolder(SampleFiles):
             place = self._place(key, label)
             place.parent.mkdir(parents=True, exist_ok=True)
             if text is not None:
-                place.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+                write_text(place.with_suffix(".txt"), text + "\n")
             with atomic(place) as partial:
                 picture(image).save(partial)
 
@@ -202,12 +202,12 @@ class TensorShards(SampleFiles):
         return self._path(number).is_file()
 
     def write(self, number: int, part: Part) -> None:
-        """As `SampleFiles.write`."""
-        labels = {} if part.labels is None else {"class_labels": part.labels.clone()}
-        write_tensors(self._path(number), {"samples": part.samples.clone(), **labels})
+        """As `SampleFiles.write`; captions before their samples."""
         if part.captions is not None:
             text = json.dumps(list(part.captions), ensure_ascii=False)
-            self._path(number).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+            write_text(self._path(number).with_suffix(".json"), text + "\n")
+        labels = {} if part.labels is None else {"class_labels": part.labels.clone()}
+        write_tensors(self._path(number), {"samples": part.samples.clone(), **labels})
 
     def read(self, number: int, rows: range) -> tuple[Tensor, Tensor | None]:
         """As `SampleFiles.read`: samples, which are not decoded."""

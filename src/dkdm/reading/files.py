@@ -44,6 +44,12 @@ def atomic(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def unfinished(folder: Path) -> list[Path]:
     """Files of killed `atomic` blocks, in a folder that nobody writes to."""
     names = re.compile(r"\..+\.[0-9a-f]{8}(\.\w+)?")

@@ -47,7 +47,7 @@ from dkdm.report import write_report
 from dkdm.report.page import REPORT
 from dkdm.runs.config_file import code_named_in
 from dkdm.runs.memory import explained
-from dkdm.runs.resume import Change, note_start
+from dkdm.runs.resume import Change, note_start, start_of
 from dkdm.runs.source import FILL
 from dkdm.runs.validation import best_weights, shipped_weights
 from dkdm.shipping.card import NO_LICENCE, Measured, write_card
@@ -203,19 +203,24 @@ def _carried_out(
 ) -> Path:
     step = trainer.step_number
     config = processes.by_main(lambda: claim_output(config, trainer.accelerator, step)) or config
-    if processes.is_main():
-        with tolerated("history.jsonl lacks this start", config.run.output_dir):
-            note_start(config.run.output_dir, step, changes)
+    start = start_of(step, changes)
+    processes.by_main(lambda: _note(config.run.output_dir, start))
     with explained(trainer, teacher):
         before()
         started = time.monotonic()
         trainer.run()
+    processes.by_main(lambda: _note(config.run.output_dir, start))  # if the disk was full before
     minutes = (time.monotonic() - started) / 60
     for tracker in trainer.accelerator.trackers:
         tracked(tracker.finish)
     student = trainer.averaged()
     processes.by_main(lambda: publish_run(config, trainer, student, measure, minutes, teacher))
     return config.run.output_dir
+
+
+def _note(folder: Path, start: Mapping[str, Any]) -> None:
+    with tolerated("history.jsonl lacks this start", folder):
+        note_start(folder, start)
 
 
 def publish_run(

@@ -22,6 +22,7 @@ from dkdm.config import RunConfig
 from dkdm.core.checkpoint import RUN
 from dkdm.errors import UsageError
 from dkdm.reading.fields import read_json
+from dkdm.reading.files import atomic
 from dkdm.reading.options import flag, places
 from dkdm.runs.earlier import run_of
 from dkdm.version import __version__
@@ -136,10 +137,17 @@ def facts_of(config: RunConfig) -> dict[str, Any]:
     return {"versions": {"dkdm": __version__, **versions}, "config": plain(config)}
 
 
-def note_start(folder: Path, step: int, changes: Sequence[Change]) -> None:
-    """Append a start of the run to its history."""
+def start_of(step: int, changes: Sequence[Change]) -> dict[str, Any]:
+    """A start of the run, now, as its history has it."""
     changed = {change.option: [change.then, change.now] for change in changes}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    entry = {"date": now, "step": step, "dkdm": __version__, "changed": changed}
-    with (folder / HISTORY).open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(entry) + "\n")
+    return {"date": now, "step": step, "dkdm": __version__, "changed": changed}
+
+
+def note_start(folder: Path, start: Mapping[str, Any]) -> None:
+    """Add a start of the run to its history, unless it is the last there; whole or not at all."""
+    path, line = folder / HISTORY, json.dumps(start).encode()
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    if lines[-1:] != [line]:
+        with atomic(path) as partial:
+            partial.write_bytes(b"".join(each + b"\n" for each in (*lines, line)))

@@ -25,7 +25,7 @@ from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count
 from dkdm.evaluation.results import Measurement
 from dkdm.evaluation.rows import Row
-from dkdm.reading.files import render
+from dkdm.reading.files import render, write_text
 from dkdm.shipping.licence import (
     CARD,
     Origin,
@@ -122,7 +122,7 @@ def write_card(
         distilled=taught,
         version=__version__,
     )
-    (folder / CARD).write_text(text, encoding="utf-8")
+    write_text(folder / CARD, text)
     return bool(licence)
 
 

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 
 from dkdm.config import DistillConfig, HubOptions, read_config
 from dkdm.errors import DkdmError, UsageError, raised_as
+from dkdm.reading.files import write_text
 from dkdm.reading.places import check_folder
 from dkdm.shipping.licence import CARD, origins_of
 from dkdm.version import __version__
@@ -123,7 +124,7 @@ def _name_in_card(card: Path, repo_id: str) -> None:
     text = card.read_text(encoding="utf-8")
     quoted = json.dumps(repo_id)
     named = re.sub(r'(\.from_pretrained\()"[^"]*"', lambda match: match[1] + quoted, text)
-    card.write_text(named, encoding="utf-8")
+    write_text(card, named)
 
 
 def _explained(repo_id: str, error: Exception) -> DkdmError:

@@ -17,6 +17,7 @@ from dkdm.core.conditioning import ClassLabels, Conditioning
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.few_steps.grid import GRID
 from dkdm.core.few_steps.model import FewStep
+from dkdm.core.folders import replace_files, write_sums
 from dkdm.core.inputs import to_index
 from dkdm.core.kinds import Row, kind_of
 from dkdm.core.process import Process
@@ -47,8 +48,21 @@ def write_pipeline(folder: Path, denoiser: Denoiser, former: Path | None = None)
     The folder samples with a pipeline of diffusers if one can feed the network; otherwise it holds
     a short `pipeline.py`, loaded with `trust_remote_code=True` and without dkdm. A network made by
     a user's factory brings its source. If no scheduler of diffusers stands for the process, the
-    network is written alone.
+    network is written alone. Each file is there whole or not at all; SHA256SUMS has their hashes.
     """
+
+    def fill(partial: Path) -> None:
+        _write_files(partial, denoiser, former, folder)
+        write_sums(partial)
+
+    component = component_of(type(denoiser.network).__name__)
+    written = replace_files(folder, fill)
+    for path in (folder / component).glob("*.py"):
+        if path.relative_to(folder) not in written:
+            path.unlink()  # of a network that was there before
+
+
+def _write_files(folder: Path, denoiser: Denoiser, former: Path | None, at: Path) -> None:
     network: Any = denoiser.network
     component = component_of(type(network).__name__)
     save_network(network, folder / component)
@@ -63,7 +77,7 @@ def write_pipeline(folder: Path, denoiser: Denoiser, former: Path | None = None)
     components = _named_for(stock, denoiser.bundle.components)
     if stock is None:
         components = {key: part for key, part in components.items() if key in COMPONENTS}
-    _write_components(folder, components, former)
+    _write_components(folder, components, former, at)
     index: dict[str, Any] = {
         "_class_name": stock or ["pipeline", "DenoiserPipeline"],
         "_diffusers_version": diffusers.__version__,
@@ -82,12 +96,13 @@ def write_pipeline(folder: Path, denoiser: Denoiser, former: Path | None = None)
 
 
 def _write_components(
-    folder: Path, components: Mapping[str, Component], former: Path | None
+    folder: Path, components: Mapping[str, Component], former: Path | None, at: Path
 ) -> None:
+    """at: where they will lie."""
     for name, part in components.items():
         if former is not None and (former / name).is_dir():
             link_folder(former / name, folder / name)
-        elif part.folder.resolve() != (folder / name).resolve():
+        elif part.folder.resolve() != (at / name).resolve():
             copy_folder(part.folder, folder / name, part.root, part.owns)
 
 
@@ -152,8 +167,6 @@ def _write_source(network: nn.Module, folder: Path) -> list[str]:
     kind, origin = type(network), origin_of(network)
     if origin is not None and origin.factory is not None:
         shipped = shipment(origin)
-        for old in folder.glob("*.py"):
-            old.unlink()
         (folder / shipped.file).write_text(shipped.text, encoding="utf-8")
         return [shipped.file.removesuffix(".py"), OWN_CLASS]
     if kind.__module__.startswith("dkdm.networks."):

@@ -12,11 +12,12 @@ import torch
 
 from dkdm.config import EXPORTED
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.folders import replace_files
 from dkdm.core.given import denoiser_given
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.numbers import count
 from dkdm.reading.arguments import given
-from dkdm.reading.files import check_output
+from dkdm.reading.files import check_output, write_text
 from dkdm.shipping.graph.description import describe_graph, sampling_tables
 from dkdm.shipping.graph.formats import Evaluate, Format, opened, require_onnx, runtime, write
 from dkdm.shipping.graph.network import GraphNetwork, graph_network, random_inputs
@@ -60,7 +61,10 @@ def export_graph(
     _say(f"writing {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     weights.unlink(missing_ok=True)
-    write(program, output, format, opset, facts)
+    replace_files(
+        output.parent,
+        lambda partial: write(program, partial / output.name, format, opset, facts),
+    )
     _say(f"comparing it with PyTorch, batches of {', '.join(map(str, batches))}")
     difference = largest_difference(denoiser, network, opened(output, format), batches)
     tolerance = TOLERANCES[denoiser.dtype or torch.float32]
@@ -72,7 +76,7 @@ def export_graph(
         "passed": difference <= tolerance,
     }
     facts |= {"format": format, "check": check, "process": sampling_tables(denoiser)}
-    beside.write_text(json.dumps(facts, indent=1) + "\n")
+    write_text(beside, json.dumps(facts, indent=1) + "\n")
     if not check["passed"]:
         raise DkdmError(
             f"{output} does not compute what the network does: its output differs by "
