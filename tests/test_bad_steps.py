@@ -4,15 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 import small_runs
-from dkdm.core.bad_steps import RECENT, BadSteps
+from dkdm.core import bad_steps
+from dkdm.core.bad_steps import CAUSES, RECENT, BadSteps, faults_in_words
 from dkdm.core.checkpoint import checkpoints, newest_finite, read_tensors
 from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
 from dkdm.core.trainer import Trainer
 from dkdm.errors import DkdmError
+from dkdm.report import write_report
 from factories import denoiser
+from page_reader import Page
+from watched import Watched
 
 RUN = {"max_train_steps": 8, "evaluation_samples": 0, "checkpointing_steps": 1}
 CPU = torch.device("cpu")
@@ -121,7 +126,8 @@ def test_a_teacher_that_stays_bad_ends_the_run_with_a_report(tmp_path):
     said = str(caught.value)
     assert "8 steps were bad, and the run " in said
     assert "went back 3 times. The last good checkpoint is" in said
-    assert "lower --learning-rate" in said
+    assert "Most often the teacher's output was not finite" in said
+    assert "give --teacher-dtype float32" in said
     last = checkpoints(tmp_path / "run")[-1]
     assert newest_finite(tmp_path / "run") == last
 
@@ -190,3 +196,172 @@ def test_what_is_known_of_bad_steps_survives_a_resume():
     assert again.too_many and again.news() == 1
     again.note(torch.tensor(1.0))
     assert not again.too_many
+
+
+def nan_at(function, *calls, value=float("nan")):
+    """The same function, whose answers of these calls are not finite, or as many times as large."""
+    made = []
+
+    def then(*given, **named):
+        made.append(1)
+        found = function(*given, **named)
+        return found * value if len(made) in calls else found
+
+    return then
+
+
+def a_bad_teacher(_):
+    teacher = denoiser()
+    return replace(teacher, call=nan_at(teacher.call, 4))  # the first two are timed
+
+
+def a_bad_state(monkeypatch):
+    draw, calls = Pool.draw, []
+
+    def then(self, batch_size):
+        calls.append(1)
+        batch = draw(self, batch_size)
+        return batch._replace(x=batch.x * float("nan")) if len(calls) == 3 else batch
+
+    monkeypatch.setattr(Pool, "draw", then)
+
+
+def a_bad_student(monkeypatch):
+    monkeypatch.setattr(Objective, "_simple", nan_at(Objective._simple, 3))
+
+
+def a_bad_gradient(monkeypatch):
+    simple, calls = Objective._simple, []
+
+    def then(self, student, *given):
+        calls.append(1)
+        loss = simple(self, student, *given)
+        if len(calls) == 3:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(Objective, "_simple", then)
+
+
+@pytest.mark.parametrize(
+    ("cause", "spoil"),
+    {
+        "teacher": a_bad_teacher,
+        "state": a_bad_state,
+        "student": a_bad_student,
+        "gradient": a_bad_gradient,
+    }.items(),
+)
+def test_what_was_not_finite_first_is_named(tmp_path, monkeypatch, capsys, cause, spoil):
+    more = {"max_train_steps": 4, "evaluation_samples": 0, "fill": "none", "check": False}
+    _, metrics, _ = small_runs.run(tmp_path, spoil(monkeypatch), **more)
+    assert [line.get("bad_steps_by_cause") for line in metrics[1:]] == [None, *2 * [{cause: 1}]]
+    said = capsys.readouterr().err
+    assert [words in said for words in CAUSES.values()] == [name == cause for name in CAUSES]
+    assert ("--teacher-dtype float32" in said) == (cause == "teacher")
+
+
+def test_page_and_card_say_what_went_wrong(tmp_path, monkeypatch):
+    bad_at(monkeypatch, 2, 4, 5)
+    draw = Pool.draw
+
+    def then(self, batch_size):
+        if self.step == 1:
+            self.x[:] = float("nan")
+        return draw(self, batch_size)
+
+    monkeypatch.setattr(Pool, "draw", then)
+    folder, metrics, _ = small_runs.run(tmp_path, **RUN, max_bad_steps=2)
+    said = faults_in_words(metrics)
+    bad, anew = metrics[-1]["bad_steps"], metrics[-1]["entries_begun_anew"]
+    assert said.startswith(f"{bad} steps were not finite and changed no weight (state ")
+    assert "student 2" in said or "student 3" in said
+    assert "; 1 times back to a checkpoint, with half the learning rate each time" in said
+    assert f"; {anew} entries of the source were not finite and began anew" in said
+    assert f"{said}." in Page(write_report(folder)).text
+    assert said in (folder / "README.md").read_text()
+
+
+def test_lines_of_metrics_may_hold_anything():
+    assert faults_in_words([]) == faults_in_words([{"bad_steps": "7", "rolled_back": -1}]) == ""
+    odd = {"bad_steps": 2, "bad_steps_by_cause": [3], "loss_spike": None}
+    assert faults_in_words([odd]) == (
+        "2 steps were not finite and changed no weight; 1 losses of 5 times the usual or more"
+    )
+
+
+def everything(trainer):
+    """Copies of all tensors that an update may change."""
+    state = small_runs.state_of(trainer)
+    return {key: value for key, value in state.items() if not key.startswith(("source", "bad"))}
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_the_gradient_of_feature_projections_counts_too(tmp_path, features):
+    trainer = small_runs.begun(tmp_path, feature_weight=0.5)
+    for _ in range(2):
+        trainer.step()
+    before, learnt = everything(trainer), trainer.features if features else trainer.network
+    handle = next(learnt.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    trainer.step()
+    handle.remove()
+    after = everything(trainer)
+    kept = [key for key in before if key.startswith(("features", "optimizer", "unet/"))]
+    assert len(kept) > 20 and all(torch.equal(before[key], after[key]) for key in kept)
+    assert trainer.bad_steps.by_cause() == {"gradient": 1}
+    trainer.step()
+    assert not torch.equal(everything(trainer)[kept[0]], after[kept[0]])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_on_a_device_is_guarded_without_a_wait(tmp_path, monkeypatch, optimizer):
+    """As on a CUDA device: the kernels look at the flag; AdamW's is torch's fused one."""
+    monkeypatch.setattr(bad_steps, "AHEAD_OF", ("cpu",))
+    trainer = small_runs.begun(tmp_path, optimizer=optimizer, weight_decay=0.1, use_ema=False)
+    if optimizer == "adamw":
+        for group in trainer.optimizer.param_groups:
+            group["fused"] = True
+    update, watched = trainer._update, []
+
+    def seen(loss):
+        with Watched() as watch:
+            update(loss)
+        watched.append(watch.counts.total())
+
+    trainer._update = seen
+    trainer.step()
+    for bad in (True, False):
+        before = everything(trainer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Objective, "_simple", nan_at(Objective._simple, 1 if bad else 0))
+            trainer.step()
+        after = everything(trainer)
+        kept = [key for key in before if key.startswith(("optimizer", "unet/"))]
+        changed = [key for key in kept if not torch.equal(before[key], after[key])]
+        assert len(kept) > 20 and bool(changed) != bad
+    assert min(watched) > 20 and trainer.bad_steps.total == 1
+
+
+def test_a_scaler_leaves_steps_out_and_the_loss_says_which_were_bad(tmp_path):
+    """fp16's way, with the scaler of a CPU: scales that overflow are tried, and are no fault."""
+    trainer = small_runs.begun(tmp_path, optimizer="adamw", lr_warmup_steps=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, backoff_factor=2.0**-60)
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = scaler, True
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.step()
+    scaler.update(2.0**127)
+    before = everything(trainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "_simple", nan_at(Objective._simple, 1, value=1e4))
+        trainer.step()
+    after = everything(trainer)
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("unet/"))
+    assert trainer.bad_steps.total == 0 and scaler.get_scale() == 2.0**67
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "_simple", nan_at(Objective._simple, 1))
+        trainer.step()
+    assert trainer.bad_steps.by_cause() == {"student": 1}
+    trainer.step()
+    learnt = everything(trainer)
+    assert any(not torch.equal(after[key], learnt[key]) for key in after if "unet/" in key)
+    assert all(value.isfinite().all() for value in learnt.values())

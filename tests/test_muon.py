@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dkdm.core.muon import Muon, hidden_matrices, orthogonal
+from watched import Watched
 
 RATE = 0.02
 
@@ -141,3 +142,38 @@ class Net(nn.Module):
 def test_hidden_matrices_are_those_of_layers_that_are_not_narrow():
     network = Net()
     assert hidden_matrices(network) == {network.inner.weight, network.conv.weight}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_flag_on_the_device_says_whether_a_step_changes_anything(decay):
+    """Step by step as without it, a bad step left out; nothing is read by the host."""
+    pairs = []
+    for _ in range(2):
+        (first, gradients), (second, _) = given(24, 16), given(24, 16, seed=3)
+        bias, others = given(24, seed=5)
+        optimizer = Muon([first, second], [bias], RATE, decay)
+        pairs.append((optimizer, (first, second, bias), (gradients, gradients[::-1], others)))
+    (usual, expected, given_), (guarded, found, _) = pairs
+    for number, bad in ((0, True), (0, False), (1, False), (1, True), (2, True), (2, False)):
+        for weight, own, gradients in zip(expected, found, given_, strict=True):
+            weight.grad = gradients[number].clone()
+            own.grad = torch.full_like(own, math.nan) if bad else gradients[number].clone()
+        before = [weight.detach().clone() for weight in found]
+        state = copy.deepcopy(guarded.state_dict()["state"])
+        guarded.found_inf = torch.tensor(float(bad))
+        with Watched():
+            guarded.step()
+        if not bad:
+            usual.step()
+            continue
+        assert all(torch.equal(*pair) for pair in zip(before, found, strict=True))
+        for key, entry in guarded.state_dict()["state"].items():
+            known = state.get(key, {})
+            assert all(
+                torch.equal(v, known.get(n, torch.zeros(()) + 0 * v)) for n, v in entry.items()
+            )
+    for weight, own in zip(expected[:2], found[:2], strict=True):
+        assert torch.equal(weight, own)
+    # AdamW's kernel for the device rounds otherwise
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-7)
+    assert int(guarded.state[found[2]]["step"]) == 3

@@ -29,7 +29,8 @@ class Muon(torch.optim.Optimizer):
 
     matrices: weights [rows, ...], of hidden layers. rest: all others. learning_rate: of a matrix
     of as many rows as columns; one with more rows takes sqrt(rows / columns) of it, so that it
-    carries over from narrow networks to wide ones.
+    carries over from narrow networks to wide ones. found_inf: 1 on the device lets the next step
+    change nothing, without a wait of the host; 0 and None are a usual step.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Muon(torch.optim.Optimizer):
         others = {"params": list(rest), "lr": learning_rate / 10, "betas": (0.9, 0.999)}
         groups = [group for group in (matrix, others) if group["params"]]
         super().__init__(groups, {"weight_decay": weight_decay})
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -56,20 +58,22 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             (self._orthogonal if "momentum" in group else self._adamw)(group)
+        self.found_inf = None
         return loss
 
     def _adamw(self, group: dict[str, Any]) -> None:
         weights = [weight for weight in group["params"] if weight.grad is not None]
-        captured = group.get("capturable", False)
+        captured, flag = group.get("capturable", False), self.found_inf
         for weight in weights:
             if not self.state[weight]:
                 zero = torch.zeros_like(weight)
-                self.state[weight] = {
-                    "step": torch.zeros((), device=weight.device if captured else None),
-                    "exp_avg": zero,
-                    "exp_avg_sq": zero.clone(),
-                }
+                counted_on = weight.device if captured else None
+                count = torch.zeros((), device=counted_on)
+                self.state[weight] = {"step": count, "exp_avg": zero, "exp_avg_sq": zero.clone()}
         states = [self.state[weight] for weight in weights]
+        if flag is not None:  # the fused kernel looks at it, and counts on the device
+            for weight, state in zip(weights, states, strict=True):
+                state["step"] = state["step"].to(weight.device)
         adamw(
             weights,
             [weight.grad for weight in weights],
@@ -85,6 +89,8 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=1e-8,
             maximize=False,
+            fused=None if flag is None else True,
+            found_inf=flag,
         )
 
     def _orthogonal(self, group: dict[str, Any]) -> None:
@@ -94,9 +100,10 @@ class Muon(torch.optim.Optimizer):
                 alike[tuple(weight.flatten(1).shape), weight.dtype, weight.device].append(weight)
         for (shape, *_), weights in alike.items():
             matrices = [whole(each).flatten(1) for each in self._directions(weights, group)]
-            directions = orthogonal(torch.stack(matrices))
+            directions = self._unless_bad(orthogonal(torch.stack(matrices)), 0.0)
             pace = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            kept = self._unless_bad(1 - group["lr"] * group["weight_decay"], 1.0)
+            torch._foreach_mul_(weights, kept)
             pairs = zip(directions.to(weights[0].dtype), weights, strict=True)
             moves = [placed_like(found.view(weight.shape), weight) for found, weight in pairs]
             if isinstance(pace, Tensor):  # in a graph
@@ -112,8 +119,17 @@ class Muon(torch.optim.Optimizer):
             if "average" not in self.state[weight]:
                 self.state[weight]["average"] = torch.zeros_like(weight)
         averages = [self.state[weight]["average"] for weight in weights]
+        if self.found_inf is not None:  # an average that goes to itself stays
+            both = (torch.stack([v.flatten(1) for v in vs]) for vs in (gradients, averages))
+            pairs = zip(self._unless_bad(*both), weights, strict=True)
+            gradients = [found.view(weight.shape) for found, weight in pairs]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         return list(torch._foreach_lerp(gradients, averages, group["momentum"]))
+
+    def _unless_bad(self, value: Any, otherwise: Any) -> Any:
+        """A value of the step, or what leaves everything as it is if the step is bad."""
+        flag = self.found_inf
+        return value if flag is None else torch.where(flag > 0, otherwise, value)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

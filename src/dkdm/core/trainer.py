@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dkdm.config import CheckpointOptions, OptimizerOptions, TrainingOptions
 from dkdm.core import checkpoint, processes
-from dkdm.core.bad_steps import ROLL_BACKS, BadSteps, mended, unchanged
+from dkdm.core.bad_steps import ROLL_BACKS, BadSteps, mended, norm_of_all, unchanged
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.faster import WAYS
 from dkdm.core.learning import (
@@ -140,6 +140,7 @@ class Trainer:
             loss = self.learner(student, batch, target)
             mean = loss.mean() * processes.part_of_mean(len(loss), size)
             self.accelerator.backward(mean)
+            self.bad_steps.see(batch.x, target.output, loss)
             self._update(mean.detach())
             self.source.advance(batch, target)
             self.align()
@@ -152,7 +153,7 @@ class Trainer:
             norm = whole_tensor(self.accelerator.clip_grad_norm_(self.network.parameters(), limit))
             if self.accelerator.scaler is not None:  # which leaves a step out, and tries scales
                 self.bad_steps.note(processes.mean(loss))
-            elif unchanged(self.optimizer, self.bad_steps.note(norm)):
+            elif unchanged(self.optimizer, self.bad_steps.note(norm_of_all(norm, self.features))):
                 self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.step()
         if self.accelerator.sync_gradients:
@@ -217,7 +218,10 @@ class Trainer:
         count = self.bad_steps.news()
         if not count:
             return False
-        warn(f"{count} of the last steps had a gradient that was not finite, and changed no weight")
+        said = (
+            f"{count} of the last steps had a gradient that was not finite, and changed no weight"
+        )
+        warn("; ".join([said, *self.bad_steps.new_causes()]))
         self._mend()
         if self.bad_steps.too_many:
             self._go_back()
@@ -235,7 +239,7 @@ class Trainer:
         self.saver.wait()
         before, folder = copy.copy(self.bad_steps), checkpoint.newest_finite(self.output_dir)
         if folder is None or before.rolled_back == ROLL_BACKS:
-            raise before.given_up(self.step_number, folder)
+            raise before.given_up(self.step_number, folder, before.by_cause())
         self.resume(folder)
         self.since = self.step_number, time.monotonic()
         processes.by_main(partial(checkpoint.set_aside_later, self.output_dir, self.step_number))
@@ -260,10 +264,7 @@ class Trainer:
             "steps_per_second": round(steps_per_second, 3),
             "loss_per_level": self.losses.take(),
         }
-        if self.bad_steps.total:
-            entry["bad_steps"] = self.bad_steps.total
-        if self.bad_steps.fresh:
-            entry["entries_begun_anew"] = self.bad_steps.fresh
+        entry |= self.bad_steps.counted()
         if (spike := self.bad_steps.spike(entry["loss"])) is not None:
             entry["loss_spike"] = round(spike, 2)
             warn(f"the loss of step {self.step_number} is {spike:.1f} times the usual")

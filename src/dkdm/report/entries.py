@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dkdm.core.bad_steps import faults_in_words
 from dkdm.errors import UsageError
 from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.figures import Figure, figures_of_comparison, figures_of_evaluation
@@ -92,6 +93,8 @@ def training_facts(run: Run) -> dict[str, str]:
         facts["teacher evaluations"] = count(evaluations)
     if seconds:
         facts["training time"] = duration(seconds)
+    if said := faults_in_words(run.metrics):
+        facts["faults"] = said
     return facts
 
 

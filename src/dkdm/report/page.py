@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dkdm.config import RunConfig, TrainConfig, to_json
+from dkdm.core.bad_steps import faults_in_words
 from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.reading.files import atomic
@@ -56,6 +57,7 @@ def render(run: Run) -> str:
         pool_charts=pool_charts(run.pool),
         ages=ages_in_words(run.pool) if run.pool else "",
         best=best_in_words(run),
+        faults=faults_in_words(run.metrics),
         undrawn=any(value <= 0 for _, value in run.validated),
         command=command_line(run.config),
         config_json=to_json(run.config),

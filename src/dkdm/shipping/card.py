@@ -16,8 +16,10 @@ from dkdm.config import (
     TrainConfig,
     TrainingOptions,
 )
+from dkdm.core.bad_steps import faults_in_words
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.kinds import kind_of
+from dkdm.core.progress import read_metrics
 from dkdm.core.selection import FOLDER as BEST
 from dkdm.core.teachers import parts_of
 from dkdm.evaluation.few_steps import StepsTable
@@ -109,7 +111,10 @@ def write_card(
         images=[(caption, path) for path, caption in _IMAGES.items() if (folder / path).is_file()],
         usage=usage_snippet(name, denoiser, measured.guidance_scale),
         notes=shipping_notes(denoiser),
-        details=_details(denoiser, config.training, teacher, minutes, weights),
+        details=[
+            *_details(denoiser, config.training, teacher, minutes, weights),
+            *_faults(folder),
+        ],
         heads=_heads(measured.rows),
         rows=_with_floors(measured.rows),
         how=[(label, plain(words)) for label, words in measured.how],
@@ -297,6 +302,12 @@ def _details(
         ("made with", f"dkdm {__version__}"),
     ]
     return [(name, plain(value)) for name, value in details if value]
+
+
+def _faults(folder: Path) -> list[tuple[str, str]]:
+    """Steps of the run that went wrong, if there were any."""
+    said = faults_in_words(read_metrics(folder / "metrics.jsonl"))
+    return [("faults of the run", plain(said))] if said else []
 
 
 def _limits_of_distilled(

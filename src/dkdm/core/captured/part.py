@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dkdm.core.bad_steps import norm_of_all
 from dkdm.core.captured.optimizers import states_of, step_unless, stepped_by
 from dkdm.core.captured.placed import Placed
 from dkdm.core.chains import Guidance, row_mask
@@ -33,9 +34,10 @@ class DevicePart:
     `teacher.NAME` and `student.NAME`, the learning `rates`, and the average's `share` of a step.
     new: of chains that begin below T-1 their places `at` in the batch, levels `s` and conditions,
     and `valid`, which of them there are. x: states of the batch, [B, ...]. noise: [2, B, ...] for
-    moves, and for chains that begin. accumulates: batches of an optimizer step. What comes out is
-    next, the batch's next states; loss, its mean; norm, of the gradient; and output, what the
-    teacher's network said, [B, C or 2C, ...], which `again` reads.
+    moves, and for chains that begin. accumulates: batches of an optimizer step. features: what
+    learns beside the network. What comes out is next, the batch's next states; loss, its mean;
+    norm, of the gradient; and output, what the teacher's network said, [B, C or 2C, ...], which
+    `again` reads.
     """
 
     guidance: Guidance
@@ -54,6 +56,7 @@ class DevicePart:
     new: Values
     x: Tensor
     noise: Tensor
+    features: nn.Module | None = None
     output: Tensor = field(init=False)
     next: Tensor = field(init=False)
     loss: Tensor = field(init=False)
@@ -97,9 +100,9 @@ class DevicePart:
     def update(self) -> None:
         """Clip the gradients, step the optimizer if they are finite, move the average."""
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
-        self.norm.copy_(norm)
+        self.norm.copy_(norm_of_all(norm, self.features))
         with stepped_by(self.optimizer, self.given["rates"]):
-            step_unless(self.optimizer, ~norm.isfinite())
+            step_unless(self.optimizer, ~self.norm.isfinite())
         self.optimizer.zero_grad(set_to_none=self.accumulates == 1)
         if self.ema is not None:
             self.ema.move(self.network, self.given["share"])

@@ -82,6 +82,7 @@ class WholeStep:
             self.new.values,
             torch.zeros(self.batch_size, *pool.x.shape[1:], device=device),
             torch.zeros(2, self.batch_size, *pool.x.shape[1:], device=device),
+            trainer.features,
         )
         self._runs: Mapping[str, Run] | None = None
 
@@ -92,6 +93,7 @@ class WholeStep:
         trainer, losses = self.trainer, []
         for _ in range(self.accumulates):
             losses.append(self._learn() if self._is_new else self._again())
+            trainer.bad_steps.see(self.part.x, self.part.output, self.part.loss)
         if self.accumulates > 1:
             self._run("update")
         trainer.bad_steps.note(self.part.norm)
