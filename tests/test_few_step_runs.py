@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from torch import nn
 
 import dkdm
@@ -32,7 +32,7 @@ from dkdm.runs.programs import OBJECTIVES
 from dkdm.shipping.graph.network import graph_network, random_inputs
 from dkdm.students import given_student, student_of
 from dkdm.students.heads import one_step, with_heads
-from factories import denoiser
+from factories import denoiser, tiny_unet
 
 FEW = {
     "objective": "few-step",
@@ -419,7 +419,7 @@ def outputs(model, level):
         return model.predict(dkdm.Batch(x, torch.full((3,), level), cond)).output
 
 
-WIDENED = ["unet-mini", "dit-tiny", "linear-tiny", "mobile-tiny", "own_networks:make"]
+WIDENED = ["unet-mini", "dit-tiny", "uvit-tiny", "linear-tiny", "mobile-tiny", "own_networks:make"]
 
 
 @pytest.mark.parametrize("spec", WIDENED)
@@ -451,6 +451,15 @@ def test_a_network_given_as_an_object_is_widened_in_its_last_layer():
     assert student.network.last.out_channels == 1
 
 
+def test_a_network_of_default_channels_is_widened():
+    """diffusers puts options that were left open back to their defaults."""
+    teacher = replace(denoiser(None), sample_shape=(3, 8, 8))
+    config = {**tiny_unet().config, "in_channels": 3}
+    network = UNet2DModel(**{name: config[name] for name in config if name[:4] != "out_"})
+    wide = with_heads(replace(teacher, network=network), grid_for(teacher))
+    assert wide.network.config["out_channels"] == 3 * 4
+
+
 class Ends(nn.Module):
     """A network that fixes the shape of its output."""
 
@@ -463,10 +472,19 @@ class Ends(nn.Module):
         return self.layer(x + shift).view(x.shape)
 
 
+class Beside(own_networks.Small):
+    """A network whose last layer, by time, is not that of its output."""
+
+    def forward(self, x, t, class_labels=None):
+        output = super().forward(x, t, class_labels)
+        self.time(torch.ones(8))
+        return output
+
+
 def test_a_network_whose_output_cannot_be_widened_is_refused(tmp_path):
-    teacher = denoiser()
-    with pytest.raises(UsageError, match="widened to 4 heads.*finished channels"):
-        small_runs.run(tmp_path, teacher, "uvit-tiny", **FEW)
-    with pytest.raises(UsageError, match="Ends: its output cannot be widened to 4 heads"):
-        small_runs.run(tmp_path, teacher, Ends(), **FEW)
+    teacher, normed, beside = denoiser(), own_networks.Small(1, 1, 4), Beside(1, 1, 4)
+    normed.last = nn.utils.parametrizations.weight_norm(normed.last)
+    for network in (Ends(), normed, beside):
+        with pytest.raises(UsageError, match=r"\w+: its output cannot be widened to 4 heads"):
+            small_runs.run(tmp_path, teacher, network, **FEW)
     assert not list(tmp_path.iterdir())

@@ -28,8 +28,11 @@ class UVit(ConditionedNetwork):
     """A transformer whose later half is also shown what the earlier half had found.
 
     sample_size, patch_size: one number a side, (height, width) for images. depth: blocks, odd: one
-    stands in the middle. The rest as in ConditionedNetwork.
+    stands in the middle. smooth_channels: that the last convolution takes together; None is all,
+    a part of them lets several outputs share it. The rest as in ConditionedNetwork.
     """
+
+    of_one_output = ("smooth_channels",)
 
     @register_to_config
     def __init__(  # noqa: PLR0913
@@ -45,6 +48,7 @@ class UVit(ConditionedNetwork):
         num_class_embeds: int | None = None,
         cross_attention_dim: int | None = None,
         pooled_projection_dim: int | None = None,
+        smooth_channels: int | None = None,
     ) -> None:
         super().__init__()
         if depth % 2 == 0:
@@ -63,7 +67,8 @@ class UVit(ConditionedNetwork):
         self.later = nn.ModuleList(Block(width, heads, hidden, skip=True) for _ in range(half))
         self.norm = LayerNorm(width)
         self.project = nn.Linear(width, out_channels * values)
-        self.smooth = CONVOLUTIONS[len(self.grid) - 1](out_channels, out_channels, 3, padding=1)
+        smooth = smooth_channels or out_channels
+        self.smooth = CONVOLUTIONS[len(self.grid) - 1](smooth, smooth, 3, padding=1)
         self.apply(_initialize)
         nn.init.trunc_normal_(self.positions, std=0.02)
 
@@ -78,7 +83,15 @@ class UVit(ConditionedNetwork):
         tokens = torch.cat([*extra, patches], dim=1)
         tokens = self._blocks(tokens, _visible(tokens, patches.shape[1], mask))
         patches = self.project(self.norm(tokens[:, -patches.shape[1] :]))
-        return self.smooth(to_samples(patches, self.grid, self.patch))
+        return self._smoothed(to_samples(patches, self.grid, self.patch))
+
+    def _smoothed(self, x: Tensor) -> Tensor:
+        """x: [B, out_channels, ...], as many outputs as smooth_channels go into these."""
+        taken = self.smooth.in_channels
+        if taken == x.shape[1]:
+            return self.smooth(x)
+        outputs = x.unflatten(1, (-1, taken))
+        return self.smooth(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2]).flatten(1, 2)
 
     def _blocks(self, tokens: Tensor, visible: Tensor | None) -> Tensor:
         skips = []

@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dkdm.core.checkpoint import ORIGIN
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.few_steps.grid import Grid
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.modes import evaluating
-from dkdm.errors import UsageError
+from dkdm.errors import DkdmError, UsageError
 from dkdm.models.custom_network import is_own, make, origin_of
 
 LAST_STD = 0.5  # of the random last layer that a copy is tried with: one of zeros shows nothing
 TOLERANCE = 1e-4
+DEFAULTS = "_use_default_values"  # of a config: what diffusers would put back to its default
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Rows = Callable[[Tensor, int], Tensor]  # (rows, values of a token before its channels) -> rows
 
@@ -52,9 +54,8 @@ def with_heads(student: Denoiser, grid: Grid) -> ParallelHeads:
     if found is None:
         raise UsageError(
             f"{student.name}: its output cannot be widened to {count} heads: give a network that "
-            "ends in a linear layer or a convolution of hidden channels (uvit-* ends in one of "
-            "finished channels), or a factory module:name whose network has as many output "
-            "channels as it is asked for"
+            "ends in a linear layer or a convolution of hidden channels, or a factory module:name "
+            "whose network has as many output channels as it is asked for"
         )
     return heads_of(found)
 
@@ -115,7 +116,7 @@ def _with_rows(
                 if alike(tried, made):
                     made.load_state_dict(_replaced(state, names, rows_of, outer))
                     return made
-            except RuntimeError:  # rows that cannot be split in this order
+            except (RuntimeError, DkdmError):  # rows that do not lie so, or no rows of its output
                 continue
     return None
 
@@ -145,11 +146,19 @@ def _remade(network: nn.Module, model: Denoiser, channels: int) -> nn.Module | N
         kind: Any = type(network)
         own = config.get("out_channels") or config.get("in_channels", 0)  # 4C if it packs 2x2
         wanted = own * channels // model.out_channels
-        made = kind.from_config({**config, "out_channels": wanted})
+        kept = {name: config[name] or model.sample_shape[0] for name in _of_one_output(kind)}
+        said = {name: value for name, value in config.items() if name != DEFAULTS}
+        made = kind.from_config({**said, **kept, "out_channels": wanted})
     if not _differs_in_shapes(made, network):
         return None
     made = made if model.dtype in (None, torch.float32) else made.to(model.dtype)
     return made.to(model.device)
+
+
+def _of_one_output(kind: type) -> tuple[str, ...]:
+    """Options of a network of dkdm that stay what they are for one of several outputs."""
+    found: tuple[str, ...] = getattr(kind, "of_one_output", ())
+    return found
 
 
 def _differs_in_shapes(made: nn.Module, network: nn.Module) -> bool:
@@ -171,7 +180,7 @@ def _with_another_last_layer(
     copied = copy.deepcopy(network)
     parent, _, name = last.rpartition(".")
     layer: Any = copied.get_submodule(last)
-    rows = len(layer.weight) if isinstance(layer, LAYERS) else 0
+    rows = len(layer.weight) if isinstance(layer, LAYERS) and not is_parametrized(layer) else 0
     if not rows or rows % model.out_channels:
         return None
     wanted = rows // model.out_channels * channels
