@@ -12,6 +12,12 @@ from dkdm.core.stopping import RESUMABLE
 from ranks import launch
 
 STEPS = 4
+PARTS = ("--student-steps", "1,2,4", "--few-step-share", "0.5")
+CONSISTENCY = ("--objective", "consistency", "--eta", "0", *PARTS)
+FEW_STEPS = (
+    *("--objective", "few-step", "--few-step-heads", "4", "--few-step-pool", "16"),
+    *("--few-step-batch-size", "4", *PARTS),
+)
 KILLED = """
 import os, signal
 from dkdm.core.trainer import Trainer
@@ -94,7 +100,7 @@ def tensors(folder):
     return {str(name): read_tensors(file) for name, file in sorted(files.items())}
 
 
-def assert_same_run(one, other):
+def assert_same_run(one, other, steps=STEPS):
     """The same draws; losses and weights to rounding."""
     for a, b in zip(metrics(one), metrics(other), strict=True):
         for expected, found in zip(
@@ -102,7 +108,7 @@ def assert_same_run(one, other):
         ):
             assert found == (expected and pytest.approx(expected, rel=1e-5))
         assert b["teacher_evaluations"] == a["teacher_evaluations"]
-    last = f"checkpoint-{STEPS}"
+    last = f"checkpoint-{steps}"
     expected, found = tensors(one / last), tensors(other / last)
     for name, parts in expected.items():
         for key, value in parts.items():
@@ -170,6 +176,15 @@ def test_another_number_of_processes_goes_on(said, world, tmp_path):
         ["--validation-steps", "2", "--evaluation-samples", "4", "--validation-metric", "gap"],
         ["--validation-steps", "2", "--evaluation-samples", "4", "--fsdp", "student"],
         ["--teacher", "factories:teacher", "--pool-size", "32", "--student", "dit-tiny"],
+        ["--replay", "3", "--keep-finished", "512"],
+        [
+            *("--teacher", "factories:teacher", "--pool-size", "32", "--student", "dit-tiny"),
+            "--replay=2",
+        ],
+        [*FEW_STEPS, "--few-step-targets", "2"],
+        [*FEW_STEPS, "--fsdp", "both"],
+        [*CONSISTENCY],
+        [*CONSISTENCY, "--fsdp", "student", "--start-share", "0.2"],
     ],
     ids=lambda options: "-".join(options).replace("--", ""),
 )
@@ -182,6 +197,18 @@ def test_other_runs_are_those_of_one_process(options, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
         assert b["teacher_evaluations"] == a["teacher_evaluations"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [FEW_STEPS, CONSISTENCY], ids=lambda options: options[1])
+def test_the_last_part_of_a_run_goes_on_with_another_number_of_processes(options, tmp_path):
+    killed = KILLED.replace("self.step_number == 3", "self.output_dir.name != 'plain'")
+    one, two = tmp_path / "one", tmp_path / "two"
+    orders = (1, "", command(one, *options)), (2, killed, command(two, *options))
+    found = launch(tmp_path, *orders, (1, "", resumed(two) + list(options)))
+    assert [code for code, _ in found] == [0, -signal.SIGKILL, 0], found
+    assert_same_run(one / "plain", two / "plain", 2)
+    assert_same_run(one, two, max(line["step"] for line in metrics(one)))
 
 
 @pytest.mark.parametrize(

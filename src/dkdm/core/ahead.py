@@ -75,6 +75,10 @@ class Ahead:
         self._seen = Prediction(output, x_0, eps, variance)
         return batch._replace(x=self._sent(batch.x))
 
+    def places(self, batch_size: int) -> Tensor:
+        """The pool's."""
+        return self.source.places(batch_size)
+
     def target(self, batch: Batch) -> Prediction:
         """Its target, beside the student."""
         assert self._seen is not None

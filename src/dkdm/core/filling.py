@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dkdm.core import checkpoint
+from dkdm.core import checkpoint, processes
 from dkdm.core.folders import restore_folder, verify_folder, write_folder
 from dkdm.core.pool import Pool
 from dkdm.core.stopping import Stopped, whole
@@ -63,7 +63,8 @@ class Filling:
 
     def _write(self, folder: Path) -> None:
         about = {"done": self.done, "how": dict(self.how)}
-        checkpoint.write_parts(folder, self.pool.parts(), about)
+        with processes.alone():
+            checkpoint.write_parts(folder, self.pool.parts(), about)
 
     def _restore(self) -> None:
         """Go on from what was saved, if it is whole and was made in the same way."""

@@ -102,6 +102,12 @@ class Finished:
     count: int = 0
     rest: list[Samples] = field(default_factory=list, repr=False)
 
+    def end_step(self, step: int, x: Tensor, cond: Condition, rows: Tensor) -> None:
+        """Keep what a step has finished, which may be nothing; rows: its entries of the pool."""
+        del step, rows
+        if len(x):
+            self.add(x, cond)
+
     def add(self, x: Tensor, cond: Condition) -> None:
         """Keep clean samples x [n, ...] and their conditions, one row each."""
         rows = {key: value.clone() for key, value in cond.items()}

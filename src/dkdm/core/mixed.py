@@ -45,6 +45,10 @@ class Taught:
         scales, part = self.guidance.draw(batch_size, random), self.images.drawn_by.part(batch_size)
         return batch._replace(cond=batch.cond | {k: v[part] for k, v in scales.items()})
 
+    def places(self, batch_size: int) -> Tensor:
+        """As of the images."""
+        return self.images.places(batch_size)
+
     @torch.no_grad()
     def target(self, batch: Batch) -> Prediction:
         """One teacher evaluation of each image (two with guidance)."""
@@ -105,6 +109,12 @@ class Mixed:
         parts = parts[0], parts[1]._replace(cond=unguided | parts[1].cond)
         x, t = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "t"))
         return Batch(x, t, _joined(parts[0].cond, parts[1].cond), parts)
+
+    def places(self, batch_size: int) -> Tensor:
+        """Of the pool's samples, then of the images."""
+        count = images_in_batch(batch_size, self.share)
+        pooled = batch_size - count
+        return torch.cat([self.pool.places(pooled), pooled + self.images.places(count)])
 
     def target(self, batch: Batch) -> Prediction:
         """The targets of both; `chain` is the pool's alone."""

@@ -98,6 +98,10 @@ class Pool:
         self._planned = self.step, moves
         return moves.batch(self.gather(moves.rows))
 
+    def places(self, batch_size: int) -> Tensor:
+        """Where the entries of this process's shards lie in the next batch, int64 [part]."""
+        return self.shards.places(batch_size, self.step)
+
     def gather(self, rows: Tensor) -> Tensor:
         """The states of entries, beside the teacher, in float32."""
         return self.states.gather(rows)
@@ -188,12 +192,12 @@ class Pool:
         and its noise serves the new chain.
         """
         moves, (z, start) = self._moves_of(batch), self.noise(batch.rows)
-        x, done = self.move(batch, target, z), moves.done
-        if done.any():
-            on = to_device(done.nonzero().flatten(), x.device)
-            if self.finished is not None:
-                self.finished.add(x[on], rows_of(moves.own, done))
-            x[on] = self._restart(moves.only(done), start[on], z[on])
+        x, ended = self.move(batch, target, z), moves.only(moves.done)
+        on = to_device(moves.done.nonzero().flatten(), x.device)
+        if self.finished is not None:
+            self.finished.end_step(self.step, x[on], ended.own, ended.rows)
+        if len(on):
+            x[on] = self._restart(ended, start[on], z[on])
         self.write(moves.rows, x)
         self.commit(moves)
 

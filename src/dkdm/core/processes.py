@@ -25,6 +25,7 @@ GRACE = 10  # seconds
 WHILE_SPEAKING = 2.0
 FAILED = "failed"
 _turns = itertools.count()
+_alone = False
 
 
 def world() -> int:
@@ -42,8 +43,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """In here this process is the only one: what is done together elsewhere is done by itself."""
+    global _alone
+    before, _alone = _alone, True
+    yield
+    _alone = before
+
+
 def _are_several() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return not _alone and distributed.is_available() and distributed.is_initialized()
 
 
 def _device() -> torch.device:
@@ -59,6 +69,15 @@ def total(values: Tensor) -> Tensor:
     found = values.detach().to(_device(), copy=True)
     distributed.all_reduce(found)
     return found.to(values.device)
+
+
+def whole_of(part: Tensor, places: Tensor | slice, size: int) -> Tensor:
+    """The rows [size, ...] of all processes, of which each has those at its `places`; together."""
+    if world() == 1:
+        return part
+    found = part.new_zeros(size, *part.shape[1:])
+    found[places] = part
+    return total(found)
 
 
 def mean(value: Tensor) -> Tensor:
@@ -121,6 +140,13 @@ def owners(names: Collection[str]) -> dict[str, int]:
         for name in own:
             found.setdefault(name, number)
     return found
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes in the main one, together; empty in the others."""
+    each: list[T] | None = [value] * world() if is_main() else None
+    distributed.gather_object(value, each, group=_on_hosts())
+    return each or []
 
 
 def wait() -> None:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dkdm.core import processes
 from dkdm.core.checkpoint import Part
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.prediction import Prediction
 from dkdm.core.process import Process
 from dkdm.core.randomness import generator
+from dkdm.core.shards import Shards, this_process
 from dkdm.core.sources import Source
 from dkdm.core.steps import not_finite
 
@@ -26,7 +28,8 @@ class Replayed:
     Those are random subsets of what `RECENT` batches held, and cost the teacher nothing.
     teacher: whose evaluations they are. kept: states x and raw outputs [n, ...], t [n] and the rows
     of each condition, a batch after the other, the newest in the place of the oldest. step: batches
-    so far, new ones and others.
+    so far, new ones and others. drawn_by: the process that draws; each keeps what all were told,
+    and has its part of the batches between.
     """
 
     source: Source
@@ -35,6 +38,8 @@ class Replayed:
     seed: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
+    drawn_by: Shards = field(default_factory=this_process)
+    _last: tuple[Tensor | slice, int] = field(default=(slice(None), 0), init=False, repr=False)
 
     @property
     def process(self) -> Process:
@@ -54,12 +59,20 @@ class Replayed:
     def draw(self, batch_size: int) -> Batch:
         """The source's next batch, or evaluated states; the outputs there are its `rows`."""
         if self.is_new:
+            self._last = self.source.places(batch_size), batch_size
             return self.source.draw(batch_size)
         random = generator("cpu", self.seed, "replay", self.step)
         rows = torch.randperm(len(self.kept["t"]), generator=random)[:batch_size]
+        rows = rows[self.drawn_by.part(batch_size)]
         found = {key: value[rows.to(value.device)] for key, value in self.kept.items()}
         cond = {k.removeprefix("cond."): v for k, v in found.items() if k.startswith("cond.")}
         return Batch(found["x"], found["t"], cond, found["output"])
+
+    def places(self, batch_size: int) -> Tensor:
+        """The source's, or this process's part in order."""
+        if self.is_new:
+            return self.source.places(batch_size)
+        return torch.arange(batch_size)[self.drawn_by.part(batch_size)]
 
     def target(self, batch: Batch) -> Prediction:
         """The source's target, or what the teacher said before."""
@@ -70,11 +83,11 @@ class Replayed:
         return target
 
     def keep(self, batch: Batch, target: Prediction) -> None:
-        """Keep what the teacher said of the source's batch, for others."""
-        output = target.raw
+        """Keep what the teacher said of the source's batch, for others; together."""
         cond = {f"cond.{key}": value for key, value in batch.cond.items()}
-        new = {"x": batch.x, "t": batch.t, "output": output, **cond}
-        count = len(batch.t)
+        own = {"x": batch.x, "t": batch.t, "output": target.raw, **cond}
+        new = {key: processes.whole_of(value, *self._last) for key, value in own.items()}
+        count = len(new["t"])
         first = self.step // self.times % RECENT * count
         for key, value in new.items():
             # fewer or more than so many batches of this size, if a run goes on with another size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -72,6 +73,12 @@ class Several:
         s = [each.s for each in seen if each.s is not None]
         at = torch.cat(s) if len(s) == len(seen) else None
         return Batch(x, t, joined([each.cond for each in seen]), parts, at)
+
+    def places(self, batch_size: int) -> Tensor:
+        """Of each source's part, one after the other."""
+        del batch_size
+        pairs = zip(self.shares, self.counts, accumulate((0, *self.counts[:-1])), strict=True)
+        return torch.cat([first + share.source.places(count) for share, count, first in pairs])
 
     def target(self, batch: Batch) -> Prediction:
         """Each teacher's evaluation of its part, kept for `advance`."""

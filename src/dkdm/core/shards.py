@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,15 @@ class Shards:
         turns = [(step * batch_size + i) % self.total for i in range(batch_size)]
         return {number: 1 for number in turns if number in self.own}
 
+    def places(self, batch_size: int, step: int) -> Tensor:
+        """Where this process's entries lie in a batch, one shard after the other, int64 [part]."""
+        found, first = list[int](), 0
+        for number, count in replace(self, rank=0, world=1).shares(batch_size, step).items():
+            if number in self.own:
+                found += range(first, first + count)
+            first += count
+        return torch.tensor(found, dtype=torch.int64)
+
     def part(self, batch_size: int) -> slice:
         """Which of a batch's samples this process has, if they lie in no shards.
 
@@ -61,8 +70,11 @@ class Shards:
                 f"{self.world} processes cannot share {batch_size} samples of a batch: give a "
                 "larger --train-batch-size, or start fewer processes"
             )
-        ends = (self.rank * batch_size // self.world, (self.rank + 1) * batch_size // self.world)
-        return slice(*ends)
+        return self.share(batch_size)
+
+    def share(self, count: int) -> slice:
+        """Which of so many samples this process has; none, if there are fewer than processes."""
+        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
 
 ONE_PROCESS = Shards()

@@ -39,6 +39,9 @@ class Source(Protocol):
     def draw(self, batch_size: int) -> Batch:
         """The next batch."""
 
+    def places(self, batch_size: int) -> Tensor:
+        """Where this process's samples lie in the next batch of all processes, int64 [part]."""
+
     def target(self, batch: Batch) -> Prediction:
         """What a student should predict for it: one teacher evaluation, or the noise added."""
 
@@ -93,6 +96,10 @@ class Images:
         cond, rows, self._size = {k: v[part] for k, v in cond.items()}, rows[part], batch_size
         x_0 = to_device(self.images[rows], self.device)
         return Batch(self.process.add_noise(x_0, self._eps(x_0.shape), t), t, cond, rows)
+
+    def places(self, batch_size: int) -> Tensor:
+        """This process's part, in order."""
+        return torch.arange(batch_size)[self.drawn_by.part(batch_size)]
 
     def target(self, batch: Batch) -> Prediction:
         """The image and the noise themselves."""

@@ -46,6 +46,9 @@ class Replicated:
         del features
         self.student = student
 
+    def place_beside(self, model: Denoiser) -> None:
+        """Lay a network of the same kind that follows what learns, and is only evaluated."""
+
     def learner(self, learner: Learner) -> nn.Module:
         """The same learner, whose gradients are reduced, but for batches inside its `no_sync`."""
         if processes.world() == 1:
@@ -89,6 +92,12 @@ class Sharded(Replicated):
         shard(network, units_of(student), self.device)
         if features is not None:
             shard(features, [], self.device)
+
+    def place_beside(self, model: Denoiser) -> None:
+        """Shard it; after an evaluation its weights are those of the shards again."""
+        network: Any = model.network
+        shard(network, units_of(model), self.device)
+        network.set_reshard_after_forward(True)
 
     def learner(self, learner: Learner) -> nn.Module:
         """The same learner, which can leave its gradients unreduced."""

@@ -60,6 +60,7 @@ class Trainer:
     merge: makes a plain network of one with adapters, in place; None for networks without.
     unnoted: mean loss of the last step until it is written down.
     about: facts that every checkpoint repeats, as JSON.
+    samples: losses of a batch, over all processes; None: as many as its samples.
     align: called after each batch, so that all processes have asked the teacher as often.
     """
 
@@ -83,6 +84,7 @@ class Trainer:
     replay: Callable[[], Tensor] | None = None
     unnoted: Tensor | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    samples: int | None = None
     align: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -134,11 +136,12 @@ class Trainer:
         """One batch: draw, target, loss, update, advance. Returns its mean loss."""
         student = self.student_on_teacher_levels
         size = self.training.train_batch_size
+        samples = self.samples or size
         with self.accelerator.accumulate(self.learner):
             batch = self.source.draw(size)
             target = self.source.target(batch)
             loss = self.learner(student, batch, target)
-            mean = loss.mean() * processes.part_of_mean(len(loss), size)
+            mean = loss.mean() * processes.part_of_mean(len(loss), samples)
             self.accelerator.backward(mean)
             self.bad_steps.see(batch.x, target.output, loss)
             self._update(mean.detach())

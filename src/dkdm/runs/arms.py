@@ -12,6 +12,7 @@ from dkdm.core.ahead import Ahead
 from dkdm.core.chains import Guidance
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.finished import Finished, SampleShards
+from dkdm.core.finished_by_all import FinishedByAll
 from dkdm.core.ladder import Iterative, Shuffled
 from dkdm.core.mixed import Mixed, Taught, images_in_batch
 from dkdm.core.pool import Pool
@@ -98,8 +99,7 @@ class Arm:
         pool = make_pool(teacher, size, *asked, device, config.run, self.kind)
         pool.shards.check(config.training.train_batch_size)
         if config.pool.keep_finished:
-            shards = SampleShards(config.run.output_dir / FINISHED)
-            pool.finished = Finished(shards, config.pool.keep_finished)
+            pool.finished = finished_of(pool, config)
         return pool
 
     def prepare(self, source: Any, teacher: Denoiser, config: DistillConfig) -> None:
@@ -300,6 +300,15 @@ ARMS: dict[str, Arm] = {
     "images": ImagesArm(),
     "mixed": MixedArm(),
 }
+
+
+def finished_of(pool: Pool, config: DistillConfig) -> Finished:
+    """What keeps the samples whose chains end."""
+    kept = SampleShards(config.run.output_dir / FINISHED), config.pool.keep_finished
+    if pool.shards.world == 1:
+        return Finished(*kept)
+    batch_size = config.training.train_batch_size
+    return FinishedByAll(*kept, pool=pool.shards, entries=pool.entries, batch_size=batch_size)
 
 
 def make_source(

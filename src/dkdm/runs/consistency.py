@@ -22,7 +22,9 @@ from dkdm.core.few_steps.pairs import Pairs, PairsObjective, averaged_network
 from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
+from dkdm.core.sharded import own_state
 from dkdm.core.sources import Source
+from dkdm.core.spread import spread_of
 from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import Drawn
 from dkdm.reading.fields import read_json
@@ -84,10 +86,17 @@ class Consistency(FewSteps):
         """What the pool's teacher says; hidden features are not compared."""
         return replace(Program.teaching(self, teacher, config), features=False)
 
+    def samples(self, config: DistillConfig) -> int:
+        """Of the pool's states, and of those at T-1."""
+        return Program.samples(self, config) + starts_of(config)
+
     def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
         """The pool's, and the states at T-1."""
-        plan, training = Program.plan(self, teacher, config), config.training
-        starts = round(config.few_steps.start_share * training.train_batch_size)
+        plan, training, starts = (
+            Program.plan(self, teacher, config),
+            config.training,
+            starts_of(config),
+        )
         batches = training.max_train_steps * training.gradient_accumulation_steps
         more = round(batches * starts * guidance_factor(teacher, config.guidance))
         return plan._replace(training=plan.training + more)
@@ -125,16 +134,20 @@ class Consistency(FewSteps):
         former = plain_checkpoint(config)
         if former and config.pool.pool_size is None:
             config = replace(config, pool_size=pool_size_of(former))
+        averaged = averaged_network(network, few.pair_decay, device)
+        spread = spread_of(config.training.fsdp, device)
+        spread.place_beside(replace(student, network=averaged.module))
         return Pairs(
             make_source(teacher, student, replace(config, replay=1), device),
             teacher,
             network,
-            averaged_network(network, few.pair_decay, device),
+            averaged,
             few.pair_length,
             few.start_share,
             Guidance.of_options(config.guidance),
             config.conditions.condition_dropout,
             config.run.seed,
+            saved=spread.part(averaged, own_state(averaged)),
         )
 
     def prepare(self, source: Source, teacher: Denoiser, config: DistillConfig) -> None:
@@ -177,6 +190,11 @@ class Consistency(FewSteps):
         write_pipeline(folder / MANY_STEPS, many, folder)
         steps = *student.intervals.steps, usual_steps(many, USUAL_STEPS)
         return [Drawn("student, many steps", many, steps)]
+
+
+def starts_of(config: DistillConfig) -> int:
+    """States of pure noise beside a batch."""
+    return round(config.few_steps.start_share * config.training.train_batch_size)
 
 
 def plain_checkpoint(config: DistillConfig) -> Path | None:

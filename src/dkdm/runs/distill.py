@@ -300,6 +300,7 @@ def prepared(
         frozen=start.frozen,
         merge=partial(program.finished, student),
         about={**facts_of(config), "teacher": identity, "student": kind},
+        samples=program.samples(config),
         align=align,
     )
     reference = processes.main_first(lambda: reference_of(evaluation, teacher))

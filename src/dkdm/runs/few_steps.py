@@ -17,6 +17,7 @@ from dkdm.config import (
     FewStepOptions,
     OptimizerOptions,
 )
+from dkdm.core import processes
 from dkdm.core.calls import call_of
 from dkdm.core.chains import Guidance
 from dkdm.core.denoiser import Denoiser
@@ -173,6 +174,10 @@ class FewSteps(Program):
         del teacher, config
         return Teaching(features=False)
 
+    def samples(self, config: DistillConfig) -> int:
+        """One for each target."""
+        return super().samples(config) * config.few_steps.few_step_targets
+
     def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
         """Nothing to prepare; in training as many evaluations as targets."""
         few, training = config.few_steps, config.training
@@ -211,7 +216,8 @@ class FewSteps(Program):
         """States that the student itself rolls on."""
         few = config.few_steps
         assert isinstance(student, ParallelHeads)
-        once = not few.few_step_anchor  # a graph's gradients are those of one evaluation
+        # a graph's gradients are those of one evaluation, in one process
+        once = not few.few_step_anchor and processes.world() == 1
         if once and config.training.replays and config.training.mixed_precision == "no":
             student = replace(student, call=Replayed(student.call or call_of(student.network)))
         levels = grid_levels(teacher.process, few.few_step_heads, few.few_step_shift)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.config import TrainingOptions
+from dkdm.core import processes
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.teachers import parts_of
 from dkdm.core.trainer import Trainer
@@ -54,7 +55,8 @@ def needs(trainer: Trainer, teacher: Denoiser | None) -> dict[str, int]:
     """
     device = trainer.accelerator.device
     networks = [] if teacher is None else [part.network for part in parts_of(teacher)]
-    sources = {name: part.state_dict() for name, part in trainer.source.parts().items()}
+    with processes.alone():
+        sources = {name: part.state_dict() for name, part in trainer.source.parts().items()}
     found = {
         "teacher": sum(_of_network(network, device) for network in networks),
         "student": _of_network(trainer.network, device) + _gradients(trainer.network, device),

@@ -57,6 +57,10 @@ class Program:
         """What the teacher says of a batch."""
         return arm_of(teacher, config).teaching(config.images_choice)
 
+    def samples(self, config: DistillConfig) -> int:
+        """Losses of a batch, over all processes."""
+        return config.training.train_batch_size
+
     def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
         """The size of the source and what it costs."""
         return arm_of(teacher, config).plan(teacher, config)

@@ -9,13 +9,14 @@ target of the mean velocity is u* = (d / tau) v + (1 - d / tau) u(x_s, s) with d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dkdm.core import processes
 from dkdm.core.chains import Guidance
 from dkdm.core.checkpoint import Part
 from dkdm.core.denoiser import Batch, Denoiser
@@ -25,6 +26,7 @@ from dkdm.core.objective import Objective, simple_loss
 from dkdm.core.prediction import Prediction, clip_x_0
 from dkdm.core.process import Process, per_sample
 from dkdm.core.randomness import generator
+from dkdm.core.shards import Shards, this_process
 from dkdm.core.sources import Source
 
 SPREAD = (0.5, 1.5)  # of the length of a pair, uniform, times its mean
@@ -44,7 +46,8 @@ class Pairs:
 
     Each sample has an s, where the other state of its pair lies. inner: a pool of the teacher's
     states. network: that of the student; averaged: its average, which `advance` moves on. length:
-    mean of tau - tau_s. start_share: states at T-1 for each of a batch.
+    mean of tau - tau_s. start_share: states at T-1 for each of a batch. drawn_by: the process that
+    draws, which has a part of them. saved: the average as checkpoints keep it, if that differs.
     """
 
     inner: Source
@@ -58,6 +61,8 @@ class Pairs:
     seed: int = 0
     step: int = 0
     started: int = 0
+    drawn_by: Shards = field(default_factory=this_process)
+    saved: Part | None = None
 
     @property
     def process(self) -> Process:
@@ -71,22 +76,31 @@ class Pairs:
 
     def draw(self, batch_size: int) -> Batch:
         """States of the pool, then new ones at T-1; their `rows` are both batches."""
-        first, host = self.inner.draw(batch_size), generator("cpu", self.seed, "pair", self.step)
-        second = self._starts(round(self.start_share * batch_size), first, host)
+        places, host = self.places(batch_size), generator("cpu", self.seed, "pair", self.step)
+        first, count = self.inner.draw(batch_size), round(self.start_share * batch_size)
+        second = self._starts(count, first, host)
         x, t = torch.cat([first.x, second.x]), torch.cat([first.t, second.t])
         cond = {key: torch.cat([value, second.cond[key]]) for key, value in first.cond.items()}
-        length = torch.empty(len(t), dtype=torch.float64).uniform_(*SPREAD, generator=host)
-        ends = pair_ends(self.process, t, self.length * length)
+        length = torch.empty(batch_size + count, dtype=torch.float64)
+        length = self.length * length.uniform_(*SPREAD, generator=host)
+        ends = pair_ends(self.process, t, length[places])
         return Batch(x, t, cond, (first, second), ends)
 
+    def places(self, batch_size: int) -> Tensor:
+        """Of the pool's states, then of this process's part of the others."""
+        starts = torch.arange(round(self.start_share * batch_size))
+        own = batch_size + starts[self.drawn_by.share(len(starts))]
+        return torch.cat([self.inner.places(batch_size), own])
+
     def _starts(self, count: int, like: Batch, host: torch.Generator) -> Batch:
-        """`count` new states of pure noise, with new conditions."""
+        """This process's part of `count` new states of pure noise, with new conditions."""
         cond = self.teacher.conditioning.draw(count, host, self.condition_dropout)
         cond = cond | self.guidance.draw(count, host)
         noise = generator(like.x.device, self.seed, "starts", self.step)
         shape = count, *like.x.shape[1:]
         x = self.process.start_std * torch.randn(shape, generator=noise, device=like.x.device)
-        return Batch(x, torch.full((count,), self.process.num_levels - 1), cond)
+        t, part = torch.full((count,), self.process.num_levels - 1), self.drawn_by.share(count)
+        return Batch(x[part], t[part], {key: value[part] for key, value in cond.items()})
 
     @torch.no_grad()
     def target(self, batch: Batch) -> Prediction:
@@ -116,15 +130,16 @@ class Pairs:
 
     def parts(self) -> dict[str, Part]:
         """The pool's, the counts, and the average."""
-        return {**self.inner.parts(), "pairs": self, "averaged": self.averaged}
+        return {**self.inner.parts(), "pairs": self, "averaged": self.saved or self.averaged}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts."""
-        return {"step": torch.tensor(self.step), "started": torch.tensor(self.started)}
+        """The counts, of all processes; together."""
+        started = processes.total(torch.tensor(self.started))
+        return {"step": torch.tensor(self.step), "started": started}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.step, self.started = int(state["step"]), int(state["started"])
+        self.step, self.started = int(state["step"]), int(state["started"]) * processes.is_main()
 
 
 def pair_ends(process: Process, t: Tensor, lengths: Tensor) -> Tensor:

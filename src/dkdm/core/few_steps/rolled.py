@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dkdm.core import processes
 from dkdm.core.chains import Guidance, row_mask
 from dkdm.core.checkpoint import Part
 from dkdm.core.conditioning import Condition
@@ -24,6 +25,7 @@ from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.prediction import Prediction, clip_x_0
 from dkdm.core.process import Process, per_sample
 from dkdm.core.randomness import derived_seed, generator
+from dkdm.core.shards import Shards, this_process
 from dkdm.core.steps import not_finite
 from dkdm.errors import UsageError
 
@@ -33,13 +35,15 @@ UNGUIDED = Guidance()
 class Roll(NamedTuple):
     """What the student said of drawn states, with its gradient.
 
-    rows: int64 [B] entries; x: their states [B, ...] in the student's scale; first: int64 [B]
-    intervals that they are at; outputs: [B, N, C, ...]; velocities: the same as velocities, without
-    gradient; asked: int64 [B, M] heads that are taught; reached: [B M, ...] the states there in the
-    student's scale; by_teacher: bool [B], which the teacher moves.
+    drawn: int64 [W] entries of all processes; part: which of them, B in number, this one has; x:
+    their states [B, ...] in the student's scale; first: int64 [B] intervals that they are at;
+    outputs: [B, N, C, ...]; velocities: the same as velocities, without gradient; asked: int64
+    [B, M] heads that are taught; reached: [B M, ...] the states there in the student's scale;
+    by_teacher: bool [W], which the teacher moves.
     """
 
-    rows: Tensor
+    drawn: Tensor
+    part: slice
     x: Tensor
     first: Tensor
     outputs: Tensor
@@ -47,6 +51,11 @@ class Roll(NamedTuple):
     asked: Tensor
     reached: Tensor
     by_teacher: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """This process's entries, int64 [B]."""
+        return self.drawn[self.part]
 
 
 @dataclass(eq=False)
@@ -57,7 +66,8 @@ class RolledPool:
     coordinates; first: int64 [P] on the CPU, the interval that each is at; cond: P rows. targets:
     M, heads that are taught at each state, one teacher evaluation each. on_policy: share of the
     states that move by the student's own roll; the teacher moves the others, and is asked at them
-    alone.
+    alone. drawn_by: the process that draws. Each has the whole pool, rolls its part of a batch, and
+    is sent where the others have rolled theirs.
     """
 
     teacher: Denoiser
@@ -72,6 +82,7 @@ class RolledPool:
     seed: int = 0
     step: int = 0
     evaluations: int = 0
+    drawn_by: Shards = field(default_factory=this_process)
 
     def __post_init__(self) -> None:
         self.first = torch.zeros(len(self.x), dtype=torch.int64)
@@ -87,19 +98,21 @@ class RolledPool:
         Their `rows` are the `Roll`, whose outputs carry the student's gradient.
         """
         chooser = random.Random(derived_seed(self.seed, "draw", self.step))
-        rows = torch.tensor(chooser.sample(range(len(self.x)), batch_size))
+        drawn = torch.tensor(chooser.sample(range(len(self.x)), batch_size))
+        asked, by_teacher = self._laws(self.first[drawn])
+        part = self.drawn_by.part(batch_size)
+        rows, asked = drawn[part], asked[part]
         first, cond = self.first[rows], {key: value[rows] for key, value in self.cond.items()}
         place, grid = self.x[to_device(rows, self.x.device)], self.student.intervals
         x = per_sample(grid.scale[first], place) * place
         outputs = self.student.heads(x, first, cond)
         velocities = self.student.velocities(outputs.detach(), x, first)
-        asked, by_teacher = self._laws(first)
         ways = [rolled(place, velocities, grid.widths, first, k) for k in asked.T]
         at, which = torch.stack(ways, 1).flatten(0, 1), asked.flatten()
         t, reached = self.levels[which], per_sample(grid.scale[which], at) * at
         alpha, sigma = self.process.at(t)
         every = {key: value.repeat_interleave(self.targets, 0) for key, value in cond.items()}
-        roll = Roll(rows, x, first, outputs, velocities, asked, reached, by_teacher)
+        roll = Roll(drawn, part, x, first, outputs, velocities, asked, reached, by_teacher)
         return Batch(per_sample(alpha + sigma, at) * at, t, every, roll)
 
     def _laws(self, first: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +123,11 @@ class RolledPool:
         luck = torch.rand(len(first), self.targets, generator=host, dtype=torch.float64)
         beyond = (luck * ahead).long().where(~by_teacher.unsqueeze(1), 0)
         return first.unsqueeze(1) + beyond, by_teacher
+
+    def places(self, batch_size: int) -> Tensor:
+        """Of this process's targets, `targets` of each state."""
+        each = torch.arange(batch_size * self.targets).unflatten(0, (batch_size, self.targets))
+        return each[self.drawn_by.part(batch_size)].flatten()
 
     @torch.no_grad()
     def target(self, batch: Batch) -> Prediction:
@@ -123,27 +141,32 @@ class RolledPool:
 
     @torch.no_grad()
     def advance(self, batch: Batch, target: Prediction) -> None:
-        """Move the states on by whole blocks; those that become clean start anew as noise."""
+        """Move the states on by whole blocks; those that become clean start anew as noise.
+
+        Together: what all processes have rolled is everywhere afterwards.
+        """
         roll: Roll = batch.rows
-        grid, rows = self.student.intervals, to_device(roll.rows, self.x.device)
+        grid, part, first = self.student.intervals, roll.part, self.first[roll.drawn]
+        rows, drawn = (to_device(each, self.x.device) for each in (roll.rows, roll.drawn))
         host = generator("cpu", self.seed, "move", self.step)
         most = grid.longest // grid.shortest
-        blocks = torch.randint(1, most + 1, (len(roll.first),), generator=host)
-        last = roll.first + grid.shortest * blocks.where(~roll.by_teacher, 1)
+        blocks = torch.randint(1, most + 1, (len(first),), generator=host)
+        last = first + grid.shortest * blocks.where(~roll.by_teacher, 1)
         last = last.clamp(max=grid.num_heads)
         taught = (target.eps - target.x_0).unflatten(0, (-1, self.targets))[:, :1]
-        by_teacher = to_device(row_mask(roll.by_teacher, taught), taught.device)
+        by_teacher = to_device(row_mask(roll.by_teacher[part], taught), taught.device)
         along = taught.where(by_teacher, roll.velocities)
-        x = rolled(self.x[rows], along, grid.widths, roll.first, last)
+        x = rolled(self.x[rows], along, grid.widths, roll.first, last[part])
+        x = processes.whole_of(x, part, len(first))
         done = last == grid.num_heads
         on, count = to_device(done.nonzero().flatten(), x.device), int(done.sum())
         noise = generator(self.x.device, self.seed, "noise", self.step)
         fresh = torch.randn(x.shape, generator=noise, device=x.device)
         x[on] = self.started(fresh)[on]
-        self.x[rows] = x
-        self.first[roll.rows] = last.where(~done, 0)
+        self.x[drawn] = x
+        self.first[roll.drawn] = last.where(~done, 0)
         for key, value in self.new_conditions(count, host).items():
-            self.cond[key][roll.rows[done]] = value
+            self.cond[key][roll.drawn[done]] = value
         self.step += 1
 
     def started(self, noise: Tensor) -> Tensor:
@@ -157,22 +180,23 @@ class RolledPool:
         return drawn | self.guidance.draw(count, host)
 
     def mend(self) -> int:
-        """Begin states anew that are not finite; returns how many."""
+        """Begin states anew that are not finite, in all processes; the main one counts them."""
         rows = not_finite(self.x)
         host = generator("cpu", self.seed, "mend", self.step)
         noise = torch.randn(len(rows), *self.x.shape[1:], generator=host)
         self.x[to_device(rows, self.x.device)] = to_device(self.started(noise), self.x.device)
         self.first[rows] = 0
-        return len(rows)
+        return len(rows) * processes.is_main()
 
     def parts(self) -> dict[str, Part]:
         """The whole source."""
         return {"rolled": self}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """States, conditions and counts."""
+        """States, conditions and counts, of all processes; together."""
         cond = {f"cond.{key}": value for key, value in self.cond.items()}
-        counts = {"step": torch.tensor(self.step), "evaluations": torch.tensor(self.evaluations)}
+        evaluations = processes.total(torch.tensor(self.evaluations))
+        counts = {"step": torch.tensor(self.step), "evaluations": evaluations}
         return {"x": self.x, "first": self.first, **cond, **counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -185,7 +209,8 @@ class RolledPool:
         self.x = state["x"].to(self.x)
         self.first = state["first"]
         self.cond = {key: state[f"cond.{key}"] for key in self.cond}
-        self.step, self.evaluations = int(state["step"]), int(state["evaluations"])
+        self.step = int(state["step"])
+        self.evaluations = int(state["evaluations"]) * processes.is_main()
 
 
 def rolled(x: Tensor, velocities: Tensor, widths: Tensor, first: Tensor, last: Tensor) -> Tensor:
