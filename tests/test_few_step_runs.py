@@ -26,6 +26,8 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import read_steps_table
 from dkdm.models import load_teacher, with_texts
 from dkdm.report import write_report
+from dkdm.report.entries import entry_of_run
+from dkdm.report.page import command_line
 from dkdm.report.run import read_run, spent
 from dkdm.runs.distill import describe
 from dkdm.runs.programs import OBJECTIVES
@@ -139,7 +141,8 @@ def test_every_number_of_steps_is_measured_and_shown(finished):
     card, page = ((finished / name).read_text() for name in ("README.md", "report.html"))
     assert "| plain student | 25 |" in card and "few-steps.png" in card and "one-step/" in card
     assert "In a few steps" in page and "<td>plain student</td>" in page
-    assert "went on from the plain student" in card and "above are of both parts" in page
+    assert "went on from the plain student." in card and "above are of both parts" in page
+    assert "its own sampler (student), 4 steps" in card and "the student by its own sampler" in page
     (finished / "few_steps.json").write_text("{}")
     with pytest.raises(dkdm.DkdmError, match="few_steps.json"):
         read_steps_table(finished)
@@ -155,8 +158,26 @@ def test_what_both_parts_took_is_added_up(finished, tmp_path):
     both = spent(read_run(moved))
     assert both.steps == 8 and both.evaluations == last + first > last > 0
     assert both.seconds > spent(read_run(moved / "plain")).seconds > 0
+    trained = f"4 steps of 8, then 4 steps of 8, {both.evaluations} teacher evaluations, "
+    assert f"| training | {trained}" in (finished / "README.md").read_text()
     shutil.rmtree(moved / "plain")
     assert spent(read_run(moved))[:2] == (4, last)
+
+
+def test_page_card_and_comparison_say_what_was_asked_for(finished, tmp_path):
+    asked, last = (read_config(finished / name) for name in ("whole.json", "config.json"))
+    for name in ("max_train_steps", "student_init", "few_step_share", "student_steps"):
+        expected = (small_runs.SMALL.flat() | FEW)[name]
+        assert asked.flat()[name] == expected
+        assert f"- `{name}`: {expected}" in (finished / "README.md").read_text()
+    assert asked.optimizing.learning_rate == last.optimizing.learning_rate  # decided
+    command = command_line(read_run(finished).asked)
+    assert "--max-train-steps 8" in command and "--student-init" not in command
+    assert entry_of_run(finished).options["max_train_steps"] == 8
+    damaged = shutil.copytree(finished, tmp_path / "damaged")
+    (damaged / "whole.json").write_text("{}")
+    run = read_run(damaged)
+    assert run.asked == run.config and "whole.json" in run.missing[-1]
 
 
 def test_a_teacher_of_few_levels_is_drawn_in_all_of_them(tmp_path):

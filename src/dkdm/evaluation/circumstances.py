@@ -72,7 +72,12 @@ def circumstances_of(comparison: Comparison) -> Circumstances:
         {"(teacher)": teacher.guidance_scale, "(student)": student.guidance_scale},
         comparison.weights,
         comparison.measurement if student.metrics else None,
+        _samplers(comparison.sampler),
     )
+
+
+def _samplers(of_student: str) -> str:
+    return "DDIM" if of_student == "DDIM" else f"DDIM (teacher), {of_student} (student)"
 
 
 def measurement_of(reference: Reference, num_samples: int) -> Measurement:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
 
+from dkdm.core.few_steps.model import OWN_SAMPLER
 from dkdm.evaluation.evaluated import Evaluation, SampledModel
 from dkdm.evaluation.metrics import METRICS, Metrics
 from dkdm.evaluation.numbers import count, memory, number, percent
@@ -58,8 +59,9 @@ def figures_of_comparison(found: Comparison, interval: str | None = None) -> lis
 
     interval: where guidance acted; None is everywhere.
     """
-    sampler = "DDIM" if found.eta == 0 else f"DDIM, eta {found.eta:g}"
-    drawn = _drawn(found.num_samples, sampler, found.num_steps)
+    ddim = "DDIM" if found.eta == 0 else f"DDIM, eta {found.eta:g}"
+    own = ddim if found.sampler == "DDIM" else found.sampler
+    drawn = _drawn(found.num_samples, own, found.num_steps)
     beside = {"seed": str(found.seed), "weights": found.weights}
     how = found.measurement
     against = (
@@ -68,6 +70,7 @@ def figures_of_comparison(found: Comparison, interval: str | None = None) -> lis
     figures = []
     for model, of in ((found.student, ""), (found.teacher, OF_TEACHER)):
         under = drawn | {"guidance": _guidance(model.guidance_scale, interval)} | against
+        under |= {"sampler": ddim if of else own}
         figures += _metrics(model.metrics, floors_in(how), of, under, beside)
     return [*figures, *_near_teacher(found, interval, drawn, beside), *_cost(found)]
 
@@ -113,7 +116,8 @@ def _near_teacher(
 
 def figures_of_evaluation(found: Evaluation) -> list[Figure]:
     """What `dkdm evaluate` measured of one model."""
-    drawn = _drawn(found.num_samples, found.sampler.upper(), found.num_steps)
+    sampler = found.sampler if found.sampler == OWN_SAMPLER else found.sampler.upper()
+    drawn = _drawn(found.num_samples, sampler, found.num_steps)
     beside = {"seed": str(found.seed), "weights": found.model.weights}
     figures = []
     for name, one in found.metrics.items():

@@ -105,7 +105,7 @@ class Comparison:
     - `class_names`: what the numbers in `labels` stand for, prompts of a text model.
     - `samples`: `teacher` and `student` [M, ...] for the first M samples, and `labels` int64 [M]
       if the models have classes or prompts.
-    - `eta`: of the sampler; 0 is DDIM.
+    - `sampler`: of the student; the teacher's is DDIM. `eta`: of both; 0 is DDIM.
     - `asked_for`: what `labels` number, "class" or "prompt"; earlier versions wrote none.
     - `weights`: which of the student's were sampled, in words; earlier versions wrote none.
     - `versions`: of dkdm and its libraries, by their names; earlier versions wrote none.
@@ -130,6 +130,7 @@ class Comparison:
     asked_for: str = "class"
     weights: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    sampler: str = "DDIM"
 
     @property
     def noun(self) -> str:

@@ -65,8 +65,9 @@ def entry_of_run(folder: Path) -> Entry:
         missing.append("A run on images keeps no numbers: measure it by dkdm evaluate --json.")
     facts = {"network": found.student.network, "weights": found.weights} if found else {}
     if found:
-        facts["samples shown"] = how_drawn(found.num_steps, found.student.guidance_scale)
-    options = {k: v for k, v in run.config.flat().items() if k not in UNINTERESTING}
+        how = found.num_steps, found.student.guidance_scale, found.sampler
+        facts["samples shown"] = how_drawn(*how)
+    options = {k: v for k, v in run.asked.flat().items() if k not in UNINTERESTING}
     return Entry(
         name=str(folder),
         kind="run",
@@ -79,10 +80,10 @@ def entry_of_run(folder: Path) -> Entry:
     )
 
 
-def how_drawn(num_steps: int, guidance_scale: float) -> str:
+def how_drawn(num_steps: int, guidance_scale: float, sampler: str = "DDIM") -> str:
     """How the samples that are shown were drawn."""
     guidance = "no guidance" if guidance_scale == 1 else f"guidance {guidance_scale:g}"
-    return f"DDIM, {num_steps} steps, {guidance}"
+    return f"{sampler}, {num_steps} steps, {guidance}"
 
 
 def training_facts(run: Run) -> dict[str, str]:

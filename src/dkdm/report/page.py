@@ -59,8 +59,8 @@ def render(run: Run) -> str:
         best=best_in_words(run),
         faults=faults_in_words(run.metrics),
         undrawn=any(value <= 0 for _, value in run.validated),
-        command=command_line(run.config),
-        config_json=to_json(run.config),
+        command=command_line(run.asked),
+        config_json=to_json(run.asked),
     )
 
 

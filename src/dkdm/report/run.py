@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dkdm.config import DistillConfig, TrainConfig, read_config
+from dkdm.config import DistillConfig, RunConfig, TrainConfig, read_config
 from dkdm.core.positions import evenly
 from dkdm.core.progress import read_metrics
 from dkdm.data.images import open_image
 from dkdm.errors import DkdmError
 from dkdm.evaluation.few_steps import FEW_STEPS, StepsTable, read_steps_table
+from dkdm.evaluation.parts import Spent, earlier_part, logged_in, read_whole, spent_in
 from dkdm.evaluation.pool_state import POOL, PoolState, read_pool_state
 from dkdm.evaluation.results import (
     EVALUATION,
@@ -39,7 +40,8 @@ class Run:
 
     validated: steps at which `--validation-metric` was measured, and its values. trajectories,
     pool: None for earlier runs, which are not incomplete without. steps: of few-step students.
-    earlier: the last line of the metrics of the part that came first, if the run had two.
+    earlier: the last line of the metrics of the part that came first, if the run had two; config is
+    of the last one, and whole what was asked for.
     """
 
     config: DistillConfig | TrainConfig
@@ -53,6 +55,12 @@ class Run:
     pool: PoolState | None = None
     steps: StepsTable | None = None
     earlier: dict[str, Any] | None = None
+    whole: RunConfig | None = None
+
+    @property
+    def asked(self) -> RunConfig:
+        """The options that repeat the run."""
+        return self.whole or self.config
 
     @property
     def step(self) -> int:
@@ -80,30 +88,9 @@ class Run:
         return isinstance(self.config, DistillConfig)
 
 
-class Spent(NamedTuple):
-    """What the training of all parts of a run took: optimizer steps, teacher evaluations, seconds.
-
-    The last two are 0 if they were not logged.
-    """
-
-    steps: int
-    evaluations: float
-    seconds: float
-
-
 def spent(run: Run) -> Spent:
     """What a run took, by the last lines of its metrics."""
-    lines = [line for line in (run.earlier, *run.metrics[-1:]) if line]
-    each = zip(*(_spent(line) for line in lines), strict=True)
-    return Spent(*map(sum, each)) if lines else Spent(0, 0.0, 0.0)
-
-
-def _spent(line: dict[str, Any]) -> Spent:
-    step, evaluations, rate = (
-        value if is_number(value := line.get(key)) and value > 0 else 0
-        for key in ("step", "teacher_evaluations", "steps_per_second")
-    )
-    return Spent(int(step), evaluations, step / rate if rate else 0.0)
+    return spent_in(run.earlier, *run.metrics[-1:])
 
 
 class Stage(NamedTuple):
@@ -127,7 +114,7 @@ def read_run(run_dir: Path) -> Run:
         check_place(run_dir / name, run_dir)
     config = read_config(run_dir / "config.json")
     lines = read_metrics(run_dir / "metrics.jsonl")
-    logged = [entry for entry in lines if "validation" not in entry]
+    logged = logged_in(run_dir / "metrics.jsonl")
     run = Run(config, logged, validated_in(lines, config.evaluation.validation_metric))
     if not run.metrics:
         run.missing.append("metrics.jsonl is empty: no training step was logged.")
@@ -145,22 +132,13 @@ def read_run(run_dir: Path) -> Run:
             run.pool = read_pool_state(run_dir)
         with _named_if_missing(run):
             run.steps = read_steps_table(run_dir)
-        run.earlier = _earlier(run_dir, run.config)
+        before = earlier_part(run_dir, run.config)
+        run.earlier = before and before.line
+        with _named_if_missing(run):
+            run.whole = read_whole(run_dir, run.config)
     if run.config.evaluation.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run
-
-
-def _earlier(run_dir: Path, config: DistillConfig | TrainConfig) -> dict[str, Any] | None:
-    """The last metrics of the part that came first: it lies in the run's folder, whose weights the
-    run started from."""
-    assert isinstance(config, DistillConfig)
-    start = Path(config.student_choice.student_init)
-    if start.parent != config.run.output_dir:
-        return None
-    file = check_place(run_dir / start.name / "metrics.jsonl", run_dir)
-    logged = [entry for entry in read_metrics(file) if "validation" not in entry]
-    return logged[-1] if logged else None
 
 
 def validated_in(lines: list[dict[str, Any]], metric: str | None) -> list[tuple[int, float]]:

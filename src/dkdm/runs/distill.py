@@ -27,6 +27,7 @@ from dkdm.core.teachers import parts_of, pattern_of
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.evaluation.comparison import describe as described
+from dkdm.evaluation.parts import write_whole
 from dkdm.models.architectures import component_of
 from dkdm.models.identity import identity_of, kind_of
 from dkdm.models.place import place
@@ -121,7 +122,8 @@ def _in_parts(
         if not is_finished(part.run.output_dir):
             _in_parts(part, teachers, student, notes)
             config, notes = replace(config, resume_from_checkpoint=_of_the_next(config)), ()
-    return distill_part(program.last(config), teachers, student, notes)
+    last = program.last(config)
+    return distill_part(last, teachers, student, notes, config if last != config else None)
 
 
 def _of_the_next(config: DistillConfig) -> str | None:
@@ -135,10 +137,12 @@ def distill_part(
     teachers: Sequence[str | Denoiser] | None = None,
     student: str | Denoiser | nn.Module | None = None,
     notes: Sequence[str] = (),
+    asked: DistillConfig | None = None,
 ) -> Path:
     """Carry out one part of a run, of the models that the options name or that are given.
 
-    notes: lines that are printed once nothing can be refused any more.
+    notes: lines that are printed once nothing can be refused any more. asked: what the run was
+    asked for, if these are the options of its last part alone.
     """
     program = OBJECTIVES[config.few_steps.objective]
     begun = begun_by(config.run, config.checkpoints)
@@ -160,6 +164,9 @@ def distill_part(
         print(line, file=sys.stderr)
 
     def begin() -> None:
+        if asked is not None and processes.is_main():
+            decided = with_defaults(asked, pattern_of(teacher), None)
+            write_whole(config.run.output_dir, decided)
         if not ready.is_new:
             return
         with filled_in(config.run.output_dir, trainer.about):

@@ -24,7 +24,7 @@ from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
-from dkdm.core.few_steps.model import FewStep, usual_steps
+from dkdm.core.few_steps.model import OWN_SAMPLER, FewStep, usual_steps
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled
 from dkdm.core.graphs import Replayed
@@ -281,7 +281,8 @@ class FewSteps(Program):
             guidance_teacher=scale,
             reference=reference,
         )
-        found = replace(found, weights=weights, gaps=())  # its outputs are no denoiser's
+        # its outputs are no denoiser's
+        found = replace(found, weights=weights, gaps=(), sampler=OWN_SAMPLER)
         found.save(folder)
         save_grid(folder, "grid", found.samples["student"][:GRID_SAMPLES])
         rows, how = comparison_rows(found), circumstances_of(found).in_words()

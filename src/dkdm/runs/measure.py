@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dkdm.config import EvaluateCommand
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.model import OWN_SAMPLER, FewStep
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import NAMES, teacher_distance, teacher_gap
@@ -131,7 +132,7 @@ def measured(plan: Plan, root: Path) -> Evaluation:
     return Evaluation(
         model=model,
         num_samples=sampling.num_samples,
-        sampler=sampling.sampler,
+        sampler=OWN_SAMPLER if isinstance(drawing.denoiser, FewStep) else sampling.sampler,
         num_steps=sampling.num_steps,
         seed=sampling.seed,
         batch_size=sampling.batch_size,

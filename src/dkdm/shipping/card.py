@@ -14,7 +14,6 @@ from dkdm.config import (
     SourceKind,
     TeacherConditions,
     TrainConfig,
-    TrainingOptions,
 )
 from dkdm.core.bad_steps import faults_in_words
 from dkdm.core.denoiser import Denoiser
@@ -25,6 +24,7 @@ from dkdm.core.teachers import parts_of
 from dkdm.evaluation.few_steps import StepsTable
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count
+from dkdm.evaluation.parts import earlier_part, read_whole, training_in_words
 from dkdm.evaluation.results import Measurement
 from dkdm.evaluation.rows import Row
 from dkdm.reading.files import render, write_text
@@ -112,7 +112,7 @@ def write_card(
         usage=usage_snippet(name, denoiser, measured.guidance_scale),
         notes=shipping_notes(denoiser),
         details=[
-            *_details(denoiser, config.training, teacher, minutes, weights),
+            *_details(denoiser, training_in_words(folder, config, minutes), teacher, weights),
             *_faults(folder),
         ],
         heads=_heads(measured.rows),
@@ -123,7 +123,8 @@ def write_card(
         limits=limits,
         prompted=kind_of(denoiser.conditioning).asks == "prompt",
         licence=_licence_text(licence, inherited, origins),
-        hyperparameters=_hyperparameters(config.flat()),
+        hyperparameters=_hyperparameters(read_whole(folder, config).flat()),
+        begun_elsewhere=earlier_part(folder, config) is None,
         distilled=taught,
         version=__version__,
     )
@@ -281,15 +282,9 @@ def _shown_name(origin: Origin) -> str:
 
 
 def _details(
-    denoiser: Denoiser,
-    training: TrainingOptions,
-    teacher: Denoiser | None,
-    minutes: float | None,
-    weights: str,
+    denoiser: Denoiser, training: str, teacher: Denoiser | None, weights: str
 ) -> list[tuple[str, str]]:
     scheduler = denoiser.process.scheduler.get("_class_name", "no scheduler of diffusers")
-    steps = f"{training.max_train_steps} steps of {training.train_batch_size}"
-    time = "" if minutes is None else f", {minutes:.1f} minutes in its last process"
     details = [
         ("network", _sized(denoiser)),
         *(("teacher", _sized(part)) for part in (parts_of(teacher) if teacher else ())),
@@ -297,7 +292,7 @@ def _details(
         ("conditioning", kind_of(denoiser.conditioning).summary()),
         ("process", f"{scheduler}, T = {denoiser.process.num_levels}"),
         ("prediction", denoiser.parameterization.prediction),
-        ("training", f"{steps}{time}"),
+        ("training", training),
         ("weights", weights),
         ("made with", f"dkdm {__version__}"),
     ]

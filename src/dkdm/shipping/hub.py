@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 
 from dkdm.config import DistillConfig, HubOptions, read_config
 from dkdm.errors import DkdmError, UsageError, raised_as
+from dkdm.evaluation.parts import earlier_part
 from dkdm.reading.files import write_text
 from dkdm.reading.places import check_folder
 from dkdm.shipping.licence import CARD, origins_of
@@ -82,8 +83,9 @@ def push(run: Path, hub_model_id: str | None = None, private: bool = False) -> s
         made = f"{Path(config.student_choice.student).name} distilled from {teacher}"
     else:
         made = f"Trained on {Path(config.data.images).name}"
-    steps = f"{config.training.max_train_steps} steps, dkdm {__version__}"
-    _upload(run, repo_id, f"{made}: {steps}")
+    parts = [part.config for part in [earlier_part(run, config)] if part] + [config]
+    steps = sum(part.training.max_train_steps for part in parts)
+    _upload(run, repo_id, f"{made}: {steps} steps, dkdm {__version__}")
     return _url(repo_id)
 
 

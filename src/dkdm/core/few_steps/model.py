@@ -21,6 +21,7 @@ from dkdm.core.solvers import Solver
 from dkdm.core.teachers import parts_of
 from dkdm.errors import UsageError
 
+OWN_SAMPLER = "its own sampler"  # what draws from a few-step model, in words
 NO_GUIDANCE = (
     "a few-step model takes no guidance scale: guidance was mixed into what it learnt, and its "
     "steps lead over many levels at once; sample it with a scale of 1, or distil with another "
