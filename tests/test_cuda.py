@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from accelerate.state import PartialState
 
 import dkdm
 from dkdm.checks.memory_plan import CONTEXT_MIB, PlannedRun, plan
-from dkdm.config import SamplingOptions
+from dkdm.config import SamplingOptions, read_config
 from dkdm.core.captured.part import DevicePart
 from dkdm.core.checkpoint import read_tensors
 from dkdm.core.denoiser import Batch
@@ -21,6 +22,7 @@ from dkdm.evaluation.memory import MIB, peak_allocated
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models import load_teacher
 from dkdm.models.place import place
+from dkdm.runs import batch_size
 from dkdm.runs.arms import prepare_source
 from dkdm.runs.distill import prepared
 from dkdm.runs.outputs import sample_to_file
@@ -345,3 +347,52 @@ def test_the_plan_is_what_the_allocator_gives_out(tmp_path, precision):
 
     planned = plan(student_of("unet-tiny", like), PlannedRun(**options)).device_total - CONTEXT_MIB
     assert planned == pytest.approx(peak_allocated(two_steps) / MIB, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_nobody_waits_for_an_update_and_a_bad_one_changes_nothing(tmp_path, optimizer):
+    trainer = begun(tmp_path, optimizer=optimizer, weight_decay=0.1, lr_warmup_steps=0)
+    trainer.step()
+    update = trainer._update
+
+    def guarded(loss):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update(loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer._update = guarded
+    trainer.step()
+    before = state_of(trainer)
+    trainer.source.x[:] = torch.nan
+    trainer.step()
+    after = state_of(trainer)
+    kept = [key for key in before if key.startswith(("unet/", "optimizer/"))]
+    assert len(kept) > 20 and all(torch.equal(before[key], after[key]) for key in kept)
+    assert trainer.bad_steps.by_cause() == {"state": 1}
+
+
+def test_the_largest_batch_that_fits_is_found(tmp_path, monkeypatch, capsys):
+    real = batch_size.memory_of_run
+    monkeypatch.setattr(batch_size, "memory_of_run", lambda: (real()[0], 2**28))
+    folder = distilled(tmp_path / "auto", train_batch_size="auto", pool_size=None, rho=0.1)
+    found = read_config(folder / "config.json").training.train_batch_size
+    assert 1 <= found <= batch_size.LARGEST
+    said = capsys.readouterr().err
+    needed = re.search(r"samples take ([\d,]+) MiB of the 256 MiB", said)
+    assert needed and int(needed[1].replace(",", "")) <= 256
+    number = distilled(tmp_path / "number", train_batch_size=found, pool_size=None, rho=0.1)
+    assert losses(number) == pytest.approx(losses(folder), rel=1e-4)
+
+
+def test_a_device_without_memory_for_a_size_takes_a_smaller_one(tmp_path):
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2**28 / total)
+    try:
+        options = {"train_batch_size": "auto", "pool_size": None, "rho": 0.1}
+        folder = distilled(tmp_path / "run", **options)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert read_config(folder / "config.json").training.train_batch_size < batch_size.LARGEST

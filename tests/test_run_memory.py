@@ -28,6 +28,7 @@ def test_one_message_says_what_each_part_takes_and_what_helps(tmp_path, monkeypa
     said = str(caught.value)
     assert said.startswith("memory is used up at a batch of 8: ")
     assert "half the --train-batch-size" in said and "\n" not in said
+    assert "--train-batch-size auto finds the largest" in said
     found = needs(trainers[0], None)
     weights = sum(p.nbytes for p in trainers[0].network.parameters())
     assert weights <= found["average"] <= found["student"] < 1.1 * weights
@@ -73,3 +74,12 @@ def test_deterministic_algorithms_are_used_if_asked(tmp_path, monkeypatch):
     assert asked == []
     small_runs.run(tmp_path / "with", max_train_steps=1, evaluation_samples=0, deterministic=True)
     assert asked == [True]
+
+
+def test_what_is_advised_works(tmp_path):
+    small_runs.run(tmp_path, max_train_steps=1, evaluation_samples=0)
+    half = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "accept_changes": True}
+    on = {"max_train_steps": 2, "evaluation_samples": 0, "resume_from_checkpoint": "latest"}
+    _, metrics, asked = small_runs.run(tmp_path, **half, **on)
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert asked == metrics[0]["teacher_evaluations"] + 8

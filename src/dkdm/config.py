@@ -228,9 +228,11 @@ class TrainingOptions(Options, title="Training"):
 
     max_train_steps: Count = 1000
     """Optimizer steps."""
-    train_batch_size: Count = 128
+    train_batch_size: Count | Literal["auto"] = 128
     """Samples in a batch, over all devices together. An optimizer step takes
-    --gradient-accumulation-steps of them."""
+    --gradient-accumulation-steps batches. auto: the largest power of two that fits in memory, at
+    most 1,024 a process, by steps that are tried before the run, which keeps the number. A larger
+    batch is another run: it has a larger pool, and may want another learning rate."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -257,6 +259,15 @@ class TrainingOptions(Options, title="Training"):
     in the cache folder, and pays for long runs."""
     cuda_graphs: bool = True
     """--no-cuda-graphs is --accelerate off."""
+
+    @property
+    def batch_size(self) -> int:
+        """`train_batch_size` in numbers. Raises UsageError for `auto`, which a run decides."""
+        if self.train_batch_size == "auto":
+            raise UsageError(
+                "--train-batch-size auto: distill and train find it on their device; give a number"
+            )
+        return self.train_batch_size
 
     @property
     def acceleration(self) -> Acceleration:

@@ -16,6 +16,7 @@ from dkdm.config import (
     OptimizerOptions,
     PoolOptions,
     Precision,
+    StorageOptions,
     StudentChoice,
     TeacherOptions,
     TrainingOptions,
@@ -125,7 +126,7 @@ def plan(teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
     allocate inside themselves. The student starts from random weights. Raises UsageError if it does
     not fit the teacher, and for fewer samples than devices.
     """
-    batch_size = run.training.train_batch_size
+    batch_size = run.training.batch_size
     if batch_size < gpus:
         raise UsageError(
             f"--gpus {gpus} --train-batch-size {batch_size}: give each GPU at least one sample"
@@ -151,7 +152,7 @@ def sizes(teacher: Denoiser, run: PlannedRun, batch: int) -> Sizes:
 
 def plan_of_sizes(measured: Sizes, teacher: Denoiser, run: PlannedRun, gpus: int = 1) -> MemoryPlan:
     """The memory of a run whose devices get the batch that was measured."""
-    batch_size, pool, training = run.training.train_batch_size, run.pool, run.training
+    batch_size, pool, training = run.training.batch_size, run.pool, run.training
     weights = measured.parameters * 4 / MIB
     sharded = {name: training.fsdp in (name, "both") and gpus > 1 for name in _SHARDED}
     part, teacher_part = (1 / gpus if sharded[name] else 1.0 for name in ("student", "teacher"))
@@ -160,7 +161,7 @@ def plan_of_sizes(measured: Sizes, teacher: Denoiser, run: PlannedRun, gpus: int
     pool_size = pool.pool_size or round(pool.rho * teacher.process.num_levels * batch_size)
     values = pool_size * torch.Size(teacher.sample_shape).numel()
     states = values * getattr(torch, pool.pool_dtype).itemsize / MIB
-    replayed = replay_mib(teacher, run, batch_size)
+    replayed = replay_mib(teacher, pool, batch_size)
     on_host = {
         "teacher weights": teacher_own if run.teacher_choice.offload == "layers" else 0.0,
         "pool": states / gpus if pool.pool_device == "cpu" else 0.0,
@@ -269,9 +270,9 @@ def optimizer_mib(student: Denoiser, options: OptimizerOptions) -> tuple[float, 
     return kept / MIB, passing / MIB
 
 
-def replay_mib(teacher: Denoiser, run: PlannedRun, batch_size: int) -> float:
+def replay_mib(teacher: Denoiser, pool: StorageOptions, batch_size: int) -> float:
     """MiB of the evaluations that are kept to be learnt from again, without their conditions."""
-    if run.pool.replay == 1:
+    if pool.replay == 1:
         return 0.0
     channels, *size = teacher.sample_shape
     values = (channels + teacher.out_channels) * torch.Size(size).numel()
@@ -295,7 +296,7 @@ class Change:
 
 def changes(teacher: Denoiser, found: MemoryPlan, limit_mib: float) -> list[Change]:
     """Options to take one after the other until a run fits, those that cost nothing first."""
-    taken, batch = list[Change](), found.run.training.train_batch_size
+    taken, batch = list[Change](), found.run.training.batch_size
     for flag, options in _SAVINGS:
         if found.device_total <= limit_mib:
             break
@@ -327,7 +328,7 @@ _SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def print_plan(found: MemoryPlan, advice: list[Change], limit_mib: float, console: Console) -> None:
     """Print the plan as a table, whether it fits, and what to change."""
-    several, batch = found.gpus > 1, found.run.training.train_batch_size // found.gpus
+    several, batch = found.gpus > 1, found.run.training.batch_size // found.gpus
     whose = f"Each of {found.gpus} devices, with a" if several else "A"
     table = Table(
         "",

@@ -48,8 +48,10 @@ def alone() -> Iterator[None]:
     """In here this process is the only one: what is done together elsewhere is done by itself."""
     global _alone
     before, _alone = _alone, True
-    yield
-    _alone = before
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def _are_several() -> bool:

@@ -135,7 +135,7 @@ class Trainer:
     def learn(self) -> Tensor:
         """One batch: draw, target, loss, update, advance. Returns its mean loss."""
         student = self.student_on_teacher_levels
-        size = self.training.train_batch_size
+        size = self.training.batch_size
         samples = self.samples or size
         with self.accelerator.accumulate(self.learner):
             batch = self.source.draw(size)

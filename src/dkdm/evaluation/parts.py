@@ -99,4 +99,4 @@ def training_in_words(folder: Path, config: RunConfig, minutes: float | None = N
 
 
 def _steps(training: TrainingOptions) -> str:
-    return f"{training.max_train_steps:,} steps of {training.train_batch_size}"
+    return f"{training.max_train_steps:,} steps of {training.batch_size}"

@@ -97,7 +97,7 @@ class Arm:
         size = self.plan(teacher, config).entries
         asked = config.pool, config.guidance, config.conditions
         pool = make_pool(teacher, size, *asked, device, config.run, self.kind)
-        pool.shards.check(config.training.train_batch_size)
+        pool.shards.check(config.training.batch_size)
         if config.pool.keep_finished:
             pool.finished = finished_of(pool, config)
         return pool
@@ -107,7 +107,7 @@ class Arm:
         del teacher
         if not self.noise:
             output_dir = config.run.output_dir
-            fill(source, config.pool, config.training.train_batch_size, output_dir)
+            fill(source, config.pool, config.training.batch_size, output_dir)
 
     def shorter(self, pool: PoolOptions) -> str:
         """Options that make preparing shorter."""
@@ -124,7 +124,7 @@ class BatchArm(Arm):
     def entries(self, pool: PoolOptions, training: TrainingOptions, num_levels: int) -> int:
         """A batch."""
         del pool, num_levels
-        return training.train_batch_size
+        return training.batch_size
 
 
 class GroupsArm(BatchArm):
@@ -136,14 +136,14 @@ class GroupsArm(BatchArm):
         """As many as fit into --pool-size, which may be left out."""
         if pool.pool_size is None:
             return super().entries(pool, training, num_levels)
-        batch_size = training.train_batch_size
+        batch_size = training.batch_size
         return pool_entries(pool, training, num_levels) // batch_size * batch_size
 
     def make(
         self, teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
     ) -> Source:
         """The pool; several groups lie in shards that divide a batch."""
-        shards, batch_size = config.pool.shards, config.training.train_batch_size
+        shards, batch_size = config.pool.shards, config.training.batch_size
         if self.plan(teacher, config).entries > batch_size:
             shards = next(n for n in range(shards, 0, -1) if batch_size % n == 0)
         pool = replace(config.pool, shards=shards)
@@ -165,7 +165,7 @@ class SyntheticArm(Arm):
         """A set of no given size costs what the dynamic pool does."""
         each, batch_size = (
             guidance_factor(teacher, config.guidance),
-            config.training.train_batch_size,
+            config.training.batch_size,
         )
         steps, size = config.synthetic.synthetic_steps, config.synthetic.synthetic_samples
         if size is None:
@@ -203,7 +203,7 @@ class SyntheticArm(Arm):
 
     def prepare(self, source: Any, teacher: Denoiser, config: DistillConfig) -> None:
         """Draw what is not in the shards yet."""
-        scale, batch_size = guidance_of_set(config.guidance), config.training.train_batch_size
+        scale, batch_size = guidance_of_set(config.guidance), config.training.batch_size
         draw_set(source, teacher, config.synthetic.synthetic_steps, scale, batch_size)
 
     def shorter(self, pool: PoolOptions) -> str:
@@ -240,7 +240,7 @@ class ImagesArm(Arm):
         self, teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
     ) -> Images | Taught:
         """The images."""
-        batch_size = config.training.train_batch_size
+        batch_size = config.training.batch_size
         if config.images_choice.images_target == "teacher":
             return _images(teacher, teacher, config, device, batch_size)
         if not config.guidance.is_off:
@@ -265,7 +265,7 @@ class MixedArm(Arm):
 
     def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
         """As the dynamic pool of smaller batches, and the images' evaluations."""
-        if config.training.train_batch_size < 2:
+        if config.training.batch_size < 2:
             raise UsageError("--source mixed: give a --train-batch-size of 2 or more")
         size, preparing, training = Arm().plan(teacher, _without_images(config))
         if config.images_choice.images_target == "teacher":
@@ -281,7 +281,7 @@ class MixedArm(Arm):
         self, teacher: Denoiser, student: Denoiser, config: DistillConfig, device: torch.device
     ) -> Mixed:
         """Both parts."""
-        batch_size, share = config.training.train_batch_size, config.images_choice.mixed_share
+        batch_size, share = config.training.batch_size, config.images_choice.mixed_share
         pool = Arm().make(teacher, student, _without_images(config), device)
         assert isinstance(pool, Pool)
         count = images_in_batch(batch_size, share)
@@ -307,7 +307,7 @@ def finished_of(pool: Pool, config: DistillConfig) -> Finished:
     kept = SampleShards(config.run.output_dir / FINISHED), config.pool.keep_finished
     if pool.shards.world == 1:
         return Finished(*kept)
-    batch_size = config.training.train_batch_size
+    batch_size = config.training.batch_size
     return FinishedByAll(*kept, pool=pool.shards, entries=pool.entries, batch_size=batch_size)
 
 
@@ -373,7 +373,7 @@ def mebibytes(teacher: Denoiser, count: int, dtype: str) -> str:
 
 def _without_images(config: DistillConfig) -> DistillConfig:
     """The options with the batches that a mixed source's pool gives."""
-    batch_size = config.training.train_batch_size
+    batch_size = config.training.batch_size
     count = batch_size - images_in_batch(batch_size, config.images_choice.mixed_share)
     return replace(config, training=replace(config.training, train_batch_size=count))
 

@@ -61,7 +61,7 @@ class Consistency(FewSteps):
 
     def batch_size(self, config: DistillConfig) -> int:
         """As in the plain part."""
-        return config.training.train_batch_size
+        return config.training.batch_size
 
     def check(self, config: DistillConfig) -> None:
         """Raise UsageError for what pairs cannot be learnt with."""
@@ -194,7 +194,7 @@ class Consistency(FewSteps):
 
 def starts_of(config: DistillConfig) -> int:
     """States of pure noise beside a batch."""
-    return round(config.few_steps.start_share * config.training.train_batch_size)
+    return round(config.few_steps.start_share * config.training.batch_size)
 
 
 def plain_checkpoint(config: DistillConfig) -> Path | None:

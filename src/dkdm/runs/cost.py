@@ -85,7 +85,7 @@ def measured(teacher: Denoiser, student: Denoiser, training: TrainingOptions) ->
     Weights, buffers, gradients, modes, counters and the global random state are as before.
     """
     world = processes.world()
-    size = math.ceil(training.train_batch_size / world)
+    size = math.ceil(training.batch_size / world)
     with undisturbed(teacher), torch.no_grad(), torch.random.fork_rng():
         evaluation = _seconds(lambda count: teacher.predict(probe(teacher, count)), size) / size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from dkdm.checks.memory_plan import replay_mib
 from dkdm.config import DistillConfig
 from dkdm.core import processes
 from dkdm.core.captured.choice import capture_steps
@@ -27,13 +29,16 @@ from dkdm.core.teachers import parts_of, pattern_of
 from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.evaluation.comparison import describe as described
+from dkdm.evaluation.memory import MIB
 from dkdm.evaluation.parts import write_whole
 from dkdm.models.architectures import component_of
 from dkdm.models.identity import identity_of, kind_of
 from dkdm.models.place import place
 from dkdm.runs.ahead import teacher_device
+from dkdm.runs.batch_size import AUTO, Measure, with_batch_size
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
 from dkdm.runs.defaults import with_defaults
+from dkdm.runs.earlier import run_of
 from dkdm.runs.launch import (
     anew,
     begun_by,
@@ -46,6 +51,7 @@ from dkdm.runs.launch import (
 )
 from dkdm.runs.models import (
     check_null_condition,
+    copy_of,
     name_of,
     open_student,
     refuse_shared_network,
@@ -102,7 +108,62 @@ def _distill(
         **teacher_names(teachers),
         student=name_of(student) or config.student_choice.student,
     )
+    check_run_folder(config.run, config.checkpoints, DistillConfig)
+    config = _with_batch_size(config, teachers, student)
     return _in_parts(config, teachers, student, without_effect(config))
+
+
+def _with_batch_size(
+    config: DistillConfig,
+    teachers: Sequence[str | Denoiser] | None = None,
+    student: str | Denoiser | nn.Module | None = None,
+) -> DistillConfig:
+    """The config with a number of samples in a batch: a run that goes on has one."""
+    if config.training.train_batch_size != AUTO:
+        return config
+    begun = _begun_with(config) if config.checkpoints.resume_from_checkpoint else None
+    if begun is not None:
+        return replace(config, train_batch_size=begun)
+
+    def try_with(tried: DistillConfig, measure: Measure) -> int:
+        parts = [*OBJECTIVES[tried.few_steps.objective].before(tried), _last_as_first(tried)]
+        return max(_tried(part, teachers, copy_of(student), measure) for part in parts)
+
+    return with_batch_size(config, try_with)
+
+
+def _tried(
+    part: DistillConfig,
+    teachers: Sequence[str | Denoiser] | None,
+    student: str | Denoiser | nn.Module | None,
+    measure: Measure,
+) -> int:
+    """What is measured of a part of a run before its first step, and what `--replay` will keep:
+    of all processes, and all of it is copied whenever a batch is added."""
+    ready = prepared(part, teachers, student)
+    teacher = ready.teacher
+    whole_batch = part.training.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    kept = 2 * replay_mib(teacher, part.pool, whole_batch)
+    with evaluating(teacher.network, teacher.call, teacher.decode, frozen=True):
+        return measure(ready.trainer, teacher) + round(kept * MIB)
+
+
+def _begun_with(config: DistillConfig) -> int | None:
+    """Samples in a batch of the run in the output folder, before its last part takes others."""
+    program = OBJECTIVES[config.few_steps.objective]
+    for part in program.before(config):
+        if (run := run_of(part.run.output_dir)) is not None:
+            return run.training.batch_size
+    if (run := run_of(config.run.output_dir)) is None:
+        return None
+    size, steps = run.training.batch_size, run.training.max_train_steps
+    sizes = round(size * steps / config.training.max_train_steps), size, 2 * size
+    fitting = (
+        each
+        for each in sizes
+        if each and program.last(replace(config, train_batch_size=each)).training.batch_size == size
+    )
+    return next(fitting, size)
 
 
 def _in_parts(
@@ -188,6 +249,7 @@ def describe(config: DistillConfig) -> str:
 
     Raises what `distill` raises before its work, but for an output folder that is taken.
     """
+    config = _with_batch_size(config)
     parts = [*OBJECTIVES[config.few_steps.objective].before(config), _last_as_first(config)]
     return "\n\n".join([*map(_described, parts), *without_effect(config)])
 

@@ -133,7 +133,7 @@ class FewSteps(Program):
             config,
             student_init=start,
             few_step_share=1.0,
-            max_train_steps=max(round(steps * config.training.train_batch_size / size), 1),
+            max_train_steps=max(round(steps * config.training.batch_size / size), 1),
             train_batch_size=size,
             few_step_batch_size=size,
             optimizer=how.optimizer,
@@ -151,14 +151,14 @@ class FewSteps(Program):
 
     def batch_size(self, config: DistillConfig) -> int:
         """States in a batch of the last part, which takes steps for as many states as otherwise."""
-        return config.few_steps.few_step_batch_size or max(config.training.train_batch_size // 2, 1)
+        return config.few_steps.few_step_batch_size or max(config.training.batch_size // 2, 1)
 
     def check(self, config: DistillConfig) -> None:
         """Raise UsageError for what few steps cannot be learnt with."""
         super().check(config)
         check_states(config)
         check_heads(config.few_steps)
-        few, batch = config.few_steps, config.training.train_batch_size
+        few, batch = config.few_steps, config.training.batch_size
         if config.student_choice.lora_rank is not None:
             raise UsageError(
                 "--lora-rank: --objective few-step trains a new last layer: remove --lora-rank"
@@ -182,7 +182,7 @@ class FewSteps(Program):
         """Nothing to prepare; in training as many evaluations as targets."""
         few, training = config.few_steps, config.training
         batches = training.max_train_steps * training.gradient_accumulation_steps
-        asked = batches * training.train_batch_size * few.few_step_targets
+        asked = batches * training.batch_size * few.few_step_targets
         return SourcePlan(
             few.few_step_pool, 0, round(asked * guidance_factor(teacher, config.guidance))
         )

@@ -23,8 +23,9 @@ REMEDIES = {
     "optimizer": "--optimizer muon or a smaller --student",
     "average": "--no-use-ema",
     "pool": "--pool-device cpu or disk, --pool-dtype float16, or a smaller --pool-size or --rho",
-    "batch": "half the --train-batch-size with twice the --gradient-accumulation-steps, or "
-    "--gradient-checkpointing",
+    "batch": "--gradient-checkpointing, or half the --train-batch-size with twice the "
+    "--gradient-accumulation-steps and --accept-changes (in a new run, --train-batch-size auto "
+    "finds the largest)",
 }
 
 
@@ -99,6 +100,6 @@ def in_words(error: BaseException, found: Mapping[str, int], training: TrainingO
     helps = [REMEDIES[largest]] + ([REMEDIES["batch"]] if largest != "batch" else [])
     goes_on = "--resume-from-checkpoint latest"
     return (
-        f"memory is used up at a batch of {training.train_batch_size}: {', '.join(parts)} "
+        f"memory is used up at a batch of {training.batch_size}: {', '.join(parts)} "
         f"({in_a_line(error, 120)}). Give {'; or '.join(helps)}, and {goes_on}"
     )

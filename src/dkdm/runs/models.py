@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 from torch import nn
@@ -55,6 +56,13 @@ def name_of(model: str | Denoiser | nn.Module | None) -> str | None:
     if isinstance(model, nn.Module):
         return type(model).__name__
     return model.name if isinstance(model, Denoiser) else model
+
+
+def copy_of(model: str | Denoiser | nn.Module | None) -> str | Denoiser | nn.Module | None:
+    """A model that was given with weights of its own; a name as it is."""
+    if isinstance(model, Denoiser):
+        return replace(model, network=copy.deepcopy(model.network))
+    return copy.deepcopy(model)
 
 
 def open_student(

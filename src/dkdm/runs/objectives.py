@@ -59,7 +59,7 @@ class Program:
 
     def samples(self, config: DistillConfig) -> int:
         """Losses of a batch, over all processes."""
-        return config.training.train_batch_size
+        return config.training.batch_size
 
     def plan(self, teacher: Denoiser, config: DistillConfig) -> SourcePlan:
         """The size of the source and what it costs."""

@@ -89,7 +89,7 @@ def scale_of_work(
     preparing = round(fill_cost(pool, found.pool_size, teacher.process.num_levels) * each)
     evaluations = round(newly_drawn(pool, training) * each)
     samples = training.max_train_steps * training.gradient_accumulation_steps
-    samples *= training.train_batch_size
+    samples *= training.batch_size
     passes = FORWARD_AND_BACKWARD + training.gradient_checkpointing
     learning = 2 * counted.teacher * evaluations + 2 * passes * counted.student * samples
     sent = sent_in_a_step(training, counted.parameters, found.device["teacher weights"], gpus)
@@ -102,7 +102,7 @@ def scale_of_work(
         counted.teacher,
         counted.student,
         sent,
-        0 if pool.pool_device == "device" else 2 * state * training.train_batch_size // gpus,
+        0 if pool.pool_device == "device" else 2 * state * training.batch_size // gpus,
         round(sum(found.disk.values()) * MIB),
         seconds(2 * counted.teacher * preparing, 0, gpus, machine),
         seconds(learning, training.max_train_steps * sent, gpus, machine),

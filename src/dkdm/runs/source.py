@@ -90,12 +90,12 @@ def _folder(pool: PoolOptions, run: RunOptions) -> Path | None:
 def newly_drawn(pool: PoolOptions, training: TrainingOptions) -> int:
     """Samples in the new batches of the run: all but those that `--replay` shows again."""
     batches = training.max_train_steps * training.gradient_accumulation_steps
-    return math.ceil(batches / pool.replay) * training.train_batch_size
+    return math.ceil(batches / pool.replay) * training.batch_size
 
 
 def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) -> int:
     """Entries of the pool: as asked, or rho * T * batch, but at most what the run draws."""
-    batch = training.train_batch_size
+    batch = training.batch_size
     if pool.pool_size is not None:
         if pool.pool_size < batch:
             raise UsageError(

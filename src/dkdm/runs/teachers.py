@@ -224,7 +224,7 @@ class TeachersArm(Arm):
     def each(self, teacher: Denoiser, config: DistillConfig) -> list[Part]:
         """Every teacher with the options of its part."""
         assert isinstance(teacher, Teachers)
-        total = config.training.train_batch_size
+        total = config.training.batch_size
         counts = shared_out(total, shares_of(teacher, config))
         return [
             (one, part_of(config, number, count, total))
@@ -258,7 +258,7 @@ class TeachersArm(Arm):
             clips = amplifies(student, one)
             clipping = replace(one.process.clipping, rederive_eps=True)
             shares.append(Shared(source, place, at, *([clipping] if clips else [])))
-        counts = [own.training.train_batch_size for _, own in parts]
+        counts = [own.training.batch_size for _, own in parts]
         return Several(shares, levels.process, counts)
 
     def prepare(self, source: Any, teacher: Denoiser, config: DistillConfig) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 from dkdm.config import TrainConfig
 from dkdm.core import processes
 from dkdm.core.captured.choice import capture_steps
+from dkdm.core.denoiser import Denoiser
 from dkdm.core.given import config_given
 from dkdm.core.objective import Objective
 from dkdm.core.sources import Images
 from dkdm.core.trainer import Trainer
-from dkdm.data.training_set import training_data
+from dkdm.data.reference import Reference
+from dkdm.data.training_set import TrainingData, training_data
 from dkdm.models.architectures import component_of
+from dkdm.runs.batch_size import AUTO, Measure, with_batch_size
 from dkdm.runs.defaults import with_optimizer
+from dkdm.runs.earlier import run_of
 from dkdm.runs.launch import anew, carry_out, check_run_folder, checkpoint_of, start_accelerator
 from dkdm.runs.models import check_null_condition
 from dkdm.runs.outputs import measure_model, reference_of, sample_grids
@@ -35,14 +41,60 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig) -> Path:
-    run, conditions, evaluation = config.run, config.conditions, config.evaluation
+    run, evaluation = config.run, config.evaluation
     check_metric(evaluation)
     check_run_folder(run, config.checkpoints, TrainConfig)
     found = checkpoint_of(run, config.checkpoints)
+    config = _with_batch_size(config)
     changes = check_changes(config, found)
+    config, trainer, reference = _prepared(config, found)
+    if found:
+        trainer.resume(found)
+    for note in without_effect(config):
+        print(note, file=sys.stderr)
+    if line := anew(run, config.checkpoints):
+        print(line, file=sys.stderr)
+    measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)
+    return carry_out(config, trainer, measure, changes=changes)
+
+
+def _with_batch_size(config: TrainConfig) -> TrainConfig:
+    """The config with a number of samples in a batch: a run that goes on has one."""
+    if config.training.train_batch_size != AUTO:
+        return config
+    goes_on = config.checkpoints.resume_from_checkpoint
+    begun = run_of(config.run.output_dir) if goes_on else None
+    if begun is not None:
+        return replace(config, train_batch_size=begun.training.batch_size)
+
+    data = cache(_data_of(config))
+
+    def try_with(tried: TrainConfig, measure: Measure) -> int:
+        return measure(_prepared(tried, None, data)[1], None)
+
+    return with_batch_size(config, try_with)
+
+
+def _data_of(config: TrainConfig) -> Callable[[], tuple[TrainingData, Denoiser]]:
+    """Reads the images of a run."""
+    negative, seed = config.conditions.negative_prompt, config.run.seed
+    return partial(training_data, config.data, config.model, negative, seed)
+
+
+def _prepared(
+    config: TrainConfig,
+    found: Path | None,
+    read: Callable[[], tuple[TrainingData, Denoiser]] | None = None,
+) -> tuple[TrainConfig, Trainer, Reference | None]:
+    """The options with what was left open, a trainer before its first step, and what the model is
+    measured against.
+
+    found: the checkpoint that the run goes on from. read: gives the images, if they were read.
+    """
+    run, conditions, evaluation = config.run, config.conditions, config.evaluation
     config = with_optimizer(config, found, new=True)
     accelerator = start_accelerator(run, config.training, config.checkpoints)
-    data, like = training_data(config.data, config.model, conditions.negative_prompt, run.seed)
+    data, like = (read or _data_of(config))()
     model = student_of(config.model.network, like, factory=config.model.student_factory)
     check_null_condition(model, guided=evaluation.sampling_guidance_scale != 1)
     source = Images(
@@ -75,11 +127,4 @@ def _train(config: TrainConfig) -> Path:
         capture_steps(trainer)  # which says why not
     validate_by_metric(trainer, config, reference)
     processes.own_randomness(run.seed)
-    if found:
-        trainer.resume(found)
-    for note in without_effect(config):
-        print(note, file=sys.stderr)
-    if line := anew(run, config.checkpoints):
-        print(line, file=sys.stderr)
-    measure = partial(measure_model, run=run, evaluation=evaluation, reference=reference)
-    return carry_out(config, trainer, measure, changes=changes)
+    return config, trainer, reference

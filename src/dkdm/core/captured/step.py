@@ -58,7 +58,7 @@ class WholeStep:
         pool = trainer.source if self.replayed is None else self.replayed.source
         assert isinstance(pool, Pool) and isinstance(objective, Objective)
         self.trainer, self.pool, self.make = trainer, pool, make
-        self.batch_size = trainer.training.train_batch_size
+        self.batch_size = trainer.training.batch_size
         self.accumulates = trainer.training.gradient_accumulation_steps
         self.spare = spare_rows(pool.stride, pool.process.num_levels, self.batch_size)
         moves = pool.plan(self.batch_size)
