@@ -8,16 +8,20 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import pipelines
 from browser import CHROMIUM, browser
 from dkdm.cli import main
 from dkdm.core.conditioning import ClassLabels
 from dkdm.errors import UsageError
+from dkdm.models import load_teacher
 from dkdm.runs.pair import pair_of
 from dkdm.runs.ui import HOST, POLICY, page
 from factories import denoiser
@@ -136,23 +140,65 @@ def answer(port, host):
         connection.close()
 
 
+class Curved(torch.nn.Module):
+    """One convolution over samples of 1 or 3 dimensions: audio, video."""
+
+    config = SimpleNamespace(sample_rate=8000)
+
+    def __init__(self, dimensions):
+        super().__init__()
+        make = {1: torch.nn.Conv1d, 3: torch.nn.Conv3d}[dimensions]
+        self.layer = make(1, 1, 3, padding=1)
+
+    def forward(self, x, t):
+        del t
+        return self.layer(x)
+
+
+def pair_of_others(*shape):
+    """A pair for samples of another shape."""
+    network = Curved(len(shape) - 1)
+    model = replace(denoiser(None), network=network, sample_shape=shape, call=None)
+    return pair_of(model, model, None)
+
+
+def pair_of_prompts():
+    """A tiny Stable Diffusion in the working folder, as teacher and student."""
+    pipelines.stable_diffusion().save_pretrained("text")
+    model = load_teacher("text")
+    return pair_of(model, model, None)
+
+
+PAIRS = {
+    "classes": pair,
+    "prompts": pair_of_prompts,
+    "audio": partial(pair_of_others, 1, 800),
+    "video": partial(pair_of_others, 1, 4, 8, 8),
+}
 SERVER = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_ui import pair
+from test_ui import PAIRS
 from dkdm.runs.ui import gradio_module, launch, page
 gradio = gradio_module()
-launch(gradio, page(gradio, pair(), steps=2), {port})
+launch(gradio, page(gradio, PAIRS[{kind!r}](), steps=2), {port})
 """
 IMAGES = "[...document.images].map(each => each.src).join()"
+CLICK = "[...document.querySelectorAll('button')].find(b => b.innerText == 'Draw').click()"
+WRITE = """(() => {{
+    const box = document.querySelector('textarea');
+    box.value = {!r};
+    box.dispatchEvent(new Event('input', {{bubbles: true}}));
+}})()"""
 LATENCIES = "document.body.innerText.split('for 8 in 2 steps').length - 1"
 
 
 @contextmanager
-def served(port):
+def served(port, kind, folder):
     """The page of two tiny models, in a process of its own."""
-    program = SERVER.format(tests=str(Path(__file__).parent), port=port)
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    program = SERVER.format(tests=str(Path(__file__).parent), kind=kind, port=port)
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
     try:
         end = time.monotonic() + 120
         while not answers(port):
@@ -162,6 +208,15 @@ def served(port):
     finally:
         process.kill()
         process.wait()
+
+
+def click_until(seen, wanted):
+    """Click until an expression is true: a click before the page is ready does nothing."""
+    end = time.monotonic() + 60
+    while not seen.run(wanted):
+        assert time.monotonic() < end, f"never true: {wanted}"
+        seen.run(CLICK)
+        time.sleep(2)
 
 
 def answers(port, host=HOST):
@@ -174,7 +229,7 @@ def answers(port, host=HOST):
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_draws_with_both_models_and_asks_no_other_address(tmp_path):
     port = free_port()
-    with served(port), browser(tmp_path / "profile") as seen:
+    with served(port, "classes", tmp_path), browser(tmp_path / "profile") as seen:
         assert answer(port, "evil.example").status == 400
         assert answer(port, f"{HOST}:{port}").getheader("content-security-policy") == POLICY
         assert not answers(port, "127.0.0.2")  # 127.0.0.1 is all that it listens at
@@ -182,13 +237,47 @@ def test_a_browser_draws_with_both_models_and_asks_no_other_address(tmp_path):
         seen.wait(f"{LATENCIES} == 2")
         first = seen.run(IMAGES)
         assert first.count("data:image/png;base64,") == 2
-        seen.run(
-            "[...document.querySelectorAll('button')].find(b => b.innerText == 'Draw').click()"
-        )
+        seen.run(CLICK)
         seen.wait("document.body.innerText.includes('ms each')")
         seen.wait(f"{IMAGES} == {json.dumps(first)}")  # the same wish draws the same
         network = [url for url in seen.asked if not url.startswith(("data:", "blob:"))]
         assert network and all(url.startswith(f"http://{HOST}:{port}/") for url in network)
+
+
+@pytest.mark.slow
+@NEEDS_GRADIO
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_draws_what_a_prompt_says(tmp_path):
+    port = free_port()
+    with served(port, "prompts", tmp_path), browser(tmp_path / "profile") as seen:
+        seen.open(f"http://{HOST}:{port}/")
+        seen.wait("document.querySelector('textarea') !== null")
+        assert seen.run("document.querySelectorAll('img').length") == 0
+        click_until(seen, "document.body.innerText.includes('write one')")
+        drawn = []
+        for prompt in ("a red cat", "a blue dog"):
+            seen.run(WRITE.format(prompt))
+            click_until(seen, f"{LATENCIES} == 2 && !{json.dumps(drawn)}.includes({IMAGES})")
+            drawn.append(seen.run(IMAGES))
+    assert drawn[0].count("data:image/png;base64,") == 2
+
+
+@pytest.mark.slow
+@NEEDS_GRADIO
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize(
+    "kind, shown",
+    [  # 800 values at 8,000 a second; two images of eight videos each
+        ("audio", "Array.from(document.querySelectorAll('audio'), a => a.duration == 0.1)[15]"),
+        ("video", "document.querySelectorAll('img[src^=\"data:image/webp\"]').length == 2"),
+    ],
+)
+def test_a_browser_plays_audio_and_video(tmp_path, kind, shown):
+    port = free_port()
+    with served(port, kind, tmp_path), browser(tmp_path / "profile") as seen:
+        seen.open(f"http://{HOST}:{port}/")
+        seen.wait(f"{LATENCIES} == 2")
+        seen.wait(shown)
 
 
 def test_a_pair_of_other_shapes_is_refused():
