@@ -122,9 +122,12 @@ def test_what_is_drawn_is_not_drawn_again(tmp_path):
     counts.clear()
     draw_shards(replace(each, keep=5), tmp_path, missing_shards(replace(each, keep=5), tmp_path))
     assert sum(counts) == 2 * 8  # the two shards that lack samples
-    shards[2].file.write_bytes(b"no tensors")
-    with pytest.raises(DkdmError, match="remove it, and it is drawn again"):
-        missing_shards(each, tmp_path)
+    data = bytearray(shards[2].file.read_bytes())
+    data[-9] ^= 1
+    for damaged in (b"no tensors", data[:-4], data):
+        shards[2].file.write_bytes(damaged)
+        with pytest.raises(DkdmError, match="remove it, and it is drawn again"):
+            missing_shards(each, tmp_path)
 
 
 def test_an_interruption_keeps_finished_shards(tmp_path):

@@ -45,15 +45,14 @@ def broken(self, *given):
     return simple(self, *given) * (float("nan") if rank == 1 else 1.0)
 Objective._simple = broken
 """
-FAILING = """
-from dkdm.core.pool import Pool
-from dkdm.errors import DkdmError
-advance = Pool.advance
-def broken(self, *given):
-    if rank == 1 and self.step == 2:
-        raise DkdmError("the disk is full")
-    return advance(self, *given)
-Pool.advance = broken
+FULL = """
+from dkdm.core import checkpoint
+write = checkpoint.write_tensors
+def full(path, *given):
+    if rank == {} and "checkpoint-2" in str(path):
+        raise OSError(28, "No space left on device")
+    return write(path, *given)
+checkpoint.write_tensors = full
 """
 
 
@@ -86,7 +85,7 @@ def said(tmp_path_factory):
         "replicated": (2, "", resumed(root / "sharded")),
         "refused": (2, "", command(root / "refused", "--shards", "1")),
         "not finite": (2, NOT_FINITE, command(root / "not-finite", "--max-bad-steps", "1")),
-        "failing": (2, FAILING, command(root / "failing")),
+        "full": (2, FULL.format(1), command(root / "full")),
     }
     return root, dict(zip(orders, launch(root, *orders.values()), strict=True))
 
@@ -216,11 +215,26 @@ def test_the_last_part_of_a_run_goes_on_with_another_number_of_processes(options
     [
         ("refused", 2, "2 processes cannot share 1 shards and batches"),
         ("not finite", 1, "the gradient is not finite (NaN or infinite) by step 1"),
-        ("failing", 1, "the disk is full"),
+        ("full", 1, "{} cannot be written to or read (OSError: [Errno 28] No space left on"),
     ],
 )
 def test_an_error_ends_all_with_one_message(said, name, code, message):
-    found = said[1][name]
+    root, found = said
+    check_one_message(found[name], code, message.format(root / name))
+
+
+def check_one_message(found, code, message):
     assert (found[0], found[1].count("dkdm: ")) == (code, 1), found[1]
     assert f"dkdm: {message}" in found[1]
     assert "Traceback" not in found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_full_for_one_costs_the_work_since(said, rank, tmp_path):
+    folder = tmp_path / "run"
+    full, resumes = launch(tmp_path, (2, FULL.format(rank), command(folder))), resumed(folder)
+    check_one_message(full[0], 1, f"{folder} cannot be written to or read (OSError: [Errno 28]")
+    assert not (folder / "checkpoint-2").exists() and (folder / "checkpoint-0").is_dir()
+    assert launch(tmp_path, (2, "", resumes))[0][0] == 0
+    assert_same_run(said[0] / "one", folder)

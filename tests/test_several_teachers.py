@@ -14,6 +14,7 @@ import dkdm
 import programs
 from dkdm.cli import main, repeated
 from dkdm.config import LossOptions
+from dkdm.core import checkpoint
 from dkdm.core.bundle import Bundle
 from dkdm.core.conditioning import ClassLabels, Unconditional
 from dkdm.core.denoiser import Batch
@@ -437,6 +438,26 @@ def test_a_killed_run_goes_on_exactly(whole, tmp_path):
     parts = {"source/teacher-0/shard-0.safetensors", "source/teacher-1/replay.safetensors"}
     assert parts <= manifests[0].keys()
     assert main(command(folder, "--resume-from-checkpoint", "latest", "--teacher-share", "1", "1"))
+
+
+def test_more_steps_do_not_change_the_sizes_of_pools_that_were_left_open(tmp_path):
+    def run(steps, *more):
+        given = command(tmp_path / "run", "--evaluation-samples", "0", "--rho", "9", *more)
+        at = given.index("--pool-size")
+        return main([*given[:at], *given[at + 2 :], "--max-train-steps", str(steps)])
+
+    def sizes():
+        newest = checkpoint.newest(tmp_path / "run")
+        parts = [newest / f"source/teacher-{i}/shard-0.safetensors" for i in (0, 1)]
+        return [int(checkpoint.read_tensors(part)["size"]) for part in parts]
+
+    assert run(2) == 0
+    before = sizes()
+    assert run(4, "--resume-from-checkpoint", "latest") == 0
+    assert sizes() == before
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["teacher_pool_size"] == before and config["pool_size"] is None
+    assert run(4, "--resume-from-checkpoint", "latest", "--teacher-pool-size", "9", "9") == 2
 
 
 def latent(folder, seed, name):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from dkdm.core.progress import MetricsFile
 from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals, whole
 from dkdm.core.trainer import Trainer
 from dkdm.runs import launch
+from test_filling import stop_in_fill
 from test_resume import STEPS, command, losses
 
 SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"]
@@ -94,14 +96,50 @@ def in_the_end(monkeypatch, name):
     monkeypatch.setattr(launch, "write_card", then)
 
 
+def before_work(place):
+    """Before a function does its work."""
+
+    def phase(monkeypatch, name):
+        interrupt, work = once(name), pkgutil.resolve_name(place)
+
+        def then(*given, **named):
+            interrupt()
+            return work(*given, **named)
+
+        monkeypatch.setattr(place, then)
+
+    phase.__name__ = place.rpartition(".")[2]
+    return phase
+
+
 PHASES = [(in_step, 7), (in_validation, 7), (in_save, None), (in_metrics, 8), (in_the_end, STEPS)]
+LESS_OFTEN = [
+    (before_work("dkdm.runs.distill.opened_teachers"), None),  # at the start: nothing is done yet
+    (before_work("dkdm.runs.launch.claim_output"), None),
+    (before_work("dkdm.runs.source.fill_few_step"), None),
+    (stop_in_fill, None),
+    (before_work("dkdm.runs.objectives.compare_models"), STEPS),
+    (before_work("dkdm.runs.launch.write_pipeline"), STEPS),
+    (before_work("dkdm.runs.launch.write_report"), STEPS),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(("phase", "step"), PHASES + LESS_OFTEN)
+def test_each_signal_in_each_phase(undisturbed, tmp_path, capsys, phase, step, name, monkeypatch):
+    check(undisturbed, tmp_path / "run", capsys, phase, step, name, monkeypatch)
 
 
 @pytest.mark.parametrize(("phase", "step"), PHASES)
 def test_a_stopped_run_goes_on_as_if_nothing_had_come(
     undisturbed, tmp_path, capsys, phase, step, monkeypatch
 ):
-    name, folder = SIGNALS[(step or 6) % len(SIGNALS)], tmp_path / "run"
+    name = SIGNALS[(step or 6) % len(SIGNALS)]
+    check(undisturbed, tmp_path / "run", capsys, phase, step, name, monkeypatch)
+
+
+def check(undisturbed, folder, capsys, phase, step, name, monkeypatch):
     before = signal.getsignal(getattr(signal, name))
     with monkeypatch.context() as patch:
         phase(patch, name)

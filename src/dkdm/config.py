@@ -187,6 +187,9 @@ class SeveralTeachers(Options, title="Several teachers"):
     teacher_share: tuple[Annotated[float, Range(0, above=True)], ...] | None = None
     """Part of each teacher in a batch, relative to the others. Default: every class or prompt comes
     equally often; in the last part of a few-step run they always do."""
+    teacher_pool_size: tuple[Count, ...] | None = None
+    """Entries of each teacher's pool. Default: its part of --pool-size; without that, as if it were
+    alone with its part of the batch."""
 
 
 class StudentChoice(Options, title="Student"):

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dkdm.core import processes
+from dkdm.core.checksums import are_damaged
 from dkdm.core.folders import MANIFEST, moved_aside, restore_folder, verify_folder
 from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.reading.fields import Fields, read_json
@@ -318,8 +320,13 @@ def _step_of(path: Path) -> int:
     return int(path.name.partition("-")[2])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors, which wants no two to share memory: they are copied."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write named tensors as safetensors, which wants no two to share memory: they are copied.
+
+    metadata: `sums_of` these tensors, for a file that no manifest lists.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     data, seen = {}, set()
     for name, tensor in tensors.items():
@@ -328,14 +335,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         data[name] = apart.detach().cpu().contiguous()
         seen.add(memory)
     with atomic(path) as partial:
-        save_file(data, partial)
+        save_file(data, partial, metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises DkdmError if it is missing or damaged."""
+    """Read a safetensors file. Raises DkdmError if it is missing or damaged, or if it holds
+    checksums that others have."""
     said = f"{path}: cannot be read as safetensors"
     with raised_as(lambda error: DkdmError(f"{said} ({in_a_line(error)})")):
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        if are_damaged(tensors, metadata):
+            raise DkdmError(f"{path} is damaged: its checksums differ")
+        return tensors
 
 
 def save_network(network: nn.Module, folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dkdm.core.checkpoint import read_tensors, write_tensors
+from dkdm.core.checksums import sums_of
 from dkdm.core.conditioning import Condition
 from dkdm.core.tolerance import tolerated
 from dkdm.errors import DkdmError, UsageError
@@ -44,7 +45,8 @@ class SampleShards:
 
     def write(self, number: int, samples: Samples) -> None:
         """Write a shard, whole or not at all."""
-        write_tensors(self.path(number), as_tensors(*samples))
+        tensors = as_tensors(*samples)
+        write_tensors(self.path(number), tensors, sums_of(tensors))
 
     def read(self, number: int) -> Samples:
         """Read a shard. Raises DkdmError if it is missing or damaged."""

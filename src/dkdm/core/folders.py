@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 from dkdm.core import processes
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import read_json, read_text
-from dkdm.reading.files import flush_folder, unfinished
+from dkdm.reading.files import flush_folder, unfinished, write_text
 from dkdm.reading.places import check_folder, inside
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
+HASHED = (".safetensors", ".json")  # what nobody but the writer of a folder puts there
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -42,7 +43,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             folder.rename(former)
         partial.rename(folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if processes.world() == 1:  # others may be writing into it, and would fail in its place
+            shutil.rmtree(partial, ignore_errors=True)
         restore_folder(folder)
         raise
     flush_folder(folder.parent)
@@ -74,8 +76,18 @@ def replace_files(folder: Path, fill: Callable[[Path], None]) -> set[Path]:
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS: the hashes of all files of a folder, as `sha256sum --check` reads them."""
     names = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    write_text(folder / SUMS, _lines_of(folder, names))
+
+
+def add_sums(folder: Path, names: Iterable[str]) -> None:
+    """Add files of a folder to its SHA256SUMS, if they are there."""
+    known = read_text(folder / SUMS, "hashes of files") if (folder / SUMS).is_file() else ""
+    there = [name for name in names if (folder / name).is_file()]
+    write_text(folder / SUMS, known + _lines_of(folder, there))
+
+
+def _lines_of(folder: Path, names: Iterable[str]) -> str:
+    return "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
 
 
 def damaged_by_sums(folder: Path) -> list[str]:
@@ -83,8 +95,8 @@ def damaged_by_sums(folder: Path) -> list[str]:
 
     Raises UsageError for a list that cannot be read or that leads out of the folder.
     """
-    place, wrong = folder / SUMS, []
-    for line in read_text(place, "hashes of files").splitlines():
+    place, wrong = folder / SUMS, list[str]()
+    for line in read_text(place, "hashes of files").splitlines() or [""]:
         digest, _, name = line.partition("  ")
         path = inside(folder, name, str(place)) if name else place
         if not path.is_file() or _sha256(path) != digest:
@@ -135,12 +147,15 @@ def verify_folder(folder: Path, *needed: str) -> None:
 
     needed: files that it must have.
     """
+    if not folder.is_dir():
+        raise DkdmError(f"{folder} is missing")
     check_folder(folder)
     try:
         entries = read_json(folder / MANIFEST, "the hashes of a folder")
     except UsageError as error:
         raise DkdmError(f"{folder} is not complete: {error}") from error
-    for name in needed:
+    there = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
+    for name in (*needed, *sorted(name for name in there if name.endswith(HASHED))):
         if name not in entries:
             raise DkdmError(f"{folder} is not complete: {MANIFEST} does not list {name}")
     files = sorted(path.resolve() for path in _files(folder))

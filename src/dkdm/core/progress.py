@@ -78,16 +78,17 @@ class LossPerLevel:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, appended.
 
-    The main process writes it. waiting: lines that the disk did not take; a checkpoint keeps them.
+    The main process writes it. every: steps between two lines; 0 for the last step alone. waiting:
+    lines that the disk did not take; a checkpoint keeps them.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.waiting = path, b""
+    def __init__(self, path: Path, every: int = 0) -> None:
+        self.path, self.every, self.waiting = path, every, b""
 
     def drop_after(self, step: int) -> None:
         """Drop the lines after a step, to which the run has gone back; write those that wait.
 
-        stderr says so if lines before it cannot be read.
+        stderr says so if lines up to it cannot be read, or are missing at the end.
         """
         if not processes.is_main():
             return
@@ -97,6 +98,9 @@ class MetricsFile:
             warn(f"{lost} lines of {self.path} cannot be read, and are left out")
         waiting = map(json.loads, self.waiting.splitlines())
         kept = known + [each for each in waiting if each["step"] <= step and each not in known]
+        last = kept[-1]["step"] if kept else 0
+        if self.every and last < step - step % self.every:
+            warn(f"{self.path} ends at step {last}, and the run goes on from step {step}")
         with atomic(self.path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))
         self.waiting = b""

@@ -112,7 +112,8 @@ class Trainer:
         self.student_on_teacher_levels = replace(seen, network=wrapped, call=call)
         self.losses = LossPerLevel(self.source.process.num_levels, device)
         self.since = self.step_number, time.monotonic()  # where the speed is measured from
-        self.metrics = MetricsFile(self.output_dir / "metrics.jsonl")
+        every = self.checkpoints.logging_steps
+        self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", every)
         self.rates = ScheduleState(self.schedule)
         self.bad_steps = BadSteps(options.max_bad_steps, device)
         self.saver = Saver(

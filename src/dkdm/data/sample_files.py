@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dkdm.core.checkpoint import read_tensors, write_tensors
+from dkdm.core.checksums import sums_of
 from dkdm.errors import DkdmError
 from dkdm.reading.files import atomic, write_text
 
@@ -207,7 +208,8 @@ class TensorShards(SampleFiles):
             text = json.dumps(list(part.captions), ensure_ascii=False)
             write_text(self._path(number).with_suffix(".json"), text + "\n")
         labels = {} if part.labels is None else {"class_labels": part.labels.clone()}
-        write_tensors(self._path(number), {"samples": part.samples.clone(), **labels})
+        tensors = {"samples": part.samples.clone(), **labels}
+        write_tensors(self._path(number), tensors, sums_of(tensors))
 
     def read(self, number: int, rows: range) -> tuple[Tensor, Tensor | None]:
         """As `SampleFiles.read`: samples, which are not decoded."""

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dkdm.core.checkpoint import write_tensors
-from dkdm.errors import DkdmError, UsageError, in_a_line
+from dkdm.core.checkpoint import read_tensors, write_tensors
+from dkdm.core.checksums import sums_of
+from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.metrics import Metrics
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
@@ -146,7 +146,7 @@ class Comparison:
 
     def save(self, run_dir: Path) -> None:
         """Write `evaluation.json` and `samples/comparison.safetensors` into a run folder."""
-        write_tensors(run_dir / SAMPLES, self.samples)
+        write_tensors(run_dir / SAMPLES, self.samples, sums_of(self.samples))
         with atomic(run_dir / EVALUATION) as partial:
             partial.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -187,9 +187,9 @@ def read_tensors_of(run_dir: Path, name: str) -> dict[str, Tensor]:
     """Read a file of tensors in a run folder. Raises `DkdmError` if it is missing or damaged."""
     file = _written(run_dir / name, name)
     try:
-        return load_file(file)
-    except Exception as error:  # a damaged header may raise anything
-        raise DkdmError(f"{name} cannot be read ({in_a_line(error)})") from error
+        return read_tensors(file)
+    except DkdmError as error:
+        raise DkdmError(f"{name} cannot be read ({error})") from error
 
 
 def _written(file: Path, name: str) -> Path:

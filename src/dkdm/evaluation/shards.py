@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dkdm.core.checkpoint import read_tensors, write_tensors
+from dkdm.core.checksums import sums_of
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.modes import evaluating
 from dkdm.data.reference import FeatureExtractor, Features
-from dkdm.errors import DkdmError, in_a_line
+from dkdm.errors import DkdmError
 from dkdm.evaluation.fingerprint import fingerprint, hash_of
 from dkdm.evaluation.same_noise import Sampling, batches, decoded
 from dkdm.evaluation.single_images import SingleImages
@@ -139,7 +139,8 @@ def draw_shards(
         _describe(drawing, root)
     with evaluating(drawing.denoiser.network, drawing.denoiser.call):
         for shard in shards:
-            write_tensors(shard.file, _drawn(drawing, shard.indices, done, progress))
+            drawn = _drawn(drawing, shard.indices, done, progress)
+            write_tensors(shard.file, drawn, sums_of(drawn))
             done += len(shard.indices)
 
 
@@ -148,13 +149,9 @@ def is_finished(drawing: Drawing, shard: Shard) -> bool:
     if not shard.file.is_file():
         return False
     try:
-        with safe_open(shard.file, "pt") as file:
-            names = set(file.keys())
-            samples = file.get_slice(SAMPLES).get_shape()[0] if SAMPLES in names else 0
-    except Exception as error:  # a damaged header may raise anything
-        raise DkdmError(
-            f"{shard.file} cannot be read ({in_a_line(error)}): remove it, and it is drawn again"
-        ) from error
+        samples = len(read_tensors(shard.file).get(SAMPLES, ()))
+    except DkdmError as error:
+        raise DkdmError(f"{error}: remove it, and it is drawn again") from error
     return samples >= drawing.kept(shard.indices)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dkdm.core.checkpoint import write_tensors
+from dkdm.core.checksums import sums_of
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.positions import evenly
@@ -43,8 +44,8 @@ class Trajectories:
     def save(self, run_dir: Path) -> None:
         """Write `samples/trajectories.safetensors` into a run folder."""
         tensors = {name: getattr(self, name) for name in sorted(PARTS)}
-        labels = {} if self.labels is None else {"labels": self.labels}
-        write_tensors(run_dir / TRAJECTORIES, tensors | labels)
+        tensors |= {} if self.labels is None else {"labels": self.labels}
+        write_tensors(run_dir / TRAJECTORIES, tensors, sums_of(tensors))
 
 
 def read_trajectories(run_dir: Path) -> Trajectories | None:

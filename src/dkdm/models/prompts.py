@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dkdm.core.checkpoint import write_tensors
+from dkdm.core.checksums import are_damaged, sums_of
 from dkdm.core.conditioning import Condition, dropped
 from dkdm.core.kinds import Kind, Row, rows_of
 from dkdm.core.progress import track
@@ -249,7 +250,7 @@ class EmbeddingCache:
         with locked(self.folder, "prompts", wait=True):
             known = index.read_text() if index.is_file() else ""
             number = len(known.splitlines())
-            write_tensors(self._file(number), tensors)
+            write_tensors(self._file(number), tensors, sums_of(tensors))
             with atomic(index) as partial:
                 partial.write_text(f"{known}{json.dumps(hashes)}\n")
         self.places |= {key: (number, row) for row, key in enumerate(hashes)}
@@ -274,8 +275,11 @@ class EmbeddingCache:
             try:
                 with safe_open(self._file(number), "pt") as file:
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                    metadata = file.metadata()
             except (OSError, SafetensorError) as error:
                 raise self._damaged(error) from error
+            if are_damaged(tensors, metadata):
+                raise self._damaged(ValueError(f"{self._file(number).name} has other checksums"))
             self.opened[number] = tensors
         return self.opened[number]
 

@@ -29,7 +29,7 @@ from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import Drawn
 from dkdm.reading.fields import read_json
 from dkdm.runs.arms import Teaching
-from dkdm.runs.defaults import pool_size_of
+from dkdm.runs.defaults import with_pool_of
 from dkdm.runs.few_steps import PLAIN, FewSteps, check_states, plain_steps
 from dkdm.runs.objectives import Loss, Program
 from dkdm.runs.source import SourcePlan, guidance_factor
@@ -132,8 +132,7 @@ class Consistency(FewSteps):
         few, network = config.few_steps, student.network
         assert isinstance(network, nn.Module)
         former = plain_checkpoint(config)
-        if former and config.pool.pool_size is None:
-            config = replace(config, pool_size=pool_size_of(former))
+        config = with_pool_of(former, config)
         averaged = averaged_network(network, few.pair_decay, device)
         spread = spread_of(config.training.fsdp, device)
         spread.place_beside(replace(student, network=averaged.module))

@@ -50,15 +50,35 @@ def with_defaults(config: DistillConfig, teacher: Denoiser, found: Path | None) 
     if found and begun is not None and begun.teacher_choice.dtype == "float32":
         config = replace(config, teacher_dtype=config.teacher_choice.dtype or "float32")
     config = replace(config, student_prediction=prediction, loss_weighting=weighting)
-    if found and config.pool.pool_size is None:
-        config = replace(config, pool_size=pool_size_of(found))
+    config = with_pool_of(found, config)
     new = choice.student_init == "random" and choice.lora_rank is None
     return with_optimizer(config, found, new)
 
 
-def pool_size_of(found: Path) -> int | None:
-    """Entries of the pool in a checkpoint; None if it has none of one teacher."""
-    for path in (found / SOURCE).glob("shard-*.safetensors"):
+def with_pool_of(found: Path | None, config: DistillConfig) -> DistillConfig:
+    """The config with the size of its pool, or of each teacher's, as in a checkpoint if left open.
+
+    found: the checkpoint; None changes nothing.
+    """
+    if found is None or config.pool.pool_size is not None:
+        return config
+    sizes = pool_sizes_of(found)
+    if len(sizes) == 1:
+        return replace(config, pool_size=sizes[0])
+    asked = config.teachers.teacher_pool_size
+    return replace(config, teacher_pool_size=asked or tuple(sizes) or None)
+
+
+def pool_sizes_of(found: Path) -> list[int]:
+    """Entries of the pool in a checkpoint, or of the pools of several teachers."""
+    source = found / SOURCE
+    folders = sorted(source.glob("teacher-*"), key=lambda path: int(path.name.partition("-")[2]))
+    sizes = [_pool_size_in(folder) for folder in folders or [source]]
+    return [size for size in sizes if size is not None]
+
+
+def _pool_size_in(folder: Path) -> int | None:
+    for path in folder.glob("shard-*.safetensors"):
         with safe_open(path, "pt") as file:
             return int(file.get_tensor("size")) if "size" in set(file.keys()) else None
     return None

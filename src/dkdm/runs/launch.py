@@ -32,12 +32,16 @@ from dkdm.config import (
 from dkdm.core import checkpoint, processes
 from dkdm.core.checkpoint import RUN
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.folders import remove_leftovers
+from dkdm.core.folders import add_sums, remove_leftovers
 from dkdm.core.precision import allow_tf32
 from dkdm.core.selection import FOLDER as BEST
 from dkdm.core.tolerance import named_faults, tolerated, tracked, warn
 from dkdm.core.trainer import Trainer
 from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.few_steps import FEW_STEPS
+from dkdm.evaluation.pool_state import POOL
+from dkdm.evaluation.results import EVALUATION, SAMPLES
+from dkdm.evaluation.trajectories import TRAJECTORIES
 from dkdm.reading import files
 from dkdm.reading.lock import holder, locked
 from dkdm.reading.made_here import remember
@@ -56,6 +60,8 @@ from dkdm.shipping.licence import CARD
 from dkdm.shipping.pipeline_folder import shipping_notes, write_pipeline
 
 Config = TypeVar("Config", bound=RunConfig)
+MEASURED = (EVALUATION, FEW_STEPS, POOL, SAMPLES, TRAJECTORIES)
+AT_THE_END = ("grid", "comparison", "few-steps")  # pictures
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
@@ -251,6 +257,7 @@ def publish_run(
     notes = [] if licensed else [f"{NO_LICENCE} {folder}/README.md"]
     for note in [*notes, *shipping_notes(student)]:
         print(f"note: {note}", file=sys.stderr)
+    add_sums(folder, [*MEASURED, *(f"samples/{name}.png" for name in AT_THE_END)])
     if teacher is not None:
         write_report(folder)
     publish(config.hub, folder)

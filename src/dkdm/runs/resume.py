@@ -44,8 +44,11 @@ OF_THE_TEACHER = {
     *("teacher_config", "teacher_flags", "teacher_lora", "teacher_dtype", "teacher_size"),
     *("teacher_scheduler", "more_teachers"),
 }
-DECIDED = {"student_prediction", "loss_weighting", "optimizer", "learning_rate", "pool_size"}
-LEFT_OPEN = {None, "auto"}  # values of these, which are then as before
+DECIDED = {
+    *("student_prediction", "loss_weighting", "optimizer", "learning_rate", "pool_size"),
+    "teacher_pool_size",
+}
+LEFT_OPEN = (None, "auto")  # values of these, which are then as before
 
 
 class Change(NamedTuple):

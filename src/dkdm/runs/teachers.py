@@ -78,7 +78,7 @@ def opened_teachers(
 def check_numbers(config: DistillConfig) -> None:
     """Raise UsageError for options of several teachers that are not one for each."""
     options, count = config.teachers, len(named_teachers(config))
-    for name in ("label_offset", "teacher_share"):
+    for name in ("label_offset", "teacher_share", "teacher_pool_size"):
         given = getattr(options, name)
         if given is not None and (len(given) != count or count == 1):
             raise UsageError(
@@ -274,8 +274,10 @@ class TeachersArm(Arm):
 def part_of(config: DistillConfig, number: int, count: int, total: int) -> DistillConfig:
     """The options of one teacher's part: `count` of a batch of `total`, and its own randomness."""
     changes: Mapping[str, Any] = {"train_batch_size": count}
-    size = config.pool.pool_size
-    if size is not None:
+    size, own = config.pool.pool_size, config.teachers.teacher_pool_size
+    if own is not None:
+        changes = {**changes, "pool_size": own[number]}
+    elif size is not None:
         changes = {**changes, "pool_size": max(count, round(size * count / total))}
     if number:
         seed = derived_seed(config.run.seed, "teacher", number) % 2**32
