@@ -184,7 +184,7 @@ def prompts_of(folder):
     folder.mkdir()
     cache = EmbeddingCache(folder)
     cache._append(["a", "b"], [{"encoder_hidden_states": torch.randn(2, 3)}])
-    return cache._file(0), lambda: EmbeddingCache(folder).of(["a", "b"]).rows(torch.arange(2))
+    return cache._file(0), lambda: EmbeddingCache.open(folder).of(["a", "b"]).rows(torch.arange(2))
 
 
 def finished_of(folder):

@@ -273,7 +273,7 @@ def killed(folder, phase, call, moment):
     status = ended(forked(work))
     assert status in (0, -signal.SIGKILL)
     names = ["between these", *PHASES]
-    return {names[number] for number in set(where) - {0} or {0}} if status else set()
+    return {names[number] for number in set(where[:]) - {0} or {0}} if status else set()
 
 
 @pytest.mark.slow
