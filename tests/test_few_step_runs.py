@@ -30,6 +30,7 @@ from dkdm.report.entries import entry_of_run
 from dkdm.report.page import command_line
 from dkdm.report.run import read_run, spent
 from dkdm.runs.distill import describe
+from dkdm.runs.pair import Wish, draw_both, pair_of
 from dkdm.runs.programs import OBJECTIVES
 from dkdm.shipping.graph.network import graph_network, random_inputs
 from dkdm.students import given_student, student_of
@@ -337,6 +338,21 @@ def test_commands_take_a_few_step_model(finished, tmp_path, capsys, monkeypatch)
     assert "knows no levels between" in said and not (tmp_path / "no").exists()
 
 
+def test_a_page_draws_in_the_steps_that_the_model_has(finished):
+    model = replace(load_teacher(finished))
+    model.grid = replace(model.intervals, steps=(2, 4))
+    pair = pair_of(denoiser(), model, None)
+    wish = Wish(num_samples=2, num_steps=4)
+    _, student = draw_both(pair, wish)
+    assert student.samples.shape == (2, 1, 8, 8)
+    for wrong, said in (
+        ({"guidance_scale": 2.0}, "guidance was mixed"),
+        ({"num_steps": 3}, "2 or"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            draw_both(pair, replace(wish, **wrong))
+
+
 def test_an_edited_grid_is_refused_before_the_network_is_asked(finished, tmp_path):
     folder = tmp_path / "edited"
     shutil.copytree(finished / "one-step", folder)
@@ -424,6 +440,9 @@ def test_a_dry_run_describes_both_parts():
     config = replace(small_runs.SMALL, **FEW, teacher="factories:teacher", student="dit-tiny")
     said = describe(config)
     assert said.count("student   dit-tiny") == 2 and "the student's own rolls: 16 states" in said
+    assert f"the weights of {config.run.output_dir / 'plain'}" in said
+    asked = [int(n) for n in re.findall(r"(\d+) teacher evaluations to prepare, (\d+)", said)[0]]
+    assert f"in all    {sum(asked) + 4 * 8} teacher evaluations" in said
 
 
 def grid_for(teacher, heads=4):
@@ -470,6 +489,16 @@ def test_a_network_given_as_an_object_is_widened_in_its_last_layer():
     assert wide.num_parameters - student.num_parameters == 3 * (8 * 9 + 1)
     torch.testing.assert_close(outputs(wide, 7), outputs(student, 7))
     assert student.network.last.out_channels == 1
+
+
+def test_a_run_of_an_object_is_measured_beside_its_plain_part(tmp_path):
+    network = own_networks.Small(1, 1, num_labels=4)
+    folder, *_ = small_runs.run(tmp_path, None, network, **FEW | {"evaluation_samples": 1})
+    assert "plain student" in {row.model for row in read_steps_table(folder).rows}
+    assert "yourself (output channels: 4)" in (folder / "README.md").read_text()
+    for part, channels in (("", 4), ("one-step", 1), ("plain", 1)):
+        made = own_networks.Small(1, channels, num_labels=4)
+        assert dkdm.load_student(folder / part, network=made) is made
 
 
 def test_a_network_of_default_channels_is_widened():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from math import lcm
 from pathlib import Path
@@ -182,6 +183,11 @@ class Consistency(FewSteps):
     def finished(self, student: Denoiser, network: nn.Module) -> nn.Module:
         """Mirrored in time: at a level it says where the trajectory ends."""
         return mirrored(replace(student, network=network))
+
+    def narrow(self, student: FewStep) -> nn.Module:
+        """As wide as it is."""
+        network: nn.Module = copy.deepcopy(student.network)  # type: ignore[assignment]
+        return network
 
     def ship_beside(self, student: FewStep, folder: Path) -> list[Drawn]:
         """Write the model for many steps, the same weights at ordinary times."""

@@ -30,6 +30,7 @@ from dkdm.core.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.evaluation.comparison import describe as described
 from dkdm.evaluation.memory import MIB
+from dkdm.evaluation.numbers import duration
 from dkdm.evaluation.parts import write_whole
 from dkdm.models.architectures import component_of
 from dkdm.models.identity import identity_of, kind_of
@@ -177,14 +178,14 @@ def _in_parts(
     parts = [*program.before(config), config]
     for part in parts:
         check_run_folder(part.run, part.checkpoints, DistillConfig)
-    if len(parts) > 1:
-        prepared(_last_as_first(config), teachers, student)  # refuses what it would refuse later
     for part in parts[:-1]:
+        last = prepared(_last_as_first(config), teachers, student)  # refuses what it would later
         if not is_finished(part.run.output_dir):
-            _in_parts(part, teachers, student, notes)
+            then = f"this is the first part; the next takes {in_words(last.needed)}"
+            _in_parts(part, teachers, student, [then, *notes])
             config, notes = replace(config, resume_from_checkpoint=_of_the_next(config)), ()
-    last = program.last(config)
-    return distill_part(last, teachers, student, notes, config if last != config else None)
+    own = program.last(config)
+    return distill_part(own, teachers, student, notes, config if own != config else None)
 
 
 def _of_the_next(config: DistillConfig) -> str | None:
@@ -250,8 +251,25 @@ def describe(config: DistillConfig) -> str:
     Raises what `distill` raises before its work, but for an output folder that is taken.
     """
     config = _with_batch_size(config)
-    parts = [*OBJECTIVES[config.few_steps.objective].before(config), _last_as_first(config)]
-    return "\n\n".join([*map(_described, parts), *without_effect(config)])
+    *before, last = (*OBJECTIVES[config.few_steps.objective].before(config), _last_as_first(config))
+    found = [_ready_to_describe(part) for part in (*before, last)]
+    texts = [_described(ready) for ready in found]
+    if before:
+        texts[-1] = _described(found[-1], f"the weights of {before[-1].run.output_dir}")
+        texts.append(_together([ready.needed for ready in found]))
+    return "\n\n".join([*texts, *without_effect(config)])
+
+
+def _ready_to_describe(config: DistillConfig) -> Ready:
+    check_changes(config, begun_by(config.run, config.checkpoints))
+    return prepared(config)
+
+
+def _together(parts: Sequence[Estimate]) -> str:
+    """What all parts of a run take."""
+    evaluations = sum(sum(part.evaluations) for part in parts)
+    seconds = sum(part.preparing + part.training for part in parts)
+    return f"in all    {evaluations:,} teacher evaluations, {duration(seconds)}"
 
 
 def _last_as_first(config: DistillConfig) -> DistillConfig:
@@ -260,18 +278,16 @@ def _last_as_first(config: DistillConfig) -> DistillConfig:
     return replace(last, student_init=config.student_choice.student_init)
 
 
-def _described(config: DistillConfig) -> str:
-    check_changes(config, begun_by(config.run, config.checkpoints))
-    program = OBJECTIVES[config.few_steps.objective]
-    ready = prepared(config)
+def _described(ready: Ready, start: str = "") -> str:
+    """A part of a run. start: what it will start from, if that is not there yet."""
     config, teacher, student = ready.config, ready.teacher, ready.trainer.student
-    plan = ready.plan
+    program, plan = OBJECTIVES[config.few_steps.objective], ready.plan
     lines = [
         *(f"teacher   {one.name}: {one.num_parameters:,} parameters" for one in parts_of(teacher)),
         f"student   {student.name}: {student.num_parameters:,} parameters "
         f"({student.num_parameters / teacher.num_parameters:.1%})",
         student_reading(student, pattern_of(teacher)),
-        f"start     {ready.start}",
+        f"start     {start or ready.start}",
         f"optimizer {config.optimizing.optimizer}, learning rate "
         f"{config.optimizing.learning_rate:g}",
         f"source    {program.describe(teacher, config)}",

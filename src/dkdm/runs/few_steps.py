@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dkdm.config import (
     MOST_HEADS,
@@ -44,7 +44,8 @@ from dkdm.runs.outputs import GRID_COLUMNS, GRID_SAMPLES, sampling_guidance, sav
 from dkdm.runs.source import SourcePlan, guidance_factor
 from dkdm.shipping.card import Measured
 from dkdm.shipping.pipeline_folder import write_pipeline
-from dkdm.students.heads import one_step, with_heads
+from dkdm.students.heads import narrowed, one_step, with_heads
+from dkdm.students.loading import load_student
 
 PLAIN = "plain"  # the folder of the first part, in that of the run
 ONE_STEP = "one-step"
@@ -269,6 +270,9 @@ class FewSteps(Program):
         scale, _ = sampling_guidance(evaluation, config.guidance, student)
         many = usual_steps(teacher, USUAL_STEPS)
         first = Drawn("teacher", teacher, (*student.intervals.steps, many), scale)
+        if (plain := self.plain(config, student)) is not None:
+            steps = *student.intervals.steps, usual_steps(plain, USUAL_STEPS)
+            others = [Drawn(PLAIN_STUDENT, plain, steps), *others]
         table, images = _by_steps(first, student, others, config, reference)
         table.save(folder)
         save_grid(folder, FEW_STEPS_GRID, torch.cat(images))
@@ -288,6 +292,36 @@ class FewSteps(Program):
         rows, how = comparison_rows(found), circumstances_of(found).in_words()
         return Measured(1.0, rows, how, found.student.metrics, found.measurement, table)
 
+    def plain(self, config: DistillConfig, student: FewStep) -> Denoiser | None:
+        """The model that the student started from, asked for the same as it; None if it was random,
+        or its folder is no model."""
+        start = config.student_choice.student_init
+        if start in ("random", "teacher"):
+            return None
+        found: Denoiser | None
+        try:
+            found = load_teacher(start, options=LoadOptions(factory=config.teacher_choice.factory))
+        except DkdmError:  # nobody but the user can make the network: here is one
+            found = self._in_a_narrow(student, start)
+        if found is None:
+            return None
+        place(found, student.device)
+        return replace(found, conditioning=student.conditioning)
+
+    def _in_a_narrow(self, student: FewStep, start: str) -> Denoiser | None:
+        network = self.narrow(student)
+        if network is None:
+            return None
+        try:
+            return replace(student.without_grid(), network=load_student(start, network=network))
+        except DkdmError:  # weights alone
+            return None
+
+    def narrow(self, student: FewStep) -> nn.Module | None:
+        """A network that the weights of the plain part fit into; None if it cannot be made."""
+        assert isinstance(student, ParallelHeads)
+        return narrowed(student)
+
     def ship_beside(self, student: FewStep, folder: Path) -> list[Drawn]:
         """Write the one-step model; returns further models to be measured."""
         assert isinstance(student, ParallelHeads)
@@ -305,27 +339,10 @@ def _by_steps(
     reference: Reference | None,
 ) -> tuple[StepsTable, list[Tensor]]:
     steps = student.intervals.steps
-    models = [Drawn("student", student, steps), *others]
-    plain = _plain(config, student)
-    if plain is not None:
-        many = usual_steps(plain, USUAL_STEPS)
-        models.insert(0, Drawn(PLAIN_STUDENT, plain, (*steps, many)))
+    before = [each for each in others if each.name == PLAIN_STUDENT]
+    after = [each for each in others if each.name != PLAIN_STUDENT]
+    models = [*before, Drawn("student", student, steps), *after]
     count, seed = config.evaluation.evaluation_samples, config.run.seed
     table, images = measure_steps(teacher, models, count, seed, reference, GRID_COLUMNS)
     rows = [("teacher", max(teacher.steps)), *(("student", number) for number in steps)]
     return table, [images[row] for row in rows]
-
-
-def _plain(config: DistillConfig, student: Denoiser) -> Denoiser | None:
-    """The model that the student started from, asked for the same as it; None if it was random,
-    or its folder is no model."""
-    start = config.student_choice.student_init
-    if start in ("random", "teacher"):
-        return None
-    try:
-        factory = config.teacher_choice.factory
-        found = load_teacher(start, options=LoadOptions(factory=factory))
-    except DkdmError:
-        return None  # weights alone
-    place(found, student.device)
-    return replace(found, conditioning=student.conditioning)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dkdm.config import ClassId, DistillConfig, Sampler, Scale, Seed, TrainConfig
 from dkdm.core.conditioning import ClassLabels, Condition
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.model import fewest_steps
 from dkdm.core.kinds import kind_of, null_or_none
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import check_shapes
@@ -100,7 +101,7 @@ def pair_of(teacher: Denoiser, student: Denoiser, run: DistillConfig | TrainConf
 def draw_both(pair: Pair, wish: Wish) -> tuple[Drawn, Drawn]:
     """Teacher's and student's samples from the same noise, one after the other.
 
-    Each model draws in a single step before its time is taken. Raises UsageError for a wish that
+    Each model draws in its fewest steps before its time is taken. Raises UsageError for a wish that
     the models cannot fulfil, DkdmError for samples that are not finite.
     """
     teacher, student = (_asked(model, wish) for model in (pair.teacher, pair.student))
@@ -132,7 +133,7 @@ def _condition(student: Denoiser, wish: Wish) -> Condition:
 def _timed(model: Denoiser, cond: Condition, wish: Wish, scale: float) -> Drawn:
     sampling = Sampling(wish.num_samples, wish.num_steps, wish.seed, wish.sampler)
     with undisturbed(model):
-        draw(model, cond, replace(sampling, num_steps=1), scale)
+        draw(model, cond, replace(sampling, num_steps=fewest_steps(model)), scale)
         started = time.perf_counter()
         samples = draw(model, cond, sampling, scale)
         drawn = time.perf_counter()

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 from dkdm.config import Sampler, UiCommand
 from dkdm.core.denoiser import Denoiser
+from dkdm.core.few_steps.model import usual_steps
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import describe
 from dkdm.evaluation.numbers import count
@@ -41,7 +42,7 @@ def serve(command: UiCommand) -> None:
     assert teacher is not None  # since it was asked for
     for model in (teacher, student):
         place(model, device_of_run())
-    steps = run.evaluation.validation_sampling_steps if run else STEPS
+    steps = run.evaluation.validation_sampling_steps if run else usual_steps(student, STEPS)
     launch(gradio, page(gradio, pair_of(teacher, student, run), steps), command.page.port)
 
 

@@ -126,8 +126,9 @@ def shipping_note(network: nn.Module) -> str | None:
     if origin.factory is None:
         return (
             f"{origin.network} was given as an object and its class cannot make it again: "
-            "diffusers cannot load this folder. Make the network yourself, and its weights are "
-            "loaded by `dkdm.load_student(folder, network=...)`"
+            "diffusers cannot load this folder. Make the network yourself (output "
+            f"channels: {origin.out_channels}), and its weights are loaded by "
+            "`dkdm.load_student(folder, network=...)`"
         )
     shipped = shipment(origin)
     if shipped.package:

@@ -86,6 +86,13 @@ def one_step(student: ParallelHeads) -> ParallelHeads | None:
     return None if found is None else replace(student, network=found, grid=single)
 
 
+def narrowed(student: ParallelHeads) -> nn.Module | None:
+    """A network like the student's with one output instead of its heads; its weights are any."""
+    with torch.random.fork_rng():
+        network: nn.Module = student.network  # type: ignore[assignment]
+        return _remade(network, student, student.sample_shape[0])
+
+
 def _without_autocast(network: Any) -> nn.Module:
     """A copy of a network without what accelerate puts around its forward in mixed precision."""
     copied: Any = copy.deepcopy(network)
@@ -186,7 +193,8 @@ def _with_another_last_layer(
     wanted = rows // model.out_channels * channels
     setattr(copied.get_submodule(parent), name, _like(layer, wanted))
     if (origin := origin_of(network)) is not None:
-        setattr(copied, ORIGIN, replace(origin, factory=None, arguments=None))
+        known = replace(origin, factory=None, arguments=None, out_channels=channels)
+        setattr(copied, ORIGIN, known)
     return copied
 
 

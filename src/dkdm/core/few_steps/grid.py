@@ -123,9 +123,10 @@ def grid_levels(process: Process, num_heads: int, shift: float = 1.0) -> Tensor:
     They are the levels nearest to an even grid in tau, shifted towards noise by tau' = s tau / (1 +
     (s - 1) tau) (SD3, arXiv 2403.03206, Eq. 23). Raises UsageError if two would be the same.
     """
+    remedy = "give fewer heads" if shift == 1 else "give fewer heads, or --few-step-shift 1"
     too_fine = UsageError(
         f"--few-step-heads {num_heads}: the teacher's {process.num_levels} levels lie too far "
-        "apart for so many intervals: give fewer heads, or --few-step-shift 1"
+        f"apart for so many intervals: {remedy}"
     )
     if num_heads > process.num_levels:
         raise too_fine

@@ -144,6 +144,11 @@ def usual_steps(model: Denoiser, many: int) -> int:
     return min(many, *(one.process.num_levels for one in parts_of(model)))
 
 
+def fewest_steps(model: Denoiser) -> int:
+    """The fewest steps that a model draws in, 1 of any but a few-step model."""
+    return min(model.intervals.steps) if isinstance(model, FewStep) else 1
+
+
 def _fields(denoiser: Denoiser) -> dict[str, Any]:
     return {each.name: getattr(denoiser, each.name) for each in fields(Denoiser)}
 
