@@ -20,6 +20,7 @@ from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flo
 from dkdm.core.steps import reverse_step, sample
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config
+from factories import SCHEDULER
 
 TOLERANCE = 1e-6
 TOTAL = 40
@@ -290,3 +291,23 @@ def test_sample_is_its_steps_in_a_row(eta):
         x = reverse_step(process, parameterization, x, prediction, t, s, noise[i], eta)
     assert torch.equal(ended, x)
     assert seen == [[9] * 5, [6] * 5, [3] * 5]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_a_chain_is_its_steps_bit_by_bit(variance, eta):
+    kind = Parameterization("v_prediction", variance)
+    process = from_scheduler_config({**SCHEDULER, "variance_type": variance})
+    random = torch.Generator().manual_seed(0)
+    start, *noises = torch.randn(5, 3, 1, 8, 8, generator=random)
+
+    def predict(x, t):
+        x_0, eps = to_x_0_eps("v_prediction", x.sin(), x, *process.at(t))
+        return Prediction(x, x_0, eps, x.cos() if kind.learns_variance else None)
+
+    x, levels = start, [49, 30, 11, 0]
+    for level, following, z in zip(levels, [*levels[1:], -1], noises, strict=True):
+        t, s = torch.full((3,), level), torch.full((3,), following)
+        x = reverse_step(process, kind, x, predict(x, t), t, s, z, eta)
+    found = sample(predict, process, kind, start, levels, lambda i: noises[i], eta)
+    assert torch.equal(found, x)

@@ -90,7 +90,8 @@ def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
             with suppress(NotImplementedError):  # exported programs have no modes
                 module.train(training)
     for module, training in zip(modules, modes, strict=True):
-        module.training = training
+        if module.training != training:
+            module.training = training
 
 
 def put_into_evaluation(*callables: Any) -> bool:

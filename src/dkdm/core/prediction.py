@@ -92,6 +92,7 @@ class Linear(NamedTuple):
     shown: Coefficient = 1
 
 
+ONE = 1
 FIRST: Row = (1, 0, 1)
 SECOND: Row = (0, 1, 1)
 
@@ -123,7 +124,12 @@ def _combined(row: Row, x: Tensor, y: Tensor) -> Tensor:
     if row is FIRST or row is SECOND:
         return x if row is FIRST else y
     p, q, n = (c if isinstance(c, int) else per_sample(c, x) for c in row)
-    return (p * x + q * y) / n
+    total = _times(p, x) + _times(q, y)
+    return total if n is ONE else total / n
+
+
+def _times(factor: Coefficient, x: Tensor) -> Tensor:
+    return x if factor is ONE else factor * x
 
 
 def check_compatible(parameterization: Parameterization, process: Process) -> None:
@@ -176,6 +182,8 @@ def x_0_slope(
 
 def scale_input(kind: PredictionType, x: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
     """What the network sees for x [B, ...] at sigma [B]: c_in x for EDM (alpha is 1); else x."""
+    if kind not in EDM:
+        return x
     shown = KINDS[kind](torch.ones_like(sigma), sigma, sigma_data).shown
     return x if isinstance(shown, int) else x * per_sample(shown, x)
 

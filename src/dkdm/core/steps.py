@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from dkdm.core.prediction import Parameterization, Prediction, clip_x_0
+from dkdm.core.prediction import Parameterization, Prediction, VarianceType, clip_x_0
 from dkdm.core.process import Process, per_sample
 from dkdm.core.variances import posterior_var, step_log_var, transition_var
 from dkdm.errors import UsageError
@@ -45,19 +46,60 @@ def next_states(
     eta: float,
 ) -> Tensor:
     """`reverse_step` of levels that are known to be right, which are not looked at."""
+    how, noise = coefficients(process, t, s, eta), z if eta else None
+    return stepped(how, process, parameterization.variance, x, prediction, noise)
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """What moves from levels t to levels s multiply with, float64 [B].
+
+    direction: of eps. post, beta: bounds of the noise's variance. goes_on: 0 at the end of a chain,
+    otherwise 1.
+    """
+
+    alpha_t: Tensor
+    sigma_t: Tensor
+    alpha_s: Tensor
+    direction: Tensor
+    post: Tensor
+    beta: Tensor
+    goes_on: Tensor
+
+    def each(self) -> Iterator[Coefficients]:
+        """Those of every move, [1]."""
+        values = (getattr(self, each.name).split(1) for each in fields(self))
+        return (Coefficients(*one) for one in zip(*values, strict=True))
+
+
+def coefficients(process: Process, t: Tensor, s: Tensor, eta: float) -> Coefficients:
+    """Of the moves from t to s, int64 [B]."""
     alpha_t, sigma_t = process.at(t)
     alpha_s, sigma_s = process.at(s)
-    prediction = clip_x_0(prediction, x, alpha_t, sigma_t, process.clipping)
     beta = transition_var(alpha_t, sigma_t, alpha_s, sigma_s)
     post = eta**2 * posterior_var(alpha_t, sigma_t, alpha_s, sigma_s)
     direction = (sigma_s**2 - post).clamp(min=0).sqrt()
-    mean = per_sample(alpha_s, x) * prediction.x_0 + per_sample(direction, x) * prediction.eps
-    if eta == 0:
+    return Coefficients(alpha_t, sigma_t, alpha_s, direction, post, beta, (s >= 0).double())
+
+
+def stepped(
+    how: Coefficients,
+    process: Process,
+    variance: VarianceType,
+    x: Tensor,
+    prediction: Prediction,
+    z: Tensor | None,
+) -> Tensor:
+    """Move states x [B, ...] as coefficients say; z: [B, ...] noise, None for none."""
+    prediction = clip_x_0(prediction, x, how.alpha_t, how.sigma_t, process.clipping)
+    mean = per_sample(how.alpha_s, x) * prediction.x_0
+    mean = mean + per_sample(how.direction, x) * prediction.eps
+    if z is None:
         return mean
-    if parameterization.variance.startswith("fixed_small"):
-        return mean + per_sample(post.sqrt(), x) * z
-    log_var = step_log_var(parameterization.variance, post, beta, prediction.variance_output, x)
-    return mean + per_sample((s >= 0).double(), x) * (0.5 * log_var).exp() * z
+    if variance.startswith("fixed_small"):
+        return mean + per_sample(how.post.sqrt(), x) * z
+    log_var = step_log_var(variance, how.post, how.beta, prediction.variance_output, x)
+    return mean + per_sample(how.goes_on, x) * (0.5 * log_var).exp() * z
 
 
 def check_move(parameterization: Parameterization, t: Tensor, s: Tensor, eta: float) -> None:
@@ -85,11 +127,13 @@ def sample(
     predict: (x, t) -> Prediction, t an int64 [B]; x: [B, ...] at level timesteps[0]; noise: step
     index -> [B, ...] standard normal, asked for only if eta > 0. Returns x_0 [B, ...].
     """
-    for i, (level, following) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
-        t = torch.full((len(x),), level)
-        z = noise(i) if eta else torch.zeros_like(x)
-        s = torch.full_like(t, following)
-        x = reverse_step(process, parameterization, x, predict(x, t), t, s, z, eta)
+    levels = torch.tensor([*timesteps, -1])
+    check_move(parameterization, levels[:-1], levels[1:], eta)
+    moves = coefficients(process, levels[:-1], levels[1:], eta).each()  # all at once
+    for i, (level, how) in enumerate(zip(timesteps, moves, strict=True)):
+        z = noise(i) if eta else None
+        said = predict(x, torch.full((len(x),), level))
+        x = stepped(how, process, parameterization.variance, x, said, z)
     return x
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dkdm.config import Sampler
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.randomness import generator
+from dkdm.core.randomness import derived_seed
 from dkdm.core.solvers import SOLVERS, spacing_of
 from dkdm.errors import UsageError
 
@@ -107,9 +107,12 @@ def shared_noise(denoiser: Denoiser, seed: int, indices: range) -> Callable[[int
     It is drawn on the CPU, so that every device starts from the same.
     """
 
+    shape, random, device = denoiser.sample_shape, torch.Generator(), denoiser.device
+
     def noise(step: int) -> Tensor:
-        randoms = (generator("cpu", seed, "comparison", index, step) for index in indices)
-        draws = [torch.randn(denoiser.sample_shape, generator=random) for random in randoms]
-        return torch.stack(draws).to(denoiser.device)
+        drawn = torch.empty(len(indices), *shape)
+        for index, row in zip(indices, drawn, strict=True):
+            row.normal_(generator=random.manual_seed(derived_seed(seed, "comparison", index, step)))
+        return drawn.to(device)
 
     return noise
