@@ -270,6 +270,16 @@ def test_a_run_killed_in_either_part_resumes_bit_by_bit(
     assert resumed == manifest(finished, 4)
 
 
+def test_what_both_parts_were_asked_for_may_not_change_in_the_last(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("README.md", "report.html"):
+        (run / name).unlink()
+    going_on = FEW | {"evaluation_samples": 4, "resume_from_checkpoint": "latest"}
+    with pytest.raises(UsageError, match="--few-step-share was 0.5 and is 0.25"):
+        small_runs.run(tmp_path, **going_on | {"few_step_share": 0.25})
+    assert small_runs.run(tmp_path, **going_on)[0] == run  # which has moved
+
+
 def test_few_steps_are_learnt_from_a_run_that_exists(finished, tmp_path):
     start = str(finished / "plain")
     more = {"few_step_share": None, "student_init": start, "max_train_steps": 4}

@@ -208,7 +208,7 @@ def distill_part(
     """
     program = OBJECTIVES[config.few_steps.objective]
     begun = begun_by(config.run, config.checkpoints)
-    changes = check_changes(config, begun)
+    changes = check_changes(config, begun, asked)
     ready = prepared(config, teachers, student)
     config, teacher, trainer = ready.config, ready.teacher, ready.trainer
     device = described(trainer.accelerator.device)

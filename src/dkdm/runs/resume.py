@@ -21,6 +21,7 @@ from rich.table import Table
 from dkdm.config import RunConfig
 from dkdm.core.checkpoint import RUN
 from dkdm.errors import UsageError
+from dkdm.evaluation.parts import WHOLE, read_whole
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
 from dkdm.reading.options import flag, places
@@ -64,8 +65,13 @@ class Change(NamedTuple):
         return f"{flag(self.option)} was {self.then} and is {self.now}"
 
 
-def changes_of(config: RunConfig, found: Path | None) -> list[Change]:
-    """What has changed since the last start of the run that a checkpoint, or a fill, belongs to."""
+def changes_of(
+    config: RunConfig, found: Path | None, asked: RunConfig | None = None
+) -> list[Change]:
+    """What has changed since the last start of the run that a checkpoint, or a fill, belongs to.
+
+    asked: what all parts of the run are asked for, if config is of the last one.
+    """
     begun = None if found is None else run_of(found.parent)
     if found is not None and begun is None:
         print(
@@ -74,7 +80,10 @@ def changes_of(config: RunConfig, found: Path | None) -> list[Change]:
         )
     if begun is None or type(begun) is not type(config):
         return []
-    then, now = plain(begun), plain(config)
+    before: RunConfig = begun
+    if found is not None and asked is not None and (found.parent / WHOLE).is_file():
+        before, config = read_whole(found.parent, begun), asked
+    then, now = plain(before), plain(config)
     groups = places(type(config))
     return [
         Change(name, then[name], value, groups[name][0] in FREE_GROUPS or name in FREE)
@@ -90,9 +99,14 @@ def plain(config: RunConfig) -> dict[str, Any]:
     return known
 
 
-def check_changes(config: RunConfig, found: Path | None) -> list[Change]:
-    """Show what has changed; returns it. Raises UsageError if that changes what the run means."""
-    changes = changes_of(config, found)
+def check_changes(
+    config: RunConfig, found: Path | None, asked: RunConfig | None = None
+) -> list[Change]:
+    """Show what has changed; returns it. Raises UsageError if that changes what the run means.
+
+    asked: as in `changes_of`.
+    """
+    changes = changes_of(config, found, asked)
     known = [change for change in changes if change.option not in OF_THE_TEACHER]
     if not config.checkpoints.accept_changes:
         refused = [change.in_words() for change in known if not change.takes_effect]
