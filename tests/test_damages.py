@@ -12,11 +12,14 @@ from dkdm.cli import main
 from dkdm.core import checkpoint
 from dkdm.core.finished import SampleShards, as_tensors
 from dkdm.core.folders import MANIFEST, SUMS
+from dkdm.core.stopping import RESUMABLE
 from dkdm.data.sample_files import Part, TensorShards
 from dkdm.errors import DkdmError
+from dkdm.evaluation.few_steps import FEW_STEPS, StepsRow, StepsTable
 from dkdm.evaluation.results import SAMPLES, read_samples
 from dkdm.models.prompts import EmbeddingCache
 from finished_run import comparison
+from test_filling import stop_in_fill
 from test_kills import MORE, results
 from test_resume import STEPS, command
 
@@ -178,6 +181,57 @@ def test_a_damaged_file_is_named_and_the_run_ends_the_same(whole, run, capsys, f
 @pytest.mark.parametrize(("file", "damage"), EVERY)
 def test_any_damaged_file_is_named_and_the_run_ends_the_same(whole, run, capsys, file, damage):
     check(whole, run, capsys, file, damage)
+
+
+@pytest.fixture(scope="module")
+def filling(tmp_path_factory):
+    """A run that a signal has stopped in its fill."""
+    folder = tmp_path_factory.mktemp("filling") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_fill(patch, "SIGTERM")
+        assert main(resumed(folder)) == RESUMABLE
+    return folder
+
+
+OF_A_FILL = [
+    "run.json",
+    f"*-0-of-1/{MANIFEST}",
+    "*-0-of-1/state.json",
+    "*-0-of-1/shard-0.safetensors",
+]
+CUT = [(OF_A_FILL[0], of_another_type), (OF_A_FILL[3], cut)]
+EVERY_CUT = [(file, damage) for file in OF_A_FILL for damage in all_ways(file)]
+
+
+def check_fill(whole, filling, folder, capsys, file, damage):
+    shutil.copytree(filling, folder)
+    (path,) = (folder / "fill").glob(file)
+    damage(path)
+    named = named_by_doctor(folder, capsys)
+    assert "fill" in named or (file, damage) == ("run.json", without_entry)
+    assert goes_on(folder, capsys)
+    assert results(folder) == whole[1]
+
+
+@pytest.mark.parametrize(("file", "damage"), CUT)
+def test_a_damaged_fill_is_named_and_begun_anew(whole, filling, tmp_path, capsys, file, damage):
+    check_fill(whole, filling, tmp_path / "run", capsys, file, damage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "damage"), EVERY_CUT)
+def test_any_damaged_fill_is_begun_anew(whole, filling, tmp_path, capsys, file, damage):
+    check_fill(whole, filling, tmp_path / "run", capsys, file, damage)
+
+
+def test_damaged_measurements_of_few_steps_are_named(run, capsys):
+    StepsTable((StepsRow("student", 1, 1.0, 0.5, {}),), 4, 0, "").save(run)
+    assert named_by_doctor(run, capsys) == set()
+    for damage in (*DAMAGES[:-1], *OF_JSON):
+        good = (run / FEW_STEPS).read_bytes()
+        damage(run / FEW_STEPS)
+        assert named_by_doctor(run, capsys) == {FEW_STEPS}
+        (run / FEW_STEPS).write_bytes(good)
 
 
 def prompts_of(folder):

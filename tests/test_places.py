@@ -157,6 +157,25 @@ def test_a_link_in_the_target_is_replaced_and_not_written_through(model, tmp_pat
     assert not (tmp_path / "copy" / "config.json").is_symlink()
 
 
+def test_a_folder_is_written_again_as_after_a_kill(model, tmp_path):
+    """Its components lie in it already; of the model beside it they are hard links."""
+    run, teacher = tmp_path / "run", load_teacher(str(model))
+    for _ in range(2):
+        write_pipeline(run, teacher)
+        (run / "unet" / "former.py").write_text("")
+        write_pipeline(run / "one-step", teacher, run)
+    assert folders.damaged_by_sums(run) == folders.damaged_by_sums(run / "one-step") == []
+    shared = (run / "vqvae" / "config.json", run / "one-step" / "vqvae" / "config.json")
+    assert shared[0].samefile(shared[1])
+    write_pipeline(run, teacher)
+    assert not (run / "unet" / "former.py").exists()
+    (run / "unet" / checkpoint.WEIGHTS).write_bytes(b"")
+    assert folders.damaged_by_sums(run) == [f"unet/{checkpoint.WEIGHTS}"]
+    (run / folders.SUMS).write_text(f"{'0' * 64}  ../../secret/id_rsa\n")
+    with pytest.raises(UsageError, match="names no file in that folder"):
+        folders.damaged_by_sums(run)
+
+
 def into_hub_cache(model, cache):
     """The files as the hub's cache has them: links to blobs of the same repository."""
     repository = cache / "models--owner--name"

@@ -8,10 +8,12 @@ import torch
 from safetensors import SafetensorError
 
 import small_runs
+from dkdm.core.checkpoint import STATE
 from dkdm.core.finished import SHARD, Finished, SampleShards
 from dkdm.core.progress import MetricsFile, read_metrics
 from dkdm.core.tolerance import named_faults, tolerated, tracked
 from dkdm.errors import DkdmError
+from dkdm.runs.resume import note_start
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -81,6 +83,78 @@ def test_lines_that_the_disk_did_not_take_are_written_later(tmp_path, monkeypatc
     assert capsys.readouterr().err.count("metrics.jsonl: lines wait to be written") == 2
     file.write({"step": 4})
     assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def refused_by_the_disk(handle, data):
+    del handle, data
+    raise FULL
+
+
+def test_lines_that_still_wait_at_the_end_are_in_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    options = {"max_train_steps": 3, "checkpointing_steps": 2, "evaluation_samples": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr("dkdm.core.progress._write_all", refused_by_the_disk)
+        with pytest.raises(IndexError):  # the helper looks for the last line
+            small_runs.run(tmp_path, **options)
+    assert "metrics.jsonl lacks 3 lines, which the last checkpoint keeps" in capsys.readouterr().err
+    folder, metrics, _ = small_runs.run(tmp_path, resume_from_checkpoint="latest", **options)
+    assert [entry["step"] for entry in metrics] == [1, 2, 3]
+    whole, expected, _ = small_runs.run(tmp_path / "whole", **options)
+    for entry in (*metrics, *expected):
+        del entry["steps_per_second"]
+    assert metrics == expected
+    assert "waiting_metrics" not in json.loads((whole / "checkpoint-3" / STATE).read_text())
+    assert not MetricsFile(folder / "metrics.jsonl").waiting
+
+
+def test_lines_of_a_checkpoint_are_not_written_twice(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 1)
+    file.write({"step": 1})
+    file.write({"step": 2})
+    file.restore({"waiting_metrics": '{"step": 2}\n{"step": 3}\n'})
+    file.drop_after(3)
+    assert [entry["step"] for entry in read_metrics(file.path)] == [1, 2, 3]
+    with pytest.raises(DkdmError, match="are no lines of metrics"):
+        file.restore({"waiting_metrics": "[]"})
+
+
+def test_lines_that_are_lost_are_said(tmp_path, capsys):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 2)
+    file.path.write_text('{"step": 2}\n{"ste\n{"step": 6}\n{"st')
+    file.drop_after(9)
+    said = capsys.readouterr().err
+    assert f"1 lines of {file.path} cannot be read, and are left out" in said
+    assert f"{file.path} ends at step 6, and the run goes on from step 9" in said
+    file.drop_after(7)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("when", ["start", "end"])
+def test_a_start_that_the_history_lacks_is_added_at_the_end(tmp_path, monkeypatch, capsys, when):
+    noted = []
+
+    def note(folder, start):
+        noted.append(start)
+        if when == "end" or len(noted) == 1:
+            raise FULL
+        note_start(folder, start)
+
+    monkeypatch.setattr("dkdm.runs.launch.note_start", note)
+    folder, _, _ = small_runs.run(tmp_path, max_train_steps=1, evaluation_samples=0)
+    said = capsys.readouterr().err
+    assert said.count("history.jsonl lacks this start") == (2 if when == "end" else 1)
+    there = (folder / "history.jsonl").is_file()
+    assert there == (when == "start")
+    if there:
+        (line,) = (folder / "history.jsonl").read_text().splitlines()
+        assert json.loads(line) == json.loads(json.dumps(noted[0]))
+
+
+def test_a_history_that_was_cut_off_loses_no_later_start(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"step": 0}\n{"st')
+    note_start(tmp_path, {"step": 4})
+    note_start(tmp_path, {"step": 4})
+    assert (tmp_path / "history.jsonl").read_text() == '{"step": 0}\n{"st\n{"step": 4}\n'
 
 
 class TrackerError(Exception):

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +43,7 @@ from dkdm.evaluation.pool_state import POOL
 from dkdm.evaluation.results import EVALUATION, SAMPLES
 from dkdm.evaluation.trajectories import TRAJECTORIES
 from dkdm.reading import files
+from dkdm.reading.fields import read_json
 from dkdm.reading.lock import holder, locked
 from dkdm.reading.made_here import remember
 from dkdm.reading.places import check_folder
@@ -138,8 +139,16 @@ def begun_by(run: RunOptions, checkpoints: CheckpointOptions) -> Path | None:
     """What says how the run was started: its checkpoint, or a fill that is not done yet."""
     filling = run.output_dir / FILL
     given = checkpoints.resume_from_checkpoint
-    unfinished = filling if given == "latest" and (filling / RUN).is_file() else None
+    unfinished = filling if given == "latest" and _is_told(filling) else None
     return checkpoint_of(run, checkpoints) or unfinished
+
+
+def _is_told(filling: Path) -> bool:
+    """Whether a fill says for which teacher it is; otherwise it is begun anew."""
+    with suppress(UsageError):
+        read_json(filling / RUN, "what a pool is filled for")
+        return True
+    return False
 
 
 def anew(run: RunOptions, checkpoints: CheckpointOptions) -> str:
@@ -155,15 +164,18 @@ def filled_in(folder: Path, about: Mapping[str, Any]) -> Iterator[None]:
 
     All processes have written that at the end.
     """
-    filling = folder / FILL
-    if not processes.is_main():
-        yield
-        return
-    filling.mkdir(exist_ok=True)
-    with files.atomic(filling / RUN) as partial:
-        partial.write_text(json.dumps(about, indent=2) + "\n")
+    processes.by_main(lambda: _begin_fill(folder / FILL, about))
     yield
-    forget_fill(folder)
+    if processes.is_main():
+        forget_fill(folder)
+
+
+def _begin_fill(filling: Path, about: Mapping[str, Any]) -> None:
+    if filling.is_dir() and not _is_told(filling):
+        warn(f"{filling / RUN} is missing or damaged: the pool is filled anew")
+        shutil.rmtree(filling, ignore_errors=True)
+    filling.mkdir(exist_ok=True)
+    files.write_text(filling / RUN, json.dumps(about, indent=2) + "\n")
 
 
 def forget_fill(folder: Path) -> None:
@@ -280,8 +292,7 @@ def claim_output(config: Config, accelerator: Accelerator, step: int = 0) -> Con
     remove_leftovers(folder)
     checkpoint.set_aside_later(folder, step)
     forget_fill(folder)
-    with files.atomic(folder / "config.json") as partial:
-        partial.write_text(to_json(config))
+    files.write_text(folder / "config.json", to_json(config))
     for _, spec in code_named_in(config):
         remember({"spec": spec}, split(spec)[0])
     options = {key: str(value) for key, value in config.flat().items()}
