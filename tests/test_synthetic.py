@@ -1,6 +1,7 @@
 """Data-free training, the paper's baseline: finished samples of the teacher in place of images."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import dkdm
 from dkdm.core import checkpoint
 from dkdm.core.finished import SampleShards
+from dkdm.core.folders import MANIFEST
 from dkdm.core.prediction import Parameterization
 from dkdm.core.schedules import rectified_flow
 from dkdm.core.sources import draw_set, empty_set
@@ -148,6 +150,32 @@ def test_a_run_resumes_exactly_without_drawing_the_set_again(tmp_path):
         dkdm.distill(
             denoiser(), "dit-tiny", replace(resumed, synthetic_samples=11, accept_changes=True)
         )
+
+
+def test_shards_that_are_damaged_or_missing_are_drawn_again(tmp_path, capsys):
+    ten = {"synthetic_samples": 10, "max_train_steps": 4}
+    folder = dkdm.distill(denoiser(), "dit-tiny", config(tmp_path / "run", **ten))
+    last = folder / "checkpoint-4" / MANIFEST
+    shards, whole = SampleShards(folder / "synthetic"), last.read_text()
+    expected = [shards.read(number)[0] for number in shards.numbers()]
+    data = bytearray(shards.path(0).read_bytes())
+    data[-5] ^= 16
+    shards.path(0).write_bytes(data)
+    shards.path(2).unlink()
+    shutil.rmtree(last.parent)
+    again = replace(config(folder, **ten), resume_from_checkpoint="latest")
+    capsys.readouterr()
+    dkdm.distill(denoiser(), "dit-tiny", again)
+    said = capsys.readouterr().err
+    assert said.count("it is drawn again") == 2 and "shard-00000.safetensors is damaged" in said
+    assert last.read_text() == whole
+    found = [shards.read(number)[0] for number in shards.numbers()]
+    assert all(map(torch.equal, found, expected)) and len(found) == len(expected) == 3
+    shards.path(1).write_bytes(b"")
+    for path in folder.glob("checkpoint-*"):  # as if killed before the first
+        shutil.rmtree(path)
+    dkdm.distill(denoiser(), "dit-tiny", again)
+    assert last.read_text() == whole
 
 
 def test_nothing_teaches_a_variance(tmp_path):

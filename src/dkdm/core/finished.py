@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ class SampleShards:
         if "samples" not in tensors or len(counts) != 1 or counts == {0}:
             raise DkdmError(f"{self.path(number)} holds no samples with conditions: remove it")
         return of_tensors(tensors)
+
+    def hold(self, about: Mapping[str, Any]) -> bool:
+        """Whether the shards are noted to hold this."""
+        with suppress(UsageError):
+            found = read_json(self.folder / ABOUT, "what a folder of samples holds")
+            return found == json.loads(json.dumps(about))
+        return False
 
     def claim(self, about: Mapping[str, Any]) -> None:
         """Note what the shards hold. Raises UsageError if they hold something else."""

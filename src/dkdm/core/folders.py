@@ -154,12 +154,15 @@ def verify_folder(folder: Path, *needed: str) -> None:
         entries = read_json(folder / MANIFEST, "the hashes of a folder")
     except UsageError as error:
         raise DkdmError(f"{folder} is not complete: {error}") from error
-    there = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
-    for name in (*needed, *sorted(name for name in there if name.endswith(HASHED))):
+    for name in needed:
         if name not in entries:
             raise DkdmError(f"{folder} is not complete: {MANIFEST} does not list {name}")
     files = sorted(path.resolve() for path in _files(folder))
     _verify_hashes(folder, tuple((path, *_stamp(path)) for path in files))
+    there = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
+    for name in sorted(there - entries.keys()):
+        if name.endswith(HASHED):
+            raise DkdmError(f"{folder} is not complete: {MANIFEST} does not list {name}")
 
 
 @lru_cache(maxsize=64)

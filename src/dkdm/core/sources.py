@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from dkdm.core.process import Process
 from dkdm.core.progress import track
 from dkdm.core.randomness import generator
 from dkdm.core.shards import Shards, this_process
+from dkdm.core.tolerance import warn
 from dkdm.errors import DkdmError, UsageError
 
 
@@ -156,14 +157,49 @@ class Images:
         self.step = int(state["step"])
 
 
+class Drawing(NamedTuple):
+    """How the samples of a set are drawn: by whom, in how many evaluations, how many at once."""
+
+    teacher: Denoiser
+    num_steps: int
+    guidance_scale: float
+    batch_size: int
+
+    def about(self, source: Synthetic) -> dict[str, Any]:
+        """What the shards of a set are noted to hold."""
+        asked = {"steps": self.num_steps, "guidance scale": self.guidance_scale}
+        size, teacher = len(source.images), self.teacher.name
+        batch = {"batch size": self.batch_size}
+        return {"size": size, "seed": source.seed, "teacher": teacher, **asked, **batch}
+
+    def chunks(self, size: int) -> list[slice]:
+        """The rows of each shard."""
+        firsts = range(0, size, self.batch_size)
+        return [slice(first, min(first + self.batch_size, size)) for first in firsts]
+
+    def drawn(self, source: Synthetic, chunk: slice) -> Tensor:
+        """The samples of these rows: functions of the seed and of the first of them."""
+        shape, teacher = source.images[chunk].shape, self.teacher
+
+        def noise(step: int) -> Tensor:
+            random = generator("cpu", source.seed, "synthetic", chunk.start, step)
+            return torch.randn(shape, generator=random).to(teacher.device)
+
+        cond = {key: value[chunk] for key, value in source.conditions.items()}
+        samples = teacher.sample(noise, cond, self.num_steps, guidance_scale=self.guidance_scale)
+        return samples.cpu()
+
+
 @dataclass(eq=False)
 class Synthetic(Images):
     """Finished samples of a teacher in place of real images: the paper's data-free training.
 
     shards: files that hold the set; a checkpoint then does without it. None: a checkpoint holds it.
+    drawing: how a shard that is damaged or missing is drawn again; None ends the run.
     """
 
     shards: SampleShards | None = None
+    drawing: Drawing | None = None
     evaluations: int = field(default=0, init=False)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -191,13 +227,28 @@ class Synthetic(Images):
 
     def _on_disk(self) -> Samples:
         assert self.shards is not None
-        found = joined_samples([self.shards.read(number) for number in self.shards.numbers()])
+        how = self.drawing
+        if how is not None and self.shards.hold(how.about(self)):
+            chunks = how.chunks(len(self.images))
+            parts = [self._read_or_draw(how, *each) for each in enumerate(chunks)]
+        else:
+            parts = [self.shards.read(number) for number in self.shards.numbers()]
+        found = joined_samples(parts)
         if len(found[0]) != len(self.images):
             raise DkdmError(
                 f"{self.shards.folder} holds {len(found[0])} of {len(self.images)} samples: start "
                 "the run anew in another folder"
             )
         return found
+
+    def _read_or_draw(self, how: Drawing, number: int, chunk: slice) -> Samples:
+        assert self.shards is not None
+        try:
+            return self.shards.read(number)
+        except DkdmError as error:
+            warn(f"{error}: it is drawn again")
+        self.images[chunk] = how.drawn(self, chunk)
+        return _write_chunk(self, number, chunk)
 
 
 def empty_set(teacher: Denoiser, student: Denoiser, size: int, **fields: Any) -> Synthetic:
@@ -226,54 +277,56 @@ def draw_set(
     were begun with other options.
     """
     size, shards = len(source.images), source.shards
+    how = Drawing(teacher, num_steps, guidance_scale, batch_size)
     if shards is not None:
-        asked = {"steps": num_steps, "guidance scale": guidance_scale, "batch size": batch_size}
-        about = {"size": size, "seed": source.seed, "teacher": teacher.name, **asked}
-        processes.by_main(lambda: shards.claim(about))
+        processes.by_main(lambda: shards.claim(how.about(source)))
     done = set() if shards is None else set(shards.numbers())
     turns = source.drawn_by.world if shards is not None else 1
     with track(size, batch_size * len(done), "drawing samples") as progress:
-        for number, first in enumerate(range(0, size, batch_size)):
-            chunk = slice(first, min(first + batch_size, size))
+        for number, chunk in enumerate(how.chunks(size)):
             if number % turns != source.drawn_by.rank % turns:
                 continue
-            if shards is not None and number in done:
-                _read_chunk(source, shards, number, chunk)
+            if shards is not None and number in done and _is_read(source, shards, number, chunk):
                 continue
-            source.images[chunk] = _drawn(source, teacher, num_steps, guidance_scale, chunk)
+            source.images[chunk] = how.drawn(source, chunk)
             if shards is not None:
-                cond = {key: value[chunk] for key, value in source.conditions.items()}
-                shards.write(number, (source.images[chunk].clone(), cond))
+                _write_chunk(source, number, chunk)
             progress(chunk.stop)
     if turns > 1:
-        _read_others(source, batch_size)
+        _read_others(source, how)
     levels = torch.tensor(teacher.process.timesteps(num_steps))
     each = int(teacher.evaluations_at(levels, guidance_scale != 1).sum())
     source.evaluations += each * size * processes.is_main()
 
 
-def _read_others(source: Synthetic, batch_size: int) -> None:
+def _write_chunk(source: Synthetic, number: int, chunk: slice) -> Samples:
+    assert source.shards is not None
+    cond = {key: value[chunk] for key, value in source.conditions.items()}
+    samples = source.images[chunk].clone(), cond
+    source.shards.write(number, samples)
+    return samples
+
+
+def _read_others(source: Synthetic, how: Drawing) -> None:
     """Take the shards that other processes have drawn, together."""
     shards, own = source.shards, source.drawn_by
     assert shards is not None
     processes.wait()
-    size = len(source.images)
-    for number, first in enumerate(range(0, size, batch_size)):
+    for number, chunk in enumerate(how.chunks(len(source.images))):
         if number % own.world != own.rank:
-            _read_chunk(source, shards, number, slice(first, min(first + batch_size, size)))
+            _read_chunk(source, shards, number, chunk)
 
 
-def _drawn(
-    source: Synthetic, teacher: Denoiser, num_steps: int, guidance_scale: float, chunk: slice
-) -> Tensor:
-    shape = source.images[chunk].shape
-
-    def noise(step: int) -> Tensor:
-        random = generator("cpu", source.seed, "synthetic", chunk.start, step)
-        return torch.randn(shape, generator=random).to(teacher.device)
-
-    cond = {key: value[chunk] for key, value in source.conditions.items()}
-    return teacher.sample(noise, cond, num_steps, guidance_scale=guidance_scale).cpu()
+def _is_read(source: Synthetic, shards: SampleShards, number: int, chunk: slice) -> bool:
+    """Take a shard that was drawn before; False for one that is damaged, which stderr names."""
+    try:
+        _read_chunk(source, shards, number, chunk)
+    except UsageError:
+        raise
+    except DkdmError as error:
+        warn(f"{error}: it is drawn again")
+        return False
+    return True
 
 
 def _read_chunk(source: Synthetic, shards: SampleShards, number: int, chunk: slice) -> None:

@@ -17,7 +17,7 @@ from dkdm.core.ladder import Iterative, Shuffled
 from dkdm.core.mixed import Mixed, Taught, images_in_batch
 from dkdm.core.pool import Pool
 from dkdm.core.replay import Replayed
-from dkdm.core.sources import Images, Source, Synthetic, draw_set, empty_set
+from dkdm.core.sources import Drawing, Images, Source, Synthetic, draw_set, empty_set
 from dkdm.data.teacher_images import images_of
 from dkdm.errors import UsageError
 from dkdm.runs.ahead import ahead_of, check_ahead, is_ahead, teacher_device
@@ -196,7 +196,8 @@ class SyntheticArm(Arm):
             device=device,
             shards=SampleShards(config.run.output_dir / SYNTHETIC),
         )
-        scale = guidance_of_set(config.guidance)
+        scale, batch_size = guidance_of_set(config.guidance), config.training.batch_size
+        source.drawing = Drawing(teacher, config.synthetic.synthetic_steps, scale, batch_size)
         if student.embeds_guidance:
             source.conditions["guidance"] = torch.full((len(source.images),), scale)
         return source

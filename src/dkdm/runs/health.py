@@ -192,7 +192,7 @@ def _is_start(line: str) -> bool:
 
 def _samples(folder: Path) -> Iterator[Finding]:
     """Shards of samples that cannot be read: of a synthetic set, and of kept samples."""
-    for name, remedy in ((FINISHED, "delete it"), (SYNTHETIC, "start the run anew")):
+    for name, remedy in ((FINISHED, "delete it"), (SYNTHETIC, f"{LATEST} draws it again")):
         shards = SampleShards(folder / name)
         for number in shards.numbers():
             try:
