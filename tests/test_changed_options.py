@@ -1,6 +1,7 @@
 """A run that goes on with other options: refused, or applied, and always written down."""
 
 import json
+import math
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -240,3 +241,45 @@ def test_a_checkpoint_of_a_former_version_knows_no_teacher(tmp_path):
     with torch.no_grad():
         next(other.network.parameters()).mul_(0.5)
     small_runs.run(tmp_path, other, **ON)
+
+
+QUICKLY = [("adamw", "cosine", 0), ("muon", "linear", 1)]
+ALL = [
+    (optimizer, schedule, back)
+    for optimizer in ("adamw", "muon")
+    for schedule in ("constant", "constant_with_warmup", "linear", "cosine")
+    for back in (0, 1)
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "back"),
+    [each if each in QUICKLY else pytest.param(*each, marks=pytest.mark.slow) for each in ALL],
+)
+def test_another_learning_rate_takes_effect(tmp_path, optimizer, schedule, back):
+    """With each optimizer and schedule, and after the run went back, which halves the new rate."""
+    options = {"optimizer": optimizer, "lr_scheduler": schedule, "lr_warmup_steps": 2}
+    trainer = small_runs.begun(tmp_path / "first", **options, max_train_steps=8)
+    for _ in range(3):
+        trainer.step()
+    trainer.bad_steps.rolled_back = back
+    trainer.save()
+    trainer.saver.finish()
+    steps, rate = 6, 4e-5
+    again = small_runs.begun(
+        tmp_path / "again", **options, max_train_steps=steps, learning_rate=rate
+    )
+    again.resume(trainer.output_dir / "checkpoint-3")
+    share = {
+        "constant": lambda n: 1.0,
+        "constant_with_warmup": lambda n: 1.0,
+        "linear": lambda n: (steps - n) / (steps - 2),
+        "cosine": lambda n: 0.5 + 0.5 * math.cos(math.pi * (n - 2) / (steps - 2)),
+    }[schedule]
+    parts = [1.0, 0.1] if optimizer == "muon" else [1.0]
+    for step in (3, 4):
+        assert again.step_number == step
+        rates = [group["lr"] for group in again.optimizer.param_groups]
+        peak = rate * 0.5**back
+        assert rates == pytest.approx([part * peak * share(step) for part in parts], rel=1e-9)
+        again.step()
