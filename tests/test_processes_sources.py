@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from dkdm import DistillConfig
 from dkdm.core.checkpoint import read_tensors
 from dkdm.core.finished import SampleShards
 from dkdm.core.shards import Shards
+from dkdm.errors import UsageError
+from dkdm.runs.shared import check_shared
 from ranks import launch
 
 DRAWN = """
@@ -115,3 +118,10 @@ def test_the_places_of_all_processes_are_those_of_a_batch(total, batch_size):
                 sum(Shards(total, r, world).shares(batch_size, step).values()) for r in range(world)
             ]
             assert [len(own) for own in each] == counts
+
+
+def test_models_given_as_objects_are_sharded_once():
+    config = DistillConfig(objective="few-step", fsdp="student")
+    with pytest.raises(UsageError, match="give their folders"):
+        check_shared(config, has_objects=True)
+    check_shared(config)

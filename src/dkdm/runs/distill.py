@@ -335,7 +335,8 @@ def prepared(
     found = checkpoint_of(run, config.checkpoints)
     accelerator = start_accelerator(run, training, config.checkpoints)
     if processes.world() > 1:
-        check_shared(config)
+        given = (*(teachers or ()), student)
+        check_shared(config, any(isinstance(each, (Denoiser, nn.Module)) for each in given))
     teacher = ready_teachers(opened_teachers(config, teachers), config)
     identity = identity_of(teacher)
     begun = begun_by(run, config.checkpoints)

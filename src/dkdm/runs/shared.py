@@ -6,10 +6,17 @@ from dkdm.config import DistillConfig
 from dkdm.errors import UsageError
 
 
-def check_shared(config: DistillConfig) -> None:
-    """Raise UsageError for options of a run that only one process can carry out."""
-    training = config.training
+def check_shared(config: DistillConfig, has_objects: bool = False) -> None:
+    """Raise UsageError for options of a run that only one process can carry out.
+
+    has_objects: whether a model was given as an object, which every part of a run would shard.
+    """
+    training, objective = config.training, config.few_steps.objective
     unshared = {
+        f"--objective {objective} with --fsdp, of models that are given as objects": (
+            has_objects and objective != "dkdm" and training.fsdp != "none",
+            "give their folders, or --fsdp none",
+        ),
         "--mixed-precision fp16": (
             training.mixed_precision == "fp16" and training.fsdp != "none",
             "give bf16, or --fsdp none",
