@@ -59,6 +59,10 @@ def damage_config(run):
     (run / "config.json").write_text("{")
 
 
+def damage_whole(run):
+    (run / "whole.json").write_text("[]")
+
+
 def lose_config(run):
     (run / "config.json").unlink()
 
@@ -89,6 +93,7 @@ def cut_metrics(run):
 FAULTS = {
     damage_checkpoint: ("checkpoint-2", "problem", "optimizer.safetensors is damaged"),
     damage_config: ("config.json", "problem", "config.json"),
+    damage_whole: ("config.json", "problem", "whole.json"),
     lose_config: ("config.json", "problem", "missing"),
     lose_model: ("model", "problem", "no weights in"),
     spoil_model: ("model", "problem", "not finite: diffusion_pytorch_model.safetensors: "),

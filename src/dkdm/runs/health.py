@@ -17,6 +17,7 @@ from dkdm.core.selection import FOLDER as BEST
 from dkdm.core.selection import RECORD
 from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.evaluation.few_steps import FEW_STEPS, read_steps_table
+from dkdm.evaluation.parts import read_whole
 from dkdm.evaluation.pool_state import POOL, read_pool_state
 from dkdm.evaluation.results import EVALUATION, SAMPLES, read_evaluation, read_samples
 from dkdm.evaluation.trajectories import TRAJECTORIES, read_trajectories
@@ -84,6 +85,8 @@ def _examined(folder: Path) -> Iterator[Finding]:
 def _config(folder: Path) -> Finding:
     try:
         run = run_of(folder)
+        if run is not None:
+            read_whole(folder, run)
     except DkdmError as error:
         return Finding("config.json", "problem", str(error), "restore it, or copy the options")
     if run is None:
