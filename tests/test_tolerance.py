@@ -126,7 +126,10 @@ def test_lines_that_are_lost_are_said(tmp_path, capsys):
     assert f"1 lines of {file.path} cannot be read, and are left out" in said
     assert f"{file.path} ends at step 6, and the run goes on from step 9" in said
     file.drop_after(7)
+    file.drop_after(8, noted=False)  # a signal came before the line of step 8
     assert capsys.readouterr().err == ""
+    file.drop_after(8)
+    assert "ends at step 6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("when", ["start", "end"])

@@ -85,10 +85,11 @@ class MetricsFile:
     def __init__(self, path: Path, every: int = 0) -> None:
         self.path, self.every, self.waiting = path, every, b""
 
-    def drop_after(self, step: int) -> None:
+    def drop_after(self, step: int, noted: bool = True) -> None:
         """Drop the lines after a step, to which the run has gone back; write those that wait.
 
-        stderr says so if lines up to it cannot be read, or are missing at the end.
+        noted: whether the step's own line is among them, or still to come. stderr says so if lines
+        up to it cannot be read, or are missing at the end.
         """
         if not processes.is_main():
             return
@@ -98,8 +99,8 @@ class MetricsFile:
             warn(f"{lost} lines of {self.path} cannot be read, and are left out")
         waiting = map(json.loads, self.waiting.splitlines())
         kept = known + [each for each in waiting if each["step"] <= step and each not in known]
-        last = kept[-1]["step"] if kept else 0
-        if self.every and last < step - step % self.every:
+        last, due = kept[-1]["step"] if kept else 0, step if noted else step - 1
+        if self.every and last < due - due % self.every:
             warn(f"{self.path} ends at step {last}, and the run goes on from step {step}")
         with atomic(self.path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept if step))

@@ -170,7 +170,7 @@ class Trainer:
         A signal stops it between two steps, or while it validates: it saves, and raises Stopped.
         """
         last, first = self.training.max_train_steps, self.step_number
-        self.metrics.drop_after(first)
+        self.metrics.drop_after(first, self.unnoted is None)
         self.since = first, time.monotonic()
         quiet = without_label_dropout(self.network)
         with track(last, first) as progress, quiet, stopping_together():
