@@ -152,7 +152,8 @@ class BadSteps:
         self.counts = state["counts"].to(self.counts.device)
         causes = state.get("causes", torch.zeros_like(self.causes)).to(self.counts.device)
         self.causes = causes * processes.is_main()
-        self.told = state["told"].tolist() if "told" in state else [0] * len(CAUSES)
+        former = [*[0] * (len(CAUSES) - 1), self.total]  # of a version that knew no causes
+        self.told = state["told"].tolist() if "told" in state else former
         self.recent = deque(state["recent"].tolist(), RECENT)
         self.rolled_back = int(state["rolled_back"])
         self.known = int(state.get("known", self.total))
