@@ -82,6 +82,7 @@ def results(folder):
     last = folder / f"checkpoint-{STEPS}"
     hashes, state = (json.loads((last / name).read_text()) for name in (MANIFEST, "state.json"))
     del hashes["state.json"], state["best"]
+    state.pop("waiting_metrics", None)  # lines that the disk has taken since
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("steps_per_second", None)
