@@ -87,12 +87,15 @@ def watch(folder: Path, seconds: float, every: float) -> int:
 
 
 def with_steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines with CPU seconds a step since the line before."""
-    found = []
-    for before, line in zip(lines, lines[1:], strict=False):
+    """The lines at which a new step was seen, with CPU seconds a step since the one before."""
+    found, before = [], lines[0]
+    for line in lines[1:]:
         steps = line["at_step"] - before["at_step"]
-        if steps > 0 and line["pid"] == before["pid"]:
+        if line["pid"] != before["pid"]:
+            before = line
+        elif steps > 0:
             found.append({**line, "step": (line["cpu"] - before["cpu"]) / steps})
+            before = line
     return found[WARM_UP:]
 
 
