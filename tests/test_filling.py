@@ -18,7 +18,7 @@ from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
 from dkdm.core.filling import Filling
 from dkdm.core.pool import Pool
 from dkdm.core.shards import ONE_PROCESS, Shards
-from dkdm.core.stopping import RESUMABLE
+from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals
 from dkdm.runs.launch import forget_fill
 from factories import denoiser
 from test_resume import STEPS, command, losses
@@ -114,6 +114,19 @@ def test_a_signal_saves_what_is_filled(undisturbed_run, tmp_path, monkeypatch, c
     last = f"checkpoint-{STEPS}/manifest.json"
     assert (folder / last).read_text() == (undisturbed_run / last).read_text()
     assert losses(folder) == losses(undisturbed_run)
+
+
+def test_a_signal_in_the_fill_of_one_teacher_keeps_what_another_has_filled(tmp_path, monkeypatch):
+    teachers = [denoiser(seed=seed) for seed in (0, 1)]
+    config = replace(small_runs.SMALL, output_dir=tmp_path / "run", max_train_steps=1, shards=1)
+    config = replace(config, fill_batch_size=24, evaluation_samples=0, check=False)
+    with monkeypatch.context() as patch, pytest.raises(Stopped), answering_signals():
+        stop_in_fill(patch, "SIGTERM")  # each teacher fills its pool in one batch
+        dkdm.distill(teachers, "dit-tiny", config)
+    saved = (tmp_path / "run" / "fill").glob("*-0-of-1")
+    assert len([checkpoint.verify_checkpoint(folder) for folder in saved]) == 2
+    monkeypatch.setattr(Filling, "batch", lambda *given: pytest.fail("a pool is filled again"))
+    dkdm.distill(teachers, "dit-tiny", replace(config, resume_from_checkpoint="latest"))
 
 
 def test_a_fill_does_not_go_on_with_another_teacher_or_seed(tmp_path, monkeypatch, capsys):

@@ -149,6 +149,14 @@ def test_a_lock_that_a_killed_process_left_is_no_lock(tmp_path):
         pass
 
 
+def test_the_teacher_of_a_fill_before_any_checkpoint_is_compared(run):
+    (run / "fill").mkdir()
+    shutil.copy(run / "checkpoint-2" / "run.json", run / "fill")
+    for path in run.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    assert statuses(run)["teacher"] == ("ok", "the one that the run was made with")
+
+
 def test_both_parts_of_a_run_are_looked_at(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run" / "plain")
     found = statuses(tmp_path / "run")

@@ -7,7 +7,7 @@ import small_runs
 from dkdm.core.checkpoint import read_tensors
 from dkdm.core.trainer import Trainer
 from dkdm.errors import DkdmError
-from dkdm.runs.memory import is_out_of_memory, needs
+from dkdm.runs.memory import OutOfMemory, is_out_of_memory, needs
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
 
@@ -33,6 +33,19 @@ def test_one_message_says_what_each_part_takes_and_what_helps(tmp_path, monkeypa
     weights = sum(p.nbytes for p in trainers[0].network.parameters())
     assert weights <= found["average"] <= found["student"] < 1.1 * weights
     assert f"average {found['average'] / 2**20:,.0f} MiB" in said
+
+
+@pytest.mark.parametrize("place", ["distill.measured", "launch.publish_run"])
+def test_before_the_first_step_and_after_the_last_the_message_is_the_same(
+    tmp_path, monkeypatch, place
+):
+    def fails(*given):
+        del given
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"dkdm.runs.{place}", fails)
+    with pytest.raises(OutOfMemory, match="memory is used up at a batch of 8: .* student "):
+        small_runs.run(tmp_path, max_train_steps=1)
 
 
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):

@@ -26,12 +26,14 @@ class Filling:
     """How far a pool is filled, in batches, saved with its entries.
 
     folder: None saves nothing. how: what its batches depend on; what was filled in another way is
-    begun anew.
+    begun anew. others: whether other pools are filled beside or after this one, so that a signal
+    may come when it is done, and no checkpoint has it yet.
     """
 
     pool: Pool
     folder: Path | None = None
     how: Mapping[str, Any] = field(default_factory=dict)
+    others: bool = False
     done: int = 0
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -39,8 +41,11 @@ class Filling:
     def kept(self) -> Iterator[None]:
         """Go on with what is there; a signal saves what is done."""
         self._restore()
+        before = self.done
         try:
             yield
+            if self.others and self.done > before:
+                self.save()
         except Stopped:
             self.save()
             raise

@@ -106,8 +106,8 @@ class Arm:
         """Let the teacher prepare it."""
         del teacher
         if not self.noise:
-            output_dir = config.run.output_dir
-            fill(source, config.pool, config.training.batch_size, output_dir)
+            size, others = config.training.batch_size, bool(config.teachers.more_teachers)
+            fill(source, config.pool, size, config.run.output_dir, others)
 
     def shorter(self, pool: PoolOptions) -> str:
         """Options that make preparing shorter."""

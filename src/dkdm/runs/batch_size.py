@@ -29,7 +29,7 @@ from dkdm.evaluation.memory import MIB, LiveStorages
 from dkdm.models.place import device_of_run
 from dkdm.reading.machine import usable_memory
 from dkdm.runs.launch import start_accelerator
-from dkdm.runs.memory import REMEDIES, is_out_of_memory, needs
+from dkdm.runs.memory import REMEDIES, OutOfMemory, is_out_of_memory, needs
 
 Config = TypeVar("Config", bound=RunConfig)
 Measure = Callable[[Trainer, Denoiser | None], int]
@@ -99,7 +99,7 @@ def _found(config: Config, folder: Path, world: int, most: int, try_with: Try[Co
         try:
             with redirect_stderr(io.StringIO()):  # the run says it again
                 return try_with(_as_tried(config, folder, size, world), measure)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not is_out_of_memory(error):
                 raise
         except UsageError:  # that the images, the pool or its place have no room for so many

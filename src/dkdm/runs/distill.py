@@ -50,6 +50,7 @@ from dkdm.runs.launch import (
     is_finished,
     start_accelerator,
 )
+from dkdm.runs.memory import explained
 from dkdm.runs.models import (
     check_null_condition,
     copy_of,
@@ -396,7 +397,8 @@ def prepared(
     processes.own_randomness(run.seed)
     if found:
         trainer.resume(found)
-    speeds = measured(taught_by, student, training)
+    with explained(trainer, teacher):
+        speeds = measured(taught_by, student, training)
     needed = estimated(plan, training.max_train_steps, trainer.step_number, speeds)
     warnings.append(advice(needed, config.pool))
     about = plan, start, speeds, needed, reference, warnings

@@ -251,9 +251,9 @@ def _model(folder: Path) -> Finding:
 
 
 def _teacher(folder: Path) -> Iterator[Finding]:
-    """Whether the teacher is still the one that the newest whole checkpoint was made with."""
-    run = run_of(folder)
-    facts = [path / RUN for path in reversed(checkpoints(folder)) if (path / RUN).is_file()]
+    """Whether the teacher is still the one of the newest checkpoint, or of a fill before any."""
+    run, places = run_of(folder), (*reversed(checkpoints(folder)), folder / FILL)
+    facts = [path / RUN for path in places if (path / RUN).is_file()]
     if not facts or run is None or getattr(run, "teacher_choice", None) is None:
         return
     try:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -222,17 +223,18 @@ def _carried_out(
     step = trainer.step_number
     config = processes.by_main(lambda: claim_output(config, trainer.accelerator, step)) or config
     start = start_of(step, changes)
-    processes.by_main(lambda: _note(config.run.output_dir, start))
+    noted = partial(_note, config.run.output_dir, start)
+    processes.by_main(noted)
     with explained(trainer, teacher):
         before()
         started = time.monotonic()
         trainer.run()
-    processes.by_main(lambda: _note(config.run.output_dir, start))  # if the disk was full before
-    minutes = (time.monotonic() - started) / 60
-    for tracker in trainer.accelerator.trackers:
-        tracked(tracker.finish)
-    student = trainer.averaged()
-    processes.by_main(lambda: publish_run(config, trainer, student, measure, minutes, teacher))
+        processes.by_main(noted)  # if the disk was full before
+        minutes = (time.monotonic() - started) / 60
+        for tracker in trainer.accelerator.trackers:
+            tracked(tracker.finish)
+        student = trainer.averaged()
+        processes.by_main(lambda: publish_run(config, trainer, student, measure, minutes, teacher))
     return config.run.output_dir
 
 

@@ -29,22 +29,27 @@ REMEDIES = {
 }
 
 
+class OutOfMemory(DkdmError):
+    """A run's memory is used up; says what each part takes."""
+
+
 @contextmanager
 def explained(trainer: Trainer, teacher: Denoiser | None) -> Iterator[None]:
-    """Around what trains. Raises DkdmError in place of an error that says that memory is used up:
-    with what each part takes, measured, and the options that make the largest smaller."""
+    """Around what computes in a run. Raises OutOfMemory in place of an error that says that memory
+    is used up: with what each part takes, measured, and the options that make the largest
+    smaller."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise DkdmError(in_words(error, needs(trainer, teacher), trainer.training)) from error
+        raise OutOfMemory(in_words(error, needs(trainer, teacher), trainer.training)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no memory left."""
     lines = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)) or (
         isinstance(error, RuntimeError) and any(line in str(error) for line in lines)
     )
 

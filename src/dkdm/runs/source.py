@@ -126,12 +126,17 @@ def fill_cost(pool: PoolOptions, size: int, num_levels: int) -> float:
     return pool.fill_steps * sum(math.ceil(count / pool.fill_entries) for count in shards)
 
 
-def fill(pool: Pool, options: PoolOptions, batch_size: int, output_dir: Path) -> None:
-    """Prepare the pool as asked; what a killed run had filled in `output_dir` is taken over."""
+def fill(
+    pool: Pool, options: PoolOptions, batch_size: int, output_dir: Path, others: bool = False
+) -> None:
+    """Prepare the pool as asked; what a killed run had filled in `output_dir` is taken over.
+
+    others: whether the run has other pools, which other teachers fill.
+    """
     place = f"{pool.seed}-{pool.shards.rank}-of-{pool.shards.world}"
     names = ("fill", "fill_steps", "fill_entries")
     how = {"batch_size": batch_size, **{name: getattr(options, name) for name in names}}
-    filling = Filling(pool, output_dir / FILL / place, how)
+    filling = Filling(pool, output_dir / FILL / place, how, others or processes.world() > 1)
     with filling.kept():
         if options.fill == "none":
             return
