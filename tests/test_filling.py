@@ -123,8 +123,8 @@ def test_a_signal_in_the_fill_of_one_teacher_keeps_what_another_has_filled(tmp_p
     with monkeypatch.context() as patch, pytest.raises(Stopped), answering_signals():
         stop_in_fill(patch, "SIGTERM")  # each teacher fills its pool in one batch
         dkdm.distill(teachers, "dit-tiny", config)
-    saved = (tmp_path / "run" / "fill").glob("*-0-of-1")
-    assert len([checkpoint.verify_checkpoint(folder) for folder in saved]) == 2
+    saved = (tmp_path / "run" / "fill").glob(f"*-0-of-1/{checkpoint.STATE}")
+    assert [json.loads(state.read_text())["done"] for state in saved] == [3, 3]  # of a batch of 4
     monkeypatch.setattr(Filling, "batch", lambda *given: pytest.fail("a pool is filled again"))
     dkdm.distill(teachers, "dit-tiny", replace(config, resume_from_checkpoint="latest"))
 

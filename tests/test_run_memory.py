@@ -44,7 +44,7 @@ def test_before_the_first_step_and_after_the_last_the_message_is_the_same(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(f"dkdm.runs.{place}", fails)
-    with pytest.raises(OutOfMemory, match="memory is used up at a batch of 8: .* student "):
+    with pytest.raises(OutOfMemory, match="memory is used up at a batch of 8: .*student "):
         small_runs.run(tmp_path, max_train_steps=1)
 
 

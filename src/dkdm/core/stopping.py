@@ -48,6 +48,7 @@ def answering_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _State.number = None  # of this run: a later one, which answers no signals, goes on
 
 
 def _answer(number: int, frame: FrameType | None) -> None:
