@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dkdm.core import processes
 from dkdm.core.checksums import are_damaged
 from dkdm.core.folders import MANIFEST, moved_aside, restore_folder, verify_folder
+from dkdm.core.tolerance import DISK_FAULTS
 from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.reading.fields import Fields, read_json
 from dkdm.reading.files import atomic
@@ -64,19 +65,26 @@ def write_parts(
     """Write the tensors of each part to NAME.safetensors, and its other values to state.json.
 
     writers: the process that writes each part, if several write one folder; None for one. Parts
-    that the main process lacks are tensors alone.
+    that the main process lacks are tensors alone. After a fault of the disk the states of the
+    others are still asked for, since processes may gather them together.
     """
     here = processes.rank() if writers else 0
     writers = writers or dict.fromkeys(parts, here)
     values: dict[str, dict[str, Any]] = {name: {} for name in writers}
+    fault: Exception | None = None
     for name, part in parts.items():
         state = part.state_dict()
         if writers[name] != here:
             continue
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         values[name] = {key: value for key, value in state.items() if key not in tensors}
-        if tensors:
-            write_tensors(folder / f"{name}.safetensors", tensors)
+        if tensors and fault is None:
+            try:
+                write_tensors(folder / f"{name}.safetensors", tensors)
+            except DISK_FAULTS as error:
+                fault = error
+    if fault is not None:
+        raise fault
     if here:
         return
     (folder / STATE).write_text(json.dumps({**about, "parts": values}, indent=2) + "\n")

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from dkdm.core import processes
+from dkdm.core.tolerance import DISK_FAULTS
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import read_json, read_text
 from dkdm.reading.files import flush_folder, unfinished, write_text
@@ -29,26 +30,58 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     renamed. A folder that is there is moved aside first and deleted last: `restore_folder` brings
     it back after a kill in between.
     """
-    partial, former = _partial(folder), _former(folder)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        found = {str(p.relative_to(partial)): _entry(p) for p in sorted(_files(partial))}
-        (partial / MANIFEST).write_text(json.dumps(found, indent=2) + "\n")
-        _flush(partial)
-        restore_folder(folder)
-        if folder.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            folder.rename(former)
-        partial.rename(folder)
+        _begin(folder)
+        fill(_partial(folder))
+        _finish(folder)
     except BaseException:
-        if processes.world() == 1:  # others may be writing into it, and would fail in its place
-            shutil.rmtree(partial, ignore_errors=True)
-        restore_folder(folder)
+        _undo(folder)
         raise
+
+
+def write_together(folder: Path, fill: Callable[[Path], None]) -> None:
+    """`write_folder` by all processes, each of which fills in its part; together.
+
+    If the disk fails one of them, all raise an OSError with its words, and nothing is left.
+    """
+    main = processes.is_main()
+    steps = _begin, lambda folder: fill(_partial(folder)), _finish
+    try:
+        for step, by_all in zip(steps, (False, True, False), strict=True):
+            work = partial(step, folder) if main or by_all else _nothing
+            processes.succeed(work, DISK_FAULTS)
+    except OSError:
+        if main:
+            _undo(folder)
+        raise
+
+
+def _nothing() -> None:
+    """What the other processes do while the main one works."""
+
+
+def _begin(folder: Path) -> None:
+    shutil.rmtree(_partial(folder), ignore_errors=True)
+    _partial(folder).mkdir(parents=True)
+
+
+def _finish(folder: Path) -> None:
+    partial, former = _partial(folder), _former(folder)
+    found = {str(p.relative_to(partial)): _entry(p) for p in sorted(_files(partial))}
+    (partial / MANIFEST).write_text(json.dumps(found, indent=2) + "\n")
+    _flush(partial)
+    restore_folder(folder)
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
+    partial.rename(folder)
     flush_folder(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _undo(folder: Path) -> None:
+    shutil.rmtree(_partial(folder), ignore_errors=True)
+    restore_folder(folder)
 
 
 def replace_files(folder: Path, fill: Callable[[Path], None]) -> set[Path]:
@@ -102,20 +135,6 @@ def damaged_by_sums(folder: Path) -> list[str]:
         if not path.is_file() or _sha256(path) != digest:
             wrong.append(name or SUMS)
     return wrong
-
-
-def write_together(folder: Path, fill: Callable[[Path], None]) -> None:
-    """`write_folder` by all processes, each of which fills in its part; together."""
-
-    def fill_in(partial: Path) -> None:
-        processes.wait()  # until the folder is there
-        fill(partial)
-        processes.wait()
-
-    if processes.is_main():
-        write_folder(folder, fill_in)
-    else:
-        fill_in(_partial(folder))
 
 
 def restore_folder(folder: Path) -> None:

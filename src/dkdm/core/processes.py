@@ -161,6 +161,20 @@ def wait() -> None:
     _come(store, f"{key}/all")
 
 
+def succeed(work: Callable[[], object], faults: tuple[type[Exception], ...]) -> None:
+    """Work in every process, together. Raises an OSError in all if one of them meets a fault."""
+    said = ""
+    try:
+        work()
+    except faults as error:
+        said = str(error) or type(error).__name__
+    wait()
+    each = [said] * world()
+    distributed.all_gather_object(each, said, group=_on_hosts())
+    if found := next(filter(None, each), ""):
+        raise OSError(found)
+
+
 def _come(store: distributed.Store, key: str) -> None:
     """Wait for a word, so that signals are answered."""
     pause = 0.001

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dkdm.core import checkpoint, processes
@@ -76,7 +77,7 @@ class Saver:
         own = (self.every is not None and waited > self.every) or (
             self.fault is not None and waited > AGAIN
         )
-        if processes.world() == 1 or self.every is None:
+        if processes.world() == 1 or (self.every is None and self.fault is None):
             return own
         return processes.any_of(own)
 
@@ -87,7 +88,7 @@ class Saver:
         if processes.world() > 1:
             self._together(step, parts, about)
             return
-        size = size_of(parts)
+        size = sum(sizes_of(parts).values())
         if size > MOST_COPIED * usable_memory():
             self._write(step, parts, about, size)
             return
@@ -132,15 +133,9 @@ class Saver:
             write_folder(folder, fill)
             self.fault = None
         except DISK_FAULTS as error:
-            self.fault = (
-                f"{folder.name} could not be written: it needs {size / 1e6:,.0f} MB, and "
-                f"{free_space(self.output_dir)} ({in_a_line(error)})"
-            )
-            kept = checkpoint.checkpoints(self.output_dir)
-            last = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
-            warn(f"{self.fault}; {last}; training goes on, and a minute later it is tried again")
-            return
-        self._rotate(step)
+            self._failed(folder, size, error)
+        else:
+            self._rotate(step)
 
     def _together(self, step: int, parts: Mapping[str, Part], about: Mapping[str, Any]) -> None:
         writers = processes.owners(parts)
@@ -150,8 +145,26 @@ class Saver:
             if processes.is_main():
                 self.more(partial)
 
-        write_together(self._folder(step), fill)
-        processes.by_main(lambda: self._rotate(step))
+        folder = self._folder(step)
+        try:
+            write_together(folder, fill)
+            self.fault = None
+        except OSError as error:
+            sizes, here = sizes_of(parts), processes.rank()
+            own = sum(size for name, size in sizes.items() if writers[name] == here)
+            self._failed(folder, int(processes.total(torch.tensor(own))), error)
+        else:
+            processes.by_main(lambda: self._rotate(step))
+
+    def _failed(self, folder: Path, size: int, error: Exception) -> None:
+        """Say that a checkpoint of this many bytes could not be written, and remember it."""
+        self.fault = (
+            f"{folder.name} could not be written: it needs {size / 1e6:,.0f} MB, and "
+            f"{free_space(self.output_dir)} ({in_a_line(error)})"
+        )
+        kept = checkpoint.checkpoints(self.output_dir)
+        last = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
+        warn(f"{self.fault}; {last}; training goes on, and a minute later it is tried again")
 
     def _rotate(self, step: int) -> None:
         """Delete the oldest, after the new one was read again."""
@@ -163,7 +176,10 @@ class Saver:
         return self.output_dir / f"checkpoint-{step}"
 
 
-def size_of(parts: Mapping[str, Part]) -> int:
-    """Bytes of all tensors in these parts."""
-    states = [part.state_dict() for part in parts.values()]
-    return sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
+def sizes_of(parts: Mapping[str, Part]) -> dict[str, int]:
+    """Bytes of the tensors in each of these parts."""
+    states = {name: part.state_dict().values() for name, part in parts.items()}
+    return {
+        name: sum(value.nbytes for value in values if isinstance(value, Tensor))
+        for name, values in states.items()
+    }
