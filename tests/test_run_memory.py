@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import small_runs
+from dkdm.cli import main
 from dkdm.core.checkpoint import read_tensors
 from dkdm.core.trainer import Trainer
 from dkdm.errors import DkdmError
@@ -96,3 +97,15 @@ def test_what_is_advised_works(tmp_path):
     _, metrics, asked = small_runs.run(tmp_path, **half, **on)
     assert [line["step"] for line in metrics] == [1, 2]
     assert asked == metrics[0]["teacher_evaluations"] + 8
+
+
+@pytest.mark.parametrize(("command", "helps"), [("sample", "fewer --num-samples"), ("report", "")])
+def test_memory_used_up_where_no_run_measures_it_is_one_line(command, helps, monkeypatch, capsys):
+    def used_up(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("dkdm.cli._dispatch", used_up)
+    assert main([command, "builtin:fashion"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("dkdm: memory is used up (") and "Tried to allocate 2.00 GiB" in said
+    assert helps in said and said.count("\n") == 1

@@ -37,7 +37,7 @@ from dkdm.config import (
     UiCommand,
 )
 from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.reading.command_line import parse, summary
 from dkdm.reading.files import check_output
 from dkdm.reading.options import Grouped, flag, places
@@ -54,6 +54,14 @@ Config = TypeVar("Config", bound=RunConfig)
 AFTER_INTERRUPT = {
     **dict.fromkeys(("distill", "train"), "; go on with --resume-from-checkpoint latest"),
     **dict.fromkeys(("evaluate", "harvest"), "; the same command goes on"),
+}
+# what makes a command smaller before a run can measure its parts
+SMALLER = {
+    "distill": "--teacher-dtype bfloat16 or int8, --teacher-offload layers, or a smaller --student",
+    "train": "a smaller --student or --train-batch-size",
+    "sample": "fewer --num-samples, or --dtype bfloat16",
+    "evaluate": "a smaller --batch-size, or --dtype bfloat16",
+    "harvest": "a smaller --batch-size, or --dtype bfloat16",
 }
 INSPECTED_PROMPT = "a photograph of a house"
 
@@ -82,9 +90,21 @@ def _with_one_voice(args: list[str]) -> int:
     try:
         return _dispatch(args)
     except Exception as error:
+        if (used_up := _memory_used_up(error, "".join(args[:1]))) is not None:
+            raise used_up from error
         if isinstance(error, DkdmError) or _speaks():
             raise
         return 1
+
+
+def _memory_used_up(error: Exception, command: str) -> DkdmError | None:
+    """One line in place of torch's error, where no run says more; None for any other error."""
+    from dkdm.runs.memory import is_out_of_memory
+
+    if isinstance(error, DkdmError) or not is_out_of_memory(error):
+        return None
+    helps = f": give {SMALLER[command]}" if command in SMALLER else ""
+    return DkdmError(f"memory is used up ({in_a_line(error, 120)}){helps}")
 
 
 def _ended(message: str, code: int) -> int:
