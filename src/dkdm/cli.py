@@ -99,9 +99,11 @@ def _with_one_voice(args: list[str]) -> int:
 
 def _memory_used_up(error: Exception, command: str) -> DkdmError | None:
     """One line in place of torch's error, where no run says more; None for any other error."""
+    if isinstance(error, DkdmError):
+        return None
     from dkdm.runs.memory import is_out_of_memory
 
-    if isinstance(error, DkdmError) or not is_out_of_memory(error):
+    if not is_out_of_memory(error):
         return None
     helps = f": give {SMALLER[command]}" if command in SMALLER else ""
     return DkdmError(f"memory is used up ({in_a_line(error, 120)}){helps}")
