@@ -548,3 +548,11 @@ def test_a_network_whose_output_cannot_be_widened_is_refused(tmp_path):
         with pytest.raises(UsageError, match=r"\w+: its output cannot be widened to 4 heads"):
             small_runs.run(tmp_path, teacher, network, **FEW)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_holds_for_both_parts_is_said_once(tmp_path, capsys):
+    """The last part is prepared three times: to be refused early, and when its turn comes."""
+    small_runs.run(tmp_path, **FEW | {"max_train_steps": 2, "accelerate": "graph"})
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert any("not captured as one CUDA graph" in line for line in lines)
+    assert len(lines) == len(set(lines))

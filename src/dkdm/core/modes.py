@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+
+from dkdm.reading.notes import say
 
 WAS_TRAINING = "the teacher was in training mode; dkdm put it into evaluation mode"
 DEPTH = 3  # a partial of a bound method of an object that holds a module
@@ -105,7 +106,7 @@ def put_into_evaluation(*callables: Any) -> bool:
 def say_if(was_training: bool) -> None:
     """Say on stderr that dkdm changed the teacher's mode, if it did."""
     if was_training:
-        print(WAS_TRAINING, file=sys.stderr)
+        say(WAS_TRAINING)
 
 
 def silence_label_dropout(network: nn.Module) -> dict[Any, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from dkdm.data.real_images import AT_ONCE, Images, Source
 from dkdm.data.reference import FeatureExtractor
 from dkdm.errors import DkdmError
 from dkdm.reading.fields import shown
+from dkdm.reading.notes import say
 
 FIRST = 5  # names in a message
 MANY = 1000  # files that take a time
@@ -105,7 +105,7 @@ def _say_bad(path: Path, bad: Mapping[Path, str], count: int, skip: bool) -> Non
     """Say which images cannot be read. Raises `DkdmError` unless they are skipped."""
     what = f"{len(bad)} of {count} images of {path} cannot be read ({_named(path, list(bad))})"
     if skip and len(bad) < count:
-        print(f"warning: {what} and are left out", file=sys.stderr)
+        say(f"warning: {what} and are left out")
         return
     remedy = "give other images" if skip else "remove them, or give --skip-bad"
     raise DkdmError(f"{what}: {remedy}. The first: {next(iter(bad.values()))}")
@@ -127,10 +127,9 @@ def _shape_of_all(
     channels = max(shape[0] for shape in shapes.values())
     grey = [file for file, shape in shapes.items() if shape[0] < channels]
     if grey:
-        print(
+        say(
             f"note: {len(grey)} of {len(shapes)} images of {path} are grey "
-            f"({_named(path, grey)}): they are measured as RGB",
-            file=sys.stderr,
+            f"({_named(path, grey)}): they are measured as RGB"
         )
     sizes = Counter(shape[1:] for shape in shapes.values())
     usual = (channels, *sizes.most_common(1)[0][0])

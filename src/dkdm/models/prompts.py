@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
@@ -29,6 +28,7 @@ from dkdm.core.progress import track
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.files import atomic, cache_dir
 from dkdm.reading.lock import locked
+from dkdm.reading.notes import say
 
 ENCODED_AT_ONCE = 32
 INDEX = "index.jsonl"
@@ -164,7 +164,7 @@ def read_prompts(spec: str, limit: int, seed: int) -> tuple[str, ...]:
         raise UsageError(f"--prompts {spec}: no prompts in it; write one prompt a line")
     if count > limit:
         drawn = f"{limit:,} of {count:,} prompts, drawn at random (--max-prompts)"
-        print(f"--prompts {spec}: {drawn}", file=sys.stderr)
+        say(f"--prompts {spec}: {drawn}")
     return tuple(dict.fromkeys(kept))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +34,7 @@ from dkdm.evaluation.parts import write_whole
 from dkdm.models.architectures import component_of
 from dkdm.models.identity import identity_of, kind_of
 from dkdm.models.place import place
+from dkdm.reading.notes import each_once, say
 from dkdm.runs.ahead import teacher_device
 from dkdm.runs.batch_size import AUTO, Measure, with_batch_size
 from dkdm.runs.cost import Estimate, Speeds, advice, estimated, in_words, measured
@@ -94,7 +94,7 @@ def distill(
     is put into evaluation mode, and stays in it.
     Raises UsageError for options that do not fit together, DkdmError for a run that fails.
     """
-    with processes.quiet_unless_main():
+    with processes.quiet_unless_main(), each_once():
         return _distill(teachers_given(teacher), student, config)
 
 
@@ -224,7 +224,7 @@ def distill_part(
             name = "the teacher" if one is teacher else one.name
             said.append(teacher_warning(one, ready.speeds.evaluation, name))
     for line in filter(None, said):
-        print(line, file=sys.stderr)
+        say(line)
 
     def begin() -> None:
         if asked is not None and processes.is_main():
@@ -253,7 +253,8 @@ def describe(config: DistillConfig) -> str:
     """
     config = _with_batch_size(config)
     *before, last = (*OBJECTIVES[config.few_steps.objective].before(config), _last_as_first(config))
-    found = [_ready_to_describe(part) for part in (*before, last)]
+    with each_once():
+        found = [_ready_to_describe(part) for part in (*before, last)]
     texts = [_described(ready) for ready in found]
     if before:
         texts[-1] = _described(found[-1], f"the weights of {before[-1].run.output_dir}")

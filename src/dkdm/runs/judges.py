@@ -40,6 +40,7 @@ from dkdm.evaluation.shards import Drawing
 from dkdm.evaluation.single_images import SingleImages
 from dkdm.models import chosen_teacher, load_teacher, with_texts
 from dkdm.models.locate import INDEX, is_hub_id
+from dkdm.reading.notes import say
 from dkdm.reading.places import expanded
 from dkdm.runs.earlier import Run, run_of, teacher_of
 from dkdm.runs.models import check_null_condition
@@ -278,4 +279,4 @@ def class_names_of(model: Denoiser) -> tuple[str, ...] | None:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    say(f"note: {text}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from dkdm.core.teachers import Teachers, common_levels
 from dkdm.errors import UsageError
 from dkdm.models import chosen_teacher
 from dkdm.models.prompts import Prompts
+from dkdm.reading.notes import say
 from dkdm.runs import arms
 from dkdm.runs.arms import ARMS, Arm, Teaching, mebibytes
 from dkdm.runs.models import ready_teacher
@@ -115,7 +115,7 @@ def ready_teachers(opened: Sequence[Denoiser], config: DistillConfig) -> Denoise
             raise UsageError(f"{one.name}: {error}") from error
     teachers = side_by_side(ready, config.teachers.label_offset)
     for line in shared_classes(teachers):
-        print(f"note: {line}", file=sys.stderr)
+        say(f"note: {line}")
     return teachers
 
 

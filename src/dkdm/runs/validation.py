@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 
 from dkdm.config import EvaluationOptions, GuidanceOptions, RunConfig
@@ -15,6 +14,7 @@ from dkdm.evaluation.circumstances import weights_in_words
 from dkdm.evaluation.metrics import METRICS
 from dkdm.evaluation.same_noise import Sampling
 from dkdm.evaluation.validation import Validation, validation_seed, watched
+from dkdm.reading.notes import say
 from dkdm.runs.outputs import UNGUIDED, sampling_guidance
 from dkdm.shipping.pipeline_folder import write_pipeline
 
@@ -97,8 +97,7 @@ def best_weights(trainer: Trainer, evaluation: EvaluationOptions) -> str | None:
 def _say_if_few(name: str, count: int) -> None:
     least = METRICS[name].least if name in METRICS else 0
     if count < least:
-        print(
+        say(
             f"note: {name} of {count} samples (--validation-samples) compares the steps of this "
-            f"run; published values need {least:,} or more",
-            file=sys.stderr,
+            f"run; published values need {least:,} or more"
         )

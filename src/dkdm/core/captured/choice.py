@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
 from dkdm.core.replay import Replayed
 from dkdm.core.trainer import Trainer
+from dkdm.reading.notes import say
 
 
 def capture_steps(trainer: Trainer) -> None:
@@ -74,4 +73,4 @@ def _misfit_of(model: Denoiser, pool: Pool, device: torch.device) -> str | None:
 
 
 def _say(reason: str) -> None:
-    print(f"note: the step is not captured as one CUDA graph: {reason}", file=sys.stderr)
+    say(f"note: the step is not captured as one CUDA graph: {reason}")
