@@ -2,19 +2,24 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file
 from torch import nn
 
 import small_runs
 import toy_networks
 from dkdm.core.chains import Stride
+from dkdm.core.checkpoint import WEIGHTS
 from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.few_steps import flag, mirror
 from dkdm.core.few_steps.grid import grid_levels, grid_of
-from dkdm.core.few_steps.jumps import Jumps, at_both_times, check_mirror, mirrored
+from dkdm.core.few_steps.jumps import Jumps
 from dkdm.core.few_steps.pairs import Pairs, PairsObjective, averaged_network, pair_ends
+from dkdm.core.few_steps.tasks import for_both_tasks, tasks_of
 from dkdm.core.fill import empty_pool, fill_few_step
 from dkdm.core.objective import Objective
 from dkdm.core.prediction import Parameterization, from_x_0_eps
@@ -199,10 +204,10 @@ MIRRORED = ["unet-mini", "dit-tiny", "linear-tiny", "mobile-tiny"]
 @pytest.mark.parametrize("spec", MIRRORED)
 def test_a_mirrored_network_answers_as_the_other_at_the_mirrored_time(spec):
     model = shaken(student_of(spec, denoiser()))
-    check_mirror(model)
-    both = at_both_times(model)
+    assert mirror.can_mirror(model)
+    both = mirror.both(model)
     other = Denoiser(
-        mirrored(model),
+        mirror.jumping(model),
         model.process,
         model.parameterization,
         model.sample_shape,
@@ -224,13 +229,13 @@ def test_every_embedding_of_a_transformer_is_mirrored():
     """The DiT of diffusers embeds the time in each of its blocks and at its end."""
     model = shaken(student_of("dit-tiny", denoiser()))
     assert isinstance(model.network, DiTTransformer2DModel)
-    now, other = model.network.state_dict(), mirrored(model).state_dict()
+    now, other = model.network.state_dict(), mirror.jumping(model).state_dict()
     changed = [key for key in now if not torch.equal(now[key], other[key])]
     embedders = [key for key in now if key.endswith("timestep_embedder.linear_1.weight")]
     assert changed == embedders and len(embedders) > 1
-    again = mirrored(
+    again = mirror.denoising(
         Denoiser(
-            mirrored(model),
+            mirror.jumping(model),
             model.process,
             model.parameterization,
             model.sample_shape,
@@ -244,9 +249,9 @@ def test_every_embedding_of_a_transformer_is_mirrored():
 class Raw(nn.Module):
     """A network that is fed its time as a number."""
 
-    def __init__(self):
+    def __init__(self, bias=True):
         super().__init__()
-        self.layer = nn.Linear(2, 1)
+        self.layer = nn.Linear(2, 1, bias=bias)
 
     def forward(self, x, t, class_labels=None):
         time = (t / 50 + class_labels)[:, None, None, None]
@@ -254,19 +259,85 @@ class Raw(nn.Module):
         return self.layer(both).squeeze(-1)
 
 
-def test_networks_that_cannot_be_mirrored_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="Raw: .* no linear layer .* sines and cosines"):
-        small_runs.run(tmp_path, student=Raw(), **FEW)
+class Table(nn.Module):
+    """A network with a table of times, and without any bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.times, self.layer = nn.Embedding(50, 8), nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.last = nn.Conv2d(8, 1, 1, bias=False)
+
+    def forward(self, x, t, class_labels=None):
+        del class_labels
+        hidden = self.layer(x) + self.times(t.long())[:, :, None, None]
+        return self.last(torch.tanh(hidden))
+
+
+def flagged(model):
+    """A model whose network has the flag, with shifts that are not 0 any more."""
+    found = flag.with_flag(model)
+    assert found is not None
+    for layer in found.modules():
+        if hasattr(layer, flag.SHIFT):
+            torch.nn.init.normal_(getattr(layer, flag.SHIFT))
+    return replace(model, network=found)
+
+
+def layers_with(name, network):
+    return [key for key, layer in network.named_modules() if hasattr(layer, name)]
+
+
+OWN = {"raw": Raw, "table": Table}
+WITH_FLAG = {  # parts of the names of the layers that have it
+    "dit-tiny": ["timestep_embedder", "norm1.linear", "proj_out_1"],
+    "uvit-tiny": ["embed"],
+    "raw": ["layer"],
+    "table": ["times"],
+}
+
+
+@pytest.mark.parametrize("spec", WITH_FLAG)
+def test_a_flag_is_a_shift_that_goes_into_the_biases(spec):
+    teacher = denoiser()
+    student = replace(teacher, network=OWN[spec]()) if spec in OWN else student_of(spec, teacher)
+    model = flagged(shaken(student))
+    names = layers_with(flag.SHIFT, model.network)
+    assert names and all(any(part in name for part in WITH_FLAG[spec]) for name in names)
+    both, t = flag.both(model), torch.tensor([49, 3, 20, 49, 3, 20])
+    random = torch.Generator().manual_seed(0)
+    x, cond = torch.randn(6, 1, 8, 8, generator=random), model.conditioning.draw(6, random)
+    jumps = replace(model, network=flag.jumping(model))
+    bare = replace(model, network=flag.denoising(jumps))
+    before, after = model.network.state_dict(), bare.network.state_dict()
+    shifts = before.keys() - after.keys()
+    assert {key.rpartition(".")[0] for key in shifts} == set(names)
+    assert all(torch.equal(before[key], value) for key, value in after.items())
+    assert after.keys() == jumps.network.state_dict().keys()
+    with torch.no_grad():
+        told = both.predict(Batch(x, t + torch.tensor([50, 0]).repeat(3), cond)).output
+        jump, direct = (one.predict(Batch(x, t, cond)).output for one in (jumps, bare))
+        usual = model.predict(Batch(x, t, cond)).output
+    torch.testing.assert_close(told[::2], jump[::2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(told[1::2], direct[1::2], rtol=1e-4, atol=1e-5)
+    assert torch.equal(usual, direct) and not torch.allclose(jump, direct, atol=1e-3)
+
+
+def test_the_mirror_is_chosen_where_it_can_be():
+    """The other networks have the flag."""
+    model = student_of("dit-tiny", denoiser())
+    assert for_both_tasks(model, model) is model and tasks_of(model) is mirror
+    raw = replace(denoiser(), network=Raw())
+    assert tasks_of(raw) is mirror and tasks_of(for_both_tasks(raw, raw)) is flag
+    flow, kind = rectified_flow(200), Parameterization("flow_prediction")
+    assert not mirror.can_mirror(Denoiser(toy_networks.Mlp(4), flow, kind, (4,)))  # is periodic
+    of_numbers = mixture_denoiser(MIXTURE, karras(20), Parameterization("edm"))
+    assert not mirror.can_mirror(of_numbers)  # the logarithm of sigma is below 0 too
+
+
+def test_a_network_without_a_bias_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="Raw: .* give such a layer a bias, or use"):
+        small_runs.run(tmp_path, student=Raw(bias=False), **FEW)
     assert not list(tmp_path.iterdir())
-    process = rectified_flow(200)
-    periodic = Denoiser(
-        toy_networks.Mlp(4), process, Parameterization("flow_prediction"), (4,), name="periodic"
-    )
-    with pytest.raises(UsageError, match="periodic: .* as at the mirrored time"):
-        check_mirror(periodic)
-    teacher = mixture_denoiser(MIXTURE, karras(20), Parameterization("edm"))
-    with pytest.raises(UsageError, match="does not rise from 0 at the data"):
-        check_mirror(teacher)
 
 
 FEW = {
@@ -315,7 +386,7 @@ def test_a_run_ships_jumps_and_the_same_weights_for_many_steps(finished):
     few, many = load_teacher(finished), load_teacher(finished / "many-steps")
     assert isinstance(few, Jumps) and few.intervals.steps == (1, 2, 4)
     assert type(many) is Denoiser
-    jump, both = answer(few, 30), at_both_times(many)
+    jump, both = answer(few, 30), mirror.both(many)
     random = torch.Generator().manual_seed(30)
     x, cond = torch.randn(3, 1, 8, 8, generator=random), many.conditioning.draw(3, random)
     with torch.no_grad():
@@ -358,8 +429,22 @@ class KilledError(Exception):
     """In place of a kill."""
 
 
-def test_a_run_killed_in_the_last_part_resumes_bit_by_bit(finished, tmp_path, monkeypatch):
-    write = MetricsFile.write
+def students_of_runs(kind):
+    """The student of a small run; a U-ViT, whose time is a token, has the flag."""
+    return student_of(kind, denoiser()) if kind else None
+
+
+@pytest.fixture(scope="module")
+def flagged_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flagged")
+    return small_runs.run(folder, student=students_of_runs("uvit-tiny"), **FEW)[0]
+
+
+@pytest.mark.parametrize(("kind", "usual"), [("", "finished"), ("uvit-tiny", "flagged_run")])
+def test_a_run_killed_in_the_last_part_resumes_bit_by_bit(
+    kind, usual, request, tmp_path, monkeypatch
+):
+    write, finished = MetricsFile.write, request.getfixturevalue(usual)
 
     def write_and_die(self, entry):
         write(self, entry)
@@ -368,10 +453,36 @@ def test_a_run_killed_in_the_last_part_resumes_bit_by_bit(finished, tmp_path, mo
 
     monkeypatch.setattr(MetricsFile, "write", write_and_die)
     with pytest.raises(KilledError):
-        small_runs.run(tmp_path, **FEW)
+        small_runs.run(tmp_path, student=students_of_runs(kind), **FEW)
     monkeypatch.undo()
-    folder, *_ = small_runs.run(tmp_path, **FEW, resume_from_checkpoint="latest")
+    more = FEW | {"resume_from_checkpoint": "latest"}
+    folder, *_ = small_runs.run(tmp_path, student=students_of_runs(kind), **more)
     assert manifest(folder, 4) == manifest(finished, 4)
+
+
+def test_a_student_with_a_flag_ships_two_ordinary_networks(flagged_run):
+    """They differ in one bias, and diffusers reads both."""
+    few, many = load_teacher(flagged_run), load_teacher(flagged_run / "many-steps")
+    assert isinstance(few, Jumps) and type(many) is Denoiser
+    one, other = few.network.state_dict(), many.network.state_dict()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == ["embed.bias"]
+    weights = flagged_run / "checkpoint-4" / "unet_ema" / WEIGHTS
+    averaged = load_file(weights)
+    shift = averaged.pop(f"embed.{flag.SHIFT}")
+    assert shift.abs().min() > 0 and averaged.keys() == one.keys()
+    assert all(torch.equal(averaged[key], value) for key, value in other.items())
+    assert torch.equal(one["embed.bias"], other["embed.bias"] + shift)
+    with warnings.catch_warnings(action="ignore"):
+        pipeline = DiffusionPipeline.from_pretrained(flagged_run, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        class_labels=[0, 1],
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    expected = drawn(few, 2, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_student_of_another_process_jumps_on_its_own_levels(tmp_path):
@@ -444,14 +555,14 @@ def test_one_step_is_far_better_than_the_plain_students_and_many_steps_stay():
 
     torch.manual_seed(0)
     student = Denoiser(toy_networks.Mlp(4, period=500), process, kind, (4,))
-    check_mirror(student)
+    assert mirror.can_mirror(student)
     plain = Objective(student, teacher)
     toy_networks.trained(pool(), student, plain, 1500)
     averaged = averaged_network(student.network, 0.95, CPU)
     source = Pairs(pool(), teacher, student.network, averaged)
     led = Denoiser(averaged.module, process, kind, (4,))
     toy_networks.trained(source, student, PairsObjective(plain, teacher, led), 1500)
-    jumps = Jumps.of(Denoiser(mirrored(student), process, kind, (4,)), grid)
+    jumps = Jumps.of(Denoiser(mirror.jumping(student), process, kind, (4,)), grid)
     real = mixture.sample(4000, random)
 
     def distance(model, steps):

@@ -17,9 +17,10 @@ from dkdm.core.chains import Guidance
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.feature_loss import Features
 from dkdm.core.few_steps.grid import grid_levels, grid_of
-from dkdm.core.few_steps.jumps import Jumps, check_mirror, mirrored
+from dkdm.core.few_steps.jumps import Jumps
 from dkdm.core.few_steps.model import FewStep, usual_steps
 from dkdm.core.few_steps.pairs import Pairs, PairsObjective, averaged_network
+from dkdm.core.few_steps.tasks import for_both_tasks, tasks_of
 from dkdm.core.matching import on_levels_of
 from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
@@ -110,7 +111,7 @@ class Consistency(FewSteps):
     def student(self, student: Denoiser, teacher: Denoiser, config: DistillConfig) -> Denoiser:
         """The student on a grid of its sampling steps."""
         few = config.few_steps
-        check_mirror(on_levels_of(student, teacher.process))
+        student = for_both_tasks(student, on_levels_of(student, teacher.process))
         try:
             levels = grid_levels(teacher.process, lcm(*few.steps), few.few_step_shift)
         except UsageError as error:
@@ -181,8 +182,9 @@ class Consistency(FewSteps):
         return PairsObjective(plain, teacher, averaged)
 
     def finished(self, student: Denoiser, network: nn.Module) -> nn.Module:
-        """Mirrored in time: at a level it says where the trajectory ends."""
-        return mirrored(replace(student, network=network))
+        """At a level it says where the trajectory ends."""
+        model = replace(student, network=network)
+        return tasks_of(model).jumping(model)
 
     def narrow(self, student: FewStep) -> nn.Module:
         """As wide as it is."""
@@ -190,8 +192,8 @@ class Consistency(FewSteps):
         return network
 
     def ship_beside(self, student: FewStep, folder: Path) -> list[Drawn]:
-        """Write the model for many steps, the same weights at ordinary times."""
-        many = replace(student.without_grid(), network=mirrored(student))
+        """Write the model for many steps, the same weights as they denoise."""
+        many = replace(student.without_grid(), network=tasks_of(student).denoising(student))
         write_pipeline(folder / MANY_STEPS, many, folder)
         steps = *student.intervals.steps, usual_steps(many, USUAL_STEPS)
         return [Drawn("student, many steps", many, steps)]

@@ -21,7 +21,7 @@ from dkdm.core.chains import Guidance
 from dkdm.core.checkpoint import Part
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.devices import to_device
-from dkdm.core.few_steps.jumps import at_both_times
+from dkdm.core.few_steps.tasks import tasks_of
 from dkdm.core.objective import Objective, simple_loss
 from dkdm.core.prediction import Prediction, clip_x_0
 from dkdm.core.process import Process, per_sample
@@ -155,7 +155,7 @@ def pair_ends(process: Process, t: Tensor, lengths: Tensor) -> Tensor:
 
 
 class PairsObjective:
-    """The plain loss at ordinary times and, at mirrored ones, that of jumps.
+    """The plain loss where the student is asked to denoise and, where to jump, that of jumps.
 
     Both are of one evaluation of the student. plain: whose terms are taken, and which says by its
     weights which levels count. teacher: whose process and clipping move a state. averaged: the
@@ -163,7 +163,7 @@ class PairsObjective:
     """
 
     def __init__(self, plain: Objective, teacher: Denoiser, averaged: Denoiser) -> None:
-        self.plain, self.teacher, self.averaged = plain, teacher, at_both_times(averaged)
+        self.plain, self.teacher, self.averaged = plain, teacher, tasks_of(averaged).both(averaged)
         self._last: tuple[Denoiser, Denoiser] | None = None
 
     def __call__(self, student: Denoiser, batch: Batch, target: Prediction) -> Tensor:
@@ -180,7 +180,7 @@ class PairsObjective:
 
     def _both(self, student: Denoiser) -> Denoiser:
         if self._last is None or self._last[0] is not student:
-            self._last = student, at_both_times(student)
+            self._last = student, tasks_of(student).both(student)
         return self._last[1]
 
     @torch.no_grad()
