@@ -11,7 +11,7 @@ from torch import Tensor
 from dkdm.config import Sampler
 from dkdm.core.conditioning import Condition
 from dkdm.core.denoiser import Denoiser
-from dkdm.core.randomness import derived_seed
+from dkdm.core.randomness import derived_seeds
 from dkdm.core.solvers import SOLVERS, spacing_of
 from dkdm.errors import UsageError
 
@@ -106,13 +106,14 @@ def shared_noise(denoiser: Denoiser, seed: int, indices: range) -> Callable[[int
 
     It is drawn on the CPU, so that every device starts from the same.
     """
-
-    shape, random, device = denoiser.sample_shape, torch.Generator(), denoiser.device
+    random, device = torch.Generator(), denoiser.device
+    drawn = torch.empty(len(indices), *denoiser.sample_shape)
+    seeds = [derived_seeds(seed, "comparison", index) for index in indices]
+    rows = list(zip(seeds, drawn, strict=True))
 
     def noise(step: int) -> Tensor:
-        drawn = torch.empty(len(indices), *shape)
-        for index, row in zip(indices, drawn, strict=True):
-            row.normal_(generator=random.manual_seed(derived_seed(seed, "comparison", index, step)))
-        return drawn.to(device)
+        for seed_of, row in rows:
+            row.normal_(generator=random.manual_seed(seed_of(step)))
+        return drawn.to(device, copy=True)
 
     return noise
