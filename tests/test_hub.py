@@ -2,11 +2,15 @@
 
 import json
 import re
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
+from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 
 import dkdm
@@ -14,6 +18,7 @@ import programs
 from dkdm.cli import main
 from dkdm.config import read_config
 from dkdm.errors import DkdmError, UsageError
+from dkdm.models import load_teacher
 from dkdm.shipping.hub import push
 from dkdm.students import student_of
 from factories import denoiser
@@ -246,3 +251,39 @@ def test_a_run_that_is_not_to_be_uploaded_asks_no_hub(hub, finished):
     assert not hub.requests
     matter = yaml.safe_load((finished / "README.md").read_text().split("---\n")[1])
     assert matter["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("objective", ["few-step", "consistency"])
+def test_a_few_step_folder_samples_after_its_way_through_the_hub(
+    hub, tmp_path, objective, monkeypatch
+):
+    """By dkdm and by diffusers, from what was downloaded again, with what lies beside it."""
+    files = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "".join(files[1:]))
+    few = {"objective": objective, "student_steps": "1,2", "few_step_heads": 2, "eta": 0.0}
+    config = replace(RUN, output_dir=tmp_path / "run", few_step_pool=8, **few)
+    teacher = denoiser(3)
+    folder = dkdm.distill(teacher, student_of("dit-xs", teacher), config)
+    push(folder, "few")
+    names = hub.files(f"{USER}/few").keys()
+    assert not [name for name in names if "checkpoint-" in name]
+    copy = Path(huggingface_hub.snapshot_download(f"{USER}/few", local_dir=tmp_path / "copy"))
+    beside = {"few-step": "one-step", "consistency": "many-steps"}[objective]
+    for part in ("", beside, "plain"):
+        weights = Path(part, "transformer", "diffusion_pytorch_model.safetensors")
+        assert (copy / weights).read_bytes() == (folder / weights).read_bytes()
+    noise = torch.Generator().manual_seed(0)
+    model = load_teacher(copy)
+    own = model.sample(
+        lambda _: torch.randn(2, 1, 8, 8, generator=noise), model.conditioning.of([0, 1]), 2
+    )
+    with warnings.catch_warnings(action="ignore"):
+        pipeline = DiffusionPipeline.from_pretrained(copy, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        class_labels=[0, 1],
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(theirs, own, rtol=1e-4, atol=1e-4)
