@@ -1,4 +1,4 @@
-"""Lines that a user is told on stderr while a command prepares its work, each once in a run."""
+"""Lines that a command prints on stderr while it prepares its work, each once in a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network that denoises as it is, and jumps when it is told to by a flag.
+"""A network that denoises as it is, and jumps when a flag says so.
 
 The flag is a learned shift of what the layers that see the time alone give: an input that is 0 or
 1, and the weights that it comes with. It is the same at each level, so that the network that jumps
@@ -31,6 +31,7 @@ from dkdm.core.few_steps.both_levels import (
 from dkdm.errors import DkdmError
 
 SHIFT = "jump"  # a parameter of a layer with the flag, [D]
+STD = 0.3  # of a shift at first: of zeros both tasks would begin as one, and part slowly
 WITHOUT = "without_jump"  # a buffer of a layer that jumps: its bias, or table, when it denoises
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
@@ -92,7 +93,7 @@ def _shifted(layer: Any, args: Any, output: Tensor) -> Tensor:
 
 
 def with_flag(model: Denoiser) -> nn.Module | None:
-    """A copy of the network with the flag, a shift of zeros; None if no layer can have it.
+    """A copy of the network with the flag, a small random shift; None if no layer can have it.
 
     That it acts on samples that jump alone, and that `jumping` changes nothing, is tried on a copy
     whose weights all matter.
@@ -122,11 +123,12 @@ def _bare(model: Denoiser) -> nn.Module:
 
 def _flagged(model: Denoiser, names: list[str]) -> Denoiser:
     network: nn.Module = copy.deepcopy(model.network)  # type: ignore[assignment]
+    random = torch.Generator().manual_seed(0)
     for name in names:
         layer: Any = network.get_submodule(name)
         target = _target(layer)
-        zeros = target.detach().new_zeros(target.shape[-1])
-        layer.register_parameter(SHIFT, nn.Parameter(zeros, requires_grad=target.requires_grad))
+        shift = torch.randn(target.shape[-1], generator=random).mul(STD).to(target.detach())
+        layer.register_parameter(SHIFT, nn.Parameter(shift, requires_grad=target.requires_grad))
         layer.register_forward_hook(_shifted)
         layer.jumps = None
     return replace(model, network=network)
