@@ -535,8 +535,16 @@ def test_samples_are_drawn_in_the_steps_of_the_grid_alone():
     assert drawn(model, 4, torch.Generator().manual_seed(0)).isfinite().all()
 
 
+class Number(toy_networks.Mlp):
+    """A network of points that is fed its time as a number, which no layer sees alone."""
+
+    def forward(self, x, time):
+        return self.layers(torch.cat([x, (time / 1000).unsqueeze(1).expand(-1, 16)], 1))
+
+
 @pytest.mark.slow
-def test_one_step_is_far_better_than_the_plain_students_and_many_steps_stay():
+@pytest.mark.parametrize(("made", "tasks"), [(toy_networks.Mlp, mirror), (Number, flag)])
+def test_one_step_is_far_better_than_the_plain_students_and_many_steps_stay(made, tasks):
     """Energy distances to a mixture, at as many optimizer steps; half of them are plain."""
     random = torch.Generator().manual_seed(0)
     means = 1.3 * torch.randn(8, 4, generator=random, dtype=torch.float64)
@@ -554,15 +562,16 @@ def test_one_step_is_far_better_than_the_plain_students_and_many_steps_stay():
         return made
 
     torch.manual_seed(0)
-    student = Denoiser(toy_networks.Mlp(4, period=500), process, kind, (4,))
-    assert mirror.can_mirror(student)
+    student = Denoiser(made(4, period=500), process, kind, (4,))
+    student = for_both_tasks(student, student)
+    assert tasks_of(student) is tasks
     plain = Objective(student, teacher)
     toy_networks.trained(pool(), student, plain, 1500)
     averaged = averaged_network(student.network, 0.95, CPU)
     source = Pairs(pool(), teacher, student.network, averaged)
     led = Denoiser(averaged.module, process, kind, (4,))
     toy_networks.trained(source, student, PairsObjective(plain, teacher, led), 1500)
-    jumps = Jumps.of(Denoiser(mirror.jumping(student), process, kind, (4,)), grid)
+    jumps = Jumps.of(Denoiser(tasks.jumping(student), process, kind, (4,)), grid)
     real = mixture.sample(4000, random)
 
     def distance(model, steps):

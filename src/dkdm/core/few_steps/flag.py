@@ -31,7 +31,7 @@ from dkdm.core.few_steps.both_levels import (
 from dkdm.errors import DkdmError
 
 SHIFT = "jump"  # a parameter of a layer with the flag, [D]
-STD = 0.3  # of a shift at first: of zeros both tasks would begin as one, and part slowly
+STD = 0.1  # of a shift at first: of zeros both tasks would begin as one, and part slowly
 WITHOUT = "without_jump"  # a buffer of a layer that jumps: its bias, or table, when it denoises
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
