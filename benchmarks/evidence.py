@@ -26,11 +26,11 @@ import cells
 from torch import Tensor, nn
 
 from dkdm.config import DistillConfig
+from dkdm.core.budget import fill_cost
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.process import Process
 from dkdm.models import load_teacher
 from dkdm.runs.distill import distill
-from dkdm.runs.source import fill_cost
 
 LEVELS = 1000
 VARIANTS: dict[str, dict[str, Any]] = {

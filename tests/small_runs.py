@@ -18,6 +18,7 @@ SMALL = dkdm.DistillConfig(
     pool_size=24,
     fill_steps=2,
     learning_rate=1e-3,
+    lr_scheduler="constant",
     logging_steps=1,
     validation_steps=0,
     validation_sampling_steps=2,

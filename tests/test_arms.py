@@ -56,6 +56,7 @@ def options(folder, output, source, target="noise", **changes):
         "max_train_steps": 4,
         "pool_size": 12,
         "fill_steps": 2,
+        "lr_scheduler": "constant",
         "synthetic_samples": 9 if source == "synthetic" else None,
         "synthetic_steps": 3,
         "stride": "random:8",

@@ -214,9 +214,9 @@ def test_the_last_digits_of_a_noise_level_are_no_other_teacher():
 
 
 def test_more_steps_do_not_change_the_size_of_a_pool_that_was_left_open(tmp_path):
-    small_runs.run(tmp_path, pool_size=None, **QUICK)
+    small_runs.run(tmp_path, pool_size=None, rho=0.4, **QUICK)
     for steps in (3, 4):
-        more = {**ON, "max_train_steps": steps, "pool_size": None}
+        more = {**ON, "max_train_steps": steps, "pool_size": None, "rho": 0.4}
         folder, metrics, _ = small_runs.run(tmp_path, **more)
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert json.loads((folder / "config.json").read_text())["pool_size"] == 16

@@ -90,7 +90,7 @@ def test_a_step_of_algorithm_1_calls_what_the_page_names_in_its_order(tmp_path):
     places = [next(i for i, n in enumerate(begun) if n.endswith(f".{name}")) for name in order]
     assert places == sorted(places), begun
     before = called[: called.index("core.trainer.Trainer.learn")]
-    assert "runs.source.pool_entries" in before and "core.fill.fill_few_step" in before
+    assert "core.budget.pool_entries" in before and "core.fill.fill_few_step" in before
 
 
 def test_layout_of_the_readme_is_the_package():

@@ -132,7 +132,7 @@ def test_check_and_estimate_change_no_result(tmp_path, monkeypatch, capsys):
     )
     with_both = distilled(tmp_path / "a")
     text = capsys.readouterr().err
-    assert "to prepare (32 teacher evaluations)" in text
+    assert "to prepare (16 teacher evaluations)" in text
     assert "the teacher does not denoise as it is read" in text
     plain = distilled(tmp_path / "b", check=False)
     assert "does not denoise" not in capsys.readouterr().err
@@ -172,4 +172,4 @@ def test_teachers_of_latents_and_text_are_looked_at(tmp_path, make):
 
 def test_dry_run_says_minutes():
     text = describe(replace(CONFIG, teacher="builtin:fashion", student="dit-tiny"))
-    assert "to prepare (32 teacher evaluations)" in text
+    assert "to prepare (16 teacher evaluations)" in text

@@ -186,6 +186,7 @@ def run(folder, steps=3, **options):
         train_batch_size=4,
         pool_size=16,
         fill_steps=2,
+        lr_scheduler="constant",
         logging_steps=1,
         checkpointing_steps=2,
         evaluation_samples=0,

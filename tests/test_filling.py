@@ -119,6 +119,7 @@ def test_a_signal_saves_what_is_filled(undisturbed_run, tmp_path, monkeypatch, c
 def test_a_signal_in_the_fill_of_one_teacher_keeps_what_another_has_filled(tmp_path, monkeypatch):
     teachers = [denoiser(seed=seed) for seed in (0, 1)]
     config = replace(small_runs.SMALL, output_dir=tmp_path / "run", max_train_steps=1, shards=1)
+    config = replace(config, fill_entries=1)
     config = replace(config, fill_batch_size=24, evaluation_samples=0, check=False)
     with monkeypatch.context() as patch, pytest.raises(Stopped), answering_signals():
         stop_in_fill(patch, "SIGTERM")  # each teacher fills its pool in one batch

@@ -20,6 +20,7 @@ QUICK = {
     "train_batch_size": 4,
     "pool_size": 8,
     "fill_steps": 2,
+    "lr_scheduler": "constant",
     "validation_sampling_steps": 2,
     "evaluation_samples": 2,
 }

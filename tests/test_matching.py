@@ -370,6 +370,7 @@ def test_a_run_with_another_process_trains_resumes_and_ships(process, tmp_path):
         "validation_sampling_steps": 3,
         "fill_steps": 2,
         "pool_size": 16,
+        "lr_scheduler": "constant",
         "seed": 1,
     }
     teacher = denoiser()

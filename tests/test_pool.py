@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkdm.config import DistillConfig, PoolOptions
+from dkdm.core.budget import fill_cost, pool_entries
 from dkdm.core.chains import Guidance, Stride
 from dkdm.core.checkpoint import read_tensors, write_parts
 from dkdm.core.conditioning import ClassLabels, Unconditional
@@ -27,7 +28,6 @@ from dkdm.core.shards import Shards
 from dkdm.core.storage import check_memory
 from dkdm.errors import UsageError
 from dkdm.runs.arms import ARMS
-from dkdm.runs.source import fill_cost, pool_entries
 
 LEVELS, TOP = 100, 99
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", LEVELS))

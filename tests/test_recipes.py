@@ -7,13 +7,13 @@ import torch
 
 from dkdm.cli import main
 from dkdm.config import DistillConfig, TrainConfig
+from dkdm.core.budget import newly_drawn
 from dkdm.errors import UsageError
 from dkdm.models import LoadOptions, load_teacher
 from dkdm.networks.adm import AdmUNet
 from dkdm.runs.paper_recipes import PAPER_RECIPES, TO_BE_GIVEN
 from dkdm.runs.recipes import RECIPES, check_given, recipe
 from dkdm.runs.smoke import STAND_INS, shrunk, smoke
-from dkdm.runs.source import newly_drawn
 
 NEEDS_TEXT = {"fashion-text", "fashion-text-teacher"}
 QUICK = {"fashion-flow", "fashion-latent-teacher"}

@@ -108,6 +108,8 @@ def config(folder, **options):
         source="synthetic",
         train_batch_size=4,
         fill_steps=2,
+        fill_entries=1,
+        lr_scheduler="constant",
         pool_size=16,
         synthetic_steps=3,
         logging_steps=1,

@@ -21,6 +21,7 @@ from dkdm.config import (
     TeacherOptions,
     TrainingOptions,
 )
+from dkdm.core.budget import pool_entries
 from dkdm.core.denoiser import Batch, Denoiser
 from dkdm.core.feature_loss import stage_names
 from dkdm.core.learning import optimizer_of, prepare
@@ -158,7 +159,7 @@ def plan_of_sizes(measured: Sizes, teacher: Denoiser, run: PlannedRun, gpus: int
     part, teacher_part = (1 / gpus if sharded[name] else 1.0 for name in ("student", "teacher"))
     own, teacher_own = weights * part, measured.teacher * teacher_part
     gathered = zip(measured.gathered, _SHARDED, strict=True)
-    pool_size = pool.pool_size or round(pool.rho * teacher.process.num_levels * batch_size)
+    pool_size = pool_entries(pool, training, teacher.process.num_levels)
     values = pool_size * torch.Size(teacher.sample_shape).numel()
     states = values * getattr(torch, pool.pool_dtype).itemsize / MIB
     replayed = replay_mib(teacher, pool, batch_size)

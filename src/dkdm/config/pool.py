@@ -23,8 +23,8 @@ class StorageOptions(Options, title="Pool"):
     """How large the pool is, where it lies, and what is kept of its batches."""
 
     pool_size: Count | None = None
-    """Noisy samples in the pool, a batch or more. Default: follows from --rho; a batch for
-    --source shuffled."""
+    """Noisy samples in the pool, a batch or more. Default: follows from --rho and the length of the
+    run; a batch for --source shuffled."""
     pool_dtype: Literal["float32", "float16"] = "float32"
     """Precision the pool is stored in."""
     pool_device: Literal["device", "cpu", "disk"] = "device"
@@ -63,9 +63,10 @@ class SourceOptions(Options):
     too, but fixed groups that take turns. iterative: a batch, all at one level. synthetic: finished
     samples of the teacher with fresh noise (data-free training). images: real images with fresh
     noise (data-based training). mixed: the dynamic pool and images in each batch."""
-    rho: Annotated[float, Range(0, 1000, above=True)] = 0.4
+    rho: Annotated[float, Range(0, 1000, above=True)] | None = None
     """Size of the dynamic pool as a multiple of T * batch, for T noise levels; at least a batch, at
-    most what the run can draw. --pool-size replaces it."""
+    most what the run can draw. --pool-size replaces it. Default: 0.4, as published, but no more
+    than a fill with a fifth of the run's other teacher evaluations gives."""
 
 
 class FillOptions(Options):
@@ -76,9 +77,14 @@ class FillOptions(Options):
     ancestral: exact chains (slow). none: pure noise."""
     fill_steps: Count = 20
     """Teacher evaluations that the few-step fill spends on each sample it draws."""
-    fill_entries: Annotated[int, Range(1, 1000)] = 1
+    fill_entries: Annotated[int, Range(1, 1000)] | None = None
     """Noisy samples that the few-step fill makes of each sample it draws, at levels far apart: with
-    8 it costs an eighth."""
+    8, the default, it costs an eighth of what it does with 1."""
+
+    @property
+    def entries_of_a_sample(self) -> int:
+        """`fill_entries` in numbers."""
+        return self.fill_entries or 8
 
 
 class PlannedPool(FillOptions, StorageOptions):

@@ -99,10 +99,9 @@ class OptimizerChoice(Options, title="Optimizer"):
 class OptimizerOptions(OptimizerChoice):
     """The optimizer, its learning rate, and the average of the weights."""
 
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = (
-        "constant_with_warmup"
-    )
-    """How the learning rate changes over the run."""
+    lr_scheduler: Literal["auto", "constant", "constant_with_warmup", "linear", "cosine"] = "auto"
+    """How the learning rate changes over the run. cosine and linear: it falls to 0. auto: cosine; a
+    run that goes on keeps its own."""
     lr_warmup_steps: CountOrNone = 0
     """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Range(0, 10)] = 0.0
@@ -118,13 +117,14 @@ class OptimizerOptions(OptimizerChoice):
     """Decay of that average per step, and never more than (1 + n) / (10 + n) at step n."""
 
     def decided(self, new: bool) -> OptimizerOptions:
-        """The same with optimizer and learning rate. new: the weights that learn are random."""
-        optimizer, rate = self.optimizer, self.learning_rate
+        """The same with optimizer, rate and schedule. new: the weights that learn are random."""
+        optimizer, rate, schedule = self.optimizer, self.learning_rate, self.lr_scheduler
         if optimizer == "auto":
             optimizer = "muon" if new and rate is None else "adamw"
         if rate is None:
             rate = 0.02 if optimizer == "muon" else 1e-4
-        return replace(self, optimizer=optimizer, learning_rate=rate)
+        schedule = "cosine" if schedule == "auto" else schedule
+        return replace(self, optimizer=optimizer, learning_rate=rate, lr_scheduler=schedule)
 
 
 class WeightingOptions(Options, title="Loss"):

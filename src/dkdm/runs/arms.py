@@ -9,6 +9,7 @@ import torch
 
 from dkdm.config import DistillConfig, ImageOptions, PoolOptions, TrainingOptions
 from dkdm.core.ahead import Ahead
+from dkdm.core.budget import fill_cost, newly_drawn, pool_entries
 from dkdm.core.chains import Guidance
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.finished import Finished, SampleShards
@@ -26,12 +27,9 @@ from dkdm.runs.source import (
     OF_CHAINS,
     SourcePlan,
     fill,
-    fill_cost,
     guidance_factor,
     guidance_of_set,
     make_pool,
-    newly_drawn,
-    pool_entries,
 )
 
 FINISHED = "finished"

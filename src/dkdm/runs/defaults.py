@@ -85,7 +85,7 @@ def _pool_size_in(folder: Path) -> int | None:
 
 
 def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:
-    """The config with `optimizer` and `learning_rate` decided.
+    """The config with `optimizer`, `learning_rate` and `lr_scheduler` decided.
 
     found: the checkpoint that the run goes on from, if any: as before. new: whether the network
     starts from random weights. Raises UsageError for another optimizer than that of the run.
@@ -101,8 +101,11 @@ def with_optimizer(config: Config, found: Path | None, new: bool) -> Config:
         options = replace(options, optimizer=before)
     if begun is not None and options.learning_rate is None:
         options = replace(options, learning_rate=begun.optimizing.learning_rate)
+    if begun is not None and options.lr_scheduler == "auto":
+        options = replace(options, lr_scheduler=begun.optimizing.lr_scheduler)
     options = options.decided(new and found is None)
-    return replace(config, optimizer=options.optimizer, learning_rate=options.learning_rate)
+    decided = ("optimizer", "learning_rate", "lr_scheduler")
+    return replace(config, **{name: getattr(options, name) for name in decided})
 
 
 def _start_of(student_init: str) -> DistillConfig | None:

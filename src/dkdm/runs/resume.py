@@ -47,7 +47,7 @@ OF_THE_TEACHER = {
 }
 DECIDED = {
     *("student_prediction", "loss_weighting", "optimizer", "learning_rate", "pool_size"),
-    "teacher_pool_size",
+    *("teacher_pool_size", "rho", "fill_entries", "lr_scheduler"),
 }
 LEFT_OPEN = (None, "auto")  # values of these, which are then as before
 

@@ -15,11 +15,12 @@ from rich.table import Column, Table
 
 from dkdm.checks.memory_plan import MemoryPlan, PlannedRun
 from dkdm.config import PlanOptions, TrainingOptions
+from dkdm.core.budget import fill_cost, newly_drawn
 from dkdm.core.denoiser import Denoiser
 from dkdm.evaluation.cost import count_macs
 from dkdm.evaluation.memory import MIB
 from dkdm.evaluation.numbers import count, duration, memory
-from dkdm.runs.source import fill_cost, guidance_factor, newly_drawn
+from dkdm.runs.source import guidance_factor
 from dkdm.students import sketched_student_of
 
 FORWARD_AND_BACKWARD = 3  # of a forward pass: the backward pass computes two products for each

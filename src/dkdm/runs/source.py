@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from dkdm.config import (
     PoolOptions,
     RunOptions,
     TeacherConditions,
-    TrainingOptions,
 )
 from dkdm.core import processes
 from dkdm.core.chains import Guidance, Stride
@@ -87,25 +85,6 @@ def _folder(pool: PoolOptions, run: RunOptions) -> Path | None:
     return check_output("--pool-dir", pool.pool_dir, folder=True, overwrite=True)
 
 
-def newly_drawn(pool: PoolOptions, training: TrainingOptions) -> int:
-    """Samples in the new batches of the run: all but those that `--replay` shows again."""
-    batches = training.max_train_steps * training.gradient_accumulation_steps
-    return math.ceil(batches / pool.replay) * training.batch_size
-
-
-def pool_entries(pool: PoolOptions, training: TrainingOptions, num_levels: int) -> int:
-    """Entries of the pool: as asked, or rho * T * batch, but at most what the run draws."""
-    batch = training.batch_size
-    if pool.pool_size is not None:
-        if pool.pool_size < batch:
-            raise UsageError(
-                f"--pool-size {pool.pool_size} is smaller than a batch of {batch}: give {batch} "
-                "or more"
-            )
-        return pool.pool_size
-    return max(batch, min(round(pool.rho * num_levels * batch), newly_drawn(pool, training)))
-
-
 def guidance_of_set(guidance: GuidanceOptions) -> float:
     """The guidance scale of a synthetic set. Raises UsageError for a range."""
     low, high = guidance.scales
@@ -116,16 +95,6 @@ def guidance_of_set(guidance: GuidanceOptions) -> float:
     return low
 
 
-def fill_cost(pool: PoolOptions, size: int, num_levels: int) -> float:
-    """Teacher evaluations, of an unguided teacher, that fill a pool of `size` entries."""
-    if pool.fill == "none":
-        return 0
-    if pool.fill == "ancestral":
-        return size * num_levels / 2
-    shards = Shards(min(pool.shards, size)).sizes(size).values()
-    return pool.fill_steps * sum(math.ceil(count / pool.fill_entries) for count in shards)
-
-
 def fill(
     pool: Pool, options: PoolOptions, batch_size: int, output_dir: Path, others: bool = False
 ) -> None:
@@ -134,8 +103,12 @@ def fill(
     others: whether the run has other pools, which other teachers fill.
     """
     place = f"{pool.seed}-{pool.shards.rank}-of-{pool.shards.world}"
-    names = ("fill", "fill_steps", "fill_entries")
-    how = {"batch_size": batch_size, **{name: getattr(options, name) for name in names}}
+    how = {
+        "batch_size": batch_size,
+        "fill": options.fill,
+        "fill_steps": options.fill_steps,
+        "fill_entries": options.entries_of_a_sample,
+    }
     filling = Filling(pool, output_dir / FILL / place, how, others or processes.world() > 1)
     with filling.kept():
         if options.fill == "none":
@@ -144,7 +117,7 @@ def fill(
         if options.fill == "ancestral":
             fill_ancestral(pool, batch_size, filling, together)
         else:
-            each = options.fill_steps, batch_size, filling, together, options.fill_entries
+            each = options.fill_steps, batch_size, filling, together, options.entries_of_a_sample
             fill_few_step(pool, *each)
 
 
