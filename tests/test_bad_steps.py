@@ -71,7 +71,7 @@ def test_an_entry_that_is_not_finite_begins_anew(tmp_path, monkeypatch, capsys):
         return draw(self, batch_size)
 
     monkeypatch.setattr(Pool, "draw", then)
-    small_runs.run(tmp_path, **RUN)
+    small_runs.run(tmp_path, **RUN, fill_entries=1)
     (pool,) = pools
     assert pool.x.isfinite().all()
     assert "8 entries of the source were not finite, and begin anew" in capsys.readouterr().err
