@@ -97,6 +97,7 @@ def config_of(run: Run, folder: Path, steps: int) -> DistillConfig:
         ema_decay=0.98,
         pool_size=1024,
         fill_steps=8,
+        fill_entries=1,
         stride="random:50",
         eta=0.0,
         synthetic_steps=DATA_FREE_STEPS,

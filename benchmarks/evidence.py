@@ -2,6 +2,7 @@
 
     python benchmarks/evidence.py runs/evidence --variants eps v flow --seeds 0 1 2 --jobs 2
     python benchmarks/evidence.py runs/laws --variants laws --evaluations 28352
+    python benchmarks/evidence.py runs/start --variants start
 
 The teacher is the embedded one read as an eps teacher (its v is turned into eps at every level), or
 any folder. With --evaluations a variant takes as many steps as these leave once its pool is filled.
@@ -80,7 +81,13 @@ LAWS: dict[str, dict[str, Any]] = {
     "average 0.9": {"ema_decay": 0.9},
     "average 0.95": {"ema_decay": 0.95},
 }
-VARIANTS |= LAWS
+START: dict[str, dict[str, Any]] = {
+    "a run's defaults": {},
+    "a rate that does not fall": {"lr_scheduler": "constant"},
+    "rate 0.04, cosine": MUON | {"learning_rate": 0.04, "lr_scheduler": "cosine"},
+    "rho 0.4, an entry of a sample": {"rho": 0.4, "fill_entries": 1, "lr_scheduler": "constant"},
+}
+VARIANTS |= LAWS | START
 SHARED: dict[str, Any] = {
     "train_batch_size": 64,
     "lr_scheduler": "cosine",
@@ -88,6 +95,7 @@ SHARED: dict[str, Any] = {
     "ema_decay": 0.98,
     "pool_size": 1024,
     "fill_steps": 8,
+    "fill_entries": 1,
     "stride": "random:50",
     "eta": 0.0,
     "condition_dropout": 0.1,
@@ -127,6 +135,15 @@ def teacher_of(name: str) -> Denoiser:
     )
 
 
+def settings_of(variant: str) -> dict[str, Any]:
+    """Options of a variant; those of START leave the pool and the optimizer as dkdm has them."""
+    if variant not in START:
+        return SHARED | VARIANTS[variant]
+    own = ("lr_scheduler", "lr_warmup_steps", "ema_decay", "pool_size", "fill_steps", "stride")
+    left = {*own, "eta", "fill_entries"}
+    return {key: value for key, value in SHARED.items() if key not in left} | START[variant]
+
+
 def run(teacher: str, folder: Path, cell: cells.Cell) -> cells.Line:
     """Distil and measure one student, or measure the teacher."""
     if cell["variant"] == "teacher":
@@ -134,7 +151,7 @@ def run(teacher: str, folder: Path, cell: cells.Cell) -> cells.Line:
     own = {key: cell[key] for key in ("student", "seed")} | {"max_train_steps": cell["steps"]}
     run_folder = folder / "runs" / "-".join(str(value) for value in cell.values())
     shutil.rmtree(run_folder, ignore_errors=True)
-    settings = SHARED | VARIANTS[cell["variant"]] | own
+    settings = settings_of(cell["variant"]) | own
     distill(teacher_of(teacher), None, DistillConfig(**settings, output_dir=run_folder))
     return cells.measured(load_teacher(str(run_folder)))
 
@@ -142,7 +159,7 @@ def run(teacher: str, folder: Path, cell: cells.Cell) -> cells.Line:
 def steps_within(settings: dict[str, Any], evaluations: int) -> int:
     """Optimizer steps that so many teacher evaluations leave after the fill; restarts count."""
     pool = DistillConfig(**settings).pool
-    assert pool.pool_size is not None
+    assert pool.pool_size is not None, "--evaluations takes variants whose pool has a size"
     restarts = sum(pool.strides) / 2 / LEVELS
     each = settings["train_batch_size"] * (1 + restarts) / pool.replay
     return max(1, round((evaluations - fill_cost(pool, pool.pool_size, LEVELS)) / each))
@@ -154,7 +171,7 @@ def queue(args: argparse.Namespace) -> Iterator[cells.Cell]:
     for seed in args.seeds:
         for student in args.students:
             for variant in args.variants:
-                settings = SHARED | VARIANTS[variant]
+                settings = settings_of(variant)
                 steps = args.steps
                 if args.evaluations is not None:
                     steps = steps_within(settings, args.evaluations)
@@ -197,7 +214,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--teacher", default="cnn-eps", help="cnn-eps, or any model")
     parser.add_argument("--students", nargs="+", default=["dit-tiny"])
-    names = [*VARIANTS, "laws"]
+    names = [*VARIANTS, "laws", "start"]
     parser.add_argument("--variants", nargs="+", default=["eps", "default"], choices=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     length = parser.add_mutually_exclusive_group()
@@ -205,8 +222,8 @@ def main() -> int:
     length.add_argument("--evaluations", type=int, help="of the teacher, instead of --steps")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     args = parser.parse_args()
-    named = [LAWS if name == "laws" else [name] for name in args.variants]
-    args.variants = [name for group in named for name in group]
+    groups = {"laws": [*LAWS], "start": [*START]}
+    args.variants = [each for name in args.variants for each in groups.get(name, [name])]
     args.folder.mkdir(parents=True, exist_ok=True)
     page = args.folder / "evidence.md"
 

@@ -73,6 +73,7 @@ SHARED: dict[str, Any] = {
     "ema_decay": 0.99,
     "pool_size": 1024,
     "fill_steps": 8,
+    "fill_entries": 1,
     "stride": "random:50",
     "eta": 0.0,
     "checkpointing_steps": 10**6,

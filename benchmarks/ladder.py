@@ -150,6 +150,7 @@ def config_of(scale: Scale, arm: Arm, seed: int, folder: Path) -> DistillConfig:
         "lr_warmup_steps": min(30, scale.steps // 10),
         "ema_decay": 0.98,
         "fill_steps": scale.fill_steps,
+        "fill_entries": 1,
         "stride": "random:50",
         "checkpointing_steps": scale.checkpoints,
         "checkpoints_total_limit": 1,

@@ -93,6 +93,7 @@ def student_config(args: argparse.Namespace) -> DistillConfig:
         ema_decay=0.99,
         pool_size=2048,
         fill_steps=10,
+        fill_entries=1,
         stride="random:50",
         eta=0.0,
         replay=2,

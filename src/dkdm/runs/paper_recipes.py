@@ -161,6 +161,7 @@ PAPER_RECIPES: dict[str, tuple[type[RunConfig], Settings]] = {
             "ema_decay": 0.999,
             "pool_size": 7680,
             "fill_steps": 20,
+            "fill_entries": 1,
             "max_train_steps": 4000,
         },
     ),

@@ -28,6 +28,7 @@ STUDENT: Settings = SHARED | {
     "ema_decay": 0.995,
     "pool_size": 3072,
     "fill_steps": 10,
+    "fill_entries": 1,  # as what is said of these runs was measured
     "stride": "random:50",
     "eta": 0.0,
 }
