@@ -184,6 +184,7 @@ def test_another_number_of_processes_goes_on(said, world, tmp_path):
         [*FEW_STEPS, "--fsdp", "both"],
         [*CONSISTENCY],
         [*CONSISTENCY, "--fsdp", "student", "--start-share", "0.2"],
+        [*CONSISTENCY, "--fsdp", "student", "--student", "uvit-tiny"],  # jumps by a flag
     ],
     ids=lambda options: "-".join(options).replace("--", ""),
 )

@@ -68,22 +68,24 @@ class _Told:
         """The network's output for states x [B, ...] at levels whose numbers are `time`, [B]."""
         self.times = to_device(self.times, x.device, torch.float32)
         number, levels = time.long(), len(self.times)
-        self._tell(number >= levels)
+        self._tell(number >= levels, True)
         try:
             return self.call(network, x, self.times[number % levels], cond)
         finally:
-            if not torch.is_grad_enabled():
-                self._tell(None)
+            self._tell(number >= levels if torch.is_grad_enabled() else None, False)
 
-    def _tell(self, jumps: Tensor | None) -> None:
+    def _tell(self, jumps: Tensor | None, called: bool) -> None:
         for layer in self.layers:
-            layer.jumps = jumps
+            layer.jumps, layer.called = jumps, called
 
 
 def _shifted(layer: Any, args: Any, output: Tensor) -> Tensor:
-    """A forward hook: what the layer gives, and the shift for the samples that jump."""
+    """A forward hook: what the layer gives, and the shift for the samples that jump.
+
+    In a call of the network by itself, without gradients, none do.
+    """
     del args
-    if layer.jumps is None:
+    if layer.jumps is None or not (layer.called or torch.is_grad_enabled()):
         return output
     rows = layer.jumps.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
     shift = getattr(layer, SHIFT).to(output.dtype)
@@ -130,7 +132,7 @@ def _flagged(model: Denoiser, names: list[str]) -> Denoiser:
         shift = torch.randn(target.shape[-1], generator=random).mul(STD).to(target.detach())
         layer.register_parameter(SHIFT, nn.Parameter(shift, requires_grad=target.requires_grad))
         layer.register_forward_hook(_shifted)
-        layer.jumps = None
+        layer.jumps, layer.called = None, False
     return replace(model, network=network)
 
 
@@ -143,7 +145,7 @@ def jumping(model: Denoiser) -> nn.Module:
         with torch.no_grad():
             target.add_(getattr(layer, SHIFT))
         delattr(layer, SHIFT)
-        del layer.jumps
+        del layer.jumps, layer.called
         for number, hook in list(layer._forward_hooks.items()):
             if hook is _shifted:
                 del layer._forward_hooks[number]
