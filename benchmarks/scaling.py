@@ -177,6 +177,7 @@ def run_of(case: Case, folder: Path, gpus: int) -> PlannedRun:
         pool_device="cpu",
         pool_dtype="float16",
         pool_size=4096 * gpus,
+        fill_entries=1,
         optimizer="adamw",
     )
 
@@ -188,7 +189,8 @@ def command(case: Case, gpus: int) -> str:
         f"dkdm plan {case.pipeline} {case.pipeline}/student.json --gpus {gpus} --teacher-size "
         f"{size} --teacher-dtype bfloat16 --mixed-precision bf16 --gradient-checkpointing "
         f"--train-batch-size {case.each * gpus} --max-train-steps {STEPS} --pool-device cpu "
-        f"--pool-dtype float16 --pool-size {4096 * gpus} --optimizer adamw"
+        f"--pool-dtype float16 --pool-size {4096 * gpus} --fill-entries 1 "
+        "--optimizer adamw"
     )
 
 

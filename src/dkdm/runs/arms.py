@@ -111,7 +111,9 @@ class Arm:
         """Options that make preparing shorter."""
         if pool.fill == "ancestral":
             return "--fill few-step, or a smaller --pool-size or --rho, makes it shorter"
-        return "a larger --fill-entries, a smaller --fill-steps, --pool-size or --rho makes it shorter"
+        return (
+            "a larger --fill-entries, a smaller --fill-steps, --pool-size or --rho makes it shorter"
+        )
 
 
 class BatchArm(Arm):
