@@ -46,6 +46,8 @@ from dkdm.runs.arms import prepare_source
 from dkdm.runs.distill import prepared
 
 CUDA = torch.cuda.is_available()
+TEACHER_BF16 = "teacher-bf16"
+NAMES = {"no": "float32", TEACHER_BF16: "float32, --teacher-dtype bfloat16"}
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 WORK = Path(tempfile.mkdtemp(prefix="against-reference-"))
 FLAGS = (  # what a checkpoint of theirs is read by, of what their YAML files hold
@@ -62,7 +64,7 @@ class Reference:
     teacher, student: arguments of their networks. pair: their experiment. levels: T.
     """
 
-    def __init__(self, folder: Path, quick: bool) -> None:
+    def __init__(self, folder: Path, quick: bool, levels: int | None = None) -> None:
         self.modules = imported(folder)
         read = lambda name: yaml.safe_load((folder / "yaml" / name).read_text())  # noqa: E731
         self.diffusion = read("cifar10_32/diffusion.yaml")
@@ -75,6 +77,8 @@ class Reference:
             self.diffusion |= {"diffusion_steps": 100, "timestep_respacing": "100"}
             for arch in self.networks.values():
                 arch |= {"num_channels": 32, "num_res_blocks": 1}
+        if levels is not None:
+            self.diffusion |= {"diffusion_steps": levels, "timestep_respacing": str(levels)}
         self.levels = self.diffusion["diffusion_steps"]
         self.size = self.networks["teacher"]["image_size"]
         self.weights = {name: self._random_weights(name) for name in self.networks}
@@ -102,12 +106,14 @@ class Reference:
                 nn.init.normal_(weight, std=0.3 / weight[0].numel() ** 0.5)
         return {key: value.clone() for key, value in model.state_dict().items()}
 
-    def ours(self, which: str) -> Denoiser:
-        """The same network, read by dkdm as a checkpoint of theirs."""
+    def ours(self, which: str, dtype: str = "float32") -> Denoiser:
+        """The same network, read by dkdm as a checkpoint of theirs, with weights in this type."""
         given = {**self.networks[which], **self.diffusion}
         words = [f"--{key} {given[key]}" for key in FLAGS if given.get(key, "") != ""]
         torch.save(self.weights[which], WORK / f"{which}.pt")
-        return load_teacher(WORK / f"{which}.pt", options=LoadOptions(flags=" ".join(words)))
+        return load_teacher(
+            WORK / f"{which}.pt", options=LoadOptions(dtype=dtype, flags=" ".join(words))
+        )
 
 
 def imported(folder: Path) -> SimpleNamespace:
@@ -215,6 +221,7 @@ def _their_pool(reference: Reference, batch: int, size: int) -> Path:
 
 def our_step(reference: Reference, batch: int, size: int, precision: str) -> Callable[[], object]:
     """A step of our trainer, with the settings of theirs."""
+    dtype = "bfloat16" if precision == TEACHER_BF16 else "float32"
     config = DistillConfig(
         output_dir=WORK / "run",
         train_batch_size=batch,
@@ -222,13 +229,13 @@ def our_step(reference: Reference, batch: int, size: int, precision: str) -> Cal
         fill="none",
         learning_rate=1e-4,
         optimizer="adamw",
-        mixed_precision=precision,
+        mixed_precision="no" if precision == TEACHER_BF16 else precision,
         check=False,
         evaluation_samples=0,
         validation_steps=0,
         report_to="none",
     )
-    ready = prepared(config, [reference.ours("teacher")], reference.ours("student"))
+    ready = prepared(config, [reference.ours("teacher", dtype)], reference.ours("student"))
     source: Any = ready.trainer.source
     prepare_source(source, ready.teacher, ready.config)
     source.t.copy_(torch.randint(0, reference.levels, source.t.shape))
@@ -274,7 +281,7 @@ def steps(reference: Reference, args: argparse.Namespace) -> list[dict[str, Any]
     sides = {"theirs, fp16": their_step(reference, args.batch, size, half=True)} if CUDA else {}
     sides["theirs, float32"] = their_step(reference, args.batch, size, half=False)
     for precision in args.precisions:
-        name = "ours, float32" if precision == "no" else f"ours, {precision}"
+        name = f"ours, {NAMES.get(precision, precision)}"
         sides[name] = our_step(reference, args.batch, size, precision)
     blocks: dict[str, list[float]] = {name: [] for name in sides}
     for step in sides.values():
@@ -319,15 +326,15 @@ def preparations(reference: Reference, args: argparse.Namespace) -> list[dict[st
     def fill() -> None:
         pool = empty_pool(teacher, args.fill_entries, DEVICE, torch.float32)
         with contextlib.redirect_stderr(io.StringIO()):
-            fill_few_step(pool, fill_steps, args.batch)
+            fill_few_step(pool, fill_steps, args.batch, entries=args.entries_a_sample)
 
+    evaluations = {"theirs": reference.levels / 2, "ours": fill_steps / args.entries_a_sample}
     fill()
     walk()
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
     for _ in range(args.repeats):
         times["theirs"].append(seconds(walk) / args.timed_levels / batch)
-        times["ours"].append(seconds(fill) / fill_steps / args.fill_entries)
-    evaluations = {"theirs": reference.levels / 2, "ours": float(fill_steps)}
+        times["ours"].append(seconds(fill) / evaluations["ours"] / args.fill_entries)
     rows = []
     for name, each in times.items():
         one = statistics.median(each)
@@ -363,6 +370,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="tiny networks, 100 levels")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--levels", type=int, help="T; None: theirs, or 100 with --quick")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--pool-batches", type=int, default=400, help="batches in the pool")
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"] if CUDA else ["no"])
@@ -371,7 +379,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--teacher-batch", type=int, default=3072, help="of their preparation")
     parser.add_argument("--timed-levels", type=int, default=6)
-    parser.add_argument("--fill-entries", type=int, default=1024)
+    parser.add_argument("--fill-entries", type=int, default=1024, help="in our pool")
+    parser.add_argument("--entries-a-sample", type=int, default=1, help="--fill-entries of dkdm")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.quick:
@@ -386,7 +395,7 @@ def main() -> None:
     """Measure and print two tables."""
     args = options()
     random.seed(0)
-    reference = Reference(args.reference.resolve(), args.quick)
+    reference = Reference(args.reference.resolve(), args.quick, args.levels)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if CUDA else "CPU",
         "cores": os.cpu_count(),
