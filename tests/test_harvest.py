@@ -23,6 +23,7 @@ from dkdm.core.toy import GaussianMixture, mixture_denoiser
 from dkdm.data.images import load_image_folder
 from dkdm.data.sample_files import PngFolder, WebDataset, picture, pixels
 from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.evaluated import Evaluation
 from dkdm.runs.harvest import harvest, kept
 from factories import counting, denoiser
 
@@ -287,6 +288,12 @@ def test_the_command_measures_what_it_wrote(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "0 samples that the run kept, 12 drawn" in said and "24 teacher evaluations" in said
     assert "Frechet distance" in said and "floor" in said and "--images" in said
+    found = Evaluation.read(tmp_path / "set" / "evaluation.json")
+    assert (found.num_samples, found.num_steps, found.sampler) == (12, 2, "ddim")
+    assert found.reference is not None and found.reference.name == "fashion-test"
+    same = dkdm.evaluate("builtin:fashion", "fashion-test", num_samples=12, steps=2)
+    assert found["fd"] == pytest.approx(same["fd"], rel=0.05)  # those as they were, these 8 bits
+    assert found.metrics["fd"].floor == same.metrics["fd"].floor
 
 
 def test_code_that_only_the_runs_folder_names_is_not_run(run, tmp_path, monkeypatch, capsys):

@@ -26,13 +26,17 @@ from dkdm.core.modes import evaluating
 from dkdm.core.progress import track
 from dkdm.core.solvers import spacing_of
 from dkdm.core.teachers import Teachers
+from dkdm.data.real_images import AT_ONCE
 from dkdm.data.reference import Features, Reference
 from dkdm.data.sample_files import FORMATS, Part, SampleFiles
 from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import floors_of
+from dkdm.evaluation.comparison import describe, versions
+from dkdm.evaluation.evaluated import Evaluation, Measured, SampledModel
 from dkdm.evaluation.fingerprint import hash_of
-from dkdm.evaluation.metrics import Metrics, Sampled, measure, usual
-from dkdm.evaluation.rows import Row, metric_rows
+from dkdm.evaluation.metrics import Sampled, measure, usual
+from dkdm.evaluation.results import EVALUATION
+from dkdm.evaluation.rows import Row, evaluation_rows
 from dkdm.evaluation.same_noise import Sampling, batches, decoded, shown_shape
 from dkdm.evaluation.shards import check_finite
 from dkdm.models import chosen_teacher
@@ -40,8 +44,8 @@ from dkdm.models.place import ready_to_draw
 from dkdm.reading.files import check_output
 from dkdm.reading.places import expanded
 from dkdm.runs.arms import FINISHED
-from dkdm.runs.earlier import distillation_of, run_folder, run_of, teacher_of
-from dkdm.runs.measure import check_count, warnings_of
+from dkdm.runs.earlier import AS_GIVEN, distillation_of, run_folder, run_of, teacher_of
+from dkdm.runs.measure import against, check_count, warnings_of
 from dkdm.runs.models import check_null_condition, given_conditions, ready_teacher
 from dkdm.runs.outputs import named_reference
 
@@ -105,8 +109,12 @@ def harvest(
     files.finish(range(how.num_samples))
     drawn = how.num_samples - count
     usage = files.usage(shown_shape(teacher) if files.images else teacher.sample_shape)
-    measured = _measured(files, teacher, reference, count, how) if reference else ()
-    return Harvest(how.output, count, drawn, each * drawn, usage, measured)
+    shown: tuple[Row, ...] = ()
+    if reference is not None:
+        measured = _measured(files, teacher, reference, count, how, scale)
+        measured.write(how.output / EVALUATION)
+        shown = tuple(evaluation_rows(measured))
+    return Harvest(how.output, count, drawn, each * drawn, usage, shown)
 
 
 def _evaluations(teacher: Denoiser, how: HarvestOptions, scale: float) -> int:
@@ -273,16 +281,49 @@ def _measured(
     reference: Reference,
     kept_count: int,
     how: HarvestOptions,
-) -> tuple[Row, ...]:
+    scale: float,
+) -> Evaluation:
     """What the set is worth, from the images as they were written."""
-    features, labels = [], []
-    for number, rows in enumerate(_parts(kept_count, how.num_samples)):
-        images, own = files.read(number, rows)
-        shown = images if files.images else decoded(teacher, images)
-        features.append(reference.network(shown))
-        labels += [] if own is None else [own]
-    whole = torch.cat(labels) if labels else None
-    names = usual(reference)
-    found: Metrics = measure(Sampled(Features.joined(features), whole), reference, names)
-    floors, _ = floors_of(reference, names, how.num_samples)
-    return tuple(metric_rows(found, floors=floors))
+    names, count = usual(reference), how.num_samples
+    found = measure(_seen(files, teacher, reference, kept_count, count), reference, names)
+    floors, floor_samples = floors_of(reference, names, count)
+    warnings, interval = warnings_of(names, count, reference.network), teacher.guidance_interval
+    if kept_count:
+        warnings.append(f"the first {kept_count:,} samples were kept while the run trained")
+    return Evaluation(
+        model=SampledModel(teacher.name, AS_GIVEN, scale),
+        num_samples=count,
+        sampler=how.sampler,
+        num_steps=how.steps,
+        seed=how.seed,
+        batch_size=how.batch_size,
+        guidance_interval=None if interval is None else f"{interval[0]:g}:{interval[1]:g}",
+        sample_shape=teacher.sample_shape,
+        reference=against(reference, how.resize),
+        metrics={
+            name: Measured(value, floors.get(name), floor_samples if name in floors else None)
+            for name, value in found.values.items()
+        },
+        teacher=None,
+        teacher_distance=None,
+        gap=None,
+        warnings=tuple(warnings),
+        device=describe(teacher.device),
+        versions=versions(),
+    )
+
+
+def _seen(
+    files: SampleFiles, teacher: Denoiser, reference: Reference, kept_count: int, count: int
+) -> Sampled:
+    """The set as the network of the reference sees it: with Inception the longest part."""
+    features, labels, done = [], [], 0
+    with track(count, 0, f"features of {files.folder.name}") as progress:
+        for number, rows in enumerate(_parts(kept_count, count)):
+            images, own = files.read(number, rows)
+            for batch in images.split(AT_ONCE):
+                shown = batch if files.images else decoded(teacher, batch)
+                features.append(reference.network(shown))
+                progress(done := done + len(batch))
+            labels += [] if own is None else [own]
+    return Sampled(Features.joined(features), torch.cat(labels) if labels else None)

@@ -138,7 +138,7 @@ def measured(plan: Plan, root: Path) -> Evaluation:
         batch_size=sampling.batch_size,
         guidance_interval=sampling.guidance_interval,
         sample_shape=drawing.denoiser.sample_shape,
-        reference=_against(plan, reference) if reference else None,
+        reference=against(reference, plan.command.measurement.resize) if reference else None,
         metrics=_metrics(plan, own, reference, others) if plan.metrics else {},
         **_beside_teacher(plan, own, teachers),
         warnings=tuple(warnings_of(plan.metrics, sampling.num_samples, plan.standard.network)),
@@ -166,11 +166,12 @@ def _as_reference(name: str, network: FeatureExtractor, seen: Features) -> Refer
     return Reference(f"samples of {name}", network, statistics, spatial, lambda: seen.features)
 
 
-def _against(plan: Plan, reference: Reference) -> Against:
+def against(reference: Reference, resize: str) -> Against:
+    """What samples were measured against, in words; resize: how images are brought to Inception."""
     network = reference.network
-    resize = plan.command.measurement.resize if network.name.startswith("inception") else None
+    how = resize if network.name.startswith("inception") else None
     images = reference.statistics.count
-    return Against(reference.name, images, network.name, network.in_words, resize)
+    return Against(reference.name, images, network.name, network.in_words, how)
 
 
 def _metrics(
