@@ -32,7 +32,7 @@ from dkdm.shipping.licence import front_matter
         ("student", "a\0b", "give a text"),
         ("student", "a" * 100_001, "give a text"),
         ("output_dir", None, "give a path"),
-        ("lr_scheduler", "sideways", "--lr-scheduler sideways: give one of constant, "),
+        ("lr_scheduler", "sideways", "--lr-scheduler sideways: give one of auto, "),
         ("lr_scheduler", [], "give one of"),
         ("classes", 3, "give a list"),
         ("classes", [1, "2"], "--classes .*: give a list, each a whole number of 0 or more"),
