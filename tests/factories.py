@@ -21,16 +21,20 @@ SCHEDULER = {
 }
 
 
-def tiny_unet(classes=None, out_channels=1, dropout=0.0, layers_per_block=1):
-    """A UNet2DModel of a few thousand parameters for 1x8x8 samples."""
+def tiny_unet(classes=None, out_channels=1, dropout=0.0, layers_per_block=1, levels=1):
+    """A UNet2DModel of a few thousand parameters for 1x8x8 samples.
+
+    With two levels it has a middle with attention, and takes twice as long.
+    """
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=out_channels,
         layers_per_block=layers_per_block,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16)[:levels],
+        down_block_types=("DownBlock2D",) * levels,
+        mid_block_type="UNetMidBlock2D" if levels > 1 else None,
+        up_block_types=("UpBlock2D",) * levels,
         norm_num_groups=4,
         attention_head_dim=8,
         num_class_embeds=classes,
@@ -81,14 +85,6 @@ def other_teacher():
     with torch.no_grad():
         next(made.network.parameters()).mul_(0.5)
     return made
-
-
-def thin_teacher():
-    """A teacher of few layers, to be traced: that takes as long as it has operations."""
-    made = denoiser()
-    torch.manual_seed(0)
-    network = type(made.network).from_config({**made.network.config, "mid_block_type": None})
-    return replace(made, network=network.eval())
 
 
 def student(sample_shape, out_channels, conditioning):

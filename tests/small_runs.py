@@ -42,11 +42,12 @@ def student_parameterization(teacher):
     return replace(teacher.parameterization, prediction=prediction)
 
 
-def begun(folder, learns_variance=False, **changes):
+def begun(folder, learns_variance=False, levels=1, **changes):
     """A trainer just before its first step, its source prepared; teacher and student are tiny."""
     scheduler, channels = {"variance_type": "learned_range"}, 2
     kinds = (scheduler, channels) if learns_variance else (None, 1)
-    teacher, student = (denoiser(3, kinds[0], seed, out_channels=kinds[1]) for seed in (0, 1))
+    sizes = {"out_channels": kinds[1], "levels": levels}
+    teacher, student = (denoiser(3, kinds[0], seed, **sizes) for seed in (0, 1))
     changes = {"learning_rate": 1e-3, "lr_warmup_steps": 4, "check": False, **changes}
     found = prepared(replace(SMALL, output_dir=folder / "run", **changes), [teacher], student)
     prepare_source(found.trainer.source, found.teacher, found.config)

@@ -144,7 +144,7 @@ def test_the_number_is_that_of_the_first_part(tmp_path, changes):
 
 def test_what_a_step_takes_is_measured(tmp_path):
     """Parts by their tensors, what passes as torch's allocator counts it."""
-    trainer = small_runs.begun(tmp_path)
+    trainer = small_runs.begun(tmp_path, levels=2)
     found = taken(trainer, None)
     passing = peak_allocated(trainer.step)
     assert found == pytest.approx(sum(needs(trainer, None).values()) + passing, rel=0.02)

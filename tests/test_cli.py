@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dkdm.cli import COMMANDS, main
+from dkdm.core.objective import Objective
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import PRESETS
 from factories import denoiser
@@ -131,14 +132,20 @@ def test_debug_shows_the_traceback(tmp_path):
         main([*args, "--debug"])
 
 
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    simple, calls = Objective._simple, []
+
+    def broken(self, *given):
+        calls.append(1)
+        return simple(self, *given) * (1.0 if len(calls) < 3 else float("nan"))
+
+    monkeypatch.setattr(Objective, "_simple", broken)
     folder = tmp_path / "run"
-    args = distill(folder, "--learning-rate", "1000", "--max-train-steps", "40")
-    message = fails(capsys, 1, *args, "--checkpointing-steps", "1", "--max-grad-norm", "1e15")
-    assert "not finite (NaN or infinite) by step" in message
-    assert "checkpoint-" in message
-    kept = [path.name for path in folder.glob("checkpoint-*")]
-    assert kept
+    args = distill(folder, "--checkpointing-steps", "1", "--max-bad-steps", "1")
+    message = fails(capsys, 1, *args)
+    assert "not finite (NaN or infinite) by step 3" in message
+    assert f"The last good checkpoint is {folder}/checkpoint-2" in message
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     assert not (folder / "model_index.json").exists()
 
 

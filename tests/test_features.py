@@ -57,14 +57,14 @@ def test_tokens_become_the_map_that_they_were_cut_from():
 
 
 def test_stages_are_the_listed_blocks_and_the_middle():
-    teacher = denoiser()
+    teacher = denoiser(levels=2)
     names = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     assert sorted(stage_names(teacher.network)) == sorted(names)
     assert stage_names(nn.ModuleDict({"first": nn.Linear(1, 1)})) == ["first"]
 
 
 def test_the_same_network_matches_by_name_and_has_no_loss_through_the_identity():
-    teacher = denoiser()
+    teacher = denoiser(levels=2)
     student = replace(teacher, network=copy.deepcopy(teacher.network))
     features = match_features(teacher, student)
     assert len(features.pairs) == 5 and all(a == b for a, b in features.pairs)
@@ -76,7 +76,7 @@ def test_the_same_network_matches_by_name_and_has_no_loss_through_the_identity()
 
 
 def test_a_transformer_matches_a_unet_by_resolution():
-    teacher = denoiser()
+    teacher = denoiser(levels=2)
     student = student_of("dit-tiny", teacher)  # 8x8 tokens
     features = match_features(teacher, student)
     [(theirs, own)] = features.pairs
@@ -87,7 +87,7 @@ def test_a_transformer_matches_a_unet_by_resolution():
 
 
 def test_pairs_can_be_named_and_are_brought_to_the_students_size():
-    teacher = denoiser()
+    teacher = denoiser(levels=2)
     student = student_of("dit-tiny", teacher)
     student.network.eval()  # no dropout of labels
     layers = "mid_block=transformer_blocks.1, up_blocks.1 = transformer_blocks.3"
@@ -109,14 +109,14 @@ def test_pairs_can_be_named_and_are_brought_to_the_students_size():
 )
 def test_stages_are_matched_by_their_place_not_their_number(student, pairs):
     """The last stage up of a network with fewer, or more, of them is the last one's counterpart."""
-    teacher = denoiser(layers_per_block=2)
+    teacher = denoiser(layers_per_block=2, levels=2)
     found = match_features(teacher, student_of(student, teacher), "name").pairs
     assert set(pairs) <= set(found)
     assert ("up_blocks.1", "up_blocks.1") not in found
 
 
 def test_blocks_of_a_shorter_transformer_are_matched_with_those_they_start_from():
-    teacher = student_of("dit-tiny", denoiser())
+    teacher = student_of("dit-tiny", denoiser(levels=2))
     student = student_of("shallow-50", teacher)
     found = match_features(teacher, student).pairs
     assert found == [
@@ -126,13 +126,13 @@ def test_blocks_of_a_shorter_transformer_are_matched_with_those_they_start_from(
 
 
 def test_a_networks_own_output_is_no_stage():
-    adm = student_of("adm-14m", replace(denoiser(), sample_shape=(1, 16, 16)))
+    adm = student_of("adm-14m", replace(denoiser(levels=2), sample_shape=(1, 16, 16)))
     names = list(stage_maps(adm))
     assert names and not any(name.startswith("out.") for name in names)
 
 
 def test_stages_inside_of_lists_of_lists_are_found():
-    names = list(stage_maps(student_of("mobile-tiny", denoiser())))
+    names = list(stage_maps(student_of("mobile-tiny", denoiser(levels=2))))
     assert any(name.startswith("down.") for name in names)
     assert any(name.startswith("up.") for name in names)
 
@@ -149,7 +149,7 @@ def test_of_a_pictures_and_a_prompts_tokens_the_pictures_are_taken():
 
 
 def test_gradients_reach_student_and_projections_only():
-    teacher, student = denoiser(), student_of("dit-tiny", denoiser(seed=1))
+    teacher, student = denoiser(levels=2), student_of("dit-tiny", denoiser(seed=1, levels=2))
     features = match_features(teacher, student)
     seen(features, teacher, student).loss().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in features.parameters())
@@ -158,7 +158,7 @@ def test_gradients_reach_student_and_projections_only():
 
 
 def test_of_a_guided_teacher_the_conditional_half_is_matched():
-    teacher, student = denoiser(), student_of("dit-tiny", denoiser())
+    teacher, student = denoiser(levels=2), student_of("dit-tiny", denoiser(levels=2))
     features = match_features(teacher, student)
     plain = seen(features, teacher, student).loss()
     guided = seen(features, teacher, student, guidance=3.0).loss()
@@ -176,7 +176,7 @@ def test_of_a_guided_teacher_the_conditional_half_is_matched():
 )
 def test_what_cannot_be_matched_is_refused(layers, message):
     with pytest.raises(UsageError, match=message):
-        match_features(denoiser(), student_of("dit-tiny", denoiser()), layers)
+        match_features(denoiser(levels=2), student_of("dit-tiny", denoiser(levels=2)), layers)
 
 
 def run(folder, steps=3, **options):
@@ -193,7 +193,7 @@ def run(folder, steps=3, **options):
         validation_steps=0,
         **options,
     )
-    dkdm.distill(denoiser(), "dit-tiny", config)
+    dkdm.distill(denoiser(levels=2), "dit-tiny", config)
     return checkpoint.read_tensors(folder / "transformer" / checkpoint.WEIGHTS)
 
 

@@ -463,7 +463,7 @@ def sampled_alike(model, path, labels=None, guidance=1.0):
     return np.abs(theirs - ours.numpy()).max()
 
 
-@pytest.mark.parametrize("name", mostly_slow(["factories:thin_teacher"], ["builtin:fashion"]))
+@pytest.mark.parametrize("name", mostly_slow(["factories:teacher"], ["builtin:fashion"]))
 def test_the_example_samples_a_teacher_alike(name, tmp_path, capsys, monkeypatch):
     """From the command line to a picture."""
     path = tmp_path / "teacher.onnx"

@@ -99,9 +99,9 @@ def _with_one_voice(args: list[str]) -> int:
 
 def _memory_used_up(error: Exception, command: str) -> DkdmError | None:
     """One line in place of torch's error, where no run says more; None for any other error."""
-    if isinstance(error, DkdmError):
+    if isinstance(error, DkdmError) or not isinstance(error, (RuntimeError, MemoryError)):
         return None
-    from dkdm.runs.memory import is_out_of_memory
+    from dkdm.runs.memory import is_out_of_memory  # imports torch
 
     if not is_out_of_memory(error):
         return None
