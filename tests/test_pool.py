@@ -597,5 +597,12 @@ def test_a_pool_holds_no_more_than_is_drawn():
     assert entries(**options, gradient_accumulation_steps=2) == 60
     assert entries(**options, pool_size=500) == 500
     assert entries(**{**options, "max_train_steps": 1000}) == 400
+    # left open: what is published, or what a fifth of the run fills
+    long = {"train_batch_size": 10, "max_train_steps": 1000}
+    assert entries(**long) == 0.4 * LEVELS * 10
+    assert entries(**long, fill_entries=1) == 100
+    assert entries(**long, fill="ancestral") == 0.2 * 10 * 1000 / (LEVELS / 2)
+    assert entries(**long, fill="none") == 0.4 * LEVELS * 10
+    assert entries(train_batch_size=10, max_train_steps=3) == 10
     with pytest.raises(UsageError, match="--pool-size 9 is smaller than a batch of 10"):
         entries(**options, pool_size=9)

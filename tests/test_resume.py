@@ -163,6 +163,19 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_given_anew(tmp_path):
     assert [entry["learning_rate"] for entry in metrics] == [1e-3, 1e-3, 2e-4]
 
 
+def test_a_run_keeps_the_defaults_that_it_began_with(tmp_path):
+    """Those of an earlier version, if they are left open now."""
+    before = {"lr_scheduler": "constant_with_warmup", "fill_entries": 1, "rho": 0.4}
+    shared = {"evaluation_samples": 0, "pool_size": None}
+    small_runs.run(tmp_path, max_train_steps=2, **shared, **before)
+    now = {"lr_scheduler": "auto", "fill_entries": None, "rho": None}
+    further = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    folder, metrics, _ = small_runs.run(tmp_path, **shared, **now, **further)
+    assert [entry["learning_rate"] for entry in metrics] == [1e-3] * 4
+    kept = json.loads((folder / "config.json").read_text())
+    assert (kept["lr_scheduler"], kept["pool_size"]) == ("constant_with_warmup", 16)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_an_optimizer_goes_on_with_the_weight_decay_that_is_given_anew(kind):
     def made(decay):

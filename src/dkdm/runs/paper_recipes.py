@@ -53,6 +53,7 @@ LATENT: Settings = PUBLISHED | {
     "learning_rate": 9.6e-5,
     "validation_sampling_steps": 200,
     "max_train_steps": 500_000,
+    "rho": None,  # each says how many entries
 }
 TEN_MINUTES: Settings = {
     "train_batch_size": 256,
@@ -115,7 +116,6 @@ PAPER_RECIPES: dict[str, tuple[type[RunConfig], Settings]] = {
             "output_dir": Path("runs/paper-celebahq"),
             "teacher": "(CelebA-HQ teacher)",
             "train_batch_size": 48,
-            "rho": None,
             "pool_size": 4 * 48,
         },
     ),
@@ -126,7 +126,6 @@ PAPER_RECIPES: dict[str, tuple[type[RunConfig], Settings]] = {
             "output_dir": Path("runs/paper-ffhq"),
             "teacher": "(FFHQ teacher)",
             "train_batch_size": 42,
-            "rho": None,
             "pool_size": 4 * 42,
         },
     ),
