@@ -227,7 +227,7 @@ def test_its_student_ships_with_them(tmp_path):
     )
     student = student_of("unet-tiny", teacher)
     write_pipeline(tmp_path, student)
-    assert shipping_notes(student) == [
+    assert shipping_notes(student, tmp_path) == [
         "its chain was clipped to 0..1, and the folder's scheduler does not: "
         "only DDPM and DDIM of diffusers clip, and only around 0"
     ]

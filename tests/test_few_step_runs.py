@@ -77,6 +77,9 @@ def test_a_run_ships_few_steps_one_step_and_many(finished):
     torch.testing.assert_close(drawn(single, 1, noise), once, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(drawn(few, 2, noise), once, atol=1e-3)
     assert drawn(plain, 25, noise).isfinite().all()
+    card = (finished / "README.md").read_text()
+    assert "`one-step/` holds the same model in one step" in card
+    assert "`plain/` holds the student for many steps" in card
 
 
 @pytest.mark.parametrize("process", ["flow", "edm"])
@@ -346,6 +349,13 @@ def test_commands_take_a_few_step_model(finished, tmp_path, capsys, monkeypatch)
     said = capsys.readouterr().err
     assert "draws in 1, 2 or 4" in said and "takes no guidance scale" in said
     assert "knows no levels between" in said and not (tmp_path / "no").exists()
+
+
+def test_the_heads_of_a_few_step_model_are_no_students_architecture(finished):
+    for part in ("plain", "one-step"):
+        assert student_of(str(finished / part), denoiser()).out_channels == 1
+    with pytest.raises(UsageError, match="has 4 outputs: give the folder plain/"):
+        student_of(str(finished), denoiser())
 
 
 def test_a_page_draws_in_the_steps_that_the_model_has(finished):

@@ -269,7 +269,7 @@ def publish_run(
     if best := best_weights(trainer, config.evaluation):
         write_card(folder / BEST, student, config, teacher=teacher, minutes=minutes, weights=best)
     notes = [] if licensed else [f"{NO_LICENCE} {folder}/README.md"]
-    for note in [*notes, *shipping_notes(student)]:
+    for note in [*notes, *shipping_notes(student, folder)]:
         print(f"note: {note}", file=sys.stderr)
     add_sums(folder, [*MEASURED, *(f"samples/{name}.png" for name in AT_THE_END)])
     if teacher is not None:

@@ -110,7 +110,7 @@ def write_card(
         lead=lead,
         images=[(caption, path) for path, caption in _IMAGES.items() if (folder / path).is_file()],
         usage=usage_snippet(name, denoiser, measured.guidance_scale),
-        notes=shipping_notes(denoiser),
+        notes=shipping_notes(denoiser, folder),
         details=[
             *_details(denoiser, training_in_words(folder, config, minutes), teacher, weights),
             *_faults(folder),

@@ -24,6 +24,7 @@ from dkdm.core.process import Process
 from dkdm.models.architectures import component_of, pixels
 from dkdm.models.components import Component
 from dkdm.models.custom_network import OWN_CLASS, origin_of
+from dkdm.models.locate import INDEX
 from dkdm.models.pipelines import PIPELINES, Pipeline, encoding_of
 from dkdm.models.schedulers import SIGMA_RANGE, beta_fields, clips_as, flow_grid
 from dkdm.models.stand_ins import EDM_SCHEDULERS, FIRST_ORDER, ON_BETAS
@@ -106,8 +107,8 @@ def _write_components(
             copy_folder(part.folder, folder / name, part.root, part.owns)
 
 
-def shipping_notes(denoiser: Denoiser) -> list[str]:
-    """What a user who loads the folder must know or install."""
+def shipping_notes(denoiser: Denoiser, folder: Path) -> list[str]:
+    """What a user who loads the folder of a model must know or install."""
     network, clipping = denoiser.network, denoiser.process.clipping
     own = shipping_note(network) if isinstance(network, nn.Module) else None
     notes = [] if own is None else [own]
@@ -116,14 +117,11 @@ def shipping_notes(denoiser: Denoiser) -> list[str]:
             "it works on latents of a custom autoencoder, which is not in the folder: its pipeline "
             "returns latents, and `dkdm sample` writes .safetensors"
         )
-    few = denoiser.intervals.steps if isinstance(denoiser, FewStep) else ()
-    if isinstance(denoiser, FewStep) and len(few) > 1:
-        notes.append(denoiser.beside)
-    if (
-        not few
-        and clipping.range is not None
-        and not clips_as(scheduler_config(denoiser), denoiser.process)
-    ):
+    if isinstance(denoiser, FewStep):
+        beside = denoiser.beside.items()
+        found = [(name, what) for name, what in beside if (folder / name / INDEX).is_file()]
+        notes += [f"`{name}/` holds {what}" for name, what in found]
+    elif clipping.range is not None and not clips_as(scheduler_config(denoiser), denoiser.process):
         low, high = clipping.center - clipping.range, clipping.center + clipping.range
         notes.append(
             f"its chain was clipped to {low:g}..{high:g}, and the folder's scheduler does not: "

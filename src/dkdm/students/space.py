@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dkdm.core.bundle import Coder
+from dkdm.core.few_steps.grid import GRID, Grid
+from dkdm.core.few_steps.kinds import kind_saved
 from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.effective import class_config, network_name
+from dkdm.models.locate import INDEX
 from dkdm.models.pipelines import AUTOENCODERS, DENOISERS
 from dkdm.reading.fields import read_json
 from dkdm.reading.places import check_place
@@ -21,8 +24,10 @@ _WHY = "the student learns from the teacher's states, which cannot be resized"
 def config_in(folder: Path, interface: Interface) -> Path:
     """The config.json of the network in a pipeline or component folder.
 
-    Raises UsageError for a folder without one, or with another autoencoder than the teacher's.
+    Raises UsageError for a folder without one, with another autoencoder than the teacher's, or with
+    the heads of a few-step model.
     """
+    _refuse_heads(folder)
     for name in AUTOENCODERS:
         if (folder / name / "config.json").is_file():
             check_latents(folder / name, interface.autoencoder)
@@ -34,6 +39,20 @@ def config_in(folder: Path, interface: Interface) -> Path:
         f"student {folder} has no config.json of a network: give a diffusers pipeline or a "
         "network's folder"
     )
+
+
+def _refuse_heads(folder: Path) -> None:
+    file = check_place(folder / INDEX, folder)
+    values = read_json(file, "a pipeline's index").get(GRID) if file.is_file() else None
+    if values is None:
+        return
+    where = f"{file}: {GRID}"
+    grid = Grid.of_dict(values, where)
+    if kind_saved(values, where).outputs_on(grid) > 1:
+        raise UsageError(
+            f"student {folder} is a few-step model, whose network has {grid.num_heads} outputs: "
+            "give the folder plain/ in it"
+        )
 
 
 def check_latents(folder: Path, teacher: Coder | None) -> None:

@@ -7,6 +7,7 @@ outputs averaged by their widths, and where the last layer is linear, one with a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -28,10 +29,10 @@ class ParallelHeads(FewStep):
     the process, `predict` takes the head of the interval that it lies in.
     """
 
-    beside: ClassVar[str] = (
-        "`one-step/`, if it is there, is the same model in one step as an ordinary network; "
-        "`plain/` the student for many steps"
-    )
+    beside: ClassVar[Mapping[str, str]] = {
+        "one-step": "the same model in one step, as an ordinary network",
+        "plain": "the student for many steps, as it was before",
+    }
 
     @classmethod
     def of(cls, denoiser: Denoiser, grid: Grid) -> Self:

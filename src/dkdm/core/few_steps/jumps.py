@@ -5,6 +5,7 @@ A consistency model (arXiv 2303.01469, algorithm 1): jump to x_0, put new noise 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ class Jumps(FewStep):
     """A consistency model on a grid, one jump from each point that it samples at."""
 
     renoises: ClassVar[bool] = True
-    beside: ClassVar[str] = (
-        "`many-steps/` holds the same weights as they denoise, for many steps; `plain/`, if it is "
-        "there, the student before"
-    )
+    beside: ClassVar[Mapping[str, str]] = {
+        "many-steps": "the same weights as they denoise, for many steps",
+        "plain": "the student for many steps, as it was before",
+    }

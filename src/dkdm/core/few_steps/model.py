@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -34,12 +34,12 @@ class FewStep(Denoiser):
     """A denoiser whose sampling steps lead from one point of its grid to another.
 
     A step takes x_0 and eps from the mean of the network's outputs, and then alpha x_0 + sigma eps;
-    if the model `renoises`, alpha x_0 + sigma z with new noise z. beside: the folders that are
-    shipped beside such a model, in words.
+    if the model `renoises`, alpha x_0 + sigma z with new noise z. beside: what folders that may be
+    shipped in such a model's hold, in words.
     """
 
     renoises: ClassVar[bool] = False
-    beside: ClassVar[str] = ""
+    beside: ClassVar[Mapping[str, str]] = {}
 
     grid: Grid | None = None
 
