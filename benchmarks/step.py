@@ -47,7 +47,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGr
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"accelerate": "off"},
-    "graphs": {},
+    "graphs": {"accelerate": "networks"},
     "graph": {"accelerate": "graph"},
 }
 CUDA = torch.cuda.is_available()

@@ -3,16 +3,20 @@
 `test_cuda.py` has the graphs themselves.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.state import PartialState
 
-from dkdm.core.captured.choice import capture_steps
+from dkdm.core.captured.choice import capture_steps, misfit
 from dkdm.core.captured.graph import fresh
 from dkdm.core.captured.inputs import Inputs
 from dkdm.core.captured.part import DevicePart
 from dkdm.core.captured.placed import placed, placed_objective
 from dkdm.core.captured.step import WholeStep, as_they_are, spare_rows
 from dkdm.core.chains import Stride
+from dkdm.core.denoiser import Denoiser
 from dkdm.core.learning import Ema
 from dkdm.core.muon import Muon
 from dkdm.core.progress import LossPerLevel
@@ -149,28 +153,143 @@ def test_what_a_capture_tries_leaves_no_trace(tmp_path):
     assert fresh_states and all(not after[key].any() for key in fresh_states)
 
 
-def test_a_step_that_fails_to_be_captured_is_the_usual_one(tmp_path, monkeypatch, capsys):
-    usual, trainer = ready(tmp_path), ready(tmp_path)
+def fails(sections):
+    for run in as_they_are(sections).values():
+        run()
+    raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
+
+
+def spoilt(spoil):
+    """Runs of sections after which something of the part is changed, as by a wrong graph."""
+
+    def make(sections):
+        (learn, *_), runs = sections["learn"], as_they_are(sections)
+        part = learn.__self__
+
+        def learn_and_spoil():
+            runs["learn"]()
+            with torch.no_grad():
+                spoil(part)
+
+        return runs | {"learn": learn_and_spoil}
+
+    return make
+
+
+def of_the_first_batch(sections):
+    """Levels are those of the batch of the capture, as of a graph that holds host memory."""
+    (learn, *_), runs = sections["learn"], as_they_are(sections)
+    given = learn.__self__.given["t"]
+    kept = given.clone()
+
+    def run():
+        given.copy_(kept)
+        runs["learn"]()
+
+    return runs | {"learn": run}
+
+
+def not_updated(sections):
+    """Weights stay."""
+    (learn, *_), runs = sections["learn"], as_they_are(sections)
+    weights = list(learn.__self__.network.parameters())
+
+    def run():
+        before = [weight.detach().clone() for weight in weights]
+        runs["learn"]()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, before)
+
+    return runs | {"learn": run}
+
+
+WRONG = {
+    "capture": (fails, "operation not permitted when stream is capturing"),
+    "one state": (spoilt(lambda part: part.next[3].mul_(1.1)), "next states differ by 0.1"),
+    "loss": (spoilt(lambda part: part.loss.mul_(0.9)), "losses differ by 0.1"),
+    "not finite": (spoilt(lambda part: part.loss.fill_(torch.nan)), "losses differ by 1"),
+    "norm": (spoilt(lambda part: part.norm.mul_(1.02)), "norms of the gradient differ by 0.02"),
+    "no update": (not_updated, "weights differ by"),
+    "an average": (
+        spoilt(lambda part: part.state()["exp_avg"][5].mul_(1.1)),
+        "exp_avg differ by 0.1",
+    ),
+    "first batch": (of_the_first_batch, "differ by"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_step_whose_graphs_are_wrong_is_the_usual_one(tmp_path, monkeypatch, capsys, name):
+    usual = ready(tmp_path, accelerate="off")
+    trainer = ready(tmp_path, accelerate="graph" if name == "loss" else "auto")
     monkeypatch.setattr("dkdm.core.captured.choice.misfit", lambda _: None)
-
-    def fails(sections):
-        for run in as_they_are(sections).values():
-            run()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr("dkdm.core.captured.step.captured", fails)
-    monkeypatch.setattr(WholeStep.__init__, "__defaults__", (fails,))
-    capture_steps(trainer)
-    assert [float(trainer.step()) for _ in range(4)] == [float(usual.step()) for _ in range(4)]
-    assert capsys.readouterr().err.count("not captured as one CUDA graph: operation not") == 1
+    make, reason = WRONG[name]
+    capture_steps(trainer, make)
+    random = torch.get_rng_state()
+    capsys.readouterr()
+    assert [float(trainer.step()) for _ in range(3)] == [float(usual.step()) for _ in range(3)]
+    assert trainer.replay is None
+    assert torch.equal(torch.get_rng_state(), random)
+    said = [line for line in capsys.readouterr().err.splitlines() if "captured" in line]
+    assert len(said) == 1 and reason in said[0]
     expected, found = state_of(usual), state_of(trainer)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_without_a_cuda_device_the_step_stays_as_it_is(tmp_path, capsys):
-    trainer = ready(tmp_path, accelerate="graph")
+@pytest.mark.parametrize("name", some("stride 1", "replay"))
+def test_a_step_whose_graphs_are_right_is_used(tmp_path, monkeypatch, capsys, name):
+    unchecked, trainer = ready(tmp_path, name), ready(tmp_path, name)
+    whole = WholeStep(unchecked, as_they_are)
+    monkeypatch.setattr("dkdm.core.captured.choice.misfit", lambda _: None)
+    capture_steps(trainer, as_they_are)
+    random = torch.get_rng_state()
+    assert [float(trainer.step()) for _ in range(4)] == [float(whole()) for _ in range(4)]
+    assert isinstance(trainer.replay, WholeStep)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert "captured" not in capsys.readouterr().err
+
+
+def test_batches_that_are_added_up_begin_without_gradients(tmp_path):
+    """Those of the capture are dropped, though the update keeps their memory."""
+    trainer = ready(tmp_path, "replay", gradient_accumulation_steps=2)
+    usual = ready(tmp_path, "replay", gradient_accumulation_steps=2)
+
+    def warmed_up(sections):
+        runs = as_they_are(sections)
+        for _ in range(2):
+            for run in runs.values():
+                run()
+            runs["learn"]()
+        return runs
+
+    whole = WholeStep(trainer, warmed_up)
+    whole.prepare()
+    gradients = [w.grad for w in trainer.network.parameters() if w.grad is not None]
+    assert gradients and not any(bool(gradient.any()) for gradient in gradients)
+    assert float(whole()) == pytest.approx(float(usual.step()), rel=1e-4)
+    torch.testing.assert_close(
+        trainer.network.state_dict(), usual.network.state_dict(), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("accelerate", ["auto", "graph", "networks"])
+def test_without_a_cuda_device_the_step_stays_as_it_is(tmp_path, capsys, accelerate):
+    trainer = ready(tmp_path, accelerate=accelerate)
     assert trainer.replay is None
-    assert "not captured as one CUDA graph: there is no CUDA device" in capsys.readouterr().err
+    said = "not captured as one CUDA graph: there is no CUDA device"
+    assert (said in capsys.readouterr().err) == (accelerate == "graph")
+
+
+def test_what_fits_is_captured_though_the_devices_number_is_not_given(tmp_path, monkeypatch):
+    """The accelerator of a single process says "cuda", its tensors "cuda:0"."""
+    trainer, there = ready(tmp_path), torch.device("cuda:0")
+    monkeypatch.setattr(PartialState(), "device", torch.device("cuda"))
+    monkeypatch.setattr(Denoiser, "device", property(lambda _: there))
+    monkeypatch.setattr(trainer.losses, "sums", SimpleNamespace(device=there))
+    assert trainer.accelerator.device != there
+    assert misfit(trainer) is None
+    monkeypatch.setattr(Denoiser, "device", property(lambda _: torch.device("cuda:1")))
+    assert misfit(trainer) == "model is not on cuda:0"
 
 
 def test_inputs_keep_shapes_and_values():
@@ -234,13 +353,32 @@ def test_a_bad_step_changes_no_weight(tmp_path, name):
     assert all(value.isfinite().all() for key, value in found[1].items() if "optimizer" in key)
 
 
-def test_after_a_run_went_back_its_step_is_captured_anew(tmp_path):
+def test_after_a_run_went_back_its_step_is_captured_anew(tmp_path, monkeypatch):
     made = []
-    trainer = ready(tmp_path)
-    whole = WholeStep(trainer, lambda sections: made.append(1) or as_they_are(sections))
+    trainer = ready(tmp_path, accelerate="graph")
+    monkeypatch.setattr("dkdm.core.captured.choice.misfit", lambda _: None)
+    capture_steps(trainer, lambda sections: made.append(1) or as_they_are(sections))
     trainer.save()
     trainer.saver.finish()
-    losses = [float(whole()) for _ in range(3)]
+    losses = [float(trainer.step()) for _ in range(3)]
     trainer.resume(trainer.output_dir / "checkpoint-0")
-    assert [float(whole()) for _ in range(3)] == losses
+    assert [float(trainer.step()) for _ in range(3)] == losses
     assert len(made) == 2
+
+
+def test_a_step_that_fails_to_be_captured_anew_is_the_usual_one(tmp_path, monkeypatch, capsys):
+    made = []
+    usual, trainer = ready(tmp_path), ready(tmp_path / "captured", accelerate="graph")
+    monkeypatch.setattr("dkdm.core.captured.choice.misfit", lambda _: None)
+
+    def once(sections):
+        made.append(1)
+        return (as_they_are if len(made) == 1 else fails)(sections)
+
+    capture_steps(trainer, once)
+    trainer.save()
+    trainer.saver.finish()
+    trainer.step()
+    trainer.resume(trainer.output_dir / "checkpoint-0")
+    assert [float(trainer.step()) for _ in range(3)] == [float(usual.step()) for _ in range(3)]
+    assert capsys.readouterr().err.count("not captured as one CUDA graph: operation not") == 1

@@ -12,7 +12,9 @@ from accelerate.state import PartialState
 import dkdm
 from dkdm.checks.memory_plan import CONTEXT_MIB, PlannedRun, plan
 from dkdm.config import SamplingOptions, read_config
+from dkdm.core.captured.check import apart, outcome
 from dkdm.core.captured.part import DevicePart
+from dkdm.core.captured.step import as_they_are
 from dkdm.core.checkpoint import read_tensors
 from dkdm.core.denoiser import Batch
 from dkdm.core.graphs import replayed
@@ -235,7 +237,7 @@ CAPTURED = {
 def test_a_captured_step_learns_what_the_usual_one_does(tmp_path, name):
     settings = {"max_train_steps": 20, **CAPTURED[name]}
     usual = begun(tmp_path / "usual", accelerate="off", **settings)
-    whole = begun(tmp_path / "whole", accelerate="graph", **settings)
+    whole = begun(tmp_path / "whole", **settings)  # whose step is captured by itself
     expected, found = ([float(each.step()) for _ in range(20)] for each in (usual, whole))
     assert type(whole.replay).__name__ == "WholeStep"
     assert found == pytest.approx(expected, rel=2e-2 if name in ("muon", "bfloat16") else 1e-3)
@@ -259,6 +261,40 @@ def test_a_captured_step_is_resumed_exactly(tmp_path, name):
         resumed.step()
     expected, found = state_of(whole), state_of(resumed)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_graph_that_is_wrong_is_not_used(tmp_path, monkeypatch, capsys):
+    usual = begun(tmp_path / "usual", accelerate="off", max_train_steps=9)
+    trainer = begun(tmp_path / "whole", max_train_steps=9)
+    learn = DevicePart.learn
+
+    def spoils(part):
+        learn(part)
+        if torch.cuda.is_current_stream_capturing():
+            part.next.mul_(1.1)
+
+    monkeypatch.setattr(DevicePart, "learn", spoils)
+    random = torch.cuda.get_rng_state()
+    found = [float(trainer.step()) for _ in range(6)]
+    assert trainer.replay is None
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    assert "one CUDA graph: graphs of it do not give what single calls give: next states" in (
+        capsys.readouterr().err
+    )
+    assert found == pytest.approx([float(usual.step()) for _ in range(6)], rel=1e-3)
+
+
+def test_a_graph_that_is_right_agrees_with_single_calls(tmp_path):
+    """What it differs by, for every kind of result; the limit is far above."""
+    trainer = begun(tmp_path, stride="random:20", max_train_steps=9)
+    trainer.step()
+    whole = trainer.replay
+    whole._tell_all(trainer.source.plan(8))
+    expected = outcome(whole.part, as_they_are(whole._sections()))
+    found = outcome(whole.part, whole._runs)
+    distances = {kind: apart(found[kind], values) for kind, values in expected.items()}
+    weights = distances.pop("weights")
+    assert weights < 0.02 and max(distances.values()) < 1e-4, distances
 
 
 def test_nobody_waits_for_a_captured_step(tmp_path):

@@ -71,6 +71,6 @@ def test_calls_are_made_as_the_option_says():
     assert isinstance(faster(model, "compile").call, Compiled)
     assert unreplayed(faster(model, "compile").call) is model.call
     options = TrainingOptions(gradient_accumulation_steps=2)
-    assert (options.acceleration, options.of_student) == ("networks", "off")
+    assert (options.acceleration, options.of_student) == ("graph", "off")
     assert TrainingOptions(cuda_graphs=False, accelerate="graph").acceleration == "off"
     assert replace(options, accelerate="compile").of_student == "compile"

@@ -50,11 +50,12 @@ class TrainingOptions(Options, title="Training"):
     all of both models (DDP). student: its weights, their average, gradients and the optimizer's
     state. teacher: its weights; it is asked by all processes together."""
     accelerate: Accelerate = "auto"
-    """How kernels are started on a CUDA device; results are equal to rounding. networks: all of a
-    network's call at once, as a CUDA graph. graph: all of a step (not yet run on a device). off:
-    one by one. What cannot be captured is started one by one. auto: networks. compile:
-    torch.compile makes both networks faster, on a CPU too; it takes minutes the first time, is kept
-    in the cache folder, and pays for long runs."""
+    """How kernels are started on a CUDA device; results are equal to rounding. graph: all of a step
+    at once, as a CUDA graph, which is checked against single calls before the first step; where a
+    step cannot be captured, as networks, and a note says why. networks: all of a network's call at
+    once. off: one by one. auto: graph, without a note for a kind of run that is never captured.
+    compile: torch.compile makes both networks faster, on a CPU too; it takes minutes the first
+    time, is kept in the cache folder, and pays for long runs."""
     cuda_graphs: bool = True
     """--no-cuda-graphs is --accelerate off."""
 
@@ -69,8 +70,8 @@ class TrainingOptions(Options, title="Training"):
 
     @property
     def acceleration(self) -> Acceleration:
-        """What `accelerate` comes to."""
-        chosen: Acceleration = "networks" if self.accelerate == "auto" else self.accelerate
+        """What `accelerate` comes to, if the step fits: networks are called as `graph` says."""
+        chosen: Acceleration = "graph" if self.accelerate == "auto" else self.accelerate
         return chosen if self.cuda_graphs else "off"
 
     @property

@@ -392,8 +392,7 @@ def prepared(
         align=align,
     )
     reference = processes.main_first(lambda: reference_of(evaluation, teacher))
-    if training.acceleration == "graph":
-        capture_steps(trainer)
+    capture_steps(trainer)
     validate_by_metric(trainer, config, reference, teacher, guidance)
     processes.own_randomness(run.seed)
     if found:

@@ -123,8 +123,7 @@ def _prepared(
         about=facts_of(config),
     )
     reference = processes.main_first(lambda: reference_of(evaluation, model))
-    if config.training.acceleration == "graph":
-        capture_steps(trainer)  # which says why not
+    capture_steps(trainer)
     validate_by_metric(trainer, config, reference)
     processes.own_randomness(run.seed)
     return config, trainer, reference

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
 
 from dkdm.core.calls import offloaded_to
-from dkdm.core.captured.step import WholeStep
+from dkdm.core.captured.graph import captured
+from dkdm.core.captured.step import Make, first_step, say_why_not
 from dkdm.core.denoiser import Denoiser
 from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
 from dkdm.core.replay import Replayed
 from dkdm.core.trainer import Trainer
-from dkdm.reading.notes import say
 
 
-def capture_steps(trainer: Trainer) -> None:
-    """Let a trainer start each step as one CUDA graph; say why, if it cannot be.
+def capture_steps(trainer: Trainer, make: Make = captured) -> None:
+    """Let a trainer start each step as one CUDA graph, if its options allow it and the step fits.
 
-    The graph is made in the first step. If that fails, steps are as usual.
+    If `--accelerate graph` asks for it, a note says why it does not fit. The graph is made and
+    checked in the first step, see `first_step`.
     """
-    reason = misfit(trainer)
-    if reason is not None:
-        _say(reason)
+    training = trainer.training
+    if training.acceleration != "graph":
         return
-
-    def first() -> Tensor:
-        trainer.replay = None
-        try:
-            whole = WholeStep(trainer)
-            whole.prepare()
-            trainer.replay = whole
-        except Exception as error:
-            _say(str(error))
-        return trainer.step()
-
-    trainer.replay = first
+    reason = misfit(trainer)
+    if reason is None:
+        trainer.replay = partial(first_step, trainer, make)
+    elif training.accelerate == "graph":
+        say_why_not(reason)
 
 
 def misfit(trainer: Trainer) -> str | None:
     """Why a trainer's step cannot be captured as a whole; None if it can be tried."""
     accelerator, source = trainer.accelerator, trainer.source
     source = source.source if isinstance(source, Replayed) else source
-    if accelerator.device.type != "cuda":
+    device = trainer.losses.sums.device  # the accelerator's may lack its number
+    if device.type != "cuda":
         return "there is no CUDA device"
     if accelerator.num_processes > 1 or trainer.training.fsdp != "none":
         return "several processes share it"
@@ -55,7 +50,7 @@ def misfit(trainer: Trainer) -> str | None:
     if not isinstance(trainer.objective, Objective):
         return "its objective looks at single batches"
     models = source.teacher, trainer.student_on_teacher_levels
-    return next(filter(None, (_misfit_of(one, source, accelerator.device) for one in models)), None)
+    return next(filter(None, (_misfit_of(one, source, device) for one in models)), None)
 
 
 def _misfit_of(model: Denoiser, pool: Pool, device: torch.device) -> str | None:
@@ -70,7 +65,3 @@ def _misfit_of(model: Denoiser, pool: Pool, device: torch.device) -> str | None:
     if guided and not bool(model.guided_levels.all()):
         return "it is guided at some levels only"
     return None
-
-
-def _say(reason: str) -> None:
-    say(f"note: the step is not captured as one CUDA graph: {reason}")

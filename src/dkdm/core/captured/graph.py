@@ -19,10 +19,10 @@ Run = Callable[[], None]
 def fresh(part: DevicePart) -> Iterator[None]:
     """Whatever the part's functions do in here, all is as before afterwards.
 
-    So is the random state, and an optimizer that had no state has one of zeros.
+    So is the random state. Gradients are zero, and an optimizer that had no state has one of zeros.
     """
     device = part.x.device
-    before = [(value, value.clone()) for value in part.state()]
+    before = [(value, value.clone()) for values in part.state().values() for value in values]
     known = {id(value) for value, _ in before}
     devices = [device] if device.type == "cuda" else []
     try:
@@ -34,6 +34,10 @@ def fresh(part: DevicePart) -> Iterator[None]:
         for value in states_of(part.optimizer):
             if id(value) not in known:
                 value.zero_()
+        for group in part.optimizer.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.grad.zero_()
 
 
 def captured(sections: Mapping[str, Sequence[Run]]) -> dict[str, Run]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.core.bad_steps import norm_of_all
-from dkdm.core.captured.optimizers import states_of, step_unless, stepped_by
+from dkdm.core.captured.optimizers import step_unless, stepped_by
 from dkdm.core.captured.placed import Placed
 from dkdm.core.chains import Guidance, row_mask
 from dkdm.core.conditioning import Condition
@@ -119,12 +119,21 @@ class DevicePart:
         x = moved(teacher, batch, target, z, self.eta)
         self.next.index_copy_(0, at, torch.where(row_mask(new["valid"], x), x, self.next[at]))
 
-    def state(self) -> list[Tensor]:
-        """All that the functions change, but the gradients."""
-        weights = [weight.detach() for g in self.optimizer.param_groups for weight in g["params"]]
+    def state(self) -> dict[str, list[Tensor]]:
+        """All that the functions change, but the gradients, by what it is."""
+        groups = self.optimizer.param_groups
+        weights = [weight.detach() for group in groups for weight in group["params"]]
         averaged = [] if self.ema is None else list(self.ema.weights.values())
-        others = *self.network.buffers(), *states_of(self.optimizer), self.losses.sums
-        return [*weights, *averaged, *others]
+        found = {
+            "weights": [*weights, *averaged],
+            "buffers": list(self.network.buffers()),
+            "sums of losses": [self.losses.sums],
+        }
+        for entry in self.optimizer.state.values():
+            for name, value in entry.items():
+                if isinstance(value, Tensor):
+                    found.setdefault(name, []).append(value)
+        return found
 
 
 def named(values: Values, group: str) -> Condition:

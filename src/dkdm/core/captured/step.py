@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dkdm.core.captured.check import check, outcome
 from dkdm.core.captured.graph import captured, fresh
 from dkdm.core.captured.inputs import Inputs
 from dkdm.core.captured.optimizers import count_on
@@ -27,6 +28,7 @@ from dkdm.core.objective import Objective
 from dkdm.core.pool import Pool
 from dkdm.core.prediction import Prediction
 from dkdm.core.replay import Replayed
+from dkdm.reading.notes import say
 
 if TYPE_CHECKING:
     from dkdm.core.trainer import Trainer
@@ -44,6 +46,27 @@ def as_they_are(sections: Sections) -> dict[str, Run]:
             function()
 
     return {name: partial(run, section) for name, section in sections.items()}
+
+
+def first_step(trainer: Trainer, make: Make = captured) -> Tensor:
+    """A step that is made by graphs from now on, if they can be made and give the right results.
+
+    Otherwise a note says why, and this and further steps are as usual.
+    """
+    trainer.replay = None
+    try:
+        whole = WholeStep(trainer, make)
+        whole.prepare()
+        trainer.replay = whole
+    except Exception as error:
+        cause = error.__context__ or error  # leaving a capture that has failed raises another one
+        say_why_not(str(cause).partition("\n")[0])
+    return trainer.step()
+
+
+def say_why_not(reason: str) -> None:
+    """Note that steps are as usual."""
+    say(f"note: the step is not captured as one CUDA graph: {reason}")
 
 
 class WholeStep:
@@ -88,8 +111,10 @@ class WholeStep:
 
     def __call__(self) -> Tensor:
         """One optimizer step; returns the mean loss, still on the device."""
-        if self._runs is None or self._state is not self.part.optimizer.state:  # a run went back
+        if self._runs is None:
             self.prepare()
+        if self._state is not self.part.optimizer.state:  # a run went back
+            return first_step(self.trainer, self.make)
         trainer, losses = self.trainer, []
         for _ in range(self.accumulates):
             losses.append(self._learn() if self._is_new else self._again())
@@ -102,28 +127,47 @@ class WholeStep:
         return torch.stack(losses).mean()
 
     def prepare(self) -> None:
-        """Make the sections. Raises whatever a capture raises; the run's state is as before."""
-        pool, part = self.pool, self.part
-        moves = pool.plan(self.batch_size)
-        self._tell(moves)
-        self.new.send(self._new(moves, torch.arange(0)))
-        at_once = (part.update,) if self.accumulates == 1 else ()
-        sections: dict[str, Sequence[Run]] = {"learn": (part.learn, *at_once)}
-        if self.accumulates > 1:
-            sections["update"] = (part.update,)
-        if self.replayed is not None:
-            sections["again"] = (part.again, *at_once)
-        if pool.stride.high > 1:
-            sections["restart"] = (part.restart,)
+        """Make the sections, and check them. The run's state is as before.
+
+        Raises whatever a capture raises, and DkdmError if graphs of the sections give something
+        else than the sections, called one by one.
+        """
+        part, moves, sections = self.part, self.pool.plan(self.batch_size), self._sections()
+        others = moves.only(torch.arange(self.batch_size).flip(0))
         count_on(part.optimizer, part.x.device)
         self._state = part.optimizer.state
         try:
+            self._tell_all(moves)
+            expected = outcome(part, as_they_are(sections))
+            self._tell_all(others)  # what a graph keeps of its first batch shall be seen
             with fresh(part):
                 self._runs = self.make(sections)
+            self._tell_all(moves)
+            check(outcome(part, self._runs), expected, self._dtypes)
         except Exception:
             part.optimizer.zero_grad(set_to_none=True)
             count_on(part.optimizer, torch.device("cpu"))
             raise
+
+    def _sections(self) -> dict[str, Sequence[Run]]:
+        """The functions of the device's part that run one after the other, in a possible order."""
+        part = self.part
+        at_once = (part.update,) if self.accumulates == 1 else ()
+        sections: dict[str, Sequence[Run]] = {"learn": (part.learn, *at_once)}
+        if self.pool.stride.high > 1:
+            sections["restart"] = (part.restart,)
+        if self.replayed is not None:
+            sections["again"] = (part.again, *at_once)
+        if self.accumulates > 1:
+            sections["update"] = (part.update,)
+        return sections
+
+    def _tell_all(self, moves: Moves) -> None:
+        """Send a batch, and chains that could begin below the top in it."""
+        self._tell(moves)
+        top = self.pool.process.num_levels - 1
+        lower = (moves.following < top).nonzero().flatten()
+        self.new.send(self._new(moves, lower[: self.spare]))
 
     def _tell(self, moves: Moves) -> None:
         """Send a batch, its noise, and what the update needs."""
@@ -162,6 +206,13 @@ class WholeStep:
         self._run("again")
         self.replayed.step += 1
         return self.part.loss.clone()
+
+    @property
+    def _dtypes(self) -> list[torch.dtype]:
+        """What both networks compute in."""
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        found = [model.dtype or torch.float32 for model in self._models]
+        return [*found, autocast.get(self.trainer.accelerator.mixed_precision, torch.float32)]
 
     @property
     def _is_new(self) -> bool:
