@@ -38,8 +38,8 @@ import yaml
 from torch import Tensor, distributed, nn
 
 from dkdm.config import DistillConfig
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool, fill_few_step
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.sources.fill import empty_pool, fill_few_step
 from dkdm.models import load_teacher
 from dkdm.models.options import LoadOptions
 from dkdm.runs.arms import prepare_source

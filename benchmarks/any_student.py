@@ -24,9 +24,9 @@ from torch import nn
 
 from dkdm import distill
 from dkdm.config import DistillConfig
-from dkdm.core.checkpoint import read_tensors, write_tensors
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import PredictionType
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import PredictionType
+from dkdm.core.saving.checkpoint import read_tensors, write_tensors
 from dkdm.data.named import load_reference
 from dkdm.evaluation.cost import count_macs
 from dkdm.evaluation.metrics import evaluate_images

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.same_noise import Sampling, decoded, draw

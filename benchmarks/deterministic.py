@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dkdm import DistillConfig
-from dkdm.core.trainer import Trainer
+from dkdm.core.training.trainer import Trainer
 from dkdm.runs.distill import prepared
 
 

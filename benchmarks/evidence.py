@@ -27,9 +27,9 @@ import cells
 from torch import Tensor, nn
 
 from dkdm.config import DistillConfig
-from dkdm.core.budget import fill_cost
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.process import Process
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.process import Process
+from dkdm.core.sources.budget import fill_cost
 from dkdm.models import load_teacher
 from dkdm.runs.distill import distill
 

@@ -26,7 +26,7 @@ import cells
 import torch
 
 from dkdm.config import DistillConfig
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.models import load_teacher
 from dkdm.models.place import place
 from dkdm.runs import consistency, few_steps, programs

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoisers.conditioning import ClassLabels
 from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.same_noise import Sampling, decoded, draw

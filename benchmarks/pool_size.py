@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from dkdm.core.chains import Stride
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool
-from dkdm.core.pool import Pool
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
+from dkdm.core.sources.chains import Stride
+from dkdm.core.sources.fill import empty_pool
+from dkdm.core.sources.pool import Pool
 
 LEVELS = 1000
 

@@ -22,9 +22,9 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
 from dkdm.core.few_steps.grid import grid_levels, grid_of
-from dkdm.core.prediction import Parameterization
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models.place import place, ready_to_draw
 from dkdm.models.schedulers import from_scheduler_config

@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from dkdm.core.checkpoint import newest, read_tensors
-from dkdm.core.progress import read_metrics
-from dkdm.core.stopping import RESUMABLE
+from dkdm.core.saving.checkpoint import newest, read_tensors
+from dkdm.core.saving.progress import read_metrics
+from dkdm.core.saving.stopping import RESUMABLE
 from dkdm.report.charts import Series, bin_means, line_chart
 
 COLOURS = {"memory": "#1f5fa8", "files": "#c94f18", "step": "#2a8a57", "t": "#8e449e"}

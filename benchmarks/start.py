@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 
 from dkdm.config import DistillConfig
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.progress import read_metrics
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.saving.progress import read_metrics
 from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.evaluation.same_noise import Sampling, decoded, draw

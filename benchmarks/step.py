@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dkdm.config import DistillConfig
-from dkdm.core.conditioning import Unconditional
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
-from dkdm.core.trainer import Trainer
+from dkdm.core.denoisers.conditioning import Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.training.trainer import Trainer
 from dkdm.evaluation.memory import peak_allocated
 from dkdm.models.schedulers import from_scheduler_config, named_config
 from dkdm.runs.arms import prepare_source

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dkdm import DistillConfig, TrainConfig, distill, load_teacher, train
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.data.fashion import CLASS_NAMES, load_fashion_mnist
 from dkdm.data.fashion.reference import feature_extractor
 from dkdm.data.named import load_reference

@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import dkdm
-from dkdm.core.denoiser import Batch
-from dkdm.core.positions import evenly
-from dkdm.core.prediction import Prediction
-from dkdm.core.steps import sample
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.diffusion.prediction import Prediction
+from dkdm.core.diffusion.steps import sample
+from dkdm.core.objectives.positions import evenly
 from dkdm.evaluation.numbers import count, duration, number
 from dkdm.evaluation.results import Comparison, ModelResult
 from dkdm.evaluation.same_noise import shared_noise

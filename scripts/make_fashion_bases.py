@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from dkdm.core.progress import track
+from dkdm.core.saving.progress import track
 from dkdm.data.fashion import TONES, WORDS, fashion_captions, load_fashion_mnist
 
 LENGTH = 8

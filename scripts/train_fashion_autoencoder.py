@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from dkdm.core.progress import track
+from dkdm.core.saving.progress import track
 from dkdm.data.fashion import load_fashion_mnist
 from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import evaluate_images

@@ -6,9 +6,9 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.prediction import Parameterization
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
 from dkdm.models.schedulers import from_scheduler_config
 
 SCHEDULER = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 import dkdm
-from dkdm.core.progress import read_metrics
+from dkdm.core.saving.progress import read_metrics
 from dkdm.runs.arms import prepare_source
 from dkdm.runs.defaults import with_defaults
 from dkdm.runs.distill import prepared

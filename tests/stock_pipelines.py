@@ -10,7 +10,7 @@ from diffusers import (
 )
 
 import dkdm
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoisers.denoiser import Batch
 from dkdm.models.prompts import Prompts
 
 STEPS = 4

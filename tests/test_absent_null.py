@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 import dkdm
 from dkdm.cli import main
 from dkdm.config import SamplingOptions, parse_interval
-from dkdm.core.conditioning import ABSENT
-from dkdm.core.denoiser import Batch
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.conditioning import ABSENT
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
 from dkdm.runs.outputs import sample_to_file
 from factories import counting
 

@@ -10,8 +10,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 import dkdm
 import pipelines
-from dkdm.core.calls import CALLS
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoisers.calls import CALLS
+from dkdm.core.denoisers.denoiser import Batch
 from dkdm.evaluation.metrics import METRICS
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.originals import FORMATS

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import programs
-from dkdm.core.checkpoint import load_strict
-from dkdm.core.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+from dkdm.core.saving.checkpoint import load_strict
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import load_teacher
 from dkdm.networks import network_class

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import dkdm
-from dkdm.core.ahead import Ahead
-from dkdm.core.bad_steps import mended
-from dkdm.core.states import States, Travelling
+from dkdm.core.sources.ahead import Ahead
+from dkdm.core.sources.states import States, Travelling
+from dkdm.core.training.bad_steps import mended
 from dkdm.errors import UsageError
 from factories import denoiser
 from small_runs import SMALL, begun, state_of

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import dkdm
-from dkdm.core import checkpoint
+from dkdm.core.saving import checkpoint
 from dkdm.errors import DkdmError, UsageError
 from dkdm.students import student_of
 from factories import denoiser, tiny_unet

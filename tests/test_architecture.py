@@ -27,6 +27,18 @@ ORDER = [
     "runs",
     "cli",
 ]
+# The folders of `core` in their order; the modules beside them come first, and import no folder.
+CORE = [
+    "diffusion",
+    "saving",
+    "denoisers",
+    "objectives",
+    "sources",
+    "distributed",
+    "training",
+    "captured",
+    "few_steps",
+]
 CORE_MAY_USE = {"errors", "reading", "config", "core"}
 PUBLIC_FACE = "__init__"
 MAY_USE_IT = {"cli", "runs"}
@@ -122,6 +134,24 @@ def test_modules_import_only_from_earlier_places():
     assert not wrong
 
 
+def rank(module: str) -> int:
+    """Which folder of the core a module lies in; -1 for those beside the folders."""
+    folder = module.removeprefix("dkdm.core.").split(".")[0]
+    return CORE.index(folder) if folder in CORE else -1
+
+
+def test_folders_of_the_core_import_only_from_earlier_ones():
+    assert {path.parent.name for path in (PACKAGE / "core").glob("*/*.py")} == set(CORE)
+    inner = {m: names for m, names in graph().items() if m.startswith("dkdm.core.")}
+    wrong = [
+        f"{module} imports {name}"
+        for module, names in inner.items()
+        for name in names & set(inner)
+        if rank(name) > rank(module)
+    ]
+    assert not wrong
+
+
 def test_no_modules_import_each_other():
     edges = graph()
     inner = {m: {i for i in edges[m] if i != "dkdm"} for m in edges if m != "dkdm"}
@@ -141,13 +171,13 @@ def test_few_entries_lie_at_the_top():
     ("source", "package", "places"),
     [
         ("import dkdm", "dkdm", {PUBLIC_FACE}),
-        ("import dkdm.core.pool as p", "dkdm", {"core"}),
+        ("import dkdm.core.sources.pool as p", "dkdm", {"core"}),
         ("import dkdm.models.formats.edm", "dkdm", {"models"}),
         ("from dkdm import core, Denoiser", "dkdm", {"core", PUBLIC_FACE}),
         ("from . import reading", "dkdm", {"reading"}),
         ("from .process import Process", "dkdm.core", {"core"}),
         ("from ..core import process", "dkdm.models", {"core"}),
-        ("def f():\n    from dkdm.core.trainer import Trainer", "dkdm", {"core"}),
+        ("def f():\n    from dkdm.core.training.trainer import Trainer", "dkdm", {"core"}),
         ("import torch, dkdm_other\nfrom torch import nn", "dkdm", set()),
     ],
 )

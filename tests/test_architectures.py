@@ -6,7 +6,7 @@ import typing
 import diffusers
 import pytest
 
-from dkdm.core.calls import CALLS
+from dkdm.core.denoisers.calls import CALLS
 from dkdm.models.architectures import ARCHITECTURES, architecture_of, with_layout
 from dkdm.models.custom_network import OWN_CLASS
 from dkdm.models.pipelines import PIPELINES, encoding_of, text_pipelines

@@ -8,20 +8,21 @@ from PIL import Image
 
 import dkdm
 from dkdm.config import DistillConfig, ImageOptions
-from dkdm.core import checkpoint
-from dkdm.core.chains import Guidance, Stride
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.fill import empty_pool, fill_few_step
-from dkdm.core.ladder import Iterative, Shuffled
-from dkdm.core.mixed import Mixed, Taught, images_in_batch
-from dkdm.core.objective import Objective
-from dkdm.core.pool import Pool
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.saving import checkpoint
 from dkdm.core.shards import Shards
-from dkdm.core.sources import Images, draw_set, empty_set
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.sources.chains import Guidance, Stride
+from dkdm.core.sources.fill import empty_pool, fill_few_step
+from dkdm.core.sources.images import Images
+from dkdm.core.sources.ladder import Iterative, Shuffled
+from dkdm.core.sources.mixed import Mixed, Taught, images_in_batch
+from dkdm.core.sources.pool import Pool
+from dkdm.core.sources.synthetic import draw_set, empty_set
 from dkdm.data.teacher_images import balanced_share, images_of
 from dkdm.errors import UsageError
 from dkdm.runs.arms import ARMS

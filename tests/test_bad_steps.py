@@ -7,12 +7,12 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 import small_runs
-from dkdm.core import bad_steps
-from dkdm.core.bad_steps import CAUSES, RECENT, BadSteps, faults_in_words
-from dkdm.core.checkpoint import checkpoints, newest_finite, read_tensors
-from dkdm.core.objective import Objective
-from dkdm.core.pool import Pool
-from dkdm.core.trainer import Trainer
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.saving.checkpoint import checkpoints, newest_finite, read_tensors
+from dkdm.core.sources.pool import Pool
+from dkdm.core.training import bad_steps
+from dkdm.core.training.bad_steps import CAUSES, RECENT, BadSteps, faults_in_words
+from dkdm.core.training.trainer import Trainer
 from dkdm.errors import DkdmError
 from dkdm.report import write_report
 from factories import denoiser

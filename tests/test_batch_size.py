@@ -14,9 +14,9 @@ import small_runs
 from dkdm.checks.memory_plan import PlannedRun, plan
 from dkdm.config import DistillConfig, TrainConfig, read_config, to_json
 from dkdm.core import processes
-from dkdm.core.checkpoint import read_tensors
-from dkdm.core.progress import read_metrics
-from dkdm.core.trainer import Trainer
+from dkdm.core.saving.checkpoint import read_tensors
+from dkdm.core.saving.progress import read_metrics
+from dkdm.core.training.trainer import Trainer
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.memory import peak_allocated
 from dkdm.runs import batch_size

@@ -15,11 +15,11 @@ from dkdm.core.captured.inputs import Inputs
 from dkdm.core.captured.part import DevicePart
 from dkdm.core.captured.placed import placed, placed_objective
 from dkdm.core.captured.step import WholeStep, as_they_are, spare_rows
-from dkdm.core.chains import Stride
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.learning import Ema
-from dkdm.core.muon import Muon
-from dkdm.core.progress import LossPerLevel
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.saving.progress import LossPerLevel
+from dkdm.core.sources.chains import Stride
+from dkdm.core.training.learning import Ema
+from dkdm.core.training.muon import Muon
 from small_runs import begun, state_of
 from watched import Watched
 

@@ -12,8 +12,8 @@ import torch
 import small_runs
 from dkdm.cli import main
 from dkdm.config import DistillConfig, TrainConfig, to_json
-from dkdm.core.checkpoint import RUN
-from dkdm.core.folders import MANIFEST, write_folder
+from dkdm.core.saving.checkpoint import RUN
+from dkdm.core.saving.folders import MANIFEST, write_folder
 from dkdm.errors import UsageError
 from dkdm.models.identity import hash_of_weights, identity_of, kind_of
 from dkdm.reading.options import places

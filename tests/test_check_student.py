@@ -15,7 +15,7 @@ import own_networks
 from dkdm.checks.findings import print_findings
 from dkdm.checks.student import LOOKS, check_student
 from dkdm.cli import main
-from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoisers.conditioning import ClassLabels
 from dkdm.errors import UsageError
 from dkdm.models import load_teacher, with_texts
 from dkdm.models.custom_network import awakened

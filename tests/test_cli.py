@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dkdm.cli import COMMANDS, main
-from dkdm.core.objective import Objective
+from dkdm.core.objectives.objective import Objective
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import PRESETS
 from factories import denoiser

@@ -12,7 +12,7 @@ from rich.console import Console
 from browser import CHROMIUM, browser
 from dkdm.cli import main
 from dkdm.config import CompareCommand, ComparedOptions, to_json
-from dkdm.core.checkpoint import write_tensors
+from dkdm.core.saving.checkpoint import write_tensors
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import TeacherDistance
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from dkdm.config import Sampler
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, rectified_flow
 from dkdm.data.fashion import CLASS_NAMES
 from dkdm.data.named import load_reference
 from dkdm.errors import DkdmError, UsageError

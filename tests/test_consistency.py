@@ -12,23 +12,23 @@ from torch import nn
 
 import small_runs
 import toy_networks
-from dkdm.core.chains import Stride
-from dkdm.core.checkpoint import WEIGHTS
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization, from_x_0_eps
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.core.few_steps import flag, mirror
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.jumps import Jumps
 from dkdm.core.few_steps.pairs import Pairs, PairsObjective, averaged_network, pair_ends
 from dkdm.core.few_steps.tasks import for_both_tasks, tasks_of
-from dkdm.core.fill import empty_pool, fill_few_step
-from dkdm.core.objective import Objective
-from dkdm.core.prediction import Parameterization, from_x_0_eps
-from dkdm.core.process import per_sample
-from dkdm.core.progress import MetricsFile
-from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.saving.checkpoint import WEIGHTS
+from dkdm.core.saving.progress import MetricsFile
 from dkdm.core.shards import Shards
-from dkdm.core.steps import reverse_step
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.sources.chains import Stride
+from dkdm.core.sources.fill import empty_pool, fill_few_step
 from dkdm.errors import UsageError
 from dkdm.evaluation.energy import energy_distance
 from dkdm.models import load_teacher

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
 from dkdm.evaluation.cost import (
     count_macs,
     evaluations_in_turns,

@@ -15,11 +15,11 @@ from dkdm.config import SamplingOptions, read_config
 from dkdm.core.captured.check import apart, outcome
 from dkdm.core.captured.part import DevicePart
 from dkdm.core.captured.step import as_they_are
-from dkdm.core.checkpoint import read_tensors
-from dkdm.core.denoiser import Batch
-from dkdm.core.graphs import replayed
-from dkdm.core.muon import Muon
-from dkdm.core.progress import read_metrics
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.graphs import replayed
+from dkdm.core.saving.checkpoint import read_tensors
+from dkdm.core.saving.progress import read_metrics
+from dkdm.core.training.muon import Muon
 from dkdm.evaluation.memory import MIB, peak_allocated
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models import load_teacher

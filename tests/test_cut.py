@@ -18,8 +18,8 @@ from diffusers import (
 from torch import nn
 
 from dkdm.checks.student_table import list_students
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.positions import counterparts, evenly
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.objectives.positions import counterparts, evenly
 from dkdm.errors import UsageError
 from dkdm.students import PRESETS, Interface, build_network
 from dkdm.students.start import inherit

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dkdm.cli import main
-from dkdm.core import checkpoint
-from dkdm.core.finished import SampleShards, as_tensors
-from dkdm.core.folders import MANIFEST, SUMS
-from dkdm.core.stopping import RESUMABLE
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving.folders import MANIFEST, SUMS
+from dkdm.core.saving.stopping import RESUMABLE
+from dkdm.core.sources.finished import SampleShards, as_tensors
 from dkdm.data.sample_files import Part, TensorShards
 from dkdm.errors import DkdmError
 from dkdm.evaluation.few_steps import FEW_STEPS, StepsRow, StepsTable

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dkdm.config import DataOptions, NetworkOptions
-from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoisers.conditioning import ClassLabels
 from dkdm.data.fashion import ROOT, load_fashion_mnist
 from dkdm.data.images import load_image_folder
 from dkdm.data.named import load_images

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from dkdm.config import DistillConfig, to_json
-from dkdm.core.clipping import Clipping
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.clipping import Clipping
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, rectified_flow
 from dkdm.errors import UsageError
 from dkdm.runs.defaults import with_defaults, with_optimizer
 

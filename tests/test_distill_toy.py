@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from dkdm.config import PoolOptions
-from dkdm.core.chains import Stride
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool, fill_few_step
-from dkdm.core.objective import Objective
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import beta_schedule, from_betas, rectified_flow
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, rectified_flow
+from dkdm.core.objectives.objective import Objective
 from dkdm.core.shards import Shards
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.sources.chains import Stride
+from dkdm.core.sources.fill import empty_pool, fill_few_step
 
 LEVELS, BATCH, STEPS = 100, 256, 700
 MIXTURE = GaussianMixture.of([[-1.2, -0.4], [0.8, 1.0]], std=[0.3, 0.5], weights=[0.4, 0.6])

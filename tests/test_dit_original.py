@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL
 
 import dkdm
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.core.denoiser import Batch
-from dkdm.core.steps import reverse_step
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.models import LoadOptions
 from formula_weights import few, numbers
 from original_files.dit import CLASSES, WIDTH, checkpoint, sit_checkpoint

@@ -85,12 +85,14 @@ def test_a_step_of_algorithm_1_calls_what_the_page_names_in_its_order(tmp_path):
         run(tmp_path, max_train_steps=1, evaluation_samples=0, stride="random:25")
     finally:
         sys.setprofile(None)
-    begun = called[called.index("core.trainer.Trainer.learn") :]
+    begun = called[called.index("core.training.trainer.Trainer.learn") :]
     order = ["learn", "draw", "target", "advance", "move", "_restart"]
     places = [next(i for i, n in enumerate(begun) if n.endswith(f".{name}")) for name in order]
     assert places == sorted(places), begun
-    before = called[: called.index("core.trainer.Trainer.learn")]
-    assert "core.budget.pool_entries" in before and "core.fill.fill_few_step" in before
+    before = called[: called.index("core.training.trainer.Trainer.learn")]
+    assert (
+        "core.sources.budget.pool_entries" in before and "core.sources.fill.fill_few_step" in before
+    )
 
 
 def test_layout_of_the_readme_is_the_package():

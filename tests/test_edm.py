@@ -6,9 +6,9 @@ from diffusers import AutoencoderKL
 
 import dkdm
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.core.denoiser import Batch
-from dkdm.core.process import per_sample
-from dkdm.core.steps import reverse_step
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.models import LoadOptions
 from dkdm.networks.edm import SongUNet
 from dkdm.students import student_of

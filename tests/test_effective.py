@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import pipelines
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.core.conditioning import Unconditional
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoisers.conditioning import Unconditional
+from dkdm.core.denoisers.denoiser import Batch
 from dkdm.models import LoadOptions
 from dkdm.models.effective import _CORRECTIONS, class_config, effective_config, pipeline_entries
 from dkdm.shipping.pipeline_folder import write_pipeline

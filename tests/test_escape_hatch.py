@@ -15,13 +15,13 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 
 import dkdm
 import pipelines
-from dkdm.core.denoiser import Batch
-from dkdm.core.objective import simple_loss
-from dkdm.core.prediction import Prediction, clip_x_0, scale_input
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import zero_terminal_snr
-from dkdm.core.time import network_time
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Prediction, clip_x_0, scale_input
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import zero_terminal_snr
+from dkdm.core.diffusion.time import network_time
+from dkdm.core.objectives.objective import simple_loss
 from dkdm.errors import UsageError
 from dkdm.models.student_process import with_process
 from dkdm.shipping.pipeline_folder import shipping_notes, write_pipeline

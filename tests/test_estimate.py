@@ -8,8 +8,8 @@ from torch import nn
 
 import dkdm
 import pipelines
-from dkdm.core.checkpoint import read_tensors
-from dkdm.core.progress import read_metrics
+from dkdm.core.saving.checkpoint import read_tensors
+from dkdm.core.saving.progress import read_metrics
 from dkdm.evaluation.numbers import duration
 from dkdm.models import with_texts
 from dkdm.models.prompts import Prompts

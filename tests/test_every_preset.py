@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 
 import pipelines
 from dkdm import export_graph, load_teacher
-from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoisers.conditioning import ClassLabels
 from dkdm.models import with_texts
 from dkdm.students import PRESETS
 from toy_runs import assert_same, distil, toy

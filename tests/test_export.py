@@ -9,7 +9,7 @@ import torch
 
 import programs
 from dkdm import load_teacher
-from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoisers.conditioning import ClassLabels
 from dkdm.shipping.pipeline_folder import usage_snippet, write_pipeline
 from dkdm.students import student_of
 from factories import denoiser, some_batch
@@ -60,7 +60,7 @@ def test_components_load_by_themselves(tmp_path):
     assert scheduler.config.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("module", ["dkdm", "dkdm.core.process", "programs", "factories"])
+@pytest.mark.parametrize("module", ["dkdm", "dkdm.core.diffusion.process", "programs", "factories"])
 def test_a_program_of_its_own_finds_neither_dkdm_nor_the_tests(module):
     done = programs.run(f"import torch, diffusers\nprint('here')\nimport {module}")
     assert done.returncode == 1

@@ -8,9 +8,15 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm.core import checkpoint
-from dkdm.core.denoiser import Batch
-from dkdm.core.feature_loss import feature_map, match_features, resized, stage_maps, stage_names
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.objectives.feature_loss import (
+    feature_map,
+    match_features,
+    resized,
+    stage_maps,
+    stage_names,
+)
+from dkdm.core.saving import checkpoint
 from dkdm.errors import UsageError
 from dkdm.students import student_of
 from factories import denoiser

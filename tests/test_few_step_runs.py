@@ -21,7 +21,7 @@ from dkdm.cli import main
 from dkdm.config import read_config
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
-from dkdm.core.progress import MetricsFile, read_metrics
+from dkdm.core.saving.progress import MetricsFile, read_metrics
 from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import read_steps_table
 from dkdm.models import load_teacher, with_texts

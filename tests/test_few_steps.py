@@ -9,20 +9,20 @@ from torch import nn
 
 import toy_networks
 from dkdm.config import parse_steps
-from dkdm.core.chains import Stride
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization, Prediction, from_x_0_eps
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.core.few_steps.grid import Grid, grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled, rolled
-from dkdm.core.fill import empty_pool, fill_few_step
-from dkdm.core.objective import Objective
-from dkdm.core.prediction import Parameterization, Prediction, from_x_0_eps
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.objectives.objective import Objective
 from dkdm.core.shards import Shards
-from dkdm.core.steps import reverse_step
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.sources.chains import Stride
+from dkdm.core.sources.fill import empty_pool, fill_few_step
 from dkdm.errors import UsageError
 from dkdm.evaluation.energy import energy_distance
 from dkdm.students.heads import with_heads

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jinja2 import UndefinedError
 
-from dkdm.core.checkpoint import write_tensors
+from dkdm.core.saving.checkpoint import write_tensors
 from dkdm.reading.files import atomic, cache_dir, cached_folder, render
 
 

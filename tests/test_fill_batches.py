@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
-from dkdm.core.filling import Filling
-from dkdm.core.prediction import Parameterization
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
 from dkdm.core.shards import Shards
+from dkdm.core.sources.fill import empty_pool, fill_ancestral, fill_few_step
+from dkdm.core.sources.filling import Filling
 from dkdm.evaluation.fastest import fastest, seconds_a_sample
 from small_runs import run
 

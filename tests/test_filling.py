@@ -12,13 +12,13 @@ import torch
 import dkdm
 import small_runs
 from dkdm.cli import main
-from dkdm.core import checkpoint
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
-from dkdm.core.filling import Filling
-from dkdm.core.pool import Pool
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving.stopping import RESUMABLE, Stopped, answering_signals
 from dkdm.core.shards import ONE_PROCESS, Shards
-from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals
+from dkdm.core.sources.fill import empty_pool, fill_ancestral, fill_few_step
+from dkdm.core.sources.filling import Filling
+from dkdm.core.sources.pool import Pool
 from dkdm.runs.launch import forget_fill
 from factories import denoiser
 from test_resume import STEPS, command, losses
@@ -55,7 +55,7 @@ def kill_after(monkeypatch, batches):
 def test_a_killed_fill_goes_on_from_what_was_saved(tmp_path, monkeypatch, kind):
     whole, parts = (made_pool(14, Shards(2)) for _ in range(2))
     FILLS[kind](whole, Filling(whole))
-    monkeypatch.setattr("dkdm.core.filling.EVERY", -1)
+    monkeypatch.setattr("dkdm.core.sources.filling.EVERY", -1)
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         kill_after(patch, 2)
         filling = Filling(parts, tmp_path / "fill")
@@ -147,8 +147,8 @@ def test_a_fill_that_cannot_be_saved_goes_on(tmp_path, monkeypatch, capsys):
         del folder, fill
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dkdm.core.filling.write_folder", full)
-    monkeypatch.setattr("dkdm.core.filling.EVERY", -1)
+    monkeypatch.setattr("dkdm.core.sources.filling.write_folder", full)
+    monkeypatch.setattr("dkdm.core.sources.filling.EVERY", -1)
     pool = made_pool(8)
     fill_few_step(pool, 1, 4, Filling(pool, tmp_path / "fill" / "0"))
     assert pool.t.unique().numel() > 4

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dkdm import load_teacher
-from dkdm.core.schedules import beta_schedule
+from dkdm.core.diffusion.schedules import beta_schedule
 from dkdm.models import FORMATS, LoadOptions
 from dkdm.networks.adm import AdmUNet
 from formula_weights import filled

@@ -15,8 +15,8 @@ import pipelines
 import small_runs
 from dkdm import load_teacher
 from dkdm.config import DistillConfig, read_config, to_json
-from dkdm.core import checkpoint, folders
-from dkdm.core.trainer import Trainer
+from dkdm.core.saving import checkpoint, folders
+from dkdm.core.training.trainer import Trainer
 from dkdm.errors import DkdmError
 from dkdm.evaluation.results import EVALUATION, SAMPLES
 from dkdm.models import LoadOptions, sketch_teacher

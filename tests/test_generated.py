@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import pipelines
-from dkdm.core import calls
-from dkdm.core.calls import CALLS
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoisers import calls
+from dkdm.core.denoisers.calls import CALLS
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, load_teacher
 from dkdm.models.architectures import component_of

@@ -19,8 +19,8 @@ import dkdm
 import pipelines
 from dkdm import Denoiser, Parameterization, UsageError, export_graph, load_teacher, rectified_flow
 from dkdm.cli import main
-from dkdm.core.conditioning import ClassLabels, Unconditional, restrict_classes
-from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional, restrict_classes
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
 from dkdm.errors import DkdmError
 from dkdm.models import LoadOptions, with_texts
 from dkdm.networks.adm import AdmUNet

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from dkdm.config import TrainingOptions
-from dkdm.core.compiled import Compiled
-from dkdm.core.faster import faster
-from dkdm.core.graphs import Replayed, replayed, unreplayed
+from dkdm.core.denoisers.compiled import Compiled
+from dkdm.core.denoisers.faster import faster
+from dkdm.core.denoisers.graphs import Replayed, replayed, unreplayed
 from dkdm.evaluation.fingerprint import fingerprint
 from factories import denoiser, some_batch
 

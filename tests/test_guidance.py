@@ -8,16 +8,16 @@ from torch import nn
 
 import dkdm
 from dkdm.config import GuidanceOptions
-from dkdm.core.chains import Guidance, Stride, random_conditioning_odds
-from dkdm.core.conditioning import ClassLabels, Unconditional, guide, restrict_classes
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.fill import empty_pool, fill_few_step, uniform_levels
-from dkdm.core.prediction import Parameterization, Prediction
-from dkdm.core.process import per_sample
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional, guide, restrict_classes
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization, Prediction
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.core.randomness import generator
-from dkdm.core.schedules import beta_schedule, from_betas
-from dkdm.core.steps import reverse_step
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.sources.chains import Guidance, Stride, random_conditioning_odds
+from dkdm.core.sources.fill import empty_pool, fill_few_step, uniform_levels
 from dkdm.errors import UsageError
 from factories import counting, denoiser
 
@@ -447,7 +447,8 @@ def test_without_random_conditioning_nothing_is_drawn(monkeypatch):
     assert (first.cond["class_labels"] == OWN).all()
     purposes = []
     monkeypatch.setattr(
-        "dkdm.core.pool.generator", lambda *parts: purposes.append(parts[2]) or generator(*parts)
+        "dkdm.core.sources.pool.generator",
+        lambda *parts: purposes.append(parts[2]) or generator(*parts),
     )
     plain.draw(200)
     assert set(purposes) == {"move"}

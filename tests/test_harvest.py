@@ -13,13 +13,13 @@ from PIL import Image
 import dkdm
 from dkdm.cli import main
 from dkdm.config import HarvestOptions, read_config, to_json
-from dkdm.core import checkpoint
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.fill import empty_pool
-from dkdm.core.finished import SHARD, Finished, SampleShards
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import rectified_flow
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import rectified_flow
+from dkdm.core.saving import checkpoint
+from dkdm.core.sources.fill import empty_pool
+from dkdm.core.sources.finished import SHARD, Finished, SampleShards
 from dkdm.data.images import load_image_folder
 from dkdm.data.sample_files import PngFolder, WebDataset, picture, pixels
 from dkdm.errors import DkdmError, UsageError

@@ -9,7 +9,7 @@ import torch
 
 import small_runs
 from dkdm.cli import main
-from dkdm.core.checkpoint import read_tensors, write_tensors
+from dkdm.core.saving.checkpoint import read_tensors, write_tensors
 from dkdm.errors import UsageError
 from dkdm.reading.lock import LOCK, holder, locked
 from dkdm.runs.health import examine_run

@@ -9,9 +9,9 @@ from torch import nn
 
 import dkdm
 from dkdm.cli import main
-from dkdm.core.denoiser import Batch
-from dkdm.core.inputs import GivenRows, from_index, to_index, with_rows
-from dkdm.core.kinds import kind_of
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.inputs import GivenRows, from_index, to_index, with_rows
+from dkdm.core.denoisers.kinds import kind_of
 from dkdm.runs.models import ready_teacher
 from dkdm.students import student_of
 

@@ -16,11 +16,11 @@ from dkdm.checks.inspection import (
     print_inspection,
     readings,
 )
-from dkdm.core.clipping import Clipping
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import karras, rectified_flow
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.clipping import Clipping
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import karras, rectified_flow
 from dkdm.errors import UsageError
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.models import load_teacher

@@ -22,7 +22,7 @@ import torch
 
 import dkdm
 from dkdm.cli import main
-from dkdm.core.folders import MANIFEST
+from dkdm.core.saving.folders import MANIFEST
 from test_resume import STEPS, command
 
 MORE = (
@@ -30,15 +30,15 @@ MORE = (
     *("--evaluation-samples", "4", "--evaluation-reference", "none", "--keep-finished", "4"),
 )
 MOMENTS = [  # (function, call at which it is killed, before or after its work)
-    ("dkdm.core.denoiser.Denoiser.sample", 2, "before"),
-    ("dkdm.core.pool.Pool.store", 2, "after"),
-    ("dkdm.core.folders._flush", 2, "after"),
+    ("dkdm.core.denoisers.denoiser.Denoiser.sample", 2, "before"),
+    ("dkdm.core.sources.pool.Pool.store", 2, "after"),
+    ("dkdm.core.saving.folders._flush", 2, "after"),
     ("pathlib.Path.rename", 1, "before"),
     ("pathlib.Path.rename", 2, "after"),
     ("pathlib.Path.replace", 1, "before"),
     ("pathlib.Path.replace", 2, "after"),
-    ("dkdm.core.progress.MetricsFile.write", 3, "after"),
-    ("dkdm.core.checkpoint.rotate", 2, "before"),
+    ("dkdm.core.saving.progress.MetricsFile.write", 3, "after"),
+    ("dkdm.core.saving.checkpoint.rotate", 2, "before"),
     ("dkdm.runs.launch.write_pipeline", 1, "before"),
     ("dkdm.runs.launch.write_card", 1, "before"),
     ("dkdm.evaluation.comparison.Comparison.save", 1, "before"),
@@ -152,8 +152,8 @@ def die_once(folder, moment):
 # Python of the first call, counted by a trace; in the others at a random time after it has begun.
 WRITES = {
     "config.json": "dkdm.runs.launch.claim_output",
-    "a checkpoint": "dkdm.core.saving.Saver._write",
-    "metrics.jsonl": "dkdm.core.progress.MetricsFile._append",
+    "a checkpoint": "dkdm.core.saving.saver.Saver._write",
+    "metrics.jsonl": "dkdm.core.saving.progress.MetricsFile._append",
     "what was measured": "dkdm.evaluation.comparison.Comparison.save",
     "the finished model": "dkdm.runs.launch.write_pipeline",
     "the card": "dkdm.runs.launch.write_card",
@@ -161,8 +161,8 @@ WRITES = {
 }
 WORK = {
     "the fill": "dkdm.runs.objectives.prepare_source",
-    "training": "dkdm.core.trainer.Trainer.step",
-    "a validation": "dkdm.core.trainer.Trainer._validated",
+    "training": "dkdm.core.training.trainer.Trainer.step",
+    "a validation": "dkdm.core.training.trainer.Trainer._validated",
     "the final evaluation": "dkdm.runs.objectives.compare_models",
 }
 PHASES = WRITES | WORK

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dkdm.core.trainer import Trainer
+from dkdm.core.training.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import cells

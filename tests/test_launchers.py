@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dkdm.core.checkpoint import checkpoints, read_tensors
-from dkdm.core.progress import read_metrics
+from dkdm.core.saving.checkpoint import checkpoints, read_tensors
+from dkdm.core.saving.progress import read_metrics
 from test_processes import command, resumed
 
 pytestmark = pytest.mark.slow

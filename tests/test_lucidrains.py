@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.core.denoiser import Batch
-from dkdm.core.steps import reverse_step
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.models import LoadOptions
 from dkdm.networks.lucidrains import LucidrainsUNet
 from dkdm.students import student_of

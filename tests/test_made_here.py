@@ -11,7 +11,7 @@ import pytest
 import dkdm
 import own_networks
 from dkdm.cli import main
-from dkdm.core.checkpoint import save_network
+from dkdm.core.saving.checkpoint import save_network
 from dkdm.errors import UsageError
 from dkdm.models import LoadOptions, load_teacher, sketch_teacher
 from dkdm.models import custom_network as own

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.matching import (
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.matching import (
     covered,
     gauge_of,
     level_weights,
@@ -21,11 +21,11 @@ from dkdm.core.matching import (
     on_levels_of,
     ratio_range,
 )
-from dkdm.core.objective import Objective
-from dkdm.core.prediction import Parameterization, from_x_0_eps, scale_input
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization, from_x_0_eps, scale_input
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.objectives.objective import Objective
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import NAMED, SIGMA_RANGE, from_scheduler_config
 from dkdm.models.student_process import with_process

@@ -11,7 +11,7 @@ from torch import nn
 import dkdm
 from dkdm.checks.inspection import check_denoising
 from dkdm.config import SamplingOptions
-from dkdm.core.modes import WAS_TRAINING, evaluating, modules_behind, put_into_evaluation
+from dkdm.core.denoisers.modes import WAS_TRAINING, evaluating, modules_behind, put_into_evaluation
 from dkdm.runs.outputs import sample_to_file
 
 VP = dkdm.from_betas(torch.linspace(1e-4, 0.02, 50))

@@ -17,6 +17,10 @@ FORMER = {
         "steps teachers toy trainer trainset typed"
     ),
     "dkdm.check_student": "behaviour blame case graphs saving training",
+    "dkdm.core": (
+        "checkpoint conditioning denoiser feature_loss fill graphs kinds objective pool "
+        "prediction process progress schedules steps trainer units"
+    ),
     "dkdm.evaluation": "classes features",
     "dkdm.graph": "description formats network tracing trail",
     "dkdm.inspection": "check denoising facts given memory readings remedy tables",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dkdm.core.muon import Muon, hidden_matrices, orthogonal
+from dkdm.core.training.muon import Muon, hidden_matrices, orthogonal
 from watched import Watched
 
 RATE = 0.02

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import pipelines
 from dkdm import ClassLabels, DkdmError, UsageError, load_teacher
 from dkdm.cli import main
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoisers.denoiser import Batch
 from dkdm.models import LoadOptions
 
 SCHEDULER = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2"}

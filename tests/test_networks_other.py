@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 import pipelines
 import programs
 from dkdm import UsageError, load_teacher
-from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoisers.conditioning import ClassLabels
 from dkdm.models import with_texts
 from dkdm.networks import network_class
 from dkdm.networks.linear import linear_attention

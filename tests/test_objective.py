@@ -10,13 +10,18 @@ import torch
 from torch import distributions, nn
 
 from dkdm.config import LossOptions
-from dkdm.core.denoiser import Batch
-from dkdm.core.objective import Objective, simple_loss
-from dkdm.core.prediction import Parameterization, Prediction, PredictionType, from_x_0_eps
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
-from dkdm.core.variational import gaussian_kl, variational_loss
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import (
+    Parameterization,
+    Prediction,
+    PredictionType,
+    from_x_0_eps,
+)
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.objectives.objective import Objective, simple_loss
+from dkdm.core.objectives.variational import gaussian_kl, variational_loss
 from dkdm.errors import UsageError
 
 KINDS = get_args(PredictionType)

@@ -14,7 +14,7 @@ import dkdm
 import own_networks
 import programs
 from dkdm.cli import main
-from dkdm.core.checkpoint import read_tensors, save_network
+from dkdm.core.saving.checkpoint import read_tensors, save_network
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, sketch_teacher
 from dkdm.models.custom_network import origin_of, read_origin

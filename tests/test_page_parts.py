@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 from dkdm.config import to_json
-from dkdm.core.chains import Stride
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool
-from dkdm.core.mixed import Mixed
-from dkdm.core.prediction import Parameterization
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
+from dkdm.core.sources.chains import Stride
+from dkdm.core.sources.fill import empty_pool
+from dkdm.core.sources.mixed import Mixed
 from dkdm.errors import DkdmError
 from dkdm.evaluation.pool_state import POOL, histogram, read_pool_state, state_of
 from dkdm.evaluation.same_noise import Sampling, draw

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dkdm.cli import main
 from dkdm.config import DistillConfig, TrainConfig
-from dkdm.core.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.report.media import media, wav_data_uri

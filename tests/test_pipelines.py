@@ -30,10 +30,10 @@ import dkdm
 import pipelines
 import programs
 from dkdm import DkdmError, UsageError, load_teacher
-from dkdm.core.denoiser import Batch
-from dkdm.core.process import Process
-from dkdm.core.schedules import rectified_flow
-from dkdm.core.steps import reverse_step
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.diffusion.process import Process
+from dkdm.core.diffusion.schedules import rectified_flow
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.models import LoadOptions, with_texts
 from dkdm.models.prompts import Prompts
 from dkdm.models.schedulers import from_scheduler_config

@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 
 import pipelines
 from dkdm.config import EvaluateCommand, HarvestCommand, SampleCommand
-from dkdm.core.bundle import Bundle
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.denoisers.denoiser import Batch
 from dkdm.errors import DkdmError
 from dkdm.models import LoadOptions, load_teacher, with_texts
 from dkdm.models import place as places

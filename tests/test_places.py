@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import pipelines
 from dkdm import load_teacher
-from dkdm.core import checkpoint, folders
+from dkdm.core.saving import checkpoint, folders
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, sketch_teacher
 from dkdm.models.components import Component

@@ -22,10 +22,10 @@ from dkdm.checks.memory_plan import (
 )
 from dkdm.cli import main
 from dkdm.config import OptimizerOptions, PlanOptions
-from dkdm.core import replay
-from dkdm.core.denoiser import Batch
-from dkdm.core.learning import optimizer_of
-from dkdm.core.progress import read_metrics
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.saving.progress import read_metrics
+from dkdm.core.sources import replay
+from dkdm.core.training.learning import optimizer_of
 from dkdm.errors import UsageError
 from dkdm.evaluation.memory import MIB, LiveStorages, fused_attention, peak_allocated
 from dkdm.reading.options import places

@@ -13,19 +13,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkdm.config import DistillConfig, PoolOptions
-from dkdm.core.budget import fill_cost, pool_entries
-from dkdm.core.chains import Guidance, Stride
-from dkdm.core.checkpoint import read_tensors, write_parts
-from dkdm.core.conditioning import ClassLabels, Unconditional
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step, uniform_levels
-from dkdm.core.pool import Pool
-from dkdm.core.prediction import Parameterization
-from dkdm.core.process import per_sample
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, karras
 from dkdm.core.randomness import generator
-from dkdm.core.schedules import beta_schedule, from_betas, karras
+from dkdm.core.saving.checkpoint import read_tensors, write_parts
 from dkdm.core.shards import Shards
-from dkdm.core.storage import check_memory
+from dkdm.core.sources.budget import fill_cost, pool_entries
+from dkdm.core.sources.chains import Guidance, Stride
+from dkdm.core.sources.fill import empty_pool, fill_ancestral, fill_few_step, uniform_levels
+from dkdm.core.sources.pool import Pool
+from dkdm.core.sources.storage import check_memory
 from dkdm.errors import UsageError
 from dkdm.runs.arms import ARMS
 
@@ -526,7 +526,7 @@ def test_a_stride_past_all_levels_is_refused(text, reach):
 
 def test_a_pool_too_large_for_memory_is_refused_with_its_size_and_a_remedy(monkeypatch):
     # The same function as doctor's, which sees a container's limit.
-    monkeypatch.setattr("dkdm.core.storage.usable_memory", lambda: 2 * 2**30)
+    monkeypatch.setattr("dkdm.core.sources.storage.usable_memory", lambda: 2 * 2**30)
     teacher = Denoiser(lambda x, t: x, COSINE, Parameterization("sample"), (3, 256, 256))
     message = r"pool of 4000 entries of shape \(3, 256, 256\) .* 2\.9 GiB, and 2\.0 GiB are free"
     with pytest.raises(UsageError, match=message) as refused:

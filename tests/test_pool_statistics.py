@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from dkdm.config import PoolOptions
-from dkdm.core.chains import Stride
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step, uniform_levels
-from dkdm.core.pool import Pool
-from dkdm.core.prediction import Parameterization
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, zero_terminal_snr
 from dkdm.core.randomness import generator
-from dkdm.core.schedules import beta_schedule, from_betas, zero_terminal_snr
 from dkdm.core.shards import Shards
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.sources.chains import Stride
+from dkdm.core.sources.fill import empty_pool, fill_ancestral, fill_few_step, uniform_levels
+from dkdm.core.sources.pool import Pool
 
 CPU = torch.device("cpu")
 SHARED = {"shards": Shards(2)}  # each shard has generators of its own, at every step

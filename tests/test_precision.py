@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dkdm.config import to_json
-from dkdm.core.precision import allow_tf32
+from dkdm.core.training.precision import allow_tf32
 from dkdm.runs.defaults import with_defaults
 from factories import denoiser
 from small_runs import SMALL, run

@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dkdm.core.clipping import Clipping
-from dkdm.core.prediction import (
+from dkdm.core.diffusion.clipping import Clipping
+from dkdm.core.diffusion.prediction import (
     Parameterization,
     Prediction,
     PredictionType,
@@ -22,15 +22,15 @@ from dkdm.core.prediction import (
     to_x_0_eps,
     x_0_slope,
 )
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import (
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import (
     beta_schedule,
     from_betas,
     karras,
     rectified_flow,
     zero_terminal_snr,
 )
-from dkdm.core.variances import posterior_var, step_log_var, transition_var
+from dkdm.core.diffusion.variances import posterior_var, step_log_var, transition_var
 from dkdm.errors import UsageError
 
 KINDS = get_args(PredictionType)

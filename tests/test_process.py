@@ -6,8 +6,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import scheduling_ddpm
 
-from dkdm.core.process import Process
-from dkdm.core.schedules import (
+from dkdm.core.diffusion.process import Process
+from dkdm.core.diffusion.schedules import (
     BETA_SCHEDULES,
     beta_schedule,
     from_betas,
@@ -208,5 +208,7 @@ def test_names_that_moved_out_of_a_module_are_found_under_its_former_name():
 
     assert dkdm.process.Process is Process
     assert dkdm.process.from_betas is from_betas
-    with pytest.raises(AttributeError, match="'dkdm.core.process' has no attribute 'nothing'"):
+    with pytest.raises(
+        AttributeError, match="'dkdm.core.diffusion.process' has no attribute 'nothing'"
+    ):
         _ = dkdm.process.nothing

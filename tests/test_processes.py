@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
-from dkdm.core.checkpoint import checkpoints, read_tensors
-from dkdm.core.stopping import RESUMABLE
+from dkdm.core.saving.checkpoint import checkpoints, read_tensors
+from dkdm.core.saving.stopping import RESUMABLE
 from ranks import launch
 
 STEPS = 4
@@ -20,7 +20,7 @@ FEW_STEPS = (
 )
 KILLED = """
 import os, signal
-from dkdm.core.trainer import Trainer
+from dkdm.core.training.trainer import Trainer
 step = Trainer.step
 def step_and_die(self):
     if self.step_number == 3 and rank == 1:
@@ -30,7 +30,7 @@ Trainer.step = step_and_die
 """
 STOPPED = """
 import os, signal
-from dkdm.core.trainer import Trainer
+from dkdm.core.training.trainer import Trainer
 step = Trainer.step
 def step_and_signal(self):
     if self.step_number == 2 and rank == 1:
@@ -39,14 +39,14 @@ def step_and_signal(self):
 Trainer.step = step_and_signal
 """
 NOT_FINITE = """
-from dkdm.core.objective import Objective
+from dkdm.core.objectives.objective import Objective
 simple = Objective._simple
 def broken(self, *given):
     return simple(self, *given) * (float("nan") if rank == 1 else 1.0)
 Objective._simple = broken
 """
 FULL = """
-from dkdm.core import checkpoint
+from dkdm.core.saving import checkpoint
 write = checkpoint.write_tensors
 def full(path, *given):
     if rank == {} and any(f"checkpoint-{{n}}" in str(path) for n in {}):

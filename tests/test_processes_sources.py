@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dkdm import DistillConfig
-from dkdm.core.checkpoint import read_tensors
-from dkdm.core.finished import SampleShards
+from dkdm.core.saving.checkpoint import read_tensors
 from dkdm.core.shards import Shards
+from dkdm.core.sources.finished import SampleShards
 from dkdm.errors import UsageError
 from dkdm.runs.shared import check_shared
 from ranks import launch
@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from dkdm.core import finished, finished_by_all, processes
-from dkdm.core.checkpoint import write_parts, write_tensors
+from dkdm.core.sources import finished
+from dkdm.core.sources import finished_by_all
+from dkdm.core import processes
+from dkdm.core.saving.checkpoint import write_parts, write_tensors
 from dkdm.runs.programs import OBJECTIVES
 from dkdm.students import student_of
 from factories import denoiser

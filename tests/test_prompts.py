@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
-from dkdm.core.process import per_sample
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
 from dkdm.core.randomness import generator
-from dkdm.core.schedules import beta_schedule, from_betas
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models import prompts as prompts_module
 from dkdm.models import with_texts

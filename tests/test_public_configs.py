@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler
 import dkdm
 import pipelines
 from dkdm import load_teacher
-from dkdm.core.steps import reverse_step
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.models import LoadOptions, with_texts
 from small_runs import student_parameterization
 from stock_pipelines import (

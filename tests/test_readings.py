@@ -17,13 +17,13 @@ from dkdm.checks.inspection import check_denoising, read_samples
 from dkdm.checks.inspection.readings import TIMES, Change, applied, code_of, cure_of
 from dkdm.checks.inspection.remedy import corrected
 from dkdm.cli import main
-from dkdm.core.bundle import Bundle
-from dkdm.core.checkpoint import write_tensors
-from dkdm.core.denoiser import Batch
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import karras, rectified_flow
-from dkdm.core.time import network_time
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import karras, rectified_flow
+from dkdm.core.diffusion.time import network_time
+from dkdm.core.saving.checkpoint import write_tensors
 from dkdm.errors import UsageError
 from dkdm.models import load_teacher
 from dkdm.models.components import Autoencoder, Component

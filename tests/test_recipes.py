@@ -7,7 +7,7 @@ import torch
 
 from dkdm.cli import main
 from dkdm.config import DistillConfig, TrainConfig
-from dkdm.core.budget import newly_drawn
+from dkdm.core.sources.budget import newly_drawn
 from dkdm.errors import UsageError
 from dkdm.models import LoadOptions, load_teacher
 from dkdm.networks.adm import AdmUNet

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dkdm.core import checkpoint, replay
-from dkdm.core.denoiser import Batch
-from dkdm.core.replay import Replayed
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.saving import checkpoint
+from dkdm.core.sources import replay
+from dkdm.core.sources.replay import Replayed
 from dkdm.errors import UsageError
 from dkdm.evaluation.pool_state import read_pool_state
 from dkdm.runs.arms import ARMS, make_source, prepare_source

@@ -14,8 +14,8 @@ import programs
 import small_runs
 from dkdm.cli import main
 from dkdm.config import OptimizerOptions
-from dkdm.core import checkpoint, folders
-from dkdm.core.learning import ScheduleState, optimizer_of
+from dkdm.core.saving import checkpoint, folders
+from dkdm.core.training.learning import ScheduleState, optimizer_of
 from dkdm.errors import DkdmError, UsageError
 from factories import denoiser
 
@@ -39,7 +39,7 @@ def command(folder, *more):
 KILLED = """
 import os, signal, sys
 from dkdm.cli import main
-from dkdm.core.progress import MetricsFile
+from dkdm.core.saving.progress import MetricsFile
 write = MetricsFile.write
 def write_and_die(self, entry):
     write(self, entry)

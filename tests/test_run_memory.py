@@ -5,8 +5,8 @@ import torch
 
 import small_runs
 from dkdm.cli import main
-from dkdm.core.checkpoint import read_tensors
-from dkdm.core.trainer import Trainer
+from dkdm.core.saving.checkpoint import read_tensors
+from dkdm.core.training.trainer import Trainer
 from dkdm.errors import DkdmError
 from dkdm.runs.memory import OutOfMemory, is_out_of_memory, needs
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dkdm.config import SamplingOptions
-from dkdm.core.checkpoint import read_tensors
+from dkdm.core.saving.checkpoint import read_tensors
 from dkdm.errors import UsageError
 from dkdm.runs.outputs import sample_to_file
 from factories import counting, denoiser

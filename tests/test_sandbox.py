@@ -17,7 +17,7 @@ import torch
 import pipelines
 from dkdm.cli import main
 from dkdm.config import DistillConfig, to_json
-from dkdm.core.checkpoint import write_tensors
+from dkdm.core.saving.checkpoint import write_tensors
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import student_of
 from factories import denoiser

@@ -16,9 +16,10 @@ import dkdm
 import small_runs
 from dkdm.cli import main
 from dkdm.config import CheckpointOptions
-from dkdm.core import checkpoint, saving
-from dkdm.core.folders import MANIFEST
-from dkdm.core.saving import Saver
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving import saver as saving
+from dkdm.core.saving.folders import MANIFEST
+from dkdm.core.saving.saver import Saver
 from dkdm.errors import DkdmError, UsageError
 from test_kills import ended, forked
 from test_resume import STEPS, command

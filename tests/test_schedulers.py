@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import schedulers as stock
 
-from dkdm.core.prediction import Parameterization, Prediction, scale_input, to_x_0_eps
-from dkdm.core.steps import reverse_step
+from dkdm.core.diffusion.prediction import Parameterization, Prediction, scale_input, to_x_0_eps
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import (
     BETA_PREDICTIONS,

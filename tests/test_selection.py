@@ -11,10 +11,10 @@ from accelerate import Accelerator
 import dkdm
 from dkdm.cli import main
 from dkdm.config import EvaluationOptions, TrainConfig
-from dkdm.core import checkpoint, folders
-from dkdm.core.progress import MetricsFile, read_metrics
 from dkdm.core.randomness import derived_seed
-from dkdm.core.selection import Selection
+from dkdm.core.saving import checkpoint, folders
+from dkdm.core.saving.progress import MetricsFile, read_metrics
+from dkdm.core.training.selection import Selection
 from dkdm.data.named import load_reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.frechet import frechet_distance

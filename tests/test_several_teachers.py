@@ -14,18 +14,18 @@ import dkdm
 import programs
 from dkdm.cli import main, repeated
 from dkdm.config import LossOptions
-from dkdm.core import checkpoint
-from dkdm.core.bundle import Bundle
-from dkdm.core.conditioning import ClassLabels, Unconditional
-from dkdm.core.denoiser import Batch
-from dkdm.core.matching import level_weights, on_levels_of
-from dkdm.core.objective import Objective
-from dkdm.core.prediction import Parameterization
-from dkdm.core.process import Process
-from dkdm.core.schedules import beta_schedule, from_betas
-from dkdm.core.several import shared_out
-from dkdm.core.teachers import Teachers, common_levels, parts_of, pattern_of
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.matching import level_weights, on_levels_of
+from dkdm.core.denoisers.teachers import Teachers, common_levels, parts_of, pattern_of
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.process import Process
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.saving import checkpoint
+from dkdm.core.sources.several import shared_out
 from dkdm.errors import UsageError
 from dkdm.evaluation.fingerprint import fingerprint
 from dkdm.models import load_teacher
@@ -407,7 +407,7 @@ def command(folder, *more):
 KILLED = """
 import os, signal, sys
 from dkdm.cli import main
-from dkdm.core.progress import MetricsFile
+from dkdm.core.saving.progress import MetricsFile
 write = MetricsFile.write
 def write_and_die(self, entry):
     write(self, entry)

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from dkdm.core.chains import Guidance, Stride
-from dkdm.core.checkpoint import read_tensors, write_parts
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
-from dkdm.core.prediction import Parameterization
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
+from dkdm.core.saving.checkpoint import read_tensors, write_parts
 from dkdm.core.shards import Shards
+from dkdm.core.sources.chains import Guidance, Stride
+from dkdm.core.sources.fill import empty_pool, fill_ancestral, fill_few_step
 from dkdm.errors import UsageError
 
 COSINE = from_betas(beta_schedule("squaredcos_cap_v2", 50))

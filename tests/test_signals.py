@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 import dkdm
 from dkdm import DistillConfig, UsageError, load_teacher
 from dkdm.config import SamplingOptions
-from dkdm.core.feature_loss import match_features
-from dkdm.core.prediction import Parameterization
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.objectives.feature_loss import match_features
 from dkdm.models.schedulers import from_scheduler_config
 from dkdm.report.plots import HEIGHT, WIDTH
 from dkdm.runs.outputs import sample_to_file

@@ -10,10 +10,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
-from dkdm.core.prediction import Parameterization, Prediction
-from dkdm.core.process import Process, Spacing, per_sample
-from dkdm.core.solvers import SPACING, Solver, dpm, heun, spacing_of
-from dkdm.core.steps import sample
+from dkdm.core.diffusion.prediction import Parameterization, Prediction
+from dkdm.core.diffusion.process import Process, Spacing, per_sample
+from dkdm.core.diffusion.solvers import SPACING, Solver, dpm, heun, spacing_of
+from dkdm.core.diffusion.steps import sample
 from dkdm.models.schedulers import from_scheduler_config
 
 MEAN, VAR = 0.4, 0.3

@@ -11,11 +11,11 @@ from PIL import Image
 import pipelines
 from dkdm import train
 from dkdm.config import TrainConfig
-from dkdm.core.conditioning import ClassLabels, Unconditional
-from dkdm.core.prediction import Parameterization, to_x_0_eps
-from dkdm.core.schedules import beta_schedule, from_betas
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+from dkdm.core.diffusion.prediction import Parameterization, to_x_0_eps
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas
 from dkdm.core.shards import Shards
-from dkdm.core.sources import Images
+from dkdm.core.sources.images import Images
 from dkdm.data.fashion import fashion_captions
 from dkdm.data.images import load_image_folder
 from dkdm.data.training_set import training_data

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import dkdm
-from dkdm.core.bundle import Bundle
-from dkdm.core.conditioning import restrict_classes
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.denoisers.conditioning import restrict_classes
 from dkdm.errors import UsageError
 from dkdm.models.components import Autoencoder, Component
 from dkdm.shipping.pipeline_folder import write_pipeline

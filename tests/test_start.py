@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dkdm
-from dkdm.core import checkpoint
+from dkdm.core.saving import checkpoint
 from dkdm.errors import DkdmError, UsageError
 from dkdm.runs.distill import describe
 from dkdm.students import student_of

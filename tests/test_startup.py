@@ -13,7 +13,7 @@ from dkdm import cli
 
 PACKAGE = Path(inspect.getfile(dkdm)).parent
 LAZY = {"dkdm": dkdm._HOMES, "dkdm.models": dkdm.models._HOMES}
-OF_LEARNING = {"diffusers", "transformers", "dkdm.networks.parts", "dkdm.core.trainer"}
+OF_LEARNING = {"diffusers", "transformers", "dkdm.networks.parts", "dkdm.core.training.trainer"}
 OF_OTHER_COMMANDS = {
     "dkdm.checks.student",
     "dkdm.models.formats.originals",

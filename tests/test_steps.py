@@ -14,10 +14,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import scheduling_ddpm
 
-from dkdm.core.prediction import Parameterization, Prediction, to_x_0_eps
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import beta_schedule, from_betas, karras, rectified_flow
-from dkdm.core.steps import reverse_step, sample
+from dkdm.core.diffusion.prediction import Parameterization, Prediction, to_x_0_eps
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import beta_schedule, from_betas, karras, rectified_flow
+from dkdm.core.diffusion.steps import reverse_step, sample
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config
 from factories import SCHEDULER

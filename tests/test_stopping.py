@@ -8,11 +8,11 @@ import signal
 import pytest
 
 from dkdm.cli import main
-from dkdm.core import checkpoint
-from dkdm.core.folders import MANIFEST
-from dkdm.core.progress import MetricsFile
-from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals, whole
-from dkdm.core.trainer import Trainer
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving.folders import MANIFEST
+from dkdm.core.saving.progress import MetricsFile
+from dkdm.core.saving.stopping import RESUMABLE, Stopped, answering_signals, whole
+from dkdm.core.training.trainer import Trainer
 from dkdm.runs import launch
 from test_filling import stop_in_fill
 from test_resume import STEPS, command, losses

@@ -12,8 +12,8 @@ import torch
 
 import dkdm
 from dkdm.config import PoolOptions
-from dkdm.core import storage
-from dkdm.core.storage import on_disk
+from dkdm.core.sources import storage
+from dkdm.core.sources.storage import on_disk
 from dkdm.errors import UsageError
 from factories import denoiser
 from small_runs import SMALL

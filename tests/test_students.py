@@ -13,8 +13,8 @@ import pipelines
 from dkdm.checks.memory_plan import PlannedRun, plan
 from dkdm.checks.student_table import StudentRow, list_students, print_students
 from dkdm.config import MeasureOptions
-from dkdm.core.conditioning import ClassLabels, Unconditional
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoisers.denoiser import Batch
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.cost import count_macs
 from dkdm.models import LoadOptions, sketch_teacher, with_texts

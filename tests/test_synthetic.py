@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import dkdm
-from dkdm.core import checkpoint
-from dkdm.core.finished import SampleShards
-from dkdm.core.folders import MANIFEST
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import rectified_flow
-from dkdm.core.sources import draw_set, empty_set
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import rectified_flow
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving.folders import MANIFEST
+from dkdm.core.sources.finished import SampleShards
+from dkdm.core.sources.synthetic import draw_set, empty_set
 from dkdm.errors import DkdmError, UsageError
 from dkdm.runs.arms import ARMS
 from dkdm.runs.models import open_student

@@ -8,10 +8,10 @@ import torch
 from safetensors import SafetensorError
 
 import small_runs
-from dkdm.core.checkpoint import STATE
-from dkdm.core.finished import SHARD, Finished, SampleShards
-from dkdm.core.progress import MetricsFile, read_metrics
-from dkdm.core.tolerance import named_faults, tolerated, tracked
+from dkdm.core.saving.checkpoint import STATE
+from dkdm.core.saving.progress import MetricsFile, read_metrics
+from dkdm.core.saving.tolerance import named_faults, tolerated, tracked
+from dkdm.core.sources.finished import SHARD, Finished, SampleShards
 from dkdm.errors import DkdmError
 from dkdm.runs.resume import note_start
 
@@ -76,7 +76,7 @@ def test_lines_that_the_disk_did_not_take_are_written_later(tmp_path, monkeypatc
         raise FULL
 
     with monkeypatch.context() as patch:
-        patch.setattr("dkdm.core.progress._write_all", cut_off)
+        patch.setattr("dkdm.core.saving.progress._write_all", cut_off)
         for step in (2, 3):
             file.write({"step": step})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
@@ -93,7 +93,7 @@ def refused_by_the_disk(handle, data):
 def test_lines_that_still_wait_at_the_end_are_in_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     options = {"max_train_steps": 3, "checkpointing_steps": 2, "evaluation_samples": 0}
     with monkeypatch.context() as patch:
-        patch.setattr("dkdm.core.progress._write_all", refused_by_the_disk)
+        patch.setattr("dkdm.core.saving.progress._write_all", refused_by_the_disk)
         with pytest.raises(IndexError):  # the helper looks for the last line
             small_runs.run(tmp_path, **options)
     assert "metrics.jsonl lacks 3 lines, which the last checkpoint keeps" in capsys.readouterr().err

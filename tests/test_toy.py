@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import distributions
 
-from dkdm.core.conditioning import ClassLabels, Unconditional
-from dkdm.core.denoiser import Batch
-from dkdm.core.prediction import Parameterization, Prediction, PredictionType
-from dkdm.core.process import per_sample
-from dkdm.core.schedules import (
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.prediction import Parameterization, Prediction, PredictionType
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.diffusion.schedules import (
     beta_schedule,
     from_betas,
     karras,
     rectified_flow,
     zero_terminal_snr,
 )
-from dkdm.core.steps import reverse_step
-from dkdm.core.toy import GaussianMixture, mixture_denoiser
+from dkdm.core.diffusion.steps import reverse_step
 from dkdm.errors import UsageError
 from factories import counting
 

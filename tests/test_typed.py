@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dkdm.config import DistillConfig, TrainConfig, from_mapping
-from dkdm.core.progress import read_metrics
+from dkdm.core.saving.progress import read_metrics
 from dkdm.data.images import load_image_folder, open_image
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.results import EVALUATION, read_evaluation

@@ -19,7 +19,7 @@ import torch
 import pipelines
 from browser import CHROMIUM, browser
 from dkdm.cli import main
-from dkdm.core.conditioning import ClassLabels
+from dkdm.core.denoisers.conditioning import ClassLabels
 from dkdm.errors import UsageError
 from dkdm.models import load_teacher
 from dkdm.runs.pair import pair_of

@@ -16,11 +16,11 @@ from diffusers import (
 )
 
 import dkdm
-import dkdm.core.conditioning
+import dkdm.core.denoisers.conditioning
 import pipelines
 import small_runs
-from dkdm.core.calls import CALLS
-from dkdm.core.denoiser import Batch
+from dkdm.core.denoisers.calls import CALLS
+from dkdm.core.denoisers.denoiser import Batch
 from dkdm.errors import UsageError
 from dkdm.models import LoadOptions, sketch_teacher, with_texts
 from dkdm.shipping.pipeline_folder import write_pipeline
@@ -80,9 +80,11 @@ def test_a_guided_run_without_one_names_the_option(eleven):
 
 def test_none_says_that_there_is_no_null_class(eleven):
     conditioning = dkdm.load_teacher(str(eleven), options=LoadOptions(null_class=10)).conditioning
-    assert dkdm.core.conditioning.with_null_class(conditioning, "none").null_class is None
+    assert dkdm.core.denoisers.conditioning.with_null_class(conditioning, "none").null_class is None
     with pytest.raises(UsageError, match="has no classes"):
-        dkdm.core.conditioning.with_null_class(dkdm.core.conditioning.Unconditional(), 3)
+        dkdm.core.denoisers.conditioning.with_null_class(
+            dkdm.core.denoisers.conditioning.Unconditional(), 3
+        )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def test_a_table_of_times_takes_whole_numbers(tmp_path):
         expected = network.eval()(x, t).sample
     torch.testing.assert_close(teacher.predict(Batch(x, t, {}, t)).output, expected)
     with pytest.raises(UsageError, match="times are 0, 1, 2"):
-        dkdm.core.calls.unet(network, x, torch.tensor([5.0, 900.5]), {})
+        dkdm.core.denoisers.calls.unet(network, x, torch.tensor([5.0, 900.5]), {})
 
 
 def test_a_control_network_of_flux_is_fed_a_picture(tmp_path):

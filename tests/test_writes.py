@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from dkdm.cli import main
-from dkdm.core.folders import MANIFEST
-from dkdm.core.saving import Saver
+from dkdm.core.saving.folders import MANIFEST
+from dkdm.core.saving.saver import Saver
 from test_kills import ended, forked, outcome
 from test_resume import command
 

@@ -8,9 +8,9 @@ import torch
 import dkdm
 import pipelines
 from dkdm import DistillConfig
-from dkdm.core.conditioning import Unconditional
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.prediction import Parameterization
+from dkdm.core.denoisers.conditioning import Unconditional
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
 from dkdm.models.schedulers import from_scheduler_config
 from dkdm.networks import network_class
 from dkdm.students import (

@@ -13,12 +13,12 @@ from dkdm.version import __version__
 
 if TYPE_CHECKING:
     from dkdm.config import DistillConfig, TrainConfig
-    from dkdm.core.clipping import Clipping
-    from dkdm.core.conditioning import ClassLabels, Unconditional
-    from dkdm.core.denoiser import Batch, Denoiser
-    from dkdm.core.prediction import Parameterization, Prediction
-    from dkdm.core.process import Process
-    from dkdm.core.schedules import from_betas, karras, rectified_flow
+    from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+    from dkdm.core.denoisers.denoiser import Batch, Denoiser
+    from dkdm.core.diffusion.clipping import Clipping
+    from dkdm.core.diffusion.prediction import Parameterization, Prediction
+    from dkdm.core.diffusion.process import Process
+    from dkdm.core.diffusion.schedules import from_betas, karras, rectified_flow
     from dkdm.errors import DkdmError, UsageError
     from dkdm.models import load_teacher
     from dkdm.models.schedulers import from_scheduler_config
@@ -58,12 +58,12 @@ __all__ = [
 
 _HOMES = {
     "config": ("DistillConfig", "TrainConfig"),
-    "core.clipping": ("Clipping",),
-    "core.conditioning": ("ClassLabels", "Unconditional"),
-    "core.denoiser": ("Batch", "Denoiser"),
-    "core.prediction": ("Parameterization", "Prediction"),
-    "core.process": ("Process",),
-    "core.schedules": ("from_betas", "karras", "rectified_flow"),
+    "core.diffusion.clipping": ("Clipping",),
+    "core.denoisers.conditioning": ("ClassLabels", "Unconditional"),
+    "core.denoisers.denoiser": ("Batch", "Denoiser"),
+    "core.diffusion.prediction": ("Parameterization", "Prediction"),
+    "core.diffusion.process": ("Process",),
+    "core.diffusion.schedules": ("from_betas", "karras", "rectified_flow"),
     "errors": ("DkdmError", "UsageError"),
     "models": ("load_teacher",),
     "models.schedulers": ("from_scheduler_config",),

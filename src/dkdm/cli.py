@@ -36,7 +36,7 @@ from dkdm.config import (
     TrainConfig,
     UiCommand,
 )
-from dkdm.core.stopping import RESUMABLE, Stopped, answering_signals
+from dkdm.core.saving.stopping import RESUMABLE, Stopped, answering_signals
 from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.reading.command_line import parse, summary
 from dkdm.reading.files import check_output
@@ -47,7 +47,7 @@ from dkdm.runs.recipes import check_given, recipe, recipes
 from dkdm.version import __version__
 
 if TYPE_CHECKING:
-    from dkdm.core.denoiser import Denoiser
+    from dkdm.core.denoisers.denoiser import Denoiser
     from dkdm.evaluation.rows import Row
 
 Config = TypeVar("Config", bound=RunConfig)

@@ -1,4 +1,4 @@
-"""Modules under the names they had before: `import dkdm.pool` gives `dkdm.core.pool`."""
+"""Modules under the names they had before: `import dkdm.pool` gives `dkdm.core.sources.pool`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,28 @@ from typing import Any
 # Modules that moved to another folder and kept their name.
 KEPT = {
     ("", "checks"): "doctor inspection",
-    ("", "core"): (
-        "bundle calls checkpoint conditioning denoiser given inputs matching modes objective "
-        "pool prediction process progress randomness sources steps toy trainer"
+    ("", "core"): "randomness",
+    ("", "core.denoisers"): ("bundle calls conditioning denoiser given inputs matching modes toy"),
+    ("", "core.diffusion"): "prediction process steps",
+    ("", "core.objectives"): "objective",
+    ("", "core.saving"): "checkpoint progress",
+    ("", "core.sources"): "pool",
+    ("", "core.training"): "trainer",
+    ("core", "core.denoisers"): (
+        "bundle calls compiled conditioning decoding denoiser faster given graphs inputs kinds "
+        "matching modes refusals teachers toy"
     ),
+    ("core", "core.diffusion"): (
+        "clipping prediction process schedules solvers steps time variances"
+    ),
+    ("core", "core.distributed"): "lockstep sharded spread units",
+    ("core", "core.objectives"): "feature_loss objective positions variational weighting",
+    ("core", "core.saving"): "checkpoint checksums folders progress stopping tolerance",
+    ("core", "core.sources"): (
+        "ahead budget chains fill filling finished finished_by_all ladder mixed moves pool replay "
+        "several states storage"
+    ),
+    ("core", "core.training"): "bad_steps learning muon precision selection trainer",
     ("", "models"): "effective prompts schedulers",
     ("", "reading"): "allowed arguments arrays made_here places plugins quantization sizes",
     ("", "report"): "charts plots",
@@ -38,7 +56,7 @@ RENAMED = {
     "evaluation.classes": "evaluation.metrics",
     "evaluation.features": "data.fashion.reference",
     "export": "shipping.pipeline_folder",
-    "features": "core.feature_loss",
+    "features": "core.objectives.feature_loss",
     "finish": "runs.outputs",
     "generated": "reading.files",
     "graph.trail": "shipping.graph.fault_line",
@@ -54,7 +72,8 @@ RENAMED = {
     "ship": "shipping.custom_network",
     "students.other": "students.any_rank",
     "students.presets": "students",
-    "students.positions": "core.positions",
+    "students.positions": "core.objectives.positions",
+    "sources": "core.sources.source",
     "teachers": "models",
     "teachers.downloads": "models.locate",
     "teachers.families": "models.pipelines",
@@ -73,11 +92,16 @@ MOVED = RENAMED | {
 # Where names are now that a module had under its former name.
 SPLIT = {
     "estimate": ("runs.distill",),
-    "pool": ("core.chains", "core.fill"),
-    "prediction": ("core.variances",),
-    "process": ("core.schedules", "core.clipping", "core.time", "core.matching"),
+    "pool": ("core.sources.chains", "core.sources.fill"),
+    "prediction": ("core.diffusion.variances",),
+    "process": (
+        "core.diffusion.schedules",
+        "core.diffusion.clipping",
+        "core.diffusion.time",
+        "core.denoisers.matching",
+    ),
     "schedulers": ("models.stand_ins",),
-    "trainer": ("core.learning",),
+    "trainer": ("core.training.learning",),
 }
 
 

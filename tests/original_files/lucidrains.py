@@ -2,7 +2,7 @@
 
 import torch
 
-from dkdm.core.schedules import beta_schedule
+from dkdm.core.diffusion.schedules import beta_schedule
 from dkdm.networks.lucidrains import LucidrainsUNet
 from formula_weights import state_of
 

@@ -21,12 +21,12 @@ from dkdm.config import (
     TeacherOptions,
     TrainingOptions,
 )
-from dkdm.core.budget import pool_entries
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.feature_loss import stage_names
-from dkdm.core.learning import optimizer_of, prepare
-from dkdm.core.modes import silence_label_dropout
-from dkdm.core.replay import RECENT
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.modes import silence_label_dropout
+from dkdm.core.objectives.feature_loss import stage_names
+from dkdm.core.sources.budget import pool_entries
+from dkdm.core.sources.replay import RECENT
+from dkdm.core.training.learning import optimizer_of, prepare
 from dkdm.errors import UsageError
 from dkdm.evaluation.memory import (
     MIB,

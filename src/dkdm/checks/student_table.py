@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dkdm.config import MeasureOptions
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.progress import track
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.saving.progress import track
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import count_macs, evaluations_in_turns
 from dkdm.evaluation.numbers import count, number

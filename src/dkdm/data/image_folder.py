@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dkdm.core.progress import track
+from dkdm.core.saving.progress import track
 from dkdm.data.images import list_images, open_eight_bits, pixels_of, to_samples
 from dkdm.data.real_images import AT_ONCE, Images, Source
 from dkdm.data.reference import FeatureExtractor

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dkdm.core.progress import track
 from dkdm.core.randomness import generator
+from dkdm.core.saving.progress import track
 from dkdm.data.reference import (
     FeatureExtractor,
     Features,

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dkdm.core.checkpoint import read_tensors, write_tensors
-from dkdm.core.checksums import sums_of
+from dkdm.core.saving.checkpoint import read_tensors, write_tensors
+from dkdm.core.saving.checksums import sums_of
 from dkdm.errors import DkdmError
 from dkdm.reading.files import atomic, write_text
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dkdm.config import ImageOptions
-from dkdm.core.conditioning import ClassLabels, Condition
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of
+from dkdm.core.denoisers.conditioning import ClassLabels, Condition
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import kind_of
 from dkdm.core.randomness import generator
 from dkdm.data.images import ImageSet
 from dkdm.data.named import load_images

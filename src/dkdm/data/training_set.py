@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dkdm.config import DataOptions, NetworkOptions
-from dkdm.core.bundle import Bundle, Coder
-from dkdm.core.conditioning import ClassLabels, Condition, Conditioning, Unconditional
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
-from dkdm.core.progress import track
+from dkdm.core.denoisers.bundle import Bundle, Coder
+from dkdm.core.denoisers.conditioning import ClassLabels, Condition, Conditioning, Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.saving.progress import track
 from dkdm.data.images import ImageSet
 from dkdm.data.named import load_images
 from dkdm.errors import UsageError

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.evaluation.comparison import GAP_SAMPLES, level_gaps
 from dkdm.evaluation.cost import undisturbed
 from dkdm.evaluation.energy import energy_distance

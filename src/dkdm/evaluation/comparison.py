@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dkdm.core.conditioning import Condition, Conditioning
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.kinds import kind_of
-from dkdm.core.matching import on_levels_of
-from dkdm.core.objective import simple_loss
-from dkdm.core.progress import track
+from dkdm.core.denoisers.conditioning import Condition, Conditioning
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.kinds import kind_of
+from dkdm.core.denoisers.matching import on_levels_of
+from dkdm.core.denoisers.teachers import network_name
+from dkdm.core.objectives.objective import simple_loss
 from dkdm.core.randomness import generator
-from dkdm.core.teachers import network_name
+from dkdm.core.saving.progress import track
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import measurement_of

@@ -11,9 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.modes import evaluating
-from dkdm.core.teachers import parts_of
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.modes import evaluating
+from dkdm.core.denoisers.teachers import parts_of
 
 
 def undisturbed(denoiser: Denoiser) -> AbstractContextManager[bool]:

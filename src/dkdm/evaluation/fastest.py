@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.evaluation.cost import probe, undisturbed
 
 GAIN = 0.05  # share of the time that a doubling has to save

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.data.reference import Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.cost import undisturbed

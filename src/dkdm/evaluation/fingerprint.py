@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.graphs import unreplayed
-from dkdm.core.kinds import kind_of, null_or_none
-from dkdm.core.teachers import Teachers
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.graphs import unreplayed
+from dkdm.core.denoisers.kinds import kind_of, null_or_none
+from dkdm.core.denoisers.teachers import Teachers
 from dkdm.evaluation.cost import probe
 from dkdm.models.prompts import Prompts, folder_fingerprint
 

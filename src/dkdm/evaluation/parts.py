@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dkdm.config import DistillConfig, RunConfig, TrainingOptions, read_config, to_json
-from dkdm.core.progress import read_metrics
+from dkdm.core.saving.progress import read_metrics
 from dkdm.errors import UsageError
 from dkdm.reading.fields import is_number
 from dkdm.reading.files import atomic

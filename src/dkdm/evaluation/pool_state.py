@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dkdm.core.pool import Pool
+from dkdm.core.sources.pool import Pool
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic

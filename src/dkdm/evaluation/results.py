@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dkdm.core.checkpoint import read_tensors, write_tensors
-from dkdm.core.checksums import sums_of
+from dkdm.core.saving.checkpoint import read_tensors, write_tensors
+from dkdm.core.saving.checksums import sums_of
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.metrics import Metrics
 from dkdm.reading.fields import read_json

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dkdm.config import Sampler
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.solvers import SOLVERS, spacing_of
 from dkdm.core.randomness import derived_seeds
-from dkdm.core.solvers import SOLVERS, spacing_of
 from dkdm.errors import UsageError
 
 
@@ -21,7 +21,7 @@ class Sampling:
     """How samples are drawn: sample i depends on (seed, i) and never on `batch_size`.
 
     sampler: ddim and euler are one step of first order, ddpm adds noise, heun and dpm are of second
-    order (see `core.solvers`).
+    order (see `core.diffusion.solvers`).
     """
 
     num_samples: int

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dkdm.core.checkpoint import read_tensors, write_tensors
-from dkdm.core.checksums import sums_of
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.modes import evaluating
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.modes import evaluating
+from dkdm.core.saving.checkpoint import read_tensors, write_tensors
+from dkdm.core.saving.checksums import sums_of
 from dkdm.data.reference import FeatureExtractor, Features
 from dkdm.errors import DkdmError
 from dkdm.evaluation.fingerprint import fingerprint, hash_of

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.modes import evaluating
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.modes import evaluating
 from dkdm.data.clip import ClipScore
 from dkdm.data.perceptual import PerceptualDistance
 from dkdm.evaluation.fingerprint import fingerprint, hash_of

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dkdm.core.checkpoint import write_tensors
-from dkdm.core.checksums import sums_of
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.positions import evenly
-from dkdm.core.prediction import Prediction, clip_x_0
-from dkdm.core.steps import sample
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.diffusion.prediction import Prediction, clip_x_0
+from dkdm.core.diffusion.steps import sample
+from dkdm.core.objectives.positions import evenly
+from dkdm.core.saving.checkpoint import write_tensors
+from dkdm.core.saving.checksums import sums_of
 from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import undisturbed
 from dkdm.evaluation.results import read_tensors_of

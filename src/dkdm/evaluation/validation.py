@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.randomness import derived_seed
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError

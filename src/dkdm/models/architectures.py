@@ -1,7 +1,7 @@
 """All that dkdm must know of a network class beyond its config: one `Architecture` for each.
 
-A network that is not called as `network(x, time, **cond)` has its call in `core.calls`, by the name
-of its class. What a pipeline does around its network is in `pipelines`.
+A network that is not called as `network(x, time, **cond)` has its call in `core.denoisers.calls`,
+by the name of its class. What a pipeline does around its network is in `pipelines`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from dkdm.core.bundle import Bundle
-from dkdm.core.conditioning import Condition
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.denoisers.conditioning import Condition
 from dkdm.errors import UsageError
 from dkdm.models.custom_network import OWN_CLASS
 from dkdm.networks import HOMES

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.process import per_sample
+from dkdm.core.diffusion.process import per_sample
 from dkdm.errors import DkdmError
 from dkdm.models.effective import class_config
 from dkdm.models.pipelines import PIPELINES

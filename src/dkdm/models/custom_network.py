@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.calls import call_of
-from dkdm.core.checkpoint import ORIGIN, load_strict
-from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.kinds import kind_of
+from dkdm.core.denoisers.calls import call_of
+from dkdm.core.denoisers.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.kinds import kind_of
+from dkdm.core.saving.checkpoint import ORIGIN, load_strict
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.prompts import BlankEmbeddings, Prompts, TextEncoders
 from dkdm.reading.fields import shown

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.teachers import parts_of
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.teachers import parts_of
 
 CHUNK = 2**26  # bytes that are copied from a device at once
 

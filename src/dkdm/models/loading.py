@@ -8,10 +8,10 @@ from glob import glob
 from pathlib import Path
 
 from dkdm.config import ModelChoice
-from dkdm.core.conditioning import with_null_class
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of
-from dkdm.core.modes import put_into_evaluation, say_if
+from dkdm.core.denoisers.conditioning import with_null_class
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import kind_of
+from dkdm.core.denoisers.modes import put_into_evaluation, say_if
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.locate import INDEX, locate
 from dkdm.models.network_folder import load_lone_network

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dkdm.core.bundle import Bundle
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES, Architecture
 from dkdm.models.effective import class_config, network_name

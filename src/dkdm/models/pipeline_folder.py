@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dkdm.core.bundle import Bundle
-from dkdm.core.checkpoint import load_network_weights
-from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
-from dkdm.core.decoding import no_decoder
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.denoisers.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.denoisers.decoding import no_decoder
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.inputs import from_index
+from dkdm.core.diffusion.prediction import Parameterization, VarianceType
 from dkdm.core.few_steps.grid import GRID, Grid
 from dkdm.core.few_steps.kinds import kind_saved
 from dkdm.core.few_steps.model import FewStep
-from dkdm.core.inputs import from_index
-from dkdm.core.prediction import Parameterization, VarianceType
+from dkdm.core.saving.checkpoint import load_network_weights
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.architectures import ARCHITECTURES, Architecture, check_embeddings
 from dkdm.models.components import Autoencoder, Component, weight_variant

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dkdm.core.bundle import Bundle
+from dkdm.core.denoisers.bundle import Bundle
 from dkdm.errors import UsageError
 from dkdm.models.effective import listed, stock_class
 from dkdm.reading.fields import as_named

@@ -9,9 +9,9 @@ from accelerate import cpu_offload
 from accelerate.state import PartialState, is_initialized
 from torch import nn
 
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.graphs import replayed
-from dkdm.core.teachers import parts_of
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.graphs import replayed
+from dkdm.core.denoisers.teachers import parts_of
 from dkdm.errors import DkdmError
 
 Offload = Literal["none", "layers"]

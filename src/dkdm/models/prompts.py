@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dkdm.core.checkpoint import write_tensors
-from dkdm.core.checksums import are_damaged, sums_of
-from dkdm.core.conditioning import Condition, dropped
-from dkdm.core.kinds import Kind, Row, rows_of
-from dkdm.core.progress import track
+from dkdm.core.denoisers.conditioning import Condition, dropped
+from dkdm.core.denoisers.kinds import Kind, Row, rows_of
+from dkdm.core.saving.checkpoint import write_tensors
+from dkdm.core.saving.checksums import are_damaged, sums_of
+from dkdm.core.saving.progress import track
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.files import atomic, cache_dir
 from dkdm.reading.lock import locked

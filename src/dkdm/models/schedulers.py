@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkdm.core.prediction import PredictionType
-from dkdm.core.process import Process
-from dkdm.core.schedules import from_betas, karras, rectified_flow
+from dkdm.core.diffusion.prediction import PredictionType
+from dkdm.core.diffusion.process import Process
+from dkdm.core.diffusion.schedules import from_betas, karras, rectified_flow
 from dkdm.errors import UsageError
 from dkdm.models.effective import class_config
 from dkdm.models.stand_ins import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.models.architectures import Architecture
 from dkdm.models.custom_network import OWN_CLASS, make, read_origin
 from dkdm.models.effective import config_file, place_of

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkdm.core.clipping import Clipping
-from dkdm.core.schedules import BETA_SCHEDULES, beta_schedule, from_betas, zero_terminal_snr
+from dkdm.core.diffusion.clipping import Clipping
+from dkdm.core.diffusion.schedules import (
+    BETA_SCHEDULES,
+    beta_schedule,
+    from_betas,
+    zero_terminal_snr,
+)
 from dkdm.errors import UsageError
 from dkdm.models.effective import arguments
 from dkdm.reading.fields import Fields, shown

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 
 from dkdm.config import ProcessName
-from dkdm.core.clipping import Clipping
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.matching import ratio_range
-from dkdm.core.prediction import EDM, Parameterization, PredictionType
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.matching import ratio_range
+from dkdm.core.diffusion.clipping import Clipping
+from dkdm.core.diffusion.prediction import EDM, Parameterization, PredictionType
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import (
     BETA_PREDICTIONS,

@@ -14,8 +14,8 @@ from typing import Any
 import diffusers
 import torch
 
-from dkdm.core.bundle import Bundle
-from dkdm.core.conditioning import Condition
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.denoisers.conditioning import Condition
 from dkdm.errors import DkdmError, UsageError, in_a_line, raised_as
 from dkdm.models.components import Component
 from dkdm.models.effective import class_config

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dkdm.core.bad_steps import faults_in_words
+from dkdm.core.training.bad_steps import faults_in_words
 from dkdm.errors import UsageError
 from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.figures import Figure, figures_of_comparison, figures_of_evaluation

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dkdm.config import RunConfig, TrainConfig, to_json
-from dkdm.core.bad_steps import faults_in_words
+from dkdm.core.training.bad_steps import faults_in_words
 from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.reading.files import atomic

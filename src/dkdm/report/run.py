@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig, read_config
-from dkdm.core.positions import evenly
-from dkdm.core.progress import read_metrics
+from dkdm.core.objectives.positions import evenly
+from dkdm.core.saving.progress import read_metrics
 from dkdm.data.images import open_image
 from dkdm.errors import DkdmError
 from dkdm.evaluation.few_steps import FEW_STEPS, StepsTable, read_steps_table

@@ -6,9 +6,9 @@ import torch
 from accelerate import PartialState
 
 from dkdm.config import DistillConfig
-from dkdm.core.ahead import Ahead
-from dkdm.core.pool import Pool
-from dkdm.core.sources import Source
+from dkdm.core.sources.ahead import Ahead
+from dkdm.core.sources.pool import Pool
+from dkdm.core.sources.source import Source
 from dkdm.errors import UsageError
 
 

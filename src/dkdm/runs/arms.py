@@ -8,17 +8,19 @@ from typing import Any, ClassVar
 import torch
 
 from dkdm.config import DistillConfig, ImageOptions, PoolOptions, TrainingOptions
-from dkdm.core.ahead import Ahead
-from dkdm.core.budget import fill_cost, newly_drawn, pool_entries
-from dkdm.core.chains import Guidance
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.finished import Finished, SampleShards
-from dkdm.core.finished_by_all import FinishedByAll
-from dkdm.core.ladder import Iterative, Shuffled
-from dkdm.core.mixed import Mixed, Taught, images_in_batch
-from dkdm.core.pool import Pool
-from dkdm.core.replay import Replayed
-from dkdm.core.sources import Drawing, Images, Source, Synthetic, draw_set, empty_set
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.sources.ahead import Ahead
+from dkdm.core.sources.budget import fill_cost, newly_drawn, pool_entries
+from dkdm.core.sources.chains import Guidance
+from dkdm.core.sources.finished import Finished, SampleShards
+from dkdm.core.sources.finished_by_all import FinishedByAll
+from dkdm.core.sources.images import Images
+from dkdm.core.sources.ladder import Iterative, Shuffled
+from dkdm.core.sources.mixed import Mixed, Taught, images_in_batch
+from dkdm.core.sources.pool import Pool
+from dkdm.core.sources.replay import Replayed
+from dkdm.core.sources.source import Source
+from dkdm.core.sources.synthetic import Drawing, Synthetic, draw_set, empty_set
 from dkdm.data.teacher_images import images_of
 from dkdm.errors import UsageError
 from dkdm.runs.ahead import ahead_of, check_ahead, is_ahead, teacher_device

@@ -22,8 +22,8 @@ import torch
 
 from dkdm.config import RunConfig
 from dkdm.core import processes
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.trainer import Trainer
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.training.trainer import Trainer
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.memory import MIB, LiveStorages
 from dkdm.models.place import device_of_run

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dkdm.config import CompareCommand, ComparedOptions
-from dkdm.core.conditioning import ClassLabels, Condition
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of, null_or_none
+from dkdm.core.denoisers.conditioning import ClassLabels, Condition
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import kind_of, null_or_none
 from dkdm.errors import UsageError
 from dkdm.evaluation.comparison import SPEED_BATCH, describe
 from dkdm.evaluation.cost import count_macs, evaluations_per_second, undisturbed

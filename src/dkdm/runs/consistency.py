@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from dkdm.config import USUAL_STEPS, DistillConfig
-from dkdm.core import checkpoint
-from dkdm.core.chains import Guidance
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.feature_loss import Features
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.matching import on_levels_of
+from dkdm.core.distributed.sharded import own_state
+from dkdm.core.distributed.spread import spread_of
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.jumps import Jumps
 from dkdm.core.few_steps.model import FewStep, usual_steps
 from dkdm.core.few_steps.pairs import Pairs, PairsObjective, averaged_network
 from dkdm.core.few_steps.tasks import for_both_tasks, tasks_of
-from dkdm.core.matching import on_levels_of
-from dkdm.core.objective import Objective
-from dkdm.core.pool import Pool
-from dkdm.core.sharded import own_state
-from dkdm.core.sources import Source
-from dkdm.core.spread import spread_of
+from dkdm.core.objectives.feature_loss import Features
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.saving import checkpoint
+from dkdm.core.sources.chains import Guidance
+from dkdm.core.sources.pool import Pool
+from dkdm.core.sources.source import Source
 from dkdm.errors import UsageError
 from dkdm.evaluation.few_steps import Drawn
 from dkdm.reading.fields import read_json

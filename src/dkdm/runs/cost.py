@@ -13,9 +13,9 @@ from torch import nn
 
 from dkdm.config import PoolOptions, TrainingOptions
 from dkdm.core import processes
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.modes import without_label_dropout
-from dkdm.core.sharded import is_sharded
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.modes import without_label_dropout
+from dkdm.core.distributed.sharded import is_sharded
 from dkdm.evaluation.cost import probe, undisturbed
 from dkdm.evaluation.numbers import duration
 from dkdm.runs.arms import ARMS

@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 
 from dkdm.config import DistillConfig, RunConfig, StudentOptions
-from dkdm.core.checkpoint import SOURCE
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.process import Process
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.process import Process
+from dkdm.core.saving.checkpoint import SOURCE
 from dkdm.errors import UsageError
 from dkdm.runs.earlier import distillation_of, run_of
 

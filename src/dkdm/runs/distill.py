@@ -15,17 +15,17 @@ from dkdm.checks.memory_plan import replay_mib
 from dkdm.config import DistillConfig
 from dkdm.core import processes
 from dkdm.core.captured.choice import capture_steps
-from dkdm.core.checkpoint import checkpoints
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.faster import faster
-from dkdm.core.given import config_given, student_given
-from dkdm.core.lockstep import sharded_teacher
-from dkdm.core.matching import on_levels_of
-from dkdm.core.modes import evaluating
-from dkdm.core.precision import in_precision
-from dkdm.core.stopping import whole
-from dkdm.core.teachers import parts_of, pattern_of
-from dkdm.core.trainer import Trainer
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.faster import faster
+from dkdm.core.denoisers.given import config_given, student_given
+from dkdm.core.denoisers.matching import on_levels_of
+from dkdm.core.denoisers.modes import evaluating
+from dkdm.core.denoisers.teachers import parts_of, pattern_of
+from dkdm.core.distributed.lockstep import sharded_teacher
+from dkdm.core.saving.checkpoint import checkpoints
+from dkdm.core.saving.stopping import whole
+from dkdm.core.training.precision import in_precision
+from dkdm.core.training.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.evaluation.comparison import describe as described
 from dkdm.evaluation.memory import MIB

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dkdm.config import DistillConfig, TrainConfig, read_config
-from dkdm.core.checkpoint import checkpoints
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.selection import RECORD, read_best
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.saving.checkpoint import checkpoints
+from dkdm.core.training.selection import RECORD, read_best
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import weights_in_words
 from dkdm.evaluation.results import read_evaluation

@@ -12,10 +12,10 @@ import torch
 from accelerate import PartialState
 
 from dkdm.config import USUAL_STEPS, EvaluateCommand
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.graphs import replayed
 from dkdm.core.few_steps.model import FewStep, usual_steps
-from dkdm.core.graphs import replayed
-from dkdm.core.progress import track
+from dkdm.core.saving.progress import track
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import MOST, NAMES

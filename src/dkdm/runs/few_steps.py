@@ -18,17 +18,17 @@ from dkdm.config import (
     OptimizerOptions,
 )
 from dkdm.core import processes
-from dkdm.core.calls import call_of
-from dkdm.core.chains import Guidance
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.feature_loss import Features
+from dkdm.core.denoisers.calls import call_of
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.graphs import Replayed
 from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.few_steps.model import OWN_SAMPLER, FewStep, usual_steps
 from dkdm.core.few_steps.objective import HeadsObjective
 from dkdm.core.few_steps.rolled import empty_rolled
-from dkdm.core.graphs import Replayed
-from dkdm.core.sources import Source
+from dkdm.core.objectives.feature_loss import Features
+from dkdm.core.sources.chains import Guidance
+from dkdm.core.sources.source import Source
 from dkdm.data.reference import Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import circumstances_of

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from dkdm.config import DistillConfig, GivenConditions, GivenModel, HarvestOptions, parse_interval
-from dkdm.core import checkpoint
-from dkdm.core.conditioning import ClassLabels, Condition, restrict_classes
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.finished import (
+from dkdm.core.denoisers.conditioning import ClassLabels, Condition, restrict_classes
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import kind_of
+from dkdm.core.denoisers.modes import evaluating
+from dkdm.core.denoisers.teachers import Teachers
+from dkdm.core.diffusion.solvers import spacing_of
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving.progress import track
+from dkdm.core.sources.finished import (
     ABOUT,
     SHARD,
     Samples,
@@ -21,11 +26,6 @@ from dkdm.core.finished import (
     joined_samples,
     of_tensors,
 )
-from dkdm.core.kinds import kind_of
-from dkdm.core.modes import evaluating
-from dkdm.core.progress import track
-from dkdm.core.solvers import spacing_of
-from dkdm.core.teachers import Teachers
 from dkdm.data.real_images import AT_ONCE
 from dkdm.data.reference import Features, Reference
 from dkdm.data.sample_files import FORMATS, Part, SampleFiles

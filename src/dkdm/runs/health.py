@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dkdm.checks.findings import Finding
-from dkdm.core.checkpoint import RUN, STATE, checkpoints, read_tensors, verify_checkpoint
-from dkdm.core.finished import SampleShards
-from dkdm.core.folders import SUMS, damaged_by_sums, verify_folder
-from dkdm.core.progress import read_metrics
-from dkdm.core.selection import FOLDER as BEST
-from dkdm.core.selection import RECORD
+from dkdm.core.saving.checkpoint import RUN, STATE, checkpoints, read_tensors, verify_checkpoint
+from dkdm.core.saving.folders import SUMS, damaged_by_sums, verify_folder
+from dkdm.core.saving.progress import read_metrics
+from dkdm.core.sources.finished import SampleShards
+from dkdm.core.training.selection import FOLDER as BEST
+from dkdm.core.training.selection import RECORD
 from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.evaluation.few_steps import FEW_STEPS, read_steps_table
 from dkdm.evaluation.parts import read_whole

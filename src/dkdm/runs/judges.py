@@ -19,11 +19,11 @@ from dkdm.config import (
     TrainConfig,
     parse_interval,
 )
-from dkdm.core.conditioning import restrict_classes
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import restrict_classes
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.inputs import GivenRows, with_rows
+from dkdm.core.denoisers.kinds import kind_of
 from dkdm.core.few_steps.model import check_sampling
-from dkdm.core.inputs import GivenRows, with_rows
-from dkdm.core.kinds import kind_of
 from dkdm.data.clip import clip_score
 from dkdm.data.named import (
     FASHION,

@@ -30,14 +30,15 @@ from dkdm.config import (
     read_config,
     to_json,
 )
-from dkdm.core import checkpoint, processes
-from dkdm.core.checkpoint import RUN
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.folders import add_sums, remove_leftovers
-from dkdm.core.precision import allow_tf32
-from dkdm.core.selection import FOLDER as BEST
-from dkdm.core.tolerance import named_faults, tolerated, tracked, warn
-from dkdm.core.trainer import Trainer
+from dkdm.core import processes
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving.checkpoint import RUN
+from dkdm.core.saving.folders import add_sums, remove_leftovers
+from dkdm.core.saving.tolerance import named_faults, tolerated, tracked, warn
+from dkdm.core.training.precision import allow_tf32
+from dkdm.core.training.selection import FOLDER as BEST
+from dkdm.core.training.trainer import Trainer
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.few_steps import FEW_STEPS
 from dkdm.evaluation.pool_state import POOL

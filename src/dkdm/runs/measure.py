@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dkdm.config import EvaluateCommand
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.few_steps.model import OWN_SAMPLER, FewStep
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.errors import UsageError

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dkdm.config import TrainingOptions
 from dkdm.core import processes
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.teachers import parts_of
-from dkdm.core.trainer import Trainer
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.teachers import parts_of
+from dkdm.core.training.trainer import Trainer
 from dkdm.errors import DkdmError, in_a_line
 
 MIB = 2**20

@@ -14,13 +14,13 @@ from dkdm.config import (
     StudentOptions,
     TeacherConditions,
 )
-from dkdm.core.conditioning import for_student, restrict_classes
-from dkdm.core.decoding import no_decoder
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import for_student, restrict_classes
+from dkdm.core.denoisers.decoding import no_decoder
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.inputs import refuse_without_rows, try_conditioning, with_rows
+from dkdm.core.denoisers.kinds import kind_of
+from dkdm.core.denoisers.matching import covered, same_levels
 from dkdm.core.few_steps.model import FewStep
-from dkdm.core.inputs import refuse_without_rows, try_conditioning, with_rows
-from dkdm.core.kinds import kind_of
-from dkdm.core.matching import covered, same_levels
 from dkdm.errors import UsageError
 from dkdm.models import with_texts
 from dkdm.models.custom_network import is_own

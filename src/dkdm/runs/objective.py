@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dkdm.config import LossOptions
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.feature_loss import Features, match_features
-from dkdm.core.matching import level_weights
-from dkdm.core.objective import Objective, check_variance
-from dkdm.core.teachers import common_levels, parts_of
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.matching import level_weights
+from dkdm.core.denoisers.teachers import common_levels, parts_of
+from dkdm.core.objectives.feature_loss import Features, match_features
+from dkdm.core.objectives.objective import Objective, check_variance
 from dkdm.errors import UsageError
 from dkdm.runs.arms import Teaching
 

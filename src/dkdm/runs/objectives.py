@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dkdm.config import DistillConfig, FewStepOptions
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.feature_loss import Features
-from dkdm.core.prediction import Prediction
-from dkdm.core.sources import Source
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.diffusion.prediction import Prediction
+from dkdm.core.objectives.feature_loss import Features
+from dkdm.core.sources.source import Source
 from dkdm.data.reference import Reference
 from dkdm.reading.options import hints
 from dkdm.runs.arms import Teaching, check_options

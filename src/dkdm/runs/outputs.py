@@ -18,19 +18,19 @@ from dkdm.config import (
     SamplingOptions,
     parse_interval,
 )
-from dkdm.core import checkpoint
-from dkdm.core.ahead import Ahead
-from dkdm.core.conditioning import Condition, restrict_classes
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import Condition, restrict_classes
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.modes import evaluating, say_if
 from dkdm.core.few_steps.model import usual_steps
-from dkdm.core.mixed import Mixed
-from dkdm.core.modes import evaluating, say_if
-from dkdm.core.pool import Pool
-from dkdm.core.progress import track
-from dkdm.core.replay import Replayed
-from dkdm.core.several import Several
-from dkdm.core.sources import Source
-from dkdm.core.tolerance import tolerated
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving.progress import track
+from dkdm.core.saving.tolerance import tolerated
+from dkdm.core.sources.ahead import Ahead
+from dkdm.core.sources.mixed import Mixed
+from dkdm.core.sources.pool import Pool
+from dkdm.core.sources.replay import Replayed
+from dkdm.core.sources.several import Several
+from dkdm.core.sources.source import Source
 from dkdm.data.named import (
     REFERENCES,
     chosen_extractor,

@@ -9,10 +9,10 @@ from typing import Annotated
 from torch import Tensor
 
 from dkdm.config import ClassId, DistillConfig, Sampler, Scale, Seed, TrainConfig
-from dkdm.core.conditioning import ClassLabels, Condition
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import ClassLabels, Condition
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import kind_of, null_or_none
 from dkdm.core.few_steps.model import fewest_steps
-from dkdm.core.kinds import kind_of, null_or_none
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import check_shapes
 from dkdm.evaluation.cost import undisturbed

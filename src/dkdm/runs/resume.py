@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dkdm.config import RunConfig
-from dkdm.core.checkpoint import RUN
+from dkdm.core.saving.checkpoint import RUN
 from dkdm.errors import UsageError
 from dkdm.evaluation.parts import WHOLE, read_whole
 from dkdm.reading.fields import read_json

@@ -15,8 +15,8 @@ from rich.table import Column, Table
 
 from dkdm.checks.memory_plan import MemoryPlan, PlannedRun
 from dkdm.config import PlanOptions, TrainingOptions
-from dkdm.core.budget import fill_cost, newly_drawn
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.sources.budget import fill_cost, newly_drawn
 from dkdm.evaluation.cost import count_macs
 from dkdm.evaluation.memory import MIB
 from dkdm.evaluation.numbers import count, duration, memory

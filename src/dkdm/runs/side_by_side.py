@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkdm.core.conditioning import ABSENT, ClassLabels, Conditioning, Unconditional
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of
-from dkdm.core.matching import gauge_of
-from dkdm.core.prediction import Parameterization
-from dkdm.core.teachers import Place, Teachers
+from dkdm.core.denoisers.conditioning import ABSENT, ClassLabels, Conditioning, Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import kind_of
+from dkdm.core.denoisers.matching import gauge_of
+from dkdm.core.denoisers.teachers import Place, Teachers
+from dkdm.core.diffusion.prediction import Parameterization
 from dkdm.errors import UsageError
 from dkdm.models.prompts import Prompts, files_fingerprint, with_prompts
 
@@ -26,7 +26,7 @@ PROBE = "a photograph of a house"
 
 
 def side_by_side(teachers: Sequence[Denoiser], offsets: Sequence[int] | None = None) -> Denoiser:
-    """Several teachers as one, `core.teachers.Teachers`, for the conditions of all.
+    """Several teachers as one, `core.denoisers.teachers.Teachers`, for the conditions of all.
 
     offsets: first class id of each; None puts one teacher's classes after the other's. Raises
     UsageError for teachers that cannot teach one student, with all that differs.

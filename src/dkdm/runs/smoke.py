@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
-from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
 from dkdm.core.few_steps.model import usual_steps
-from dkdm.core.prediction import Parameterization
 from dkdm.core.randomness import generator
 from dkdm.data.fashion import SHAPES
 from dkdm.data.named import IMAGES

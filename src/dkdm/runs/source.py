@@ -16,12 +16,12 @@ from dkdm.config import (
     TeacherConditions,
 )
 from dkdm.core import processes
-from dkdm.core.chains import Guidance, Stride
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.fill import empty_pool, fill_ancestral, fill_few_step
-from dkdm.core.filling import Filling
-from dkdm.core.pool import Pool
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.shards import Shards
+from dkdm.core.sources.chains import Guidance, Stride
+from dkdm.core.sources.fill import empty_pool, fill_ancestral, fill_few_step
+from dkdm.core.sources.filling import Filling
+from dkdm.core.sources.pool import Pool
 from dkdm.errors import UsageError
 from dkdm.evaluation.fastest import fastest, seconds_a_sample
 from dkdm.reading.files import check_output

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from dkdm.config import DistillConfig, ImageOptions, PoolOptions, TeacherConditions
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.given import teacher_given
-from dkdm.core.matching import amplifies
-from dkdm.core.modes import put_into_evaluation, say_if
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.given import teacher_given
+from dkdm.core.denoisers.matching import amplifies
+from dkdm.core.denoisers.modes import put_into_evaluation, say_if
+from dkdm.core.denoisers.teachers import Teachers, common_levels
 from dkdm.core.randomness import derived_seed
-from dkdm.core.several import Several, Shared, shared_out
-from dkdm.core.sources import Source
-from dkdm.core.teachers import Teachers, common_levels
+from dkdm.core.sources.several import Several, Shared, shared_out
+from dkdm.core.sources.source import Source
 from dkdm.errors import UsageError
 from dkdm.models import chosen_teacher
 from dkdm.models.prompts import Prompts

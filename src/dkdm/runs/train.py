@@ -11,11 +11,11 @@ from pathlib import Path
 from dkdm.config import TrainConfig
 from dkdm.core import processes
 from dkdm.core.captured.choice import capture_steps
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.given import config_given
-from dkdm.core.objective import Objective
-from dkdm.core.sources import Images
-from dkdm.core.trainer import Trainer
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.given import config_given
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.sources.images import Images
+from dkdm.core.training.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.data.training_set import TrainingData, training_data
 from dkdm.models.architectures import component_of

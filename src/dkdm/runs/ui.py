@@ -9,7 +9,7 @@ from typing import Any, get_args
 from markupsafe import Markup, escape
 
 from dkdm.config import Sampler, UiCommand
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.few_steps.model import usual_steps
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.comparison import describe

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dkdm.config import EvaluationOptions, GuidanceOptions, RunConfig
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.selection import Selection
-from dkdm.core.tolerance import tolerated
-from dkdm.core.trainer import Trainer
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.saving.tolerance import tolerated
+from dkdm.core.training.selection import Selection
+from dkdm.core.training.trainer import Trainer
 from dkdm.data.reference import Reference
 from dkdm.evaluation.circumstances import weights_in_words
 from dkdm.evaluation.metrics import METRICS

@@ -1,4 +1,4 @@
-"""The source of a function of `dkdm.core.calls`, for a program that runs without dkdm."""
+"""The source of a function of `dkdm.core.denoisers.calls`, for a program that runs without dkdm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from dkdm.core import calls
+from dkdm.core.denoisers import calls
 
 
 def call_source(call: Callable[..., Any] | None) -> str:

@@ -15,12 +15,12 @@ from dkdm.config import (
     TeacherConditions,
     TrainConfig,
 )
-from dkdm.core.bad_steps import faults_in_words
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import kind_of
-from dkdm.core.progress import read_metrics
-from dkdm.core.selection import FOLDER as BEST
-from dkdm.core.teachers import parts_of
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import kind_of
+from dkdm.core.denoisers.teachers import parts_of
+from dkdm.core.saving.progress import read_metrics
+from dkdm.core.training.bad_steps import faults_in_words
+from dkdm.core.training.selection import FOLDER as BEST
 from dkdm.evaluation.few_steps import StepsTable
 from dkdm.evaluation.metrics import Metrics
 from dkdm.evaluation.numbers import count

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dkdm.core.diffusion.prediction import KINDS, Row
 from dkdm.core.few_steps.model import FewStep
-from dkdm.core.prediction import KINDS, Row
 
 
 class Step(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.architectures import component_of
 from dkdm.reading.files import check_output

@@ -12,15 +12,15 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from dkdm.core.checkpoint import save_network
-from dkdm.core.conditioning import ClassLabels, Conditioning
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import ClassLabels, Conditioning
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.inputs import to_index
+from dkdm.core.denoisers.kinds import Row, kind_of
+from dkdm.core.diffusion.process import Process
 from dkdm.core.few_steps.grid import GRID
 from dkdm.core.few_steps.model import FewStep
-from dkdm.core.folders import replace_files, write_sums
-from dkdm.core.inputs import to_index
-from dkdm.core.kinds import Row, kind_of
-from dkdm.core.process import Process
+from dkdm.core.saving.checkpoint import save_network
+from dkdm.core.saving.folders import replace_files, write_sums
 from dkdm.models.architectures import component_of, pixels
 from dkdm.models.components import Component
 from dkdm.models.custom_network import OWN_CLASS, origin_of

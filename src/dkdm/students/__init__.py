@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dkdm.config import ProcessName
-from dkdm.core.conditioning import Unconditional, for_student
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import Custom, kind_of
-from dkdm.core.prediction import PredictionType
+from dkdm.core.denoisers.conditioning import Unconditional, for_student
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import Custom, kind_of
+from dkdm.core.diffusion.prediction import PredictionType
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.custom_network import (
     OWN_CLASS,

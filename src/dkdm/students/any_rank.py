@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from dkdm.core.kinds import kind_of
+from dkdm.core.denoisers.kinds import kind_of
 from dkdm.errors import UsageError
 from dkdm.networks import network_class
 from dkdm.students.interface import Interface, check_halvings, patch_sides, preset

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dkdm.core.positions import evenly
+from dkdm.core.objectives.positions import evenly
 from dkdm.errors import UsageError
 from dkdm.models.architectures import architecture_of, with_layout
 from dkdm.students.interface import Interface, preset

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from dkdm.core.checkpoint import ORIGIN
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.modes import evaluating
 from dkdm.core.few_steps.grid import Grid
 from dkdm.core.few_steps.heads import ParallelHeads
-from dkdm.core.modes import evaluating
+from dkdm.core.saving.checkpoint import ORIGIN
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.custom_network import is_own, make, origin_of
 

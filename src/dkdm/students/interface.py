@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from dkdm.core.bundle import Coder
-from dkdm.core.conditioning import Conditioning, Unconditional
-from dkdm.core.kinds import kind_of
+from dkdm.core.denoisers.bundle import Coder
+from dkdm.core.denoisers.conditioning import Conditioning, Unconditional
+from dkdm.core.denoisers.kinds import kind_of
 from dkdm.errors import UsageError
 
 KINDS = {

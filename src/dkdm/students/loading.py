@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from dkdm.core.checkpoint import WEIGHTS, checkpoints, load_network_weights
-from dkdm.core.folders import MANIFEST
+from dkdm.core.saving.checkpoint import WEIGHTS, checkpoints, load_network_weights
+from dkdm.core.saving.folders import MANIFEST
 from dkdm.errors import UsageError
 from dkdm.models.custom_network import OWN_CLASS, Factory
 from dkdm.models.options import LoadOptions

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dkdm.core.bundle import Coder
+from dkdm.core.denoisers.bundle import Coder
 from dkdm.core.few_steps.grid import GRID, Grid
 from dkdm.core.few_steps.kinds import kind_saved
 from dkdm.errors import UsageError

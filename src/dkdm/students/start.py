@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dkdm.config import StudentOptions
-from dkdm.core import checkpoint
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.few_steps.grid import GRID
-from dkdm.core.folders import MANIFEST, verify_folder
-from dkdm.core.positions import counterparts
+from dkdm.core.objectives.positions import counterparts
+from dkdm.core.saving import checkpoint
+from dkdm.core.saving.folders import MANIFEST, verify_folder
 from dkdm.errors import UsageError
 from dkdm.models.architectures import architecture_of
 from dkdm.models.formats.state_dict import read_weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 from torch import nn
 
-from dkdm.core.kinds import kind_of
+from dkdm.core.denoisers.kinds import kind_of
 from dkdm.errors import UsageError
 from dkdm.students.interface import Interface, patch_sides, preset
 

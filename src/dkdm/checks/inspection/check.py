@@ -26,11 +26,11 @@ from dkdm.checks.inspection.denoising import (
 )
 from dkdm.checks.inspection.readings import MAX_TRIALS, applied, cure_of
 from dkdm.checks.inspection.remedy import corrected, in_words
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.given import denoiser_given
+from dkdm.core.denoisers.modes import say_if
+from dkdm.core.diffusion.process import Process
 from dkdm.core.few_steps.model import FewStep
-from dkdm.core.given import denoiser_given
-from dkdm.core.modes import say_if
-from dkdm.core.process import Process
 from dkdm.errors import UsageError
 from dkdm.evaluation.cost import undisturbed
 from dkdm.evaluation.same_noise import Sampling, draw

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.kinds import Condition, null_or_none
-from dkdm.core.prediction import Prediction
-from dkdm.core.process import Process
-from dkdm.core.progress import track
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.kinds import Condition, null_or_none
+from dkdm.core.diffusion.prediction import Prediction
+from dkdm.core.diffusion.process import Process
+from dkdm.core.diffusion.steps import sample
 from dkdm.core.randomness import generator
-from dkdm.core.steps import sample
+from dkdm.core.saving.progress import track
 
 # Levels whose SNR times variance lies between these decide: outside, every guess is as good.
 DECISIVE = (0.03, 30.0)

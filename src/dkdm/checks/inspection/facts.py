@@ -23,9 +23,9 @@ from dkdm.checks.inspection.check import (
 )
 from dkdm.checks.inspection.denoising import LevelError
 from dkdm.checks.inspection.readings import process_kind
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.kinds import Conditioning, kind_of
-from dkdm.core.process import Process
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import Conditioning, kind_of
+from dkdm.core.diffusion.process import Process
 from dkdm.evaluation.cost import count_macs, evaluations_per_second
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.evaluation.numbers import count

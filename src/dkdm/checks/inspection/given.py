@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.data.images import load_image_folder
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.arrays import read_arrays

@@ -18,15 +18,15 @@ from dkdm.checks.inspection.denoising import (
     level_errors,
     mean_ratio,
 )
-from dkdm.core.calls import Call
-from dkdm.core.clipping import Clipping
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.modes import modules_behind
-from dkdm.core.prediction import PredictionType
-from dkdm.core.process import Process
-from dkdm.core.progress import track
-from dkdm.core.schedules import karras, rectified_flow
-from dkdm.core.time import Time, network_time
+from dkdm.core.denoisers.calls import Call
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.modes import modules_behind
+from dkdm.core.diffusion.clipping import Clipping
+from dkdm.core.diffusion.prediction import PredictionType
+from dkdm.core.diffusion.process import Process
+from dkdm.core.diffusion.schedules import karras, rectified_flow
+from dkdm.core.diffusion.time import Time, network_time
+from dkdm.core.saving.progress import track
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config
 

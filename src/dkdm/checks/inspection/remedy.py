@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from dkdm.checks.inspection.readings import Change, applied, parts_of
-from dkdm.core.calls import call_of
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.graphs import unreplayed
-from dkdm.core.kinds import kind_of
-from dkdm.core.prediction import Parameterization
-from dkdm.core.process import Process
-from dkdm.core.schedules import rectified_flow
+from dkdm.core.denoisers.calls import call_of
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.graphs import unreplayed
+from dkdm.core.denoisers.kinds import kind_of
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.process import Process
+from dkdm.core.diffusion.schedules import rectified_flow
 from dkdm.errors import UsageError
 from dkdm.models.schedulers import from_scheduler_config, prediction_type
 
@@ -83,7 +83,7 @@ def _shown_call(denoiser: Denoiser) -> str:
     if unreplayed(denoiser.call) is not call_of(denoiser.network):
         return "call(network, x, time, cond)"
     if type(denoiser.network).__module__.startswith("diffusers."):
-        return "dkdm.core.calls.call_of(network)(network, x, time, cond)"
+        return "dkdm.core.denoisers.calls.call_of(network)(network, x, time, cond)"
     return "network(x, time, **cond)"
 
 

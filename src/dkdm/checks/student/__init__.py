@@ -13,9 +13,9 @@ from dkdm.checks.findings import Finding, not_ok
 from dkdm.checks.student import behaviour, graphs, saving, training
 from dkdm.checks.student.case import Case
 from dkdm.config import ProcessName
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import PredictionType
-from dkdm.core.progress import track
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import PredictionType
+from dkdm.core.saving.progress import track
 from dkdm.errors import DkdmError
 from dkdm.evaluation.cost import count_macs, evaluations_in_turns
 from dkdm.evaluation.numbers import count

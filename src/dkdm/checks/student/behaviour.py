@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dkdm.checks.findings import Finding, Status
 from dkdm.checks.student.case import Case, Probe, differ, with_rows_of
-from dkdm.core.kinds import null_or_none
+from dkdm.core.denoisers.kinds import null_or_none
 from dkdm.shipping.graph.fault_line import in_a_line
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.calls import Network
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.modes import silence_label_dropout
+from dkdm.core.denoisers.calls import Network
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.modes import silence_label_dropout
 from dkdm.models.custom_network import awakened
 
 # Two outputs are the same up to this, of the largest value; a network that depends on something

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from dkdm.checks.findings import Finding
 from dkdm.checks.student.behaviour import listed
 from dkdm.checks.student.case import Case, differ
-from dkdm.core.checkpoint import load_network_weights, load_strict, save_network
+from dkdm.core.saving.checkpoint import load_network_weights, load_strict, save_network
 from dkdm.errors import DkdmError
 from dkdm.models.custom_network import OWN_CLASS, origin_of
 from dkdm.shipping.custom_network import shipment, shipping_note

@@ -12,11 +12,11 @@ from torch import nn
 from dkdm.checks.findings import Finding
 from dkdm.checks.student.behaviour import listed
 from dkdm.checks.student.case import Case
-from dkdm.core.denoiser import Batch
-from dkdm.core.learning import enable_gradient_checkpointing
-from dkdm.core.matching import on_levels_of
-from dkdm.core.objective import Objective
-from dkdm.core.process import per_sample
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.denoisers.matching import on_levels_of
+from dkdm.core.diffusion.process import per_sample
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.training.learning import enable_gradient_checkpointing
 from dkdm.errors import UsageError
 
 STEPS = 10

@@ -6,14 +6,14 @@ from functools import partial
 
 import torch
 
-from dkdm.core.calls import offloaded_to
 from dkdm.core.captured.graph import captured
 from dkdm.core.captured.step import Make, first_step, say_why_not
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.objective import Objective
-from dkdm.core.pool import Pool
-from dkdm.core.replay import Replayed
-from dkdm.core.trainer import Trainer
+from dkdm.core.denoisers.calls import offloaded_to
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.sources.pool import Pool
+from dkdm.core.sources.replay import Replayed
+from dkdm.core.training.trainer import Trainer
 
 
 def capture_steps(trainer: Trainer, make: Make = captured) -> None:

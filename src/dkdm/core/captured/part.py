@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.bad_steps import norm_of_all
 from dkdm.core.captured.optimizers import step_unless, stepped_by
 from dkdm.core.captured.placed import Placed
-from dkdm.core.chains import Guidance, row_mask
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Batch
-from dkdm.core.learning import Ema
-from dkdm.core.moves import answer, moved
-from dkdm.core.objective import Objective
-from dkdm.core.prediction import Prediction
-from dkdm.core.progress import LossPerLevel
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Batch
+from dkdm.core.diffusion.prediction import Prediction
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.saving.progress import LossPerLevel
+from dkdm.core.sources.chains import Guidance, row_mask
+from dkdm.core.sources.moves import answer, moved
+from dkdm.core.training.bad_steps import norm_of_all
+from dkdm.core.training.learning import Ema
 
 Values = dict[str, Tensor]
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkdm.core.conditioning import Condition, Unconditional
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.graphs import unreplayed
-from dkdm.core.kinds import null_or_none
-from dkdm.core.objective import Objective
-from dkdm.core.process import Process
+from dkdm.core.denoisers.conditioning import Condition, Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.graphs import unreplayed
+from dkdm.core.denoisers.kinds import null_or_none
+from dkdm.core.diffusion.process import Process
+from dkdm.core.objectives.objective import Objective
 
 
 class PlacedProcess(Process):

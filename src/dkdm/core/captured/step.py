@@ -20,18 +20,18 @@ from dkdm.core.captured.inputs import Inputs
 from dkdm.core.captured.optimizers import count_on
 from dkdm.core.captured.part import DevicePart, Values
 from dkdm.core.captured.placed import fed, placed, placed_objective
-from dkdm.core.chains import Stride
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.moves import Moves
-from dkdm.core.objective import Objective
-from dkdm.core.pool import Pool
-from dkdm.core.prediction import Prediction
-from dkdm.core.replay import Replayed
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Prediction
+from dkdm.core.objectives.objective import Objective
+from dkdm.core.sources.chains import Stride
+from dkdm.core.sources.moves import Moves
+from dkdm.core.sources.pool import Pool
+from dkdm.core.sources.replay import Replayed
 from dkdm.reading.notes import say
 
 if TYPE_CHECKING:
-    from dkdm.core.trainer import Trainer
+    from dkdm.core.training.trainer import Trainer
 
 Run = Callable[[], None]
 Sections = Mapping[str, Sequence[Run]]

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.calls import Call
-from dkdm.core.denoiser import Batch, Denoiser
-from dkdm.core.matching import Matched
-from dkdm.core.modes import evaluating
+from dkdm.core.denoisers.calls import Call
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.matching import Matched
+from dkdm.core.denoisers.modes import evaluating
 
 TRIED_STD = 0.05  # added to the weights that something is tried with: zeros show nothing
 TOLERANCE = 1e-4

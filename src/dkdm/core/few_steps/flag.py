@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.calls import Call, Network
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.calls import Call, Network
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.devices import to_device
 from dkdm.core.few_steps.both_levels import (
     answers,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.matching import gauge_of, on_levels_of, same_levels
-from dkdm.core.process import Process
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.matching import gauge_of, on_levels_of, same_levels
+from dkdm.core.diffusion.process import Process
 from dkdm.errors import UsageError
 from dkdm.reading.fields import Fields
 

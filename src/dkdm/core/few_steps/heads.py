@@ -14,11 +14,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
+from dkdm.core.diffusion.prediction import Prediction, from_x_0_eps, to_x_0_eps
+from dkdm.core.diffusion.process import per_sample
 from dkdm.core.few_steps.grid import Grid
 from dkdm.core.few_steps.model import FewStep
-from dkdm.core.prediction import Prediction, from_x_0_eps, to_x_0_eps
-from dkdm.core.process import per_sample
 
 
 @dataclass(eq=False)

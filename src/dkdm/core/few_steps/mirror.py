@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.few_steps.both_levels import (
     answers,
     are_close,

@@ -9,16 +9,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.modes import evaluating
+from dkdm.core.denoisers.refusals import check_output
+from dkdm.core.denoisers.teachers import parts_of
 from dkdm.core.devices import to_device
+from dkdm.core.diffusion.prediction import scale_input, to_x_0_eps
+from dkdm.core.diffusion.process import Spacing
+from dkdm.core.diffusion.solvers import Solver
 from dkdm.core.few_steps.grid import Grid
-from dkdm.core.modes import evaluating
-from dkdm.core.prediction import scale_input, to_x_0_eps
-from dkdm.core.process import Spacing
-from dkdm.core.refusals import check_output
-from dkdm.core.solvers import Solver
-from dkdm.core.teachers import parts_of
 from dkdm.errors import UsageError
 
 OWN_SAMPLER = "its own sampler"  # what draws from a few-step model, in words

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
 from dkdm.core.devices import to_device
+from dkdm.core.diffusion.prediction import Prediction
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.few_steps.rolled import Roll
-from dkdm.core.prediction import Prediction
 
 
 class HeadsObjective:

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dkdm.core import processes
-from dkdm.core.chains import Guidance
-from dkdm.core.checkpoint import Part
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
 from dkdm.core.devices import to_device
+from dkdm.core.diffusion.prediction import Prediction, clip_x_0
+from dkdm.core.diffusion.process import Process, per_sample
 from dkdm.core.few_steps.tasks import tasks_of
-from dkdm.core.objective import Objective, simple_loss
-from dkdm.core.prediction import Prediction, clip_x_0
-from dkdm.core.process import Process, per_sample
+from dkdm.core.objectives.objective import Objective, simple_loss
 from dkdm.core.randomness import generator
+from dkdm.core.saving.checkpoint import Part
 from dkdm.core.shards import Shards, this_process
-from dkdm.core.sources import Source
+from dkdm.core.sources.chains import Guidance
+from dkdm.core.sources.source import Source
 
 SPREAD = (0.5, 1.5)  # of the length of a pair, uniform, times its mean
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from dkdm.core import processes
-from dkdm.core.chains import Guidance, row_mask
-from dkdm.core.checkpoint import Part
-from dkdm.core.conditioning import Condition
-from dkdm.core.denoiser import Batch, Denoiser
+from dkdm.core.denoisers.conditioning import Condition
+from dkdm.core.denoisers.denoiser import Batch, Denoiser
 from dkdm.core.devices import to_device
+from dkdm.core.diffusion.prediction import Prediction, clip_x_0
+from dkdm.core.diffusion.process import Process, per_sample
+from dkdm.core.diffusion.steps import not_finite
 from dkdm.core.few_steps.heads import ParallelHeads
-from dkdm.core.prediction import Prediction, clip_x_0
-from dkdm.core.process import Process, per_sample
 from dkdm.core.randomness import derived_seed, generator
+from dkdm.core.saving.checkpoint import Part
 from dkdm.core.shards import Shards, this_process
-from dkdm.core.steps import not_finite
+from dkdm.core.sources.chains import Guidance, row_mask
 from dkdm.errors import UsageError
 
 UNGUIDED = Guidance()

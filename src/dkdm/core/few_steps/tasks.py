@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.few_steps import flag, mirror
 from dkdm.errors import UsageError
 

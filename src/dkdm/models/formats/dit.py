@@ -13,11 +13,11 @@ import diffusers
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
-from dkdm.core.calls import Network, plain
-from dkdm.core.conditioning import ClassLabels
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization, VarianceType
-from dkdm.core.schedules import rectified_flow
+from dkdm.core.denoisers.calls import Network, plain
+from dkdm.core.denoisers.conditioning import ClassLabels
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization, VarianceType
+from dkdm.core.diffusion.schedules import rectified_flow
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.architectures import architecture_of
 from dkdm.models.formats.first_stage import latent_bundle

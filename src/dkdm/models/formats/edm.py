@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dkdm.core.conditioning import ClassLabels, Unconditional
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
-from dkdm.core.schedules import karras
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.schedules import karras
 from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.flags import one_of, read_flags

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.errors import UsageError
 from dkdm.models.formats.edm import attention, edm_denoiser, levels
 from dkdm.models.formats.first_stage import latent_bundle

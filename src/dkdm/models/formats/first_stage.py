@@ -16,8 +16,8 @@ from typing import Any
 import diffusers
 from torch import Tensor
 
-from dkdm.core.bundle import Bundle
-from dkdm.core.checkpoint import save_network
+from dkdm.core.denoisers.bundle import Bundle
+from dkdm.core.saving.checkpoint import save_network
 from dkdm.errors import UsageError
 from dkdm.models.components import Autoencoder, Component
 from dkdm.models.formats.state_dict import frozen

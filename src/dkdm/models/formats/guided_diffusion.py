@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkdm.core.conditioning import ClassLabels, Unconditional
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
-from dkdm.core.process import Process
+from dkdm.core.denoisers.conditioning import ClassLabels, Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
+from dkdm.core.diffusion.process import Process
 from dkdm.errors import UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.flags import one_of, read_flags

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dkdm.core.conditioning import ClassLabels, Conditioning, Unconditional
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization
+from dkdm.core.denoisers.conditioning import ClassLabels, Conditioning, Unconditional
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.architectures import ARCHITECTURES
 from dkdm.models.formats.first_stage import autoencoder_bundle

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.prediction import Parameterization, PredictionType
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.diffusion.prediction import Parameterization, PredictionType
 from dkdm.errors import UsageError
 from dkdm.models.formats.flags import one_of, read_flags
 from dkdm.models.formats.state_dict import Weights, frozen, without_prefix

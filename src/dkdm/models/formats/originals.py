@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.formats import dit, edm, edm2, guided_diffusion, latent_diffusion, lucidrains
 from dkdm.models.formats.single_file import SingleFile, load_single_file, part_of_a_model, recognize

@@ -13,7 +13,7 @@ import diffusers
 import huggingface_hub
 import torch
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.errors import DkdmError, UsageError
 from dkdm.models.architectures import component_of
 from dkdm.models.locate import INDEX

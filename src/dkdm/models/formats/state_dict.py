@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dkdm.core.checkpoint import load_strict, read_tensors
+from dkdm.core.saving.checkpoint import load_strict, read_tensors
 from dkdm.errors import DkdmError, UsageError
 from dkdm.reading.fields import shown
 from dkdm.reading.weights import more_than_weights, refuse_other_content, unknown_names

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dkdm.config import EXPORTED
-from dkdm.core.denoiser import Denoiser
-from dkdm.core.folders import replace_files
-from dkdm.core.given import denoiser_given
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.given import denoiser_given
+from dkdm.core.saving.folders import replace_files
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.numbers import count
 from dkdm.reading.arguments import given

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dkdm.core.clipping import Clipping
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import Condition, kind_of, rows_of
+from dkdm.core.diffusion.clipping import Clipping
+from dkdm.core.diffusion.prediction import EDM
 from dkdm.core.few_steps.model import FewStep
-from dkdm.core.kinds import Condition, kind_of, rows_of
-from dkdm.core.prediction import EDM
 from dkdm.shipping.pipeline_folder import scheduler_config
 from dkdm.version import __version__
 

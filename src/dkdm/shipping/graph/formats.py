@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dkdm.core.conditioning import Condition
+from dkdm.core.denoisers.conditioning import Condition
 from dkdm.errors import DkdmError, UsageError, raised_as
 from dkdm.shipping.graph.fault_line import causes
 from dkdm.shipping.graph.tracing import quiet

@@ -7,9 +7,9 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from dkdm.core.denoiser import Denoiser
+from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.kinds import Condition, null_or_none
 from dkdm.core.few_steps.model import FewStep
-from dkdm.core.kinds import Condition, null_or_none
 from dkdm.core.randomness import generator
 from dkdm.errors import UsageError
 from dkdm.shipping.few_steps import few_steps_table

@@ -14,7 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from dkdm.core.conditioning import Condition
+from dkdm.core.denoisers.conditioning import Condition
 from dkdm.errors import UsageError
 from dkdm.shipping.graph.fault_line import HINT, Trail, reason
 from dkdm.shipping.graph.network import GraphNetwork
