@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dkdm.config import DistillConfig
+from dkdm.core.captured.step import WholeStep
+from dkdm.core.denoisers.calls import Call
 from dkdm.core.denoisers.conditioning import Unconditional
 from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.diffusion.prediction import Parameterization
@@ -88,7 +91,10 @@ def trainer_of(args: argparse.Namespace, **options: Any) -> Trainer:
 
 
 def bare(trainer: Trainer) -> Step:
-    """The networks of a trainer, its optimizer and its average, on one batch."""
+    """The networks of a trainer, its optimizer and its average, on one batch.
+
+    In one CUDA graph, if that is how the trainer's own steps are made.
+    """
     student, source = trainer.student_on_teacher_levels, trainer.source
     teacher: Denoiser = source.teacher  # type: ignore[attr-defined]
     batch = source.draw(trainer.training.train_batch_size)
@@ -96,12 +102,21 @@ def bare(trainer: Trainer) -> Step:
     assert teacher.call is not None and student.call is not None
     teach, learn = teacher.call, student.call
 
-    def step() -> Tensor:
+    def loss_of(teach: Call, learn: Call) -> Tensor:
         with torch.no_grad():
             wanted = teach(teacher.network, x, time_fed, {})
-        loss = (learn(student.network, x, time_fed, {}) - wanted).square().mean()
+        return (learn(student.network, x, time_fed, {}) - wanted).square().mean()
+
+    whole = trainer.replay
+    if isinstance(whole, WholeStep):
+        part = whole.part
+        alone = partial(loss_of, part.teacher.call, part.student.call)
+        return whole.make({"bare": [lambda: alone().backward(), part.update]})["bare"]
+
+    def step() -> Tensor:
+        loss = loss_of(teach, learn)
         trainer.accelerator.backward(loss)
-        trainer._update()
+        trainer._update(loss.detach())
         trainer.step_number += 1
         if trainer.ema is not None:
             trainer.ema.update(trainer.network, trainer.step_number)
@@ -147,7 +162,7 @@ def shares_of_parts(trainer: Trainer, steps: int) -> dict[str, float]:
     parts = {
         "draw": (trainer.source, "draw"),
         "teacher": (trainer.source, "target"),
-        "student": (trainer, "objective"),
+        "student": (trainer.learner, "objective"),
         "backward": (trainer.accelerator, "backward"),
         "optimizer": (trainer, "_update"),
         "move": (trainer.source, "advance"),
@@ -195,6 +210,7 @@ def row_of(args: argparse.Namespace, precision: str, mode: str, batch: int, size
     if args.memory:
         found["mib"] = peak_mib(args, options)
     trainer, wall = trainer_of(args, **options), CUDA or args.clock == "wall"
+    trainer.step()  # makes its graph
     full, alone = trainer.step, bare(trainer)
     blocks: dict[str, list[float]] = {"full": [], "bare": []}
     for step in (full, alone):

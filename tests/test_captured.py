@@ -21,7 +21,7 @@ from dkdm.core.sources.chains import Stride
 from dkdm.core.training.learning import Ema
 from dkdm.core.training.muon import Muon
 from small_runs import begun, state_of
-from watched import Watched
+from watched import OfTheDevice, Watched
 
 CPU = torch.device("cpu")
 RUNS = {
@@ -103,13 +103,14 @@ def test_the_watch_sees_what_a_capture_forbids():
             forbidden()
 
 
-@pytest.mark.parametrize("name", ["guided", "learned variance"])
+@pytest.mark.parametrize("name", some("guided", "learned variance", "another process"))
 def test_nothing_of_the_host_is_used_on_the_device(tmp_path, name):
-    """On the meta device there are no values: a tensor of the CPU beside them is an error."""
+    """On the meta device there are no values; a tensor of the CPU is not even sent there."""
     trainer, meta = ready(tmp_path, name), torch.device("meta")
     whole = WholeStep(trainer, as_they_are)
     source, student = trainer.source, trainer.student_on_teacher_levels
-    for network in (source.teacher.network, trainer.network):
+    source = getattr(source, "source", source)  # of a replay
+    for network in filter(None, (source.teacher.network, trainer.network, trainer.features)):
         network.to(meta)
     teacher = placed(source.teacher, meta)
     part = DevicePart(
@@ -128,12 +129,23 @@ def test_nothing_of_the_host_is_used_on_the_device(tmp_path, name):
         *({k: v.to(meta) for k, v in each.values.items()} for each in (whole.given, whole.new)),
         whole.part.x.to(meta),
         whole.part.noise.to(meta),
+        trainer.features,
     )
-    part.learn()
-    part.restart()
-    part.ema.move(part.network, part.given["share"])
+    with OfTheDevice():
+        part.learn()
+        part.restart()
+        if name == "replay":
+            part.again()
+        part.ema.move(part.network, part.given["share"])
     gradients = [weight.grad for weight in trainer.network.parameters()]
     assert all(gradient.device == meta for gradient in gradients)
+
+
+def test_the_watch_sees_what_comes_from_the_host():
+    there = torch.zeros(2, device="meta")
+    for forbidden in (lambda: torch.zeros(2).to("meta"), lambda: there + torch.tensor(1.0)):
+        with pytest.raises(AssertionError, match="on the host"), OfTheDevice():
+            forbidden()
 
 
 def test_what_a_capture_tries_leaves_no_trace(tmp_path):

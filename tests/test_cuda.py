@@ -1,9 +1,11 @@
 """What must hold on an accelerator too: the same numbers as on a CPU, and exact resume."""
 
 import copy
+import inspect
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -282,6 +284,17 @@ def test_a_graph_that_is_wrong_is_not_used(tmp_path, monkeypatch, capsys):
         capsys.readouterr().err
     )
     assert found == pytest.approx([float(usual.step()) for _ in range(6)], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["guided", "muon", "accumulation", "bfloat16"])
+def test_what_a_graph_reads_stays_alive(tmp_path, monkeypatch, name):
+    if "check_input_liveness" not in inspect.signature(torch.cuda.graph).parameters:
+        pytest.skip("this torch does not watch what a graph reads")
+    monkeypatch.setattr(torch.cuda, "graph", partial(torch.cuda.graph, check_input_liveness=True))
+    trainer = begun(tmp_path, accelerate="graph", max_train_steps=9, **CAPTURED[name])
+    for _ in range(4):
+        trainer.step()  # raises if memory that it was captured with is gone
+    assert type(trainer.replay).__name__ == "WholeStep"
 
 
 def test_a_graph_that_is_right_agrees_with_single_calls(tmp_path):

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from dkdm.config import TrainingOptions
 from dkdm.core.denoisers.compiled import Compiled
 from dkdm.core.denoisers.faster import faster
-from dkdm.core.denoisers.graphs import Replayed, replayed, unreplayed
+from dkdm.core.denoisers.graphs import Replayed, own_stream, replayed, unreplayed
 from dkdm.evaluation.fingerprint import fingerprint
 from factories import denoiser, some_batch
 
@@ -74,3 +75,13 @@ def test_calls_are_made_as_the_option_says():
     assert (options.acceleration, options.of_student) == ("graph", "off")
     assert TrainingOptions(cuda_graphs=False, accelerate="graph").acceleration == "off"
     assert replace(options, accelerate="compile").of_student == "compile"
+
+
+def test_a_capture_that_fails_does_not_leave_its_stream(monkeypatch):
+    current = ["home"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    with pytest.raises(RuntimeError), own_stream():
+        current.append("capture")
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert current[-1] == "home"

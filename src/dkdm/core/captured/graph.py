@@ -9,6 +9,7 @@ import torch
 
 from dkdm.core.captured.optimizers import states_of
 from dkdm.core.captured.part import DevicePart
+from dkdm.core.denoisers.graphs import own_stream
 
 WARM_UPS = 3
 Run = Callable[[], None]
@@ -49,16 +50,18 @@ def captured(sections: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     home, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(home)
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UPS):
-            for section in sections.values():
-                for function in section:
-                    function()
-    home.wait_stream(aside)
+    try:
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                for section in sections.values():
+                    for function in section:
+                        function()
+    finally:
+        home.wait_stream(aside)  # what was begun there ends before its traces are removed
     torch.cuda.synchronize()
     runs: dict[str, Run] = {}
     memory = None
-    try:
+    with own_stream():
         for name, section in sections.items():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
@@ -66,6 +69,4 @@ def captured(sections: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
                     function()
             memory = graph.pool()
             runs[name] = graph.replay
-    finally:
-        torch.cuda.set_stream(home)  # a capture that fails leaves its own
     return runs

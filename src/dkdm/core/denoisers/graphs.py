@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,13 +85,24 @@ class Replayed:
     ) -> Replay | None:
         capture = learning_graph if torch.is_grad_enabled() else graph
         try:
-            with torch.random.fork_rng(devices=[x.device]):
+            with torch.random.fork_rng(devices=[x.device]), own_stream():
                 return capture(self.call, network, x, time, cond)
         except Exception as error:
             self.refused = True
             name = type(network).__name__
             print(f"note: {name} is not replayed as a CUDA graph: {error}", file=sys.stderr)
             return None
+
+
+@contextmanager
+def own_stream() -> Iterator[None]:
+    """Afterwards work goes on in the stream that is current: a capture that fails leaves its own,
+    in which nothing waits for what others have begun."""
+    home = torch.cuda.current_stream()
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(home)
 
 
 def _form(value: Tensor) -> tuple[Any, ...]:

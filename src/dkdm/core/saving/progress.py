@@ -56,7 +56,9 @@ class LossPerLevel:
         bucket = to_device(t * BUCKETS // self.num_levels, losses.device)
         finite = losses.isfinite()
         both = torch.stack([torch.where(finite, losses.float(), 0.0), finite.float()])
-        self.sums.index_add_(1, bucket, both)
+        own = bucket == torch.arange(BUCKETS, device=losses.device)[:, None]
+        # not index_add_, whose order of sums a CUDA device does not promise
+        self.sums += torch.where(own, both[:, None], 0.0).sum(2)
 
     def take(self) -> list[float | None]:
         """The means since the last call, least noise first; None for a range without samples.
