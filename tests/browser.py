@@ -65,6 +65,27 @@ class Browser:
             assert time.monotonic() < end, f"never true: {script}"
             time.sleep(0.1)
 
+    def as_phone(self, width: int = 390, height: int = 800) -> None:
+        """From here on, a screen as narrow as a phone's, and touched."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=True)
+
+    def tap(self, selector: str) -> None:
+        """Touch the middle of the first element that a selector finds, scrolled into view."""
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{found}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        x, y = self.run(
+            f"(r => [r.x + r.width / 2, r.y + r.height / 2])({found}.getBoundingClientRect())"
+        )
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def press(self, key: str, code: int) -> None:
+        """Press and release a key. code: its Windows virtual key code."""
+        for what in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=what, key=key, windowsVirtualKeyCode=code)
+
     def shot(self, path) -> None:
         """Write a PNG of what is seen."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

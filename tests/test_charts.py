@@ -80,7 +80,7 @@ def test_a_chart_of_its_own_has_size_colours_and_legend():
     colours = {"first": "#123", "second": "#456"}
     text = line_chart("A title", series, "x", "y", colours)
     root = ElementTree.fromstring(text)
-    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "800"
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "824"
     assert {"a & b", "c"} <= {node.text for node in root.iter()}
     assert ".line.first{stroke:#123}" in text
     assert ".line.second{stroke:#456}" in text and len(list(drawn(*series).iter("style"))) == 0

@@ -144,7 +144,7 @@ def test_every_number_of_steps_is_measured_and_shown(finished):
     ]
     card, page = ((finished / name).read_text() for name in ("README.md", "report.html"))
     assert "| plain student | 25 |" in card and "few-steps.png" in card and "one-step/" in card
-    assert "In a few steps" in page and "<td>plain student</td>" in page
+    assert "In a few steps" in page and '<th scope="row">Plain student</th>' in page
     assert "went on from the plain student." in card and "above are of both parts" in page
     assert "its own sampler (student), 4 steps" in card and "the student by its own sampler" in page
     (finished / "few_steps.json").write_text("{}")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from browser import browser
 from dkdm.config import to_json
 from dkdm.core.denoisers.conditioning import ClassLabels
 from dkdm.core.denoisers.denoiser import Denoiser
@@ -374,3 +375,42 @@ def title_of(page):
     found = re.search(r"<title>(.*?)</title>", dumped(page), re.DOTALL)
     assert found, "the page gave no title"
     return found[1].replace("&quot;", '"').replace("&gt;", ">")
+
+
+TIP = "document.querySelector('.tip').textContent"
+HIDDEN = "document.querySelector('.tip').hidden"
+INSIDE = """(tip => tip.left >= 0 && tip.right <= innerWidth && tip.height > 0)(
+    document.querySelector('.tip').getBoundingClientRect())"""
+WIDER = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_phone_shows_values_by_touch_and_by_keys(run, tmp_path):
+    comparison().save(run)
+    with browser(tmp_path / "profile") as seen:
+        seen.open("about:blank")
+        seen.as_phone()
+        seen.call("Page.navigate", url=write_report(run).as_uri())
+        seen.wait("document.readyState == 'complete' && document.querySelector('.tip') !== null")
+        assert seen.run(HIDDEN) and not seen.run(WIDER)
+        for mark, said in (
+            ("circle.faint", "first tenth: "),
+            ("svg rect:last-of-type", " at t / T"),
+        ):
+            seen.tap(mark)
+            seen.wait(f"!{HIDDEN} && {TIP}.includes({json.dumps(said)})", 10)
+            assert seen.run(INSIDE) and not seen.run(WIDER)
+        seen.tap("h1")
+        seen.wait(HIDDEN, 10)
+        seen.run("document.querySelectorAll('svg.chart[tabindex]')[1].focus()")
+        said = []
+        for _ in range(2):
+            seen.press("ArrowRight", 39)
+            said.append(seen.run(TIP))
+        assert not seen.run(HIDDEN) and said[0] != said[1]
+        seen.press("Escape", 27)
+        assert seen.run(HIDDEN)
+        seen.run("document.querySelector('input[type=range]').focus()")
+        seen.press("ArrowRight", 39)
+        assert seen.run("Number(document.querySelector('input[type=range]').value)") > 50

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dkdm.report.grids import as_images, comparison_strip, sample_grid, to_uint8
+from dkdm.report.images import PLOT_SCALE, pairs
 from dkdm.report.plots import COLOURS, HEIGHT, MARGIN, RULE, WIDTH, is_plotted, plots, value_range
 
 WITHIN = (-1.0, 1.0)
@@ -94,3 +95,18 @@ def test_a_strip_has_teacher_student_and_their_difference_on_one_scale(shape):
         y for y in range(HEIGHT) if last.getpixel((WIDTH // 2, y)) not in (RULE, (255,) * 3)
     }
     assert all(abs(y - HEIGHT / 2) < 4 for y in coloured)
+
+
+def test_a_larger_plot_is_the_same_with_more_pixels():
+    samples = torch.linspace(-1, 1, 40).sin()[None, None]
+    small, large = plots(samples, WITHIN), plots(samples, WITHIN, scale=2)
+    assert large.shape == (1, 3, 2 * HEIGHT, 2 * WIDTH)
+    assert torch.nn.functional.avg_pool2d(large, 2).sub(small).abs().max() < 0.02
+
+
+def test_plots_of_pairs_are_not_averaged_down():
+    drawn = torch.linspace(-1, 1, 60)[None, None]
+    (pair,) = pairs(drawn, -drawn, [""])
+    assert {(each.width, each.height) for each in (pair.first, pair.second)} == {
+        (PLOT_SCALE * WIDTH, PLOT_SCALE * HEIGHT)
+    }

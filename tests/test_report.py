@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dkdm.cli import repeated
 from dkdm.config import DistillConfig, TrainConfig, to_json
 from dkdm.errors import UsageError
 from dkdm.evaluation.numbers import compared, count, number, percent, ratio
@@ -273,6 +274,35 @@ def test_the_command_repeats_the_run():
     assert words[:2] == ["dkdm", "distill"]
     again = parse(DistillConfig, words[2:])
     assert again == replace(CONFIG, output_dir=Path("runs/again"))
+
+
+def test_the_command_names_every_teacher_and_the_student():
+    config = DistillConfig(more_teachers=("runs/b", "c d"), more_prompts=("p.txt",))
+    words = shlex.split(command_line(config).replace("\\\n", ""))
+    assert "more" not in " ".join(words)
+    given = parse(DistillConfig, repeated(words[2:]))
+    assert given == replace(config, output_dir=Path("runs/again"))
+    assert words.count("--teacher") == 3 and "--student" in words
+
+
+def test_several_teachers_are_all_named(run):
+    more = replace(CONFIG, more_teachers=("runs/shoes",))
+    (run / "config.json").write_text(to_json(more))
+    text = Page(write_report(run)).text
+    assert "A transformer learned from 2 teachers: fashion and shoes." in text
+    assert (
+        "learned from its teachers alone, builtin:fashion and runs/shoes (1.80 M together)" in text
+    )
+    assert "from how they denoise noisy images of their own making" in text
+    (run / "config.json").write_text(to_json(replace(more, teacher="other/shoes")))
+    assert "2 teachers: other/shoes and runs/shoes." in Page(write_report(run)).text
+
+
+def test_the_page_of_a_training_names_the_file_of_its_options(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(TrainConfig(max_train_steps=200)))
+    write_metrics(tmp_path, last=200)
+    text = Page(write_report(tmp_path)).text
+    assert "config.json, every option" in text and "whole.json" not in text
 
 
 def test_numbers_read_well():

@@ -70,7 +70,7 @@ class StepsTable:
             "model",
             "steps",
             *(METRICS[name].label for name in self._measured),
-            "to the teacher",
+            "distance to the teacher",
         ]
 
     @property

@@ -35,7 +35,7 @@ def render_page(template: str, **values: Any) -> str:
     The page is one file: its content security policy allows no address, only `data:` images and the
     script of this package, by its hash.
     """
-    style, script = (render(TEMPLATES, name) for name in ("page.css", "wipe.js"))
+    style, script = (render(TEMPLATES, name) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     fixed = {"style": Markup(style), "script": Markup(script)}  # nosec: files of the package
     return render(TEMPLATES, template, FILTERS, script_hash=digest, **fixed, **values)

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from dkdm.report.grids import as_images, png_data_uri, to_uint8
-from dkdm.report.plots import is_plotted, plots, value_range
+from dkdm.report.plots import is_plotted, plots
 
 LARGEST_IMAGE = 128  # pixels; larger samples are averaged down for the page
+PLOT_SCALE, PLOT_COLOURS = 2, 64  # twice as many pixels a side as in rows; a third of the bytes
 SHARP = 96  # pixels; smaller images are enlarged without blurring
 
 
@@ -56,10 +57,14 @@ def page_images(samples: Tensor, alts: Sequence[str]) -> list[PageImage]:
 
     alts: what each shows, N of them. Vectors and signals are drawn over one range.
     """
-    shown = plots(samples) if is_plotted(samples) else reduced(samples)
+    plotted = is_plotted(samples)
+    shown = plots(samples, scale=PLOT_SCALE) if plotted else reduced(samples)
+    images = [_image(pixels) for pixels in to_uint8(shown)]
+    if plotted:
+        images = [each.quantize(PLOT_COLOURS, dither=Image.Dither.NONE) for each in images]
     return [
         PageImage(png_data_uri(image), image.width, image.height, alt)
-        for image, alt in zip(map(_image, to_uint8(shown)), alts, strict=True)
+        for image, alt in zip(images, alts, strict=True)
     ]
 
 
@@ -70,11 +75,8 @@ def pairs(
     who: tuple[str, str] = ("teacher", "student"),
 ) -> list[Pair]:
     """Samples [N, ...] of two models, row by row. names: of each row; who: drew them."""
-    both = torch.cat([first, second])
-    if is_plotted(both):
-        both = plots(both, value_range(both))
     alts = [f"{name or f'Sample {i + 1}'}: {each}" for each in who for i, name in enumerate(names)]
-    images = page_images(both, alts)
+    images = page_images(torch.cat([first, second]), alts)
     count = len(first)
     return [Pair(*each) for each in zip(names, images[:count], images[count:], strict=True)]
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dkdm.config import RunConfig, TrainConfig, to_json
+from dkdm.config import DistillConfig, RunConfig, TrainConfig, to_json
 from dkdm.core.training.bad_steps import faults_in_words
 from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.rows import comparison_rows
@@ -20,6 +20,9 @@ from dkdm.report.tiles import tiles
 from dkdm.report.ways import other_levels, ways
 
 REPORT = "report.html"
+NAMED = ("teacher", "student")  # options that a command shows even if they are the default
+LEFT_OUT = ("output_dir", "resume_from_checkpoint")
+REPEATED = {"more_teachers": "--teacher", "more_prompts": "--prompts"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -43,6 +46,7 @@ def render(run: Run) -> str:
         run=run,
         headline=headline(run),
         claim=claim(run),
+        teachers=teachers_of(run),
         comparison=run.comparison,
         how=circumstances_of(run.comparison).in_words() if run.comparison else [],
         rows=comparison_rows(run.comparison) if run.comparison else [],
@@ -71,17 +75,25 @@ def headline(run: Run) -> str:
         verb = "was" if run.is_finished else "is being"
         return f"{config.model.network} {verb} trained on {config.data.images}."
     verb = "learned" if run.is_finished else "is learning"
-    more = config.teachers.more_teachers or ()
-    names = " and ".join([config.teacher_choice.model, *more])
+    found = teachers_of(run)
+    short = [Path(name).name for name in found]
+    names = " and ".join(short if len({*short}) == len(short) else found)
     if run.comparison is None:
         return f"{config.student_choice.student} {verb} from {names}."
     teacher, student = run.comparison.teacher, run.comparison.student
-    if more:
-        return f"A {kind(student.network)} {verb} from {1 + len(more)} teachers: {names}."
+    if len(found) > 1:
+        return f"A {kind(student.network)} {verb} from {len(found)} teachers: {names}."
     taught, teaching = kind(student.network), kind(teacher.network)
     larger = teacher.parameters - student.parameters
     size = "one of its size" if larger == 0 else "a larger one" if larger > 0 else "a smaller one"
     return f"A {taught} {verb} from {size if taught == teaching else f'a {teaching}'}."
+
+
+def teachers_of(run: Run) -> list[str]:
+    """The teachers of a distillation, as they were named; none for training on images."""
+    if not isinstance(run.config, DistillConfig):
+        return []
+    return [run.config.teacher_choice.model, *(run.config.teachers.more_teachers or ())]
 
 
 def claim(run: Run) -> str:
@@ -102,12 +114,17 @@ def kind(network: str) -> str:
 
 
 def command_line(config: RunConfig) -> str:
-    """The command that repeats the run: every option that differs from its default, one a line."""
-    options = [["--output-dir", "runs/again"]]
-    default = type(config)().flat()
+    """The command that repeats the run: every option that differs from its default, one a line.
+
+    Teachers and student are always named.
+    """
+    options, default = [], type(config)().flat()
     for name, value in config.flat().items():
-        if name not in ("output_dir", "resume_from_checkpoint") and value != default[name]:
+        if name in REPEATED:
+            options += [[REPEATED[name], each] for each in value or ()]
+        elif name in NAMED or (name not in LEFT_OUT and value != default[name]):
             options.append(_option(name.replace("_", "-"), value))
+    options.append(["--output-dir", "runs/again"])
     return " \\\n  ".join([f"dkdm {config.command}", *map(shlex.join, options)])
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 WIDTH, HEIGHT = 160, 104  # pixels of one plot
-FINER = 3  # plots are drawn this many times larger and averaged down
+FINER = 4  # plots are drawn this many times larger and averaged down
 MARGIN = 5  # pixels above and below the range
 MOST_LINES = 8  # channels to draw
 PAPER, RULE = (255, 255, 255), (208, 204, 196)  # RGB in 0..255
@@ -34,17 +34,18 @@ def is_plotted(samples: Tensor) -> bool:
     return samples.ndim in (2, 3) or (samples.ndim == 4 and 1 in samples.shape[2:])
 
 
-def plots(samples: Tensor, within: Range | None = None) -> Tensor:
+def plots(samples: Tensor, within: Range | None = None, scale: int = 1) -> Tensor:
     """Draw samples, each a plot: vectors [N, C] as bars, signals [N, C, L] as a line a channel.
 
     within: values at the lower and the upper edge; None is `value_range`. At most the first
     `MOST_LINES` channels are drawn, a long signal through the least and the largest value of each
-    column. Values that are not finite are left out. Returns [N, 3, HEIGHT, WIDTH] in [-1, 1].
+    column. Values that are not finite are left out. scale: 1, 2 or 4 times as many pixels a side.
+    Returns [N, 3, HEIGHT * scale, WIDTH * scale] in [-1, 1].
     """
     samples = _as_signals(samples)
     low, high = within or value_range(samples)
     samples = samples.where(samples.isfinite(), torch.nan)
-    drawn = [_plot(values, low, high) for values in samples.numpy()]
+    drawn = [_plot(values, low, high, scale) for values in samples.numpy()]
     pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
     return pixels / 127.5 - 1
 
@@ -69,8 +70,8 @@ def _as_signals(samples: Tensor) -> Tensor:
     return samples.squeeze(2) if samples.shape[2:] == (1,) else samples
 
 
-def _plot(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
-    """One sample [C] or [C, L] as pixels [HEIGHT, WIDTH, 3]."""
+def _plot(values: NDArray[np.float32], low: float, high: float, scale: int) -> NDArray[np.uint8]:
+    """One sample [C] or [C, L] as pixels [HEIGHT * scale, WIDTH * scale, 3]."""
     image = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), PAPER)
     pen = ImageDraw.Draw(image)
     heights = _heights(values, low, high)
@@ -82,7 +83,7 @@ def _plot(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.ui
         for channel in reversed(range(min(len(values), MOST_LINES))):
             _line(pen, heights[channel], COLOURS[channel])
     pen.rectangle((0, 0, image.width - 1, image.height - 1), outline=RULE, width=FINER)
-    return np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
+    return np.asarray(image.resize((WIDTH * scale, HEIGHT * scale), Image.Resampling.BOX))
 
 
 def _heights(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.float64]:
