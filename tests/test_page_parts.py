@@ -394,10 +394,8 @@ def test_a_phone_shows_values_by_touch_and_by_keys(run, tmp_path):
         seen.call("Page.navigate", url=write_report(run).as_uri())
         seen.wait("document.readyState == 'complete' && document.querySelector('.tip') !== null")
         assert seen.run(HIDDEN) and not seen.run(WIDER)
-        for mark, said in (
-            ("circle.faint", "first tenth: "),
-            ("svg rect:last-of-type", " at t / T"),
-        ):
+        marks = {"circle.faint": "first tenth: ", "svg rect:last-of-type": " at t / T"}
+        for mark, said in marks.items():
             seen.tap(mark)
             seen.wait(f"!{HIDDEN} && {TIP}.includes({json.dumps(said)})", 10)
             assert seen.run(INSIDE) and not seen.run(WIDER)

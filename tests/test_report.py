@@ -277,7 +277,8 @@ def test_the_command_repeats_the_run():
 
 
 def test_the_command_names_every_teacher_and_the_student():
-    config = DistillConfig(more_teachers=("runs/b", "c d"), more_prompts=("p.txt",))
+    several = {"more_teachers": ("runs/b", "c d"), "prompts": "o.txt", "more_prompts": ("p", "q")}
+    config = DistillConfig(**several)
     words = shlex.split(command_line(config).replace("\\\n", ""))
     assert "more" not in " ".join(words)
     given = parse(DistillConfig, repeated(words[2:]))
@@ -289,10 +290,9 @@ def test_several_teachers_are_all_named(run):
     more = replace(CONFIG, more_teachers=("runs/shoes",))
     (run / "config.json").write_text(to_json(more))
     text = Page(write_report(run)).text
-    assert "A transformer learned from 2 teachers: fashion and shoes." in text
-    assert (
-        "learned from its teachers alone, builtin:fashion and runs/shoes (1.80 M together)" in text
-    )
+    assert "A transformer learned from 2 teachers: builtin:fashion and shoes." in text
+    names = "builtin:fashion and runs/shoes (1.80 M together)"
+    assert f"learned from its teachers alone, {names}" in text
     assert "from how they denoise noisy images of their own making" in text
     (run / "config.json").write_text(to_json(replace(more, teacher="other/shoes")))
     assert "2 teachers: other/shoes and runs/shoes." in Page(write_report(run)).text

@@ -20,9 +20,9 @@ from dkdm.report.tiles import tiles
 from dkdm.report.ways import other_levels, ways
 
 REPORT = "report.html"
+MORE = {"teacher": "more_teachers", "prompts": "more_prompts"}  # the same option, given again
 NAMED = ("teacher", "student")  # options that a command shows even if they are the default
-LEFT_OUT = ("output_dir", "resume_from_checkpoint")
-REPEATED = {"more_teachers": "--teacher", "more_prompts": "--prompts"}
+LEFT_OUT = ("output_dir", "resume_from_checkpoint", *MORE.values())
 
 
 def write_report(run_dir: Path) -> Path:
@@ -118,12 +118,12 @@ def command_line(config: RunConfig) -> str:
 
     Teachers and student are always named.
     """
-    options, default = [], type(config)().flat()
-    for name, value in config.flat().items():
-        if name in REPEATED:
-            options += [[REPEATED[name], each] for each in value or ()]
-        elif name in NAMED or (name not in LEFT_OUT and value != default[name]):
+    given, default = config.flat(), type(config)().flat()
+    options = []
+    for name, value in given.items():
+        if name in NAMED or (name not in LEFT_OUT and value != default[name]):
             options.append(_option(name.replace("_", "-"), value))
+            options += [[f"--{name}", more] for more in given.get(MORE.get(name, "")) or ()]
     options.append(["--output-dir", "runs/again"])
     return " \\\n  ".join([f"dkdm {config.command}", *map(shlex.join, options)])
 
