@@ -193,7 +193,7 @@ def table(lines: list[dict[str, Any]], variants: list[str]) -> str:
     for (student, variant), cell in found.items():
         if variant == "teacher":
             continue
-        distances, first = [each["fd"] for each in cell], found[student, variants[0]]
+        distances, first = [each["fd"] for each in cell], found.get((student, variants[0]))
         share = ""
         if first:
             excess = fmean(distances) - teacher

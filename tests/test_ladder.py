@@ -11,6 +11,7 @@ from dkdm.core.training.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import cells
+import evidence
 import ladder
 
 TINY = ladder.Scale(
@@ -137,3 +138,11 @@ def test_a_run_costs_what_the_budget_says(tmp_path):
     work = partial(ladder.run_cell, TINY, arms, tmp_path)
     spent = work(shuffled.cell(0))["evaluations"]
     assert TINY.budget <= spent + TINY.batch_size
+
+
+def test_evidence_tables_rows_beside_those_of_other_variants():
+    found = FOUND | {"student": "dit-tiny"}
+    lines = [{"variant": "teacher", "fd": 1.0}]
+    lines += [{"variant": name, "fd": fd} | found for name, fd in (("eps", 5.0), ("default", 3.0))]
+    assert row_of(evidence.table(lines, ["eps"]), "dit-tiny | default")[4] == "0.50"
+    assert row_of(evidence.table(lines, ["flow"]), "dit-tiny | default")[4] == ""
