@@ -110,8 +110,8 @@ def test_what_changes_a_numbers_meaning_puts_it_into_another_row(tmp_path, diffe
     first, second = rows(table, FRECHET)
     assert first.texts == ["3.00", ABSENT] and second.texts == [ABSENT, "3.00"]
     assert not first.best and not second.best
-    said = [text for text in table.remarks if text.startswith("Frechet distance was measured")]
-    assert len(said) == 1 and f"({differs})" in said[0]
+    said = [text for text in table.remarks if "Frechet distance;" in text.replace(")", ";")]
+    assert len(said) == 1 and said[0].startswith(f"Different {differs}: values in different rows")
 
 
 def test_other_seeds_and_weights_share_a_row_that_says_so(tmp_path):
@@ -310,7 +310,9 @@ def test_the_page_holds_numbers_samples_curves_and_options_in_one_file(tmp_path)
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
     for part in ("Frechet distance", "Options that differ", "learning_rate", "Loss over the"):
         assert part in page
-    assert "was measured under different circumstances (steps)" in page
+    assert (
+        "Different steps: values in different rows cannot be compared (Frechet distance; " in page
+    )
     assert page.count('<figure class="strip">') == 2  # ten columns, five in each
     assert page.count('class="line c0"') == page.count('class="line c1"') == 2
     assert page.count("<table") == page.count("</table>") and 'class="line c2"' not in page

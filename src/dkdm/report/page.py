@@ -100,8 +100,8 @@ def claim(run: Run) -> str:
     """What a distillation read: no images. Empty for training on images."""
     if not run.is_distillation:
         return ""
-    what = "No image" if run.noun == "image" else "No data"
-    return f"{what} {'was' if run.is_finished else 'is'} read."
+    what = "data" if run.noun == "sample" else run.noun
+    return f"No {what} {'was' if run.is_finished else 'is'} read."
 
 
 def kind(network: str) -> str:

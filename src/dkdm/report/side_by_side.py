@@ -139,15 +139,17 @@ def _notes(figures: Sequence[Figure | None], names: Sequence[str]) -> tuple[str,
 
 
 def _apart(lines: Sequence[Line]) -> list[str]:
-    """A sentence for each number that stands in several rows."""
+    """A sentence for all numbers whose rows differ in the same circumstances."""
     rows: dict[str, list[Line]] = {}
     for line in lines:
         rows.setdefault(line.label, []).append(line)
+    labels: dict[str, list[str]] = {}
+    for label, found in rows.items():
+        if len(found) > 1:
+            labels.setdefault(differing(found), []).append(label)
     return [
-        f"{label[:1].upper()}{label[1:]} was measured under different circumstances "
-        f"({differing(found)}): values of different rows cannot be compared."
-        for label, found in rows.items()
-        if len(found) > 1
+        f"Different {what}: values in different rows cannot be compared ({'; '.join(of)})."
+        for what, of in labels.items()
     ]
 
 

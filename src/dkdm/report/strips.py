@@ -14,7 +14,7 @@ from dkdm.report.run import Run
 
 FIRST = 10  # samples at the top
 PER_BLOCK = 5  # samples side by side
-BLOCK, NARROW = 420, 252  # pixels: widths of a block of samples, and on a phone
+BLOCK, NARROW = 420, 272  # pixels: widths of a block of samples, and on a phone
 LARGEST_IN_ROWS = 96  # pixels; larger samples are averaged down in rows
 
 

@@ -59,5 +59,5 @@ def _copy_tile(comparison: Comparison) -> list[Tile]:
     same, other = comparison.same_noise_difference, comparison.other_noise_difference
     if not other:
         return []
-    detail = "between two samples from the same noise; from different noise it is 100 %"
+    detail = "mean difference from the same noise; 100 % is that from different noise"
     return [Tile("Distance to the teacher", percent(same / other), detail)]
