@@ -2,11 +2,14 @@
 
     python benchmarks/pool_size.py --shape 3 32 32 --dtype float16 --folder /var/tmp
 
-Pools of all sizes lie side by side and take turns. The teacher costs nothing. With --folder each
-lies on that folder's disk.
+Pools of all sizes lie side by side and take turns. The teacher costs nothing. With --folder another
+of each size lies on that folder's disk; what was written is brought to the disk before each block,
+so that pages are clean, as they are after a while.
 """
 
 import argparse
+import itertools
+import os
 import statistics
 import time
 from pathlib import Path
@@ -24,13 +27,13 @@ from dkdm.core.sources.pool import Pool
 LEVELS = 1000
 
 
-def pool_of(size: int, args: argparse.Namespace) -> Pool:
+def pool_of(size: int, folder: Path | None, args: argparse.Namespace) -> Pool:
     """A pool of noise at levels spread evenly, of ten classes."""
     process = from_betas(beta_schedule("squaredcos_cap_v2", LEVELS))
     classes, shape = ClassLabels(10, null_class=10), tuple(args.shape)
     teacher = Denoiser(lambda x, *_, **__: x, process, Parameterization("epsilon"), shape, classes)
     where, dtype = torch.device("cpu"), getattr(torch, args.dtype)
-    pool = empty_pool(teacher, size, where, dtype, folder=args.folder, stride=Stride(1, 199))
+    pool = empty_pool(teacher, size, where, dtype, folder=folder, stride=Stride(1, 199))
     pool.t.copy_(torch.randint(LEVELS, (size,), generator=torch.Generator().manual_seed(0)))
     return pool
 
@@ -57,18 +60,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="in a block")
     parser.add_argument("--repeats", type=int, default=12, help="blocks of each size, in turns")
     args = parser.parse_args()
-    pools = {size: pool_of(size, args) for size in args.sizes}
+    places = {"memory": None} | ({"disk": args.folder} if args.folder else {})
+    both = itertools.product(places, args.sizes)
+    pools = {(place, size): pool_of(size, places[place], args) for place, size in both}
     for pool in pools.values():
         microseconds(pool, args.batch, args.steps)  # a warm-up
-    found: dict[int, list[float]] = {size: [] for size in pools}
+    found: dict[tuple[str, int], list[float]] = {key: [] for key in pools}
     for _ in range(args.repeats):
-        for size, pool in pools.items():
-            found[size].append(microseconds(pool, args.batch, args.steps))
-    first = statistics.median(next(iter(found.values())))
-    print("| entries | us a step | times the first |\n|---|---|---|")
-    for size, each in found.items():
-        middle = statistics.median(each)
-        print(f"| {size:,} | {middle:,.0f} | {middle / first:.2f} |")
+        for key, pool in pools.items():
+            os.sync()
+            found[key].append(microseconds(pool, args.batch, args.steps))
+    middles = {key: statistics.median(each) for key, each in found.items()}
+    print("| where | entries | us a step | times the first | times memory |\n|---|---|---|---|---|")
+    for (place, size), middle in middles.items():
+        ratios = middle / middles[place, args.sizes[0]], middle / middles["memory", size]
+        print(f"| {place} | {size:,} | {middle:,.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 
 import dkdm
 from dkdm.config import PoolOptions
-from dkdm.core.sources import storage
+from dkdm.core import mapped
+from dkdm.core.sources.fill import empty_pool
 from dkdm.core.sources.storage import on_disk
 from dkdm.errors import UsageError
 from factories import denoiser
@@ -21,15 +22,27 @@ from small_runs import SMALL
 HALF = torch.float16
 
 
-@pytest.fixture
-def mapped(monkeypatch):
-    """How many bytes were mapped, a number for each file."""
+class Watched(mmap.mmap):
+    """Files that are mapped: their sizes, and in which order they are used."""
+
     sizes = []
-    real = mmap.mmap
-    monkeypatch.setattr(
-        storage, "mmap", SimpleNamespace(mmap=lambda *args: sizes.append(args[1]) or real(*args))
-    )
-    return sizes
+    order = []
+
+    def __new__(cls, file, size):
+        cls.sizes.append(size)
+        return super().__new__(cls, file, size)
+
+    def madvise(self, advice):
+        self.order.append(advice)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    known = {name: getattr(mmap, name) for name in ("MADV_RANDOM", "MADV_SEQUENTIAL")}
+    monkeypatch.setattr(Watched, "sizes", [])
+    monkeypatch.setattr(Watched, "order", [])
+    monkeypatch.setattr(mapped, "mmap", SimpleNamespace(mmap=Watched, **known))
+    return Watched
 
 
 def distilled(folder, **changes):
@@ -43,19 +56,19 @@ def hashes(folder):
     return found
 
 
-def test_a_run_with_its_pool_on_disk_equals_one_in_memory_and_resumes(tmp_path, mapped):
+def test_a_run_with_its_pool_on_disk_equals_one_in_memory_and_resumes(tmp_path, watched):
     shared = {"pool_dtype": "float16", "stride": "random:6"}
     disk = {**shared, "pool_device": "disk"}
     expected = hashes(distilled(tmp_path / "memory", **shared))
-    assert not mapped
+    assert not watched.sizes
     folder = distilled(tmp_path / "disk", **disk)
-    assert mapped == [24 * 64 * HALF.itemsize]
+    assert watched.sizes == [24 * 64 * HALF.itemsize]
     assert hashes(folder) == expected
     shutil.rmtree(folder / "checkpoint-6")
     (folder / "model_index.json").unlink()
     distilled(folder, **disk, resume_from_checkpoint="latest")
     assert hashes(folder) == expected
-    assert len(mapped) == 2
+    assert len(watched.sizes) == 2
     names = [{path.name for path in run.iterdir()} for run in (folder, tmp_path / "memory")]
     assert names[0] == names[1]
 
@@ -67,6 +80,29 @@ def test_values_are_kept_in_the_file_and_the_file_has_no_name(tmp_path):
     assert states.shape == (1000, 3)
     assert states.dtype == HALF
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_RANDOM"), reason="the system cannot be told")
+def test_the_system_knows_in_which_order_a_pool_is_used(tmp_path, watched):
+    pool = empty_pool(denoiser(), 24, torch.device("cpu"), HALF, folder=tmp_path)
+    assert watched.order == [mmap.MADV_RANDOM]  # before it is filled
+    shard = pool.parts()["shard-0"]
+    uses = {
+        "save": lambda: shard.state_dict(),
+        "draw": lambda: pool.draw(8),
+        "mend": lambda: pool.mend(),
+        "load": lambda: shard.load_state_dict(dict(shard.views)),
+    }
+    last = {}
+    for name, use in uses.items():
+        use()
+        last[name] = watched.order[-1]
+    in_order = {name for name, advice in last.items() if advice == mmap.MADV_SEQUENTIAL}
+    assert in_order == {"save", "mend"}
+    memory = empty_pool(denoiser(), 24, torch.device("cpu"), HALF)
+    count = len(watched.order)
+    memory.draw(8)
+    assert len(watched.order) == count
 
 
 def test_a_full_disk_is_refused_before_work(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dkdm.core import processes
+from dkdm.core.mapped import read_in_order, used_at_random
 from dkdm.errors import UsageError
 
 
@@ -126,7 +127,9 @@ class ShardState:
     views: dict[str, Tensor]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors; they share memory with the source."""
+        """The tensors; they share memory with the source, and are read one after the other."""
+        for view in self.views.values():
+            read_in_order(view)
         return self.views
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -140,6 +143,7 @@ class ShardState:
                 f"the run was started with; --pool-size {size} --shards {shards} keep its size"
             )
         for key, view in self.views.items():
+            used_at_random(view)
             view.copy_(state[key])
 
     def load_whole(self, state: Mapping[str, Tensor]) -> None:

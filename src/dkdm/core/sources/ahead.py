@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dkdm.core.denoisers.denoiser import Batch
 from dkdm.core.denoisers.graphs import Replayed
+from dkdm.core.devices import to_device
 from dkdm.core.diffusion.prediction import Prediction
 from dkdm.core.diffusion.process import Process
 from dkdm.core.saving.checkpoint import Part
@@ -110,13 +111,14 @@ class Ahead:
         """Let what follows on either device wait for the teacher's stream."""
         if self.stream is not None:
             for device in (self.stream.device, self.device):
-                torch.cuda.current_stream(device).wait_stream(self.stream)
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).wait_stream(self.stream)
 
     def _sent(self, value: Tensor) -> Tensor:
         """The same values beside the student, whose memory stays while they are in use."""
         if self.stream is not None:
             value.record_stream(torch.cuda.current_stream(value.device))
-        return value.to(self.device, non_blocking=True)
+        return to_device(value, self.device)
 
     def mend(self) -> int:
         """Mend the pool, and forget what was made of bad entries; returns how many."""

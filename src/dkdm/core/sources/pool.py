@@ -20,6 +20,7 @@ from dkdm.core.devices import to_device
 from dkdm.core.diffusion.prediction import Prediction
 from dkdm.core.diffusion.process import Process
 from dkdm.core.diffusion.steps import check_move, not_finite
+from dkdm.core.mapped import read_in_order
 from dkdm.core.randomness import derived_seed, generator
 from dkdm.core.saving.checkpoint import Part
 from dkdm.core.shards import Entries, Shards, ShardState
@@ -219,6 +220,7 @@ class Pool:
     def mend(self) -> int:
         """Begin chains anew whose states are not finite, as pure noise; returns how many."""
         self.states.settle()
+        read_in_order(self.x)
         rows = not_finite(self.x)
         if not len(rows):
             return 0

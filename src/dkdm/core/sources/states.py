@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dkdm.core.devices import to_device
+from dkdm.core.mapped import used_at_random
 
 ON_THE_WAY = 1  # batches that may still be travelling to the host when the next one is gathered
 
@@ -22,6 +23,7 @@ class States:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Those of some entries, beside the teacher, in float32."""
+        used_at_random(self.x)  # a checkpoint may have read it in order
         x = self.x[to_device(rows, self.x.device)]
         return to_device(x, self.device, torch.float32)
 
@@ -55,6 +57,7 @@ class Travelling(States):
     def gather(self, rows: Tensor) -> Tensor:
         """As `States.gather`; waits for batches before the last one alone."""
         self._store(ON_THE_WAY)
+        used_at_random(self.x)
         found = to_device(torch.index_select(self.x, 0, rows, out=self._room(rows)), self.device)
         for written in self._coming:
             into, of = shared_entries(rows, written.rows)

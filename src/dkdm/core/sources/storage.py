@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dkdm.core.mapped import mapped
 from dkdm.errors import UsageError
 from dkdm.reading.files import existing_folder
 from dkdm.reading.machine import usable_memory
@@ -42,7 +42,7 @@ def on_disk(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             _reserve(file.fileno(), needed)
-            return torch.frombuffer(mmap.mmap(file.fileno(), needed), dtype=dtype).view(shape)
+            return mapped(file.fileno(), shape, dtype)
     except OSError as error:
         raise UsageError(
             f"{_described(shape, dtype)}, and no file of that size can be made in "
