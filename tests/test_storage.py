@@ -82,7 +82,7 @@ def test_values_are_kept_in_the_file_and_the_file_has_no_name(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_RANDOM"), reason="the system cannot be told")
+@pytest.mark.skipif(not hasattr(mmap, "MADV_RANDOM"), reason="the system does not ask")
 def test_the_system_knows_in_which_order_a_pool_is_used(tmp_path, watched):
     pool = empty_pool(denoiser(), 24, torch.device("cpu"), HALF, folder=tmp_path)
     assert watched.order == [mmap.MADV_RANDOM]  # before it is filled

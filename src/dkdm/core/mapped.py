@@ -37,7 +37,7 @@ def read_in_order(values: Tensor) -> None:
 
 
 def _advise(values: Tensor, advice: str) -> None:
-    """Tell the system; nothing if no file is mapped, or the system cannot be told."""
+    """Say so to the system; nothing where no file is mapped, or no system listens."""
     memory = _MAPPED.get(values.untyped_storage().data_ptr())
     if memory is not None and hasattr(mmap, advice):
         memory.madvise(getattr(mmap, advice))
