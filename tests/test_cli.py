@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ import pytest
 
 from dkdm.cli import COMMANDS, main
 from dkdm.core.objectives.objective import Objective
+from dkdm.reading.command_line import description, parse
+from dkdm.runs.recipes import recipe
 from dkdm.shipping.pipeline_folder import write_pipeline
 from dkdm.students import PRESETS
 from factories import denoiser
@@ -29,10 +33,11 @@ def fails(capsys, code, *args):
 
 def test_no_command_and_unknown_command(capsys):
     assert "unknown command 'fly'" in fails(capsys, 2, "fly")
-    assert main([]) == 2
+    assert fails(capsys, 2).endswith("dkdm: name a command\n")
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -41,6 +46,35 @@ def test_every_command_has_help(name, capsys):
         main([name, "--help"])
     assert stopped.value.code == 0
     assert f"dkdm {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_a_command_are_good_ones(name, capsys):
+    kind, _ = COMMANDS[name]
+    found = re.findall(rf"^  dkdm {name}\b(.*)$", description(kind), re.MULTILINE)
+    assert found
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    for arguments in found:
+        assert f"\n  dkdm {name}{arguments}\n" in shown
+        words = shlex.split(arguments)
+        if words[:1] == ["--recipe"]:
+            recipe(words[1], kind)
+        else:
+            parse(kind, words)
+
+
+def test_help_says_which_options_take_no_value_and_what_may_be_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    shown = capsys.readouterr().out
+    for said in ("--smoke  ", "--dry-run  ", "--checkpoints-total-limit INT|None"):
+        assert said in shown
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    shown = capsys.readouterr().out
+    assert "RUN ...  " in shown and "(default: )" not in shown
 
 
 def test_output_that_nobody_reads_ends_quietly():

@@ -132,7 +132,8 @@ def _dispatch(args: list[str]) -> int:
         print(_usage())
         return 0
     if not args or args[0] not in COMMANDS:
-        print(f"{_usage()}\n\ndkdm: unknown command '{' '.join(args[:1])}'", file=sys.stderr)
+        wrong = f"unknown command '{args[0]}'" if args else "name a command"
+        print(f"{_usage()}\n\ndkdm: {wrong}", file=sys.stderr)
         return 2
     # transformers advises to install torchvision, which beside a CPU torch breaks diffusers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -150,7 +151,8 @@ def _usage() -> str:
     commands = "\n".join(f"  {name:13s} {summary(kind)}" for name, (kind, _) in COMMANDS.items())
     return (
         "usage: dkdm COMMAND [options]      dkdm COMMAND --help\n\n"
-        f"{commands}\n\n  --debug shows the traceback of a failure, --version the version"
+        f"{commands}\n\n  --debug shows the traceback of a failure, --version the version\n\n"
+        "start with: dkdm distill --recipe demo"
     )
 
 
@@ -175,8 +177,8 @@ def _run_config(
     first_of_all = {
         "recipe": f"Start from the options of one of: {', '.join(recipes(kind))}.",
         "config": "Start from the options of a config.json.",
-        "dry_run": "Only say what would be done.",
-        "smoke": "Only try the whole pipeline: two steps of a tiny batch, and stand-ins for a "
+        "dry_run": "Say what would be done, and stop.",
+        "smoke": "Try the whole pipeline, and stop: two steps of a tiny batch, and stand-ins for a "
         "recipe's teacher and images if they are not there.",
     }
     config = parse(start, rest, also=first_of_all)

@@ -38,7 +38,12 @@ class GivenRun(Options, title="Run", positional=("run",)):
 
 
 class SampleCommand(Grouped, command="sample"):
-    """Draw samples from a model."""
+    """Draw samples from a model.
+
+    examples:
+      dkdm sample runs/mine --num-samples 40 --output samples.png
+      dkdm sample builtin:fashion --classes 7 --guidance-scale 1.5 --steps 20
+    """
 
     model_choice: GivenModel
     conditions: GivenConditions
@@ -46,7 +51,12 @@ class SampleCommand(Grouped, command="sample"):
 
 
 class EvaluateCommand(Grouped, command="evaluate"):
-    """Measure a model's samples against real images, another model, or its teacher."""
+    """Measure samples against real images, a model, or the teacher.
+
+    examples:
+      dkdm evaluate runs/mine --reference path/to/images --json mine.json
+      dkdm evaluate runs/mine --reference teacher --metrics all
+    """
 
     model_choice: GivenModel
     teacher_choice: JudgedTeacher
@@ -62,7 +72,7 @@ class ComparedOptions(Options, title="Runs", positional=("runs",)):
     runs: tuple[str, ...] = ()
     """Two or more, each a run's output folder, the JSON of dkdm evaluate --json, or a model."""
     draw: bool = True
-    """Draw ten samples from each model that is no run, from the noise of the runs' samples."""
+    """Draw ten samples from each model that is not a run, from the noise of the runs' samples."""
 
 
 class ComparisonFiles(PrintOptions):
@@ -75,7 +85,12 @@ class ComparisonFiles(PrintOptions):
 
 
 class CompareCommand(Grouped, command="compare"):
-    """Put runs, evaluations and models side by side: a table, or one page."""
+    """Put runs, evaluations and models side by side.
+
+    examples:
+      dkdm compare runs/a runs/b
+      dkdm compare runs/a runs/b mine.json --output both.html
+    """
 
     compared: ComparedOptions
     files: ComparisonFiles
@@ -89,7 +104,11 @@ class PageOptions(Options, title="Page"):
 
 
 class UiCommand(Grouped, command="ui"):
-    """Draw with a student and its teacher side by side, in a browser on this machine."""
+    """Draw with student and teacher side by side, in a browser.
+
+    examples:
+      dkdm ui runs/mine
+    """
 
     model_choice: GivenModel
     teacher_choice: JudgedTeacher
@@ -100,7 +119,7 @@ class SampleSet(Options):
     """What is written."""
 
     output: Path = Path("harvest")
-    """Folder to write. The same command goes on with one that it left unfinished."""
+    """Folder to write. The same command continues an unfinished one."""
     format: Literal["png", "webdataset", "safetensors"] = "png"
     """png: images in one folder for each class, prompts beside them. webdataset: tar files.
     safetensors: tensors as the network has them, latents for a latent model."""
@@ -114,7 +133,7 @@ class HarvestOptions(FeatureOptions, DrawOptions, SampleSet, title="Harvest"):
     steps: Count = 50
     """Sampler steps of each sample that is drawn."""
     classes: tuple[ClassId, ...] | None = None
-    """Class ids, repeated in turn. Default: those that the run's student learnt, or all."""
+    """Class ids, repeated in turn. Default: those that the run's student learned, or all."""
     guidance_interval: str | None = None
     """LOW:HIGH, the shares of noise (0 clean, 1 noise) between which guidance acts. Default: as in
     the run, or everywhere."""
@@ -128,7 +147,12 @@ class HarvestOptions(FeatureOptions, DrawOptions, SampleSet, title="Harvest"):
 
 
 class HarvestCommand(Grouped, command="harvest"):
-    """Write finished samples of a run's teacher, or of a model, as a data set."""
+    """Write finished samples of a teacher or model as a data set.
+
+    examples:
+      dkdm harvest runs/mine --num-samples 5000 --output set
+      dkdm harvest path/to/model --format webdataset --output set
+    """
 
     model_choice: ExportedModel
     conditions: GivenConditions
@@ -160,7 +184,12 @@ class ExportOptions(Options, title="Export", renamed={"to": "format"}):
 
 
 class ExportCommand(Grouped, command="export"):
-    """Write a model as one file, or in int8, and check what was written."""
+    """Write a model as one file, or in int8, and check it.
+
+    examples:
+      dkdm export runs/mine --output mine.onnx
+      dkdm export runs/mine --format int8
+    """
 
     model_choice: ExportedModel
     conditions: GivenConditions
@@ -168,7 +197,7 @@ class ExportCommand(Grouped, command="export"):
 
 
 class InspectOptions(Options, title="Check"):
-    """How the model is checked, and what is shown."""
+    """How the model is checked, and what is written."""
 
     output: Path | None = None
     """Image to write with a grid of the model's samples. Default: no image."""
@@ -182,7 +211,12 @@ class InspectOptions(Options, title="Check"):
 
 
 class InspectCommand(Grouped, command="inspect"):
-    """Show what a model is, and check that it denoises."""
+    """Show what a model is, and check whether it denoises.
+
+    examples:
+      dkdm inspect builtin:fashion --output samples.png
+      dkdm inspect path/to/model.pt --format guided-diffusion
+    """
 
     model_choice: GivenModel
     conditions: GivenConditions
@@ -194,7 +228,7 @@ class MeasureOptions(Options, title="Measurement"):
     """How the students are timed."""
 
     measure: bool = True
-    """Time the students, with random weights, alternating with the teacher."""
+    """Time the students, with random weights, in turns with the teacher."""
     measure_batch_size: Count = 8
     """Batch size used for timing."""
     measure_below: Annotated[float, Range(0)] = 60.0
@@ -205,7 +239,11 @@ class MeasureOptions(Options, title="Measurement"):
 
 
 class StudentsCommand(Grouped, command="students"):
-    """List the presets that fit a teacher, with their sizes and speeds."""
+    """List the presets that fit a teacher, with size and speed.
+
+    examples:
+      dkdm students --teacher builtin:fashion
+    """
 
     teacher_choice: TeacherChoice
     measuring: MeasureOptions
@@ -227,7 +265,11 @@ class CheckOptions(Options, title="Check"):
 
 
 class CheckStudentCommand(Grouped, command="check-student"):
-    """Before the first training step, try everything that a student goes through."""
+    """Try all that a student goes through, before the first step.
+
+    examples:
+      dkdm check-student --teacher builtin:fashion --student my_nets:Net
+    """
 
     teacher_choice: TeacherChoice
     student_choice: StudentChoice
@@ -278,7 +320,12 @@ class PlanOptions(Options, title="Plan"):
 
 
 class PlanCommand(Grouped, command="plan"):
-    """Say what a distillation takes: memory, whether it fits, what to change; time and traffic."""
+    """Estimate memory, time and traffic of a distillation.
+
+    examples:
+      dkdm plan path/to/sdxl unet-32m --train-batch-size 16
+      dkdm plan path/to/sdxl unet-32m --gpus 64 --mixed-precision bf16
+    """
 
     teacher_choice: PlannedTeacher
     student_choice: PlannedStudent
@@ -298,14 +345,23 @@ class ExaminedRun(Options, title="Run", positional=("run",)):
 
 
 class DoctorCommand(Grouped, command="doctor"):
-    """Check the environment, or whether a run is whole."""
+    """Check the environment, or whether a run is whole.
+
+    examples:
+      dkdm doctor
+      dkdm doctor runs/mine
+    """
 
     examined: ExaminedRun
     printing: PrintOptions
 
 
 class ReportCommand(Grouped, command="report"):
-    """Write a run's report.html again."""
+    """Write a run's report.html anew, from its files.
+
+    examples:
+      dkdm report runs/mine
+    """
 
     given: GivenRun
 
@@ -320,6 +376,12 @@ class PushOptions(GivenRun):
 
 
 class PushCommand(Grouped, command="push"):
-    """Upload a finished run to the Hugging Face hub; log in with `hf auth login` or HF_TOKEN."""
+    """Upload a finished run to the Hugging Face hub.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+
+    examples:
+      dkdm push runs/mine --hub-model-id me/mine
+    """
 
     given: PushOptions

@@ -81,10 +81,10 @@ class MeasuredSamples(DrawOptions):
     """What is drawn from the model, and how."""
 
     num_samples: Annotated[int, Range(2, 10**7)] = 5000
-    """Number of samples. FID needs 2048 at least; published ones are of 50000."""
+    """Number of samples. FID needs at least 2,048; published values use 50,000."""
     guidance_scale: Scale | None = None
-    """Scale of classifier-free guidance; 1 turns it off. Default: as a run measured itself; 1 for
-    other models."""
+    """Scale of classifier-free guidance; 1 turns it off. Default: as in a run's own
+    evaluation; 1 for other models."""
     batch_size: Count = 256
     """Samples drawn at once. It does not change them."""
 
@@ -94,8 +94,8 @@ class MeasuredAgainst(Options, title="Measurement"):
 
     reference: str | None = None
     """fashion-test, fashion-train, a folder of images, an .npz of images or statistics, another
-    model, or teacher, whose samples are drawn. Default: recognized by the model's class names;
-    without any, what needs no image is measured."""
+    model, or teacher: samples of either are drawn. Default: recognized by the model's class names;
+    if none is, only what needs no image is measured."""
     metrics: str | None = None
     """Names separated by commas, or all. Default: the usual ones of the reference, and the distance
     to the teacher if there is one."""
@@ -122,10 +122,10 @@ class MeasurementOptions(FeatureOptions, MeasuredAgainst):
 
 
 class EvaluationFiles(Options, title="Output"):
-    """Where results lie."""
+    """Where results are written."""
 
     output: Path | None = None
-    """Folder of what is drawn, in shards of 1,000 samples, which other processes and the next start
-    go on with. Default: a folder in the cache, $DKDM_CACHE or ~/.cache/dkdm."""
+    """Folder for the samples, in shards of 1,000; other processes and a later start continue there.
+    Default: a folder in the cache, $DKDM_CACHE or ~/.cache/dkdm."""
     json: Path | None = None
     """JSON file to write, with everything that a number depends on."""

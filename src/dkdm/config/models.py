@@ -85,10 +85,9 @@ class SeveralTeachers(Options, title="Several teachers"):
     """Further teachers of the same student; each has a part of every batch."""
 
     more_teachers: tuple[str, ...] | None = None
-    """Further teachers, read like the first; --teacher A --teacher B says the same. Default:
-    none."""
+    """Further teachers, read like the first; or give --teacher several times. Default: none."""
     more_prompts: tuple[str, ...] | None = None
-    """Prompts of each further teacher, as --prompts; --prompts A --prompts B says the same.
+    """Prompts of each further teacher, as --prompts; or give --prompts several times.
     Default: those of the first."""
     label_offset: tuple[Annotated[int, Range(0, 10**6)], ...] | None = None
     """First class id of each teacher among the student's. Default: one teacher's classes after the

@@ -29,7 +29,7 @@ class CheckpointOptions(Options, title="Checkpoint"):
     """Time after which a checkpoint is written too, such as 90s, 10m or 2h. Default: by steps
     alone."""
     checkpoints_total_limit: Count | None = 2
-    """Keep this many checkpoints; None keeps all."""
+    """Checkpoints to keep, the last ones; None keeps all."""
     resume_from_checkpoint: str | None = None
     """'latest', or the path of a checkpoint of this run. Default: start anew."""
     accept_changes: bool = False

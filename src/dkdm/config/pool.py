@@ -31,15 +31,15 @@ class StorageOptions(Options, title="Pool"):
     """Where the pool is stored: beside the models, in host memory, or in a file that is mapped into
     memory."""
     pool_dir: Path | None = None
-    """Folder on whose disk --pool-device disk keeps the pool, in a file without a name, which is
-    gone when the run ends; checkpoints hold the pool too. Default: that of --output-dir."""
+    """Folder on whose disk --pool-device disk keeps the pool, in an unnamed file that is
+    gone when the run ends; checkpoints hold the pool too. Default: --output-dir."""
     pool_pinned: bool = False
-    """Let the states of a pool in host memory or on disk travel through pinned memory, so that
-    nobody waits for them (not yet run on a device)."""
+    """Let the states of a pool in host memory or on disk travel through pinned memory, while
+    the device computes (not yet run on a device)."""
     replay: Annotated[int, Range(1, 1000)] = 1
-    """How often an evaluation of the teacher is learnt from, on average. With 2, every second batch
-    is drawn from those of the last 64 new batches, and the same --max-train-steps ask the teacher
-    for half as many."""
+    """How often the student learns from each teacher evaluation, on average. With 2, every second
+    batch is drawn from the last 64 new ones, so that as many steps need half as many teacher
+    evaluations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,8 +139,8 @@ class ImageOptions(Options, title="Images"):
     """Share of the images to learn from, such as 0.05 for the paper's data-limited 5 %; drawn by
     --seed, the same share of every class. A smaller share is a part of a larger one."""
     images_target: Literal["noise", "teacher"] = "noise"
-    """What is learnt from a noised image. noise: the noise that was added to it. teacher: what the
-    teacher makes of it, one evaluation each."""
+    """What the student learns from a noised image. noise: the noise that was added. teacher: what
+    the teacher makes of it, one evaluation each."""
     mixed_share: Annotated[float, Range(0, 1, above=True, below=True)] = 0.5
     """Share of each batch that is images, for --source mixed."""
 

@@ -53,14 +53,24 @@ class RunConfig(Grouped, meant=MEANT):
 
 
 class TrainConfig(RunConfig, command="train"):
-    """Train a model on images (a teacher, or a baseline)."""
+    """Train a model on images (a teacher, or a baseline).
+
+    examples:
+      dkdm train --recipe fashion-teacher
+      dkdm train --images path/to/images --sample-shape 3 32 32 --network unet-32m
+    """
 
     data: DataOptions
     model: NetworkOptions
 
 
 class DistillConfig(RunConfig, command="distill"):
-    """Distil a teacher into a student without images."""
+    """Distil a teacher into a student without images.
+
+    examples:
+      dkdm distill --recipe demo
+      dkdm distill --teacher path/to/ddpm --student dit-tiny --output-dir runs/mine
+    """
 
     teacher_choice: TeacherOptions
     teachers: SeveralTeachers

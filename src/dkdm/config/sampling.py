@@ -29,8 +29,8 @@ class DrawOptions(Options, title="Sampling"):
     """Sampler steps. Each is one network evaluation per sample, with heun two. Default: 25; of a
     few-step model, the most that it draws in."""
     sampler: Sampler = "ddim"
-    """ddim, which is euler too; ddpm, which adds noise; heun and dpm (DPM-Solver++), which are of
-    second order and need fewer steps."""
+    """ddim; euler, which is the same; ddpm, which adds noise; heun and dpm (DPM-Solver++), which
+    are of second order and need fewer steps."""
     seed: Seed = 0
     """Random seed. Sample i depends on nothing but the seed and i."""
     classes: tuple[ClassId, ...] | None = None
@@ -40,7 +40,7 @@ class DrawOptions(Options, title="Sampling"):
     everywhere."""
     cuda_graphs: bool = True
     """On a CUDA device, start all kernels of a network's call at once, as a CUDA graph. Samples are
-    equal to rounding."""
+    the same up to rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,8 +29,8 @@ class TrainingOptions(Options, title="Training"):
     train_batch_size: Count | Literal["auto"] = 128
     """Samples in a batch, over all devices together. An optimizer step takes
     --gradient-accumulation-steps batches. auto: the largest power of two that fits in memory, at
-    most 1,024 a process, by steps that are tried before the run, which keeps the number. A larger
-    batch is another run: it has a larger pool, and may want another learning rate."""
+    most 1,024 a process, found by trying steps before the run. A larger batch is another run: it
+    has a larger pool, and may want another learning rate."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -39,23 +39,23 @@ class TrainingOptions(Options, title="Training"):
     the teacher's arithmetic in float32."""
     allow_tf32: bool = False
     """On a CUDA device, let float32 matrix products round their factors to 10 bits (TF32), as
-    convolutions do there in any case: faster, and other results. Not measured on a device yet."""
+    convolutions do there in any case: faster, with other results. Not measured on a device yet."""
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimizer step."""
     deterministic: bool = False
     """Use algorithms that give the same bits every time on a CUDA device too, at some cost in
-    speed. On a CPU they do anyway, with the same number of threads."""
+    speed. A CPU always does, with the same number of threads."""
     fsdp: Literal["none", "student", "teacher", "both"] = "none"
     """What several processes shard (FSDP2), so that each has a part of every tensor. none: each has
     all of both models (DDP). student: its weights, their average, gradients and the optimizer's
-    state. teacher: its weights; it is asked by all processes together."""
+    state. teacher: its weights; all processes evaluate it together."""
     accelerate: Accelerate = "auto"
-    """How kernels are started on a CUDA device; results are equal to rounding. graph: all of a step
-    at once, as a CUDA graph, which is checked against single calls before the first step; where a
-    step cannot be captured, as networks, and a note says why. networks: all of a network's call at
-    once. off: one by one. auto: graph, without a note for a kind of run that is never captured.
-    compile: torch.compile makes both networks faster, on a CPU too; it takes minutes the first
-    time, is kept in the cache folder, and pays for long runs."""
+    """How kernels are started on a CUDA device; results are the same up to rounding. graph: all of
+    a step at once, as a CUDA graph, which is checked against single calls before the first step;
+    where a step cannot be captured, as networks, and a note says why. networks: all of a network's
+    call at once. off: one by one. auto: graph, without a note for a kind of run that is never
+    captured. compile: torch.compile makes both networks faster, on a CPU too; it takes minutes the
+    first time, is kept in the cache folder, and pays for long runs."""
     cuda_graphs: bool = True
     """--no-cuda-graphs is --accelerate off."""
 
@@ -186,7 +186,7 @@ class FewStepOptions(Options, title="Few steps"):
     few_step_on_policy: Share = 1.0
     """Share of the states that the student itself moves on; the teacher moves the others."""
     few_step_pool: Count = 256
-    """States that few steps are learnt at, a batch or more."""
+    """States at which the student learns few steps, a batch or more."""
     few_step_learning_rate: Annotated[float, Range(0, 1000)] | None = None
     """Peak learning rate of this part. Default: optimizer and rate of the plain part, or of the run
     that --student-init names. A rate that is given is AdamW's, unless --optimizer says

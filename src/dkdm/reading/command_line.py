@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def parse(
     panels = {name: _panel(kind, values) for name, kind in kinds.items()}
     fields: list[Any] = [
         (name, Annotated[bool, _words(text, None, None), tyro.conf.FlagCreatePairsOff], False)
-        if name == "dry_run"
+        if name in ("dry_run", "smoke")
         else (name, Annotated[str | None, _words(text, None, "TEXT")], None)
         for name, text in (also or {}).items()
     ]
@@ -41,7 +42,7 @@ def parse(
     ]
     form: Any = dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
     found: Any = tyro.cli(
-        form, args=list(args), prog=f"dkdm {cls.command}", description=summary(cls)
+        form, args=list(args), prog=f"dkdm {cls.command}", description=description(cls)
     )
     given = {
         kind.option(field): getattr(getattr(found, name), field)
@@ -58,10 +59,9 @@ def _panel(kind: type[Options], values: Mapping[str, Any]) -> type:
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         option, hint = kind.option(field.name), hints(kind)[field.name]
         default = values.get(option, field.default)
-        place = _place(hint)
+        place = _place(hint, default)
         if field.name in kind.positional:
-            needed = default is dataclasses.MISSING
-            hint, place = positional[hint], option.upper() if needed else f"[{option.upper()}]"
+            hint, place = positional[hint], _position(option, hint, default)
         words = _words(helps(kind)[field.name], default, place, flag(option)[2:])
         fields.append((field.name, Annotated[hint, words], default))
     return dataclasses.make_dataclass(
@@ -76,7 +76,7 @@ def _titled(kind: type[Options]) -> Any:
 
 def _words(text: str, default: Any, place: str | None, name: str | None = None) -> Any:
     """How tyro shows an option: under its name, and what it is if it is not given."""
-    shown = "" if default is None or default == "" else f"(default: {_text(default)})"
+    shown = "" if default in (None, "", ()) else f"(default: {_text(default)})"
     return tyro.conf.arg(
         name=name, help=text, metavar=place, help_behavior_hint=shown, prefix_name=False
     )
@@ -88,10 +88,21 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _place(hint: Any) -> str | None:
+def _position(option: str, hint: Any, default: Any) -> str:
+    """What stands for a value that is given by its place: in brackets if it may be left out."""
+    name = option.upper()
+    if typing.get_origin(hint) is tuple:
+        return f"{name.removesuffix('S')} ..."
+    return name if default is dataclasses.MISSING else f"[{name}]"
+
+
+def _place(hint: Any, default: Any) -> str | None:
     """What stands for an option's value in the help; None for one without a value."""
     kinds = [kind for kind in members(hint) if kind is not type(None)]
-    return "|".join(_one(kind) for kind in kinds) if kinds != [bool] else None
+    if kinds == [bool]:
+        return None
+    may_be_none = type(None) in members(hint) and default is not None
+    return "|".join([*map(_one, kinds), *(["None"] if may_be_none else [])])
 
 
 def _one(kind: Any) -> str:
@@ -103,6 +114,11 @@ def _one(kind: Any) -> str:
     if origin is tuple:
         return f"{_one(inner[0])} ..." if inner[-1] is ... else " ".join(map(_one, inner))
     return _PLACES[kind]
+
+
+def description(cls: type) -> str:
+    """The docstring of a command: what it does, and examples, which are indented."""
+    return inspect.cleandoc(cls.__doc__ or "")
 
 
 def summary(cls: type) -> str:
