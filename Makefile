@@ -29,9 +29,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## distill a small teacher on the CPU and write a page of results
+demo: $(INSTALLED) ## distil a small teacher on the CPU and write a page of results
 	$(BIN)/dkdm distill --recipe demo --output-dir $(DEMO_DIR)
-	@echo "$(DEMO_DIR)/report.html"
 
 ladder: $(INSTALLED) ## the paper's Table 2 and Fig. 4 at small scale; an hour on two cores, goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ladder.py $(LADDER_DIR) $(LADDER_ARGS) # a cell on each core
