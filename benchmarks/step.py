@@ -211,6 +211,7 @@ def row_of(args: argparse.Namespace, precision: str, mode: str, batch: int, size
         found["mib"] = peak_mib(args, options)
     trainer, wall = trainer_of(args, **options), CUDA or args.clock == "wall"
     trainer.step()  # makes its graph
+    found["captured"] = isinstance(trainer.replay, WholeStep)  # which stderr says why not
     full, alone = trainer.step, bare(trainer)
     blocks: dict[str, list[float]] = {"full": [], "bare": []}
     for step in (full, alone):

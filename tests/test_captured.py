@@ -300,6 +300,9 @@ def test_what_fits_is_captured_though_the_devices_number_is_not_given(tmp_path, 
     monkeypatch.setattr(trainer.losses, "sums", SimpleNamespace(device=there))
     assert trainer.accelerator.device != there
     assert misfit(trainer) is None
+    hook = trainer.network.register_forward_hook(lambda *_: None)
+    assert misfit(trainer) == "model has hooks, which a graph does not call"
+    hook.remove()
     monkeypatch.setattr(Denoiser, "device", property(lambda _: torch.device("cuda:1")))
     assert misfit(trainer) == "model is not on cuda:0"
 

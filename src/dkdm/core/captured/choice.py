@@ -10,6 +10,7 @@ from dkdm.core.captured.graph import captured
 from dkdm.core.captured.step import Make, first_step, say_why_not
 from dkdm.core.denoisers.calls import offloaded_to
 from dkdm.core.denoisers.denoiser import Denoiser
+from dkdm.core.denoisers.graphs import has_hooks
 from dkdm.core.objectives.objective import Objective
 from dkdm.core.sources.pool import Pool
 from dkdm.core.sources.replay import Replayed
@@ -59,6 +60,8 @@ def _misfit_of(model: Denoiser, pool: Pool, device: torch.device) -> str | None:
         return f"{model.name} is several models, or one of a few steps"
     if model.device != device or offloaded_to(model.network) is not None:  # type: ignore[arg-type]
         return f"{model.name} is not on {device}"
+    if has_hooks(model.network.modules()):  # type: ignore[union-attr]
+        return f"{model.name} has hooks, which a graph does not call"
     if getattr(model.conditioning, "null_is_absent", False):
         return f"{model.name} is called without an argument for no class"
     guided = model is pool.teacher and not pool.guidance.is_off and not model.embeds_guidance

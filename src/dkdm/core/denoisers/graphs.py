@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,10 +75,7 @@ class Replayed:
             self.modules[network] = tuple(network.modules())
             self.refused = self.refused or offloaded_to(network) is not None
         recomputes = getattr(network, "is_gradient_checkpointing", False) and network.training
-        return not recomputes and not any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-            for m in self.modules[network]
-        )
+        return not recomputes and not has_hooks(self.modules[network])
 
     def _captured(
         self, network: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]
@@ -92,6 +89,11 @@ class Replayed:
             name = type(network).__name__
             print(f"note: {name} is not replayed as a CUDA graph: {error}", file=sys.stderr)
             return None
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether some of these modules call more than their forward, which a graph would not."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
 
 
 @contextmanager
