@@ -171,7 +171,8 @@ def taken(
     device = trainer.accelerator.device
     reduced = sum(p.nbytes for p in trainer.network.parameters()) if world > 1 else 0
     if device.type == "cuda":
-        trainer.step()
+        trainer.step()  # makes the optimizer's state and a graph, which it does without if need be
+        _forget(device)
         trainer.step()
         return torch.cuda.max_memory_reserved(device) + reduced
     with LiveStorages(trainer.network) as storages:
