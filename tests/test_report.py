@@ -327,7 +327,8 @@ def test_numbers_read_well():
         "equal",
         "3",
     ]
-    assert [ratio(3, 2), ratio(3, 0), percent(0.9376)] == ["1.50 ×", "", "93.8 %"]
+    assert [ratio(3, 2), ratio(3, 0), ratio(4.26, 10_000)] == ["1.50 ×", "", "0.00043 ×"]
+    assert percent(0.9376) == "93.8 %"
 
 
 def test_the_page_shows_the_rows_of_the_comparison(run):

@@ -42,8 +42,11 @@ def duration(seconds: float) -> str:
 
 
 def ratio(value: float, base: float) -> str:
-    """How many times the base it is: 1.50 ×; nothing if the base is 0."""
-    return f"{number(value / base)} ×" if base else ""
+    """How many times the base it is: 1.50 ×, 0.00043 ×; nothing if the base is 0."""
+    if not base:
+        return ""
+    found = value / base
+    return f"{number(found, 3 if abs(found) >= 0.01 else 2)} ×"
 
 
 def compared(value: float, base: float) -> str:
