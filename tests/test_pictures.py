@@ -1,4 +1,4 @@
-"""The picture at the top of the README, drawn by a script from the folder of a run."""
+"""The pictures of the README, drawn by a script from the folders of runs."""
 
 import importlib.util
 import json
@@ -15,12 +15,12 @@ from dkdm.evaluation.numbers import number
 from dkdm.report.run import read_run
 from small_runs import SMALL
 
-SCRIPT = Path(__file__).parent.parent / "scripts/make_demo_picture.py"
+SCRIPT = Path(__file__).parent.parent / "scripts/make_pictures.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_demo_picture", SCRIPT)
+    spec = importlib.util.spec_from_file_location("make_pictures", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -66,7 +66,9 @@ def test_the_numbers_are_those_of_the_run(script, run):
     distances = [number(results[who]["metrics"]["fd"]) for who in ("student", "teacher")]
     assert distances[0] in facts and f"its teacher's is {distances[1]}" in facts[distances[0]]
     assert f"{results['teacher']['macs'] / results['student']['macs']:.1f} times" in facts
-    assert "10 samples of each model, 2 steps of DDIM" in script.how_measured(found.comparison)
+    assert "10 samples of each model, 2 steps of DDIM" in script.how_measured(
+        found.comparison, "2 steps of DDIM"
+    )
 
 
 def test_samples_that_are_not_the_runs_are_refused(script, run):
@@ -80,3 +82,23 @@ def test_a_run_that_was_not_evaluated_is_refused(script, run, tmp_path, monkeypa
     with pytest.raises(SystemExit):
         drawn(script, monkeypatch, tmp_path)
     assert "is no finished run: metrics.jsonl is empty" in capsys.readouterr().err
+
+
+def test_the_picture_of_a_few_step_run_has_its_distances(script, tmp_path, monkeypatch):
+    few = {"objective": "few-step", "few_step_share": 0.5, "few_step_pool": 8, "check": False}
+    config = replace(SMALL, output_dir=tmp_path / "run", max_train_steps=2, **few)
+    config = replace(config, student_steps="1:4", few_step_heads=4, evaluation_samples=10)
+    folder = dkdm.distill("builtin:fashion", "dit-tiny", config)
+    said = []
+    monkeypatch.setattr(script.Card, "text", lambda *given: said.append(given[2]))
+    drawn(script, monkeypatch, folder, "--output-dir", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "few-steps-light.png",
+        "few-steps-dark.png",
+    }
+    table = read_run(folder).steps
+    shown = [("teacher", 25), ("teacher", 1), ("student", 1), ("student", 2), ("student", 4)]
+    found = {(row.model, row.num_steps): row.metrics["fd"] for row in table.rows}
+    distances = [words for words in said if words.startswith("distance ")]
+    assert distances == 2 * [f"distance {number(found[row])}" for row in shown]
+    assert all(words in said for words in ("in 25 steps", "in 1 step", "0 images", "T-shirt"))

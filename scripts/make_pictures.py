@@ -1,14 +1,16 @@
-"""Draw the picture at the top of the README from a finished run of a student with classes.
+"""Draw the pictures of the README from finished runs of students with classes.
 
-    python scripts/make_demo_picture.py runs/demo --output-dir docs
+    python scripts/make_pictures.py runs/demo --output-dir docs
+    python scripts/make_pictures.py runs/fashion-few-steps --output-dir docs
 
-Writes `demo-light.png` and `demo-dark.png`, one for each theme of the reader. Every number in them
-is read from the run's `evaluation.json` and `metrics.jsonl`. Pixels are enlarged a whole number of
-times, and the font is the one that Pillow carries, so that the same run gives the same files.
+Writes `demo-light.png` and `demo-dark.png`, or of a few-step student `few-steps-light.png` and
+`few-steps-dark.png`: one for each theme of the reader. Every number in them is read from the files
+of the run. Pixels are enlarged a whole number of times, and the font is the one that Pillow
+carries, so that the same run gives the same files.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from dkdm.core.denoisers.denoiser import Batch
 from dkdm.core.diffusion.prediction import Prediction
 from dkdm.core.diffusion.steps import sample
 from dkdm.core.objectives.positions import evenly
+from dkdm.evaluation.few_steps import Drawn, measure_steps
 from dkdm.evaluation.numbers import count, duration, number
 from dkdm.evaluation.results import Comparison, ModelResult
 from dkdm.evaluation.same_noise import shared_noise
@@ -62,12 +65,80 @@ def main() -> None:
     run = read_run(options.run)
     if run.comparison is None or not run.samples:
         parser.error(f"{options.run} is no finished run: {' '.join(run.missing)}")
-    states = states_of(options.run, run.comparison, run.samples["student"][:COLUMNS])
+    name, draw = (
+        few_steps(options.run, run) if run.steps else demo(options.run, run, options.sample)
+    )
     for theme, colours in THEMES.items():
-        path = options.output_dir / f"demo-{theme}.png"
-        picture = picture_of(run, run.comparison, states, options.sample, colours)
-        picture.save(path, optimize=True)
+        card = Card(colours)
+        draw(card)
+        path = options.output_dir / f"{name}-{theme}.png"
+        card.finished().save(path, optimize=True)
         print(path)
+
+
+def demo(folder: Path, run: Run, row: int) -> tuple[str, Callable[["Card"], None]]:
+    """Both models from the same noise, and a sample of the student on its way. row: which one."""
+    found = run.comparison
+    teacher, student = (run.samples[who][:COLUMNS] for who in ("teacher", "student"))
+    states = states_of(folder, found, student)
+    kept = evenly(COLUMNS, len(states))
+
+    def draw(card: Card) -> None:
+        card.row("Noise", ("the same for both",), states[0], "ink")
+        card.row("Teacher", words_of(found.teacher), teacher, "teacher")
+        card.row("Student", words_of(found.student), student, "student")
+        card.captions(names_of(found))
+        card.rule()
+        way = "from noise to image", f"in {found.num_steps} steps"
+        card.row("The student", way, states[kept, row], "student")
+        card.captions([f"step {step}" if step else "noise" for step in kept])
+        card.rule()
+        card.facts(facts_of(run, found))
+        card.line(how_measured(found, f"{found.num_steps} steps of {found.sampler}"))
+
+    return "demo", draw
+
+
+def few_steps(folder: Path, run: Run) -> tuple[str, Callable[["Card"], None]]:
+    """The teacher in many steps and in one, the student in each number of steps."""
+    found, table = run.comparison, run.steps
+    rows = {(row.model, row.num_steps): row for row in table.rows}
+    many = max(steps for model, steps in rows if model == "teacher")
+    shown = [("teacher", many), ("teacher", 1)]
+    shown += [("student", steps) for model, steps in rows if model == "student"][:3]
+    images = drawn_in_steps(folder, run, shown)
+
+    def draw(card: Card) -> None:
+        for who in shown:
+            model, number_of_steps = who
+            steps = f"in {number_of_steps} step{'s' if number_of_steps > 1 else ''}"
+            distance = f"distance {number(rows[who].metrics['fd'])}"
+            card.row(model.capitalize(), (steps, distance), images[who], model)
+        card.captions(names_of(found))
+        card.rule()
+        card.facts(facts_of_few_steps(run, found, many))
+        card.line("Distance: Frechet, to real images. " + how_measured(found, "teacher by DDIM"))
+
+    return "few-steps", draw
+
+
+def drawn_in_steps(
+    folder: Path, run: Run, shown: Sequence[tuple[str, int]]
+) -> dict[tuple[str, int], Tensor]:
+    """The first samples [N, C, H, W] of teacher and student by (model, number of steps)."""
+    found = run.comparison
+    scale = found.student.guidance_scale
+    models = {"teacher": run.config.teacher_choice.model, "student": str(folder)}
+    teacher, student = (
+        Drawn(who, dkdm.load_teacher(name), tuple(n for each, n in shown if each == who), scale)
+        for who, name in models.items()
+    )
+    return measure_steps(teacher, [student], COLUMNS, found.seed, None, COLUMNS)[1]
+
+
+def names_of(found: Comparison) -> list[str]:
+    """The classes of the columns."""
+    return [name.partition("/")[0] for name in found.class_names or ()][:COLUMNS]
 
 
 def states_of(folder: Path, found: Comparison, kept: Tensor) -> Tensor:
@@ -92,27 +163,6 @@ def states_of(folder: Path, found: Comparison, kept: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-def picture_of(
-    run: Run, found: Comparison, states: Tensor, row: int, colours: dict[str, str]
-) -> Image.Image:
-    """The whole picture in one theme. row: of the sample that is shown on its way."""
-    card, kept = Card(colours), evenly(COLUMNS, len(states))
-    names = [name.partition("/")[0] for name in found.class_names or ()]
-    teacher, student = (run.samples[who][:COLUMNS] for who in ("teacher", "student"))
-    card.row("Noise", ("the same for both",), states[0], "ink")
-    card.row("Teacher", words_of(found.teacher), teacher, "teacher")
-    card.row("Student", words_of(found.student), student, "student")
-    card.captions(names[:COLUMNS])
-    card.rule()
-    way = "from noise to image", f"in {found.num_steps} steps"
-    card.row("The student", way, states[kept, row], "student")
-    card.captions([f"step {step}" if step else "noise" for step in kept])
-    card.rule()
-    card.facts(facts_of(run, found))
-    card.line(how_measured(found))
-    return card.finished()
-
-
 def words_of(model: ModelResult) -> tuple[str, str]:
     """What a model is, in two lines."""
     return kind(model.network), f"{count(model.parameters)} parameters"
@@ -134,13 +184,23 @@ def facts_of(run: Run, found: Comparison) -> list[tuple[str, str]]:
     return facts
 
 
-def how_measured(found: Comparison) -> str:
-    """How the samples were drawn and their distance was measured."""
-    words = [
-        f"{found.num_samples:,} samples of each model",
-        f"{found.num_steps} steps of {found.sampler}",
+def facts_of_few_steps(run: Run, found: Comparison, many: int) -> list[tuple[str, str]]:
+    """The same of a student that draws in few steps. many: steps that the teacher takes."""
+    _, evaluations, seconds = spent(run)
+    smaller = number(found.teacher.parameters / found.student.parameters, 2)
+    return [
+        ("1 step", f"where the teacher takes {many},\nby a network {smaller} times smaller"),
+        ("0 images", "were read: the student learned\nfrom its teacher's outputs alone"),
+        (count(evaluations), "teacher evaluations\nin the whole run"),
+        (duration(seconds), f"of training on a {found.device}"),
     ]
-    words += [f"guidance {found.student.guidance_scale:g}", f"seed {found.seed}"]
+
+
+def how_measured(found: Comparison, steps: str) -> str:
+    """How the samples were drawn and their distance was measured. steps: and by which sampler."""
+    guidance = found.student.guidance_scale
+    words = [f"{found.num_samples:,} samples of each model", steps, f"seed {found.seed}"]
+    words.append("no guidance" if guidance == 1 else f"guidance {guidance:g}")
     if found.measurement and found.measurement.reference_images:
         measured = found.measurement
         words.append(f"real images: the {measured.reference_images:,} of {measured.reference}")
@@ -199,9 +259,18 @@ class Card:
         self.bottom += LARGE + 2 * (SMALL + 8) + 3 * GAP
 
     def line(self, words: str) -> None:
-        """A line of small letters."""
-        self.text((EDGE, self.bottom), words, SMALL - 2, "soft")
-        self.bottom += SMALL
+        """Small letters, in as many lines as they take."""
+        font = ImageFont.load_default(SMALL - 2)
+        lines = [""]
+        for word in words.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if font.getlength(longer) > WIDTH - 2 * EDGE:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        for line in lines:
+            self.text((EDGE, self.bottom), line, SMALL - 2, "soft")
+            self.bottom += SMALL + 6
 
     def finished(self) -> Image.Image:
         """The picture, cut below its last line, with a border and round corners."""
