@@ -255,6 +255,8 @@ def test_a_model_trained_on_images_has_a_page_too(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"give the config\.json of a run"):
         write_report(tmp_path)
+    with pytest.raises(UsageError, match=r"there is no folder .*none: give the output folder"):
+        write_report(tmp_path / "none")
     assert not list(tmp_path.iterdir())
 
 

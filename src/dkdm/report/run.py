@@ -15,7 +15,7 @@ from dkdm.config import DistillConfig, RunConfig, TrainConfig, read_config
 from dkdm.core.objectives.positions import evenly
 from dkdm.core.saving.progress import read_metrics
 from dkdm.data.images import open_image
-from dkdm.errors import DkdmError
+from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.few_steps import FEW_STEPS, StepsTable, read_steps_table
 from dkdm.evaluation.parts import Spent, earlier_part, logged_in, read_whole, spent_in
 from dkdm.evaluation.pool_state import POOL, PoolState, read_pool_state
@@ -102,6 +102,8 @@ class Stage(NamedTuple):
 
 def read_run(run_dir: Path) -> Run:
     """Read what a run folder holds. Raises UsageError without a `config.json` of a run."""
+    if not run_dir.is_dir():
+        raise UsageError(f"there is no folder {run_dir}: give the output folder of a run")
     for name in (
         "config.json",
         "metrics.jsonl",

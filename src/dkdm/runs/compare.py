@@ -37,7 +37,7 @@ def compare_runs(command: CompareCommand) -> Table:
     """
     how, files = command.compared, command.files
     if len(how.runs) < 2:
-        raise UsageError(f"dkdm compare: give two or more, each {KINDS}")
+        raise UsageError(f"nothing to compare: give two or more, each {KINDS}")
     if files.output is not None:
         check_output("--output", files.output, suffixes=SUFFIXES, overwrite=files.overwrite)
     entries = opened(how)
