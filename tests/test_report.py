@@ -41,6 +41,7 @@ def test_the_page_of_a_finished_run_is_complete(run):
     page = Page(write_report(run))
     assert "A transformer learned from a convolutional UNet. No image was read." in page.text
     assert "incomplete" not in page.text
+    assert "90.0\N{NO-BREAK SPACE}% · teacher 90.0\N{NO-BREAK SPACE}%; higher" in page.source
     for part in ("1.50 ×", "1.5 × higher", "Class accuracy", "90.0 %", "20.0 %", "Trouser"):
         assert part in page.text
     assert "4.5 × lower" in page.text

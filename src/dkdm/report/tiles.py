@@ -49,15 +49,21 @@ def _tile(row: Row) -> Tile:
     teacher, student = row.texts
     base = row.teacher or 0
     text = student if row.format is percent else compared(row.student, base)
-    detail = f"{student} · teacher {teacher}; {row.better} is better"
+    values = f"{whole(student)} · teacher {whole(teacher)}"
+    detail = f"{values}; {row.better} is better"
     scale = 100 / (max(base, row.student) or 1.0)
     bars = ("teacher", round(scale * base, 1)), ("student", round(scale * row.student, 1))
     return Tile(sentence(row.label), text, detail, bars)
+
+
+def whole(text: str) -> str:
+    """A number and its unit, which no line break parts."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _copy_tile(comparison: Comparison) -> list[Tile]:
     same, other = comparison.same_noise_difference, comparison.other_noise_difference
     if not other:
         return []
-    detail = "mean difference from the same noise; 100 % is that from different noise"
+    detail = f"mean difference from the same noise; {whole('100 %')} is that from different noise"
     return [Tile("Distance to the teacher", percent(same / other), detail)]
