@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 
 import dkdm
 from dkdm.checks.student import check_student
+from dkdm.cli import COMMANDS, repeated
 from dkdm.evaluation.cost import count_macs
 from dkdm.evaluation.metrics import METRICS
+from dkdm.reading.command_line import parse
 from dkdm.runs.recipes import RECIPES
 from dkdm.students import student_of
 from small_runs import run
@@ -103,6 +106,17 @@ def test_layout_of_the_readme_is_the_package():
     ours = {path.name + "/" * path.is_dir() for path in package.iterdir()}
     ours = {name for name in ours if not name.startswith("_")} - {"py.typed", "version.py"}
     assert named == ours
+
+
+README_COMMANDS = re.findall(r"^    dkdm (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", README_COMMANDS)
+def test_a_command_of_the_readme_has_these_options(line):
+    name, *words = shlex.split(line, comments=True)
+    kind, _ = COMMANDS[name]
+    parse(kind, repeated(words) if name == "distill" else words)
+    assert len(line) <= 106
 
 
 def test_recipes_of_the_readme_exist():
