@@ -14,7 +14,7 @@ from dkdm.cli import main
 from dkdm.config import CompareCommand, ComparedOptions, to_json
 from dkdm.core.saving.checkpoint import write_tensors
 from dkdm.errors import UsageError
-from dkdm.evaluation.beside_teacher import TeacherDistance
+from dkdm.evaluation.energy import TeacherDistance
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
 from dkdm.evaluation.figures import Figure
 from dkdm.evaluation.results import SAMPLES, read_samples

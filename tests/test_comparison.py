@@ -18,9 +18,12 @@ from dkdm.core.diffusion.schedules import beta_schedule, from_betas, rectified_f
 from dkdm.data.fashion import CLASS_NAMES
 from dkdm.data.named import load_reference
 from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.comparison import compare, level_gaps
 from dkdm.evaluation.cost import evaluations_per_step
+from dkdm.evaluation.energy import energy_distance
 from dkdm.evaluation.results import EVALUATION, SAMPLES, read_evaluation, read_samples
+from dkdm.evaluation.rows import ENERGY, comparison_rows
 from dkdm.evaluation.same_noise import Sampling, draw
 from factories import counting
 
@@ -74,6 +77,33 @@ def test_another_model_shows_a_difference_at_every_level():
     found = compare(small(), small(3.0), num_samples=20, num_steps=3, seed=1)
     assert found.same_noise_difference > 0
     assert all(gap.gap > 0 and gap.relative > 0 for gap in found.gaps)
+
+
+def test_samples_are_compared_with_the_teachers_of_other_noise():
+    """0 for the mixture itself; for another as far as by independent samples, which spread more."""
+    elsewhere = GaussianMixture.of([[-1.0, 3.0], [1.0, 3.0]], std=0.3)
+    student = mixture_denoiser(elsewhere, PROCESS, Parameterization("v_prediction"))
+    same, other = (
+        compare(toy(), each, num_samples=400, num_steps=10, seed=0).teacher_distance
+        for each in (toy(), student)
+    )
+    assert same.num_samples == other.num_samples == 400
+    assert same.distance == pytest.approx(0, abs=1e-9) and other.share > 0.5
+    cond = student.conditioning.in_turns(400)
+    first, second = (
+        draw(model, cond, Sampling(400, 10, seed), 1.0)
+        for model, seed in ((student, 0), (toy(), 1))
+    )
+    assert other.distance == pytest.approx(energy_distance(first, second).distance, rel=0.05)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_one_sample_has_no_distance_to_the_teachers(num_samples):
+    found = compare(toy(), toy(), num_samples=num_samples, num_steps=2, seed=0)
+    rows = [row.label for row in comparison_rows(found)]
+    how = [name for name, _ in circumstances_of(found).in_words()]
+    assert (found.teacher_distance is not None) == (ENERGY in rows) == (num_samples == 2)
+    assert ("energy distance" in how) == (num_samples == 2)
 
 
 def test_the_gap_is_the_mean_square_of_the_outputs_apart():

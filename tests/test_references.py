@@ -168,6 +168,36 @@ def test_links_to_nothing_and_folders_are_images_that_cannot_be_read(tmp_path):
     assert same(load_reference(tmp_path / "birds", FIXED, skip_bad=True), as_samples(pixels(3)))
 
 
+def stopping(after):
+    """The network of a process that is killed when it has seen so many batches."""
+
+    def compute(images):
+        if len(SEEN) == after:
+            raise KeyboardInterrupt
+        return see(images)
+
+    return replace(FIXED, compute=compute)
+
+
+def test_what_a_killed_process_has_seen_is_not_seen_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("dkdm.data.real_images.SHARD", 2 * AT_ONCE)
+    images = pixels(5 * AT_ONCE + 7)
+    folder, cached = write(tmp_path / "birds", images), tmp_path / "cache" / "references"
+    with pytest.raises(KeyboardInterrupt):
+        load_reference(folder, stopping(after=5))
+    shards = sorted(cached.glob("*/*.safetensors"))
+    assert len(SEEN) == 5 and len(shards) == 2
+    shards[0].write_bytes(shards[0].read_bytes()[:-1])  # a damaged one is made again
+    SEEN.clear()
+    found = load_reference(folder, FIXED)
+    assert SEEN == [AT_ONCE, AT_ONCE, AT_ONCE, 7]
+    assert same(found, as_samples(images))
+    assert not any(each.is_dir() for each in cached.iterdir())
+    SEEN.clear()
+    load_reference(folder, FIXED)
+    assert not SEEN
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     (tmp_path / "cache").write_text("in the way")
     assert same(load_reference(write(tmp_path / "birds", pixels(3)), FIXED), as_samples(pixels(3)))

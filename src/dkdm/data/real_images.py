@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dkdm.core.randomness import generator
+from dkdm.core.saving.checkpoint import read_tensors, write_tensors
+from dkdm.core.saving.checksums import sums_of
 from dkdm.core.saving.progress import track
+from dkdm.core.saving.tolerance import DISK_FAULTS
 from dkdm.data.reference import (
     FeatureExtractor,
     Features,
@@ -30,6 +34,7 @@ from dkdm.errors import DkdmError, in_a_line
 from dkdm.reading.files import atomic, cache_dir
 
 AT_ONCE = 50  # images of a batch
+SHARD = 1000  # images whose features are kept at once, whole batches
 FORMAT = "1"
 
 
@@ -109,17 +114,20 @@ def summarized(
 ) -> Summary:
     """What a network sees in the images of a source.
 
-    cache: read it from the cache folder if it is there and whole, and keep it there. shape: of the
-    samples that are to be measured. Raises `DkdmError` for images that cannot be measured, and
-    before the network sees any for samples that they cannot be compared with.
+    cache: read it from the cache folder if it is there and whole, and keep it there, as well as
+    what a killed process had seen. shape: of the samples that are to be measured. Raises
+    `DkdmError` for images that cannot be measured, and before the network sees any for samples that
+    they cannot be compared with.
     """
     if not cache:
-        return _computed(source, network, shape)
+        return _computed(source, network, shape, None)
     file = _file(source, network)
     found = _read(file)
     if found is None or (found.bad and not source.skips):
-        found = _computed(source, network, shape)
-        _write(file, found)
+        shards = file.with_suffix("")
+        found = _computed(source, network, shape, shards)
+        if _write(file, found):
+            shutil.rmtree(shards, ignore_errors=True)
     elif found.bad:
         print(
             f"warning: {found.bad} images of {source.name} cannot be read and are left out",
@@ -128,19 +136,15 @@ def summarized(
     return found
 
 
-def _computed(source: Source, network: FeatureExtractor, shape: Sequence[int] | None) -> Summary:
+def _computed(
+    source: Source, network: FeatureExtractor, shape: Sequence[int] | None, shards: Path | None
+) -> Summary:
     images = source.open(network)
     reason = shape and mismatch(network, images.shape, tuple(shape))
     if reason:
         raise DkdmError(f"{source.name} {reason}")
-    parts: list[Features] = []
-    done = 0
     with track(images.count, 0, f"features of {source.name}") as progress:
-        for batch in images.batches():
-            parts.append(network(batch))
-            done += len(batch)
-            progress(done)
-    features = Features.joined(parts)
+        features = _seen(images, network, shards, progress)
     return Summary(
         features,
         FeatureStatistics.of(features.features),
@@ -149,6 +153,57 @@ def _computed(source: Source, network: FeatureExtractor, shape: Sequence[int] | 
         images.shape,
         images.bad,
     )
+
+
+def _seen(
+    images: Images,
+    network: FeatureExtractor,
+    shards: Path | None,
+    progress: Callable[[int], object],
+) -> Features:
+    """The features of all images.
+
+    shards: the folder that keeps those of `SHARD` images at a time. Images whose features are there
+    are read, which takes little time, and not shown to the network.
+    """
+    parts: list[Features] = []
+    new: list[Features] = []
+    done, known = 0, None
+    for batch in images.batches():
+        if done % SHARD == 0:
+            file = shards / f"{done:08d}.safetensors" if shards else None
+            known = _shard_in(file) if file else None
+        if known is None:
+            new.append(network(batch))
+        done += len(batch)
+        progress(done)
+        if done % SHARD and done < images.count:
+            continue
+        if known is None:
+            known = Features.joined(new)
+            if file and not _keep(file, known):
+                shards = None
+        parts.append(known)
+        new = []
+    return Features.joined(parts)
+
+
+def _shard_in(file: Path) -> Features | None:
+    """The features in a file; None if it is missing or damaged, they are computed then."""
+    try:
+        return Features(**read_tensors(file))
+    except (DkdmError, TypeError):
+        return None
+
+
+def _keep(file: Path, features: Features) -> bool:
+    """Write features; returns whether the disk took them."""
+    tensors = {name: each for name, each in features._asdict().items() if each is not None}
+    try:
+        write_tensors(file, tensors, sums_of(tensors))
+    except DISK_FAULTS:  # the summary will say it
+        return False
+    return True
 
 
 def _class_variance(pixels: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -163,7 +218,8 @@ def _file(source: Source, network: FeatureExtractor) -> Path:
     return cache_dir("references") / f"{key}.safetensors"
 
 
-def _write(file: Path, summary: Summary) -> None:
+def _write(file: Path, summary: Summary) -> bool:
+    """Keep what was computed; returns whether the disk took it."""
     tensors = {
         name: tensor.contiguous()
         for name, tensor in _tensors(summary).items()
@@ -175,12 +231,14 @@ def _write(file: Path, summary: Summary) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic(file) as partial:
             save_file(tensors, partial, {"about": json.dumps(about), "sums": json.dumps(sums)})
-    except (OSError, SafetensorError) as error:
+    except DISK_FAULTS as error:
         print(
             f"warning: what was computed cannot be kept in {file.parent} ({in_a_line(error)}): set "
             "DKDM_CACHE to a folder with room",
             file=sys.stderr,
         )
+        return False
+    return True
 
 
 def _tensors(summary: Summary) -> dict[str, Tensor | None]:

@@ -21,6 +21,7 @@ class Circumstances:
 
     - `guidance`: scales by who was guided; one model has one, under an empty name.
     - `weights`: which were sampled, in words; empty if unknown.
+    - `other_noise`: how many samples were compared with as many of the teacher's, from other noise.
     """
 
     num_samples: int
@@ -30,6 +31,7 @@ class Circumstances:
     weights: str = ""
     measurement: Measurement | None = None
     sampler: str = "DDIM"
+    other_noise: int = 0
 
     def in_words(self) -> list[tuple[str, str]]:
         """Each circumstance by its name."""
@@ -43,8 +45,18 @@ class Circumstances:
             ("weights", self.weights),
             ("seed", str(self.seed)),
             *_against(self.measurement),
+            ("energy distance", _of_energy(self.other_noise)),
         ]
         return [(name, words) for name, words in found if words]
+
+
+def _of_energy(count: int) -> str:
+    if not count:
+        return ""
+    return (
+        f"as a share of the largest possible; of {count:,} samples of each model, not comparing "
+        "those of the same noise"
+    )
 
 
 def _against(measurement: Measurement | None) -> list[tuple[str, str]]:
@@ -73,6 +85,7 @@ def circumstances_of(comparison: Comparison) -> Circumstances:
         comparison.weights,
         comparison.measurement if student.metrics else None,
         _samplers(comparison.sampler),
+        apart.num_samples if (apart := comparison.teacher_distance) else 0,
     )
 
 

@@ -22,6 +22,7 @@ from dkdm.evaluation.cost import (
     evaluations_per_step,
     undisturbed,
 )
+from dkdm.evaluation.energy import MOST, TeacherDistance, paired_teacher_distance
 from dkdm.evaluation.memory import evaluation_mib, weights_mib
 from dkdm.evaluation.metrics import evaluate_images, known_labels
 from dkdm.evaluation.results import Comparison, LevelGap, ModelResult
@@ -61,6 +62,7 @@ def compare(
         gaps = level_gaps(
             teacher, student, drawn[:few], cond, seed, guidance_teacher, guidance_student
         )
+        apart = _from_other_noise(copied, drawn)
         drawn, copied = decoded(teacher, drawn), decoded(student, copied)
     labels = cond.get("class_labels")
     shown = cond.get("prompt", labels)
@@ -82,6 +84,7 @@ def compare(
         versions=versions(),
         asked_for="prompt" if "prompt" in cond else "class",
         samples=_first_samples(drawn, copied, shown),
+        teacher_distance=apart,
     )
 
 
@@ -151,6 +154,13 @@ def _measure(
         weights_mib=weights_mib(denoiser),
         evaluation_mib=evaluation_mib(denoiser, 1),
     )
+
+
+def _from_other_noise(student: Tensor, teacher: Tensor) -> TeacherDistance | None:
+    """How far apart the samples are, whatever their noise; latents are compared as they are."""
+    if len(teacher) < 2:
+        return None
+    return paired_teacher_distance(student[:MOST], teacher[:MOST])
 
 
 def _class_names(conditioning: Conditioning, reference: Reference | None) -> tuple[str, ...] | None:

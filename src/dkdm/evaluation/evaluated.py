@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dkdm.evaluation.beside_teacher import TeacherDistance, TeacherGap
+from dkdm.evaluation.beside_teacher import TeacherGap
+from dkdm.evaluation.energy import TeacherDistance
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
 from dkdm.reading.values import made_of

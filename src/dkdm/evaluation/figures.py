@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 from dkdm.core.few_steps.model import OWN_SAMPLER
+from dkdm.evaluation.energy import TeacherDistance
 from dkdm.evaluation.evaluated import Evaluation, SampledModel
 from dkdm.evaluation.metrics import METRICS, Metrics
 from dkdm.evaluation.numbers import count, memory, number, percent
@@ -107,6 +108,8 @@ def _near_teacher(
     if found.other_noise_difference:
         share = found.same_noise_difference / found.other_noise_difference
         figures.append(Figure(COPY, share, percent, {**drawn, **pair}, beside, "lower"))
+    if apart := found.teacher_distance:
+        figures += _apart(apart, drawn, pair, beside)
     if found.gaps:
         mean = fmean(gap.relative for gap in found.gaps)
         under = _noised(found.gap_samples, len(found.gaps)) | pair
@@ -148,14 +151,24 @@ def _to_teacher(
     pair = _beside_its_teacher(found.model, found.teacher, found.guidance_interval)
     figures = []
     if apart := found.teacher_distance:
-        under = {**drawn, "samples": f"{apart.num_samples:,}", **pair}
-        share = Figure(SHARE, apart.share, percent, under, beside, "lower", apart.floor_share)
-        distance = Figure(DISTANCE, apart.distance, number, under, beside, "lower", apart.floor)
-        figures += [distance, share]
+        figures += _apart(apart, drawn, pair, beside)
     if gap := found.gap:
         under = _noised(gap.num_samples, len(gap.levels)) | pair
         figures.append(Figure(GAP, gap.mean, percent, under, beside, "lower"))
     return figures
+
+
+def _apart(
+    found: TeacherDistance,
+    drawn: Mapping[str, str],
+    pair: Mapping[str, str],
+    beside: Mapping[str, str],
+) -> list[Figure]:
+    under = {**drawn, "samples": f"{found.num_samples:,}", **pair}
+    return [
+        Figure(DISTANCE, found.distance, number, under, beside, "lower", found.floor),
+        Figure(SHARE, found.share, percent, under, beside, "lower", found.floor_share),
+    ]
 
 
 def _cost(found: Comparison) -> list[Figure]:

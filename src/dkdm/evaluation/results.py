@@ -13,6 +13,7 @@ from torch import Tensor
 from dkdm.core.saving.checkpoint import read_tensors, write_tensors
 from dkdm.core.saving.checksums import sums_of
 from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.energy import TeacherDistance
 from dkdm.evaluation.metrics import Metrics
 from dkdm.reading.fields import read_json
 from dkdm.reading.files import atomic
@@ -102,6 +103,8 @@ class Comparison:
     - `other_noise_difference`: the same with the teacher's next sample of the same class or prompt,
       which has other noise; None with too few samples. The first over this is 0 for a perfect copy,
       1 for a student that shares nothing but what was asked for.
+    - `teacher_distance`: of the student's samples to the teacher's from other noise; None for one
+      sample, and in files of earlier versions.
     - `class_names`: what the numbers in `labels` stand for, prompts of a text model.
     - `samples`: `teacher` and `student` [M, ...] for the first M samples, and `labels` int64 [M]
       if the models have classes or prompts.
@@ -131,6 +134,7 @@ class Comparison:
     weights: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     sampler: str = "DDIM"
+    teacher_distance: TeacherDistance | None = None
 
     @property
     def noun(self) -> str:

@@ -11,6 +11,8 @@ from dkdm.evaluation.metrics import METRICS, Metrics
 from dkdm.evaluation.numbers import count, memory, number, percent, ratio
 from dkdm.evaluation.results import Comparison, Measurement
 
+ENERGY = "energy distance to the teacher's samples"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -58,12 +60,21 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
     )
     return [
         *(measured or []),
+        *_beside_other_samples(comparison),
         Row("parameters", teacher.parameters, student.parameters, count, "lower"),
         Row("multiply-accumulates", teacher.macs, student.macs, count, "lower"),
         *_memory_rows(comparison),
         Row("network evaluations a second", *evaluations, number),
         Row(f"{comparison.noun}s a second, {steps} steps", *speeds, number, "higher"),
     ]
+
+
+def _beside_other_samples(comparison: Comparison) -> list[Row]:
+    """How far samples are from the teacher's of other noise, as a share of the largest."""
+    apart = comparison.teacher_distance
+    if apart is None or apart.floor_share is None:
+        return []
+    return [Row(ENERGY, apart.floor_share, apart.share, percent, "lower")]
 
 
 def _memory_rows(comparison: Comparison) -> list[Row]:

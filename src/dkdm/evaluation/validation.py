@@ -16,10 +16,9 @@ from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.randomness import derived_seed
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.beside_teacher import MOST
 from dkdm.evaluation.comparison import GAP_SAMPLES, level_gaps
 from dkdm.evaluation.cost import undisturbed
-from dkdm.evaluation.energy import energy_distance
+from dkdm.evaluation.energy import MOST, energy_distance
 from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, Sampled, check, measure
 from dkdm.evaluation.numbers import number, percent
 from dkdm.evaluation.same_noise import Sampling, decoded, draw

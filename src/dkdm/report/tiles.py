@@ -52,7 +52,8 @@ def _tile(row: Row) -> Tile:
     values = f"{whole(student)} · teacher {whole(teacher)}"
     detail = f"{values}; {row.better} is better"
     scale = 100 / (max(base, row.student) or 1.0)
-    bars = ("teacher", round(scale * base, 1)), ("student", round(scale * row.student, 1))
+    lengths = (round(max(0.0, scale * value), 1) for value in (base, row.student))
+    bars = tuple(zip(("teacher", "student"), lengths, strict=True))
     return Tile(sentence(row.label), text, detail, bars)
 
 

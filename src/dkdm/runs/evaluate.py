@@ -18,8 +18,9 @@ from dkdm.core.few_steps.model import FewStep, usual_steps
 from dkdm.core.saving.progress import track
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.beside_teacher import MOST, NAMES
+from dkdm.evaluation.beside_teacher import NAMES
 from dkdm.evaluation.comparison import check_shapes
+from dkdm.evaluation.energy import MOST
 from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.same_noise import Sampling
 from dkdm.evaluation.shards import Drawing, draw_shards, missing_shards

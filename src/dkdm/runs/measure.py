@@ -15,9 +15,10 @@ from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.few_steps.model import OWN_SAMPLER, FewStep
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.beside_teacher import NAMES, teacher_distance, teacher_gap
+from dkdm.evaluation.beside_teacher import NAMES, teacher_gap
 from dkdm.evaluation.circumstances import floors_of
 from dkdm.evaluation.comparison import describe, versions
+from dkdm.evaluation.energy import teacher_distance
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
 from dkdm.evaluation.metrics import (
     METRICS,
