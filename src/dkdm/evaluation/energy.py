@@ -79,7 +79,8 @@ def paired_teacher_distance(samples: Tensor, teacher: Tensor) -> TeacherDistance
     teacher itself, the floor.
     """
     x, y = samples.flatten(1), teacher.flatten(1)
-    same = float((x.double() - y.double()).norm(dim=1).sum())
+    blocks = zip(x.split(BLOCK), y.split(BLOCK), strict=True)
+    same = sum(float((a.double() - b.double()).norm(dim=1).sum()) for a, b in blocks)
     between = (_sum_between(x, y) - same) / (len(x) * (len(x) - 1))
     distance = 2 * between - _mean_within(x) - _mean_within(y)
     share = distance / (2 * between) if between else 0.0
