@@ -106,6 +106,11 @@ def test_one_sample_has_no_distance_to_the_teachers(num_samples):
     assert ("energy distance" in how) == (num_samples == 2)
 
 
+def test_samples_that_are_not_finite_have_no_distance_to_the_teachers():
+    found = compare(small(), small(float("nan")), num_samples=4, num_steps=2, seed=0)
+    assert found.teacher_distance is None
+
+
 def test_the_gap_is_the_mean_square_of_the_outputs_apart():
     mirrored = small()
     with torch.no_grad():

@@ -158,9 +158,10 @@ def _measure(
 
 def _from_other_noise(student: Tensor, teacher: Tensor) -> TeacherDistance | None:
     """How far apart the samples are, whatever their noise; latents are compared as they are."""
-    if len(teacher) < 2:
+    some = student[:MOST], teacher[:MOST]
+    if len(teacher) < 2 or not all(each.isfinite().all() for each in some):
         return None
-    return paired_teacher_distance(student[:MOST], teacher[:MOST])
+    return paired_teacher_distance(*some)
 
 
 def _class_names(conditioning: Conditioning, reference: Reference | None) -> tuple[str, ...] | None:

@@ -104,7 +104,7 @@ class Comparison:
       which has other noise; None with too few samples. The first over this is 0 for a perfect copy,
       1 for a student that shares nothing but what was asked for.
     - `teacher_distance`: of the student's samples to the teacher's from other noise; None for one
-      sample, and in files of earlier versions.
+      sample, for samples that are not finite, and in files of earlier versions.
     - `class_names`: what the numbers in `labels` stand for, prompts of a text model.
     - `samples`: `teacher` and `student` [M, ...] for the first M samples, and `labels` int64 [M]
       if the models have classes or prompts.
