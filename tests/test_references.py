@@ -198,6 +198,18 @@ def test_what_a_killed_process_has_seen_is_not_seen_again(tmp_path, monkeypatch)
     assert not SEEN
 
 
+def test_features_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("dkdm.data.real_images.SHARD", AT_ONCE)
+    folder = write(tmp_path / "birds", pixels(AT_ONCE + 7))
+
+    def broken(images):
+        return see(images)._replace(features=torch.full((len(images), 4), torch.nan))
+
+    with pytest.raises(DkdmError):
+        load_reference(folder, replace(FIXED, compute=broken))
+    assert load_reference(folder, FIXED).statistics.mean.isfinite().all()
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     (tmp_path / "cache").write_text("in the way")
     assert same(load_reference(write(tmp_path / "birds", pixels(3)), FIXED), as_samples(pixels(3)))

@@ -181,7 +181,8 @@ def _seen(
             continue
         if known is None:
             known = Features.joined(new)
-            if file and not _keep(file, known):
+            is_sound = bool(known.features.isfinite().all())  # what is not is refused in the end
+            if file and is_sound and not _keep(file, known):
                 shards = None
         parts.append(known)
         new = []

@@ -34,8 +34,8 @@ class FewStep(Denoiser):
     """A denoiser whose sampling steps lead from one point of its grid to another.
 
     A step takes x_0 and eps from the mean of the network's outputs, and then alpha x_0 + sigma eps;
-    if the model `renoises`, alpha x_0 + sigma z with new noise z. beside: what folders that may be
-    shipped in such a model's hold, in words.
+    if the model `renoises`, alpha x_0 + sigma z with new noise z. beside: the folders that a run
+    may ship inside such a model's, and what each holds.
     """
 
     renoises: ClassVar[bool] = False
