@@ -287,7 +287,7 @@ def test_the_command_measures_what_it_wrote(tmp_path, capsys):
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "0 samples that the run kept, 12 drawn" in said and "24 teacher evaluations" in said
-    assert "Frechet distance" in said and "floor" in said and "--images" in said
+    assert "Frechet distance: floor of 60,000 samples, not 12" in said and "--images" in said
     found = Evaluation.read(tmp_path / "set" / "evaluation.json")
     assert (found.num_samples, found.num_steps, found.sampler) == (12, 2, "ddim")
     assert found.reference is not None and found.reference.name == "fashion-test"

@@ -15,7 +15,7 @@ from dkdm.data.named import chosen_extractor, load_reference
 from dkdm.data.real_images import AT_ONCE
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, mismatch
 from dkdm.errors import DkdmError, UsageError
-from dkdm.evaluation.circumstances import measurement_of
+from dkdm.evaluation.circumstances import floors_of, measurement_of
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.metrics import Sampled, measure
 
@@ -415,6 +415,17 @@ def test_the_floor_is_the_distance_of_as_many_real_images(tmp_path):
     assert (about.reference, about.reference_images, about.real_images) == ("birds", 30, 12)
     assert about.real_distance == pytest.approx(expected)
     assert measurement_of(found, 40).real_distance is None
+
+
+def test_known_statistics_are_the_floor_of_frechet_distances_and_images_that_of_all_else(tmp_path):
+    found = load_reference(write(tmp_path / "birds", pixels(30)), FIXED)
+    others = FeatureStatistics.of(see(as_samples(pixels(40, seed=1))).features)
+    known = replace(found, floor=others)
+    floors = floors_of(known, ["fd", "kid", "precision"], 12)
+    assert floors["fd"] == (frechet_distance(others, found.statistics), 40)
+    assert floors["kid"] == floors_of(found, ["kid"], 12)["kid"]
+    assert floors["precision"] == (1.0, 12)
+    assert floors_of(known, ["fd", "kid"], 30).keys() == {"fd"}  # it has no more images than that
 
 
 def test_a_metric_of_neighbours_needs_some_real_images(tmp_path):

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,7 +48,7 @@ from dkdm.version import __version__
 
 if TYPE_CHECKING:
     from dkdm.core.denoisers.denoiser import Denoiser
-    from dkdm.evaluation.rows import Row
+    from dkdm.evaluation.evaluated import Evaluation
 
 Config = TypeVar("Config", bound=RunConfig)
 AFTER_INTERRUPT = {
@@ -286,16 +286,23 @@ def _harvest(options: HarvestCommand) -> int:
     found = harvest_of(options.model_choice, options.conditions, options.harvest)
     print(f"{found.folder}: {found.kept:,} samples that the run kept, {found.drawn:,} drawn with")
     print(f"  {found.evaluations:,} teacher evaluations")
-    if found.rows:
-        _print_with_floors(found.rows)
+    if found.measured is not None:
+        _print_with_floors(found.measured)
     print(f"to train on it: {found.usage}")
     return 0
 
 
-def _print_with_floors(rows: Iterable[Row]) -> None:
+def _print_with_floors(found: Evaluation) -> None:
+    from dkdm.evaluation.metrics import METRICS
+    from dkdm.evaluation.rows import evaluation_rows
+
     print(f"{'':47s}{'value':>14s}{'floor':>14s}")
-    for row in rows:
+    for row in evaluation_rows(found):
         print(f"{row.label:47s}{row.texts[0]:>14s}{row.floor_text:>14s}")
+    for name, each in found.metrics.items():
+        if (count := each.floor_samples or found.num_samples) != found.num_samples:
+            label = METRICS[name].label
+            print(f"{label}: floor of {count:,} samples, not {found.num_samples:,}")
 
 
 def _load(
@@ -311,15 +318,11 @@ def _load(
 def _evaluate(options: EvaluateCommand) -> int:
     from accelerate import PartialState
 
-    from dkdm.evaluation.rows import evaluation_rows
     from dkdm.runs.evaluate import run_evaluation
 
     found = run_evaluation(options)
     if PartialState().is_main_process:
-        _print_with_floors(evaluation_rows(found))
-        counts = {n for each in found.metrics.values() if (n := each.floor_samples)}
-        for count in sorted(counts - {found.num_samples}):
-            print(f"floors are of {count:,} samples, not {found.num_samples:,}")
+        _print_with_floors(found)
     PartialState().destroy_process_group()
     return 0
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from dkdm.data.reference import Reference
+from dkdm.data.reference import FeatureStatistics, Reference
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.metrics import METRICS, Sampled, measure, missing, usual
 from dkdm.evaluation.numbers import number
@@ -99,36 +100,46 @@ def measurement_of(reference: Reference, num_samples: int) -> Measurement:
     Floors are of as many real images as there are samples, unless the reference knows another.
     """
     real = reference.statistics
-    floors, count = floors_of(reference, usual(reference), num_samples)
+    floors = floors_of(reference, usual(reference), num_samples)
     return Measurement(
         features=reference.network.in_words,
         reference=reference.name,
         reference_images=real.count or None,
-        real_images=count,
-        real_distance=next((floors[name] for name in FRECHET if name in floors), None),
+        real_images=next((floor.num_samples for floor in floors.values()), None),
+        real_distance=next((floors[name].value for name in FRECHET if name in floors), None),
         network=reference.network.name,
         dataset=dict(reference.dataset),
-        floors=floors,
+        floors={name: floor.value for name, floor in floors.items()},
     )
 
 
-def floors_of(
-    reference: Reference, names: Sequence[str], num_samples: int
-) -> tuple[dict[str, float], int | None]:
-    """What real images are given by these metrics, and how many images.
+class Floor(NamedTuple):
+    """What a metric gives real images (or a reference's own samples), and how many of them."""
 
-    They are the statistics that the reference knows, or as many of its images as there are samples.
-    Empty, and None, if it has not that many.
+    value: float
+    num_samples: int | None
+
+
+def floors_of(reference: Reference, names: Sequence[str], num_samples: int) -> dict[str, Floor]:
+    """What real images are given by these metrics, as far as it is known.
+
+    The Frechet distance of other statistics that the reference knows; otherwise as many of its
+    images as there are samples, if it has more than that.
     """
-    if reference.floor is not None:
-        distance = frechet_distance(reference.floor, reference.statistics)
-        return {name: distance for name in names if name in FRECHET}, reference.floor.count
-    features = reference.floor_features(num_samples)
+    known = {} if reference.floor is None else _known_floors(reference, reference.floor, names)
+    asked = [name for name in names if name not in known and _has_floor(name, reference)]
+    features = reference.floor_features(num_samples) if asked else None
     if features is None:
-        return {}, None
-    known = [name for name in names if _has_floor(name, reference)]
-    found = measure(Sampled(features), reference, known)
-    return dict(found.values), found.num_samples
+        return known
+    found = measure(Sampled(features), reference, asked)
+    return known | {name: Floor(x, found.num_samples) for name, x in found.values.items()}
+
+
+def _known_floors(
+    reference: Reference, real: FeatureStatistics, names: Sequence[str]
+) -> dict[str, Floor]:
+    distance = frechet_distance(real, reference.statistics)
+    return {name: Floor(distance, real.count) for name in names if name in FRECHET}
 
 
 def _has_floor(name: str, reference: Reference) -> bool:

@@ -36,7 +36,6 @@ from dkdm.evaluation.evaluated import Evaluation, Measured, SampledModel
 from dkdm.evaluation.fingerprint import hash_of
 from dkdm.evaluation.metrics import Sampled, measure, usual
 from dkdm.evaluation.results import EVALUATION
-from dkdm.evaluation.rows import Row, evaluation_rows
 from dkdm.evaluation.same_noise import Sampling, batches, decoded, shown_shape
 from dkdm.evaluation.shards import check_finite
 from dkdm.models import chosen_teacher
@@ -52,14 +51,17 @@ from dkdm.runs.outputs import named_reference
 
 @dataclass(frozen=True)
 class Harvest:
-    """What was written: the samples that a run had kept, those drawn, and what they are worth."""
+    """What was written: the samples that a run had kept, those drawn, and what they are worth.
+
+    measured: None without a reference.
+    """
 
     folder: Path
     kept: int
     drawn: int
     evaluations: int
     usage: str
-    rows: tuple[Row, ...] = ()
+    measured: Evaluation | None = None
 
 
 def harvest(
@@ -109,12 +111,11 @@ def harvest(
     files.finish(range(how.num_samples))
     drawn = how.num_samples - count
     usage = files.usage(shown_shape(teacher) if files.images else teacher.sample_shape)
-    shown: tuple[Row, ...] = ()
+    measured = None
     if reference is not None:
         measured = _measured(files, teacher, reference, count, how, scale)
         measured.write(how.output / EVALUATION)
-        shown = tuple(evaluation_rows(measured))
-    return Harvest(how.output, count, drawn, each * drawn, usage, shown)
+    return Harvest(how.output, count, drawn, each * drawn, usage, measured)
 
 
 def _evaluations(teacher: Denoiser, how: HarvestOptions, scale: float) -> int:
@@ -286,7 +287,7 @@ def _measured(
     """What the set is worth, from the images as they were written."""
     names, count = usual(reference), how.num_samples
     found = measure(_seen(files, teacher, reference, kept_count, count), reference, names)
-    floors, floor_samples = floors_of(reference, names, count)
+    floors = floors_of(reference, names, count)
     warnings, interval = warnings_of(names, count, reference.network), teacher.guidance_interval
     if kept_count:
         warnings.append(f"the first {kept_count:,} samples were kept while the run trained")
@@ -301,8 +302,7 @@ def _measured(
         sample_shape=teacher.sample_shape,
         reference=against(reference, how.resize),
         metrics={
-            name: Measured(value, floors.get(name), floor_samples if name in floors else None)
-            for name, value in found.values.items()
+            name: Measured(value, *floors.get(name, ())) for name, value in found.values.items()
         },
         teacher=None,
         teacher_distance=None,

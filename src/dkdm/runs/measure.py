@@ -16,7 +16,7 @@ from dkdm.core.few_steps.model import OWN_SAMPLER, FewStep
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import NAMES, teacher_gap
-from dkdm.evaluation.circumstances import floors_of
+from dkdm.evaluation.circumstances import Floor, floors_of
 from dkdm.evaluation.comparison import describe, versions
 from dkdm.evaluation.energy import teacher_distance
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
@@ -185,19 +185,16 @@ def _metrics(
     return {name: Measured(value, *floors.get(name, ())) for name, value in found.items()}
 
 
-def _floors(
-    plan: Plan, reference: Reference, others: Drawn | None
-) -> Mapping[str, tuple[float, int | None]]:
+def _floors(plan: Plan, reference: Reference, others: Drawn | None) -> Mapping[str, Floor]:
     """What the reference itself would be given, and of how many images, as far as it is known."""
     if others is not None and others.features is not None:
         return _floors_of_drawn(plan.metrics, reference, others.features, others.labels)
-    known, count = floors_of(reference, plan.metrics, plan.own.sampling.num_samples)
-    return {name: (value, count) for name, value in known.items()}
+    return floors_of(reference, plan.metrics, plan.own.sampling.num_samples)
 
 
 def _floors_of_drawn(
     names: tuple[str, ...], reference: Reference, features: Features, labels: Tensor | None
-) -> Mapping[str, tuple[float, int | None]]:
+) -> Mapping[str, Floor]:
     """One half of the drawn samples measured against the other.
 
     What needs no other samples is measured of all of them.
@@ -205,13 +202,13 @@ def _floors_of_drawn(
     count, half = len(features.features), len(features.features) // 2
     alone = [name for name in names if name in ALONE]
     found = measure(Sampled(features, labels), reference, alone).values
-    floors: dict[str, tuple[float, int | None]] = {n: (value, count) for n, value in found.items()}
+    floors = {name: Floor(value, count) for name, value in found.items()}
     enough = [n for n in names if n not in ALONE and half >= min(METRICS[n].least, FEWEST)]
     if enough:
         first, second = (features.rows(i) for i in torch.arange(2 * half).tensor_split(2))
         against = _as_reference(reference.name, reference.network, second)
         found = measure(Sampled(first), against, enough).values
-        floors |= {name: (value, half) for name, value in found.items()}
+        floors |= {name: Floor(value, half) for name, value in found.items()}
     return floors
 
 
