@@ -3,6 +3,7 @@
 import io
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dkdm.cli import main
+from dkdm.data import image_folder
+from dkdm.data.array_files import array_images
 from dkdm.data.named import chosen_extractor, load_reference
 from dkdm.data.real_images import AT_ONCE
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, mismatch
@@ -18,6 +21,7 @@ from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import floors_of, measurement_of
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.metrics import Sampled, measure
+from ranks import launch
 
 SIDE = 8
 SEEN: list[int] = []  # how many images the network saw at once
@@ -198,16 +202,91 @@ def test_what_a_killed_process_has_seen_is_not_seen_again(tmp_path, monkeypatch)
     assert not SEEN
 
 
-def test_features_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
+SHARED = """
+import os, sys
+from pathlib import Path
+import torch
+from dkdm.data import real_images
+from dkdm.data.named import load_reference
+os.environ["DKDM_CACHE"] = "shared"
+torch.distributed.init_process_group("gloo")
+real_images.SHARD = 2 * real_images.AT_ONCE
+sys.path.insert(0, {tests!r})
+from test_references import FIXED, RESIZING, SEEN
+found = load_reference({images!r}, {network}, look=real_images.summarized_by_all)
+torch.save([found.features(), found.class_variance, SEEN], f"{{rank}}.pt")
+torch.distributed.destroy_process_group()
+raise SystemExit(0)
+"""
+
+
+def test_processes_share_what_the_network_is_shown(tmp_path):
+    """Whatever the images lie in; none is shown twice, and all processes know what one would."""
+    images = pixels(5 * AT_ONCE + 7)
+    folder = write(tmp_path / "birds" / "owl", images[:40]).parent
+    write(folder / "raven", images[40:])
+    mixed = write(tmp_path / "mixed", images[:])
+    write(mixed, pixels(3, side=12))
+    np.savez(tmp_path / "adm.npz", arr_0=images, arr_1=np.arange(len(images)) % 2)
+    np.savez_compressed(tmp_path / "small.npz", arr_0=images)
+    save_file({"samples": as_samples(images).contiguous()}, tmp_path / "samples.safetensors")
+    networks = {"birds": FIXED, "mixed": RESIZING, "adm.npz": FIXED, "small.npz": FIXED}
+    networks |= {"samples.safetensors": FIXED}
+    alone = {name: load_reference(tmp_path / name, each) for name, each in networks.items()}
+    tests = str(Path(__file__).parent)
+    for name, network in networks.items():
+        called = "RESIZING" if network is RESIZING else "FIXED"
+        order = SHARED.format(tests=tests, images=str(tmp_path / name), network=called)
+        ((code, said),) = launch(tmp_path, (2, order, []))
+        assert code == 0, said
+        parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+        for features, variance, _ in parts:
+            assert torch.equal(features, alone[name].features())
+            assert (variance is None) == (alone[name].class_variance is None)
+            assert variance is None or torch.equal(variance, alone[name].class_variance)
+        assert [sum(seen) for *_, seen in parts] == [3 * AT_ONCE + 7, 2 * AT_ONCE], name
+    assert not any(each.is_dir() for each in (tmp_path / "shared" / "references").iterdir())
+
+
+def test_images_that_are_known_are_not_decoded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("dkdm.data.real_images.SHARD", 2 * AT_ONCE)
+    folder = write(tmp_path / "birds", pixels(5 * AT_ONCE + 7))
+    with pytest.raises(KeyboardInterrupt):
+        load_reference(folder, stopping(after=4))
+    decoded = []
+    pixels_of = image_folder.pixels_of
+    monkeypatch.setattr(image_folder, "pixels_of", lambda x: decoded.append(x) or pixels_of(x))
+    load_reference(folder, FIXED)
+    assert len(decoded) == AT_ONCE + 7
+
+
+def test_a_damaged_array_is_found_by_a_process_that_skips_the_damage(tmp_path):
+    np.savez(tmp_path / "adm.npz", arr_0=pixels(4 * AT_ONCE))
+    content = bytearray((tmp_path / "adm.npz").read_bytes())
+    content[300] ^= 1
+    (tmp_path / "adm.npz").write_bytes(content)
+    images = array_images(tmp_path / "adm.npz").open(FIXED)
+    with pytest.raises(DkdmError, match="Bad CRC"):
+        list(images.batches([3 * AT_ONCE]))
+
+
+def test_features_that_are_not_finite_are_refused_at_once_and_not_kept(tmp_path, monkeypatch):
+    """So that they are computed, once the network or its device is mended."""
     monkeypatch.setattr("dkdm.data.real_images.SHARD", AT_ONCE)
-    folder = write(tmp_path / "birds", pixels(AT_ONCE + 7))
+    folder, broken = write(tmp_path / "birds", pixels(3 * AT_ONCE)), [1.0, float("nan")]
 
-    def broken(images):
-        return see(images)._replace(features=torch.full((len(images), 4), torch.nan))
+    def compute(images):
+        found = see(images)
+        found.features[: len(SEEN) - 1] *= broken[-1]
+        return found
 
-    with pytest.raises(DkdmError):
-        load_reference(folder, replace(FIXED, compute=broken))
-    assert load_reference(folder, FIXED).statistics.mean.isfinite().all()
+    network = replace(FIXED, compute=compute)
+    with pytest.raises(DkdmError, match="the features of 1 of 50 images are not finite: check"):
+        load_reference(folder, network)
+    broken.pop()
+    SEEN.clear()
+    assert same(load_reference(folder, network), as_samples(pixels(3 * AT_ONCE)))
+    assert sum(SEEN) == 2 * AT_ONCE + 3 * AT_ONCE  # the second by `same`
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from dkdm.reading.fields import shown
 IMAGES, LABELS = "arr_0", "arr_1"  # of ADM's .npz
 SAMPLES, CLASSES = "samples", "class_labels"  # of a .safetensors by dkdm
 MOST_CLASSES = 100_000
+PIECE = 2**20  # bytes
 FARTHEST = 16.0  # from 0, of samples in [-1, 1]: beyond it they are on another scale
 _HEADERS: dict[tuple[int, int], Callable[..., Any]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -45,6 +46,15 @@ class Member(NamedTuple):
         if len(content) < count * self.dtype.itemsize:
             raise EOFError("it ends too early")
         return np.frombuffer(bytearray(content), self.dtype)
+
+    def skip(self, count: int) -> None:
+        """Go over the next `count` numbers; they are read, so that the checksum is looked at."""
+        left = count * self.dtype.itemsize
+        while left:
+            read = len(self.file.read(min(left, PIECE)))
+            if not read:
+                raise EOFError("it ends too early")
+            left -= read
 
 
 def array_names(path: Path) -> tuple[str, ...]:
@@ -136,12 +146,15 @@ def _labels(path: Path, values: np.ndarray[Any, Any], count: int) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def _batches_of_npz(path: Path) -> Iterator[Tensor]:
+def _batches_of_npz(path: Path, starts: Sequence[int]) -> Iterator[Tensor]:
     with opened_array(path, IMAGES) as member:
         count, *rest = member.shape
-        for first in range(0, count, AT_ONCE):
+        at = 0
+        for first in starts:
             part = min(AT_ONCE, count - first)
+            member.skip((first - at) * math.prod(rest))
             pixels = torch.from_numpy(member.read(part * math.prod(rest)))
+            at = first + part
             yield to_samples(pixels.view(part, *rest).permute(0, 3, 1, 2))
 
 
@@ -171,9 +184,9 @@ def _mapped(path: Path) -> tuple[Tensor, np.ndarray[Any, Any] | None]:
         return file.get_tensor(name), labels
 
 
-def _batches_of(path: Path, samples: Tensor) -> Iterator[Tensor]:
-    for batch in samples.split(AT_ONCE):
-        wide = batch.float()
+def _batches_of(path: Path, samples: Tensor, starts: Sequence[int]) -> Iterator[Tensor]:
+    for first in starts:
+        wide = samples[first : first + AT_ONCE].float()
         if not wide.isfinite().all():
             raise DkdmError(f"{path} holds NaN or infinity: give finite samples")
         if wide.abs().max() > FARTHEST:
@@ -187,7 +200,7 @@ def _images(
     path: Path,
     count: int,
     shape: tuple[int, ...],
-    batches: Callable[[], Iterator[Tensor]],
+    batches: Callable[[Sequence[int]], Iterator[Tensor]],
     labels: Tensor | None,
     network: FeatureExtractor,
 ) -> Images:

@@ -157,14 +157,13 @@ def _shape_of(file: Path) -> Shape | str:
     return (1 if image.mode in GREY else 3, image.height, image.width)
 
 
-def _batches(files: Sequence[Path], mode: str) -> Iterator[Tensor]:
+def _batches(files: Sequence[Path], mode: str, starts: Sequence[int]) -> Iterator[Tensor]:
     """The images in order; the next ones are read while a network sees these."""
 
     def read(file: Path) -> Tensor:
         return pixels_of(open_eight_bits(file).convert(mode))
 
     with ThreadPoolExecutor() as pool:
-        starts = range(0, len(files), AT_ONCE)
         reads = (pool.map(read, files[first : first + AT_ONCE]) for first in starts)
         for images, _ in pairwise(chain(reads, [None])):
             for _, same in groupby(images or (), key=lambda image: image.shape):

@@ -15,7 +15,7 @@ from dkdm.data.fashion.reference import SPLITS, fashion_reference, feature_extra
 from dkdm.data.image_folder import image_folder
 from dkdm.data.images import ImageSet, load_image_folder
 from dkdm.data.inception_features import inception_extractor
-from dkdm.data.real_images import summarized
+from dkdm.data.real_images import Look, summarized
 from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.data.statistics_file import holds_statistics, statistics_reference, with_images
 from dkdm.errors import UsageError
@@ -44,6 +44,7 @@ def load_reference(
     skip_bad: bool = False,
     cache: bool = True,
     shape: Sequence[int] | None = None,
+    look: Look = summarized,
 ) -> Reference:
     """Return real images, or what is known of them, as a reference.
 
@@ -56,21 +57,22 @@ def load_reference(
     - cache: keep what the network saw in the cache folder, under the hash of the images.
     - shape: (C, H, W) of the samples to be measured. What cannot be compared with them is refused
       before a network sees it, and Fashion-MNIST is seen at their size.
+    - look: shows the images to the network; `summarized_by_all` shares them with other processes.
 
     Raises `UsageError` for anything else, `DkdmError` for images that cannot be measured.
     """
     if str(spec) in REFERENCES:
-        return REFERENCES[str(spec)](str(spec), extractor, shape, cache)
+        return REFERENCES[str(spec)](str(spec), extractor, shape, cache, look)
     path = reference_path(spec)
     network = extractor or inception_extractor()
     source = image_folder(path, skip_bad) if path.is_dir() else array_images(path)
-    look = partial(summarized, source, network, cache, shape)
     if path.suffix.lower() != ".npz" or path.is_dir() or not holds_statistics(path):
-        return _enough(look().reference(source.name, network))
+        return _enough(look(source, network, cache, shape).reference(source.name, network))
     known = statistics_reference(path, network)
     if ADM_IMAGES not in array_names(path):
         return known
-    return with_images(known, source.open(network), look)
+    seen_later = partial(summarized, source, network, cache, shape)
+    return with_images(known, source.open(network), seen_later)
 
 
 def reference_path(spec: str | Path) -> Path:

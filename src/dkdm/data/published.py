@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 
 from dkdm.errors import DkdmError, UsageError, in_a_line
 from dkdm.reading.files import atomic, cache_dir
+from dkdm.reading.lock import locked
 from dkdm.reading.places import expanded
 
 DOWNLOAD = "download"
@@ -82,13 +83,8 @@ class Published:
         folder = cache_dir("features")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with (
-                urllib.request.urlopen(self.address, timeout=TIMEOUT) as answer,
-                tempfile.NamedTemporaryFile(dir=folder) as file,
-            ):
-                shutil.copyfileobj(answer, file, PIECE)
-                file.flush()
-                return self._kept(Path(file.name), self.address)
+            with locked(folder, f"fetching {self.name}", wait=True):
+                return self._cached([*self.forms][-1:]) or self._from_network(folder)
         except (OSError, HTTPException) as error:
             if isinstance(error, HTTPError):
                 error.close()
@@ -96,6 +92,15 @@ class Published:
                 f"{self.address} cannot be fetched ({in_a_line(error)}): fetch it on a machine "
                 f"with a network and give {self.option} FOLDER, which holds it"
             ) from error
+
+    def _from_network(self, folder: Path) -> tuple[Path, str]:
+        with (
+            urllib.request.urlopen(self.address, timeout=TIMEOUT) as answer,
+            tempfile.NamedTemporaryFile(dir=folder) as file,
+        ):
+            shutil.copyfileobj(answer, file, PIECE)
+            file.flush()
+            return self._kept(Path(file.name), self.address)
 
     def _kept(self, path: Path, shown: str) -> tuple[Path, str]:
         """A copy of the file in the cache folder, under its hash."""

@@ -8,7 +8,8 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dkdm.core import processes
 from dkdm.core.randomness import generator
 from dkdm.core.saving.checkpoint import read_tensors, write_tensors
 from dkdm.core.saving.checksums import sums_of
 from dkdm.core.saving.progress import track
 from dkdm.core.saving.tolerance import DISK_FAULTS
+from dkdm.core.shards import this_process
 from dkdm.data.reference import (
     FeatureExtractor,
     Features,
@@ -43,14 +46,15 @@ class Images:
     """Images that are read in batches, never all at once.
 
     - `shape`: (C, H, W), or (C,) if their sizes differ.
-    - `batches`: float32 [B, C, H, W] in [-1, 1], in order, each of one size.
+    - `batches`: gives the `AT_ONCE` images from each of these numbers on, which rise, and decodes
+      no others: float32 [B, C, H, W] in [-1, 1], in order, each of one size.
     - `labels`: int64 [count].
     - `bad`: how many more there are that cannot be read.
     """
 
     count: int
     shape: tuple[int, ...]
-    batches: Callable[[], Iterator[Tensor]]
+    batches: Callable[[Sequence[int]], Iterator[Tensor]]
     labels: Tensor | None = None
     bad: int = 0
 
@@ -106,6 +110,9 @@ class Summary:
         return self.features.rows(order[:count].sort().values)
 
 
+Look = Callable[[Source, FeatureExtractor, bool, Sequence[int] | None], Summary]
+
+
 def summarized(
     source: Source,
     network: FeatureExtractor,
@@ -122,8 +129,8 @@ def summarized(
     if not cache:
         return _computed(source, network, shape, None)
     file = _file(source, network)
-    found = _read(file)
-    if found is None or (found.bad and not source.skips):
+    found = _known(file, source)
+    if found is None:
         shards = file.with_suffix("")
         found = _computed(source, network, shape, shards)
         if _write(file, found):
@@ -136,15 +143,48 @@ def summarized(
     return found
 
 
-def _computed(
-    source: Source, network: FeatureExtractor, shape: Sequence[int] | None, shards: Path | None
+def summarized_by_all(
+    source: Source,
+    network: FeatureExtractor,
+    cache: bool = True,
+    shape: Sequence[int] | None = None,
 ) -> Summary:
+    """As `summarized`, with the images shared by all processes, together.
+
+    Each process sees every world-th shard, which the cache folder keeps; the main one summarizes
+    all, and sees those that are not there.
+    """
+    source = replace(source, digest=once(source.digest), open=once(source.open))
+    if cache and processes.world() > 1:
+        file, this = _file(source, network), this_process()
+        if _known(file, source) is None:
+            images = _checked(source, network, shape)
+            own = _shards(images)[this.rank :: this.world]
+            _seen(images, network, source.name, own, file.with_suffix(""))
+        processes.wait()
+    return processes.main_first(lambda: summarized(source, network, cache, shape))
+
+
+def _known(file: Path, source: Source) -> Summary | None:
+    """What is kept of a source, unless it leaves out images that the source does not skip."""
+    found = _read(file)
+    return None if found and found.bad and not source.skips else found
+
+
+def _checked(source: Source, network: FeatureExtractor, shape: Sequence[int] | None) -> Images:
+    """The images. Raises `DkdmError` if samples of this shape cannot be compared with them."""
     images = source.open(network)
     reason = shape and mismatch(network, images.shape, tuple(shape))
     if reason:
         raise DkdmError(f"{source.name} {reason}")
-    with track(images.count, 0, f"features of {source.name}") as progress:
-        features = _seen(images, network, shards, progress)
+    return images
+
+
+def _computed(
+    source: Source, network: FeatureExtractor, shape: Sequence[int] | None, folder: Path | None
+) -> Summary:
+    images = _checked(source, network, shape)
+    features = Features.joined(_seen(images, network, source.name, _shards(images), folder))
     return Summary(
         features,
         FeatureStatistics.of(features.features),
@@ -155,56 +195,67 @@ def _computed(
     )
 
 
+def _shards(images: Images) -> list[range]:
+    """The numbers of the images in each shard."""
+    return [
+        range(first, min(first + SHARD, images.count)) for first in range(0, images.count, SHARD)
+    ]
+
+
 def _seen(
     images: Images,
     network: FeatureExtractor,
-    shards: Path | None,
-    progress: Callable[[int], object],
-) -> Features:
-    """The features of all images.
+    name: str,
+    shards: Sequence[range],
+    folder: Path | None,
+) -> list[Features]:
+    """The features of these shards.
 
-    shards: the folder that keeps those of `SHARD` images at a time. Images whose features are there
-    are read, which takes little time, and not shown to the network.
+    name: of the source. folder: where each shard is kept as soon as it is computed, until the disk
+    does not take one; what is there is not shown to the network again.
     """
-    parts: list[Features] = []
-    new: list[Features] = []
-    done, known = 0, None
-    for batch in images.batches():
-        if done % SHARD == 0:
-            file = shards / f"{done:08d}.safetensors" if shards else None
-            known = _shard_in(file) if file else None
-        if known is None:
-            new.append(network(batch))
-        done += len(batch)
-        progress(done)
-        if done % SHARD and done < images.count:
-            continue
-        if known is None:
-            known = Features.joined(new)
-            is_sound = bool(known.features.isfinite().all())  # what is not is refused in the end
-            if file and is_sound and not _keep(file, known):
-                shards = None
-        parts.append(known)
-        new = []
-    return Features.joined(parts)
+    found = {shard: _shard_in(folder, shard) for shard in shards}
+    missing = [shard for shard in shards if found[shard] is None]
+    batches = images.batches([first for shard in missing for first in shard[::AT_ONCE]])
+    total = sum(map(len, shards))
+    done = total - sum(map(len, missing))
+    with track(total, done, f"features of {name}") as progress:
+        for shard in missing:
+            parts, end = list[Features](), done + len(shard)
+            while done < end:
+                batch = next(batches)
+                parts.append(network(batch))
+                done += len(batch)
+                progress(done)
+            found[shard] = seen = Features.joined(parts)
+            folder = _kept_in(folder, shard, seen)
+    return [each for each in found.values() if each is not None]
 
 
-def _shard_in(file: Path) -> Features | None:
-    """The features in a file; None if it is missing or damaged, they are computed then."""
+def _file_of(folder: Path, shard: range) -> Path:
+    return folder / f"{shard.start:08d}.safetensors"
+
+
+def _shard_in(folder: Path | None, shard: range) -> Features | None:
+    """The features in a folder; None if they are missing or damaged, they are computed then."""
+    if folder is None:
+        return None
     try:
-        return Features(**read_tensors(file))
+        return Features(**read_tensors(_file_of(folder, shard)))
     except (DkdmError, TypeError):
         return None
 
 
-def _keep(file: Path, features: Features) -> bool:
-    """Write features; returns whether the disk took them."""
+def _kept_in(folder: Path | None, shard: range, features: Features) -> Path | None:
+    """Write features; returns the folder if the disk took them."""
+    if folder is None:
+        return None
     tensors = {name: each for name, each in features._asdict().items() if each is not None}
     try:
-        write_tensors(file, tensors, sums_of(tensors))
+        write_tensors(_file_of(folder, shard), tensors, sums_of(tensors))
     except DISK_FAULTS:  # the summary will say it
-        return False
-    return True
+        return None
+    return folder
 
 
 def _class_variance(pixels: Tensor | None, labels: Tensor | None) -> Tensor | None:

@@ -63,11 +63,7 @@ class FeatureStatistics:
             raise DkdmError(f"{len(features)} image(s) have no covariance: give at least 2")
         wide = features.double()
         if not wide.isfinite().all():
-            broken = int((~wide.isfinite()).any(dim=1).sum())
-            raise DkdmError(
-                f"the features of {broken} of {len(wide)} images are not finite: check the feature "
-                "network and its device"
-            )
+            raise _broken_features(_not_finite(wide), len(wide))
         return cls(mean=wide.mean(dim=0), covariance=wide.T.cov(), count=len(wide))
 
 
@@ -100,7 +96,8 @@ class FeatureExtractor:
     def __call__(self, images: Tensor) -> Features:
         """Return the features of images [N, C, H, W] in [-1, 1]; values outside are clipped.
 
-        Raises `DkdmError` if there are none, their shape does not fit, or they are not finite.
+        Raises `DkdmError` if there are none, their shape does not fit, or they are not finite, or
+        their features are not.
         """
         if len(images) == 0 or not self.fits(images.shape[1:]):
             raise DkdmError(
@@ -114,14 +111,24 @@ class FeatureExtractor:
                 "evaluate an earlier checkpoint or train it with a lower learning rate"
             )
         with torch.no_grad():
-            return self.compute(images.clamp(-1, 1))
+            found = self.compute(images.clamp(-1, 1))
+        if broken := max(_not_finite(each) for each in found if each is not None):
+            raise _broken_features(broken, len(images))
+        return found
 
 
-def _not_finite(images: Tensor) -> int:
-    """How many images hold NaN or infinity; one sum is enough to see that none does."""
-    if images.sum().isfinite():
+def _not_finite(rows: Tensor) -> int:
+    """How many rows hold NaN or infinity; one sum is enough to see that none does."""
+    if rows.sum().isfinite():
         return 0
-    return int((~images.isfinite()).flatten(1).any(dim=1).sum())
+    return int((~rows.isfinite()).flatten(1).any(dim=1).sum())
+
+
+def _broken_features(broken: int, count: int) -> DkdmError:
+    return DkdmError(
+        f"the features of {broken} of {count} images are not finite: check the feature network and "
+        "its device"
+    )
 
 
 def no_floor(count: int) -> Features | None:

@@ -391,7 +391,7 @@ def prepared(
         samples=program.samples(config),
         align=align,
     )
-    reference = processes.main_first(lambda: reference_of(evaluation, teacher))
+    reference = reference_of(evaluation, teacher)
     capture_steps(trainer)
     validate_by_metric(trainer, config, reference, teacher, guidance)
     processes.own_randomness(run.seed)

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 
 from dkdm.config import USUAL_STEPS, EvaluateCommand
+from dkdm.core import processes
 from dkdm.core.denoisers.denoiser import Denoiser
 from dkdm.core.denoisers.graphs import replayed
 from dkdm.core.few_steps.model import FewStep, usual_steps
@@ -87,13 +88,23 @@ def run_evaluation(
     teacher: Denoiser | None = None,
 ) -> Evaluation:
     """Measure as the options say; models and a reference that are given stand for their names."""
+    with processes.quiet_unless_main():
+        return _evaluated(command, model, reference, teacher)
+
+
+def _evaluated(
+    command: EvaluateCommand,
+    model: Denoiser | None,
+    reference: Denoiser | Reference | None,
+    teacher: Denoiser | None,
+) -> Evaluation:
     _check_first(command)
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     plan = planned(command, state.device, model, reference, teacher)
     root = command.files.output or cache_dir("evaluations")
     count, network = command.sampling.num_samples, plan.standard.network
     warnings = warnings_of(plan.metrics, count, network)
-    for warning in warnings if state.is_main_process else ():
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for drawing in plan.drawings:
         draw_own(drawing, root, state.process_index, state.num_processes)
@@ -149,8 +160,7 @@ def planned(
     if command.sampling.cuda_graphs:  # first, since the teacher may be the reference too
         model, teacher = replayed(model), teacher and replayed(teacher)
     given = reference or command.measurement.reference
-    with PartialState().main_process_first():  # which keeps what it sees in the cache
-        standard = standard_of(given, model, teacher, command, device, scales[0])
+    standard = standard_of(given, model, teacher, command, device, scales[0])
     metrics, beside = chosen_metrics(command, standard, teacher)
     if isinstance(model, FewStep):  # whose steps lead over many levels, not to the output at one
         beside = tuple(name for name in beside if name != "gap")
@@ -207,11 +217,8 @@ def _drawings(
 
 
 def draw_own(drawing: Drawing, root: Path, rank: int, world: int) -> None:
-    """Draw the shards of this process that are not on disk yet; the first process shows how far."""
+    """Draw the shards of this process that are not on disk yet."""
     shards = missing_shards(drawing, root, rank, world)
-    if rank:
-        draw_shards(drawing, root, shards)
-        return
     total = sum(len(shard.indices) for shard in drawing.shards(root)[rank::world])
     found = total - sum(len(shard.indices) for shard in shards)
     with track(total, found, f"drawing from {drawing.denoiser.name}") as show:

@@ -32,6 +32,7 @@ from dkdm.data.named import (
     chosen_reference,
 )
 from dkdm.data.perceptual import perceptual_distance
+from dkdm.data.real_images import summarized_by_all
 from dkdm.data.reference import FeatureExtractor, Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.metrics import PER_SAMPLE
@@ -167,16 +168,20 @@ def standard_of(
     device: torch.device,
     scale: float,
 ) -> Standard:
-    """What samples are measured against, as it was given or is recognized.
+    """What samples are measured against, as it was given or is recognized; together.
 
     scale: that a model is guided by whose samples are the reference. Raises UsageError for a
     reference that is missing or does not fit the model's samples.
     """
     shape, how = shown_shape(model), command.measurement
     place = how.feature_device or str(device)
+
+    def named(name: str) -> Reference:
+        return named_reference(name, how, shape, place, named_metrics(how), summarized_by_all)
+
     if given is None:
         name = chosen_reference("auto", class_names_of(model))
-        found = named_reference(name, how, shape, place, named_metrics(how)) if name else None
+        found = named(name) if name else None
         return Standard(found, None, found.network) if found and found.fits(shape) else Standard()
     judge = _model_of(given, teacher)
     if judge is not None:
@@ -184,11 +189,7 @@ def standard_of(
         if shown_shape(judge) != shape:
             raise _misfit(judge.name, f"draws samples of shape {shown_shape(judge)}, not {shape}")
         return Standard(None, judge, _extractor(model, how, place, shape))
-    reference = (
-        given
-        if isinstance(given, Reference)
-        else named_reference(str(given), how, shape, place, named_metrics(how))
-    )
+    reference = given if isinstance(given, Reference) else named(str(given))
     if reason := reference.refusal(shape):
         raise _misfit(reference.name, reason)
     return Standard(reference, None, reference.network)

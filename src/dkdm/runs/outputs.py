@@ -38,6 +38,7 @@ from dkdm.data.named import (
     load_reference,
     reference_path,
 )
+from dkdm.data.real_images import Look, summarized, summarized_by_all
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.circumstances import Circumstances, circumstances_of, measurement_of
@@ -208,7 +209,7 @@ def measure_model(
 
 
 def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | None:
-    """What distances are measured against: as asked, or by the model's class names.
+    """What distances are measured against: as asked, or by the model's class names; together.
 
     Raises UsageError if the reference that was asked for does not fit the model's samples, and for
     a distance of one sample.
@@ -218,7 +219,8 @@ def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | 
     if spec is None:
         return None
     shape = shown_shape(model)
-    reference = named_reference(spec, evaluation, shape, str(model.device))
+    device = str(model.device)
+    reference = named_reference(spec, evaluation, shape, device, look=summarized_by_all)
     reason = reference.refusal(shape)
     if reason and choice == "auto":
         return None
@@ -238,11 +240,13 @@ def named_reference(
     shape: tuple[int, ...],
     place: str,
     metrics: Sequence[str] = (),
+    look: Look = summarized,
 ) -> Reference:
     """The reference of this name, whose network is as asked, or the one that belongs to it.
 
     shape: of the samples that are to be measured. place: the network's device. metrics: that are to
-    be measured. Raises UsageError for a network that does not serve them, before it sees an image.
+    be measured. look: see `load_reference`. Raises UsageError for a network that does not serve
+    them, before it sees an image.
     """
     if spec in REFERENCES:
         packaged = load_reference(spec)
@@ -254,7 +258,7 @@ def named_reference(
     for name in metrics:
         if name in METRICS and (reason := missing_of_network(METRICS[name], extractor)):
             raise UsageError(f"{name} cannot be measured against {spec}: {reason}")
-    return load_reference(spec, extractor, skip_bad=how.skip_bad, shape=shape)
+    return load_reference(spec, extractor, skip_bad=how.skip_bad, shape=shape, look=look)
 
 
 def sample_to_file(denoiser: Denoiser, how: SamplingOptions) -> None:

@@ -122,7 +122,7 @@ def _prepared(
         evaluation.validation_steps,
         about=facts_of(config),
     )
-    reference = processes.main_first(lambda: reference_of(evaluation, model))
+    reference = reference_of(evaluation, model)
     capture_steps(trainer)
     validate_by_metric(trainer, config, reference)
     processes.own_randomness(run.seed)

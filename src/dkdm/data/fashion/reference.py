@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dkdm.core.randomness import generator
 from dkdm.data.fashion import CLASS_NAMES, ROOT, SHAPES, halve, load_fashion_mnist
-from dkdm.data.real_images import AT_ONCE, Images, Source, summarized
+from dkdm.data.real_images import AT_ONCE, Images, Look, Source, summarized
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 
 SPLITS: dict[str, Literal["train", "test"]] = {"fashion-test": "test", "fashion-train": "train"}
@@ -88,16 +88,17 @@ def fashion_reference(
     extractor: FeatureExtractor | None = None,
     shape: Sequence[int] | None = None,
     cache: bool = True,
+    look: Look = summarized,
 ) -> Reference:
     """Return "fashion-test", the 10,000 test images, or "fashion-train", the 60,000 others.
 
     extractor: another network than the packaged one, which sees the images at the size of `shape`,
-    (1, 16, 16) or (1, 28, 28). The floor of each are images of the other. Raises `DkdmError` if the
-    images are not installed and another network is to see them.
+    (1, 16, 16) or (1, 28, 28), by `look`. The floor of each are images of the other. Raises
+    `DkdmError` if the images are not installed and another network is to see them.
     """
     packaged = feature_extractor()
     if extractor is not None and extractor.name != packaged.name:
-        return _seen_by(extractor, name, 16 if tuple(shape or ()) == SHAPES[0] else 28, cache)
+        return _seen_by(extractor, name, 16 if tuple(shape or ()) == SHAPES[0] else 28, cache, look)
     tensors, split = _load_asset("statistics.safetensors"), SPLITS[name]
     return Reference(
         name=name,
@@ -123,15 +124,19 @@ def _drawn(name: str, network: FeatureExtractor, count: int, size: int = 16) -> 
     return network(images[order[:count]])
 
 
-def _seen_by(network: FeatureExtractor, name: str, size: int, cache: bool) -> Reference:
+def _seen_by(network: FeatureExtractor, name: str, size: int, cache: bool, look: Look) -> Reference:
     split = SPLITS[name]
 
     def opened(_: FeatureExtractor) -> Images:
         images, labels = load_fashion_mnist(split, size=size)
-        return Images(len(images), (1, size, size), lambda: iter(images.split(AT_ONCE)), labels)
+
+        def batches(starts: Sequence[int]) -> Iterator[Tensor]:
+            return (images[first : first + AT_ONCE] for first in starts)
+
+        return Images(len(images), (1, size, size), batches, labels)
 
     source = Source(name, lambda: f"{name} {size}", opened)
-    found = summarized(source, network, cache).reference(name, network)
+    found = look(source, network, cache, None).reference(name, network)
     return replace(
         found,
         dataset=_dataset(split, size),
