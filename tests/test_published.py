@@ -9,6 +9,7 @@ import pytest
 
 from dkdm.data.published import Published
 from dkdm.errors import DkdmError, UsageError
+from dkdm.reading.lock import LOCK
 
 WEIGHTS = b"the weights"
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
@@ -25,12 +26,18 @@ def published(address="http://127.0.0.1:9/nothing", forms=None):
     return Published("the network", "--weights", forms or {DIGEST: "whole"}, address)
 
 
+def kept_in(folder):
+    """What a folder holds, but for its lock."""
+    return [path.name for path in folder.iterdir() if path.name != LOCK]
+
+
 @contextmanager
-def served(content, status=200):
+def served(content, status=200, before=lambda: None):
     """The address of a server on this machine that answers everything with `content`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            before()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -110,7 +117,27 @@ def test_download(cache):
         assert published(address).find("download") == (cache / DIGEST, "whole")
     assert published(address).find() == (cache / DIGEST, "whole")
     assert published(address).find("download") == (cache / DIGEST, "whole")  # nobody answers now
-    assert [path.name for path in cache.iterdir()] == [DIGEST]
+    assert kept_in(cache) == [DIGEST]
+
+
+def test_those_who_fetch_at_the_same_time_fetch_once(cache):
+    asked = []
+
+    def wait_for_others():
+        asked.append(len(asked))
+        others[len(asked)].start()
+        others[len(asked)].join(0.2)  # it waits for the lock, or has finished
+
+    def fetch():
+        found.append(published(address).find("download"))
+
+    found, others = [], [threading.Thread(target=fetch) for _ in range(4)]
+    with served(WEIGHTS, before=wait_for_others) as address:
+        others[0].start()
+        others[0].join()
+        others[1].join()
+    assert found == [(cache / DIGEST, "whole")] * 2
+    assert asked == [0]
 
 
 def test_the_form_at_the_address_comes_first(tmp_path, cache):
@@ -127,7 +154,7 @@ def test_the_form_at_the_address_comes_first(tmp_path, cache):
 def test_a_download_of_another_file_leaves_nothing(cache):
     with served(b"an error page") as address, pytest.raises(UsageError, match="is not the network"):
         published(address).find("download")
-    assert list(cache.iterdir()) == []
+    assert kept_in(cache) == []
 
 
 def test_a_server_that_refuses():
@@ -144,7 +171,7 @@ def test_offline(cache):
         published(address).find("download")
     assert f"{address} cannot be fetched" in str(told.value)
     assert "\n" not in str(told.value)
-    assert list(cache.iterdir()) == []
+    assert kept_in(cache) == []
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

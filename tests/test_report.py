@@ -76,8 +76,13 @@ def test_the_curve_of_the_validation_shows_its_best(run):
     config = replace(CONFIG, validation_metric="fd", ship_best=True)
     (run / "config.json").write_text(to_json(config))
     write_validation(run, "fd", {50: 8.0, 100: 2.5, 150: 4.0, 200: math.nan})
+    (run / "best").mkdir()
+    how = {"num_samples": 50, "sampler": "ddim", "num_steps": 25, "guidance_scale": 1.5, "seed": 7}
+    (run / "best/best.json").write_text(json.dumps(how | {"reference": "birds"}))
     page = Page(write_report(run))
     assert page.tags.count("svg") == 5
+    said = "every time: 50 samples, DDIM, 25 steps, guidance 1.5, seed 7, against birds"
+    assert said in page.text
     assert (
         "Validation: fd" in page.text
         and "the best, 2.50 at step 100, which is shipped" in page.text

@@ -19,7 +19,7 @@ from dkdm.data.named import load_reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.same_noise import Sampling, draw
-from dkdm.evaluation.validation import Validation
+from dkdm.evaluation.validation import Validation, how_in_words, validation_seed
 from dkdm.reading.places import link_folder
 from dkdm.runs.compare import entry_of_model
 from dkdm.runs.earlier import run_of, weights_of
@@ -121,7 +121,8 @@ def test_the_best_weights_are_shipped_if_asked_for(whole, tmp_path, monkeypatch)
     tracked = [entry for entry in logged if "validation/gap" in entry[1]]
     assert tracked == [(k, {"validation/gap": v}) for k, v in values(shipped).items()]
     card = (shipped / "README.md").read_text()
-    assert "of step 2, EMA, decay 0.9999; the best by gap (100.0 %, 4 samples" in card
+    chosen = "of step 2, EMA, decay 0.9999; the best by gap (100.0 %; 4 samples, DDIM, 2 steps, no"
+    assert chosen in card and f"guidance, seed {validation_seed(SELECTING.run.seed)})" in card
     second = distil(tmp_path / "short", max_train_steps=2, validation_metric=None)
     assert json.loads((shipped / "best/best.json").read_text())["step"] == 2  # the first of equals
     assert [path.name for path in checkpoint.checkpoints(shipped)] == ["checkpoint-4"]
@@ -138,6 +139,9 @@ def test_a_metric_is_that_of_samples_from_the_same_noise():
     validation.rehearse(student)
     found = validation.measure(student)
     assert found == validation.measure(student)
+    assert how_in_words(validation.how) == (
+        "6 samples, DDIM, 2 steps, no guidance, seed 5, against fashion-test by fashion-16"
+    )
     x = draw(student, student.conditioning.in_turns(6), sampling).clamp(-1, 1)
     features = reference.network(x).features.double()
     mean, covariance = features.mean(0), features.T.cov()
@@ -215,6 +219,10 @@ def test_only_what_is_measured_alike_is_compared(tmp_path, capsys):
     other.load_state_dict(first.state_dict())
     assert other.best is None
     assert "chosen by another measurement; the next validation" in capsys.readouterr().err
+    more = {"metric": "is", "network": "fashion-16"}  # of which the folder says nothing
+    later = Selection(tmp_path, "higher", more, write)
+    later.load_state_dict(first.state_dict())
+    assert later.best == (1, 3.0)
     (tmp_path / "best" / "weights").write_text("damaged")
     again.load_state_dict(first.state_dict())
     assert "weights is damaged" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dkdm.data.reference import FeatureStatistics, Reference
+from dkdm.data.reference import FeatureExtractor, FeatureStatistics, Reference
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.metrics import METRICS, Sampled, measure, missing, usual
 from dkdm.evaluation.numbers import number
@@ -23,6 +23,7 @@ class Circumstances:
     - `guidance`: scales by who was guided; one model has one, under an empty name.
     - `weights`: which were sampled, in words; empty if unknown.
     - `other_noise`: how many samples were compared with as many of the teacher's, from other noise.
+    - `metrics`: the names of what was measured against a reference.
     """
 
     num_samples: int
@@ -33,6 +34,7 @@ class Circumstances:
     measurement: Measurement | None = None
     sampler: str = "DDIM"
     other_noise: int = 0
+    metrics: Sequence[str] = ()
 
     def in_words(self) -> list[tuple[str, str]]:
         """Each circumstance by its name."""
@@ -47,6 +49,7 @@ class Circumstances:
             ("seed", str(self.seed)),
             *_against(self.measurement),
             ("energy distance", _of_energy(self.other_noise)),
+            ("warning", "; ".join(warnings_of(self.metrics, self.num_samples, None, ""))),
         ]
         return [(name, words) for name, words in found if words]
 
@@ -87,6 +90,7 @@ def circumstances_of(comparison: Comparison) -> Circumstances:
         comparison.measurement if student.metrics else None,
         _samplers(comparison.sampler),
         apart.num_samples if (apart := comparison.teacher_distance) else 0,
+        tuple(student.metrics.values) if student.metrics else (),
     )
 
 
@@ -145,6 +149,34 @@ def _known_floors(
 def _has_floor(name: str, reference: Reference) -> bool:
     metric = METRICS[name]
     return not metric.needs & OF_CLASSES and not missing(metric, reference)
+
+
+def warnings_of(
+    names: Sequence[str],
+    count: int,
+    network: FeatureExtractor | None,
+    option: str = "--num-samples",
+) -> list[str]:
+    """What a reader of these metrics of so many samples has to know.
+
+    network: of the reference; None if it is not at hand. option: which sets the number of samples,
+    the remedy; empty where nothing can be done any more.
+    """
+    fewest = {name: _fewest(name, network) for name in names}
+    return [
+        f"{METRICS[name].label} of {count:,} samples cannot be compared with other numbers: fewer "
+        f"than {least:,} samples leave the covariance of its features singular and the distance "
+        "too large" + (f"; give {option} {least} or more" if option else "")
+        for name, least in fewest.items()
+        if count < least
+    ]
+
+
+def _fewest(name: str, network: FeatureExtractor | None) -> int:
+    """Fewer samples than this give a number that cannot be compared with others."""
+    if name == "fd" and network is not None:
+        return network.num_features + 1
+    return METRICS[name].least
 
 
 def weights_in_words(step: int, ema_decay: float | None, chosen: str = "") -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import fmean
@@ -167,7 +167,22 @@ class Validation:
             "seed": self.sampling.seed,
             "guidance_scale": self.guidance[1],
             "reference": self.reference.name if self.reference else None,
+            "network": self.reference.network.name if self.reference else None,
         }
+
+
+def how_in_words(how: Mapping[str, Any]) -> str:
+    """How a validation measured, by `Validation.how`; what that does not say is left out."""
+    scale, seed = how.get("guidance_scale"), how.get("seed")
+    against = [str(how[key]) for key in ("reference", "network") if how.get(key)]
+    found = [
+        f"{how.get('num_samples')} samples",
+        f"{str(how.get('sampler')).upper()}, {how.get('num_steps')} steps",
+        "no guidance" if scale == 1 else f"guidance {scale}",
+        f"seed {seed}",
+        f"against {' by '.join(against)}" if against else "",
+    ]
+    return ", ".join(words for words in found if words and "None" not in words)
 
 
 def validation_seed(seed: int) -> int:

@@ -10,6 +10,7 @@ from dkdm.config import DistillConfig, RunConfig, TrainConfig, to_json
 from dkdm.core.training.bad_steps import faults_in_words
 from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.rows import comparison_rows
+from dkdm.evaluation.validation import how_in_words
 from dkdm.reading.files import atomic
 from dkdm.report.curves import best_in_words, charts, levels_table
 from dkdm.report.html import render_page
@@ -61,6 +62,7 @@ def render(run: Run) -> str:
         pool_charts=pool_charts(run.pool),
         ages=ages_in_words(run.pool) if run.pool else "",
         best=best_in_words(run),
+        validated_by=how_in_words(run.chosen) if run.chosen else "",
         faults=faults_in_words(run.metrics),
         undrawn=any(value <= 0 for _, value in run.validated),
         command=command_line(run.asked),

@@ -14,6 +14,8 @@ from torch import Tensor
 from dkdm.config import DistillConfig, RunConfig, TrainConfig, read_config
 from dkdm.core.objectives.positions import evenly
 from dkdm.core.saving.progress import read_metrics
+from dkdm.core.training.selection import FOLDER as BEST
+from dkdm.core.training.selection import RECORD, read_best
 from dkdm.data.images import open_image
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.few_steps import FEW_STEPS, StepsTable, read_steps_table
@@ -41,7 +43,7 @@ class Run:
     validated: steps at which `--validation-metric` was measured, and its values. trajectories,
     pool: None for earlier runs, which are not incomplete without. steps: of few-step students.
     earlier: the last line of the metrics of the part that came first, if the run had two; config is
-    of the last one, and whole what was asked for.
+    of the last one, and whole what was asked for. chosen: how the best weights were; None without.
     """
 
     config: DistillConfig | TrainConfig
@@ -56,6 +58,7 @@ class Run:
     steps: StepsTable | None = None
     earlier: dict[str, Any] | None = None
     whole: RunConfig | None = None
+    chosen: dict[str, Any] | None = None
 
     @property
     def asked(self) -> RunConfig:
@@ -112,6 +115,7 @@ def read_run(run_dir: Path) -> Run:
         TRAJECTORIES,
         POOL,
         FEW_STEPS,
+        f"{BEST}/{RECORD}",
     ):
         check_place(run_dir / name, run_dir)
     config = read_config(run_dir / "config.json")
@@ -138,6 +142,9 @@ def read_run(run_dir: Path) -> Run:
         run.earlier = before and before.line
         with _named_if_missing(run):
             run.whole = read_whole(run_dir, run.config)
+    if (run_dir / BEST).is_dir():
+        with _named_if_missing(run):
+            run.chosen = read_best(run_dir / BEST)
     if run.config.evaluation.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run

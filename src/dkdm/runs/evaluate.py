@@ -20,6 +20,7 @@ from dkdm.core.saving.progress import track
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import NAMES
+from dkdm.evaluation.circumstances import warnings_of
 from dkdm.evaluation.comparison import check_shapes
 from dkdm.evaluation.energy import MOST
 from dkdm.evaluation.evaluated import Evaluation
@@ -47,7 +48,6 @@ from dkdm.runs.measure import (
     check_names,
     chosen_metrics,
     measured,
-    warnings_of,
 )
 
 REFERENCE_SEED = 2**32  # beyond every --seed: samples that a model is measured against

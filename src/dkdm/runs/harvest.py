@@ -30,7 +30,7 @@ from dkdm.data.real_images import AT_ONCE
 from dkdm.data.reference import Features, Reference
 from dkdm.data.sample_files import FORMATS, Part, SampleFiles
 from dkdm.errors import UsageError
-from dkdm.evaluation.circumstances import floors_of
+from dkdm.evaluation.circumstances import floors_of, warnings_of
 from dkdm.evaluation.comparison import describe, versions
 from dkdm.evaluation.evaluated import Evaluation, Measured, SampledModel
 from dkdm.evaluation.fingerprint import hash_of
@@ -44,7 +44,7 @@ from dkdm.reading.files import check_output
 from dkdm.reading.places import expanded
 from dkdm.runs.arms import FINISHED
 from dkdm.runs.earlier import AS_GIVEN, distillation_of, run_folder, run_of, teacher_of
-from dkdm.runs.measure import against, check_count, warnings_of
+from dkdm.runs.measure import against, check_count
 from dkdm.runs.models import check_null_condition, given_conditions, ready_teacher
 from dkdm.runs.outputs import named_reference
 

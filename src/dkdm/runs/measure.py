@@ -16,7 +16,7 @@ from dkdm.core.few_steps.model import OWN_SAMPLER, FewStep
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.errors import UsageError
 from dkdm.evaluation.beside_teacher import NAMES, teacher_gap
-from dkdm.evaluation.circumstances import Floor, floors_of
+from dkdm.evaluation.circumstances import Floor, floors_of, warnings_of
 from dkdm.evaluation.comparison import describe, versions
 from dkdm.evaluation.energy import teacher_distance
 from dkdm.evaluation.evaluated import Against, Evaluation, Measured, SampledModel
@@ -230,22 +230,3 @@ def _beside_teacher(plan: Plan, own: Drawn, teachers: Drawn | None) -> dict[str,
         asked = plan.own.cond, plan.command.sampling.seed, scale, plan.own.guidance_scale
         found["gap"] = teacher_gap(model, plan.own.denoiser, teachers.samples, *asked)
     return found
-
-
-def warnings_of(names: Sequence[str], count: int, network: FeatureExtractor | None) -> list[str]:
-    """What a reader of these metrics of so many samples has to know."""
-    fewest = {name: _fewest(name, network) for name in names}
-    return [
-        f"{METRICS[name].label} of {count:,} samples cannot be compared with other numbers: fewer "
-        f"than {least:,} samples leave the covariance of its features singular and the distance "
-        f"too large; give --num-samples {least} or more"
-        for name, least in fewest.items()
-        if count < least
-    ]
-
-
-def _fewest(name: str, network: FeatureExtractor | None) -> int:
-    """Fewer samples than this give a number that cannot be compared with others."""
-    if name == "fd" and network is not None:
-        return network.num_features + 1
-    return METRICS[name].least

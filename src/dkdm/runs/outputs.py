@@ -41,15 +41,27 @@ from dkdm.data.named import (
 from dkdm.data.real_images import Look, summarized, summarized_by_all
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.circumstances import Circumstances, circumstances_of, measurement_of
+from dkdm.evaluation.circumstances import (
+    Circumstances,
+    circumstances_of,
+    measurement_of,
+    warnings_of,
+)
 from dkdm.evaluation.comparison import compare
-from dkdm.evaluation.metrics import METRICS, evaluate_images, known_labels, missing_of_network
+from dkdm.evaluation.metrics import (
+    METRICS,
+    evaluate_images,
+    known_labels,
+    missing_of_network,
+    usual,
+)
 from dkdm.evaluation.pool_state import states_of
 from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw, shown_shape
 from dkdm.evaluation.trajectories import Trajectories, trajectories
 from dkdm.models.place import ready_to_draw
 from dkdm.reading.files import atomic, check_output
+from dkdm.reading.notes import say
 from dkdm.report.grids import sample_grid
 from dkdm.report.images import reduced
 from dkdm.shipping.card import Measured
@@ -203,7 +215,9 @@ def measure_model(
     labels = known_labels(cond.get("class_labels"), reference)
     metrics = evaluate_images(samples, labels, reference)
     found = measurement_of(reference, count)
-    how = Circumstances(count, num_steps, run.seed, {"": scale}, weights, found).in_words()
+    how = Circumstances(
+        count, num_steps, run.seed, {"": scale}, weights, found, metrics=tuple(metrics.values)
+    ).in_words()
     rows = metric_rows(metrics, floors=floors_in(found))
     return Measured(scale, rows, how, metrics, found)
 
@@ -231,6 +245,9 @@ def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | 
             f"--evaluation-samples 1 is too few for a distance to {reference.name}: give 2 or "
             "more, or --evaluation-reference none"
         )
+    asked = usual(reference), evaluation.evaluation_samples, reference.network
+    for warning in warnings_of(*asked, "--evaluation-samples") if asked[1] else ():
+        say(f"warning: {warning}")
     return reference
 
 

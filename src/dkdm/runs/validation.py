@@ -13,7 +13,7 @@ from dkdm.data.reference import Reference
 from dkdm.evaluation.circumstances import weights_in_words
 from dkdm.evaluation.metrics import METRICS
 from dkdm.evaluation.same_noise import Sampling
-from dkdm.evaluation.validation import Validation, validation_seed, watched
+from dkdm.evaluation.validation import Validation, how_in_words, validation_seed, watched
 from dkdm.reading.notes import say
 from dkdm.runs.outputs import UNGUIDED, sampling_guidance
 from dkdm.shipping.pipeline_folder import write_pipeline
@@ -86,10 +86,10 @@ def best_weights(trainer: Trainer, evaluation: EvaluationOptions) -> str | None:
     selection = trainer.selection
     if selection is None or (best := selection.best) is None:
         return None
-    metric, count = selection.how["metric"], selection.how["num_samples"]
+    how, metric = how_in_words(selection.how), selection.how["metric"]
     value = watched(metric).format(best.value)
     every = f"validated every {evaluation.validation_steps:,} steps"
-    chosen = f"the best by {metric} ({value}, {count:,} samples of other noise), {every}"
+    chosen = f"the best by {metric} ({value}; {how}), {every}"
     decay = trainer.optimizing.ema_decay if trainer.ema else None
     return weights_in_words(best.step, decay, chosen)
 

@@ -94,7 +94,8 @@ class Selection:
         restore_folder(folder)
         verify_folder(folder, RECORD)
         record = read_best(folder)
-        if {key: record.get(key) for key in self.how} != dict(self.how):
+        known = {key: record.get(key, value) for key, value in self.how.items()}
+        if known != dict(self.how):  # earlier versions said less
             raise DkdmError(f"{folder} was chosen by another measurement")
         fields = Fields(record, str(folder / RECORD))
         return Best(fields.whole("step"), fields.number("value"))
