@@ -1,6 +1,7 @@
 """The files of a finished run, without the run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,6 +53,14 @@ def comparison(samples: int = 25, shape: tuple[int, ...] = (1, 16, 16)) -> Compa
             "labels": torch.arange(samples) % 3,
         },
     )
+
+
+def alone(samples: int = 25, shape: tuple[int, ...] = (1, 16, 16)) -> Comparison:
+    """A model that was trained on images."""
+    both = comparison(samples, shape)
+    kept = {name: both.samples[name] for name in ("student", "labels")}
+    without = {"gaps": (), "same_noise_difference": 0.0, "other_noise_difference": None}
+    return replace(both, teacher=None, samples=kept, **without)
 
 
 def write_metrics(run: Path, last: int) -> None:

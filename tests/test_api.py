@@ -15,6 +15,8 @@ from torch import nn
 import dkdm
 from dkdm.core.saving import checkpoint
 from dkdm.errors import DkdmError, UsageError
+from dkdm.evaluation.results import read_evaluation, read_samples
+from dkdm.runs.health import examine_run
 from dkdm.students import student_of
 from factories import denoiser, tiny_unet
 from small_runs import SMALL, run
@@ -137,6 +139,14 @@ def test_train_on_a_folder_of_images(tmp_path):
     assert model.conditioning == dkdm.ClassLabels(2, null_class=2)
     assert (folder / "samples" / "grid.png").is_file()
     assert "trained on" in (folder / "README.md").read_text()
+    page = (folder / "report.html").read_text()
+    assert "dit-tiny was trained on" in page and "incomplete" not in page
+    found = read_evaluation(folder)
+    assert found.teacher is None and found.num_samples == 4 and found.student.parameters > 0
+    assert read_samples(folder).keys() == {"student", "labels"}
+    assert {each.status for each in examine_run(folder)} == {"ok"}
+    (model,) = [each for each in examine_run(folder) if each.name == "model"]
+    assert model.what.startswith("finished")
 
 
 def test_readme_python_runs(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from dkdm.cli import COMMANDS, main
 from dkdm.core.objectives.objective import Objective
@@ -120,6 +121,19 @@ def test_whole_run_then_sample_report_and_refusal(tmp_path, capsys):
     (folder / "report.html").unlink()
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").is_file()
+
+
+def test_a_training_prints_its_numbers_and_where_its_page_is(tmp_path, capsys):
+    for name in "ab":
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    wanted = "--max-train-steps 2 --train-batch-size 2 --network dit-tiny --sample-shape 1 8 8"
+    few = "--validation-sampling-steps 2 --evaluation-samples 4 --validation-steps 0"
+    folder = tmp_path / "run"
+    args = ["--images", str(tmp_path), "--output-dir", str(folder), *wanted.split(), *few.split()]
+    assert main(["train", *args]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model"] and lines[-1] == f"{folder}/report.html"
+    assert any(line.startswith("parameters ") for line in lines)
 
 
 def test_underscores_are_accepted(tmp_path, capsys):

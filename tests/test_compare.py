@@ -11,7 +11,7 @@ from rich.console import Console
 
 from browser import CHROMIUM, browser
 from dkdm.cli import main
-from dkdm.config import CompareCommand, ComparedOptions, to_json
+from dkdm.config import CompareCommand, ComparedOptions, TrainConfig, to_json
 from dkdm.core.saving.checkpoint import write_tensors
 from dkdm.errors import UsageError
 from dkdm.evaluation.energy import TeacherDistance
@@ -27,7 +27,7 @@ from dkdm.report.rows_of_samples import rows_of_samples
 from dkdm.report.side_by_side import ABSENT, side_by_side
 from dkdm.report.tables import markdown, print_comparison
 from dkdm.runs.compare import compare_runs, conditions, entry_of_model, opened
-from finished_run import CONFIG, comparison, write_metrics, write_validation
+from finished_run import CONFIG, alone, comparison, write_metrics, write_validation
 
 FRECHET = "Frechet distance"
 EVALUATED = Evaluation(
@@ -333,6 +333,32 @@ def test_only_samples_from_the_same_noise_share_columns(tmp_path):
         ["teacher", "d"],
     ]
     assert "only columns of one box can be compared" in page_of(tmp_path, *others)
+
+
+def test_models_trained_on_images_stand_beside_distilled_ones(tmp_path):
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(TrainConfig(max_train_steps=200)))
+    write_metrics(folder, last=200)
+    alone().save(folder)
+    both = run_in(tmp_path / "distilled"), str(folder)
+    table = table_of(*both)
+    (line,) = rows(table, FRECHET)
+    assert line.texts == ["3.00", "3.00"]
+    (line,) = rows(table, FRECHET + ", its teacher")
+    assert line.texts == ["2.00", ABSENT]
+    assert not any("trained:" in remark for remark in table.remarks)
+    (block,) = rows_of_samples(opened(ComparedOptions(both)), ["a", "b"])
+    assert [name for name, _ in block.rows] == ["teacher", "a", "b"]
+
+
+@pytest.mark.parametrize(("shape", "dark"), [((8,), True), ((2, 32), True), ((1, 16, 16), False)])
+def test_plots_of_vectors_and_signals_are_dark_on_a_dark_page(tmp_path, shape, dark):
+    specs = []
+    for name in ("a", "b"):
+        specs.append(run_in(tmp_path / name))
+        comparison(shape=shape).save(tmp_path / name)
+    assert ('class="card strips compared plots"' in page_of(tmp_path, *specs)) == dark
 
 
 def test_validation_curves_measured_differently_have_their_own_charts(tmp_path):

@@ -20,7 +20,14 @@ from dkdm.evaluation.rows import comparison_rows, metric_rows
 from dkdm.reading.command_line import parse
 from dkdm.report import write_report
 from dkdm.report.page import command_line
-from finished_run import CONFIG, comparison, write_metrics, write_stages, write_validation
+from finished_run import (
+    CONFIG,
+    alone,
+    comparison,
+    write_metrics,
+    write_stages,
+    write_validation,
+)
 from page_reader import Page
 
 HOSTILE = "\"><script>alert('x')</script>"
@@ -248,7 +255,95 @@ def test_a_perfect_student_has_no_gap_to_draw(run):
     assert page.tags.count("svg") == 3
 
 
-def test_a_model_trained_on_images_has_a_page_too(tmp_path):
+@pytest.fixture
+def training(tmp_path):
+    """A finished run on images."""
+    (tmp_path / "config.json").write_text(to_json(TrainConfig(max_train_steps=200)))
+    write_metrics(tmp_path, last=200)
+    write_stages(tmp_path, 100, 200)
+    alone().save(tmp_path)
+    return tmp_path
+
+
+def test_the_page_of_a_training_has_all_but_the_teachers_half(training):
+    config = TrainConfig(max_train_steps=200, validation_metric="fd")
+    (training / "config.json").write_text(to_json(config))
+    write_validation(training, "fd", {100: 8.0, 200: 2.5})
+    page = Page(write_report(training))
+    for said in (
+        "unet-tiny was trained on fashion-mnist.",
+        "DiTTransformer2DModel, 400 k parameters.",
+        "The first 10 samples, not selected.",
+        "Trouser",
+        "Frechet distance 3.00 real images 0.0123; lower is better",
+        "Class accuracy 90.0 % higher is better",
+        "More samples by class The next 15 samples.",
+        "Loss at each noise level over the training",
+        "the best, 2.50 at step 200, kept in best/",
+        "The model Network DiTTransformer2DModel",
+        "Samples 1,000 Sampler DDIM, 25 steps Guidance none",
+        "dkdm train",
+        "config.json, every option",
+    ):
+        assert said in page.text.replace("\N{NO-BREAK SPACE}", " "), said
+    assert page.tags.count("img") == 10 + 3 + 2  # at the top, a strip for each class, two grids
+    assert page.tags.count("svg") == 4
+    for absent in ("incomplete", "Student compared", "teacher's", "ratio", "No image", "never saw"):
+        assert absent not in page.text
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 32), (3, 4, 8, 8), (4, 200, 200)])
+def test_samples_of_any_shape_of_a_training_are_shown(training, shape):
+    alone(shape=shape).save(training)
+    page = Page(write_report(training))
+    assert page.tags.count("img") == 10 + 3 + 2 and "incomplete" not in page.text
+
+
+def test_measurements_of_the_other_kind_of_run_are_not_shown(training):
+    comparison().save(training)
+    text = Page(write_report(training)).text
+    assert f"{EVALUATION} is that of another run." in text
+    assert f"{SAMPLES} is that of another run." in text
+    (training / "config.json").write_text(to_json(CONFIG))
+    alone().save(training)
+    assert f"{EVALUATION} is that of another run." in Page(write_report(training)).text
+
+
+def test_a_run_that_was_not_to_be_measured_is_not_incomplete(tmp_path):
+    config = replace(CONFIG, evaluation_samples=0, validation_steps=0)
+    (tmp_path / "config.json").write_text(to_json(config))
+    write_metrics(tmp_path, last=200)
+    assert "incomplete" not in Page(write_report(tmp_path)).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"source": "images"}, "dit-xs was trained on fashion-mnist. The student dit-xs"),
+        ({"source": "images"}, "builtin:fashion (1.80 M), and learned from fashion-mnist, noised"),
+        (
+            {"source": "images", "images_target": "teacher"},
+            "from how it denoises noisy images made of fashion-mnist.",
+        ),
+        ({"source": "mixed"}, "noisy images of its own making and from fashion-mnist."),
+    ],
+)
+def test_a_distillation_that_reads_images_does_not_claim_otherwise(run, changes, said):
+    config = replace(CONFIG, images="fashion-mnist", student="dit-xs", **changes)
+    (run / "config.json").write_text(to_json(config))
+    text = Page(write_report(run)).text
+    assert said in text
+    for claim in ("No image was read", "Images read", "alone", "data-free", "never saw them"):
+        assert claim not in text
+
+
+def test_samples_of_data_free_training_are_called_finished(run):
+    (run / "config.json").write_text(to_json(replace(CONFIG, source="synthetic")))
+    text = Page(write_report(run)).text
+    assert "from its finished images, noised afresh." in text and "No image was read." in text
+
+
+def test_an_earlier_training_that_kept_no_numbers_has_a_page_too(tmp_path):
     (tmp_path / "config.json").write_text(to_json(TrainConfig(max_train_steps=50)))
     write_metrics(tmp_path, last=50)
     write_stages(tmp_path, 50)

@@ -234,17 +234,24 @@ def _show(how: PrintOptions, values: Any, table: Callable[[Console], None]) -> N
 
 
 def _distill(config: DistillConfig) -> int:
+    from dkdm.runs.distill import distill
+
+    return _print_run(config, distill(config=config))
+
+
+def _print_run(config: RunConfig, folder: Path) -> int:
+    """What a run measured of its models at its end, and where its page lies."""
     from dkdm.core.processes import leave
     from dkdm.evaluation.results import read_evaluation
     from dkdm.evaluation.rows import comparison_rows
-    from dkdm.runs.distill import distill
 
-    folder = distill(config=config)
     if not leave():
         return 0
     if config.evaluation.evaluation_samples:
-        print(f"{'teacher':>57s}{'student':>14s}")
-        for row in comparison_rows(read_evaluation(folder)):
+        found = read_evaluation(folder)
+        heads = ["teacher", "student"] if found.teacher else ["model"]
+        print(f"{'':43s}" + "".join(f"{head:>14s}" for head in heads))
+        for row in comparison_rows(found):
             print(f"{row.label:43s}" + "".join(f"{text:>14s}" for text in row.texts))
     print(f"{folder}/report.html")
     _print_url(config, folder)
@@ -252,15 +259,9 @@ def _distill(config: DistillConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from dkdm.core.processes import leave
     from dkdm.runs.train import train
 
-    folder = train(config)
-    if not leave():
-        return 0
-    print(f"{folder}/README.md")
-    _print_url(config, folder)
-    return 0
+    return _print_run(config, train(config))
 
 
 def _print_url(config: RunConfig, folder: Path) -> None:

@@ -89,6 +89,17 @@ class DistillConfig(RunConfig, command="distill"):
     evaluation: EvaluationOptions
     hub: HubOptions
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the student sees real images."""
+        return self.pool.source in ("images", "mixed")
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher's evaluations, samples or weights make the student what it is."""
+        by_noise = self.pool.source == "images" and self.images_choice.images_target == "noise"
+        return not by_noise or self.student_choice.student_init == "teacher"
+
 
 def to_json(config: RunConfig) -> str:
     """The config as JSON with its kind, as written to `config.json`: every option by its name."""

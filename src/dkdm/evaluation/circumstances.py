@@ -85,7 +85,9 @@ def circumstances_of(comparison: Comparison) -> Circumstances:
         comparison.num_samples,
         comparison.num_steps,
         comparison.seed,
-        {"(teacher)": teacher.guidance_scale, "(student)": student.guidance_scale},
+        {"": student.guidance_scale}
+        if teacher is None
+        else {"(teacher)": teacher.guidance_scale, "(student)": student.guidance_scale},
         comparison.weights,
         comparison.measurement if student.metrics else None,
         _samplers(comparison.sampler),

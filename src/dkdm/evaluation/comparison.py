@@ -1,4 +1,5 @@
-"""Teacher and student side by side: samples from the same noise, distances, gaps, cost."""
+"""Teacher and student side by side: samples from the same noise, distances, gaps, cost; and a
+model alone."""
 
 from __future__ import annotations
 
@@ -83,8 +84,48 @@ def compare(
         class_names=_class_names(student.conditioning, reference),
         versions=versions(),
         asked_for="prompt" if "prompt" in cond else "class",
-        samples=_first_samples(drawn, copied, shown),
+        samples=_first_samples({"teacher": drawn, "student": copied}, shown),
         teacher_distance=apart,
+    )
+
+
+def measure_alone(
+    model: Denoiser,
+    *,
+    num_samples: int,
+    num_steps: int,
+    seed: int,
+    guidance_scale: float = 1.0,
+    reference: Reference | None = None,
+) -> Comparison:
+    """Sample a model that has no teacher, and measure what comes out; the noise is that of
+    `compare`.
+
+    Raises `DkdmError` for samples that are not finite or do not fit the reference.
+    """
+    sampling = Sampling(num_samples, num_steps, seed)
+    cond = model.conditioning.in_turns(num_samples)
+    with undisturbed(model), track(num_samples, 0, "measuring") as show:
+        drawn = decoded(model, draw(model, cond, sampling, guidance_scale, show))
+    labels = cond.get("class_labels")
+    return Comparison(
+        teacher=None,
+        student=_measure(model, drawn, labels, num_steps, guidance_scale, reference),
+        sample_shape=tuple(model.sample_shape),
+        num_levels=model.process.num_levels,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        seed=seed,
+        device=describe(model.device),
+        gap_samples=0,
+        gaps=(),
+        same_noise_difference=0.0,
+        other_noise_difference=None,
+        measurement=measurement_of(reference, num_samples) if reference else None,
+        class_names=_class_names(model.conditioning, reference),
+        versions=versions(),
+        asked_for="prompt" if "prompt" in cond else "class",
+        samples=_first_samples({"student": drawn}, cond.get("prompt", labels)),
     )
 
 
@@ -181,12 +222,10 @@ def _other_noise_difference(
     return float((teacher[turn:] - student[:-turn]).abs().mean())
 
 
-def _first_samples(teacher: Tensor, student: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+def _first_samples(drawn: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
     """Keep enough samples to look at: six for each class, 40 to 100 in all."""
     count = 40 if labels is None else min(max(40, 6 * len(labels.unique())), MOST_SHOWN)
-    samples = {"teacher": teacher, "student": student}
-    if labels is not None:
-        samples["labels"] = labels
+    samples = drawn if labels is None else {**drawn, "labels": labels}
     return {key: value[:count].clone() for key, value in samples.items()}
 
 

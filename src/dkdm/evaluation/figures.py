@@ -56,7 +56,7 @@ class Figure:
 
 
 def figures_of_comparison(found: Comparison, interval: str | None = None) -> list[Figure]:
-    """What a run measured of its student at its end, and of its teacher.
+    """What a run measured of its student at its end, and of its teacher if it has one.
 
     interval: where guidance acted; None is everywhere.
     """
@@ -70,6 +70,8 @@ def figures_of_comparison(found: Comparison, interval: str | None = None) -> lis
     )
     figures = []
     for model, of in ((found.student, ""), (found.teacher, OF_TEACHER)):
+        if model is None:
+            continue
         under = drawn | {"guidance": _guidance(model.guidance_scale, interval)} | against
         under |= {"sampler": ddim if of else own}
         figures += _metrics(model.metrics, floors_in(how), of, under, beside)
@@ -103,6 +105,8 @@ def _near_teacher(
     found: Comparison, interval: str | None, drawn: Mapping[str, str], beside: Mapping[str, str]
 ) -> list[Figure]:
     """How near the student is to its teacher, without any image."""
+    if found.teacher is None:
+        return []
     pair = _beside_its_teacher(found.student, found.teacher, interval)
     figures = []
     if found.other_noise_difference:

@@ -96,8 +96,11 @@ class Measurement:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A teacher and its student, drawn from the same noise and measured the same way.
+    """A teacher and its student, drawn from the same noise and measured the same way; or a model
+    alone, which was trained on images.
 
+    - `teacher`: None for a model alone, called student all the same. It has no gaps, differences
+      and distance to a teacher.
     - `gap_samples`: teacher samples noised again for each of `gaps`.
     - `same_noise_difference`: mean |teacher - student| over all samples and pixels.
     - `other_noise_difference`: the same with the teacher's next sample of the same class or prompt,
@@ -106,15 +109,15 @@ class Comparison:
     - `teacher_distance`: of the student's samples to the teacher's from other noise; None for one
       sample, for samples that are not finite, and in files of earlier versions.
     - `class_names`: what the numbers in `labels` stand for, prompts of a text model.
-    - `samples`: `teacher` and `student` [M, ...] for the first M samples, and `labels` int64 [M]
-      if the models have classes or prompts.
+    - `samples`: `teacher` (if there is one) and `student` [M, ...] for the first M samples, and
+      `labels` int64 [M] if the models have classes or prompts.
     - `sampler`: of the student; the teacher's is DDIM. `eta`: of both; 0 is DDIM.
     - `asked_for`: what `labels` number, "class" or "prompt"; earlier versions wrote none.
     - `weights`: which of the student's were sampled, in words; earlier versions wrote none.
     - `versions`: of dkdm and its libraries, by their names; earlier versions wrote none.
     """
 
-    teacher: ModelResult
+    teacher: ModelResult | None
     student: ModelResult
     sample_shape: tuple[int, ...]
     num_levels: int
@@ -144,8 +147,9 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """Return every field but the samples as JSON-ready values, by their published names."""
         values = asdict(replace(self, samples={})) | {"samples": SAMPLES}
-        for model in ("teacher", "student"):
-            values[model]["metrics"] = as_published(getattr(self, model).metrics)
+        for name, model in (("teacher", self.teacher), ("student", self.student)):
+            if model is not None:
+                values[name]["metrics"] = as_published(model.metrics)
         return values
 
     def save(self, run_dir: Path) -> None:
@@ -173,12 +177,13 @@ def read_evaluation(run_dir: Path) -> Comparison:
 
 
 def read_samples(run_dir: Path) -> dict[str, Tensor]:
-    """Read the samples that `Comparison.save` wrote: `teacher`, `student` and perhaps `labels`.
+    """Read the samples that `Comparison.save` wrote: `student`, and `teacher` and `labels` if there
+    are any.
 
     Raises `DkdmError` if they are missing or damaged.
     """
     samples = read_tensors_of(run_dir, SAMPLES)
-    if samples.keys() - {"labels"} != {"teacher", "student"}:
+    if samples.keys() - {"labels"} not in ({"teacher", "student"}, {"student"}):
         raise DkdmError(f"{SAMPLES} holds {', '.join(samples)}, not teacher and student")
     labels = samples.get("labels")
     fits = labels is None or (not labels.is_floating_point() and labels.ndim == 1)

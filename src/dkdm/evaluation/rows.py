@@ -9,7 +9,7 @@ from typing import Literal
 from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.metrics import METRICS, Metrics
 from dkdm.evaluation.numbers import count, memory, number, percent, ratio
-from dkdm.evaluation.results import Comparison, Measurement
+from dkdm.evaluation.results import Comparison, Measurement, ModelResult
 
 ENERGY = "energy distance to the teacher's samples"
 
@@ -48,25 +48,41 @@ class Row:
 
 
 def comparison_rows(comparison: Comparison) -> list[Row]:
-    """What was measured of both models."""
+    """What was measured of both models, or of a model alone."""
     teacher, student, steps = comparison.teacher, comparison.student, comparison.num_steps
-    speeds = teacher.images_per_second(steps), student.images_per_second(steps)
-    evaluations = teacher.evaluations_per_second, student.evaluations_per_second
-    floors = floors_in(comparison.measurement)
-    measured = (
-        student.metrics
-        and teacher.metrics
-        and metric_rows(student.metrics, teacher.metrics, floors)
-    )
+
+    def row(
+        label: str,
+        value: Callable[[ModelResult], float],
+        format: Callable[[float], str],
+        better: Literal["lower", "higher"] | None = None,
+    ) -> Row:
+        of_teacher = None if teacher is None else value(teacher)
+        return Row(label, of_teacher, value(student), format, better)
+
     return [
-        *(measured or []),
+        *_measured(comparison),
         *_beside_other_samples(comparison),
-        Row("parameters", teacher.parameters, student.parameters, count, "lower"),
-        Row("multiply-accumulates", teacher.macs, student.macs, count, "lower"),
+        row("parameters", lambda model: model.parameters, count, "lower"),
+        row("multiply-accumulates", lambda model: model.macs, count, "lower"),
         *_memory_rows(comparison),
-        Row("network evaluations a second", *evaluations, number),
-        Row(f"{comparison.noun}s a second, {steps} steps", *speeds, number, "higher"),
+        row("network evaluations a second", lambda model: model.evaluations_per_second, number),
+        row(
+            f"{comparison.noun}s a second, {steps} steps",
+            lambda model: model.images_per_second(steps),
+            number,
+            "higher",
+        ),
     ]
+
+
+def _measured(comparison: Comparison) -> list[Row]:
+    """The metrics of the samples; empty if a model has none."""
+    teacher, student = comparison.teacher, comparison.student
+    floors = floors_in(comparison.measurement)
+    if student.metrics is None or (teacher is not None and teacher.metrics is None):
+        return []
+    return metric_rows(student.metrics, teacher.metrics if teacher else None, floors)
 
 
 def _beside_other_samples(comparison: Comparison) -> list[Row]:
@@ -78,16 +94,18 @@ def _beside_other_samples(comparison: Comparison) -> list[Row]:
 
 
 def _memory_rows(comparison: Comparison) -> list[Row]:
-    """What both need in memory; empty for files of earlier versions."""
+    """What models need in memory; empty for files of earlier versions."""
     fields = {
         "weights_mib": "memory of the weights",
         "evaluation_mib": "memory of an evaluation beside them",
     }
-    pairs = {
-        label: (getattr(comparison.teacher, name), getattr(comparison.student, name))
-        for name, label in fields.items()
-    }
-    return [Row(label, *pair, memory) for label, pair in pairs.items() if None not in pair]
+    teacher, student = comparison.teacher, comparison.student
+    found = []
+    for name, label in fields.items():
+        values = [getattr(model, name) for model in (teacher, student) if model is not None]
+        if None not in values:
+            found.append(Row(label, values[0] if teacher else None, values[-1], memory))
+    return found
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[Row]:

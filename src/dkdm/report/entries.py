@@ -62,7 +62,7 @@ def entry_of_run(folder: Path) -> Entry:
     figures = figures_of_comparison(found, interval) if found else []
     missing = [text for text in run.missing if "step-*" not in text]
     if found is None and not run.is_distillation:
-        missing.append("A run on images keeps no numbers: measure it by dkdm evaluate --json.")
+        missing.append("It kept no numbers: measure it by dkdm evaluate --json.")
     facts = {"network": found.student.network, "weights": found.weights} if found else {}
     if found:
         how = found.num_steps, found.student.guidance_scale, found.sampler
@@ -103,7 +103,11 @@ def _samples_of(run: Run) -> Samples | None:
     if not run.samples or run.comparison is None:
         return None
     own, teacher, labels = (run.samples.get(key) for key in ("student", "teacher", "labels"))
-    if own is None or teacher is None or own.shape != teacher.shape or not 2 <= own.ndim <= 5:
+    if own is None or not 2 <= own.ndim <= 5:
+        return None
+    if (teacher is None) != (run.comparison.teacher is None):
+        return None
+    if teacher is not None and own.shape != teacher.shape:
         return None
     known, asked = run.comparison.class_names or (), run.comparison.asked_for
     numbers = [] if labels is None else labels.tolist()

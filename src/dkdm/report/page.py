@@ -16,7 +16,7 @@ from dkdm.report.curves import best_in_words, charts, levels_table
 from dkdm.report.html import render_page
 from dkdm.report.pool import ages_in_words, pool_charts
 from dkdm.report.run import Run, read_run
-from dkdm.report.strips import can_be_drawn, strips, top_pairs
+from dkdm.report.strips import can_be_drawn, strips, top_images, top_pairs
 from dkdm.report.tiles import tiles
 from dkdm.report.ways import other_levels, ways
 
@@ -40,7 +40,7 @@ def write_report(run_dir: Path) -> Path:
 def render(run: Run) -> str:
     """The page as HTML; every text in it is escaped."""
     if run.samples and not can_be_drawn(run):
-        shape = tuple(run.samples["teacher"].shape[1:])
+        shape = tuple(run.samples["student"].shape[1:])
         run.missing.append(f"Samples of shape {shape} cannot be drawn.")
     return render_page(
         "report.html.j2",
@@ -52,6 +52,8 @@ def render(run: Run) -> str:
         how=circumstances_of(run.comparison).in_words() if run.comparison else [],
         rows=comparison_rows(run.comparison) if run.comparison else [],
         pairs=top_pairs(run),
+        images=top_images(run),
+        lesson=lesson(run),
         more=strips(run),
         ways=ways(run),
         other_levels=other_levels(run),
@@ -73,14 +75,14 @@ def render(run: Run) -> str:
 def headline(run: Run) -> str:
     """One sentence: what learned from what."""
     config = run.config
-    if isinstance(config, TrainConfig):
+    if isinstance(config, TrainConfig) or not config.is_taught:
         verb = "was" if run.is_finished else "is being"
-        return f"{config.model.network} {verb} trained on {config.data.images}."
+        return f"{_trained(config)} {verb} trained on {_images(config)}."
     verb = "learned" if run.is_finished else "is learning"
     found = teachers_of(run)
     short = [Path(name).name for name in found]
     names = " and ".join(short if len({*short}) == len(short) else found)
-    if run.comparison is None:
+    if run.comparison is None or run.comparison.teacher is None:
         return f"{config.student_choice.student} {verb} from {names}."
     teacher, student = run.comparison.teacher, run.comparison.student
     if len(found) > 1:
@@ -91,6 +93,20 @@ def headline(run: Run) -> str:
     return f"A {taught} {verb} from {size if taught == teaching else f'a {teaching}'}."
 
 
+def _trained(config: DistillConfig | TrainConfig) -> str:
+    """The model that is trained, as it was asked for."""
+    if isinstance(config, TrainConfig):
+        return config.model.network
+    return config.student_choice.student
+
+
+def _images(config: DistillConfig | TrainConfig) -> str:
+    """The real images that are read, as they were named."""
+    if isinstance(config, TrainConfig):
+        return config.data.images
+    return config.images_choice.images or "images"
+
+
 def teachers_of(run: Run) -> list[str]:
     """The teachers of a distillation, as they were named; none for training on images."""
     if not isinstance(run.config, DistillConfig):
@@ -99,11 +115,31 @@ def teachers_of(run: Run) -> list[str]:
 
 
 def claim(run: Run) -> str:
-    """What a distillation read: no images. Empty for training on images."""
-    if not run.is_distillation:
+    """What a data-free distillation read: no images. Empty for any other run."""
+    if not run.is_data_free:
         return ""
     what = "data" if run.noun == "sample" else run.noun
     return f"No {what} {'was' if run.is_finished else 'is'} read."
+
+
+def lesson(run: Run) -> str:
+    """What a student learned, after "from its teacher"; empty for a run without a teacher."""
+    config = run.config
+    if not isinstance(config, DistillConfig):
+        return ""
+    several = len(teachers_of(run)) > 1
+    they, their = ("they denoise", "their") if several else ("it denoises", "its")
+    noisy = f"from how {they} noisy {run.noun}s"
+    if not config.reads_images:
+        if config.pool.source == "synthetic":
+            return f"from {their} finished {run.noun}s, noised afresh"
+        return f"{noisy} of {their} own making"
+    images = Path(_images(config)).name
+    if config.pool.source == "mixed":
+        return f"{noisy} of {their} own making and from {images}"
+    if config.images_choice.images_target == "teacher":
+        return f"{noisy} made of {images}"
+    return f"from {images}, noised: the baseline of a distillation"
 
 
 def kind(network: str) -> str:

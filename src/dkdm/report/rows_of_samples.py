@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,4 +61,5 @@ def strips_of(rows: Rows) -> Iterator[Strip]:
         shown = plots(together) if is_plotted(together) else reduced(together, LARGEST_IN_ROWS)
         alt = f"{len(names)} samples. Rows: {', '.join(who)}."
         image = grid(shown, len(names))
-        yield made(image, (len(names), PER_BLOCK), "", names if names[0] else [], alt, who)
+        strip = made(image, (len(names), PER_BLOCK), "", names if names[0] else [], alt, who)
+        yield replace(strip, is_plotted=is_plotted(together))

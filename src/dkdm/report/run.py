@@ -87,8 +87,13 @@ class Run:
 
     @property
     def is_distillation(self) -> bool:
-        """Whether the student learned from a teacher and saw no image."""
+        """Whether the run has a teacher."""
         return isinstance(self.config, DistillConfig)
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether no real image was read to learn from."""
+        return isinstance(self.config, DistillConfig) and not self.config.reads_images
 
 
 def spent(run: Run) -> Spent:
@@ -127,11 +132,11 @@ def read_run(run_dir: Path) -> Run:
     elif not run.is_finished:
         last = run.config.training.max_train_steps
         run.missing.append(f"The run is not finished: {run.step:,} of {last:,} steps.")
+    with _named_if_missing(run):
+        run.comparison = _comparison_in(run_dir, run)
+    with _named_if_missing(run):
+        run.samples = _samples_in(run_dir, run)
     if run.is_distillation:
-        with _named_if_missing(run):
-            run.comparison = read_evaluation(run_dir)
-        with _named_if_missing(run):
-            run.samples = read_samples(run_dir)
         with _named_if_missing(run):
             run.trajectories = read_trajectories(run_dir)
         with _named_if_missing(run):
@@ -148,6 +153,34 @@ def read_run(run_dir: Path) -> Run:
     if run.config.evaluation.validation_steps:
         run.stages = read_stages(run_dir / "samples", run.missing)
     return run
+
+
+def _comparison_in(run_dir: Path, run: Run) -> Comparison | None:
+    """What was measured at the end; None if nothing was to be. Raises DkdmError if it is missing,
+    damaged, or of a run of the other kind."""
+    if _is_unmeasured(run_dir, run):
+        return None
+    found = read_evaluation(run_dir)
+    if (found.teacher is not None) != run.is_distillation:
+        raise DkdmError(f"{EVALUATION} is that of another run")
+    return found
+
+
+def _samples_in(run_dir: Path, run: Run) -> dict[str, Tensor]:
+    """The samples drawn at the end, as `_comparison_in`."""
+    if _is_unmeasured(run_dir, run):
+        return {}
+    found = read_samples(run_dir)
+    if ("teacher" in found) != run.is_distillation:
+        raise DkdmError(f"{SAMPLES} is that of another run")
+    return found
+
+
+def _is_unmeasured(run_dir: Path, run: Run) -> bool:
+    """Whether nothing was to be measured: as asked, or by a version that kept nothing of a run on
+    images."""
+    kept = (run_dir / EVALUATION).exists()
+    return not kept and (run.config.evaluation.evaluation_samples == 0 or not run.is_distillation)
 
 
 def validated_in(lines: list[dict[str, Any]], metric: str | None) -> list[tuple[int, float]]:

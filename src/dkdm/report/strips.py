@@ -1,4 +1,5 @@
-"""The sample images of the page: pairs at the top, the others as rows by class or prompt."""
+"""The sample images of the page: at the top pairs, or those of a model alone; the others as rows by
+class or prompt."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
+from torch import Tensor
 
-from dkdm.report.grids import comparison_strip, png_data_uri
-from dkdm.report.images import Pair, pairs, reduced
+from dkdm.report.grids import comparison_strip, grid, png_data_uri
+from dkdm.report.images import PageImage, Pair, page_images, pairs, reduced
+from dkdm.report.plots import is_plotted, plots
 from dkdm.report.run import Run
 
 FIRST = 10  # samples at the top
@@ -22,8 +25,9 @@ LARGEST_IN_ROWS = 96  # pixels; larger samples are averaged down in rows
 class Strip:
     """An image of several rows, one column a sample.
 
-    rows: what each row is. names: of the columns, or a title for all. width, height: of the image
-    before the page enlarges it `scale` times (`narrow` on a phone).
+    rows: what each row is; none for a single one. names: of the columns, or a title for all. width,
+    height: of the image before the page enlarges it `scale` times (`narrow` on a phone).
+    is_plotted: whether it shows vectors or signals, whose paper is dark on a dark page.
     """
 
     title: str
@@ -35,30 +39,44 @@ class Strip:
     narrow: float
     alt: str
     rows: tuple[str, ...] = ("teacher", "student", "difference")
+    is_plotted: bool = False
 
 
 def top_pairs(run: Run) -> list[Pair]:
-    """The first samples of teacher and student, each pair from the same noise."""
-    if not can_be_drawn(run):
+    """The first samples of teacher and student, each pair from the same noise; empty for a model
+    alone."""
+    if not can_be_drawn(run) or "teacher" not in run.samples:
         return []
     teacher, student = (run.samples[key][:FIRST] for key in ("teacher", "student"))
     return pairs(teacher, student, [name_of(run, row) for row in range(len(teacher))])
+
+
+def top_images(run: Run) -> list[tuple[str, PageImage]]:
+    """The first samples of a model alone by their names, which may be empty; none for a student
+    beside its teacher."""
+    if not can_be_drawn(run) or "teacher" in run.samples:
+        return []
+    samples = run.samples["student"][:FIRST]
+    names = [name_of(run, row) for row in range(len(samples))]
+    alts = [name or f"Sample {i + 1}" for i, name in enumerate(names)]
+    return list(zip(names, page_images(samples, alts), strict=True))
 
 
 def strips(run: Run) -> list[Strip]:
     """The other samples by class, or in the order they were drawn."""
     if not can_be_drawn(run):
         return []
-    rows = range(FIRST, len(run.samples["teacher"]))
+    rows = range(FIRST, len(run.samples["student"]))
     return [_strip(run, title, block) for title, block in _by_class(run, rows)]
 
 
 def can_be_drawn(run: Run) -> bool:
-    """Whether there are samples of both models, of a shape that can be shown."""
+    """Whether there are samples of the student, and of its teacher if any, that can be shown."""
     if not run.samples:
         return False
-    teacher, student = run.samples["teacher"], run.samples["student"]
-    return 2 <= teacher.ndim <= 5 and teacher.shape == student.shape
+    student = run.samples["student"]
+    teacher = run.samples.get("teacher", student)
+    return 2 <= student.ndim <= 5 and teacher.shape == student.shape
 
 
 def _blocks(rows: Sequence[int]) -> list[list[int]]:
@@ -91,14 +109,20 @@ def label_name(run: Run, label: int) -> str:
 
 
 def _strip(run: Run, title: str, rows: list[int]) -> Strip:
-    teacher, student = (
-        reduced(run.samples[key][rows], LARGEST_IN_ROWS) for key in ("teacher", "student")
-    )
-    image = comparison_strip(teacher, student)
+    drawn = [run.samples[key][rows] for key in ("teacher", "student") if key in run.samples]
+    shown = [reduced(samples, LARGEST_IN_ROWS) for samples in drawn]
+    image = _alone(shown[0]) if len(shown) == 1 else comparison_strip(shown[0], shown[1])
+    who = () if len(shown) == 1 else Strip.rows
     names = [] if title else [name_of(run, row) for row in rows]
     words = title or ", ".join(filter(None, names))
-    alt = f"{len(rows)} samples{': ' if words else ''}{words}. Rows: teacher, student, difference."
-    return made(image, (len(rows), PER_BLOCK), title, names, alt)
+    alt = f"{len(rows)} samples{': ' if words else ''}{words}."
+    alt += f" Rows: {', '.join(who)}." if who else ""
+    return made(image, (len(rows), PER_BLOCK), title, names, alt, who)
+
+
+def _alone(samples: Tensor) -> Image.Image:
+    """A row of samples [N, ...] of one model."""
+    return grid(plots(samples) if is_plotted(samples) else samples, len(samples))
 
 
 def made(

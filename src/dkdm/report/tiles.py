@@ -30,7 +30,7 @@ def tiles(run: Run) -> list[Tile]:
     if run.comparison:
         found = [_tile(row) for row in comparison_rows(run.comparison) if row.better]
         found[2:2] = _copy_tile(run.comparison)
-    if run.is_distillation:
+    if run.is_data_free:
         things = f"{run.noun.capitalize()}s"
         found.append(Tile(f"{things} read", "0", "the student saw the teacher's answers only"))
     steps, evaluations, seconds = spent(run)
@@ -45,9 +45,13 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def _tile(row: Row) -> Tile:
-    """A share as it is, any other measurement as a multiple of the teacher's."""
+    """A share and a model alone as they are, any other measurement as a multiple of the
+    teacher's."""
+    if row.teacher is None:
+        floor = f"real images {whole(row.floor_text)}; " if row.floor_text else ""
+        return Tile(sentence(row.label), row.texts[0], f"{floor}{row.better} is better")
     teacher, student = row.texts
-    base = row.teacher or 0
+    base = row.teacher
     text = student if row.format is percent else compared(row.student, base)
     values = f"{whole(student)} · teacher {whole(teacher)}"
     detail = f"{values}; {row.better} is better"

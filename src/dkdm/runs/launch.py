@@ -125,7 +125,7 @@ def check_run_folder(
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a distillation in this folder has come to its end: its card, then its page."""
+    """Whether a run in this folder has come to its end: its card, then its page."""
     return all((folder / name).is_file() for name in (CARD, REPORT))
 
 
@@ -273,8 +273,7 @@ def publish_run(
     for note in [*notes, *shipping_notes(student, folder)]:
         print(f"note: {note}", file=sys.stderr)
     add_sums(folder, [*MEASURED, *(f"samples/{name}.png" for name in AT_THE_END)])
-    if teacher is not None:
-        write_report(folder)
+    write_report(folder)
     publish(config.hub, folder)
 
 

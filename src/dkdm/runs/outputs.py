@@ -41,22 +41,11 @@ from dkdm.data.named import (
 from dkdm.data.real_images import Look, summarized, summarized_by_all
 from dkdm.data.reference import Reference
 from dkdm.errors import UsageError
-from dkdm.evaluation.circumstances import (
-    Circumstances,
-    circumstances_of,
-    measurement_of,
-    warnings_of,
-)
-from dkdm.evaluation.comparison import compare
-from dkdm.evaluation.metrics import (
-    METRICS,
-    evaluate_images,
-    known_labels,
-    missing_of_network,
-    usual,
-)
+from dkdm.evaluation.circumstances import circumstances_of, warnings_of
+from dkdm.evaluation.comparison import compare, measure_alone
+from dkdm.evaluation.metrics import METRICS, missing_of_network, usual
 from dkdm.evaluation.pool_state import states_of
-from dkdm.evaluation.rows import comparison_rows, floors_in, metric_rows
+from dkdm.evaluation.rows import comparison_rows
 from dkdm.evaluation.same_noise import Sampling, decoded, draw, shown_shape
 from dkdm.evaluation.trajectories import Trajectories, trajectories
 from dkdm.models.place import ready_to_draw
@@ -199,7 +188,7 @@ def measure_model(
     evaluation: EvaluationOptions,
     reference: Reference | None,
 ) -> Measured:
-    """Measure a model by its samples alone; write a grid of them.
+    """Measure a model by its samples alone; write evaluation.json and a grid of them.
 
     weights: which ones it has, in words.
     """
@@ -207,19 +196,19 @@ def measure_model(
     scale = evaluation.sampling_guidance_scale
     if count == 0:
         return Measured(scale)
-    cond = model.conditioning.in_turns(count)
-    samples = decoded(model, draw(model, cond, Sampling(count, num_steps, run.seed), scale))
-    save_grid(run.output_dir, "grid", samples[:GRID_SAMPLES])
-    if reference is None:
-        return Measured(scale)
-    labels = known_labels(cond.get("class_labels"), reference)
-    metrics = evaluate_images(samples, labels, reference)
-    found = measurement_of(reference, count)
-    how = Circumstances(
-        count, num_steps, run.seed, {"": scale}, weights, found, metrics=tuple(metrics.values)
-    ).in_words()
-    rows = metric_rows(metrics, floors=floors_in(found))
-    return Measured(scale, rows, how, metrics, found)
+    found = measure_alone(
+        model,
+        num_samples=count,
+        num_steps=num_steps,
+        seed=run.seed,
+        guidance_scale=scale,
+        reference=reference,
+    )
+    found = replace(found, weights=weights)
+    found.save(run.output_dir)
+    save_grid(run.output_dir, "grid", found.samples["student"][:GRID_SAMPLES])
+    rows, how = comparison_rows(found), circumstances_of(found).in_words()
+    return Measured(scale, rows, how, found.student.metrics, found.measurement)
 
 
 def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | None:

@@ -47,7 +47,6 @@ LEARNT_FROM: dict[SourceKind, str] = {
     "images": "It was trained on images, noised afresh.",
     "mixed": "It was trained on states of the teacher's chains and on images.",
 }
-READ_IMAGES: tuple[SourceKind, ...] = ("images", "mixed")
 
 
 class Measured(NamedTuple):
@@ -90,7 +89,7 @@ def write_card(
     name = f"{path.parent.name}/{BEST}" if path.name == BEST else path.name
     if isinstance(config, DistillConfig):
         origins = origins_of(config)
-        data_free, taught = config.pool.source not in READ_IMAGES, _is_taught(config)
+        data_free, taught = not config.reads_images, config.is_taught
         lead = (_lead_of_distilled if taught else _lead_of_trained)(
             denoiser, origins, teacher, config.pool.source
         )
@@ -248,12 +247,6 @@ def _lead_of_distilled(
     student = f"{type(denoiser.network).__name__} ({count(denoiser.num_parameters)} parameters)"
     data = LEARNT_FROM.get(source, NO_IMAGES)
     return f"{student} distilled from {_shown_teachers(origins, teacher)} with {_PAPER}. {data}"
-
-
-def _is_taught(config: DistillConfig) -> bool:
-    """Whether a teacher's evaluations, samples or weights made the student what it is."""
-    by_noise = config.pool.source == "images" and config.images_choice.images_target == "noise"
-    return not by_noise or config.student_choice.student_init == "teacher"
 
 
 def _lead_of_trained(
