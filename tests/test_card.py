@@ -83,6 +83,15 @@ def test_a_distilled_model_says_what_it_is(tmp_path):
     assert dkdm.__version__ in card.text
 
 
+def test_options_that_were_given_come_before_those_at_their_defaults(tmp_path):
+    card = card_of(tmp_path, denoiser(None), DistillConfig(teacher="builtin:fashion", seed=7))
+    given, others = card.text.split("The others, at their defaults: ")
+    assert given.endswith("## Hyper-parameters\n\n- `seed`: 7\n\n")
+    others = others.partition("\n\n## Citation")[0]
+    assert "`train_batch_size` 128, " in others and "`seed`" not in others
+    assert "\n" not in others and others.endswith(".")
+
+
 def test_measurements_are_the_hubs_index(tmp_path):
     metrics = Metrics(
         {"fd": 1.25, "class_accuracy": 0.9, "variance_ratio_mean": 0.8}, 400, "fashion-test"

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData, constants
 from dkdm.config import (
     DistillConfig,
     GuidanceOptions,
+    RunConfig,
     SourceKind,
     TeacherConditions,
     TrainConfig,
@@ -122,7 +123,7 @@ def write_card(
         limits=limits,
         prompted=kind_of(denoiser.conditioning).asks == "prompt",
         licence=_licence_text(licence, inherited, origins),
-        hyperparameters=_hyperparameters(read_whole(folder, config).flat()),
+        hyperparameters=_hyperparameters(read_whole(folder, config)),
         begun_elsewhere=earlier_part(folder, config) is None,
         distilled=taught,
         version=__version__,
@@ -370,12 +371,15 @@ _LEFT_OUT = {
 _NO_PATHS = ("negative_prompt", "teacher_revision", "teacher_subfolder")
 
 
-def _hyperparameters(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name, plain(value if name in _NO_PATHS else _without_path(value)))
-        for name, value in options.items()
-        if name not in _LEFT_OUT
-    ]
+def _hyperparameters(config: RunConfig) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The options that differ from their defaults, and the others."""
+    default = type(config)().flat()
+    found: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    for name, value in config.flat().items():
+        if name not in _LEFT_OUT:
+            shown = plain(value if name in _NO_PATHS else _without_path(value))
+            found[value == default[name]].append((name, shown))
+    return found
 
 
 def _without_path(value: Any) -> Any:
