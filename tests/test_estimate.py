@@ -13,6 +13,7 @@ from dkdm.core.saving.progress import read_metrics
 from dkdm.evaluation.numbers import duration
 from dkdm.models import with_texts
 from dkdm.models.prompts import Prompts
+from dkdm.runs import cost
 from dkdm.runs.cost import Speeds, advice, estimated, in_words, measured
 from dkdm.runs.distill import describe
 from dkdm.runs.models import teacher_warning
@@ -43,6 +44,31 @@ def test_a_resumed_run_has_its_rest_ahead_and_nothing_to_prepare():
     found = estimated(SourcePlan(0, 1000, 400), 10, 4, Speeds(0.5, 3.0))
     assert (found.preparing, found.training) == (0.0, 240 * 0.5 + 6 * 3.0)
     assert estimated(SourcePlan(0, 1000, 400), 10, 10, Speeds(0.5, 3.0)).training == 0
+
+
+class Clock:
+    """A clock that goes on only while a batch is at work, by these seconds, one after the other."""
+
+    def __init__(self, monkeypatch, *seconds, world=1):
+        self.now, self.left = 0.0, list(seconds)
+        monkeypatch.setattr(cost.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(cost.processes, "world", lambda: world)
+
+    def work(self, size):
+        if size > 2:
+            self.now += self.left.pop(0)
+
+
+def test_a_batch_that_is_held_up_does_not_make_the_estimate(monkeypatch):
+    held_up = Clock(monkeypatch, *[0.3, 0.25, 0.5, 0.125, 0.25, 0.25, 0.125, 0.125, 9.0])
+    assert cost._seconds(held_up.work, 32) == 0.125 and held_up.left == [9.0]
+
+
+def test_slow_models_are_timed_once_and_several_processes_take_equally_many(monkeypatch):
+    slow = Clock(monkeypatch, 20.0, 19.0)
+    assert cost._seconds(slow.work, 32) == 20.0 and slow.left == [19.0]
+    together = Clock(monkeypatch, 20.0, 19.0, 18.0, world=2)
+    assert cost._seconds(together.work, 32) == 19.0 and together.left == [18.0]
 
 
 def test_words_say_both_parts():

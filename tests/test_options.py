@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Annotated
@@ -208,6 +209,29 @@ def test_help_has_a_panel_for_each_group_and_whole_sentences(kind, capsys, monke
         for field, text in helps(options).items():
             assert text in words and text.endswith("."), field
     assert "(default: None)" not in shown
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.command)
+def test_help_stands_beside_most_options(kind, capsys, monkeypatch):
+    """tyro puts all help below the options, unless their mean length lets it beside them."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([kind.command, "--help"])
+    shown = capsys.readouterr().out
+    assert re.search(r"^\W*-.*\S  +[A-Za-z]", shown, re.MULTILINE)
+    assert all(len(found) <= 26 for found in re.findall("{[a-z0-9_,-]+}", shown))
+
+
+@pytest.mark.parametrize("kind", [DistillConfig, TrainConfig], ids=lambda kind: kind.command)
+def test_help_names_only_options_of_its_own_command(kind):
+    groups = hints(kind).values()
+    own = {flag(group.option(field)) for group in groups for field in hints(group)}
+    for group in groups:
+        for field, text in helps(group).items():
+            named = {
+                each.replace("--no-", "--") for each in re.findall("--[a-z][a-z-]*[a-z]", text)
+            }
+            assert named <= own | {"--recipe", "--config"}, field
 
 
 def test_every_option_has_a_help():

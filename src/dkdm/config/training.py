@@ -34,9 +34,8 @@ class TrainingOptions(Options, title="Training"):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the arithmetic of student and teacher while the pool is filled and the student
-    learns. Weights, noise levels and what is measured stay float32; --teacher-dtype float32 keeps
-    the teacher's arithmetic in float32."""
+    """Precision of the arithmetic while a model learns, and of a distillation's teacher, unless its
+    own precision is given. Weights, noise levels and what is measured stay float32."""
     allow_tf32: bool = False
     """On a CUDA device, let float32 matrix products round their factors to 10 bits (TF32), as
     convolutions do there in any case: faster, with other results. Not measured on a device yet."""
@@ -47,8 +46,9 @@ class TrainingOptions(Options, title="Training"):
     speed. A CPU always does, with the same number of threads."""
     fsdp: Literal["none", "student", "teacher", "both"] = "none"
     """What several processes shard (FSDP2), so that each has a part of every tensor. none: each has
-    all of both models (DDP). student: its weights, their average, gradients and the optimizer's
-    state. teacher: its weights; all processes evaluate it together."""
+    all of every model (DDP). student: of the model that learns, its weights, their average,
+    gradients and the optimizer's state. teacher: its weights; all processes evaluate it
+    together."""
     accelerate: Accelerate = "auto"
     """How kernels are started on a CUDA device; results are the same up to rounding. graph: all of
     a step at once, as a CUDA graph, which is checked against single calls before the first step;
@@ -91,8 +91,8 @@ class OptimizerChoice(Options, title="Optimizer"):
 
     optimizer: Literal["auto", "adamw", "muon"] = "auto"
     """adamw; or muon for matrices and convolutions (Jordan et al., 2024) and AdamW for the rest,
-    with a tenth of the learning rate. auto: muon for a student that starts from random weights, if
-    no --learning-rate is given; else adamw."""
+    with a tenth of the learning rate. auto: muon for weights that start random, if no
+    --learning-rate is given; else adamw."""
     learning_rate: Annotated[float, Range(0, 1000)] | None = None
     """Peak learning rate. Default: 1e-4 for adamw, 0.02 for muon."""
 
@@ -132,11 +132,10 @@ class WeightingOptions(Options, title="Loss"):
     """What is minimized."""
 
     loss_weighting: LossWeighting = "auto"
-    """How noise levels are weighted. uniform: equally, on the student's output. snr, min-snr: by
-    the signal-to-noise ratio (capped at --snr-gamma), on the error of x_0. capped: by the same
+    """How noise levels are weighted. uniform, auto: equally, on the network's output. snr, min-snr:
+    by the signal-to-noise ratio (capped at --snr-gamma), on the error of x_0. capped: by the same
     ratio plus 1, which is uniform for v_prediction but for the cap. student: by how densely the
-    student's own process places its levels. auto: capped if --student-prediction is left open and
-    becomes v_prediction, else uniform."""
+    model's own process places its levels."""
     snr_gamma: Annotated[float, Range(0, above=True)] = 5.0
     """Largest signal-to-noise ratio that capped and min-snr use as a weight."""
 
@@ -144,6 +143,12 @@ class WeightingOptions(Options, title="Loss"):
 class LossOptions(WeightingOptions):
     """What is minimized."""
 
+    loss_weighting: LossWeighting = "auto"
+    """How noise levels are weighted. uniform: equally, on the student's output. snr, min-snr: by
+    the signal-to-noise ratio (capped at --snr-gamma), on the error of x_0. capped: by the same
+    ratio plus 1, which is uniform for v_prediction but for the cap. student: by how densely the
+    student's own process places its levels. auto: capped if --student-prediction is left open and
+    becomes v_prediction, else uniform."""
     vlb_weight: Annotated[float, Range(0)] = 1.0
     """Weight of the variational term (DKDM Eq. 21), if both models learn their variance."""
     feature_weight: Annotated[float, Range(0)] = 0.0

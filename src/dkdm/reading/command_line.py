@@ -15,6 +15,7 @@ from dkdm.reading.options import Grouped, Options, flag, helps, hints
 from dkdm.reading.values import members
 
 Parsed = TypeVar("Parsed", bound=Grouped)
+MOST_OF_CHOICES = 24  # characters beside an option's name; longer ones follow its help
 _PLACES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 
@@ -62,7 +63,10 @@ def _panel(kind: type[Options], values: Mapping[str, Any]) -> type:
         place = _place(hint, default)
         if field.name in kind.positional:
             hint, place = positional[hint], _position(option, hint, default)
-        words = _words(helps(kind)[field.name], default, place, flag(option)[2:])
+        choices = None
+        if place and place.startswith("{") and len(place) > MOST_OF_CHOICES:
+            place, choices = "TEXT", place.strip("{}").replace(",", ", ")
+        words = _words(helps(kind)[field.name], default, place, flag(option)[2:], choices)
         fields.append((field.name, Annotated[hint, words], default))
     return dataclasses.make_dataclass(
         kind.__name__, fields, namespace={"__doc__": summary(kind)}, kw_only=True
@@ -74,9 +78,17 @@ def _titled(kind: type[Options]) -> Any:
     return tyro.conf.arg(name=kind.title, help=summary(kind))
 
 
-def _words(text: str, default: Any, place: str | None, name: str | None = None) -> Any:
-    """How tyro shows an option: under its name, and what it is if it is not given."""
-    shown = "" if default in (None, "", ()) else f"(default: {_text(default)})"
+def _words(
+    text: str,
+    default: Any,
+    place: str | None,
+    name: str | None = None,
+    choices: str | None = None,
+) -> Any:
+    """How tyro shows an option: under its name, its choices, and what it is if it is not given."""
+    about = [] if choices is None else [f"one of: {choices}"]
+    about += [] if default in (None, "", ()) else [f"default: {_text(default)}"]
+    shown = f"({'; '.join(about)})" if about else ""
     return tyro.conf.arg(
         name=name, help=text, metavar=place, help_behavior_hint=shown, prefix_name=False
     )
