@@ -1,5 +1,6 @@
 """What a run takes is arithmetic on measured speeds, and measuring leaves no trace."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -51,7 +52,8 @@ class Clock:
 
     def __init__(self, monkeypatch, *seconds, world=1):
         self.now, self.left = 0.0, list(seconds)
-        monkeypatch.setattr(cost.time, "perf_counter", lambda: self.now)
+        for clock in ("perf_counter", "thread_time"):
+            monkeypatch.setattr(cost.time, clock, lambda: self.now)
         monkeypatch.setattr(cost.processes, "world", lambda: world)
 
     def work(self, size):
@@ -62,6 +64,12 @@ class Clock:
 def test_a_batch_that_is_held_up_does_not_make_the_estimate(monkeypatch):
     held_up = Clock(monkeypatch, *[0.3, 0.25, 0.5, 0.125, 0.25, 0.25, 0.125, 0.125, 9.0])
     assert cost._seconds(held_up.work, 32) == 0.125 and held_up.left == [9.0]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="devices are timed by the wall")
+def test_waiting_for_a_core_is_not_counted():
+    """What this machine gives to others meanwhile: a thread that sleeps computes nothing."""
+    assert cost._seconds(lambda _: time.sleep(0.005), 32) < 0.004
 
 
 def test_slow_models_are_timed_once_and_several_processes_take_equally_many(monkeypatch):

@@ -286,7 +286,7 @@ def test_the_command_measures_what_it_wrote(tmp_path, capsys):
     command += ["--num-samples", "12", "--steps", "2", "--reference", "fashion-test"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "0 samples that the run kept, 12 drawn" in said and "24 teacher evaluations" in said
+    assert "12 drawn with 24 teacher evaluations" in said and "kept" not in said
     assert "Frechet distance: floor of 60,000 samples, not 12" in said and "--images" in said
     found = Evaluation.read(tmp_path / "set" / "evaluation.json")
     assert (found.num_samples, found.num_steps, found.sampler) == (12, 2, "ddim")

@@ -13,7 +13,8 @@ from dkdm.models import LoadOptions, load_teacher
 from dkdm.networks.adm import AdmUNet
 from dkdm.runs.paper_recipes import PAPER_RECIPES, TO_BE_GIVEN
 from dkdm.runs.recipes import RECIPES, check_given, recipe
-from dkdm.runs.smoke import STAND_INS, shrunk, smoke
+from dkdm.runs.smoke import STAND_INS, shrunk, smoke, stand_in_teacher
+from dkdm.runs.without_effect import without_effect
 
 NEEDS_TEXT = {"fashion-text", "fashion-text-teacher"}
 QUICK = {"fashion-flow", "fashion-latent-teacher"}
@@ -52,6 +53,16 @@ def test_a_smoke_run_keeps_the_student_and_is_small(tmp_path):
     assert small.loss == config.loss
     assert newly_drawn(small.pool, small.training) == 4
     assert not small.hub.push_to_hub
+
+
+@pytest.mark.parametrize("name", sorted({*RECIPES} - NEEDS_TEXT))
+def test_a_smoke_run_notes_no_option_that_nobody_gave(name, tmp_path):
+    config = config_of(name)
+    assert {*without_effect(shrunk(config, tmp_path)[0])} <= {*without_effect(config)}
+
+
+def test_a_stand_in_is_in_evaluation_mode_as_a_model_that_is_read():
+    assert not stand_in_teacher("(CIFAR-10 teacher)").network.training
 
 
 @pytest.mark.parametrize("name", PAPER_RECIPES)

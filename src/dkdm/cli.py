@@ -285,8 +285,9 @@ def _harvest(options: HarvestCommand) -> int:
     from dkdm.runs.harvest import harvest_of
 
     found = harvest_of(options.model_choice, options.conditions, options.harvest)
-    print(f"{found.folder}: {found.kept:,} samples that the run kept, {found.drawn:,} drawn with")
-    print(f"  {found.evaluations:,} teacher evaluations")
+    kept = f"{found.kept:,} samples that the run kept, " if found.kept else ""
+    drawn = f"{found.drawn:,} drawn with {found.evaluations:,} teacher evaluations"
+    print(f"{found.folder}: {kept}{drawn}")
     if found.measured is not None:
         _print_with_floors(found.measured)
     print(f"to train on it: {found.usage}")

@@ -22,7 +22,7 @@ from dkdm.runs.arms import ARMS
 from dkdm.runs.source import SourcePlan
 
 MOST_BATCHES = 8
-ENOUGH = 2.0  # seconds of batches, after which no more is begun
+ENOUGH = 3.0  # seconds of batches, after which no more is begun
 
 
 @dataclass(frozen=True)
@@ -109,22 +109,24 @@ def measured(teacher: Denoiser, student: Denoiser, training: TrainingOptions) ->
 
 
 def _seconds(work: Callable[[int], object], size: int) -> float:
-    """Seconds of a batch: the fastest of a few, since other programs, and the first use of kernels,
-    only ever hold one up.
+    """Seconds of a batch on a machine that does nothing else: the fastest of a few, since other
+    programs, and the first use of kernels, only ever hold one up.
 
-    Slow models are timed once. Several processes call sharded networks together, so that they take
-    equally many.
+    Without an accelerator, seconds that this thread computes: it takes part in all of a batch, and
+    waiting for a core is not counted. Slow models are timed once. Several processes call sharded
+    networks together, so that they take equally many.
     """
     alone = processes.world() == 1
     most = MOST_BATCHES if alone else 2
+    clock = time.perf_counter if torch.accelerator.is_available() else time.thread_time
     work(2)
     times: list[float] = []
     while len(times) < most and not (alone and sum(times) > ENOUGH):
         _wait()
-        started = time.perf_counter()
+        started = clock()
         work(size)
         _wait()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return min(times)
 
 

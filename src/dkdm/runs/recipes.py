@@ -106,8 +106,8 @@ RECIPES: dict[str, tuple[type[RunConfig], Settings]] = {
             "evaluation_samples": 400,
         },
     ),
-    # The embedded teacher into a transformer that draws in 1, 2, 4 or 8 steps. A quarter of an hour
-    # on a CPU core.
+    # The embedded teacher into a transformer that draws in 1, 2, 4 or 8 steps. Eleven minutes on a
+    # CPU core.
     "fashion-few-steps": (
         DistillConfig,
         STUDENT

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
+from torch import nn
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
 from dkdm.core.denoisers.conditioning import ClassLabels, Conditioning, Unconditional
@@ -51,7 +52,6 @@ SMALL_SOURCE: Settings = {
     "pool_size": 8,
     "fill": "few-step",
     "fill_steps": 2,
-    "synthetic_steps": 2,
     "keep_finished": 0,
 }
 
@@ -113,8 +113,10 @@ def shrunk(config: RunConfig, scratch: Path) -> tuple[RunConfig, list[str]]:
         changed["mixed_precision"] = "no"
     stood_in = []
     if isinstance(config, DistillConfig):
-        changed |= SMALL_SOURCE
-        changed["synthetic_samples"] = 4 if config.pool.source == "synthetic" else None
+        changed |= SMALL_SOURCE | {"rho": DistillConfig().pool.rho}  # which --pool-size rules out
+        synthetic = config.pool.source == "synthetic"
+        changed["synthetic_samples"] = 4 if synthetic else None
+        changed |= {"synthetic_steps": 2} if synthetic else {}
         teacher, images = config.teacher_choice.model, config.images_choice.images
         shape = SHAPES[0] if lacks(teacher) is None else STAND_INS[teacher].shape
         stood_in += [] if lacks(teacher) is None else [teacher]
@@ -164,7 +166,10 @@ def stand_in_teacher(place: str) -> Denoiser | None:
         classes,
     )
     torch.manual_seed(0)
-    return replace(student_of(NETWORK, like), name="stand-in")
+    found = replace(student_of(NETWORK, like), name="stand-in")
+    assert isinstance(found.network, nn.Module)
+    found.network.eval()  # as a model that is read
+    return found
 
 
 def stand_in_images(folder: Path, shape: tuple[int, ...]) -> Path:
