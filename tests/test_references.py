@@ -20,7 +20,9 @@ from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, m
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import floors_of, measurement_of
 from dkdm.evaluation.frechet import frechet_distance
+from dkdm.evaluation.kernel import kernel_distance
 from dkdm.evaluation.metrics import Sampled, measure
+from dkdm.evaluation.neighbours import coverage
 from ranks import launch
 
 SIDE = 8
@@ -503,8 +505,43 @@ def test_known_statistics_are_the_floor_of_frechet_distances_and_images_that_of_
     floors = floors_of(known, ["fd", "kid", "precision"], 12)
     assert floors["fd"] == (frechet_distance(others, found.statistics), 40)
     assert floors["kid"] == floors_of(found, ["kid"], 12)["kid"]
-    assert floors["precision"] == (1.0, 12)
-    assert floors_of(known, ["fd", "kid"], 30).keys() == {"fd"}  # it has no more images than that
+    assert floors["kid"].num_samples == floors["precision"].num_samples == 12
+    assert floors_of(found, ["fd", "is"], 30) == {}  # it has no more images than that
+
+
+def test_floors_of_single_images_compare_them_with_others(tmp_path):
+    found = load_reference(write(tmp_path / "birds", pixels(30)), FIXED)
+    seen = found.features()
+    apart = found.floor_apart(12)
+    rows, others = (
+        {tuple(row) for row in x.tolist()} for x in (apart.features.features, apart.others)
+    )
+    assert len(rows) == 12 and rows | others == {tuple(row) for row in seen.tolist()}
+    assert not rows & others
+    assert torch.equal(apart.features.features, found.floor_features(12).features)
+    names = ["kid", "precision", "recall", "density", "coverage"]
+    floors = floors_of(found, names, 12)
+    expected = coverage(apart.others, apart.features.features)
+    assert {name: floors[name].value for name in names[1:]} == expected._asdict()
+    assert floors["kid"].value == kernel_distance(apart.features.features, apart.others)
+    assert floors["precision"].value < 1  # which an image beside itself would have
+    half = floors_of(found, names, 40)
+    assert {floor.num_samples for floor in half.values()} == {15}
+
+
+def test_no_image_is_seen_for_a_floor_that_no_metric_has(tmp_path):
+    found = load_reference(write(tmp_path / "birds", pixels(30)), FIXED)
+    asked = []
+    watched = replace(found, floor_features=asked.append, floor_apart=asked.append)
+    assert floors_of(watched, ["lpips", "lpips_diversity", "clip"], 12) == {} and not asked
+
+
+def test_few_images_have_no_floor_of_neighbours(tmp_path):
+    few = load_reference(write(tmp_path / "few", pixels(11)), FIXED)
+    assert floors_of(few, ["kid", "precision"], 40).keys() == {"kid"}
+    assert floors_of(few, ["kid"], 40)["kid"].num_samples == 5
+    single = replace(few, floor_apart=lambda count: None)
+    assert floors_of(single, ["kid"], 4) == {}
 
 
 def test_a_metric_of_neighbours_needs_some_real_images(tmp_path):
@@ -526,8 +563,15 @@ def test_another_network_sees_fashion_mnist_at_the_size_of_the_samples(tmp_path,
     torch.testing.assert_close(found.features(), see(as_samples(splits["test"])).features)
     others = {tuple(row) for row in see(as_samples(splits["train"])).features.tolist()}
     assert {tuple(row) for row in found.floor_features(9).features.tolist()} == others
-    assert found.floor_features(10) is None
+    assert found.floor_features(10) is None and found.floor_apart(10) is None
+    apart = found.floor_apart(8)
+    assert len(apart.features.features) == 8
+    assert torch.equal(apart.others, found.features())  # all of them are other images
     assert found.dataset["name"] == "Fashion-MNIST at 16x16"
+    SEEN.clear()
+    again = load_reference("fashion-test", RESIZING, shape=(1, 16, 16))
+    assert torch.equal(again.floor_features(8).features, apart.features.features)
+    assert not SEEN  # another start does not show them to the network
     assert not found.fits((1, 28, 28))
 
 

@@ -26,6 +26,7 @@ from dkdm.core.saving.progress import track
 from dkdm.core.saving.tolerance import DISK_FAULTS
 from dkdm.core.shards import this_process
 from dkdm.data.reference import (
+    Apart,
     FeatureExtractor,
     Features,
     FeatureStatistics,
@@ -96,6 +97,7 @@ class Summary:
             features=lambda: self.features.features,
             num_images=len(self.features.features),
             floor_features=self.drawn,
+            floor_apart=self.apart,
             class_variance=self.class_variance,
             dataset={"type": name, "name": name},
             shape=self.shape,
@@ -103,11 +105,23 @@ class Summary:
 
     def drawn(self, count: int) -> Features | None:
         """The features of so many of the images, the same for a number; None without as many."""
-        total = len(self.features.features)
-        if count >= total:
-            return None
-        order = torch.randperm(total, generator=generator("cpu", 0, "floor"))
-        return self.features.rows(order[:count].sort().values)
+        return (
+            self.features.rows(self._order()[:count].sort().values) if count < self._total else None
+        )
+
+    def apart(self, count: int) -> Apart | None:
+        """The features of so many of the images, at most half of them, and those of the others."""
+        count = min(count, self._total // 2)
+        order = self._order()
+        chosen = self.features.rows(order[:count].sort().values)
+        return Apart(chosen, self.features.features[order[count:]]) if count else None
+
+    @property
+    def _total(self) -> int:
+        return len(self.features.features)
+
+    def _order(self) -> Tensor:
+        return torch.randperm(self._total, generator=generator("cpu", 0, "floor"))
 
 
 Look = Callable[[Source, FeatureExtractor, bool, Sequence[int] | None], Summary]

@@ -131,10 +131,19 @@ def _broken_features(broken: int, count: int) -> DkdmError:
     )
 
 
-def no_floor(count: int) -> Features | None:
+class Apart(NamedTuple):
+    """Real images that stand in for samples, and what they are compared with one by one.
+
+    - `others`: [K, D], the features of real images that are none of these.
+    """
+
+    features: Features
+    others: Tensor
+
+
+def no_floor(count: int) -> None:
     """The floor of a reference that holds no images."""
     del count
-    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +158,8 @@ class Reference:
     - `floor_features`: gives the features of so many real images, drawn at random with a fixed
       seed: measured like samples, they are the best that a generator can be asked for. None if
       there are not more than that.
+    - `floor_apart`: the same for what looks at single images: an image beside itself is no
+      measure. Gives fewer if the others would be fewer than those; None if there are none.
     - `class_variance`: [C], mean over pixels of the variance within each class; None if unknown.
     - `dataset`: type, name and split, as the hub's model index wants them.
     - `shape`: (C, H, W) of the images, (C,) if their sizes differ; empty if unknown.
@@ -162,6 +173,7 @@ class Reference:
     num_images: int | None = None
     floor: FeatureStatistics | None = None
     floor_features: Callable[[int], Features | None] = no_floor
+    floor_apart: Callable[[int], Apart | None] = no_floor
     class_variance: Tensor | None = None
     dataset: Mapping[str, str] = field(default_factory=dict)
     shape: tuple[int, ...] = ()

@@ -55,6 +55,7 @@ def with_images(reference: Reference, images: Images, look: Callable[[], Summary
         num_images=images.count,
         features=lambda: seen().features.features,
         floor_features=lambda count: seen().drawn(count),
+        floor_apart=lambda count: seen().apart(count),
     )
 
 

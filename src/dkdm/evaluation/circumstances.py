@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dkdm.data.reference import FeatureExtractor, FeatureStatistics, Reference
+from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
 from dkdm.evaluation.frechet import frechet_distance
-from dkdm.evaluation.metrics import METRICS, Sampled, measure, missing, usual
+from dkdm.evaluation.metrics import METRICS, PER_SAMPLE, Sampled, measure, missing, usual
 from dkdm.evaluation.numbers import number
 from dkdm.evaluation.results import Comparison, Measurement
 
@@ -130,15 +130,27 @@ def floors_of(reference: Reference, names: Sequence[str], num_samples: int) -> d
     """What real images are given by these metrics, as far as it is known.
 
     The Frechet distance of other statistics that the reference knows; otherwise as many of its
-    images as there are samples, if it has more than that.
+    images as there are samples, if it has more than that. What looks at single images compares
+    these with other ones, see `Reference.floor_apart`.
     """
     known = {} if reference.floor is None else _known_floors(reference, reference.floor, names)
     asked = [name for name in names if name not in known and _has_floor(name, reference)]
-    features = reference.floor_features(num_samples) if asked else None
-    if features is None:
-        return known
-    found = measure(Sampled(features), reference, asked)
-    return known | {name: Floor(x, found.num_samples) for name, x in found.values.items()}
+    single = [name for name in asked if "real" in METRICS[name].needs]
+    whole = [name for name in asked if name not in single]
+    features = reference.floor_features(num_samples) if whole else None
+    apart = reference.floor_apart(num_samples) if single else None
+    if features is not None:
+        known |= _floors(features, reference, whole)
+    if apart is not None:
+        fewest = min(len(apart.features.features), len(apart.others))
+        others = replace(reference, features=lambda: apart.others)
+        known |= _floors(apart.features, others, [n for n in single if fewest >= METRICS[n].least])
+    return known
+
+
+def _floors(features: Features, reference: Reference, names: Sequence[str]) -> dict[str, Floor]:
+    found = measure(Sampled(features), reference, names)
+    return {name: Floor(x, found.num_samples) for name, x in found.values.items()}
 
 
 def _known_floors(
@@ -150,6 +162,8 @@ def _known_floors(
 
 def _has_floor(name: str, reference: Reference) -> bool:
     metric = METRICS[name]
+    if name in PER_SAMPLE:
+        return False
     return not metric.needs & OF_CLASSES and not missing(metric, reference)
 
 

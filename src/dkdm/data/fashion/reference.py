@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dkdm.core.randomness import generator
 from dkdm.data.fashion import CLASS_NAMES, ROOT, SHAPES, halve, load_fashion_mnist
 from dkdm.data.real_images import AT_ONCE, Images, Look, Source, summarized
-from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, Reference
+from dkdm.data.reference import Apart, FeatureExtractor, Features, FeatureStatistics, Reference
 
 SPLITS: dict[str, Literal["train", "test"]] = {"fashion-test": "test", "fashion-train": "train"}
 FLOORS = {"fashion-test": "fashion-train", "fashion-train": "fashion-test"}
@@ -100,48 +100,67 @@ def fashion_reference(
     if extractor is not None and extractor.name != packaged.name:
         return _seen_by(extractor, name, 16 if tuple(shape or ()) == SHAPES[0] else 28, cache, look)
     tensors, split = _load_asset("statistics.safetensors"), SPLITS[name]
-    return Reference(
+    found = Reference(
         name=name,
         network=packaged,
         statistics=_statistics(tensors, name),
         features=lambda: packaged(load_fashion_mnist(split)[0]).features,
         num_images=int(tensors[f"{name}.count"]),
         floor=_statistics(tensors, FLOORS[name]),
-        floor_features=partial(_drawn, FLOORS[name], packaged),
         class_variance=tensors[f"{name}.class_variance"],
         dataset=_dataset(split, 16),
     )
+    return _with_floors(found, 16, cache=False)
 
 
-def _drawn(name: str, network: FeatureExtractor, count: int, size: int = 16) -> Features | None:
-    """The features of so many images of a split; None if they are not installed or too few."""
+def _with_floors(reference: Reference, size: int, cache: bool) -> Reference:
+    """The same reference, its floors those of images of the other split."""
+    drawn = lru_cache(maxsize=1)(partial(_drawn, reference.network, reference.name, size, cache))
+    seen = reference.features
+
+    def apart(count: int) -> Apart | None:
+        features = drawn(count)
+        return None if features is None or seen is None else Apart(features, seen())
+
+    return replace(reference, floor_features=drawn, floor_apart=apart)
+
+
+def _drawn(
+    network: FeatureExtractor, name: str, size: int, cache: bool, count: int
+) -> Features | None:
+    """The features of so many images of the other split; None if these are too few or missing.
+
+    cache: keep them in the cache folder.
+    """
     if not ROOT.is_dir():
         return None
-    images = load_fashion_mnist(SPLITS[name], size=size)[0]
+    other = FLOORS[name]
+    images = load_fashion_mnist(SPLITS[other], size=size)[0]
     if count > len(images):
         return None
     order = torch.randperm(len(images), generator=generator("cpu", 0, "floor"))
-    return network(images[order[:count]])
+    images = images[order[:count]]
+    called, digest = f"{count:,} images of {other}", f"{other} {size} {count}"
+    source = Source(called, lambda: digest, lambda _: _images(images))
+    return summarized(source, network, cache).features
 
 
 def _seen_by(network: FeatureExtractor, name: str, size: int, cache: bool, look: Look) -> Reference:
     split = SPLITS[name]
 
     def opened(_: FeatureExtractor) -> Images:
-        images, labels = load_fashion_mnist(split, size=size)
-
-        def batches(starts: Sequence[int]) -> Iterator[Tensor]:
-            return (images[first : first + AT_ONCE] for first in starts)
-
-        return Images(len(images), (1, size, size), batches, labels)
+        return _images(*load_fashion_mnist(split, size=size))
 
     source = Source(name, lambda: f"{name} {size}", opened)
     found = look(source, network, cache, None).reference(name, network)
-    return replace(
-        found,
-        dataset=_dataset(split, size),
-        floor_features=partial(_drawn, FLOORS[name], network, size=size),
-    )
+    return _with_floors(replace(found, dataset=_dataset(split, size)), size, cache)
+
+
+def _images(images: Tensor, labels: Tensor | None = None) -> Images:
+    def batches(starts: Sequence[int]) -> Iterator[Tensor]:
+        return (images[first : first + AT_ONCE] for first in starts)
+
+    return Images(len(images), tuple(images.shape[1:]), batches, labels)
 
 
 def _dataset(split: str, size: int) -> dict[str, str]:
