@@ -23,7 +23,9 @@ from dkdm.core.few_steps.grid import grid_levels, grid_of
 from dkdm.core.few_steps.heads import ParallelHeads
 from dkdm.core.saving.progress import MetricsFile, read_metrics
 from dkdm.errors import UsageError
-from dkdm.evaluation.few_steps import read_steps_table
+from dkdm.evaluation.few_steps import read_steps_table, trailing
+from dkdm.evaluation.results import read_evaluation, read_samples
+from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models import load_teacher, with_texts
 from dkdm.report import write_report
 from dkdm.report.entries import entry_of_run
@@ -153,6 +155,18 @@ def test_every_number_of_steps_is_measured_and_shown(finished):
     table.save(finished)
 
 
+def test_the_teacher_beside_a_few_step_student_has_the_levels_of_the_table(finished):
+    found, shown = read_evaluation(finished), read_samples(finished)["teacher"]
+    how = Sampling(found.num_samples, found.num_steps, found.seed)
+    teacher = denoiser()
+    cond = teacher.conditioning.in_turns(how.num_samples)
+    drawn_by = {each: draw(each(teacher), cond, how)[: len(shown)] for each in (trailing, replace)}
+    torch.testing.assert_close(shown, drawn_by[trailing], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(shown, drawn_by[replace], atol=1e-2)
+    said = "DDIM with trailing levels (teacher), its own sampler (student), 4 steps"
+    assert said in (finished / "report.html").read_text()
+
+
 def test_what_both_parts_took_is_added_up(finished, tmp_path):
     last, first = (
         read_metrics(finished / part / "metrics.jsonl")[-1]["teacher_evaluations"]
@@ -173,7 +187,9 @@ def test_page_card_and_comparison_say_what_was_asked_for(finished, tmp_path):
     for name in ("max_train_steps", "student_init", "few_step_share", "student_steps"):
         expected = (small_runs.SMALL.flat() | FEW)[name]
         assert asked.flat()[name] == expected
-        assert f"- `{name}`: {expected}" in (finished / "README.md").read_text()
+        default = expected == dkdm.DistillConfig().flat()[name]
+        said = f" `{name}` {expected}," if default else f"- `{name}`: {expected}"
+        assert said in (finished / "README.md").read_text()
     assert asked.optimizing.learning_rate == last.optimizing.learning_rate  # decided
     command = command_line(read_run(finished).asked)
     assert "--max-train-steps 8" in command and "--student-init" not in command

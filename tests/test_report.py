@@ -431,7 +431,7 @@ def test_numbers_read_well():
         "3",
     ]
     assert [ratio(3, 2), ratio(3, 0), ratio(4.26, 10_000)] == ["1.50 ×", "", "0.00043 ×"]
-    assert percent(0.9376) == "93.8 %"
+    assert [percent(x) for x in (0.9376, -0.0004, -0.002)] == ["93.8 %", "0.0 %", "-0.2 %"]
 
 
 def test_the_page_shows_the_rows_of_the_comparison(run):

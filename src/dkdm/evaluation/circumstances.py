@@ -90,14 +90,16 @@ def circumstances_of(comparison: Comparison) -> Circumstances:
         else {"(teacher)": teacher.guidance_scale, "(student)": student.guidance_scale},
         comparison.weights,
         comparison.measurement if student.metrics else None,
-        _samplers(comparison.sampler),
+        _samplers(comparison.teacher_sampler, comparison.sampler),
         apart.num_samples if (apart := comparison.teacher_distance) else 0,
         tuple(student.metrics.values) if student.metrics else (),
     )
 
 
-def _samplers(of_student: str) -> str:
-    return "DDIM" if of_student == "DDIM" else f"DDIM (teacher), {of_student} (student)"
+def _samplers(of_teacher: str, of_student: str) -> str:
+    if of_teacher == of_student:
+        return of_student
+    return f"{of_teacher} (teacher), {of_student} (student)"
 
 
 def measurement_of(reference: Reference, num_samples: int) -> Measurement:

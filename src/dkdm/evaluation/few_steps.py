@@ -25,6 +25,7 @@ from dkdm.reading.values import made_of
 FEW_STEPS = "few_steps.json"
 SHOWN = ("fd", "fid", "class_accuracy", "variance_ratio_mean")
 OTHER_NOISE = 1  # added to the seed for the samples that others are measured against
+TRAILING = "DDIM with trailing levels"  # the sampler of all but few-step students, in words
 PLAIN_STUDENT = "plain student"  # its name in a table
 MOST = 256  # samples of an energy distance here
 
@@ -144,9 +145,13 @@ def measure_steps(
     return StepsTable(tuple(rows), num_samples, seed, name), images
 
 
+def trailing(model: Denoiser) -> Denoiser:
+    """The model with trailing levels, which begin at pure noise: few steps are better by them."""
+    return replace(model, process=replace(model.process, spacing="trailing"))
+
+
 def _images(drawn: Drawn, cond: Mapping[str, Tensor], sampling: Sampling) -> Tensor:
-    trailing = replace(drawn.model.process, spacing="trailing")
-    model = replace(drawn.model, process=trailing)
+    model = trailing(drawn.model)
     with undisturbed(drawn.model):
         rows = {key: value[: sampling.num_samples] for key, value in cond.items()}
         return decoded(drawn.model, draw(model, rows, sampling, drawn.guidance_scale))

@@ -61,7 +61,9 @@ def figures_of_comparison(found: Comparison, interval: str | None = None) -> lis
     interval: where guidance acted; None is everywhere.
     """
     ddim = "DDIM" if found.eta == 0 else f"DDIM, eta {found.eta:g}"
-    own = ddim if found.sampler == "DDIM" else found.sampler
+    own, of_teacher = (
+        ddim if name == "DDIM" else name for name in (found.sampler, found.teacher_sampler)
+    )
     drawn = _drawn(found.num_samples, own, found.num_steps)
     beside = {"seed": str(found.seed), "weights": found.weights}
     how = found.measurement
@@ -73,7 +75,7 @@ def figures_of_comparison(found: Comparison, interval: str | None = None) -> lis
         if model is None:
             continue
         under = drawn | {"guidance": _guidance(model.guidance_scale, interval)} | against
-        under |= {"sampler": ddim if of else own}
+        under |= {"sampler": of_teacher if of else own}
         figures += _metrics(model.metrics, floors_in(how), of, under, beside)
     return [*figures, *_near_teacher(found, interval, drawn, beside), *_cost(found)]
 

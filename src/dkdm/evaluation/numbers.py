@@ -25,8 +25,8 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1 as percent: 93.8 %."""
-    return f"{100 * share:.1f} %"
+    """A share of 1 as percent: 93.8 %; what rounds to 0 has no sign."""
+    return f"{round(100 * share, 1) + 0.0:.1f} %"
 
 
 def memory(mib: float) -> str:

@@ -111,7 +111,7 @@ class Comparison:
     - `class_names`: what the numbers in `labels` stand for, prompts of a text model.
     - `samples`: `teacher` (if there is one) and `student` [M, ...] for the first M samples, and
       `labels` int64 [M] if the models have classes or prompts.
-    - `sampler`: of the student; the teacher's is DDIM. `eta`: of both; 0 is DDIM.
+    - `sampler`, `teacher_sampler`: in words. `eta`: of both; 0 is DDIM.
     - `asked_for`: what `labels` number, "class" or "prompt"; earlier versions wrote none.
     - `weights`: which of the student's were sampled, in words; earlier versions wrote none.
     - `versions`: of dkdm and its libraries, by their names; earlier versions wrote none.
@@ -138,6 +138,7 @@ class Comparison:
     versions: Mapping[str, str] = field(default_factory=dict)
     sampler: str = "DDIM"
     teacher_distance: TeacherDistance | None = None
+    teacher_sampler: str = "DDIM"
 
     @property
     def noun(self) -> str:

@@ -33,7 +33,14 @@ from dkdm.data.reference import Reference
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.circumstances import circumstances_of
 from dkdm.evaluation.comparison import compare
-from dkdm.evaluation.few_steps import PLAIN_STUDENT, Drawn, StepsTable, measure_steps
+from dkdm.evaluation.few_steps import (
+    PLAIN_STUDENT,
+    TRAILING,
+    Drawn,
+    StepsTable,
+    measure_steps,
+    trailing,
+)
 from dkdm.evaluation.rows import comparison_rows
 from dkdm.models import LoadOptions, load_teacher
 from dkdm.models.place import place
@@ -277,7 +284,7 @@ class FewSteps(Program):
         table.save(folder)
         save_grid(folder, FEW_STEPS_GRID, torch.cat(images))
         found = compare(
-            teacher,
+            trailing(teacher),
             student,
             num_samples=evaluation.evaluation_samples,
             num_steps=max(student.intervals.steps),
@@ -286,7 +293,8 @@ class FewSteps(Program):
             reference=reference,
         )
         # its outputs are no denoiser's, and the teacher's in so few steps are no aim: see the table
-        found = replace(found, weights=weights, gaps=(), sampler=OWN_SAMPLER, teacher_distance=None)
+        found = replace(found, weights=weights, gaps=(), teacher_distance=None)
+        found = replace(found, sampler=OWN_SAMPLER, teacher_sampler=TRAILING)
         found.save(folder)
         save_grid(folder, "grid", found.samples["student"][:GRID_SAMPLES])
         rows, how = comparison_rows(found), circumstances_of(found).in_words()
