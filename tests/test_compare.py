@@ -348,6 +348,10 @@ def test_models_trained_on_images_stand_beside_distilled_ones(tmp_path):
     (line,) = rows(table, FRECHET + ", its teacher")
     assert line.texts == ["2.00", ABSENT]
     assert not any("trained:" in remark for remark in table.remarks)
+    assert table.options["classes"] == ("1 2", "none")
+    assert "network" not in table.options and "replay" not in table.options  # at their defaults
+    replayed = run_in(tmp_path / "replayed", replace(CONFIG, replay=2))
+    assert table_of(replayed, str(folder)).options["replay"] == ("2", ABSENT)
     (block,) = rows_of_samples(opened(ComparedOptions(both)), ["a", "b"])
     assert [name for name, _ in block.rows] == ["teacher", "a", "b"]
 

@@ -171,14 +171,25 @@ def _facts(entries: Sequence[Entry]) -> dict[str, tuple[str, ...]]:
 
 
 def options_that_differ(entries: Sequence[Entry]) -> dict[str, tuple[str, ...]]:
-    """The options whose values differ among the runs, as text; those of no run have none."""
-    runs = [entry.options for entry in entries if entry.options]
-    keys = dict.fromkeys(key for options in runs for key in options)
-    different = [key for key in keys if len({_text(options.get(key)) for options in runs}) > 1]
+    """The options whose values differ among the runs, as text; those of no run have none.
+
+    An option that another command's runs lack is one of them only where it is not at its default.
+    """
+    runs = [entry for entry in entries if entry.options]
+    keys = dict.fromkeys(key for entry in runs for key in entry.options)
     return {
         key: tuple(_text(e.options[key]) if key in e.options else ABSENT for e in entries)
-        for key in different
+        for key in keys
+        if _differs(key, runs)
     }
+
+
+def _differs(key: str, runs: Sequence[Entry]) -> bool:
+    values = {_text(entry.options[key]) for entry in runs if key in entry.options}
+    if len(values) > 1 or all(key in entry.options for entry in runs):
+        return len(values) > 1
+    usual = [type(entry.run.asked)().flat() for entry in runs if entry.run is not None]
+    return values != {_text(options[key]) for options in usual if key in options}
 
 
 def _text(value: Any) -> str:
