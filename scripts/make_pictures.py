@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=9, help="number of the sample on its way")
     options = parser.parse_args()
     run = read_run(options.run)
-    if run.comparison is None or not run.samples:
-        parser.error(f"{options.run} is no finished run: {' '.join(run.missing)}")
+    if not run.is_distillation or run.comparison is None or not run.samples:
+        parser.error(f"{options.run} is no finished distillation: {' '.join(run.missing)}")
     name, draw = (
         few_steps(options.run, run) if run.steps else demo(options.run, run, options.sample)
     )

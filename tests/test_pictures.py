@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 import dkdm
+from dkdm.config import to_json
 from dkdm.evaluation.numbers import number
 from dkdm.report.run import read_run
+from finished_run import alone, write_metrics
 from small_runs import SMALL
 
 SCRIPT = Path(__file__).parent.parent / "scripts/make_pictures.py"
@@ -81,7 +83,7 @@ def test_a_run_that_was_not_evaluated_is_refused(script, run, tmp_path, monkeypa
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     with pytest.raises(SystemExit):
         drawn(script, monkeypatch, tmp_path)
-    assert "is no finished run: metrics.jsonl is empty" in capsys.readouterr().err
+    assert "is no finished distillation: metrics.jsonl is empty" in capsys.readouterr().err
 
 
 def test_the_picture_of_a_few_step_run_has_its_distances(script, tmp_path, monkeypatch):
@@ -102,3 +104,12 @@ def test_the_picture_of_a_few_step_run_has_its_distances(script, tmp_path, monke
     distances = [words for words in said if words.startswith("distance ")]
     assert distances == 2 * [f"distance {number(found[row])}" for row in shown]
     assert all(words in said for words in ("in 25 steps", "in 1 step", "0 images", "T-shirt"))
+
+
+def test_a_run_without_a_teacher_is_refused(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(to_json(dkdm.TrainConfig(max_train_steps=200)))
+    write_metrics(tmp_path, last=200)
+    alone().save(tmp_path)
+    with pytest.raises(SystemExit):
+        drawn(script, monkeypatch, tmp_path, "--output-dir", tmp_path)
+    assert "is no finished distillation" in capsys.readouterr().err
