@@ -111,6 +111,9 @@ def test_the_page_shows_both_and_their_latency():
 def test_audio_plays_and_videos_move():
     tone = torch.linspace(-2, 2, 400).reshape(1, 1, 400)
     assert "<audio controls" in media(tone, "x", 8000) and "<audio" not in media(tone, "x")
+    for shown in (media(tone, "x", 8000), media(torch.zeros(2, 5), "x")):
+        assert ".dark .plot {" in shown and '<div class="plot"><img ' in shown
+    assert "plot" not in media(torch.zeros(2, 1, 8, 8), "x")
     with wave.open(
         io.BytesIO(base64.b64decode(wav_data_uri(tone[0], 8000).partition(",")[2]))
     ) as f:

@@ -10,10 +10,13 @@ from markupsafe import Markup
 from torch import Tensor
 
 from dkdm.report.grids import grid, png_data_uri, sample_grid
+from dkdm.report.plots import is_plotted
 
 COLUMNS = 4
 FRAMES_A_SECOND = 8
 SHOW = Markup('<img src="{}" alt="{}" style="width:100%;image-rendering:{}">')
+DARK = Markup("<style>.dark .plot { filter: invert(.89) hue-rotate(180deg) }</style>")
+PLOT = Markup('<div class="plot">{}</div>')  # on dark paper where gradio's page is dark
 PLAY = Markup('<audio controls src="{}" style="width:100%"></audio>')
 SHARP = 128  # pixels; smaller images are enlarged without blurring
 CHANNELS = (1, 2)  # of audio
@@ -37,7 +40,8 @@ def _image(samples: Tensor, alt: str) -> Markup:
     image = sample_grid(samples, COLUMNS)
     if image is None:
         return Markup("<p>{} of shape {} cannot be shown.</p>").format(alt, list(samples.shape[1:]))
-    return SHOW.format(png_data_uri(image), alt, _rendering(samples))
+    shown = SHOW.format(png_data_uri(image), alt, _rendering(samples))
+    return DARK + PLOT.format(shown) if is_plotted(samples) else shown
 
 
 def _rendering(samples: Tensor) -> str:
