@@ -9,20 +9,24 @@ caption belongs to which image (CLIP, arXiv 2103.00020); three minutes on one CP
 """
 
 import argparse
-import json
-import shutil
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+from transformers import CLIPTextModelWithProjection
 
 from dkdm.core.saving.progress import track
-from dkdm.data.fashion import TONES, WORDS, fashion_captions, load_fashion_mnist
+from dkdm.data.fashion import fashion_captions, load_fashion_mnist
+from dkdm.data.fashion.text_base import (
+    LENGTH,
+    make_encoder,
+    make_tokenizer,
+    write_json,
+    write_text_base,
+)
 
-LENGTH = 8
 TEMPERATURE = 0.07
 LATENT_SCHEDULER = {
     "_class_name": "DDPMScheduler",
@@ -32,48 +36,6 @@ LATENT_SCHEDULER = {
     "variance_type": "fixed_small",
     "clip_sample": False,
 }
-FLOW_SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-}
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, between a beginning and an end."""
-    words = ["<pad>", "<start>", "<end>", "<unknown>", "a", *TONES, *WORDS]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<start>",
-        eos_token="<end>",
-        unk_token="<unknown>",
-        model_max_length=LENGTH,
-    )
-
-
-def make_encoder(vocabulary: int, seed: int) -> CLIPTextModelWithProjection:
-    """Two layers of width 64."""
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=64,
-        max_position_embeddings=LENGTH,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return CLIPTextModelWithProjection(config)
 
 
 def image_tower() -> nn.Module:
@@ -115,11 +77,6 @@ def train(
             progress(step + 1, loss.detach())
 
 
-def write_json(path: Path, values: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/fashion-autoencoder"))
@@ -129,11 +86,8 @@ def main() -> None:
     args = parser.parse_args()
 
     latent, text = args.output_dir / "fashion-latent-base", args.output_dir / "fashion-text-base"
-    kind = json.loads((args.autoencoder / "config.json").read_text())["_class_name"]
-    for folder, name in ((latent, "vqvae"), (text, "vae")):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
-            shutil.copy(args.autoencoder / file, folder / name / file)
+    autoencoder = AutoencoderKL.from_pretrained(args.autoencoder)
+    autoencoder.save_pretrained(latent / "vqvae")
     write_json(latent / "scheduler" / "scheduler_config.json", LATENT_SCHEDULER)
     write_json(
         latent / "model_index.json",
@@ -141,7 +95,7 @@ def main() -> None:
             "_class_name": "LDMPipeline",
             "scheduler": ["diffusers", LATENT_SCHEDULER["_class_name"]],
             "unet": [None, None],
-            "vqvae": ["diffusers", kind],
+            "vqvae": ["diffusers", "AutoencoderKL"],
         },
     )
 
@@ -151,28 +105,11 @@ def main() -> None:
     which = torch.tensor([different.index(caption) for caption in captions])
     tokenizer = make_tokenizer()
     encoded = tokenizer(different, padding="max_length", max_length=LENGTH, return_tensors="pt")
-    for number, suffix in enumerate(("", "_2")):
-        encoder = make_encoder(len(tokenizer), args.seed + number)
-        train(encoder, encoded.input_ids, which, images, args)
-        encoder.eval().save_pretrained(text / f"text_encoder{suffix}")
-        tokenizer.save_pretrained(text / f"tokenizer{suffix}")
-    write_json(text / "scheduler" / "scheduler_config.json", FLOW_SCHEDULER)
-    write_json(
-        text / "model_index.json",
-        {
-            "_class_name": "StableDiffusion3Pipeline",
-            "max_sequence_length": LENGTH,
-            "scheduler": ["diffusers", FLOW_SCHEDULER["_class_name"]],
-            "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "text_encoder_3": [None, None],
-            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-            "tokenizer_2": ["transformers", "PreTrainedTokenizerFast"],
-            "tokenizer_3": [None, None],
-            "transformer": [None, None],
-            "vae": ["diffusers", kind],
-        },
-    )
+    encoders = []
+    for number in range(2):
+        encoders.append(make_encoder(len(tokenizer), args.seed + number))
+        train(encoders[-1], encoded.input_ids, which, images, args)
+    write_text_base(text, autoencoder, tokenizer, encoders)
     (args.output_dir / "fashion-prompts.txt").write_text("".join(f"{c}\n" for c in different))
 
 

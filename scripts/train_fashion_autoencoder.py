@@ -18,27 +18,12 @@ from torch.nn.functional import mse_loss
 
 from dkdm.core.saving.progress import track
 from dkdm.data.fashion import load_fashion_mnist
+from dkdm.data.fashion.text_base import make_autoencoder
 from dkdm.data.named import load_reference
 from dkdm.evaluation.metrics import evaluate_images
 from dkdm.report.grids import grid
 
 KL_WEIGHT = 1e-3
-LATENT_CHANNELS = 4
-
-
-def make_autoencoder() -> AutoencoderKL:
-    """Three levels, so 28x28 -> 7x7."""
-    return AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=28,
-    )
 
 
 def loss_of(autoencoder: AutoencoderKL, images: Tensor, random: torch.Generator) -> Tensor:

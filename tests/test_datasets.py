@@ -108,6 +108,7 @@ def test_class_folders_give_labels_in_the_order_of_their_names(tmp_path: Path) -
     for name, level in (("shoe/1.png", 255), ("bag/1.png", 0), ("shoe/0.webp", 255)):
         save_grey(tmp_path / name, level)
     (tmp_path / ".cache").mkdir()
+    (tmp_path / "bag" / "._1.png").write_bytes(b"what macOS keeps beside a file")
     images, labels, *_ = load_image_folder(tmp_path, (1, 4, 4))
     assert labels is not None
     assert labels.tolist() == [0, 1, 1]

@@ -8,16 +8,19 @@ import torch
 from dkdm.cli import main
 from dkdm.config import DistillConfig, TrainConfig
 from dkdm.core.sources.budget import newly_drawn
-from dkdm.errors import UsageError
+from dkdm.errors import DkdmError, UsageError
 from dkdm.models import LoadOptions, load_teacher
 from dkdm.networks.adm import AdmUNet
+from dkdm.reading.files import cache_dir
 from dkdm.runs.paper_recipes import PAPER_RECIPES, TO_BE_GIVEN
 from dkdm.runs.recipes import RECIPES, check_given, recipe
-from dkdm.runs.smoke import STAND_INS, shrunk, smoke, stand_in_teacher
+from dkdm.runs.smoke import shrunk, smoke
+from dkdm.runs.smoke_stand_ins import STAND_INS, stand_in_teacher
 from dkdm.runs.without_effect import without_effect
+from pipelines import stable_diffusion_v
 
 NEEDS_TEXT = {"fashion-text", "fashion-text-teacher"}
-QUICK = {"fashion-flow", "fashion-latent-teacher"}
+QUICK = {"fashion-flow", "fashion-latent-teacher", "fashion-text", "fashion-text-teacher"}
 
 
 def config_of(name):
@@ -26,23 +29,35 @@ def config_of(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in RECIPES
-        if name not in NEEDS_TEXT
-    ],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
 )
 def test_a_smoke_run_of_every_recipe(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DKDM_CACHE", str(tmp_path / "cache"))
     assert smoke(config_of(name)).startswith("the pipeline holds: ")
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+    prompts = cache_dir("prompts")
+    assert not prompts.exists() or list(prompts.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS_TEXT))
-def test_nothing_stands_in_for_a_text_encoder(name, tmp_path, monkeypatch):
+def test_text_encoders_that_stand_in_need_transformers(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dkdm.runs.smoke_stand_ins.find_spec", lambda _: None)
+    with pytest.raises(DkdmError, match=r"need transformers: pip install 'dkdm\[text\]'"):
+        smoke(config_of(name))
+
+
+def test_nothing_stands_in_for_a_run_of_yours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="nothing stands in for it: make it first"):
-        smoke(config_of(name))
+        smoke(replace(config_of("demo"), teacher="runs/mine"))
+
+
+def test_a_smoke_run_draws_with_your_text_teacher(tmp_path):
+    stable_diffusion_v().save_pretrained(tmp_path / "sd")
+    asked = {"teacher": str(tmp_path / "sd"), "prompts": "a red cat", "student": "bk-tiny"}
+    assert smoke(DistillConfig(**asked)).startswith("the pipeline holds: ")
 
 
 def test_a_smoke_run_keeps_the_student_and_is_small(tmp_path):
@@ -61,8 +76,8 @@ def test_a_smoke_run_notes_no_option_that_nobody_gave(name, tmp_path):
     assert {*without_effect(shrunk(config, tmp_path)[0])} <= {*without_effect(config)}
 
 
-def test_a_stand_in_is_in_evaluation_mode_as_a_model_that_is_read():
-    assert not stand_in_teacher("(CIFAR-10 teacher)").network.training
+def test_a_stand_in_is_in_evaluation_mode_as_a_model_that_is_read(tmp_path):
+    assert not stand_in_teacher("(CIFAR-10 teacher)", tmp_path).network.training
 
 
 @pytest.mark.parametrize("name", PAPER_RECIPES)

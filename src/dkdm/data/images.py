@@ -56,7 +56,8 @@ def load_image_folder(path: Path, shape: tuple[int, ...]) -> ImageSet:
 def list_images(path: Path) -> tuple[list[Path], Tensor | None]:
     """The images of a folder in the order of their names, and their labels [N], see above.
 
-    Raises `DkdmError` for a folder without images, and for one that mixes both layouts.
+    Hidden files are no images: a killed write may leave one behind, and macOS does. Raises
+    `DkdmError` for a folder without images, and for one that mixes both layouts.
     """
     flat = _images_in(path)
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
@@ -78,7 +79,8 @@ def list_images(path: Path) -> tuple[list[Path], Tensor | None]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+    files = (f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(f for f in files if not f.name.startswith("."))
 
 
 def _read_image(file: Path, shape: tuple[int, ...]) -> Tensor:

@@ -17,6 +17,7 @@ from dkdm.core.denoisers.modes import evaluating
 from dkdm.core.denoisers.teachers import Teachers
 from dkdm.core.diffusion.solvers import spacing_of
 from dkdm.core.saving import checkpoint
+from dkdm.core.saving.folders import remove_leftovers
 from dkdm.core.saving.progress import track
 from dkdm.core.sources.finished import (
     ABOUT,
@@ -109,6 +110,7 @@ def harvest(
                 files.write(number, _part(teacher, rows, samples, cond, files.images))
             progress(rows.stop)
     files.finish(range(how.num_samples))
+    remove_leftovers(how.output)
     drawn = how.num_samples - count
     usage = files.usage(shown_shape(teacher) if files.images else teacher.sample_shape)
     measured = None

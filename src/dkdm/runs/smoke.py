@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from PIL import Image
-from torch import nn
 
 from dkdm.config import DistillConfig, RunConfig, TrainConfig
-from dkdm.core.denoisers.conditioning import ClassLabels, Conditioning, Unconditional
 from dkdm.core.denoisers.denoiser import Denoiser
-from dkdm.core.diffusion.prediction import Parameterization
 from dkdm.core.few_steps.model import usual_steps
-from dkdm.core.randomness import generator
 from dkdm.data.fashion import SHAPES
 from dkdm.data.named import IMAGES
-from dkdm.errors import DkdmError, UsageError
+from dkdm.errors import DkdmError
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.models import load_teacher
-from dkdm.models.schedulers import from_scheduler_config, named_config
+from dkdm.models.pipeline_folder import read_base
+from dkdm.models.prompts import Prompts, with_prompts
+from dkdm.reading.files import cache_dir
 from dkdm.runs.distill import distill
-from dkdm.runs.paper_recipes import TO_BE_GIVEN
+from dkdm.runs.smoke_stand_ins import (
+    PROMPT,
+    TEXT_BASE,
+    lacks,
+    stand_in_images,
+    stand_in_teacher,
+    stand_in_text_base,
+)
 from dkdm.runs.train import train
-from dkdm.students import student_of
 
 Settings = dict[str, Any]
-CLASSES, NETWORK = 10, "unet-mini"
 SMALL: Settings = {
     "max_train_steps": 2,
     "train_batch_size": 2,
@@ -56,29 +61,6 @@ SMALL_SOURCE: Settings = {
 }
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """What a model with random weights needs to take the place of a pretrained one."""
-
-    shape: tuple[int, int, int]
-    scheduler: str = "ddpm-linear"
-    variance: Literal["fixed_small", "learned_range"] = "fixed_small"
-    classes: int | None = None
-
-
-STAND_INS: dict[str, StandIn] = {
-    "(CIFAR-10 teacher)": StandIn((3, 32, 32), "ddpm-cosine", "learned_range"),
-    "(CelebA-64 teacher)": StandIn((3, 64, 64), "ddpm-cosine", "learned_range"),
-    "(ImageNet-32 teacher)": StandIn((3, 32, 32), "ddpm-cosine", "learned_range"),
-    "(CelebA-HQ teacher)": StandIn((3, 64, 64)),
-    "(FFHQ teacher)": StandIn((3, 64, 64)),
-    "runs/cifar10-teacher": StandIn((3, 32, 32)),
-    "runs/fashion-dit-teacher": StandIn((1, 16, 16), classes=CLASSES),
-    "runs/fashion-latent": StandIn((4, 8, 8)),
-    "runs/fashion-latent-base": StandIn((1, 8, 8)),
-}
-
-
 def smoke(config: RunConfig) -> str:
     """Run the config small, in a folder that is removed; returns in words what was done.
 
@@ -88,15 +70,15 @@ def smoke(config: RunConfig) -> str:
     can stand in.
     """
     started = time.monotonic()
-    with TemporaryDirectory(prefix="dkdm-smoke-") as scratch:
+    with TemporaryDirectory(prefix="dkdm-smoke-") as scratch, forgotten(Path(scratch)):
         small, stood_in = shrunk(config, Path(scratch))
         if isinstance(small, DistillConfig):
-            teacher = stand_in_teacher(small.teacher_choice.model)
+            teacher = stand_in_teacher(small.teacher_choice.model, Path(scratch))
             folder = distill(teacher, None, small)
         else:
             assert isinstance(small, TrainConfig)
             folder = train(small)
-        model = load_teacher(str(folder))
+        model = with_a_prompt(load_teacher(str(folder)), small.conditions.negative_prompt)
         sampling = Sampling(2, usual_steps(model, 2), seed=0)
         drawn = draw(model, model.conditioning.in_turns(2), sampling)
     if not bool(drawn.isfinite().all()):
@@ -118,73 +100,47 @@ def shrunk(config: RunConfig, scratch: Path) -> tuple[RunConfig, list[str]]:
         changed["synthetic_samples"] = 4 if synthetic else None
         changed |= {"synthetic_steps": 2} if synthetic else {}
         teacher, images = config.teacher_choice.model, config.images_choice.images
-        shape = SHAPES[0] if lacks(teacher) is None else STAND_INS[teacher].shape
-        stood_in += [] if lacks(teacher) is None else [teacher]
+        about = lacks(teacher)
+        shape = SHAPES[0] if about is None else about.shape
+        stood_in += [] if about is None else [teacher]
+        if about is not None and about.text:
+            changed["prompts"] = PROMPT
     else:
         assert isinstance(config, TrainConfig)
         base, images, shape = config.model.base, config.data.images, config.data.sample_shape
-        if base is not None and lacks(base) is not None:
-            shape = STAND_INS[base].shape
-            changed |= {"base": None, "sample_shape": shape}
+        about = None if base is None else lacks(base)
+        if base is not None and about is not None:
+            shape = about.shape
+            own = str(stand_in_text_base(scratch)) if about.text else None
+            changed |= {"base": own, "sample_shape": shape}
             stood_in.append(base)
     if stood_in:
         changed["evaluation_reference"] = "none"
-    if images is not None and _no_images(images, shape):
+    encodes_all = about is not None and about.text
+    if images is not None and (encodes_all or _no_images(images, shape)):
         changed["images"] = str(stand_in_images(scratch / "images", shape))
         stood_in.append(images)
     return replace(config, **changed), stood_in
 
 
-def lacks(place: str) -> StandIn | None:
-    """What stands in for a pretrained model; None for one that is there.
-
-    Raises UsageError if nothing does.
-    """
-    if place not in TO_BE_GIVEN and (Path(place).exists() or not place.startswith("runs/")):
-        return None
-    if place not in STAND_INS:
-        raise UsageError(
-            f"--smoke: there is no {place}, and nothing stands in for it: make it first, "
-            "docs/teachers.md says how"
-        )
-    return STAND_INS[place]
+@contextmanager
+def forgotten(scratch: Path) -> Iterator[None]:
+    """Remove the cached prompts of a stand-in's text encoders at the end."""
+    try:
+        yield
+    finally:
+        base = scratch / TEXT_BASE
+        text = read_base(base)[2] if base.is_dir() else None
+        if text is not None:
+            rmtree(cache_dir("prompts") / text.encoders.fingerprint, ignore_errors=True)
 
 
-def stand_in_teacher(place: str) -> Denoiser | None:
-    """A narrow UNet of random weights in place of a model that is not there, else None."""
-    about = lacks(place)
-    if about is None:
-        return None
-    classes: Conditioning = Unconditional()
-    if about.classes is not None:
-        classes = ClassLabels(about.classes + 1, null_class=about.classes)
-    like = Denoiser(
-        lambda x, *_, **__: x,
-        from_scheduler_config(named_config(about.scheduler, 1.0)),
-        Parameterization("epsilon", about.variance),
-        about.shape,
-        classes,
-    )
-    torch.manual_seed(0)
-    found = replace(student_of(NETWORK, like), name="stand-in")
-    assert isinstance(found.network, nn.Module)
-    found.network.eval()  # as a model that is read
-    return found
-
-
-def stand_in_images(folder: Path, shape: tuple[int, ...]) -> Path:
-    """Two images of random pixels in each of ten class folders."""
-    random = generator("cpu", 0, "smoke")
-    channels, height, width = shape
-    for label in range(CLASSES):
-        (folder / f"{label}").mkdir(parents=True)
-        for number in range(2):
-            size = (height, width, channels)
-            pixels = torch.randint(256, size, generator=random, dtype=torch.uint8)
-            mode = "L" if channels == 1 else "RGB"
-            picture = Image.frombytes(mode, (width, height), bytes(pixels.flatten().tolist()))
-            picture.save(folder / f"{label}" / f"{number}.png")
-    return folder
+def with_a_prompt(model: Denoiser, negative: str) -> Denoiser:
+    """A text model with a prompt to draw: the negative one, which its run has encoded."""
+    text = model.conditioning
+    if not isinstance(text, Prompts):
+        return model
+    return replace(model, conditioning=with_prompts(text, (negative,), negative))
 
 
 def _no_images(spec: str, shape: tuple[int, ...]) -> bool:
