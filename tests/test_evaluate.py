@@ -394,6 +394,10 @@ def test_the_command_prints_values_and_floors(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["value", "floor"]
     assert lines[1].startswith("distance to the teacher's samples")
+    how = " ".join(" ".join(lines).split())
+    assert "samples 10, seed 0; sampler ddim, 2 steps; guidance none; weights as they" in how
+    assert "teacher factories:teacher, guidance none; distance of 10 samples of each" in how
+    assert "gap on 10 samples of the teacher, at" in how and how.endswith("noise levels")
     assert json.loads((tmp_path / "a.json").read_text())["gap"]["num_samples"] == 10
     assert main([*COMMAND, "--metrics", "fun"]) == 2
     assert "there is no 'fun'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from dkdm.data.named import chosen_extractor, load_reference
 from dkdm.data.real_images import AT_ONCE
 from dkdm.data.reference import FeatureExtractor, Features, FeatureStatistics, mismatch
 from dkdm.errors import DkdmError, UsageError
-from dkdm.evaluation.circumstances import floors_of, measurement_of
+from dkdm.evaluation.circumstances import Circumstances, floors_of, measurement_of
 from dkdm.evaluation.frechet import frechet_distance
 from dkdm.evaluation.kernel import kernel_distance
 from dkdm.evaluation.metrics import Sampled, measure
@@ -157,13 +157,39 @@ def test_images_that_cannot_be_read_are_named_and_skipped_only_if_asked(tmp_path
         load_reference(folder, FIXED)
     assert "\n" not in str(refused.value) and not SEEN
     assert same(load_reference(folder, FIXED, skip_bad=True), as_samples(pixels(6)))
-    assert "7 of 13 images" in capsys.readouterr().err
+    assert "note: 7 of 13 images" in capsys.readouterr().err
     SEEN.clear()
-    load_reference(folder, FIXED, skip_bad=True)
-    assert "7 images of birds cannot be read and are left out" in capsys.readouterr().err
+    again = load_reference(folder, FIXED, skip_bad=True)
+    said = "7 images of birds cannot be read and are left out"
+    assert f"warning: {said}\n" in capsys.readouterr().err and again.warnings == (said,)
+    assert said in measurement_of(again, 4).warnings
     with pytest.raises(DkdmError, match="7 of 13"):
         load_reference(folder, FIXED)
     assert not SEEN
+
+
+def test_numbers_say_what_is_doubtful_about_their_reference(tmp_path, capsys):
+    folder = write(tmp_path / "few", pixels(3))
+    write(folder, pixels(4, side=SIDE + 1)[3:])
+    Image.new("RGB", (9, 12)).save(folder / "high.png")
+    for _ in range(2):  # from the cache too
+        found = load_reference(folder, RESIZING)
+        sizes, count = found.warnings
+        assert "the images of few differ in size and are each resized" in sizes
+        assert "few holds 4 images, which do not determine the covariance of 4" in count
+        said = capsys.readouterr().err
+        assert f"warning: {sizes}\n" in said and f"warning: {count}\n" in said
+    known = measurement_of(found, 3)
+    assert known.warnings[-2:] == found.warnings
+    assert known.warnings[0].startswith("Frechet distance of 3 samples cannot be compared")
+    (words,) = [text for name, text in _words_of(known) if name == "warning"]
+    assert words == "; ".join(known.warnings)
+    earlier = _words_of(replace(known, warnings=()))
+    assert "warning" not in dict(earlier)
+
+
+def _words_of(measurement):
+    return Circumstances(3, 2, 0, {"": 1.0}, measurement=measurement, metrics=("fd",)).in_words()
 
 
 def test_links_to_nothing_and_folders_are_images_that_cannot_be_read(tmp_path):
@@ -217,6 +243,7 @@ sys.path.insert(0, {tests!r})
 from test_references import FIXED, RESIZING, SEEN
 found = load_reference({images!r}, {network}, look=real_images.summarized_by_all)
 torch.save([found.features(), found.class_variance, SEEN], f"{{rank}}.pt")
+torch.distributed.barrier()  # the first process holds what the others ask
 torch.distributed.destroy_process_group()
 raise SystemExit(0)
 """

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -296,7 +297,7 @@ def _harvest(options: HarvestCommand) -> int:
 
 def _print_with_floors(found: Evaluation) -> None:
     from dkdm.evaluation.metrics import METRICS
-    from dkdm.evaluation.rows import evaluation_rows
+    from dkdm.evaluation.rows import evaluation_in_words, evaluation_rows
 
     print(f"{'':47s}{'value':>14s}{'floor':>14s}")
     for row in evaluation_rows(found):
@@ -305,6 +306,8 @@ def _print_with_floors(found: Evaluation) -> None:
         if (count := each.floor_samples or found.num_samples) != found.num_samples:
             label = METRICS[name].label
             print(f"{label}: floor of {count:,} samples, not {found.num_samples:,}")
+    how = "; ".join(f"{name} {text}" for name, text in evaluation_in_words(found))
+    print(textwrap.fill(how, 75, break_on_hyphens=False))
 
 
 def _load(

@@ -105,7 +105,7 @@ def _say_bad(path: Path, bad: Mapping[Path, str], count: int, skip: bool) -> Non
     """Say which images cannot be read. Raises `DkdmError` unless they are skipped."""
     what = f"{len(bad)} of {count} images of {path} cannot be read ({_named(path, list(bad))})"
     if skip and len(bad) < count:
-        say(f"warning: {what} and are left out")
+        say(f"note: {what}")
         return
     remedy = "give other images" if skip else "remove them, or give --skip-bad"
     raise DkdmError(f"{what}: {remedy}. The first: {next(iter(bad.values()))}")

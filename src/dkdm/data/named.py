@@ -67,7 +67,10 @@ def load_reference(
     network = extractor or inception_extractor()
     source = image_folder(path, skip_bad) if path.is_dir() else array_images(path)
     if path.suffix.lower() != ".npz" or path.is_dir() or not holds_statistics(path):
-        return _enough(look(source, network, cache, shape).reference(source.name, network))
+        found = look(source, network, cache, shape).reference(source.name, network)
+        for warning in found.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        return found
     known = statistics_reference(path, network)
     if ADM_IMAGES not in array_names(path):
         return known
@@ -84,18 +87,6 @@ def reference_path(spec: str | Path) -> Path:
             f"images or a file ({', '.join(ARRAYS)})"
         )
     return path
-
-
-def _enough(reference: Reference) -> Reference:
-    """The same reference; says so if its images are too few for the covariance of its features."""
-    count, needed = reference.statistics.count or 0, reference.network.num_features
-    if count <= needed:
-        print(
-            f"warning: {reference.name} holds {count:,} images, which do not determine the "
-            f"covariance of {needed:,} features: distances to it compare with no others",
-            file=sys.stderr,
-        )
-    return reference
 
 
 def chosen_extractor(

@@ -101,7 +101,22 @@ class Summary:
             class_variance=self.class_variance,
             dataset={"type": name, "name": name},
             shape=self.shape,
+            warnings=tuple(self._warnings(name, network)),
         )
+
+    def _warnings(self, name: str, network: FeatureExtractor) -> Iterator[str]:
+        if self.bad:
+            yield f"{self.bad} images of {name} cannot be read and are left out"
+        if len(self.shape) == 1:
+            yield (
+                f"the images of {name} differ in size and are each resized to what the network "
+                "sees: bring them to the samples' size for numbers that compare with others"
+            )
+        if self._total <= network.num_features:
+            yield (
+                f"{name} holds {self._total:,} images, which do not determine the covariance of "
+                f"{network.num_features:,} features: distances to it compare with no others"
+            )
 
     def drawn(self, count: int) -> Features | None:
         """The features of so many of the images, the same for a number; None without as many."""
@@ -149,11 +164,6 @@ def summarized(
         found = _computed(source, network, shape, shards)
         if _write(file, found):
             shutil.rmtree(shards, ignore_errors=True)
-    elif found.bad:
-        print(
-            f"warning: {found.bad} images of {source.name} cannot be read and are left out",
-            file=sys.stderr,
-        )
     return found
 
 

@@ -163,6 +163,7 @@ class Reference:
     - `class_variance`: [C], mean over pixels of the variance within each class; None if unknown.
     - `dataset`: type, name and split, as the hub's model index wants them.
     - `shape`: (C, H, W) of the images, (C,) if their sizes differ; empty if unknown.
+    - `warnings`: what a reader of numbers measured against it has to know.
     """
 
     name: str
@@ -177,6 +178,7 @@ class Reference:
     class_variance: Tensor | None = None
     dataset: Mapping[str, str] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether samples of this shape can be measured."""

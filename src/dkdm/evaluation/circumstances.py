@@ -49,9 +49,13 @@ class Circumstances:
             ("seed", str(self.seed)),
             *_against(self.measurement),
             ("energy distance", _of_energy(self.other_noise)),
-            ("warning", "; ".join(warnings_of(self.metrics, self.num_samples, None, ""))),
+            ("warning", "; ".join(self._warnings())),
         ]
         return [(name, words) for name, words in found if words]
+
+    def _warnings(self) -> Sequence[str]:
+        known = self.measurement.warnings if self.measurement else ()
+        return known or warnings_of(self.metrics, self.num_samples, None, "")  # an earlier version
 
 
 def _of_energy(count: int) -> str:
@@ -118,6 +122,10 @@ def measurement_of(reference: Reference, num_samples: int) -> Measurement:
         network=reference.network.name,
         dataset=dict(reference.dataset),
         floors={name: floor.value for name, floor in floors.items()},
+        warnings=(
+            *warnings_of(usual(reference), num_samples, reference.network, ""),
+            *reference.warnings,
+        ),
     )
 
 

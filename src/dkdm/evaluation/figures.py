@@ -13,7 +13,7 @@ from dkdm.evaluation.evaluated import Evaluation, SampledModel
 from dkdm.evaluation.metrics import METRICS, Metrics
 from dkdm.evaluation.numbers import count, memory, number, percent
 from dkdm.evaluation.results import Comparison, ModelResult
-from dkdm.evaluation.rows import floors_in
+from dkdm.evaluation.rows import floors_in, guidance_in_words
 
 DISTANCE = "distance to the teacher's samples"
 SHARE = "the same, as a share of the largest"
@@ -74,7 +74,7 @@ def figures_of_comparison(found: Comparison, interval: str | None = None) -> lis
     for model, of in ((found.student, ""), (found.teacher, OF_TEACHER)):
         if model is None:
             continue
-        under = drawn | {"guidance": _guidance(model.guidance_scale, interval)} | against
+        under = drawn | {"guidance": guidance_in_words(model.guidance_scale, interval)} | against
         under |= {"sampler": of_teacher if of else own}
         figures += _metrics(model.metrics, floors_in(how), of, under, beside)
     return [*figures, *_near_teacher(found, interval, drawn, beside), *_cost(found)]
@@ -142,11 +142,13 @@ def _measured_by(found: Evaluation, name: str) -> dict[str, str]:
     model, to = found.model, found.reference
     if name not in found.judges:
         against = _against(to.name, to.images, to.features, to.network) if to else {}
-        return {"guidance": _guidance(model.guidance_scale, found.guidance_interval)} | against
+        return {
+            "guidance": guidance_in_words(model.guidance_scale, found.guidance_interval)
+        } | against
     judge = {"network": found.judges[name]}
     if name == "lpips" and found.teacher is not None:
         return _beside_its_teacher(model, found.teacher, found.guidance_interval) | judge
-    return {"guidance": _guidance(model.guidance_scale, found.guidance_interval)} | judge
+    return {"guidance": guidance_in_words(model.guidance_scale, found.guidance_interval)} | judge
 
 
 def _to_teacher(
@@ -180,7 +182,7 @@ def _apart(
 def _cost(found: Comparison) -> list[Figure]:
     model, steps = found.student, found.num_steps
     place, beside = {"device": found.device}, {"measured": "when the run ended"}
-    each = {"steps": str(steps), "guidance": _guidance(model.guidance_scale)}
+    each = {"steps": str(steps), "guidance": guidance_in_words(model.guidance_scale)}
     speed = model.images_per_second(steps)
     return [
         *sizes(model.parameters, model.macs),
@@ -231,16 +233,10 @@ def _noised(num_samples: int, levels: int) -> dict[str, str]:
     return {"samples": f"{num_samples:,} of the teacher's, noised to {levels} levels"}
 
 
-def _guidance(scale: float, interval: str | None = None) -> str:
-    if scale == 1:
-        return "none"
-    return f"{scale:g}{f', from {interval} of noise' if interval else ''}"
-
-
 def _beside_its_teacher(
     student: ModelResult | SampledModel, teacher: ModelResult | SampledModel, interval: str | None
 ) -> dict[str, str]:
-    own, other = (_guidance(each.guidance_scale, interval) for each in (student, teacher))
+    own, other = (guidance_in_words(each.guidance_scale, interval) for each in (student, teacher))
     guidance = own if own == other else f"{own}; teacher {other}"
     return {"guidance": guidance, "reference": f"the teacher, {teacher.name}"}
 

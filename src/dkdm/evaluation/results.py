@@ -80,8 +80,9 @@ class Measurement:
     - `network`: name of the network whose features are compared.
     - `dataset`: type, name and split of the real images, as the hub's model index wants them.
     - `floors`: what the real images are given by each metric that they have, by its name.
+    - `warnings`: what a reader of the distances has to know.
 
-    Files of earlier versions say none of the last three.
+    Files of earlier versions say none of the last four.
     """
 
     features: str
@@ -92,6 +93,7 @@ class Measurement:
     network: str = ""
     dataset: Mapping[str, str] = field(default_factory=dict)
     floors: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -137,6 +137,37 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
     return rows
 
 
+def evaluation_in_words(found: Evaluation) -> list[tuple[str, str]]:
+    """What the numbers of an evaluation depend on, each by its name."""
+    model, interval = found.model, found.guidance_interval
+    words = [
+        ("samples", f"{found.num_samples:,}, seed {found.seed}"),
+        ("sampler", f"{found.sampler}, {found.num_steps} steps"),
+        ("guidance", guidance_in_words(model.guidance_scale, interval)),
+        ("weights", model.weights),
+    ]
+    if against := found.reference:
+        images = f", {against.images:,} images" if against.images else ""
+        words += [("reference", f"{against.name}{images}"), ("features", against.features)]
+    words += [(METRICS[name].label, judge) for name, judge in found.judges.items()]
+    if teacher := found.teacher:
+        scale = guidance_in_words(teacher.guidance_scale, interval)
+        words.append(("teacher", f"{teacher.name}, guidance {scale}"))
+    if apart := found.teacher_distance:
+        words.append(("distance", f"of {apart.num_samples:,} samples of each, from other noise"))
+    if gap := found.gap:
+        levels = f"at {len(gap.levels)} noise levels"
+        words.append(("gap", f"on {gap.num_samples:,} samples of the teacher, {levels}"))
+    return words
+
+
+def guidance_in_words(scale: float, interval: str | None = None) -> str:
+    """A guidance scale; interval: where guidance acts, None is everywhere."""
+    if scale == 1:
+        return "none"
+    return f"{scale:g}{f', from {interval} of noise' if interval else ''}"
+
+
 def floors_in(measurement: Measurement | None) -> Mapping[str, float]:
     """What real images are given, by the names of metrics."""
     if measurement is None:

@@ -291,6 +291,7 @@ def _measured(
     found = measure(_seen(files, teacher, reference, kept_count, count), reference, names)
     floors = floors_of(reference, names, count)
     warnings, interval = warnings_of(names, count, reference.network), teacher.guidance_interval
+    warnings += reference.warnings
     if kept_count:
         warnings.append(f"the first {kept_count:,} samples were kept while the run trained")
     return Evaluation(

@@ -142,7 +142,10 @@ def measured(plan: Plan, root: Path) -> Evaluation:
         reference=against(reference, plan.command.measurement.resize) if reference else None,
         metrics=_metrics(plan, own, reference, others) if plan.metrics else {},
         **_beside_teacher(plan, own, teachers),
-        warnings=tuple(warnings_of(plan.metrics, sampling.num_samples, plan.standard.network)),
+        warnings=(
+            *warnings_of(plan.metrics, sampling.num_samples, plan.standard.network),
+            *(reference.warnings if reference else ()),
+        ),
         device=describe(drawing.denoiser.device),
         versions=versions(),
         judges=drawing.single.judges if drawing.single else {},
