@@ -97,7 +97,7 @@ def test_lines_of_metrics_that_are_none_are_left_out(tmp_path):
 
 
 def test_an_evaluation_of_other_types_names_the_entry(tmp_path):
-    (tmp_path / EVALUATION).write_text('{"student": null}')
+    (tmp_path / EVALUATION).write_text('{"teacher": null}')
     with pytest.raises(DkdmError, match="give an object in which student is an object"):
         read_evaluation(tmp_path)
 
