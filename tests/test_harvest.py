@@ -1,10 +1,13 @@
 """Samples that a run keeps, and the data sets that `dkdm harvest` writes."""
 
+import ast
 import io
 import json
+import shlex
 import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from dkdm.core.saving import checkpoint
 from dkdm.core.sources.fill import empty_pool
 from dkdm.core.sources.finished import SHARD, Finished, SampleShards
 from dkdm.data.images import load_image_folder
-from dkdm.data.sample_files import PngFolder, WebDataset, picture, pixels
+from dkdm.data.sample_files import PngFolder, TensorShards, WebDataset, picture, pixels
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.evaluated import Evaluation
 from dkdm.runs.harvest import harvest, kept
@@ -272,6 +275,16 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds other files"):
         harvest(options(tmp_path), denoiser())
+
+
+@pytest.mark.parametrize("name", ["my set", "it's"])
+def test_how_to_train_on_a_set_is_quoted(name):
+    shown = PngFolder(Path(name)).usage((1, 16, 16))
+    assert shlex.split(shown)[4:6] == ["--images", name]
+    for usage in (WebDataset(Path(name)).usage(()), TensorShards(Path(name)).usage(())):
+        parsed = ast.walk(ast.parse(usage))
+        texts = {node.value for node in parsed if isinstance(node, ast.Constant)}
+        assert any(str(text).startswith(f"{name}/shard-") for text in texts)
 
 
 def test_class_folders_sort_as_their_ids(tmp_path):

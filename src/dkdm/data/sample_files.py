@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -139,10 +140,10 @@ class PngFolder(SampleFiles):
 
     def usage(self, shape: Sequence[int]) -> str:
         """As `SampleFiles.usage`."""
-        sizes = " ".join(map(str, shape))
+        sizes, folder = " ".join(map(str, shape)), shlex.quote(str(self.folder))
         return (
-            f"dkdm distill --source images --images {self.folder} ..., or "
-            f"dkdm train --images {self.folder} --sample-shape {sizes}"
+            f"dkdm distill --source images --images {folder} ..., or "
+            f"dkdm train --images {folder} --sample-shape {sizes}"
         )
 
 
@@ -186,7 +187,8 @@ class WebDataset(SampleFiles):
     def usage(self, shape: Sequence[int]) -> str:
         """As `SampleFiles.usage`."""
         del shape
-        return f"webdataset.WebDataset(sorted(glob('{self.folder}/shard-*.tar'))).decode('pil')"
+        shards = str(self.folder / "shard-*.tar")
+        return f"webdataset.WebDataset(sorted(glob({shards!r}))).decode('pil')"
 
 
 class TensorShards(SampleFiles):
@@ -222,7 +224,7 @@ class TensorShards(SampleFiles):
     def usage(self, shape: Sequence[int]) -> str:
         """As `SampleFiles.usage`."""
         del shape
-        return f"safetensors.torch.load_file('{self._path(0)}')['samples']"
+        return f"safetensors.torch.load_file({str(self._path(0))!r})['samples']"
 
 
 FORMATS: dict[str, Callable[[Path, int | None], SampleFiles]] = {
