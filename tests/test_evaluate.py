@@ -22,6 +22,7 @@ from dkdm.evaluation.energy import energy_distance
 from dkdm.evaluation.evaluated import Evaluation
 from dkdm.evaluation.fingerprint import fingerprint
 from dkdm.evaluation.frechet import frechet_distance
+from dkdm.evaluation.rows import evaluation_in_words
 from dkdm.evaluation.same_noise import Sampling, draw
 from dkdm.evaluation.shards import Drawing, draw_shards, missing_shards, read_shards
 from dkdm.reading.made_here import remember
@@ -306,6 +307,12 @@ def test_numbers_of_single_images_need_no_reference():
     assert found.reference is None and found.metrics.keys() == {"lpips"}
     assert found.teacher.name == teacher.name and found.judges["lpips"] == "a stand-in"
     beside = dkdm.evaluate(student, real(), teacher=teacher, metrics="fd,lpips", **SMALL)
+    both, single = (
+        dict(evaluation_in_words(each))
+        for each in (beside, replace(found, reference=beside.reference))
+    )
+    assert both["judged by"] == single["judged by"] == "a stand-in"
+    assert "reference" in both and "reference" not in single
     assert found["lpips"] == beside["lpips"] > 0
     alone = dkdm.evaluate(student, metrics="lpips_diversity", **SMALL)
     assert alone["lpips_diversity"] > 0 and alone.teacher is None

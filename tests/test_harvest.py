@@ -27,6 +27,7 @@ from dkdm.data.images import load_image_folder
 from dkdm.data.sample_files import PngFolder, TensorShards, WebDataset, picture, pixels
 from dkdm.errors import DkdmError, UsageError
 from dkdm.evaluation.evaluated import Evaluation
+from dkdm.reading.lock import locked
 from dkdm.runs.harvest import harvest, kept
 from factories import counting, denoiser
 
@@ -170,6 +171,15 @@ def test_damaged_webdataset_and_kept_shards_are_named(tmp_path):
     checkpoint.write_tensors(SampleShards(tmp_path).path(0), {"samples": torch.tensor(1.0)})
     with pytest.raises(DkdmError, match="holds no samples with conditions: remove it"):
         SampleShards(tmp_path).read(0)
+
+
+def test_two_harvests_do_not_write_one_set(tmp_path):
+    harvest(options(tmp_path / "set"), denoiser())
+    with (
+        locked(tmp_path / "set", "dkdm harvest"),
+        pytest.raises(UsageError, match="is being written by process .*dkdm harvest"),
+    ):
+        harvest(options(tmp_path / "set"), denoiser())
 
 
 @pytest.mark.parametrize("name", ["png", "webdataset", "safetensors"])

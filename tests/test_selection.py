@@ -121,8 +121,8 @@ def test_the_best_weights_are_shipped_if_asked_for(whole, tmp_path, monkeypatch)
     tracked = [entry for entry in logged if "validation/gap" in entry[1]]
     assert tracked == [(k, {"validation/gap": v}) for k, v in values(shipped).items()]
     card = (shipped / "README.md").read_text()
-    chosen = "of step 2, EMA, decay 0.9999; the best by gap (100.0 %; 4 samples, DDIM, 2 steps, no"
-    assert chosen in card and f"guidance, seed {validation_seed(SELECTING.run.seed)})" in card
+    chosen = "of step 2, EMA, decay 0.9999; the best by gap (100.0 %; 4 samples, DDIM, 2 steps, "
+    assert chosen in card and f"guidance none, seed {validation_seed(SELECTING.run.seed)})" in card
     second = distil(tmp_path / "short", max_train_steps=2, validation_metric=None)
     assert json.loads((shipped / "best/best.json").read_text())["step"] == 2  # the first of equals
     assert [path.name for path in checkpoint.checkpoints(shipped)] == ["checkpoint-4"]
@@ -140,7 +140,7 @@ def test_a_metric_is_that_of_samples_from_the_same_noise():
     found = validation.measure(student)
     assert found == validation.measure(student)
     assert how_in_words(validation.how) == (
-        "6 samples, DDIM, 2 steps, no guidance, seed 5, against fashion-test by fashion-16"
+        "6 samples, DDIM, 2 steps, guidance none, seed 5, against fashion-test, by fashion-16"
     )
     x = draw(student, student.conditioning.in_turns(6), sampling).clamp(-1, 1)
     features = reference.network(x).features.double()

@@ -146,10 +146,11 @@ def evaluation_in_words(found: Evaluation) -> list[tuple[str, str]]:
         ("guidance", guidance_in_words(model.guidance_scale, interval)),
         ("weights", model.weights),
     ]
-    if against := found.reference:
+    against = found.reference
+    if against is not None and found.metrics.keys() - found.judges.keys():
         images = f", {against.images:,} images" if against.images else ""
         words += [("reference", f"{against.name}{images}"), ("features", against.features)]
-    words += [(METRICS[name].label, judge) for name, judge in found.judges.items()]
+    words += [("judged by", judge) for judge in dict.fromkeys(found.judges.values())]
     if teacher := found.teacher:
         scale = guidance_in_words(teacher.guidance_scale, interval)
         words.append(("teacher", f"{teacher.name}, guidance {scale}"))

@@ -173,16 +173,21 @@ class Validation:
 
 def how_in_words(how: Mapping[str, Any]) -> str:
     """How a validation measured, by `Validation.how`; what that does not say is left out."""
-    scale, seed = how.get("guidance_scale"), how.get("seed")
-    against = [str(how[key]) for key in ("reference", "network") if how.get(key)]
-    found = [
-        f"{how.get('num_samples')} samples",
-        f"{str(how.get('sampler')).upper()}, {how.get('num_steps')} steps",
-        "no guidance" if scale == 1 else f"guidance {scale}",
-        f"seed {seed}",
-        f"against {' by '.join(against)}" if against else "",
-    ]
-    return ", ".join(words for words in found if words and "None" not in words)
+    known = {key: value for key, value in how.items() if value is not None}
+    if "sampler" in known:
+        known["sampler"] = str(known["sampler"]).upper()
+    if known.get("guidance_scale") == 1:
+        known["guidance_scale"] = "none"
+    words = {
+        "num_samples": "{} samples",
+        "sampler": "{}",
+        "num_steps": "{} steps",
+        "guidance_scale": "guidance {}",
+        "seed": "seed {}",
+        "reference": "against {}",
+        "network": "by {}",
+    }
+    return ", ".join(text.format(known[key]) for key, text in words.items() if key in known)
 
 
 def validation_seed(seed: int) -> int:

@@ -42,6 +42,7 @@ from dkdm.evaluation.shards import check_finite
 from dkdm.models import chosen_teacher
 from dkdm.models.place import ready_to_draw
 from dkdm.reading.files import check_output
+from dkdm.reading.lock import locked
 from dkdm.reading.places import expanded
 from dkdm.runs.arms import FINISHED
 from dkdm.runs.earlier import AS_GIVEN, distillation_of, run_folder, run_of, teacher_of
@@ -100,6 +101,7 @@ def harvest(
     SampleShards(how.output).claim(about)
     teacher = ready_to_draw(teacher, how.cuda_graphs)
     with (
+        locked(how.output, "dkdm harvest"),
         evaluating(teacher.network, teacher.call),
         track(how.num_samples, 0, "harvest") as progress,
     ):
@@ -109,8 +111,8 @@ def harvest(
                 samples, cond = _samples(teacher, own, rows, turns, how, scale)
                 files.write(number, _part(teacher, rows, samples, cond, files.images))
             progress(rows.stop)
-    files.finish(range(how.num_samples))
-    remove_leftovers(how.output)
+        files.finish(range(how.num_samples))
+        remove_leftovers(how.output)
     drawn = how.num_samples - count
     usage = files.usage(shown_shape(teacher) if files.images else teacher.sample_shape)
     measured = None

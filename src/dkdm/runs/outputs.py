@@ -234,9 +234,10 @@ def reference_of(evaluation: EvaluationOptions, model: Denoiser) -> Reference | 
             f"--evaluation-samples 1 is too few for a distance to {reference.name}: give 2 or "
             "more, or --evaluation-reference none"
         )
-    asked = usual(reference), evaluation.evaluation_samples, reference.network
-    for warning in warnings_of(*asked, "--evaluation-samples") if asked[1] else ():
-        say(f"warning: {warning}")
+    if count := evaluation.evaluation_samples:
+        names, network = usual(reference), reference.network
+        for warning in warnings_of(names, count, network, "--evaluation-samples"):
+            say(f"warning: {warning}")
     return reference
 
 
